@@ -1,0 +1,60 @@
+"""Everything fedtune refuses, as one tree. Each message is one sentence: what is wrong, where, and the mend.
+
+FedtuneError
+├── RecipeError          a recipe, an override or a setting that does not hold
+├── SourceError          a model or data source that cannot be fetched, read or trusted
+│   └── ChecksumError    bytes that are not the ones that were published
+├── DataError            examples that do not fit the task or the split
+├── ModelError           a model that does not fit the task or a technique
+├── ContributionError    what a client sent cannot be merged
+├── RoundError           a federation that cannot go on
+└── StoreError           the run store or a checkpoint cannot be read or written
+"""
+
+__all__ = [
+    "ChecksumError",
+    "ContributionError",
+    "DataError",
+    "FedtuneError",
+    "ModelError",
+    "RecipeError",
+    "RoundError",
+    "SourceError",
+    "StoreError",
+]
+
+
+class FedtuneError(Exception):
+    """The root: the command line prints its message and ends with code 2."""
+
+
+class RecipeError(FedtuneError):
+    """A recipe, an override or a setting that does not hold."""
+
+
+class SourceError(FedtuneError):
+    """A model or data source that cannot be fetched, read or trusted."""
+
+
+class ChecksumError(SourceError):
+    """Bytes that are not the ones that were published."""
+
+
+class DataError(FedtuneError):
+    """Examples that do not fit the task or the split."""
+
+
+class ModelError(FedtuneError):
+    """A model that does not fit the task or a technique."""
+
+
+class ContributionError(FedtuneError):
+    """What a client sent cannot be merged."""
+
+
+class RoundError(FedtuneError):
+    """A federation that cannot go on."""
+
+
+class StoreError(FedtuneError):
+    """The run store or a checkpoint cannot be read or written."""

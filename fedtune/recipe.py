@@ -1,0 +1,377 @@
+"""What a run is: one frozen pydantic model, read from YAML with dotted overrides, stored whole with the run."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic_core import ErrorDetails
+
+from fedtune.errors import RecipeError
+
+__all__ = [
+    "Columns",
+    "Data",
+    "DeviceClass",
+    "Dirichlet",
+    "Evaluation",
+    "Federation",
+    "Iid",
+    "Model",
+    "Natural",
+    "Parts",
+    "Recipe",
+    "Section",
+    "Shards",
+    "Size",
+    "Split",
+    "Task",
+    "Train",
+    "Unit",
+    "explain",
+    "nearest",
+    "parse",
+    "read",
+]
+
+Task = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
+Location = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    """Settings that are values: frozen, and closed to keys they do not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Unit(Section):
+    """A technique or a merge step by name, with its settings: ``lora`` or ``lora: {rank: 8}``."""
+
+    name: str
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
+            [(name, settings)] = value.items()
+            return {"name": name, "settings": settings or {}}
+        return value
+
+    @model_serializer
+    def _to_yaml(self) -> dict[str, Any]:
+        return {self.name: self.settings}
+
+
+class Model(Section):
+    """The pretrained model everything is a delta to."""
+
+    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Columns(Section):
+    """Which column of the source holds what."""
+
+    text: str = "text"
+    image: str = "image"
+    label: str = "label"
+    group: str | None = Field(None, description="examples that share it are never split apart")
+    domain: str | None = Field(None, description="results are also reported per value of it")
+
+
+class Parts(Section):
+    """Shares of the groups held out by a stable hash, where the source has no parts of its own."""
+
+    validation: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must leave something to train on: less than 1")
+        return self
+
+
+class Iid(Section):
+    """Groups dealt out evenly at random."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Each client draws its own label proportions from Dirichlet(alpha); small alpha, skewed clients."""
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    min_examples: int = Field(1, ge=1)
+
+
+class Natural(Section):
+    """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
+
+    kind: Literal["natural"] = "natural"
+    by: str
+
+
+class Size(Section):
+    """Same label mix, sizes proportional to ``rank ** -exponent``."""
+
+    kind: Literal["size"] = "size"
+    exponent: float = Field(1.0, ge=0)
+
+
+class Shards(Section):
+    """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
+
+    kind: Literal["shards"] = "shards"
+    per_client: int = Field(2, ge=1)
+
+
+Split = Annotated[Iid | Dirichlet | Natural | Size | Shards, Field(discriminator="kind")]
+
+
+class Data(Section):
+    """Where the examples come from and how they are split over clients."""
+
+    source: str = Field(description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH or sample:NAME")
+    columns: Columns = Columns()
+    parts: Parts = Parts()
+    split: Split = Iid()
+    limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
+
+
+class DeviceClass(Section):
+    """Devices of one kind: how many, and the memory each allows a training step."""
+
+    name: str = "device"
+    count: int = Field(ge=1)
+    memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
+
+
+Optimiser = Literal["adamw", "sgd", "adamw8bit", "paged_adamw8bit", "lion8bit"]
+
+
+class Train(Section):
+    """The local loop one client runs in one round."""
+
+    techniques: list[Unit] = Field([Unit(name="full")], min_length=1)
+    optimiser: Optimiser = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of all steps")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    batch: int = Field(16, ge=1)
+    length: int = Field(128, ge=2, description="tokens a text is cut to")
+    image: int = Field(96, ge=8, description="side in pixels an image is scaled to")
+    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_joined_techniques(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("techniques"), str):
+            return {**value, "techniques": value["techniques"].split("+")}
+        return value
+
+    @model_validator(mode="after")
+    def _one_measure_of_work(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("say either steps or epochs, exactly one of them")
+        return self
+
+
+class Federation(Section):
+    """Who takes part in a round, and what makes it count."""
+
+    rounds: int = Field(ge=1)
+    fraction: float = Field(1.0, gt=0, le=1)
+    clients: int | None = Field(None, ge=1, description="so many clients a round, in place of a fraction")
+    quorum: int = Field(1, ge=1, description="usable contributions a round needs")
+    deadline: float | None = Field(None, gt=0, description="seconds a round waits for replies")
+    max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
+
+
+class Evaluation(Section):
+    """Validation after every so many rounds; the test part is scored before the first round and after the last."""
+
+    every: int = Field(1, ge=1)
+    batch: int = Field(64, ge=1)
+
+
+class Recipe(Section):
+    """What to do: the whole of a run, apart from where it is executed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    task: Task
+    model: Model
+    data: Data
+    devices: list[DeviceClass] = Field(min_length=1)
+    train: Train
+    federation: Federation
+    merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(0, ge=0)
+
+    @property
+    def clients(self) -> int:
+        """Number of clients in the federation."""
+        return sum(device.count for device in self.devices)
+
+    @property
+    def clients_per_round(self) -> int:
+        """Number of clients sampled each round."""
+        return self.federation.clients or max(1, round(self.clients * self.federation.fraction))
+
+    def device_of(self, client: int) -> DeviceClass:
+        """The device class of client 0, 1, ..., in the order the recipe lists them."""
+        for device in self.devices:
+            if client < device.count:
+                return device
+            client -= device.count
+        raise IndexError("more clients than devices")
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if self.clients_per_round > self.clients:
+            raise ValueError(f"federation.clients is {self.clients_per_round}, but devices has only {self.clients}")
+        if self.federation.quorum > self.clients_per_round:
+            raise ValueError(f"federation.quorum is above the {self.clients_per_round} clients sampled each round")
+        return self
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``key.key=value`` overrides applied; RecipeError names file, line and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {_reason(error)}; check the path") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML text; ``origin`` is what messages call it."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{origin} holds no recipe: it must be a mapping with keys such as {', '.join(_SHOWN)}")
+    overridden = {_override(value, item): item for item in overrides}
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, origin, _lines(node), overridden)) from error
+
+
+_SHOWN = ("name", "task", "model", "data")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def _override(value: dict[str, Any], item: str) -> Location:
+    """Put one ``key.key=value`` into the nested mapping and return where it went."""
+    dotted, equals, text = item.partition("=")
+    path = tuple(dotted.split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
+    try:
+        setting = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {item}: the value is not YAML") from error
+    here: Any = value
+    for position, key in enumerate(path[:-1]):
+        here = here.setdefault(key, {}) if isinstance(here, dict) else None
+        if not isinstance(here, dict):
+            raise RecipeError(f"--set {item}: {'.'.join(path[: position + 1])} has no keys below it")
+    here[path[-1]] = setting
+    return path
+
+
+def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
+    """Line of every key and list item of a YAML document, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key.value, key, child) for key, child in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(index, child, child) for index, child in enumerate(node.value)]
+    else:
+        return {}
+    lines: dict[Location, int] = {}
+    for key, marked, child in pairs:
+        lines[(*at, key)] = marked.start_mark.line + 1
+        lines |= _lines(child, (*at, key))
+    return lines
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    origin: str,
+    lines: Mapping[Location, int] | None = None,
+    overridden: Mapping[Location, str] | None = None,
+) -> str:
+    """The first problem of a validation as one sentence: file, line, key, what is allowed, nearest key."""
+    detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    location = _without_tags(detail["loc"])
+    where = _where(location, origin, lines or {}, overridden or {})
+    key = ".".join(str(part) for part in location)
+    problem = _problem(detail, key, _siblings(model, location))
+    return f"{where}: {problem}"
+
+
+def _without_tags(location: Location) -> Location:
+    """Drop the tags pydantic puts into a location for a union's chosen member."""
+    return tuple(part for index, part in enumerate(location) if not (index and location[index - 1] == "split"))
+
+
+def _where(location: Location, origin: str, lines: Mapping[Location, int], overridden: Mapping[Location, str]) -> str:
+    for end in range(len(location), 0, -1):
+        if location[:end] in overridden:
+            return f"--set {overridden[location[:end]]}"
+        if location[:end] in lines:
+            return f"{origin}, line {lines[location[:end]]}"
+    return origin
+
+
+def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(key.rsplit('.', 1)[-1], siblings)}"
+    if detail["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if detail["type"] == "union_tag_invalid":
+        return f"{key}.kind is {detail['ctx']['tag']!r}, but must be one of {detail['ctx']['expected_tags']}"
+    return f"{key} is {detail['input']!r}, but must be {message}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``did you mean 'x'?``, or all that is allowed when nothing is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
+
+
+def _siblings(model: type[BaseModel], location: Location) -> list[str]:
+    """The keys allowed beside the last one of a location."""
+    models: list[Any] = [model]
+    for part in location[:-1]:
+        if isinstance(part, str):
+            found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+            models = [m for annotation in found for m in _models_in(annotation)]
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]

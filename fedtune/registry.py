@@ -1,0 +1,52 @@
+"""Published units by name: one file in a folder is one unit, found by listing the folder, never by import order."""
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+
+from fedtune.errors import RecipeError
+from fedtune.recipe import Section, Unit, explain, nearest
+
+__all__ = ["Named", "build", "card", "names"]
+
+
+class Named(Section):
+    """A unit that is its own settings; ``name`` is what recipes call it."""
+
+    name: ClassVar[str]
+
+
+def names(package: str) -> list[str]:
+    """The published names in a package: its modules' file names with dashes; private modules are not units."""
+    folder = importlib.import_module(package).__path__
+    return sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(folder) if found.name[0] != "_")
+
+
+def build(package: str, unit: Unit, where: str) -> Any:
+    """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
+    chosen = _class(package, unit.name, where)
+    try:
+        return chosen.model_validate(unit.settings)
+    except ValidationError as error:
+        raise RecipeError(explain(error, chosen, f"{where}, {unit.name}")) from error
+
+
+def card(package: str, name: str) -> str:
+    """The docstring of the module that publishes a unit."""
+    _class(package, name, package.rsplit(".", 1)[-1])
+    return importlib.import_module(f"{package}.{name.replace('-', '_')}").__doc__ or ""
+
+
+def _class(package: str, name: str, where: str) -> type[Named]:
+    known = names(package)
+    if name not in known:
+        raise RecipeError(f"{where}: there is no {name!r}; {nearest(name, known)}")
+    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    [found] = [item for item in vars(module).values() if _publishes(item, module.__name__)]
+    return found  # type: ignore[no-any-return]
+
+
+def _publishes(item: object, module: str) -> bool:
+    return isinstance(item, type) and issubclass(item, Named) and item.__module__ == module

@@ -1,0 +1,11 @@
+"""Random numbers derived from where they are used, never carried along, so that a resumed run draws the same ones."""
+
+import hashlib
+
+__all__ = ["derive"]
+
+
+def derive(seed: int, *place: int | str) -> int:
+    """A 63-bit seed for one place of a run, e.g. ``derive(recipe.seed, round, client, "dropout")``."""
+    text = "/".join(str(part) for part in (seed, *place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
