@@ -5,11 +5,12 @@ import pkgutil
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from fedtune.errors import RecipeError
 from fedtune.recipe import Section, Unit, explain, nearest
 
-__all__ = ["Named", "build", "card", "names"]
+__all__ = ["Named", "build", "card", "names", "settings"]
 
 
 class Named(Section):
@@ -50,3 +51,15 @@ def _class(package: str, name: str, where: str) -> type[Named]:
 
 def _publishes(item: object, module: str) -> bool:
     return isinstance(item, type) and issubclass(item, Named) and item.__module__ == module
+
+
+def settings(package: str, name: str) -> list[str]:
+    """A unit's knobs, one line each: name, type, default and what it means."""
+    fields = _class(package, name, package.rsplit(".", 1)[-1]).model_fields
+    return [_line(key, field) for key, field in fields.items()]
+
+
+def _line(key: str, field: FieldInfo) -> str:
+    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
+    text = kind or str(field.annotation).replace("typing.", "")
+    return f"{key}: {text} = {field.default}" + (f"   {field.description}" if field.description else "")

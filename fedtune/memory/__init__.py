@@ -1,0 +1,5 @@
+"""What a training step keeps, measured."""
+
+from fedtune.memory.meter import StorageMeter, peak_rss, reset_peak_rss
+
+__all__ = ["StorageMeter", "peak_rss", "reset_peak_rss"]

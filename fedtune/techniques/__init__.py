@@ -1,0 +1,50 @@
+"""How it fits a device: one file is one published technique. ``choose`` turns a recipe's list into techniques."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedtune.errors import RecipeError
+from fedtune.recipe import Task, Unit
+from fedtune.registry import build
+from fedtune.techniques._technique import Technique
+
+__all__ = ["Technique", "apply", "begin_round", "choose", "trained"]
+
+
+def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
+    """The techniques a recipe names, in its order; RecipeError for settings or pairs that do not hold."""
+    chosen: tuple[Technique, ...] = tuple(build(__name__, unit, "train.techniques") for unit in units)
+    present = [technique.name for technique in chosen]
+    for technique in chosen:
+        clash = sorted(technique.excludes.intersection(present))
+        if clash:
+            raise RecipeError(f"train.techniques: {technique.name} cannot be combined with {clash[0]}; drop one")
+    if len(set(present)) < len(present):
+        raise RecipeError(f"train.techniques: {'+'.join(present)} names one technique twice; drop one")
+    if not any(technique.trains for technique in chosen):
+        raise RecipeError(f"train.techniques: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
+    return chosen
+
+
+def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
+    """Freeze the model, let each technique rewrite it, and return the names of all that may be trained."""
+    model.requires_grad_(False)
+    for technique in techniques:
+        technique.apply(model, task, seed)
+    shared: set[str] = set()
+    for number in (1, 2):
+        begin_round(techniques, model, number)
+        shared.update(trained(model))
+    return sorted(shared)
+
+
+def begin_round(techniques: Sequence[Technique], model: nn.Module, number: int) -> None:
+    """Let each technique choose what is trained in round 1, 2, ..."""
+    for technique in techniques:
+        technique.begin_round(model, number)
+
+
+def trained(model: nn.Module) -> list[str]:
+    """Names of the parameters that are trained now, in the model's order."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,21 @@
+"""The local loop a device runs: batches, loss, optimiser, metrics."""
+
+from fedtune.training.evaluate import Score, score
+from fedtune.training.loop import Outcome, processor_threads, total_steps, train
+from fedtune.training.state import load_state, read_state
+from fedtune.training.workshop import Workshop, adopt, build_model, workshop
+
+__all__ = [
+    "Outcome",
+    "Score",
+    "Workshop",
+    "adopt",
+    "build_model",
+    "load_state",
+    "processor_threads",
+    "read_state",
+    "score",
+    "total_steps",
+    "train",
+    "workshop",
+]

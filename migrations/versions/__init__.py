@@ -1,0 +1,1 @@
+"""One file per revision; what is released is never edited."""

@@ -1,0 +1,39 @@
+"""The Flower ClientApp: hands an order to the local loop and its outcome back. It holds no formula."""
+
+from dataclasses import asdict
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.contribution import Order, Report, pack, unpack
+from fedtune.training import train, workshop
+
+__all__ = ["app"]
+
+app = ClientApp()
+
+
+@app.train()
+def train_round(message: Message, context: Context) -> Message:
+    """Train from the state in the message and reply with the deltas and a report."""
+    order = _order(message.content.config_records["order"])
+    shop = workshop(order.recipe)
+    outcome = train(
+        shop.model,
+        shop.techniques,
+        unpack(message.content.array_records["state"]["safetensors"].data),
+        shop.train,
+        shop.clients[order.client],
+        shop.recipe,
+        order.round,
+        order.client,
+    )
+    report = Report(outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss)
+    payload = pack(outcome.delta)
+    deltas = Array(dtype="uint8", shape=(len(payload),), stype="safetensors", data=payload)
+    content = RecordDict({"delta": ArrayRecord({"safetensors": deltas}), "report": MetricRecord(asdict(report))})
+    return Message(content, reply_to=message)
+
+
+def _order(record: ConfigRecord) -> Order:
+    return Order(str(record["recipe"]), int(record["round"]), int(record["client"]))  # type: ignore[call-overload]

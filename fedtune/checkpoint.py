@@ -1,0 +1,45 @@
+"""The shared state at rest: one safetensors file, whole or absent, with a hash over its tensors."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedtune.errors import StoreError
+from fedtune.files import writing
+
+__all__ = ["digest", "load", "save"]
+
+
+def save(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Write the state beside ``path`` and rename it; returns its digest."""
+    with writing(path) as beside:
+        safetensors.torch.save_file(dict(state), beside)
+    return digest(state)
+
+
+def load(path: Path, expected: str | None = None) -> dict[str, Tensor]:
+    """The state in a checkpoint; StoreError when it is absent, not safetensors, or not the one that was written."""
+    try:
+        state = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"the checkpoint {path} is missing; resume from another run or start anew") from error
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} is not a safetensors checkpoint ({error}); name one that fedtune wrote") from error
+    if expected is not None and digest(state) != expected:
+        raise StoreError(f"{path} has changed since it was written (its SHA-256 differs); restore it or start anew")
+    return state
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, precisions, shapes and bytes of the tensors, in the order of their names."""
+    hasher = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        hasher.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return hasher.hexdigest()

@@ -1,0 +1,74 @@
+"""``fedtune data``: look at a recipe's examples before anything is trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedtune.data import Summary
+
+__all__ = ["data"]
+
+MOST_ROWS = 40
+
+
+@click.group()
+def data() -> None:
+    """Look at a recipe's data and how it is split over clients."""
+
+
+@data.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Where to write the picture (PNG).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json: bool) -> None:
+    """Show how many examples of what each client holds, as a table and a picture.
+
+    \b
+    Example:
+      fedtune data show recipes/sentiment.yaml --set data.split.kind=iid
+    """
+    from fedtune import data as library
+    from fedtune.home import home
+    from fedtune.recipe import read
+
+    wanted = read(recipe, overrides)
+    corpus = library.load(wanted)
+    summary = library.summary(wanted, corpus, library.split(wanted, corpus.train))
+    path = picture or home() / "pictures" / f"{wanted.name}-split.png"
+    library.picture(summary, path)
+    _print(summary, path, as_json)
+
+
+def _print(summary: "Summary", path: Path, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    if as_json:
+        click.echo(json.dumps({**asdict(summary), "picture": str(path)}))
+        return
+    Console().print(_table(summary))
+    if (hidden := len(summary.holdings) - MOST_ROWS) > 0:
+        click.echo(f"and {hidden} more clients; --json lists them all")
+    click.echo(f"picture: {path}")
+
+
+def _table(summary: "Summary") -> "Table":
+    from rich.table import Table
+
+    sizes = ", ".join(f"{count} {part}" for part, count in summary.parts.items())
+    table = Table(title=f"{summary.name}: {sizes}")
+    values = summary.values if len(summary.values) > 1 else ()
+    for heading in ("client", "device", "examples", "groups", *values):
+        table.add_column(heading, justify="left" if heading == "device" else "right")
+    for holding in summary.holdings[:MOST_ROWS]:
+        counts = holding.counts if values else ()
+        numbers = (holding.examples, holding.groups, *counts)
+        table.add_row(str(holding.client), holding.device, *map(str, numbers))
+    return table

@@ -1,0 +1,73 @@
+"""``fedtune evaluate``: score what a run learned on any data source."""
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fedtune.training import Score
+
+__all__ = ["evaluate"]
+
+
+@click.command()
+@click.argument("target")
+@click.option("--round", "number", type=click.IntRange(0), help="Round to score; 0 is the start.  [default: the last]")
+@click.option("--data", "source", metavar="SOURCE", help="Another source: all of its examples are scored.")
+@click.option("--columns", metavar="KEY=NAME,...", help="Its columns, e.g. text=review,label=stars.")
+@click.option("--part", type=click.Choice(["validation", "test"]), default="validation", show_default=True)
+@click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def evaluate(
+    target: str,
+    number: int | None,
+    source: str | None,
+    columns: str | None,
+    part: str,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Score TARGET on a part of its own data, or on another source.
+
+    TARGET is a run, the beginning of its id, latest, or a checkpoint file of a run.
+
+    \b
+    Example:
+      fedtune evaluate latest --part test
+      fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
+    """
+    from fedtune.cli.target import load_target
+    from fedtune.training import load_state, score, workshop
+
+    recipe, state, run, at = load_target(target, number, store)
+    shop = workshop(recipe.model_dump_json())
+    examples = getattr(shop, part) if source is None else shop.other(source, _columns(columns))
+    load_state(shop.model, state)
+    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task)
+    if as_json:
+        figures = [found._asdict() for found in scores]
+        click.echo(json.dumps({"run": run, "round": at, "data": source or part, "metrics": figures}, indent=2))
+    else:
+        _show(scores, f"{run}, round {at}, on {source or part} ({len(examples)} examples)")
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if any(not (equals and name) for _, equals, name in pairs):
+        raise click.UsageError("write --columns as key=name,key=name, e.g. text=review,label=stars")
+    return {key: name for key, _, name in pairs}
+
+
+def _show(scores: "list[Score]", title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = sorted({found.name for found in scores})
+    table = Table(title=title, box=None, header_style="bold", title_justify="left")
+    for heading in ("domain", *names):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain in dict.fromkeys(found.domain for found in scores):
+        figures = {found.name: f"{found.value:.4f}" for found in scores if found.domain == domain}
+        table.add_row(domain, *(figures.get(name, "") for name in names))
+    Console().print(table)

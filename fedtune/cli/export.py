@@ -1,0 +1,40 @@
+"""``fedtune export``: a run's result for plain transformers or peft."""
+
+import json
+from pathlib import Path
+
+import click
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("target")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--round", "number", type=click.IntRange(0), help="Round to take.  [default: the last]")
+@click.option("--format", "form", type=click.Choice(["adapter", "full"]), help="[default: adapter where possible]")
+@click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def export(target: str, output: Path, number: int | None, form: str | None, store: str | None, as_json: bool) -> None:
+    """Write what TARGET learned: a PEFT adapter, or a whole safetensors model.
+
+    TARGET is a run, the beginning of its id, latest, or a checkpoint file of a run.
+
+    \b
+    Example:
+      fedtune export latest -o my-model
+      fedtune export latest -o my-model --format full
+    """
+    from fedtune.cli.target import load_target
+    from fedtune.export import export as write
+
+    recipe, state, run, at = load_target(target, number, store)
+    form = write(recipe, state, output, form, _card(recipe.model_dump_json(indent=2), run, at))  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
+    else:
+        click.echo(f"{output}: {form} of run {run}, round {at}")
+
+
+def _card(recipe: str, run: str, number: int) -> str:
+    return f"# {run}\n\nMade by fedtune, round {number}, from this recipe:\n\n```json\n{recipe}\n```\n"

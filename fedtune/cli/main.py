@@ -1,0 +1,94 @@
+"""The command line: commands are imported when they are called, errors end in one sentence and a code."""
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from fedtune.errors import FedtuneError
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = {
+    "data": ("data:data", "Look at the examples of a recipe and how they are split."),
+    "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
+    "export": ("export:export", "Write a run's result for plain transformers or peft."),
+    "methods": ("methods:methods", "List the techniques and merge steps, or print one's card."),
+    "runs": ("runs:runs", "List, show, compare, plot, export and delete runs."),
+    "simulate": ("simulate:simulate", "Run a federation on this machine."),
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module when the command is called, not to list it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(f"fedtune.cli.{module}"), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in sorted(_COMMANDS.items())])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="fedtune")
+def cli() -> None:
+    """Federated and continual fine-tuning for constrained devices.
+
+    \b
+    Example:
+      fedtune simulate recipes/sentiment.yaml
+      fedtune runs list
+    """
+
+
+def main() -> None:
+    """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
+    _be_quiet()
+    try:
+        sys.exit(cli(standalone_mode=False) or 0)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except FedtuneError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}; mend that and try again")
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+
+
+def _be_quiet() -> None:
+    """No telemetry, no update checks, no progress bars but ours."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _fail(sentence: str) -> None:
+    click.echo(f"fedtune: {sentence}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""``fedtune methods``: the techniques and merge steps there are, and their cards."""
+
+import json
+
+import click
+
+__all__ = ["methods"]
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def methods(name: str | None, as_json: bool) -> None:
+    """List techniques and merge steps, or print the card of NAME.
+
+    \b
+    Example:
+      fedtune methods
+      fedtune methods lora
+    """
+    from fedtune.errors import RecipeError
+    from fedtune.recipe import nearest
+    from fedtune.registry import card, names, settings
+
+    rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
+    known = {found: (kind, package) for kind, package in rooms.items() for found in names(package)}
+    if name is not None and name not in known:
+        raise RecipeError(f"there is no method {name!r}; {nearest(name, list(known))}")
+    rows = [
+        {"name": found, "kind": kind, "card": card(package, found), "settings": settings(package, found)}
+        for found, (kind, package) in known.items()
+        if name in (None, found)
+    ]
+    if as_json:
+        click.echo(json.dumps(rows if name is None else rows[0], indent=2))
+    elif name is not None:
+        _show_card(rows[0])
+    else:
+        _show_list(rows)
+
+
+def _show_list(rows: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "kind", "in one line", box=None, header_style="bold")
+    for row in rows:
+        first = str(row["card"]).splitlines()[0]
+        table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
+    Console().print(table)
+    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
+
+
+def _show_card(row: dict[str, object]) -> None:
+    click.echo(str(row["card"]).strip())
+    lines = row["settings"]
+    assert isinstance(lines, list)
+    click.echo("\nSettings:" if lines else "\nSettings: none")
+    for line in lines:
+        click.echo(f"  {line}")

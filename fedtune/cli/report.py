@@ -1,0 +1,62 @@
+"""The table at the end of a run: per domain before and after, and what it cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.tracking import ContributionRecord, RoundRecord
+
+__all__ = ["DomainRow", "domain_rows", "show_rows"]
+
+
+@dataclass(frozen=True)
+class DomainRow:
+    """Test figure before and after training, and bytes both ways and peak saved bytes of the domain's clients."""
+
+    domain: str
+    before: float
+    after: float
+    bytes_up: int
+    bytes_down: int
+    saved_bytes: int
+
+
+def domain_rows(rounds: Sequence[RoundRecord], domains: Mapping[int, str], figure: str) -> list[DomainRow]:
+    """One row per domain, then one over all; ``domains`` names each client's domain, ``figure`` the metric."""
+    before, after = _figures(rounds[-1], "test-before", figure), _figures(rounds[-1], "test", figure)
+    sent = [contribution for record in rounds for contribution in record.contributions]
+    order = sorted(after, key=lambda domain: (domain in ("all", "mean"), domain))
+    return [_row(domain, before[domain], after[domain], _of(sent, domains, domain)) for domain in order]
+
+
+def _figures(record: RoundRecord, part: str, figure: str) -> dict[str, float]:
+    return {m.domain: m.value for m in record.metrics if m.part == part and m.name == figure}
+
+
+def _of(sent: Sequence[ContributionRecord], domains: Mapping[int, str], domain: str) -> list[ContributionRecord]:
+    return [s for s in sent if domain in ("all", "mean") or domains.get(s.client) == domain]
+
+
+def _row(domain: str, before: float, after: float, sent: Sequence[ContributionRecord]) -> DomainRow:
+    return DomainRow(
+        domain,
+        before,
+        after,
+        sum(s.bytes_up for s in sent),
+        sum(s.bytes_down for s in sent),
+        max((s.saved_bytes for s in sent), default=0),
+    )
+
+
+def show_rows(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
+    """Print the rows as a table that fits 80 columns."""
+    table = Table(title=f"test {figure}", box=None, header_style="bold", title_justify="left")
+    for heading in ("domain", "before", "after", "sent up", "sent down", "peak saved"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for row in rows:
+        figures = [f"{value:.4f}" for value in (row.before, row.after)]
+        sizes = [f"{size / 1e6:.2f} MB" for size in (row.bytes_up, row.bytes_down, row.saved_bytes)]
+        table.add_row(row.domain, *figures, *sizes)
+    console.print(table)

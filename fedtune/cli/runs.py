@@ -1,0 +1,176 @@
+"""``fedtune runs``: look at what was recorded, compare it, draw it, take it elsewhere, remove it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from fedtune.tracking import RoundRecord, RunRecord, Store
+
+__all__ = ["runs"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _shared(command: Command) -> Command:
+    """The options of every command here."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+    return click.option("--store", metavar="URL", help="SQLAlchemy URL of the store.")(command)
+
+
+_one = click.argument("run", metavar="RUN")
+_some = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
+
+
+@click.group()
+def runs() -> None:
+    """Recorded runs. RUN is an id, the beginning of one, or "latest"."""
+
+
+@runs.command("list")
+@_shared
+def list_(store: str | None, as_json: bool) -> None:
+    """All runs, newest first.
+
+    Example: fedtune runs list
+    """
+    from fedtune.cli import runs_view
+    from fedtune.tracking import Store, document
+
+    with Store.open(store) as opened:
+        found = opened.runs()
+        if as_json:
+            rounds = opened.rounds_of(run.id for run in found)
+            click.echo(document.text([document.document(run, rounds[run.id]) for run in found]))
+        else:
+            runs_view.show_list(found, opened.newest_scores())
+
+
+@runs.command()
+@_one
+@_shared
+def show(run: str, store: str | None, as_json: bool) -> None:
+    """One run: its rounds, its result by domain, its clients.
+
+    Example: fedtune runs show latest
+    """
+    from fedtune.cli import runs_view
+    from fedtune.tracking import Store, document
+
+    with Store.open(store) as opened:
+        [(found, rounds)] = _recorded(opened, [run])
+    if as_json:
+        click.echo(document.text(document.document(found, rounds, detailed=True)))
+    else:
+        runs_view.show_run(found, rounds)
+
+
+@runs.command()
+@_some
+@_shared
+def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
+    """Runs side by side: results, costs and the settings in which they differ.
+
+    Example: fedtune runs compare latest sentiment-2
+    """
+    import json
+
+    from fedtune.cli import runs_view
+    from fedtune.tracking import Store, document, summary
+
+    with Store.open(store) as opened:
+        recorded = _recorded(opened, chosen)
+    settings = summary.differences([json.loads(run.recipe) for run, _ in recorded])
+    if as_json:
+        documents = [document.document(run, rounds) for run, rounds in recorded]
+        click.echo(document.text({"runs": documents, "differences": settings}))
+    else:
+        runs_view.show_comparison(recorded, settings)
+
+
+@runs.command()
+@_some
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png or .svg file.")
+@_shared
+def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_json: bool) -> None:
+    """A picture of one run, or of several together.
+
+    Without -o, one run is drawn into its own folder and several into runs.png here.
+
+    Example: fedtune runs plot latest -o sentiment.svg
+    """
+    from fedtune import home
+    from fedtune.tracking import Store, document
+    from fedtune.tracking.plot import plot as draw
+
+    with Store.open(store) as opened:
+        recorded = _recorded(opened, chosen)
+    alone = len(recorded) == 1
+    path = output or (home.runs() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
+    draw(recorded, path)
+    click.echo(document.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
+
+
+@runs.command()
+@_some
+@click.option("--format", "format_", type=click.Choice(["csv", "parquet", "json"]), default="csv", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A new folder, or a JSON file.")
+@_shared
+def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
+    """Runs as tables for other programs.
+
+    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics and checkpoints, joined
+    by run_id and round; json makes one file.
+
+    Example: fedtune runs export latest --format parquet -o sentiment-tables
+    """
+    from fedtune.tracking import Store, document
+    from fedtune.tracking.export import export as write
+
+    with Store.open(store) as opened:
+        written = write(_recorded(opened, chosen), format_, output)
+    paths = [str(path.absolute()) for path in written]
+    click.echo(document.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
+
+
+@runs.command()
+@_one
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_shared
+def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
+    """Remove a run with its checkpoints. A run that is being executed stays.
+
+    Example: fedtune runs delete sentiment-2 --yes
+    """
+    from fedtune.tracking import Store, claim, document
+
+    with Store.open(store) as opened:
+        found = opened.run(run)
+        if not yes:
+            click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) for good?", abort=True, err=True)
+        with claim(found.id):
+            # Rows first: files without a row are only litter, a row without files is a lie.
+            opened.delete(found.id)
+            _remove_files(found.id)
+    click.echo(document.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
+
+
+def _remove_files(run_id: str) -> None:
+    import shutil
+
+    from fedtune import home
+    from fedtune.errors import StoreError
+
+    try:
+        shutil.rmtree(home.runs() / run_id)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}"
+        raise StoreError(f"run {run_id} is removed, but its files are not ({reason}); remove them by hand") from error
+
+
+def _recorded(store: "Store", references: Sequence[str]) -> list[tuple["RunRecord", list["RoundRecord"]]]:
+    found = list({run.id: run for run in map(store.run, references)}.values())
+    rounds = store.rounds_of(run.id for run in found)
+    return [(run, rounds[run.id]) for run in found]

@@ -1,0 +1,175 @@
+"""How recorded runs look in a terminal: plain tables that fit 80 columns and survive a pipe."""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.tracking import RoundRecord, RunRecord
+from fedtune.tracking.summary import Score, before_and_after, main_metric, result, scores, series, totals, training_loss
+
+__all__ = ["show_comparison", "show_list", "show_run"]
+
+Rounds = Sequence[RoundRecord]
+Recorded = Sequence[tuple[RunRecord, Rounds]]
+
+_COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
+
+
+def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[Score]]) -> None:
+    """One line per run; ``newest`` holds each run's newest scores."""
+    if not runs:
+        _console().print("No runs yet. Start one: fedtune simulate recipes/sentiment.yaml")
+        return
+    table = _table("run", "status", "rounds>", "result", "started")
+    for run in runs:
+        done = f"{run.rounds_completed}/{run.rounds_planned}"
+        table.add_row(
+            run.id, _status(run.status), done, _headline(newest.get(run.id, ())), f"{_local(run.created):%d %b %H:%M}"
+        )
+    _console().print(table)
+
+
+def show_run(run: RunRecord, rounds: Rounds) -> None:
+    """All of a run that fits a screen."""
+    console = _console()
+    console.print(_facts(run, rounds), "")
+    console.print(_rounds(rounds), "")
+    if (name := main_metric(scores(rounds))) is not None:
+        console.print(_domains(rounds, name), "")
+    if any(record.contributions for record in rounds):
+        console.print(_devices(rounds), "")
+    for line in _mishaps(rounds):
+        console.print(line, style="yellow")
+    console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
+
+
+def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -> None:
+    """Runs as columns: results, costs, then the settings in which they differ."""
+    table = _table("", *(run.id for run, _ in recorded))
+    table.add_row("status", *(_status(run.status) for run, _ in recorded))
+    table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
+    table.add_row("result", *(_headline(scores(rounds)) for _, rounds in recorded))
+    costs = [totals(rounds) for _, rounds in recorded]
+    table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
+    table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
+    table.add_row("peak saved", *(decimal(cost.saved_bytes) for cost in costs))
+    table.add_row("time", *(_seconds(cost.seconds) for cost in costs), end_section=bool(settings))
+    for key, values in settings.items():
+        table.add_row(key, *(_setting(value) for value in values))
+    _console().print(table)
+
+
+def _facts(run: RunRecord, rounds: Rounds) -> Table:
+    cost = totals(rounds)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("run", Text(run.id, "bold"))
+    grid.add_row("recipe", run.name)
+    grid.add_row("status", Text.assemble(_status(run.status), f": {run.reason}" if run.reason else ""))
+    grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
+    grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
+    grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
+    checkpoints = [record.checkpoint for record in rounds if record.checkpoint]
+    if checkpoints:
+        grid.add_row("checkpoint", Text(checkpoints[-1].path, overflow="fold"))
+    return grid
+
+
+def _rounds(rounds: Rounds) -> Table:
+    name = main_metric(scores(rounds)) or "accuracy"
+    values = series(rounds, "validation", "all", name)
+    table = _table("round>", "status", f"{name}>", "training loss>", "merged>", "sent>", "time>")
+    for record in rounds:
+        cost = totals([record])
+        merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
+        loss, sent = _number(training_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
+        value = _number(values.get(record.number, math.nan))
+        table.add_row(str(record.number), _status(record.status), value, loss, merged, sent, _seconds(record.seconds))
+    return table
+
+
+def _domains(rounds: Rounds, name: str) -> Table:
+    table = _table("domain", "part", f"{name} before>", "after>")
+    for part in ("validation", "test"):
+        for domain, (before, after) in before_and_after(rounds, part, name).items():
+            table.add_row(domain, part, _number(before), _number(after), style="bold" if domain == "all" else "")
+    return table
+
+
+def _devices(rounds: Rounds) -> Table:
+    """One line per device class, so that a thousand clients fit a screen too."""
+    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "peak saved>", "peak process>")
+    every = [one for record in rounds for one in record.contributions]
+    for device in dict.fromkeys(one.device for one in every):
+        own = [one for one in every if one.device == device]
+        table.add_row(
+            device,
+            str(len({one.client for one in own})),
+            f"{sum(one.status == 'merged' for one in own)}/{len(own)}",
+            str(sum(one.examples for one in own)),
+            decimal(sum(one.bytes_up for one in own)),
+            decimal(max(one.saved_bytes for one in own)),
+            decimal(max(one.peak_rss for one in own)),
+        )
+    return table
+
+
+def _mishaps(rounds: Rounds) -> list[str]:
+    """Failed rounds, and contributions that were not merged."""
+    lines = [f"round {record.number} failed: {record.reason}" for record in rounds if record.status == "failed"]
+    return lines + [
+        f"round {record.number}, client {one.client} ({one.device}): {one.status}, {one.reason or 'no reason given'}"
+        for record in rounds
+        for one in record.contributions
+        if one.status != "merged"
+    ]
+
+
+def _console() -> Console:
+    # What is printed is data: brackets in a reason are no markup.
+    return Console(markup=False, highlight=False)
+
+
+def _table(*heads: str) -> Table:
+    """A plain table; a head that ends in ``>`` aligns its column to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")
+    return table
+
+
+def _status(status: str) -> Text:
+    return Text(status, _COLOURS.get(status, ""))
+
+
+def _headline(scored: Sequence[Score]) -> str:
+    found = result(scored)
+    return f"{found[1]} {_number(found[2])}" if found else "-"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+
+
+def _local(moment: datetime) -> datetime:
+    return moment.astimezone()
+
+
+def _setting(value: Any) -> str:
+    """A setting as a reader would say it: ``[{"lora": {"rank": 8}}]`` is ``lora rank 8``."""
+    if isinstance(value, list):
+        return " + ".join(_setting(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_setting(item)}".strip() for key, item in value.items())
+    return "-" if value is None else str(value)

@@ -1,0 +1,137 @@
+"""``fedtune simulate``: run a federation on this machine, or go on with one that stopped."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fedtune.recipe import Recipe
+    from fedtune.tracking import Store
+    from fedtune.training import Workshop
+
+__all__ = ["simulate"]
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
+@click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
+@click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
+@click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: cores]")
+@click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
+@click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
+def simulate(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    techniques: str | None,
+    resumed: str | None,
+    engine: str,
+    workers: int | None,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Run the federation RECIPE describes on this machine; every number lands in the run store.
+
+    \b
+    Example:
+      fedtune simulate recipes/sentiment.yaml
+      fedtune simulate recipes/sentiment.yaml --techniques lora+checkpointing --set train.lr=1e-3
+      fedtune simulate --resume latest
+    """
+    from fedtune import home
+    from fedtune.tracking import Store
+
+    if (recipe is None) == (resumed is None):
+        raise click.UsageError("name either a RECIPE or a run with --resume, e.g. recipes/sentiment.yaml")
+    if resumed is not None and (overrides or techniques):
+        raise click.UsageError("a resumed run keeps its recipe; leave --set and --techniques out")
+    added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
+    url = store or home.store_url()
+    with Store.open(url) as opened:
+        if recipe is not None:
+            run, shop = _begin(opened, _resolved(recipe, added), engine)
+        else:
+            run, shop = _reopen(opened, str(resumed))
+        _execute(shop, run, url, opened.run(run).engine, workers)
+        _show(opened, shop, run, as_json)
+
+
+def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
+    from fedtune import recipe
+    from fedtune.simulation import resolve
+
+    return resolve(recipe.read(path, overrides))
+
+
+def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:
+    """Build everything first, so that what cannot run leaves no trace in the store."""
+    import secrets
+
+    shop = _workshop(recipe)
+    run = f"{recipe.name}-{secrets.token_hex(3)}"
+    store.create_run(
+        id=run,
+        name=recipe.name,
+        recipe=recipe.model_dump_json(),
+        seed=recipe.seed,
+        engine=engine,
+        rounds_planned=recipe.federation.rounds,
+    )
+    return run, shop
+
+
+def _reopen(store: "Store", reference: str) -> tuple[str, "Workshop"]:
+    from fedtune.recipe import Recipe
+
+    found = store.run(reference)
+    shop = _workshop(Recipe.model_validate_json(found.recipe))
+    store.reopen(found.id)
+    return found.id, shop
+
+
+def _workshop(recipe: "Recipe") -> "Workshop":
+    from fedtune.training import workshop
+
+    shop = workshop(recipe.model_dump_json())
+    _ = shop.clients
+    return shop
+
+
+def _execute(shop: "Workshop", run: str, url: str, engine: str, workers: int | None) -> None:
+    from fedtune.cli.progress import watching
+    from fedtune.simulation import default_workers, run_flower, run_local
+
+    recipe = shop.recipe
+    with watching(recipe.federation.rounds):
+        if engine == "flower":
+            run_flower(recipe, run, url)
+        else:
+            run_local(shop, run, url, workers or default_workers(recipe.clients_per_round, recipe.train.threads))
+
+
+def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
+    """The table, the picture and what to try next; or the run as JSON."""
+    from rich.console import Console
+
+    from fedtune import home
+    from fedtune.cli.report import domain_rows, show_rows
+    from fedtune.tracking.document import document
+    from fedtune.tracking.plot import plot
+
+    record, rounds = store.run(run), store.rounds(run)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(document(record, rounds), indent=2))
+        return
+    figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
+    console = Console()
+    console.print()
+    show_rows(domain_rows(rounds, shop.domain_of_client, figure), figure, console)
+    picture = home.runs() / run / "run.png"
+    plot([(record, rounds)], picture)
+    click.echo(f"\npicture   {picture}")
+    click.echo(f"try next  fedtune runs show {run}")
+    click.echo(f"          fedtune export {run} -o {record.name}-model")

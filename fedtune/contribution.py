@@ -1,0 +1,90 @@
+"""What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedtune.errors import ContributionError
+
+__all__ = ["Contribution", "Order", "Report", "check", "pack", "unpack"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number."""
+
+    recipe: str
+    round: int
+    client: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes."""
+
+    examples: int
+    loss: float
+    seconds: float
+    saved_bytes: int
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A spooled contribution: ``path`` holds one fp32 delta per trained tensor."""
+
+    client: int
+    examples: int
+    path: Path
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
+        with safe_open(self.path, "pt") as file:
+            piece = file.get_slice(name)
+            rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
+            return rows
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as one safetensors payload; every precision, bfloat16 too, keeps its bits."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def unpack(payload: bytes) -> dict[str, Tensor]:
+    """The tensors of a payload; ContributionError when it is not safetensors, a pickle for instance."""
+    try:
+        return safetensors.torch.load(payload)
+    except SafetensorError as error:
+        raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
+
+
+def check(payload: bytes, expected: Mapping[str, Shape], max_norm: float | None) -> float:
+    """The L2 norm over a payload's deltas; ContributionError if names, shapes, values or the norm do not hold."""
+    deltas = unpack(payload)
+    missing = sorted(expected.keys() - deltas.keys())
+    unknown = sorted(deltas.keys() - expected.keys())
+    if missing or unknown:
+        raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, delta in deltas.items():
+        _check_one(name, delta, expected[name])
+    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values()))
+    if max_norm is not None and norm > max_norm:
+        raise ContributionError(f"its norm {norm:.4g} is above federation.max_norm {max_norm:.4g}")
+    return norm
+
+
+def _check_one(name: str, delta: Tensor, shape: Shape) -> None:
+    if tuple(delta.shape) != shape:
+        raise ContributionError(f"{name} has shape {list(delta.shape)} in place of {list(shape)}")
+    if delta.dtype != torch.float32:
+        raise ContributionError(f"{name} is {delta.dtype} in place of torch.float32")
+    if not bool(torch.isfinite(delta).all()):
+        raise ContributionError(f"{name} holds values that are not finite")

@@ -1,0 +1,66 @@
+"""The examples of a recipe in canonical columns and three parts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from fedtune.data.columns import canonical
+from fedtune.data.labels import encode_labels
+from fedtune.data.parts import divide, groups
+from fedtune.data.sources import read
+from fedtune.errors import DataError
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+
+__all__ = ["Corpus", "load"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
+
+    A natural split by a further column keeps that column under its own name. ``labels`` is empty for causal language
+    modelling.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    labels: tuple[str, ...]
+
+
+def load(recipe: Recipe) -> Corpus:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable."""
+    found = {part: canonical(recipe, dataset) for part, dataset in read(recipe.data.source).items()}
+    labels: tuple[str, ...] = ()
+    if recipe.task != "causal-language-modelling":
+        found, labels = encode_labels(found, recipe.data.source)
+    divided = divide(recipe.data, found)
+    _check(recipe.data.source, divided, labels)
+    train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
+    return Corpus(train, divided["validation"], divided["test"], labels)
+
+
+def _check(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]) -> None:
+    for part, dataset in divided.items():
+        if not len(dataset):
+            raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
+    if not labels:
+        return
+    counts = np.bincount(divided["test"]["label"][:], minlength=len(labels))
+    if not counts.all():
+        absent = labels[int(counts.argmin())]
+        raise DataError(f"{source}: the test part has no example of class {absent!r}; raise data.parts.test or drop it")
+
+
+def _limited(recipe: Recipe, train: Dataset, limit: int) -> Dataset:
+    """Whole groups in an order drawn from the seed, as many as fit."""
+    group = groups(train)
+    sizes = np.bincount(group)
+    order = np.random.default_rng(derive(recipe.seed, "limit")).permutation(len(sizes))
+    kept = order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]
+    if not len(kept):
+        raise DataError(f"data.limit is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples")
+    return train.select(np.flatnonzero(np.isin(group, kept)))

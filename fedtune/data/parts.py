@@ -1,0 +1,56 @@
+"""Train, validation and test: the source's own parts, or a stable hash of the group; the seed of a run has no say."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Image
+from numpy.typing import NDArray
+
+from fedtune.recipe import Data
+
+__all__ = ["divide", "groups"]
+
+
+def divide(data: Data, found: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
+    divided, start = dict(found), 0.0
+    shares = {"test": data.parts.test, "validation": data.parts.validation}
+    lacking = [part for part in shares if part not in found]
+    if not lacking:
+        return divided
+    places = _places(found["train"])
+    for part in lacking:
+        inside = (start <= places) & (places < start + shares[part])
+        divided[part] = found["train"].select(np.flatnonzero(inside))
+        start += shares[part]
+    divided["train"] = found["train"].select(np.flatnonzero(places >= start))
+    return divided
+
+
+def groups(dataset: Dataset) -> NDArray[np.int64]:
+    """The group of each row, numbered from 0; a row is its own group where the data has none."""
+    if "group" not in dataset.column_names:
+        return np.arange(len(dataset))
+    return np.unique(np.asarray(dataset["group"][:]), return_inverse=True)[1].astype(np.int64)
+
+
+def _places(dataset: Dataset) -> NDArray[np.float64]:
+    """A number in [0, 1) per row from its group, or else from its content, so that copies of a row stay together."""
+    contents = (group.encode() for group in dataset["group"]) if "group" in dataset.column_names else _contents(dataset)
+    return np.array([_place(content) for content in contents])
+
+
+def _place(content: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
+
+
+def _contents(dataset: Dataset) -> Iterator[bytes]:
+    if "text" in dataset.column_names:
+        yield from (text.encode() for text in dataset["text"])
+    elif isinstance(dataset.features["image"], Image):
+        for stored in dataset.cast_column("image", Image(decode=False))["image"]:
+            yield stored["bytes"] or Path(stored["path"]).read_bytes()
+    else:
+        yield from (image.tobytes() for image in dataset.with_format("numpy")[:]["image"])

@@ -1,0 +1,71 @@
+"""Who holds what: the numbers behind the table and the picture of a split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from fedtune.data.corpus import Corpus
+from fedtune.data.parts import groups
+from fedtune.recipe import Natural, Recipe
+
+__all__ = ["Holding", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one client has; ``counts`` are examples per domain or label, in the order of ``Summary.values``."""
+
+    client: int
+    device: str
+    examples: int
+    groups: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A split: examples in each part, and each client's holding.
+
+    A natural split is counted ``by`` domain where there are domains, any other by label where there are labels.
+    """
+
+    name: str
+    parts: dict[str, int]
+    by: str
+    values: tuple[str, ...]
+    holdings: tuple[Holding, ...]
+
+
+def summary(recipe: Recipe, corpus: Corpus, clients: Sequence[NDArray[np.int64]]) -> Summary:
+    """Count examples, groups and domains or labels of each client; ``clients`` are rows of the training part."""
+    by, values, numbers = _values(corpus, prefers_domains=isinstance(recipe.data.split, Natural))
+    group = groups(corpus.train)
+    holdings = tuple(
+        Holding(
+            client=client,
+            device=recipe.device_of(client).name,
+            examples=len(rows),
+            groups=len(np.unique(group[rows])),
+            counts=tuple(np.bincount(numbers[rows], minlength=len(values)).tolist()),
+        )
+        for client, rows in enumerate(clients)
+    )
+    return Summary(recipe.name, _parts(corpus), by, values, holdings)
+
+
+def _parts(corpus: Corpus) -> dict[str, int]:
+    return {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)}
+
+
+def _values(corpus: Corpus, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
+    """What is counted, its names, and the number of the name of each training row."""
+    train: Dataset = corpus.train
+    if "domain" in train.column_names and (prefers_domains or not corpus.labels):
+        names, numbers = np.unique(np.asarray(train["domain"][:]), return_inverse=True)
+        return "domain", tuple(names.tolist()), numbers
+    if corpus.labels:
+        return "label", corpus.labels, np.asarray(train["label"][:])
+    return "examples", ("examples",), np.zeros(len(train), np.int64)

@@ -1,0 +1,97 @@
+"""A run's result for plain transformers or peft: a PEFT adapter beside its base, or a whole safetensors model."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedtune import data, models
+from fedtune.errors import ModelError, StoreError
+from fedtune.models.sources import resolve
+from fedtune.recipe import Recipe
+from fedtune.techniques import Technique
+from fedtune.training import build_model, load_state
+
+__all__ = ["Format", "export"]
+
+Format = Literal["adapter", "full"]
+
+
+def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str) -> Format:
+    """Write the model a state makes to a new folder and return its form; an adapter where PEFT can carry it.
+
+    ``card`` becomes the folder's README. Raises ModelError when an adapter is asked for that PEFT cannot carry, and
+    StoreError when the folder exists already.
+    """
+    model, chosen, _ = build_model(recipe, data.load(recipe).labels)
+    load_state(model, state)
+    adapter = _adapter(model, chosen, recipe) if form != "full" else None
+    if form == "adapter" and adapter is None:
+        raise ModelError(f"{_joined(chosen)} trains what no PEFT adapter can carry; export with --format full")
+    with _new_folder(folder) as beside:
+        if adapter is not None:
+            _save_adapter(adapter, state, beside)
+        else:
+            _save_full(model, chosen, recipe, beside)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+    return "full" if adapter is None else "adapter"
+
+
+def _adapter(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe) -> PeftConfig | None:
+    """The adapter's configuration if it holds all that is trained."""
+    trains = [technique for technique in chosen if technique.trains]
+    adapter = trains[0].adapter(model, recipe.task) if len(trains) == 1 else None
+    if adapter is not None:
+        adapter.base_model_name_or_path = resolve(recipe.model.source)
+    return adapter
+
+
+def _save_adapter(adapter: PeftConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+    adapter.save_pretrained(folder)
+    tensors = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _save_full(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, folder: Path) -> None:
+    for technique in chosen:
+        technique.fold(model)
+    assert isinstance(model, PreTrainedModel)
+    _forget_quantisation(model)
+    model.save_pretrained(folder)
+    if recipe.task != "image-classification":
+        models.tokenizer(recipe.model).save_pretrained(folder)
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """All layers are plain by now; what still says otherwise would make the saved model load as four-bit."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+
+
+def _joined(chosen: tuple[Technique, ...]) -> str:
+    return "+".join(technique.name for technique in chosen)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, renamed to it when the block ends well."""
+    if folder.exists():
+        raise StoreError(f"{folder} exists already; choose another folder with -o")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
+    try:
+        yield beside
+        os.chmod(beside, 0o755)
+        beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,25 @@
+"""Loading and saving without reports, retry notes and progress bars; errors still come through."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from logging import CRITICAL
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging
+
+__all__ = ["quiet"]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Only exceptions leave the block: what is logged or drawn on stderr is dropped; levels are set back after it."""
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)

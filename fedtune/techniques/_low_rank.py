@@ -1,0 +1,120 @@
+"""What LoRA and QLoRA share: where the low-rank pair is attached, and which half is trained in which round.
+
+Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor at a
+time while the other is common to all clients, so that the mean of the trained factor gives the mean of the products:
+sum_i w_i (B_i A) = (sum_i w_i B_i) A.
+"""
+
+from typing import Literal
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._technique import Technique, head_names, require
+
+__all__ = ["LowRank", "expanded", "linear_names"]
+
+
+class LowRank(Technique):
+    """Settings and behaviour of a low-rank pair beside frozen linear layers."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
+    exact: Literal["alternate", "freeze-a"] = Field(
+        "alternate", description="alternate: B in odd rounds, A in even ones (RoLoRA); freeze-a: B only (FFA-LoRA)"
+    )
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
+        head = _head(model, task)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=linear_names(model, head, self.targets),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+        require(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
+        self._freeze(model, "A", self.exact == "freeze-a")
+
+    def begin_round(self, model: nn.Module, number: int) -> None:
+        """Train B in odd rounds and A in even ones when alternating."""
+        if self.exact == "alternate":
+            self._freeze(model, "A", number % 2 == 1)
+            self._freeze(model, "B", number % 2 == 0)
+
+    def adapter(self, model: nn.Module, task: Task) -> PeftConfig:
+        """The configuration the layers were made with, and the head as a module saved whole."""
+        config: LoraConfig = model.peft_config["default"]  # type: ignore[union-attr,index,assignment]
+        config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
+        config.task_type = {"sequence-classification": "SEQ_CLS", "causal-language-modelling": "CAUSAL_LM"}.get(task)
+        config.inference_mode = True
+        return config
+
+    def fold(self, model: nn.Module) -> None:
+        """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LoraLayer):
+                plain = expanded(layer.get_base_layer())
+                with torch.no_grad():
+                    plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
+                model.set_submodule(name, plain)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Linear4bit):
+                model.set_submodule(name, expanded(layer))
+
+    def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
+        parameters = dict(model.named_parameters())
+        for name in _factors(model, factor):
+            parameters[name].requires_grad_(not frozen)
+
+
+def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear"] | list[str]) -> list[str]:
+    """Names of the linear layers (point-wise convolutions among them) that carry an adapter; never the head."""
+    excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model)}
+    linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
+    chosen = linear if targets == "all-linear" else [n for n in linear if n.endswith(tuple(targets))]
+    if not chosen:
+        raise ModelError(f"no linear layer of {type(model).__name__} ends in {targets}; give endings such as query")
+    return chosen
+
+
+def expanded(layer: nn.Module) -> nn.Module:
+    """A four-bit layer as a plain one with the same function; any other layer itself."""
+    if not isinstance(layer, Linear4bit):
+        return layer
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
+    plain.bias = layer.bias
+    return plain
+
+
+def _head(model: nn.Module, task: Task) -> list[str]:
+    return [] if task == "causal-language-modelling" else head_names(model)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
+    return pointwise or isinstance(layer, nn.Linear | Conv1D)
+
+
+def _output_embeddings(model: nn.Module) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get else None
+    return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
+
+
+def _factors(model: nn.Module, factor: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if f".lora_{factor}." in name]

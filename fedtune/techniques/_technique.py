@@ -1,0 +1,57 @@
+"""The shape every technique has: frozen settings with a few behaviours, each of which may stay silent."""
+
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.registry import Named
+
+__all__ = ["Technique", "head_names", "require"]
+
+
+class Technique(Named):
+    """One published way to make fine-tuning fit a device; its fields are its knobs."""
+
+    trains: ClassVar[bool] = True
+    """Whether it chooses what is trained; a run needs at least one technique that does."""
+    excludes: ClassVar[frozenset[str]] = frozenset()
+    """Names of techniques it makes no sense with."""
+
+    def quantisation(self) -> Any:
+        """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
+        return None
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Rewrite the model and switch on gradients of what is trained; ModelError if the model does not fit."""
+
+    def begin_round(self, model: nn.Module, number: int) -> None:
+        """Choose what is trained in round 1, 2, ... among what ``apply`` made trainable."""
+
+    def adapter(self, model: nn.Module, task: Task) -> PeftConfig | None:
+        """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
+        return None
+
+    def fold(self, model: nn.Module) -> None:
+        """Write what was learned into plain layers, so that the model needs nothing of this technique."""
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the parameters behind the backbone: the new head of a classifier."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    inside = f"{prefix}." if prefix and prefix in dict(model.named_children()) else None
+    if inside is None:
+        last = [name for name, child in model.named_children() if any(True for _ in child.parameters())][-1]
+        return [name for name, _ in model.named_parameters() if name.startswith(f"{last}.")]
+    return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+
+
+def require(model: nn.Module, names: list[str]) -> None:
+    """Switch on gradients of the named parameters; ModelError when there is none to switch on."""
+    if not names:
+        raise ModelError(f"{type(model).__name__} has none of the parameters this technique trains; choose another")
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)

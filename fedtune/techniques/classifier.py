@@ -1,0 +1,32 @@
+"""Classifier only: the pretrained backbone is frozen and just the new head is trained (a linear probe).
+
+What: the head behind the backbone follows the gradient; everything below runs without a graph.
+Saves: all activations of the backbone; only the head's input is kept.
+Sends: the head, a few kilobytes.
+Use when: the pretrained features already separate the classes, or as the floor any other technique has to beat.
+Avoid when: the task is far from what the backbone saw; and for language models, which bring no new head.
+Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (arXiv 1610.01644).
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._technique import Technique, head_names, require
+
+__all__ = ["Classifier"]
+
+
+class Classifier(Technique):
+    """Train the head alone."""
+
+    name: ClassVar[str] = "classifier"
+    excludes: ClassVar[frozenset[str]] = frozenset({"full", "lora", "qlora", "bias"})
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Switch on the head's gradients."""
+        if task == "causal-language-modelling":
+            raise ModelError("the technique classifier trains a new head, which causal-language-modelling has not")
+        require(model, head_names(model))

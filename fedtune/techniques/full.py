@@ -1,0 +1,30 @@
+"""Full fine-tuning: every parameter is trained.
+
+What: all weights and biases follow the gradient; batch-norm statistics stay those of the pretrained model.
+Saves: nothing. It is the yardstick the others are measured against.
+Sends: every parameter, both ways, every round.
+Use when: the model is small or the device is large, and quality is all that counts.
+Avoid when: memory or uplink is short; a low-rank or bias-only technique then comes close for a fraction of both.
+Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (arXiv 1602.05629),
+Algorithm 1, where whole models are averaged.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+from fedtune.recipe import Task
+from fedtune.techniques._technique import Technique, require
+
+__all__ = ["Full"]
+
+
+class Full(Technique):
+    """Train everything."""
+
+    name: ClassVar[str] = "full"
+    excludes: ClassVar[frozenset[str]] = frozenset({"classifier", "lora", "qlora", "bias"})
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Switch on every gradient."""
+        require(model, [name for name, _ in model.named_parameters()])

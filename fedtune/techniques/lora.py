@@ -1,0 +1,26 @@
+"""LoRA: a trained low-rank pair B A beside each frozen linear layer, aggregated exactly.
+
+What: y = W x + (alpha / rank) B A x with W frozen, B zero at the start; a classifier's new head is trained too.
+Saves: gradients and optimiser state of W, and the inputs of W that only its own gradient needs.
+Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
+Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted mean
+of what they send is the weighted mean of their products. ``exact: freeze-a`` never trains A: cheaper, less capacity.
+Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
+Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``.
+Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs
+via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755); freezing A: Sun et al., "Improving LoRA in
+Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).
+"""
+
+from typing import ClassVar
+
+from fedtune.techniques._low_rank import LowRank
+
+__all__ = ["Lora"]
+
+
+class Lora(LowRank):
+    """A low-rank pair beside full-precision layers."""
+
+    name: ClassVar[str] = "lora"
+    excludes: ClassVar[frozenset[str]] = frozenset({"full", "classifier", "qlora"})

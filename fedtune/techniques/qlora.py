@@ -1,0 +1,35 @@
+"""QLoRA: LoRA beside layers whose frozen weights rest in four-bit NormalFloat.
+
+What: the base's linear layers are stored as NF4 blocks with doubly quantised scales and expanded while they are used;
+the low-rank pair, and a classifier's new head, are trained in full precision.
+Saves: about three quarters of the weights' memory on top of what LoRA saves; activations stay as they are.
+Sends: what LoRA sends. The base never travels.
+Use when: the weights themselves do not fit the device.
+Avoid when: they fit: expanding four-bit weights costs time on a processor, and the base carries a rounding error.
+Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels by bitsandbytes.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from fedtune.techniques._low_rank import LowRank
+
+__all__ = ["Qlora"]
+
+
+class Qlora(LowRank):
+    """A low-rank pair beside NF4 layers."""
+
+    name: ClassVar[str] = "qlora"
+    excludes: ClassVar[frozenset[str]] = frozenset({"full", "classifier", "lora"})
+
+    def quantisation(self) -> Any:
+        """NF4 with double quantisation, computing in single precision."""
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )

@@ -1,0 +1,114 @@
+"""A database that is safe to share: how it is opened, how it locks, and what its errors mean in words."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from fedtune.errors import StoreError
+
+__all__ = ["connect", "explained", "file_of", "reader", "writer"]
+
+_PATIENCE = "30"  # seconds SQLite waits for another process's transaction; ?timeout= in the URL says otherwise
+_BEGIN = "fedtune_begin"
+_MEANING = {
+    sqlite3.SQLITE_BUSY: "is locked by another process; wait until that one has ended, or stop it",
+    sqlite3.SQLITE_LOCKED: "is locked by another connection; wait until that one has ended",
+    sqlite3.SQLITE_READONLY: "is read-only; make the file and its folder writable or choose another with --store",
+    sqlite3.SQLITE_FULL: "cannot grow because the disk is full; free some space and try again",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that its folder exists and is writable, or use --store",
+    sqlite3.SQLITE_NOTADB: "is not a SQLite database; choose another file with --store",
+    sqlite3.SQLITE_CORRUPT: "is damaged; restore it from a copy or choose another with --store",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error; check the disk",
+}
+
+
+def connect(url: str) -> Engine:
+    """An engine for a SQLAlchemy URL, its folder made; nothing is read or written yet."""
+    target = _target(url)
+    if path := file_of(target):
+        _make_folder(path)
+    try:
+        engine = create_engine(target)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise StoreError(_no_driver(target)) from error
+    except (ArgumentError, ValueError) as error:
+        raise StoreError(f"--store {_shown(target)} has an option that does not hold: {error}") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _target(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError) as error:
+        raise StoreError(f"--store {text} is no SQLAlchemy URL; write e.g. sqlite:////home/me/store.sqlite") from error
+    if url.get_backend_name() == "sqlite" and "timeout" not in url.query:
+        return url.update_query_dict({"timeout": _PATIENCE})
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+
+
+def _no_driver(url: URL) -> str:
+    mend = "pip install 'fedtune[postgresql]'" if url.get_backend_name() == "postgresql" else "install its driver"
+    return f"no driver for the store {_shown(url)} is installed; {mend}"
+
+
+def file_of(url: URL) -> Path | None:
+    """The file a SQLite URL names; None for a database in memory, a ``file:`` URI or a server."""
+    database = url.database or ":memory:"
+    plain = url.get_backend_name() == "sqlite" and not database.startswith((":memory:", "file:"))
+    return Path(database) if plain else None
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make {path.parent} for the store: {error.strerror}; choose another place") from error
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:
+    # The driver's own BEGIN comes too late and skips DDL and reads; SQLAlchemy's begin event sends it instead.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A writer takes the lock at once: upgrading a read transaction fails instead of waiting.
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'DEFERRED')}")
+
+
+@contextmanager
+def reader(engine: Engine) -> Iterator[Connection]:
+    """One consistent view of the database, taken without locking writers out."""
+    with explained(engine.url), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def writer(engine: Engine) -> Iterator[Connection]:
+    """One transaction that waits for other writers and is kept whole or not at all."""
+    with explained(engine.url), engine.execution_options(**{_BEGIN: "IMMEDIATE"}).begin() as connection:
+        yield connection
+
+
+@contextmanager
+def explained(url: URL) -> Iterator[None]:
+    """Turn what a database driver raises into one StoreError sentence."""
+    try:
+        yield
+    except DBAPIError as error:
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        meaning = _MEANING.get(code, f"cannot be used: {' '.join(str(error.orig).split())}")
+        raise StoreError(f"the store {_shown(url)} {meaning}") from error
+
+
+def _shown(url: URL) -> str:
+    return str(file_of(url) or url.set(query={}).render_as_string(hide_password=True))

@@ -1,0 +1,53 @@
+"""A run as JSON: the stable schema that docs/runs-schema.md describes."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedtune import home
+from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
+
+__all__ = ["document", "text"]
+
+
+def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
+    """A run with its metrics and newest checkpoint; ``detailed`` adds every round with its contributions."""
+    checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
+    found = asdict(run) | {
+        "recipe": json.loads(run.recipe),
+        "created": run.created.isoformat(),
+        "finished": run.finished.isoformat() if run.finished else None,
+        "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+    }
+    return found | {"rounds": [_round(record) for record in rounds]} if detailed else found
+
+
+def text(value: Any) -> str:
+    """JSON text; what is not a finite number becomes null, since JSON has no word for it."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _checkpoint(number: int, checkpoint: CheckpointRecord) -> dict[str, Any]:
+    return {"round": number} | asdict(checkpoint) | {"path": str(home.runs() / checkpoint.path)}
+
+
+def _round(record: RoundRecord) -> dict[str, Any]:
+    return {
+        "number": record.number,
+        "status": record.status,
+        "reason": record.reason,
+        "seconds": record.seconds,
+        "contributions": [asdict(contribution) for contribution in record.contributions],
+        "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

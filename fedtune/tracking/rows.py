@@ -1,0 +1,80 @@
+"""Between records and rows: field names are column names, so one function serves every table below a round."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Table, and_, func, select
+
+from fedtune.tracking import tables
+from fedtune.tracking.records import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord
+
+__all__ = ["of_children", "of_round", "read_newest_scores", "read_rounds"]
+
+Child = TypeVar("Child", ContributionRecord, MetricRecord, CheckpointRecord)
+Row = dict[str, Any]
+Key = tuple[str, int]
+
+
+def of_round(run_id: str, record: RoundRecord) -> Row:
+    """The row of the round itself."""
+    own = ("number", "status", "reason", "seconds")
+    return {"run_id": run_id} | {name: getattr(record, name) for name in own}
+
+
+def of_children(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
+    """The rows below a round, by table; tables without a row are left out."""
+    key = {"run_id": run_id, "round": record.number}
+    checkpoint = (record.checkpoint,) if record.checkpoint else ()
+    groups = zip(tables.CHILDREN, (record.contributions, record.metrics, checkpoint), strict=True)
+    return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
+
+
+def read_rounds(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[RoundRecord]]:
+    """The rounds of several runs in order: contributions by client, metrics by part, domain and name."""
+    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids)
+    metrics = _below(connection, tables.metrics, MetricRecord, run_ids)
+    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids)
+    found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
+    for row in _select(connection, tables.rounds, run_ids):
+        run_id = row.pop("run_id")
+        key = (run_id, row["number"])
+        checkpoint = next(iter(checkpoints[key]), None)
+        found[run_id].append(
+            RoundRecord(
+                **row, contributions=tuple(contributions[key]), metrics=tuple(metrics[key]), checkpoint=checkpoint
+            )
+        )
+    return found
+
+
+def read_newest_scores(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
+    """Per run, the newest value of each held-out metric over all domains, with its round."""
+    table = tables.metrics.c
+    own = (table.run_id, table.part, table.domain, table.name)
+    newest = select(*own, func.max(table.round).label("round")).group_by(*own)
+    last = newest.where(table.domain == "all", table.part != "train").subquery()
+    key = [table[column.name] == column for column in last.c]
+    found: dict[str, list[tuple[int, MetricRecord]]] = defaultdict(list)
+    for row in connection.execute(select(tables.metrics).join(last, and_(*key))).mappings():
+        found[row["run_id"]].append((row["round"], _record(MetricRecord, row)))
+    return found
+
+
+def _record(record: type[Child], row: Mapping[Any, Any]) -> Child:
+    return record(**{field.name: row[field.name] for field in fields(record)})
+
+
+def _below(
+    connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str]
+) -> defaultdict[Key, list[Child]]:
+    found: defaultdict[Key, list[Child]] = defaultdict(list)
+    for row in _select(connection, table, run_ids):
+        found[row["run_id"], row["round"]].append(_record(record, row))
+    return found
+
+
+def _select(connection: Connection, table: Table, run_ids: Sequence[str]) -> list[Row]:
+    wanted = select(table).where(table.c.run_id.in_(run_ids)).order_by(*table.primary_key.columns)
+    return [dict(row) for row in connection.execute(wanted).mappings()]

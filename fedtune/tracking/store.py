@@ -1,0 +1,178 @@
+"""The run store: a round is written in one transaction, after its checkpoint is safely on disk."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Self
+
+from sqlalchemy import Connection, Engine, Select, delete, func, insert, select, update
+
+from fedtune import home
+from fedtune.errors import StoreError
+from fedtune.tracking import rows, schema, tables
+from fedtune.tracking.database import connect, reader, writer
+from fedtune.tracking.lock import alive
+from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
+
+__all__ = ["Store"]
+
+
+class Store:
+    """Runs and what they recorded, in any database SQLAlchemy reaches; safe to use from several processes at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str | None = None) -> Self:
+        """The store at a SQLAlchemy URL, by default ``fedtune.home.store_url()``; created or upgraded when needed."""
+        store = cls(connect(url or home.store_url()))
+        try:
+            schema.prepare(store._engine)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def create_run(self, *, id: str, name: str, recipe: str, seed: int, engine: str, rounds_planned: int) -> None:  # noqa: A002
+        """Record a run that starts now; ``recipe`` is JSON text."""
+        row = {"id": id, "name": name, "recipe": recipe, "seed": seed, "engine": engine}
+        with writer(self._engine) as connection:
+            if _status(connection, id) is not None:
+                raise StoreError(f"there is a run {id} already; choose another id")
+            state = {"status": "running", "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
+            connection.execute(insert(tables.runs), row | state)
+
+    def commit_round(self, run_id: str, record: RoundRecord) -> None:
+        """Write a round and all it brought in one transaction; StoreError when its number is taken."""
+        with writer(self._engine) as connection:
+            _expect(connection, run_id)
+            if _has_round(connection, run_id, record.number):
+                raise StoreError(f"round {record.number} of run {run_id} is recorded already; go on at the next round")
+            connection.execute(insert(tables.rounds), rows.of_round(run_id, record))
+            for table, children in rows.of_children(run_id, record):
+                connection.execute(insert(table), children)
+
+    def finish(self, run_id: str, status: str, reason: str = "") -> None:
+        """Record how a run ended: completed, failed or interrupted."""
+        change = {"status": status, "reason": reason, "finished": datetime.now(UTC)}
+        with writer(self._engine) as connection:
+            _expect(connection, run_id)
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
+    def reopen(self, run_id: str) -> None:
+        """Make a run that did not complete a running one again, to resume it."""
+        with writer(self._engine) as connection:
+            if _expect(connection, run_id) == "completed":
+                raise StoreError(f"run {run_id} is completed; there is nothing to resume")
+            change = {"status": "running", "reason": "", "finished": None}
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
+    def run(self, reference: str) -> RunRecord:
+        """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
+        with reader(self._engine) as connection:
+            found = _find(connection, _resolve(connection, reference))
+        return _as_it_is(found)
+
+    def runs(self) -> list[RunRecord]:
+        """Every run, newest first."""
+        with reader(self._engine) as connection:
+            found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
+        return [_as_it_is(run) for run in found]
+
+    def rounds(self, run_id: str) -> list[RoundRecord]:
+        """The rounds of a run in order."""
+        return self.rounds_of([run_id])[run_id]
+
+    def rounds_of(self, run_ids: Iterable[str]) -> dict[str, list[RoundRecord]]:
+        """The rounds of several runs, with the same few queries however many there are."""
+        with reader(self._engine) as connection:
+            return rows.read_rounds(connection, list(run_ids))
+
+    def newest_scores(self) -> dict[str, list[tuple[int, MetricRecord]]]:
+        """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
+        with reader(self._engine) as connection:
+            return rows.read_newest_scores(connection)
+
+    def delete(self, run_id: str) -> None:
+        """Remove a run and every row below it; its files are the caller's."""
+        with writer(self._engine) as connection:
+            _expect(connection, run_id)
+            connection.execute(delete(tables.runs).where(tables.runs.c.id == run_id))
+
+
+_completed = (
+    select(func.count())
+    .where(tables.rounds.c.run_id == tables.runs.c.id, tables.rounds.c.status == "completed")
+    .where(tables.rounds.c.number > 0)
+    .scalar_subquery()
+    .label("rounds_completed")
+)
+
+
+def _newest_first() -> Select[tuple[object, ...]]:
+    return select(tables.runs, _completed).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+
+
+def _find(connection: Connection, run_id: str) -> RunRecord:
+    return RunRecord(**connection.execute(_newest_first().where(tables.runs.c.id == run_id)).mappings().one())
+
+
+def _as_it_is(run: RunRecord) -> RunRecord:
+    """A run whose owner is gone without a word was interrupted, whatever its row says."""
+    return replace(run, status="interrupted") if run.status == "running" and not alive(run.id) else run
+
+
+def _status(connection: Connection, run_id: str) -> str | None:
+    return connection.execute(select(tables.runs.c.status).where(tables.runs.c.id == run_id)).scalar()
+
+
+def _expect(connection: Connection, run_id: str) -> str:
+    status = _status(connection, run_id)
+    if status is None:
+        raise _unknown(connection, run_id)
+    return status
+
+
+def _has_round(connection: Connection, run_id: str, number: int) -> bool:
+    key = (tables.rounds.c.run_id == run_id) & (tables.rounds.c.number == number)
+    return connection.execute(select(tables.rounds.c.number).where(key)).first() is not None
+
+
+def _resolve(connection: Connection, reference: str) -> str:
+    """The one id a reference means."""
+    ids = _ids(connection)
+    if reference == "latest" and ids:
+        return ids[0]
+    if reference in ids:
+        return reference
+    matches = [run_id for run_id in ids if reference and run_id.startswith(reference)]
+    if len(matches) > 1:
+        raise StoreError(f"several runs begin with {reference!r}: {', '.join(matches[:5])}; write more of the id")
+    if not matches:
+        raise _unknown(connection, reference)
+    return matches[0]
+
+
+def _ids(connection: Connection) -> Sequence[str]:
+    order = select(tables.runs.c.id).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+    return connection.execute(order).scalars().all()
+
+
+def _unknown(connection: Connection, reference: str) -> StoreError:
+    ids = _ids(connection)
+    if not ids:
+        return StoreError("the store holds no run yet; start one with fedtune simulate RECIPE")
+    near = difflib.get_close_matches(reference, ids, n=3, cutoff=0.5) or ids[:3]
+    return StoreError(f"there is no run {reference!r}; the nearest are {', '.join(near)}")

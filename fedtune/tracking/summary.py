@@ -1,0 +1,119 @@
+"""What a reader asks of a run first: its main metric, before and after per domain, what was sent, what peaked."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.tracking.records import ContributionRecord, MetricRecord, RoundRecord
+
+__all__ = [
+    "Score",
+    "Totals",
+    "before_and_after",
+    "differences",
+    "domains",
+    "main_metric",
+    "result",
+    "scores",
+    "series",
+    "totals",
+    "training_loss",
+]
+
+Score = tuple[int, MetricRecord]
+
+_MAIN = ("accuracy", "perplexity", "loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over all rounds, in bytes and seconds; the two peaks are the largest of any client and round."""
+
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    saved_bytes: int
+    peak_rss: int
+    merged: int
+    asked: int
+
+
+def totals(rounds: Sequence[RoundRecord]) -> Totals:
+    """What a run cost."""
+    every = [contribution for record in rounds for contribution in record.contributions]
+    return Totals(
+        bytes_down=sum(one.bytes_down for one in every),
+        bytes_up=sum(one.bytes_up for one in every),
+        seconds=sum(record.seconds for record in rounds),
+        saved_bytes=max((one.saved_bytes for one in every), default=0),
+        peak_rss=max((one.peak_rss for one in every), default=0),
+        merged=sum(one.status == "merged" for one in every),
+        asked=len(every),
+    )
+
+
+def scores(rounds: Sequence[RoundRecord]) -> list[Score]:
+    """Every metric with the number of its round."""
+    return [(record.number, metric) for record in rounds for metric in record.metrics]
+
+
+def main_metric(scored: Iterable[Score]) -> str | None:
+    """The first of accuracy, perplexity and loss that was measured on held-out examples."""
+    found = {metric.name for _, metric in scored if metric.part != "train"}
+    return next((name for name in _MAIN if name in found), None)
+
+
+def series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> dict[int, float]:
+    """One metric by round number."""
+    wanted = (part, domain, name)
+    return {number: one.value for number, one in scores(rounds) if (one.part, one.domain, one.name) == wanted}
+
+
+def domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
+    """The domains a metric was reported for, ``all`` last."""
+    found = {metric.domain for _, metric in scores(rounds) if (metric.part, metric.name) == (part, name)}
+    return sorted(found, key=lambda domain: (domain == "all", domain))
+
+
+def before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
+    """Per domain, the metric before any training and the last one after some; NaN where it was not scored."""
+    found = {domain: series(rounds, part, domain, name) for domain in domains(rounds, part, name)}
+    return {domain: (values.pop(0, math.nan), _last(values)) for domain, values in found.items()}
+
+
+def _last(values: Mapping[int, float]) -> float:
+    return values[max(values)] if values else math.nan
+
+
+def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
+    """A run's headline: part, metric and value, from the test part once it was scored after training."""
+    name = main_metric(scored)
+    of_part: dict[str, dict[int, float]] = {"test": {}, "validation": {}}
+    for number, metric in scored:
+        if (metric.domain, metric.name) == ("all", name) and metric.part in of_part:
+            of_part[metric.part][number] = metric.value
+    part = "test" if max(of_part["test"], default=0) > 0 or not of_part["validation"] else "validation"
+    return (part, name, _last(of_part[part])) if name and of_part[part] else None
+
+
+def training_loss(contributions: Sequence[ContributionRecord]) -> float:
+    """Mean loss of the merged contributions by examples; NaN without any."""
+    merged = [one for one in contributions if one.status == "merged"]
+    examples = sum(one.examples for one in merged)
+    return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
+
+
+def differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The dotted settings in which recipes differ, with each recipe's value (None where it has none)."""
+    flat = [_flat(recipe) for recipe in recipes]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = {key: [settings.get(key) for settings in flat] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {at: value}
+    pairs = [(f"{at}.{key}" if at else str(key), child) for key, child in value.items()]
+    return {key: leaf for name, child in pairs for key, leaf in _flat(child, name).items()}

@@ -1,0 +1,135 @@
+"""The tables of the newest schema; a run's rows hang below it and leave with it."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Double,
+    ForeignKeyConstraint,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+__all__ = ["CHILDREN", "Measured", "Utc", "checkpoints", "contributions", "metadata", "metrics", "rounds", "runs"]
+
+
+class Utc(TypeDecorator[datetime]):
+    """A moment, kept and returned in UTC also where the database knows no time zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """To UTC."""
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """From UTC, marked as such."""
+        return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
+
+
+class Measured(TypeDecorator[float]):
+    """A float whose "not a number" survives in every database: SQLite has none, so NULL stands for it."""
+
+    impl = Double
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Any) -> float | None:
+        """NaN becomes NULL."""
+        return None if value is None or math.isnan(value) else float(value)
+
+    def process_result_value(self, value: float | None, dialect: Any) -> float:
+        """NULL becomes NaN."""
+        return math.nan if value is None else value
+
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+
+def _of_round() -> list[Column[Any] | ForeignKeyConstraint]:
+    """The key of a table whose rows belong to one round."""
+    return [
+        Column("run_id", String(64), primary_key=True),
+        Column("round", Integer, primary_key=True),
+        ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.number"], ondelete="CASCADE"),
+    ]
+
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("recipe", Text, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("engine", String(32), nullable=False),
+    Column("created", Utc, nullable=False, index=True),
+    Column("finished", Utc),
+    Column("rounds_planned", Integer, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("status", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("seconds", Measured),
+    ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
+)
+
+contributions = Table(
+    "contributions",
+    metadata,
+    *_of_round(),
+    Column("client", Integer, primary_key=True),
+    Column("device", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("examples", BigInteger, nullable=False),
+    Column("bytes_down", BigInteger, nullable=False),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("seconds", Measured),
+    Column("saved_bytes", BigInteger, nullable=False),
+    Column("peak_rss", BigInteger, nullable=False),
+    Column("norm", Measured),
+    Column("loss", Measured),
+)
+
+metrics = Table(
+    "metrics",
+    metadata,
+    *_of_round(),
+    Column("part", String(16), primary_key=True),
+    Column("domain", String(255), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("value", Measured),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    *_of_round(),
+    Column("path", Text, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+)
+
+CHILDREN = (contributions, metrics, checkpoints)

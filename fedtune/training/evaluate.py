@@ -1,0 +1,83 @@
+"""Scoring a model on held-out examples, over all of them and per domain."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtune.data import Encoded
+from fedtune.recipe import Task
+
+__all__ = ["Score", "score"]
+
+
+class Score(NamedTuple):
+    """One figure: ``domain`` is a domain's name, ``all`` for every example, ``mean`` for the mean over domains."""
+
+    domain: str
+    name: str
+    value: float
+
+
+@dataclass
+class _Tally:
+    """Sums over predictions: texts or images count once, language models count once per token."""
+
+    count: int = 0
+    correct: int = 0
+    loss: float = 0.0
+
+    def add(self, count: int, correct: int, loss: float) -> None:
+        self.count += count
+        self.correct += correct
+        self.loss += loss
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: Encoded, batch: int, task: Task) -> list[Score]:
+    """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain."""
+    model.eval()
+    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    for start in range(0, len(data), batch):
+        chosen = range(start, min(start + batch, len(data)))
+        rows = _predict(model, data, chosen, task)
+        for index, row in zip(chosen, rows, strict=True):
+            tallies["all"].add(*row)
+            if data.domains is not None:
+                tallies[data.domains[index]].add(*row)
+    return list(_figures(tallies, task))
+
+
+def _predict(model: nn.Module, data: Encoded, chosen: Sequence[int], task: Task) -> list[tuple[int, int, float]]:
+    """Predictions, correct ones and summed loss of each example of a batch."""
+    inputs = data.batch(chosen)
+    labels = inputs.pop("labels")
+    logits: Tensor = model(**inputs).logits.float()
+    if task == "causal-language-modelling":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    else:
+        logits, labels = logits[:, None], labels[:, None]
+    counted = labels != -100
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    correct = (logits.argmax(-1) == labels) & counted
+    return list(zip(counted.sum(1).tolist(), correct.sum(1).tolist(), (loss * counted).sum(1).tolist(), strict=True))
+
+
+def _figures(tallies: dict[str, _Tally], task: Task) -> Iterator[Score]:
+    accuracies = []
+    for domain, tally in sorted(tallies.items()):
+        loss = tally.loss / max(1, tally.count)
+        accuracy = tally.correct / max(1, tally.count)
+        yield Score(domain, "accuracy", accuracy)
+        yield Score(domain, "loss", loss)
+        if task == "causal-language-modelling":
+            yield Score(domain, "perplexity", math.exp(min(loss, 700.0)))
+        if domain != "all":
+            accuracies.append(accuracy)
+    if accuracies:
+        yield Score("mean", "accuracy", sum(accuracies) / len(accuracies))

@@ -1,0 +1,143 @@
+"""The local loop a device runs in one round: from the shared state to a delta of what it trained."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune.data import Encoded
+from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+from fedtune.techniques import Technique, begin_round, trained
+from fedtune.training.optimiser import make_optimiser, rate
+from fedtune.training.state import load_state, read_state
+
+__all__ = ["Outcome", "batches", "processor_threads", "total_steps", "train"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one client's round gave: ``delta`` (trained minus received, fp32) and what it cost."""
+
+    delta: dict[str, Tensor]
+    examples: int
+    loss: float
+    seconds: float
+    saved_bytes: int
+    peak_rss: int
+
+
+def train(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    state: Mapping[str, Tensor],
+    data: Encoded,
+    indices: Sequence[int],
+    recipe: Recipe,
+    number: int,
+    client: int,
+) -> Outcome:
+    """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
+
+    Every random number comes from (seed, round, client), so the outcome does not depend on what ran before.
+    """
+    started = time.perf_counter()
+    reset_peak_rss()
+    load_state(model, state)
+    begin_round(techniques, model, number)
+    before = read_state(model, trained(model))
+    with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
+        loss, saved_bytes, examples = _run(model, data, indices, recipe, number, client)
+    after = read_state(model, before)
+    delta = {name: after[name] - before[name] for name in before}
+    return Outcome(delta, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
+
+
+def _run(
+    model: nn.Module, data: Encoded, indices: Sequence[int], recipe: Recipe, number: int, client: int
+) -> tuple[float, int, int]:
+    """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
+    settings = recipe.train
+    steps = total_steps(len(indices), recipe)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = make_optimiser(settings, parameters)
+    _train_mode(model)
+    losses, saved_bytes, examples = [], 0, 0
+    order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"))
+    for step, chosen in enumerate(order):
+        _set_rate(optimiser, settings.lr * rate(settings, ((number - 1) + step / steps) / recipe.federation.rounds))
+        batch = data.batch(chosen)
+        if step == 0:
+            loss, saved_bytes = _metered_step(model, batch)
+        else:
+            loss = _step(model, batch)
+        if settings.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss)
+        examples += len(chosen)
+    return float(np.mean(losses)), saved_bytes, examples
+
+
+def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    loss: Tensor = model(**batch).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _metered_step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int]:
+    """A step, and the bytes its forward pass kept for its backward pass."""
+    with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
+        loss: Tensor = model(**batch).loss
+        kept = meter.bytes
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), kept
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Dropout on; batch-norm statistics stay those of the pretrained model."""
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def total_steps(examples: int, recipe: Recipe) -> int:
+    """Optimiser steps of one client in one round."""
+    settings = recipe.train
+    per_epoch = -(-examples // settings.batch)
+    return settings.steps or per_epoch * (settings.epochs or 1)
+
+
+def batches(indices: Sequence[int], batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """``steps`` batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller."""
+    random = np.random.default_rng(seed)
+    left = steps
+    while left:
+        order = random.permutation(np.asarray(indices))
+        for start in range(0, len(order), batch)[:left]:
+            yield order[start : start + batch].tolist()
+            left -= 1
+
+
+@contextmanager
+def processor_threads(count: int) -> Iterator[None]:
+    """Use ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,115 @@
+"""What a process builds once and uses for every client and round: the model, its techniques and the encoded data."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import nn
+
+from fedtune import data, models, techniques
+from fedtune.errors import ModelError
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+from fedtune.techniques import Technique
+
+__all__ = ["Workshop", "adopt", "build_model", "workshop"]
+
+
+def build_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
+    """The model with its techniques applied, the techniques, and the names of the tensors a federation shares."""
+    chosen = techniques.choose(recipe.train.techniques)
+    quantised = [found for found in (technique.quantisation() for technique in chosen) if found is not None]
+    if len(quantised) > 1:
+        raise ModelError("two techniques want to quantise the base; keep one of them")
+    model = models.load(
+        recipe.model,
+        recipe.task,
+        labels,
+        seed=derive(recipe.seed, "head"),
+        quantisation=quantised[0] if quantised else None,
+    )
+    shared = techniques.apply(chosen, model, recipe.task, derive(recipe.seed, "techniques"))
+    return model, chosen, shared
+
+
+@dataclass
+class Workshop:
+    """A recipe with all that is built from it; each part is made when it is first asked for."""
+
+    recipe: Recipe
+    corpus: data.Corpus = field(repr=False)
+    model: nn.Module = field(repr=False)
+    techniques: tuple[Technique, ...]
+    shared: list[str] = field(repr=False)
+
+    @cached_property
+    def clients(self) -> list[np.ndarray]:
+        """Indices into the training part, one sorted array per client."""
+        return data.split(self.recipe, self.corpus.train)
+
+    @cached_property
+    def train(self) -> data.Encoded:
+        """The training part, encoded."""
+        return self._encode("train")
+
+    @cached_property
+    def validation(self) -> data.Encoded:
+        """The validation part, encoded."""
+        return self._encode("validation")
+
+    @cached_property
+    def test(self) -> data.Encoded:
+        """The test part, encoded."""
+        return self._encode("test")
+
+    @cached_property
+    def domain_of_client(self) -> dict[int, str]:
+        """The domain most of a client's examples belong to; empty when the data has no domains."""
+        domains = self.train.domains
+        if domains is None:
+            return {}
+        mixes = {client: Counter(domains[index] for index in indices) for client, indices in enumerate(self.clients)}
+        return {client: mix.most_common(1)[0][0] for client, mix in mixes.items()}
+
+    def share_memory(self) -> None:
+        """Move the model into memory that worker processes can map, and split and encode before they do."""
+        self.model.share_memory()
+        _ = self.clients, self.train
+
+    def own_trained(self) -> None:
+        """In a worker process: replace the mapped copies of what is trained by own ones."""
+        parameters = dict(self.model.named_parameters())
+        for name in self.shared:
+            parameters[name].data = parameters[name].data.clone()
+
+    def _encode(self, part: str) -> data.Encoded:
+        texts = self.recipe.task != "image-classification"
+        tokenizer = models.tokenizer(self.recipe.model) if texts else None
+        return data.encode(getattr(self.corpus, part), self.recipe, tokenizer)
+
+
+_built: dict[str, Workshop] = {}
+
+
+def workshop(recipe: str) -> Workshop:
+    """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
+    if recipe not in _built:
+        adopt(_build(recipe))
+    return _built[recipe]
+
+
+def adopt(shop: Workshop) -> None:
+    """Make a workshop the one this process uses for its recipe."""
+    _built.clear()
+    _built[shop.recipe.model_dump_json()] = shop
+
+
+def _build(recipe: str) -> Workshop:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parsed = Recipe.model_validate_json(recipe)
+    corpus = data.load(parsed)
+    model, chosen, shared = build_model(parsed, corpus.labels)
+    return Workshop(parsed, corpus, model, chosen, shared)

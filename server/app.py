@@ -1,0 +1,37 @@
+"""The Flower ServerApp: opens the run a context names and carries it to its end."""
+
+import os
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.errors import FedtuneError
+from fedtune.tracking import Store, claim
+from fedtune.training import workshop
+from server.rounds import coordinate
+
+__all__ = ["app"]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run ``run`` of the store ``store``; its recipe is stored with it. ``home`` is fedtune's home folder."""
+    config = {key: str(value) for key, value in context.run_config.items()}
+    os.environ["FEDTUNE_HOME"] = config["home"]
+    with claim(config["run"]), Store.open(config["store"]) as store:
+        carry(grid, store, config["run"])
+
+
+def carry(grid: Grid, store: Store, run: str) -> None:
+    """Coordinate a run and record how it ended."""
+    try:
+        coordinate(grid, workshop(store.run(run).recipe), store, run)
+    except KeyboardInterrupt:
+        store.finish(run, "interrupted", "stopped by the user")
+        raise
+    except FedtuneError as error:
+        store.finish(run, "failed", str(error))
+        raise
+    store.finish(run, "completed")

@@ -1,0 +1,89 @@
+"""What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import Message, MetricRecord
+
+from fedtune.contribution import Contribution, Report, check
+from fedtune.errors import ContributionError
+from fedtune.files import write
+from fedtune.tracking import ContributionRecord
+
+__all__ = ["missing", "receive"]
+
+
+def receive(
+    reply: Message,
+    client: int,
+    device: str,
+    bytes_down: int,
+    expected: Mapping[str, tuple[int, ...]],
+    max_norm: float | None,
+    spool: Path,
+) -> tuple[ContributionRecord, Contribution | None]:
+    """The record of a reply, and the contribution when it is one that may be merged."""
+    if reply.has_error():
+        return _absent(client, device, "error", f"code {reply.error.code}: {reply.error.reason}", bytes_down), None
+    try:
+        payload = _payload(reply)
+        report = _report(reply.content.metric_records.get("report"))
+        norm = check(payload, expected, max_norm)
+    except ContributionError as error:
+        return _absent(client, device, "refused", str(error), bytes_down), None
+    path = spool / f"client-{client:06d}.safetensors"
+    write(path, payload)
+    record = ContributionRecord(
+        client=client,
+        device=device,
+        status="merged",
+        reason="",
+        examples=report.examples,
+        bytes_down=bytes_down,
+        bytes_up=len(payload),
+        seconds=report.seconds,
+        saved_bytes=report.saved_bytes,
+        peak_rss=report.peak_rss,
+        norm=norm,
+        loss=report.loss,
+    )
+    return record, Contribution(client, report.examples, path)
+
+
+def missing(client: int, device: str, bytes_down: int) -> ContributionRecord:
+    """The record of a client that did not answer in time."""
+    return _absent(client, device, "missing", "no reply before the deadline", bytes_down)
+
+
+def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ContributionRecord:
+    return ContributionRecord(
+        client=client,
+        device=device,
+        status=status,
+        reason=reason,
+        examples=0,
+        bytes_down=bytes_down,
+        bytes_up=0,
+        seconds=0.0,
+        saved_bytes=0,
+        peak_rss=0,
+        norm=0.0,
+        loss=0.0,
+    )
+
+
+def _payload(reply: Message) -> bytes:
+    record = reply.content.array_records.get("delta")
+    if record is None or list(record) != ["safetensors"]:
+        raise ContributionError("the reply carries no deltas; update the client")
+    return record["safetensors"].data
+
+
+def _report(record: MetricRecord | None) -> Report:
+    try:
+        report = Report(**record)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ContributionError("the reply carries no report that fits; update the client") from error
+    if type(report.examples) is not int or report.examples < 1:
+        raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
+    return report

