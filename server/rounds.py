@@ -33,9 +33,9 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     """Carry a run from its last committed round to its end; RoundError when not one round could be completed."""
     recipe = shop.recipe
     done = store.rounds(run)
-    state = _resumed(done) if done else _start(shop, store, run)
     first = done[-1].number + 1 if done else 1
     tell(RunStarted(run, first, recipe.federation.rounds))
+    state = _resumed(done) if done else _start(shop, store, run)
     nodes = wait_for_nodes(grid, recipe.clients)
     for number in range(first, recipe.federation.rounds + 1):
         state = _round(grid, shop, store, run, nodes, state, number)

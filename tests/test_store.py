@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine, event
 
@@ -64,6 +65,12 @@ def test_every_float_survives(store: Store, value: float) -> None:
     store.commit_round("film-1a2b", odd)
     [found] = store.rounds("film-1a2b")
     assert [repr(found.metrics[0].value), repr(found.contributions[0].loss)] == [repr(value)] * 2
+
+
+def test_a_float_of_numpy_is_kept_as_a_number(store: Store) -> None:
+    start(store)
+    store.commit_round("film-1a2b", a_round(1, metrics=(a_metric(np.float32(0.25)),)))  # type: ignore[arg-type]
+    assert store.rounds("film-1a2b")[0].metrics == (a_metric(0.25),)
 
 
 def test_only_completed_rounds_of_training_count_as_completed(store: Store) -> None:

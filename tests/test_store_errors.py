@@ -16,6 +16,7 @@ from sqlalchemy import Engine, event, text
 from fedtune.errors import StoreError
 from fedtune.tracking import Store, claim
 from fedtune.tracking.database import connect, reader
+from fedtune.tracking.lock import held
 from tests.store_examples import a_metric, a_round, fill, start
 
 NOBODY = 65534
@@ -173,6 +174,15 @@ def test_a_folder_one_may_not_write_is_said_so(folder: Path) -> None:
             pass
         sentence(caught)
     assert list(folder.iterdir()) == []
+
+
+def test_a_store_that_another_process_is_upgrading_is_said_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.tracking.upgrade._PATIENCE", 0.1)
+    lock = held(home / "store.sqlite.lock", 1, "")
+    with lock, pytest.raises(StoreError, match="is being upgraded by another process") as caught:
+        Store.open()
+    sentence(caught)
+    Store.open().close()
 
 
 def test_a_file_that_is_no_database_is_refused_and_left_alone(home: Path) -> None:

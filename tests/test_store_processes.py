@@ -1,5 +1,6 @@
 """Real processes, at the same time or killed half-way: nothing is lost, nothing is torn, and no owner is imagined."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -173,6 +174,14 @@ def test_a_forked_child_does_not_keep_a_dead_owner_alive() -> None:
     assert not alive("a")
     os.close(write)
     assert child.wait(10) == 1
+
+
+def test_others_who_look_at_the_same_time_are_no_owners(home: Path) -> None:
+    with claim("a"):
+        pass
+    with (home / "runs" / "a" / "lock").open("rb") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        assert not alive("a")
 
 
 def test_looking_whether_a_run_is_owned_makes_no_file_and_shuts_nobody_out(home: Path) -> None:

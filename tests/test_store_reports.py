@@ -1,4 +1,4 @@
-"""What is read out of recorded runs: figures, documents, tables and pictures, against values worked out by hand."""
+"""What is read out of recorded runs: figures, documents and tables, against values worked out by hand."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pyarrow.parquet
 import pytest
@@ -15,7 +14,6 @@ from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
 from fedtune.tracking.document import document, text
 from fedtune.tracking.export import export
-from fedtune.tracking.plot import plot
 from fedtune.tracking.summary import (
     before_and_after,
     differences,
@@ -30,7 +28,6 @@ from fedtune.tracking.summary import (
 from tests.store_examples import a_contribution, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -203,52 +200,3 @@ def test_an_export_that_breaks_off_leaves_nothing(
     with pytest.raises(StoreError, match="No space left on device"):
         export(recorded, "csv", tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
-
-
-def texts(path: Path) -> str:
-    """Everything an SVG says; matplotlib keeps each text as a comment beside its glyphs."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    root = ElementTree.parse(path, parser).getroot()
-    return "\n".join(element.text or "" for element in root.iter() if callable(element.tag))
-
-
-def test_one_run_is_drawn_by_domain(recorded: Recorded, tmp_path: Path) -> None:
-    plot(recorded[:1], tmp_path / "one.svg")
-    said = texts(tmp_path / "one.svg")
-    for expected in ("film-1a2b", "Accuracy on validation", "tweets", "Training loss", "from clients", "tablet", "GB"):
-        assert expected in said
-
-
-def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> None:
-    plot(recorded, tmp_path / "both.svg")
-    said = texts(tmp_path / "both.svg")
-    assert "2 runs compared" in said
-    assert "other" in said
-    assert "tweets" not in said
-
-
-@pytest.mark.parametrize(
-    "rounds",
-    [
-        [a_round(0)],
-        [a_round(0, metrics=()), a_round(1, metrics=(), contributions=())],
-        [a_round(1, metrics=(a_metric(math.nan),), contributions=(a_contribution(0, loss=math.nan, saved_bytes=0),))],
-        [a_round(1, metrics=(a_metric(31.5, "test", "all", "perplexity"),))],
-        [a_round(1, contributions=tuple(a_contribution(client) for client in range(500)))],
-    ],
-    ids=["untrained", "nothing measured", "diverged", "test only", "crowd"],
-)
-def test_whatever_was_recorded_can_be_drawn(recorded: Recorded, rounds: list[RoundRecord], tmp_path: Path) -> None:
-    plot([(recorded[0][0], rounds)], tmp_path / "odd.png")
-    assert (tmp_path / "odd.png").read_bytes().startswith(PNG)
-    plot([(recorded[0][0], rounds), recorded[1]], tmp_path / "odd2.png")
-
-
-def test_a_picture_needs_a_known_ending_a_round_and_a_place(recorded: Recorded, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"must end in \.png or \.svg"):
-        plot(recorded, tmp_path / "one.jpeg")
-    with pytest.raises(StoreError, match="no recorded round to draw yet"):
-        plot([(recorded[0][0], [])], tmp_path / "one.png")
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot write"):
-        plot(recorded, tmp_path / "file" / "one.png")

@@ -1,7 +1,6 @@
 """The command line: commands are imported when they are called, errors end in one sentence and a code."""
 
 import importlib
-import logging
 import os
 import sys
 
@@ -82,7 +81,6 @@ def _be_quiet() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _fail(sentence: str) -> None:

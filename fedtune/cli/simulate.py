@@ -19,7 +19,7 @@ __all__ = ["simulate"]
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
 @click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
 @click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
-@click.option("--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: cores]")
+@click.option("--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
 def simulate(
@@ -108,7 +108,7 @@ def _execute(shop: "Workshop", run: str, url: str, engine: str, workers: int | N
         if engine == "flower":
             run_flower(recipe, run, url)
         else:
-            run_local(shop, run, url, workers or default_workers(recipe.clients_per_round, recipe.train.threads))
+            run_local(shop, run, url, workers or default_workers(shop))
 
 
 def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:

@@ -26,6 +26,10 @@ class Encoded(Protocol):
     def domains(self) -> list[str] | None:
         """The domain of each example, where the data has any."""
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each example, where they differ."""
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -80,6 +84,7 @@ class Images:
     side: int
     labels: Tensor
     domains: list[str] | None
+    lengths: None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -105,7 +110,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, *
 def _pixels(dataset: Dataset, side: int) -> Tensor:
     """uint8 [n, c, h, w]: as they are when all have one size of at most ``side``, else scaled now."""
     if not isinstance(dataset.features["image"], Image):
-        return torch.from_numpy(np.array(dataset.with_format("numpy")[:]["image"])).unsqueeze(1)
+        return torch.from_numpy(np.array(dataset.with_format("numpy", dtype=np.uint8)[:]["image"])).unsqueeze(1)
     try:
         decoded = [_channels_first(image) for image in dataset["image"]]
     except OSError as error:

@@ -53,4 +53,4 @@ def _contents(dataset: Dataset) -> Iterator[bytes]:
         for stored in dataset.cast_column("image", Image(decode=False))["image"]:
             yield stored["bytes"] or Path(stored["path"]).read_bytes()
     else:
-        yield from (image.tobytes() for image in dataset.with_format("numpy")[:]["image"])
+        yield from (image.tobytes() for image in dataset.with_format("numpy", dtype=np.uint8)[:]["image"])

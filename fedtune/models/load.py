@@ -131,7 +131,7 @@ def _reason(error: Exception) -> str:
     for kind, reason in _REASONS.items():
         if kind in kinds:
             return reason
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    return " ".join(str(error).split("\n")[0].split()).rstrip(".:")
 
 
 _REASONS = {

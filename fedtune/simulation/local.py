@@ -13,6 +13,9 @@ from server.app import app as server_app
 
 __all__ = ["default_workers", "run_local"]
 
+_WORTH_A_POOL = 1_000_000
+"""Parameters of a model from which on starting worker processes pays."""
+
 
 def run_local(shop: Workshop, run: str, store: str, workers: int) -> None:
     """Execute a run that the store holds: clients in turn in this process, or in a pool of ``workers`` processes."""
@@ -24,6 +27,9 @@ def run_local(shop: Workshop, run: str, store: str, workers: int) -> None:
         crew.close()
 
 
-def default_workers(clients_per_round: int, threads: int) -> int:
-    """As many processes as the processor has room for and a round has work for."""
-    return max(1, min(clients_per_round, (os.cpu_count() or 1) // threads))
+def default_workers(shop: Workshop) -> int:
+    """As many processes as there are cores and clients for; one where clients are done before a pool would start."""
+    recipe = shop.recipe
+    if sum(parameter.numel() for parameter in shop.model.parameters()) < _WORTH_A_POOL:
+        return 1
+    return max(1, min(recipe.clients_per_round, (os.cpu_count() or 1) // recipe.train.threads))

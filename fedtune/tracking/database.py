@@ -23,7 +23,7 @@ _MEANING = {
     sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that its folder exists and is writable, or use --store",
     sqlite3.SQLITE_NOTADB: "is not a SQLite database; choose another file with --store",
     sqlite3.SQLITE_CORRUPT: "is damaged; restore it from a copy or choose another with --store",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error; check the disk",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk is full or failing; free some space or check it",
 }
 
 
@@ -74,14 +74,13 @@ def _make_folder(path: Path) -> None:
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
-    # The driver's own BEGIN comes too late and skips DDL and reads; SQLAlchemy's begin event sends it instead.
-    connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes the lock at once: upgrading a read transaction fails instead of waiting.
+    # The driver's own BEGIN comes too late, and skips DDL and reads. A writer takes its lock at once, since a read
+    # transaction that turns into a write one fails instead of waiting.
     connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'DEFERRED')}")
 
 

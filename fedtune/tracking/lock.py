@@ -10,26 +10,34 @@ from filelock import FileLock, Timeout
 from fedtune import home
 from fedtune.errors import StoreError
 
-__all__ = ["alive", "claim"]
+__all__ = ["alive", "claim", "held"]
+
+_INSTANT = 0.5  # seconds; not zero, for `alive` in another process shares the lock for an instant
 
 
 @contextmanager
-def claim(run_id: str) -> Iterator[None]:
-    """Own a run while the block lasts; StoreError when another process does."""
-    path = _path(run_id)
-    # Not zero: `alive` in another process holds a shared lock for an instant.
-    lock = FileLock(path, timeout=0.5, poll_interval=0.01)
+def held(path: Path, patience: float, refusal: str) -> Iterator[None]:
+    """Hold a lock file while the block lasts; StoreError when another process keeps it longer than ``patience`` s."""
+    lock = FileLock(path, timeout=patience, poll_interval=0.01)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise StoreError(f"run {run_id} is being executed by another process; wait for it or stop it") from error
+        raise StoreError(refusal) from error
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; make the folder writable") from error
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def claim(run_id: str) -> Iterator[None]:
+    """Own a run while the block lasts; StoreError when another process does."""
+    refusal = f"run {run_id} is being executed by another process; wait for it or stop it"
+    with held(_path(run_id), _INSTANT, refusal):
+        yield
 
 
 def alive(run_id: str) -> bool:

@@ -37,14 +37,14 @@ class Utc(TypeDecorator[datetime]):
 
 
 class Measured(TypeDecorator[float]):
-    """A float whose "not a number" survives in every database: SQLite has none, so NULL stands for it."""
+    """A float whose "not a number" survives in every database: SQLite has none and keeps it as NULL."""
 
     impl = Double
     cache_ok = True
 
     def process_bind_param(self, value: float | None, dialect: Any) -> float | None:
-        """NaN becomes NULL."""
-        return None if value is None or math.isnan(value) else float(value)
+        """A plain float also where NumPy's came in, which SQLite would keep as raw bytes."""
+        return None if value is None else float(value)
 
     def process_result_value(self, value: float | None, dialect: Any) -> float:
         """NULL becomes NaN."""

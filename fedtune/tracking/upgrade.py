@@ -7,23 +7,24 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from filelock import FileLock
 from sqlalchemy import Connection, Engine, text
 
 import migrations
 from fedtune.errors import StoreError
 from fedtune.tracking import schema
 from fedtune.tracking.database import explained, file_of, writer
+from fedtune.tracking.lock import held
 
 __all__ = ["settings", "upgrade"]
 
+_PATIENCE = 60.0  # seconds
 _ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the number by which PostgreSQL sessions take turns
 
 
 def settings(connection: Connection | None = None) -> Config:
     """Alembic's configuration for fedtune's migrations, on a connection that is already open."""
     config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
@@ -45,14 +46,12 @@ def _alone(engine: Engine) -> Iterator[None]:
     if path is None:
         yield
         return
-    try:
-        # Switching to WAL does not wait for other connections, however long the timeout: hence a lock beside the file.
-        with FileLock(path.with_name(f"{path.name}.lock")):
-            with explained(engine.url), engine.connect() as connection:
-                connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
-            yield
-    except OSError as error:
-        raise StoreError(f"cannot write beside the store {path}: {error.strerror}; choose another place") from error
+    # Switching to WAL does not wait for other connections, however long the timeout: hence a lock beside the file.
+    refusal = f"the store {path} is being upgraded by another process; wait until that one has ended"
+    with held(path.with_name(f"{path.name}.lock"), _PATIENCE, refusal):
+        with explained(engine.url), engine.connect() as connection:
+            connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
+        yield
 
 
 def _refuse_unknown(current: str | None) -> None:

