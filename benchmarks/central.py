@@ -1,8 +1,8 @@
 """Claim: the demo federation ends within 2 points of training in one place with as many gradient steps.
 
-For each seed: `fedtune simulate recipes/sentiment.yaml`, then the same model, techniques, learning rate and batch trained
-on all training examples together for clients x rounds x steps steps. The mean test accuracy over the four domains is
-compared. Splits do not depend on the seed; the heads, the orders and dropout do.
+For each seed: `fedtune simulate recipes/sentiment.yaml`, then the same model, techniques, learning rate and batch
+trained on all training examples together for clients x rounds x steps steps. The mean test accuracy over the four
+domains is compared. Splits do not depend on the seed; the heads, the orders and dropout do.
 
 Run: python -m benchmarks.central [--set train.lr=1e-3 ...] [--part validation]
 """

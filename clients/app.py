@@ -1,8 +1,10 @@
 """The Flower ClientApp: hands an order to the local loop and its outcome back. It holds no formula."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.contribution import Order, Report, pack, unpack
@@ -14,7 +16,7 @@ app = ClientApp()
 
 
 @app.train()
-def train_round(message: Message, context: Context) -> Message:
+def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
     order = _order(message.content.config_records["order"])
     shop = workshop(order.recipe)
@@ -35,5 +37,5 @@ def train_round(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _order(record: ConfigRecord) -> Order:
-    return Order(str(record["recipe"]), int(record["round"]), int(record["client"]))  # type: ignore[call-overload]
+def _order(record: Mapping[str, Any]) -> Order:
+    return Order(str(record["recipe"]), int(record["round"]), int(record["client"]))

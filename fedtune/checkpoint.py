@@ -18,7 +18,7 @@ __all__ = ["digest", "load", "save"]
 def save(path: Path, state: Mapping[str, Tensor]) -> str:
     """Write the state beside ``path`` and rename it; returns its digest."""
     with writing(path) as beside:
-        safetensors.torch.save_file(dict(state), beside)
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
     return digest(state)
 
 

@@ -62,7 +62,7 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
     """The tensors of a payload; ContributionError when it is not safetensors, a pickle for instance."""
     try:
         return safetensors.torch.load(payload)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
 
 

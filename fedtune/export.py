@@ -73,8 +73,7 @@ def _save_full(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, 
 def _forget_quantisation(model: PreTrainedModel) -> None:
     """All layers are plain by now; what still says otherwise would make the saved model load as four-bit."""
     if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer = None
-        model.is_quantized = False
+        model.__dict__.update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
 
 

@@ -43,7 +43,7 @@ Location = tuple[str | int, ...]
 class Section(BaseModel):
     """Settings that are values: frozen, and closed to keys they do not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Unit(Section):
@@ -168,6 +168,7 @@ class Train(Section):
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
     batch: int = Field(16, ge=1)
     length: int = Field(128, ge=2, description="tokens a text is cut to")
+    by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
     image: int = Field(96, ge=8, description="side in pixels an image is scaled to")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
@@ -258,9 +259,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML text; ``origin`` is what messages call it."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except _NOT_YAML as error:
         raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{origin} holds no recipe: it must be a mapping with keys such as {', '.join(_SHOWN)}")
@@ -268,10 +269,11 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(explain(error, Recipe, origin, _lines(node), overridden)) from error
+        raise RecipeError(explain(error, Recipe, origin, lines, overridden)) from error
 
 
 _SHOWN = ("name", "task", "model", "data")
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
 
 
 def _reason(error: Exception) -> str:
@@ -286,7 +288,7 @@ def _override(value: dict[str, Any], item: str) -> Location:
         raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
     try:
         setting = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"--set {item}: the value is not YAML") from error
     here: Any = value
     for position, key in enumerate(path[:-1]):
@@ -322,7 +324,7 @@ def explain(
     """The first problem of a validation as one sentence: file, line, key, what is allowed, nearest key."""
     detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = _without_tags(detail["loc"])
-    where = _where(location, origin, lines or {}, overridden or {})
+    where = _where(location, origin, lines or {}, _blamed(detail, location, overridden or {}))
     key = ".".join(str(part) for part in location)
     problem = _problem(detail, key, _siblings(model, location))
     return f"{where}: {problem}"
@@ -333,13 +335,18 @@ def _without_tags(location: Location) -> Location:
     return tuple(part for index, part in enumerate(location) if not (index and location[index - 1] == "split"))
 
 
+def _blamed(detail: ErrorDetails, location: Location, overridden: Mapping[Location, str]) -> Mapping[Location, str]:
+    """Overrides by the location they may spoil: a key set below a value spoils the value itself."""
+    if detail["type"] == "value_error":
+        return overridden
+    return {path[: len(location)]: item for path, item in overridden.items()}
+
+
 def _where(location: Location, origin: str, lines: Mapping[Location, int], overridden: Mapping[Location, str]) -> str:
-    for end in range(len(location), 0, -1):
-        if location[:end] in overridden:
-            return f"--set {overridden[location[:end]]}"
-        if location[:end] in lines:
-            return f"{origin}, line {lines[location[:end]]}"
-    return origin
+    prefixes = [location[:end] for end in range(len(location), 0, -1)]
+    places = [f"--set {overridden[prefix]}" for prefix in prefixes if prefix in overridden]
+    places += [f"{origin}, line {lines[prefix]}" for prefix in prefixes if prefix in lines]
+    return places[0] if places else origin
 
 
 def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
@@ -347,12 +354,17 @@ def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
         return f"unknown key {key!r}; {nearest(key.rsplit('.', 1)[-1], siblings)}"
     if detail["type"] == "missing":
         return f"the key {key!r} is missing"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+    if detail["type"] == "union_tag_not_found":
+        return f"the key '{key}.kind' is missing"
     if detail["type"] == "union_tag_invalid":
         return f"{key}.kind is {detail['ctx']['tag']!r}, but must be one of {detail['ctx']['expected_tags']}"
-    return f"{key} is {detail['input']!r}, but must be {message}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "it should be a mapping of keys to values"
+    subject, should, rule = message.partition(" should ")
+    return f"{key} is {detail['input']!r}, but must {rule}" if should else f"{key} is {detail['input']!r}: {subject}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

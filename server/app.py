@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import FedtuneError
 from fedtune.tracking import Store, claim
-from fedtune.training import workshop
+from fedtune.training import discard, workshop
 from server.rounds import coordinate
 
 __all__ = ["app"]
@@ -34,4 +34,6 @@ def carry(grid: Grid, store: Store, run: str) -> None:
     except FedtuneError as error:
         store.finish(run, "failed", str(error))
         raise
+    finally:
+        discard()
     store.finish(run, "completed")

@@ -1,6 +1,7 @@
 """What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from flwr.app import Message, MetricRecord
@@ -80,10 +81,12 @@ def _payload(reply: Message) -> bytes:
 
 
 def _report(record: MetricRecord | None) -> Report:
-    try:
-        report = Report(**record)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ContributionError("the reply carries no report that fits; update the client") from error
-    if type(report.examples) is not int or report.examples < 1:
+    if record is None or record.keys() != {field.name for field in fields(Report)}:
+        raise ContributionError("the reply carries no report that fits; update the client")
+    report = Report(**record)  # type: ignore[arg-type]
+    strange = [name for name, figure in record.items() if not isinstance(figure, int | float)]
+    if strange:
+        raise ContributionError(f"its report gives {strange[0]} as a list; update the client")
+    if not isinstance(report.examples, int) or report.examples < 1:
         raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
     return report

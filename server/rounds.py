@@ -6,7 +6,8 @@ random number is derived from the seed and the place it is used.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
     tell(RunStarted(run, first, recipe.federation.rounds))
+    _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
     nodes = wait_for_nodes(grid, recipe.clients)
     for number in range(first, recipe.federation.rounds + 1):
@@ -48,6 +50,24 @@ def sample(recipe: Recipe, number: int) -> list[int]:
     random = np.random.default_rng(derive(recipe.seed, number, "sample"))
     chosen = random.choice(recipe.clients, recipe.clients_per_round, replace=False)
     return sorted(chosen.tolist())
+
+
+def _sweep(run: str) -> None:
+    """Remove what a killed process left of its round: contributions and files that were not written to the end."""
+    for spool in (home.runs() / run).glob("*.spool"):
+        shutil.rmtree(spool)
+    for beside in (home.runs() / run).glob(".*.part"):
+        beside.unlink()
+
+
+@contextmanager
+def _spool(run: str, number: int) -> Iterator[Path]:
+    """A folder for the contributions of a round, gone when the block ends, however it does."""
+    folder = home.runs() / run / f"round-{number:04d}.spool"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resumed(done: Sequence[RoundRecord]) -> State:
@@ -70,17 +90,14 @@ def _round(
 ) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
-    recipe = shop.recipe
-    spool = home.runs() / run / f"round-{number:04d}.spool"
-    shutil.rmtree(spool, ignore_errors=True)
-    records, contributions = _gather(grid, shop, nodes, state, number, spool)
-    short = _shortage(records, recipe)
-    if not short:
-        step = merging.choose(recipe.merge)
-        state = merging.merge(step, state, _sent_names(shop, number), contributions)
+    with _spool(run, number) as spool:
+        records, contributions = _gather(grid, shop, nodes, state, number, spool)
+        short = _shortage(records, shop.recipe)
+        if not short:
+            step = merging.choose(shop.recipe.merge)
+            state = merging.merge(step, state, _sent_names(shop, number), contributions)
     metrics = _evaluate(shop, state, run, number)
     _commit(store, run, number, state, started, records, metrics, short)
-    shutil.rmtree(spool, ignore_errors=True)
     return state
 
 

@@ -1,6 +1,7 @@
 """``fedtune methods``: the techniques and merge steps there are, and their cards."""
 
 import json
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -39,7 +40,7 @@ def methods(name: str | None, as_json: bool) -> None:
         _show_list(rows)
 
 
-def _show_list(rows: list[dict[str, object]]) -> None:
+def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -51,7 +52,7 @@ def _show_list(rows: list[dict[str, object]]) -> None:
     click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
 
 
-def _show_card(row: dict[str, object]) -> None:
+def _show_card(row: Mapping[str, object]) -> None:
     click.echo(str(row["card"]).strip())
     lines = row["settings"]
     assert isinstance(lines, list)

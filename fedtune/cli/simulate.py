@@ -19,7 +19,9 @@ __all__ = ["simulate"]
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
 @click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
 @click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
-@click.option("--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]"
+)
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
 def simulate(
@@ -95,7 +97,7 @@ def _workshop(recipe: "Recipe") -> "Workshop":
     from fedtune.training import workshop
 
     shop = workshop(recipe.model_dump_json())
-    _ = shop.clients
+    _ = shop.clients, shop.train, shop.validation, shop.test
     return shop
 
 

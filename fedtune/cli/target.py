@@ -21,30 +21,34 @@ def load_target(target: str, number: int | None, store: str | None) -> "tuple[Re
     from fedtune.recipe import Recipe
     from fedtune.tracking import Store
 
-    reference, number = _parsed(target, number)
+    file = _file(target)
+    reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)
         record = _round(opened.rounds(run.id), run.id, number)
     assert record.checkpoint is not None
-    state = checkpoint.load(home.runs() / record.checkpoint.path, record.checkpoint.sha256)
+    state = checkpoint.load(file or home.runs() / record.checkpoint.path, record.checkpoint.sha256)
     return Recipe.model_validate_json(run.recipe), state, run.id, record.number
 
 
-def _parsed(target: str, number: int | None) -> tuple[str, int | None]:
-    """A checkpoint file lies in the folder of its run and is named after its round."""
+def _file(target: str) -> Path | None:
+    """The checkpoint file a target names, if it names one."""
     path = Path(target)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise StoreError(
             f"{target} is a pickle, which can run any code; name a run or a .safetensors checkpoint of one"
         )
-    if path.suffix != ".safetensors":
-        return target, number
-    if not path.exists():
+    if path.suffix == ".safetensors" and not path.exists():
         raise StoreError(f"there is no checkpoint {target}; see: fedtune runs list")
-    digits = path.stem.removeprefix("round-")
+    return path if path.suffix == ".safetensors" else None
+
+
+def _named(file: Path) -> tuple[str, int]:
+    """A checkpoint file lies in a folder named after its run and is itself named after its round."""
+    digits = file.stem.removeprefix("round-")
     if not digits.isdigit():
-        raise StoreError(f"{target} is not a checkpoint of a run; those are named round-NNNN.safetensors")
-    return path.absolute().parent.name, int(digits)
+        raise StoreError(f"{file} is not a checkpoint of a run; those are named round-NNNN.safetensors")
+    return file.absolute().parent.name, int(digits)
 
 
 def _round(rounds: "list[RoundRecord]", run: str, number: int | None) -> "RoundRecord":

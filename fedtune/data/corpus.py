@@ -1,20 +1,20 @@
 """The examples of a recipe in canonical columns and three parts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from fedtune.data.columns import canonical
-from fedtune.data.labels import encode_labels
+from fedtune.data.labels import encode_labels, label_by_name
 from fedtune.data.parts import divide, groups
 from fedtune.data.sources import read
 from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
 
-__all__ = ["Corpus", "load"]
+__all__ = ["Corpus", "everything", "load"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ def load(recipe: Recipe) -> Corpus:
     _check(recipe.data.source, divided, labels)
     train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
     return Corpus(train, divided["validation"], divided["test"], labels)
+
+
+def everything(recipe: Recipe, labels: Sequence[str]) -> Dataset:
+    """All examples of the recipe's source whatever their part, labelled for a model that knows ``labels``, if any."""
+    source = recipe.data.source
+    parts = [canonical(recipe, dataset) for dataset in read(source).values()]
+    return concatenate_datasets([label_by_name(part, labels, source) for part in parts] if labels else parts)
 
 
 def _check(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]) -> None:

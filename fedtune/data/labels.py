@@ -1,6 +1,6 @@
 """Class names and numbers: the same for every part of the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Value
 from fedtune.data.columns import assemble
 from fedtune.errors import DataError
 
-__all__ = ["encode_labels"]
+__all__ = ["encode_labels", "label_by_name"]
 
 MOST_REAL_VALUES = 20
 
@@ -32,8 +32,7 @@ def _values(found: Mapping[str, Dataset], source: str) -> list[Any]:
     """All label values in order; whole real numbers are class numbers."""
     columns = [dataset.data.table["label"] for dataset in found.values()]
     kind = columns[0].type
-    if pa.types.is_nested(kind):
-        raise DataError(f"{source} has labels of type {kind}; one class name or number per example is needed")
+    _check_type(kind, source)
     values = sorted({value for column in columns for value in pc.unique(column).to_pylist()})
     if not pa.types.is_floating(kind):
         return values
@@ -42,6 +41,11 @@ def _values(found: Mapping[str, Dataset], source: str) -> list[Any]:
     if len(values) > MOST_REAL_VALUES:
         raise DataError(f"{source} has {len(values)} different real numbers as labels; cut them into classes first")
     return values
+
+
+def _check_type(kind: Any, source: str) -> None:
+    if pa.types.is_nested(kind):
+        raise DataError(f"{source} has labels of type {kind}; one class name or number per example is needed")
 
 
 def _number(dataset: Dataset, values: list[Any], where: str) -> Dataset:
@@ -55,3 +59,26 @@ def _number(dataset: Dataset, values: list[Any], where: str) -> Dataset:
         )
     columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": numbers.cast(pa.int64())}
     return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
+
+
+def label_by_name(dataset: Dataset, labels: Sequence[str], source: str) -> Dataset:
+    """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
+    column, feature = dataset.data.table["label"], dataset.features["label"]
+    _check_type(column.type, source)
+    values = pc.unique(column).to_pylist()
+    names = [_name(value, feature, labels) for value in values]
+    unknown = [name for name in names if name not in labels]
+    if unknown:
+        raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
+    numbers = pa.array([labels.index(name) for name in names], pa.int64())
+    placed = numbers.take(pc.index_in(column, value_set=pa.array(values, column.type)).combine_chunks())
+    columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": placed}
+    return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
+
+
+def _name(value: Any, feature: Any, labels: Sequence[str]) -> str:
+    """A label as a class name; a whole real number may stand for a class number."""
+    if isinstance(feature, ClassLabel) and value >= 0:
+        return str(feature.names[value])
+    whole = isinstance(value, float) and value.is_integer() and str(value) not in labels
+    return str(int(value) if whole else value)

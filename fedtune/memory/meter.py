@@ -1,6 +1,7 @@
 """What a training step truly keeps: live activation storages, parameters excluded, and the process's peak memory.
 
-A saved-tensor hook alone under-reports, because tensors that checkpointing or a custom function hides never reach it.
+A saved-tensor hook alone under-reports: what a checkpointed block takes by keyword, or a custom function holds as an
+attribute, never reaches it.
 The meter therefore watches every storage an operation returns while the step runs, and adds what the hook sees beyond
 those (inputs made before the step).
 """
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 
 __all__ = ["EfficientNetLiteConfig", "EfficientNetLiteForImageClassification"]
@@ -26,7 +27,7 @@ STAGES = (
 )
 
 
-class EfficientNetLiteConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class EfficientNetLiteConfig(PretrainedConfig):
     """Lite0 has no free dimension but the number of labels."""
 
     model_type = "efficientnet-lite"
@@ -59,7 +60,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(GradientCheckpointingLayer):
     """Widen, filter each channel, narrow again; add the input where the shapes allow it."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
@@ -67,11 +68,11 @@ class InvertedResidual(nn.Module):
         hidden = inputs * expansion
         self.expands = expansion > 1
         if self.expands:
-            self._expand_conv = SameConv2d(inputs, hidden, 1)
+            self._expand_conv = nn.Conv2d(inputs, hidden, 1, bias=False)
             self._bn0 = _norm(hidden)
         self._depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden)
         self._bn1 = _norm(hidden)
-        self._project_conv = SameConv2d(hidden, outputs, 1)
+        self._project_conv = nn.Conv2d(hidden, outputs, 1, bias=False)
         self._bn2 = _norm(outputs)
         self.adds_input = stride == 1 and inputs == outputs
 
@@ -92,22 +93,23 @@ def _blocks() -> nn.ModuleList:
     return blocks
 
 
-class EfficientNetLiteForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
+class EfficientNetLiteForImageClassification(PreTrainedModel):
     """Input: pixel_values [n, 3, h, w], scaled as (pixel - 127) / 128."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
         self._conv_stem = SameConv2d(3, 32, 3, 2)
         self._bn0 = _norm(32)
         self._blocks = _blocks()
-        self._conv_head = SameConv2d(320, 1280, 1)
+        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
         self._bn1 = _norm(1280)
         self._dropout = nn.Dropout(config.dropout)
         self._fc = nn.Linear(1280, config.num_labels)  # type: ignore[arg-type]
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
@@ -125,10 +127,10 @@ class EfficientNetLiteForImageClassification(PreTrainedModel):  # type: ignore[n
             nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
             nn.init.zeros_(module.bias)
         else:
-            super()._init_weights(module)  # type: ignore[no-untyped-call]
+            super()._init_weights(module)
 
 
-EfficientNetLiteConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
-EfficientNetLiteForImageClassification.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[no-untyped-call]
+EfficientNetLiteConfig.register_for_auto_class()
+EfficientNetLiteForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
 AutoModelForImageClassification.register(EfficientNetLiteConfig, EfficientNetLiteForImageClassification, exist_ok=True)

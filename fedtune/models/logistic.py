@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 __all__ = ["LogisticConfig", "LogisticForImageClassification"]
 
 
-class LogisticConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class LogisticConfig(PretrainedConfig):
     """``side``: images are scaled to side x side pixels, so the model has side² inputs."""
 
     model_type = "pixel-logistic"
@@ -24,7 +24,7 @@ class LogisticConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         self.side = side
 
 
-class LogisticForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
+class LogisticForImageClassification(PreTrainedModel):
     """Input: pixel_values [n, c, h, w]; the channels are averaged. The weights start at zero."""
 
     config_class = LogisticConfig
@@ -33,7 +33,7 @@ class LogisticForImageClassification(PreTrainedModel):  # type: ignore[no-untype
     def __init__(self, config: LogisticConfig) -> None:
         super().__init__(config)
         self.classifier = nn.Linear(config.side**2, config.num_labels)  # type: ignore[arg-type]
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
@@ -52,7 +52,7 @@ class LogisticForImageClassification(PreTrainedModel):  # type: ignore[no-untype
             nn.init.zeros_(module.bias)
 
 
-LogisticConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
-LogisticForImageClassification.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[no-untyped-call]
+LogisticConfig.register_for_auto_class()
+LogisticForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 AutoConfig.register(LogisticConfig.model_type, LogisticConfig, exist_ok=True)
 AutoModelForImageClassification.register(LogisticConfig, LogisticForImageClassification, exist_ok=True)

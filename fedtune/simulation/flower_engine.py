@@ -1,4 +1,4 @@
-"""Flower's own engine: the same apps through ``flwr run`` on a SuperLink and Ray actors that live as long as the run."""
+"""Flower's own engine: the same apps through ``flwr run``, on a SuperLink and Ray actors that end with the run."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -136,14 +136,10 @@ def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> No
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the whole group: SuperLink, server process and Ray."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -21,7 +21,12 @@ def run_local(shop: Workshop, run: str, store: str, workers: int) -> None:
     """Execute a run that the store holds: clients in turn in this process, or in a pool of ``workers`` processes."""
     crew: Workers = Pool(shop, workers) if workers > 1 else InTurn(client_app)
     try:
-        config = {"run": run, "store": store, "home": str(home.home()), "recipe": ""}
+        config: dict[str, bool | float | int | str] = {
+            "run": run,
+            "store": store,
+            "home": str(home.home()),
+            "recipe": "",
+        }
         server_app(LocalGrid(shop.recipe.clients, crew), Context(1, 1, {}, RecordDict(), config))
     finally:
         crew.close()

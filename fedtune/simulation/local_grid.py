@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 
 from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.simulation.workers import Workers
@@ -28,15 +29,16 @@ class LocalGrid(Grid):
             for node in range(2, nodes + 2)
         }
         self._sent: dict[str, Message] = {}
+        self._arrived: dict[str, Message] = {}
         self._numbers = itertools.count(1)
 
-    def set_run(self, run: object) -> None:
+    def set_run(self, run: Run) -> None:
         """There is one run."""
 
     @property
-    def run(self) -> object:
-        """There is one run, without a description."""
-        return None
+    def run(self) -> Run:
+        """There is one run, and SQL, not Flower, describes it."""
+        raise NotImplementedError
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str = "", ttl: float | None = None
@@ -52,6 +54,7 @@ class LocalGrid(Grid):
         """Hand messages to the workers; those of an earlier exchange that did not start are dropped."""
         self._workers.forget()
         self._sent.clear()
+        self._arrived.clear()
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
@@ -62,8 +65,8 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies that are there, after waiting a moment for one."""
-        asked = set(message_ids)
-        return [self._reply(number, answer) for number, answer in self._workers.finished() if number in asked]
+        self._arrived |= {number: self._reply(number, answer) for number, answer in self._workers.finished()}
+        return [self._arrived.pop(number) for number in message_ids if number in self._arrived]
 
     def _reply(self, number: str, answer: tuple[Message, Context] | Exception) -> Message:
         message = self._sent.pop(number)

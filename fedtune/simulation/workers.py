@@ -4,11 +4,13 @@ A pool shares the base model: its storages lie in shared memory, and a worker co
 """
 
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import parent_process
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 import torch.multiprocessing
 from flwr.app import Context, Message
@@ -75,55 +77,78 @@ class InTurn(Workers):
 
 
 class Pool(Workers):
-    """``processes`` workers that share the workshop's base model."""
+    """``processes`` workers that share the workshop's base model; when one is killed, all are replaced.
 
-    def __init__(self, shop: Workshop, processes: int) -> None:
+    Messages wait here and not in the executor: one that breaks chokes on futures that were cancelled.
+    """
+
+    def __init__(self, shop: Workshop, processes: int, app: ClientApp = client_app) -> None:
         shop.share_memory()
-        context = torch.multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(shop,))
+        self._shop, self._processes, self._app = shop, processes, app
+        self._queue: deque[tuple[str, Message, Context]] = deque()
         self._futures: dict[Future[tuple[Message, Context]], str] = {}
+        self._executor, self._lifeline = self._start()
+
+    def _start(self) -> tuple[ProcessPoolExecutor, Connection]:
+        """Workers, and the end of a pipe they do not outlive, whether it is closed or this process is killed."""
+        context = torch.multiprocessing.get_context("spawn")
+        watched, lifeline = context.Pipe(duplex=False)
+        begin = (self._shop, watched)
+        return ProcessPoolExecutor(self._processes, mp_context=context, initializer=_begin, initargs=begin), lifeline
 
     def submit(self, number: str, message: Message, context: Context) -> None:
         """Queue a message."""
-        self._futures[self._executor.submit(_answer, message, context)] = number
+        self._queue.append((number, message, context))
 
     def finished(self) -> list[tuple[str, Answer]]:
         """Answers that have come back."""
+        while self._queue and len(self._futures) <= self._processes:
+            number, message, context = self._queue.popleft()
+            self._futures[self._hand_over(message, context)] = number
         done, _ = wait(self._futures, timeout=_PATIENCE, return_when=FIRST_COMPLETED)
         return [(self._futures.pop(future), _result(future)) for future in done]
 
+    def _hand_over(self, message: Message, context: Context) -> Future[tuple[Message, Context]]:
+        try:
+            return self._executor.submit(_answer, self._app, message, context)
+        except BrokenProcessPool:
+            self.close()
+            self._executor, self._lifeline = self._start()
+            return self._executor.submit(_answer, self._app, message, context)
+
     def forget(self) -> None:
-        """Cancel what has not begun."""
-        for future in self._futures:
-            future.cancel()
+        """Drop what is queued; of what runs, nobody will ask for the answer."""
+        self._queue.clear()
         self._futures.clear()
 
     def close(self) -> None:
-        """End the processes."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """End the processes at once, whatever they are doing."""
+        self._lifeline.close()
+        self._executor.shutdown()
 
 
 def _result(future: Future[tuple[Message, Context]]) -> Answer:
     error = future.exception()
     if error is None:
         return future.result()
+    if isinstance(error, BrokenProcessPool):
+        return RuntimeError("a worker process was killed, perhaps for want of memory")
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _begin(shop: Workshop) -> None:
-    """Make a fresh worker process ready: it ends with its parent and owns what it trains."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _begin(shop: Workshop, watched: Connection) -> None:
+    """Make a fresh worker process ready: it ends with its parent, leaves Ctrl-C to it, and owns what it trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     be_node(_CLIENT)
     shop.own_trained()
     adopt(shop)
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(watched: Connection) -> None:
+    watched.poll(None)
+    os._exit(1)
 
 
-def _answer(message: Message, context: Context) -> tuple[Message, Context]:
-    return client_app(message, context), context
+def _answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
+    return app(message, context), context

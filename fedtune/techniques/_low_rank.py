@@ -1,10 +1,12 @@
 """What LoRA and QLoRA share: where the low-rank pair is attached, and which half is trained in which round.
 
-Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor at a
-time while the other is common to all clients, so that the mean of the trained factor gives the mean of the products:
-sum_i w_i (B_i A) = (sum_i w_i B_i) A.
+Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor
+at a time while the other is common to all clients, so that the mean of the trained factor gives the mean of the
+products: sum_i w_i (B_i A) = (sum_i w_i B_i) A.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -37,13 +39,16 @@ class LowRank(Technique):
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
+        targets = linear_names(model, head, self.targets)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=linear_names(model, head, self.targets),
+            target_modules=targets,
+            fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
-        with torch.random.fork_rng(devices=[]):
+        _keep_four_bit_layout(model)
+        with _gradients_kept_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
         require(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
@@ -57,7 +62,8 @@ class LowRank(Technique):
 
     def adapter(self, model: nn.Module, task: Task) -> PeftConfig:
         """The configuration the layers were made with, and the head as a module saved whole."""
-        config: LoraConfig = model.peft_config["default"]  # type: ignore[union-attr,index,assignment]
+        configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
+        config = configurations["default"]
         config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
         config.task_type = {"sequence-classification": "SEQ_CLS", "causal-language-modelling": "CAUSAL_LM"}.get(task)
         config.inference_mode = True
@@ -99,6 +105,22 @@ def expanded(layer: nn.Module) -> nn.Module:
     plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
     plain.bias = layer.bias
     return plain
+
+
+def _keep_four_bit_layout(model: nn.Module) -> None:
+    """No scoring pass may repack the weights for processors with AVX512-BF16: no gradient passes such layers."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _gradients_kept_on(model: nn.Module) -> Iterator[None]:
+    """PEFT switches off every gradient but its own; what other techniques switched on before, stays on."""
+    on = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter in on:
+        parameter.requires_grad_(True)
 
 
 def _head(model: nn.Module, task: Task) -> list[str]:

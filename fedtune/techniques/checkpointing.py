@@ -4,7 +4,7 @@ What: each transformer block's forward pass is repeated when its gradient is due
 Saves: all activations inside the blocks; one block input each, and the activations of one block at a time, remain.
 Costs: one more forward pass, about a third more time. Sends: what the technique beside it sends.
 Use when: activations, not weights, fill the device: long texts, large batches.
-Avoid when: time is short and the step fits already; or the part behind the blocks dominates (a large vocabulary's head).
+Avoid when: time is short and the step fits; or what lies behind the blocks dominates (a large vocabulary's head).
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3.
 """
 
@@ -30,4 +30,4 @@ class Checkpointing(Technique):
         """Switch on transformers' own non-reentrant checkpointing."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})

@@ -3,8 +3,9 @@
 What: y = W x + (alpha / rank) B A x with W frozen, B zero at the start; a classifier's new head is trained too.
 Saves: gradients and optimiser state of W, and the inputs of W that only its own gradient needs.
 Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
-Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted mean
-of what they send is the weighted mean of their products. ``exact: freeze-a`` never trains A: cheaper, less capacity.
+Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted
+mean of what they send is the weighted mean of their products. ``exact: freeze-a`` never trains A: cheaper, less
+capacity.
 Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
 Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``.
 Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs

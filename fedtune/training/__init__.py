@@ -1,9 +1,9 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
 from fedtune.training.evaluate import Score, score
-from fedtune.training.loop import Outcome, processor_threads, total_steps, train
+from fedtune.training.loop import Outcome, processor_threads, total_steps, train, train_mode
 from fedtune.training.state import load_state, read_state
-from fedtune.training.workshop import Workshop, adopt, build_model, workshop
+from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
 __all__ = [
     "Outcome",
@@ -11,11 +11,13 @@ __all__ = [
     "Workshop",
     "adopt",
     "build_model",
+    "discard",
     "load_state",
     "processor_threads",
     "read_state",
     "score",
     "total_steps",
     "train",
+    "train_mode",
     "workshop",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.data import Encoded
@@ -17,7 +18,9 @@ from fedtune.techniques import Technique, begin_round, trained
 from fedtune.training.optimiser import make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 
-__all__ = ["Outcome", "batches", "processor_threads", "total_steps", "train"]
+IntArray = NDArray[np.int64]
+
+__all__ = ["Outcome", "batches", "processor_threads", "total_steps", "train", "train_mode"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def train(
     techniques: Sequence[Technique],
     state: Mapping[str, Tensor],
     data: Encoded,
-    indices: Sequence[int],
+    indices: IntArray,
     recipe: Recipe,
     number: int,
     client: int,
@@ -60,16 +63,18 @@ def train(
 
 
 def _run(
-    model: nn.Module, data: Encoded, indices: Sequence[int], recipe: Recipe, number: int, client: int
+    model: nn.Module, data: Encoded, indices: IntArray, recipe: Recipe, number: int, client: int
 ) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
     settings = recipe.train
     steps = total_steps(len(indices), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()  # a client that failed midway may have left gradients
     optimiser = make_optimiser(settings, parameters)
-    _train_mode(model)
+    train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
-    order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"))
+    lengths = data.lengths if settings.by_length else None
+    order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         _set_rate(optimiser, settings.lr * rate(settings, ((number - 1) + step / steps) / recipe.federation.rounds))
         batch = data.batch(chosen)
@@ -88,7 +93,7 @@ def _run(
 
 def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
     loss: Tensor = model(**batch).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return float(loss.detach())
 
 
@@ -97,11 +102,11 @@ def _metered_step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float,
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss: Tensor = model(**batch).loss
         kept = meter.bytes
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return float(loss.detach()), kept
 
 
-def _train_mode(model: nn.Module) -> None:
+def train_mode(model: nn.Module) -> None:
     """Dropout on; batch-norm statistics stay those of the pretrained model."""
     model.train()
     for layer in model.modules():
@@ -121,15 +126,35 @@ def total_steps(examples: int, recipe: Recipe) -> int:
     return settings.steps or per_epoch * (settings.epochs or 1)
 
 
-def batches(indices: Sequence[int], batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller."""
+def batches(indices: IntArray, batch: int, steps: int, seed: int, lengths: Tensor | None = None) -> Iterator[list[int]]:
+    """``steps`` batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller.
+
+    With ``lengths`` [n], batches hold examples of like length, drawn from a few batches' worth at a time.
+    """
     random = np.random.default_rng(seed)
     left = steps
     while left:
-        order = random.permutation(np.asarray(indices))
+        order = random.permutation(indices)
+        if lengths is not None:
+            order = _like_lengths_together(order, lengths.numpy(), batch, random)
         for start in range(0, len(order), batch)[:left]:
             yield order[start : start + batch].tolist()
             left -= 1
+
+
+_WINDOW = 8
+"""Batches whose examples are sorted by length together; more saves more padding but mixes less."""
+
+
+def _like_lengths_together(order: IntArray, lengths: IntArray, batch: int, random: np.random.Generator) -> IntArray:
+    """Sort within windows, then shuffle each window's batches; a ragged batch stays the last."""
+    placed = []
+    for start in range(0, len(order), _WINDOW * batch):
+        window = order[start : start + _WINDOW * batch]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        whole = len(window) // batch * batch
+        placed += [random.permutation(window[:whole].reshape(-1, batch)).reshape(-1), window[whole:]]
+    return np.concatenate(placed)
 
 
 @contextmanager

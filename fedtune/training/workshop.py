@@ -2,20 +2,22 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from datasets import Dataset
+from pydantic import ValidationError
 from torch import nn
 
 from fedtune import data, models, techniques
-from fedtune.errors import ModelError
-from fedtune.recipe import Recipe
+from fedtune.errors import ModelError, RecipeError
+from fedtune.recipe import Columns, Data, Recipe, explain
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
 
-__all__ = ["Workshop", "adopt", "build_model", "workshop"]
+__all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
 
 
 def build_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
@@ -53,17 +55,17 @@ class Workshop:
     @cached_property
     def train(self) -> data.Encoded:
         """The training part, encoded."""
-        return self._encode("train")
+        return self._encode(self.corpus.train)
 
     @cached_property
     def validation(self) -> data.Encoded:
         """The validation part, encoded."""
-        return self._encode("validation")
+        return self._encode(self.corpus.validation)
 
     @cached_property
     def test(self) -> data.Encoded:
         """The test part, encoded."""
-        return self._encode("test")
+        return self._encode(self.corpus.test)
 
     @cached_property
     def domain_of_client(self) -> dict[int, str]:
@@ -73,6 +75,15 @@ class Workshop:
             return {}
         mixes = {client: Counter(domains[index] for index in indices) for client, indices in enumerate(self.clients)}
         return {client: mix.most_common(1)[0][0] for client, mix in mixes.items()}
+
+    def other(self, source: str, columns: Mapping[str, str]) -> data.Encoded:
+        """All examples of another source, encoded; ``columns`` says which of its columns holds what."""
+        try:
+            chosen = Data(source=source, columns=Columns.model_validate(columns))
+        except ValidationError as error:
+            raise RecipeError(explain(error, Columns, "--columns")) from error
+        recipe = self.recipe.model_copy(update={"data": chosen})
+        return self._encode(data.everything(recipe, self.corpus.labels))
 
     def share_memory(self) -> None:
         """Move the model into memory that worker processes can map, and split and encode before they do."""
@@ -85,10 +96,10 @@ class Workshop:
         for name in self.shared:
             parameters[name].data = parameters[name].data.clone()
 
-    def _encode(self, part: str) -> data.Encoded:
+    def _encode(self, examples: Dataset) -> data.Encoded:
         texts = self.recipe.task != "image-classification"
         tokenizer = models.tokenizer(self.recipe.model) if texts else None
-        return data.encode(getattr(self.corpus, part), self.recipe, tokenizer)
+        return data.encode(examples, self.recipe, tokenizer)
 
 
 _built: dict[str, Workshop] = {}
@@ -105,6 +116,11 @@ def adopt(shop: Workshop) -> None:
     """Make a workshop the one this process uses for its recipe."""
     _built.clear()
     _built[shop.recipe.model_dump_json()] = shop
+
+
+def discard() -> None:
+    """Let go of the workshop that is kept: once its model was trained, it is no start for another run."""
+    _built.clear()
 
 
 def _build(recipe: str) -> Workshop:

@@ -1,0 +1,70 @@
+"""Claim: the server's peak memory while it receives and merges 4, 16 and 64 contributions is flat within 1.2x of one.
+
+For each number a fresh process holds a state of 16 M parameters (64 MB), receives that many replies through the
+server's own path (check, spool), merges them, and reports its high-water mark over what it stood at before the first.
+
+Run: python -m benchmarks.server_memory
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from benchmarks.report import save
+from fedtune import merging
+from fedtune.contribution import Report, pack
+from fedtune.memory import peak_rss, reset_peak_rss
+from fedtune.recipe import Unit
+from fedtune.simulation.flower_private import be_node
+from server.receive import receive
+
+COUNTS = (1, 4, 16, 64)
+SHAPES = {f"layer.{index}.weight": (1000, 1000) for index in range(16)}
+
+
+def main() -> None:
+    peaks = {count: measured(count) for count in COUNTS}
+    ratios = {count: peak / peaks[1] for count, peak in peaks.items()}
+    save("server_memory", {"state_bytes": 16 * 4_000_000, "peak_bytes": peaks, "ratio_to_one": ratios})
+
+
+def measured(count: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.server_memory", str(count)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def receive_and_merge(count: int, spool: Path) -> int:
+    be_node(1)
+    state = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    reset_peak_rss()
+    before = peak_rss()
+    contributions = []
+    for client in range(count):
+        _, sent = receive(reply(client), client, "phone", 0, SHAPES, None, spool)
+        assert sent is not None
+        contributions.append(sent)
+    merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    return peak_rss() - before
+
+
+def reply(client: int) -> Message:
+    """What a client's reply looks like when it reaches the server."""
+    random = torch.Generator().manual_seed(client)
+    payload = pack({name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()})
+    delta = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
+    report = MetricRecord(asdict(Report(examples=10 + client, loss=1.0, seconds=1.0, saved_bytes=0, peak_rss=0)))
+    return Message(RecordDict({"delta": delta, "report": report}), 1, "train")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            print(receive_and_merge(int(sys.argv[1]), Path(folder)))
+    else:
+        main()

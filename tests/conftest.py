@@ -1,0 +1,30 @@
+"""What every test may count on: a home of its own, samples fetched once, nothing reported to anybody."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fedtune.home import cache
+
+_SETTINGS = {
+    "FEDTUNE_CACHE": str(cache()),
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder, which holds the default store and the runs; sources still come from the common cache."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FEDTUNE_STORE", raising=False)
+    return tmp_path / "home"

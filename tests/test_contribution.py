@@ -1,0 +1,118 @@
+import json
+import math
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune.contribution import Contribution, check, pack, unpack
+from fedtune.errors import ContributionError
+
+EXPECTED = {"a": (2, 3), "b": ()}
+
+
+def deltas(**changed: Tensor) -> dict[str, Tensor]:
+    return {"a": torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), "b": torch.tensor(12.0)} | changed
+
+
+def with_precision(dtype: str, nbytes: int) -> bytes:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, nbytes]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_pattern_travels_bit_for_bit(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    back = unpack(pack({"every": every}))["every"]
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.int16), every.view(torch.int16))
+
+
+def test_a_strided_tensor_travels_as_it_reads() -> None:
+    strided = torch.arange(6.0).reshape(2, 3).t()
+    assert torch.equal(unpack(pack({"a": strided}))["a"], strided)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        pickle.dumps({"a": [0.0] * 100}),
+        pack(deltas())[:-1],
+        pack(deltas()) + b"x",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        with_precision("F4", 1),
+        with_precision("F8_E8M0", 2),
+    ],
+    ids=["empty", "pickle", "cut short", "too long", "huge header", "four bits", "bare exponent"],
+)
+def test_a_payload_that_is_not_safetensors_is_refused(payload: bytes) -> None:
+    with pytest.raises(ContributionError, match=r"^the payload is not safetensors \(.*\); update the client$"):
+        check(payload, EXPECTED, None)
+
+
+def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    with pytest.raises(ContributionError):
+        unpack(pickle.dumps(Trap()))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_norm_is_over_all_tensors_together() -> None:
+    assert check(pack(deltas()), EXPECTED, None) == 13.0
+
+
+def test_a_norm_at_the_bound_is_accepted_and_one_above_is_refused() -> None:
+    assert check(pack(deltas()), EXPECTED, 13.0) == 13.0
+    with pytest.raises(ContributionError, match=r"^its norm 13 is above federation.max_norm 12.99"):
+        check(pack(deltas()), EXPECTED, math.nextafter(12.99, 0))
+
+
+def test_the_norm_of_large_values_does_not_overflow() -> None:
+    large = torch.full((), 3e38)
+    assert check(pack({"b": large}), {"b": ()}, None) == pytest.approx(3e38)
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        ({"a": deltas()["a"]}, r"tensor names differ: missing \['b'\], unknown \[\]"),
+        (deltas(c=torch.zeros(1)), r"tensor names differ: missing \[\], unknown \['c'\]"),
+        ({}, r"missing \['a', 'b'\]"),
+        (deltas(a=torch.zeros(3, 2)), r"a has shape \[3, 2\] in place of \[2, 3\]"),
+        (deltas(a=torch.zeros(6)), r"a has shape \[6\] in place of \[2, 3\]"),
+        (deltas(b=torch.zeros(1)), r"b has shape \[1\] in place of \[\]"),
+        (deltas(b=torch.tensor(0.0, dtype=torch.float64)), "b is torch.float64 in place of torch.float32"),
+        (deltas(b=torch.tensor(0.0, dtype=torch.bfloat16)), "b is torch.bfloat16 in place of torch.float32"),
+        (deltas(b=torch.tensor(0)), "b is torch.int64 in place of torch.float32"),
+        (deltas(b=torch.tensor(math.nan)), "b holds values that are not finite"),
+        (deltas(b=torch.tensor(math.inf)), "b holds values that are not finite"),
+        (deltas(a=torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -math.inf]])), "a holds values that are not finite"),
+    ],
+)
+def test_what_does_not_hold_is_refused_by_name(sent: dict[str, Tensor], sentence: str) -> None:
+    with pytest.raises(ContributionError, match=sentence):
+        check(pack(sent), EXPECTED, None)
+
+
+def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer() -> None:
+    flood = deltas(**{f"n{number:03}": torch.zeros(1) for number in range(100)})
+    with pytest.raises(ContributionError, match=r"unknown \['n000', 'n001', 'n002'\]$"):
+        check(pack(flood), EXPECTED, None)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 2), (5, 2, 3), (0, 4)])
+def test_rows_put_together_are_the_delta(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    delta = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    (tmp_path / "a").write_bytes(pack({"other": torch.zeros(3), "a": delta}))
+    sent = Contribution(client=0, examples=1, path=tmp_path / "a")
+    height = shape[0] if shape else 1
+    pieces = [sent.rows("a", start, min(start + 2, height)) for start in range(0, height, 2)]
+    assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces] or [torch.zeros(0)]), delta.flatten())
+    assert all(piece.shape[1:] == shape[1:] for piece in pieces)

@@ -1,0 +1,119 @@
+"""One recipe, one result: clients in turn, in a pool of processes, or on Flower's own engine."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.app import train_round
+from fedtune import home as homes
+from fedtune.recipe import Recipe
+from fedtune.simulation import run_flower
+from fedtune.simulation.workers import Pool
+from fedtune.tracking import Store
+from fedtune.training import Workshop, workshop
+from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
+
+RAY = importlib.util.find_spec("ray") is not None
+
+
+def shop(recipe: Recipe) -> Workshop:
+    return workshop(recipe.model_dump_json())
+
+
+def test_a_pool_ends_in_the_same_weights_and_metrics_as_clients_in_turn(home: Path, tmp_path: Path) -> None:
+    recipe = words(tmp_path)
+    in_turn = execute(recipe, run="in-turn")
+    pool = execute(recipe, Pool(shop(recipe), 2), run="pool")
+    assert in_turn.hashes == pool.hashes
+    assert len(set(pool.hashes)) == 3
+    assert [record.metrics for record in in_turn.rounds] == [record.metrics for record in pool.rounds]
+    assert {found.status for record in pool.rounds for found in record.contributions} == {"merged"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
+def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
+    recipe = trivial()
+    in_turn = execute(recipe, run="in-turn")
+    with Store.open() as store:
+        begin(store, recipe, "flower", engine="flower")
+    with silent():
+        run_flower(recipe, "flower", homes.store_url())
+    flower = outcome("flower")
+    assert flower.run.status == "completed"
+    assert flower.hashes == in_turn.hashes
+
+
+fatal = ClientApp()
+"""Its process is killed while it trains client 1 in round 1."""
+
+
+@fatal.train()
+def _train(message: Message, context: Context) -> Message:
+    if order_of(message) == (1, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_round(message, context)
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_worker_costs_what_it_was_doing_and_the_pool_recovers(home: Path) -> None:
+    recipe = trivial()
+    ended = execute(recipe, Pool(shop(recipe), 2, fatal))
+    first, second = ended.rounds[1:]
+    lost = [found for found in first.contributions if found.status == "error"]
+    assert 1 in {found.client for found in lost}
+    assert {found.reason for found in lost} == {
+        "code 2: RuntimeError('a worker process was killed, perhaps for want of memory')"
+    }
+    assert [found.status for found in second.contributions] == ["merged"] * 4
+    assert ended.run.status == "completed"
+    assert not psutil.Process().children(recursive=True) or not _workers()
+
+
+def _workers() -> list[psutil.Process]:
+    """Worker processes of this one; multiprocessing's own resource tracker is none."""
+    return [found for found in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(found.cmdline())]
+
+
+@pytest.mark.timeout(120)
+def test_worker_processes_end_when_their_parent_is_killed(home: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TRIVIAL.replace("rounds: 2", "rounds: 100000"), encoding="utf-8")
+    command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(recipe), "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("round 2/"):
+                break
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_ends_a_pool_at_once_with_one_word(home: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(TRIVIAL.replace("rounds: 2", "rounds: 100000"), encoding="utf-8")
+    command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(recipe), "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("round 1/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        asked = time.monotonic()
+        said = [line for line in process.stderr.read().splitlines() if not line.startswith("round ")]
+    assert (process.returncode, said) == (130, ["stopped"])
+    assert time.monotonic() - asked < 20
+    assert outcome().run.status == "interrupted"

@@ -1,0 +1,179 @@
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune.contribution import Contribution, pack
+from fedtune.errors import RecipeError
+from fedtune.memory import StorageMeter
+from fedtune.merging import _pipeline, choose, merge
+from fedtune.merging.mean import Mean
+from fedtune.recipe import Unit
+
+SHAPES = {"scalar": (), "bias": (7,), "weight": (33, 5), "kernel": (4, 3, 2, 2), "none": (0, 3)}
+
+
+def a_state(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def spool(folder: Path, client: int, examples: int, deltas: dict[str, Tensor]) -> Contribution:
+    path = folder / f"{client}.safetensors"
+    path.write_bytes(pack(deltas))
+    return Contribution(client, examples, path)
+
+
+def several(folder: Path, examples: Sequence[int], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[Contribution]:
+    return [spool(folder, client, n, a_state(shapes, client + 1)) for client, n in enumerate(examples)]
+
+
+def readable_twin(state: dict[str, Tensor], deltas: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    """state + sum_i w_i delta_i, whole tensors, all in double precision."""
+    merged = {}
+    for name, before in state.items():
+        total = torch.zeros(before.shape, dtype=torch.float64)
+        for delta, weight in zip(deltas, weights, strict=True):
+            total = total + weight * delta[name].double()
+        merged[name] = before.double() + total
+    return merged
+
+
+def assert_close(merged: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor.double(), wanted[name], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize(
+    ("weight", "weights"), [("examples", [0.1, 0.2, 0.7]), ("equal", [1 / 3, 1 / 3, 1 / 3])], ids=["examples", "equal"]
+)
+def test_the_mean_is_the_twin_whatever_the_piece(
+    tmp_path: Path, weight: str, weights: list[float], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pipeline, "_PIECE", piece)
+    step = choose([Unit(name="mean", settings={"weight": weight})])
+    merged = merge(step, a_state(), SHAPES, several(tmp_path, [10, 20, 70]))
+    assert_close(merged, readable_twin(a_state(), [a_state(seed=seed) for seed in (1, 2, 3)], weights))
+
+
+def test_the_bits_do_not_depend_on_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = several(tmp_path, [3, 5, 11])
+    whole = merge(Mean(), a_state(), SHAPES, sent)
+    monkeypatch.setattr(_pipeline, "_PIECE", 2)
+    pieces = merge(Mean(), a_state(), SHAPES, sent)
+    assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
+
+
+def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"wide": (3, 700_000), "long": (2_500_000,)}
+    assert all(torch.Size(shape).numel() > 2 * _pipeline._PIECE for shape in shapes.values())
+    merged = merge(Mean(), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
+    assert_close(merged, readable_twin(a_state(shapes), [a_state(shapes, 1), a_state(shapes, 2)], [0.25, 0.75]))
+
+
+def test_the_bits_do_not_depend_on_who_answers_first(tmp_path: Path) -> None:
+    sent = several(tmp_path, [13, 7, 29, 3])
+    one = merge(Mean(), a_state(), SHAPES, sent)
+    for arrival in ([3, 2, 1, 0], [2, 0, 3, 1]):
+        other = merge(Mean(), a_state(), SHAPES, [sent[client] for client in arrival])
+        assert all(torch.equal(one[name], other[name]) for name in SHAPES)
+
+
+def test_one_client_alone_is_followed_exactly(tmp_path: Path) -> None:
+    merged = merge(Mean(), a_state(), SHAPES, [spool(tmp_path, 4, 17, a_state(seed=9))])
+    assert all(torch.equal(merged[name], a_state()[name] + a_state(seed=9)[name]) for name in SHAPES)
+
+
+def test_tensors_that_were_not_sent_stay_and_the_state_before_is_not_touched(tmp_path: Path) -> None:
+    state = a_state()
+    sent = several(tmp_path, [1, 2], {"weight": SHAPES["weight"]})
+    merged = merge(Mean(), state, ["weight"], sent)
+    assert all(torch.equal(state[name], before) for name, before in a_state().items())
+    assert all(torch.equal(merged[name], state[name]) for name in SHAPES if name != "weight")
+    assert not torch.equal(merged["weight"], state["weight"])
+
+
+def test_weights_are_shares_of_the_examples_or_equal() -> None:
+    assert Mean().weights([1, 3]) == [0.25, 0.75]
+    assert Mean(weight="equal").weights([1, 3]) == [0.5, 0.5]
+    assert sum(Mean().weights([10**9, 1, 7])) == pytest.approx(1.0, abs=1e-15)
+
+
+def test_small_and_large_deltas_are_summed_in_double_precision() -> None:
+    deltas = [torch.tensor([value]) for value in (3e7, 1.0, -3e7, 1.0)]
+    assert Mean().combine([1.0] * 4, iter(deltas)).item() == 2.0
+    assert sum(deltas, torch.zeros(1)).item() != 2.0
+
+
+def test_combining_reads_one_delta_at_a_time_and_changes_none() -> None:
+    first = torch.ones(2)
+    total = Mean().combine([0.5, 0.5], (delta for delta in (first, torch.full((2,), 3.0))))
+    assert torch.equal(total, torch.full((2,), 2.0))
+    assert torch.equal(first, torch.ones(2))
+
+
+def test_exactly_one_step_may_combine() -> None:
+    assert choose([Unit(name="mean")]) == Mean()
+    with pytest.raises(RecipeError, match=r"^merge: 2 steps combine, but exactly one may; keep one of them$"):
+        choose([Unit(name="mean"), Unit(name="mean")])
+    with pytest.raises(RecipeError, match=r"^merge: 0 steps combine"):
+        choose([])
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+FACTORS: dict[str, tuple[int, ...]] = {"B": (24, 4), "A": (4, 16)}
+
+
+def merged_and_mean_product(folder: Path, sent: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The merged product, and the weighted mean of the clients' products, when clients train the factors ``sent``."""
+    start, examples = a_state(FACTORS), [3, 10, 17]
+    clients = [{name: a_state(FACTORS, seed)[name] for name in sent} for seed in (1, 2, 3)]
+    spooled = [spool(folder, k, n, deltas) for k, (n, deltas) in enumerate(zip(examples, clients, strict=True))]
+    merged = merge(Mean(), start, sent, spooled)
+    mean = torch.zeros(24, 16, dtype=torch.float64)
+    for n, deltas in zip(examples, clients, strict=True):
+        own = {name: (start[name] + deltas.get(name, torch.zeros(()))).double() for name in FACTORS}
+        mean += n / sum(examples) * own["B"] @ own["A"]
+    return merged["B"].double() @ merged["A"].double(), mean
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_low_rank_products_are_averaged_exactly_when_one_factor_is_common(tmp_path: Path, factor: str) -> None:
+    product, mean = merged_and_mean_product(tmp_path, [factor])
+    assert relative(product, mean) < 1e-6
+
+
+def test_averaging_both_factors_is_not_exact(tmp_path: Path) -> None:
+    product, mean = merged_and_mean_product(tmp_path, ["A", "B"])
+    assert relative(product, mean) > 0.1
+
+
+class Greedy(Mean):
+    """A planted fault: it holds every delta at once."""
+
+    name: ClassVar[str] = "greedy"
+
+    def combine(self, weights: Sequence[float], deltas: Iterable[Tensor]) -> Tensor:
+        return super().combine(weights, [delta.clone() for delta in deltas])
+
+
+def peak(step: Mean, folder: Path, count: int) -> int:
+    shapes: dict[str, tuple[int, ...]] = {"a": (600, 500), "b": (600, 500)}
+    state, sent = a_state(shapes), several(folder, [1] * count, shapes)
+    with StorageMeter(excluded=state.values()) as meter:
+        merge(step, state, shapes, sent)
+    return meter.peak
+
+
+def test_the_peak_does_not_grow_with_the_number_of_contributions(tmp_path: Path) -> None:
+    assert peak(Mean(), tmp_path, 16) <= 1.05 * peak(Mean(), tmp_path, 2)
+    assert peak(Greedy(), tmp_path, 16) > 2 * peak(Greedy(), tmp_path, 2)
