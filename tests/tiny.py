@@ -1,9 +1,12 @@
 """Transformers of a few thousand parameters, randomly initialised from a seed, and batches for them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,7 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-__all__ = ["VOCABULARY", "bert", "llama", "llama_classifier", "texts"]
+from fedtune.recipe import Recipe
+
+__all__ = ["VOCABULARY", "FewTexts", "a_training_recipe", "bert", "few_texts", "llama", "llama_classifier", "texts"]
 
 VOCABULARY = 40
 _SIZE: dict[str, Any] = {
@@ -44,7 +49,7 @@ def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 def llama_classifier(seed: int = 0) -> LlamaForSequenceClassification:
     """A decoder with a head for three labels."""
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(LlamaConfig(**_SIZE, num_labels=3))
+    return LlamaForSequenceClassification(LlamaConfig(**{**_SIZE, "num_labels": 3}))
 
 
 def texts(model: PreTrainedModel, rows: int = 4, length: int = 8, seed: int = 1) -> dict[str, Tensor]:
@@ -54,3 +59,49 @@ def texts(model: PreTrainedModel, rows: int = 4, length: int = 8, seed: int = 1)
     language = isinstance(model, LlamaForCausalLM)
     labels = ids if language else torch.randint(0, 3, (rows,), generator=random)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@dataclass(frozen=True)
+class FewTexts:
+    """Twelve texts of 2 to 9 tokens in two domains, without the encoder."""
+
+    rows: list[list[int]]
+    labels: Tensor | None
+    domains: list[str] | None
+    lengths: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        chosen = [torch.tensor(self.rows[index]) for index in indices]
+        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+        mask = (ids != 0).long()
+        labels = ids.masked_fill(ids == 0, -100) if self.labels is None else self.labels[torch.tensor(indices)]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def few_texts(*, language: bool = False, domains: bool = True, lengths: bool = True) -> FewTexts:
+    random = np.random.default_rng(4)
+    rows = [random.integers(1, VOCABULARY, size=random.integers(2, 10)).tolist() for _ in range(12)]
+    return FewTexts(
+        rows=rows,
+        labels=None if language else torch.tensor(random.integers(0, 3, size=12)),
+        domains=["film" if row % 3 else "book" for row in range(12)] if domains else None,
+        lengths=torch.tensor([len(row) for row in rows]) if lengths else None,
+    )
+
+
+def a_training_recipe(*, rounds: int = 2, **settings: Any) -> Recipe:
+    """A recipe whose training section is given; no data or model stands behind it."""
+    return Recipe.model_validate(
+        {
+            "name": "example",
+            "task": "sequence-classification",
+            "model": {"source": "path:nowhere"},
+            "data": {"source": "sample:nothing"},
+            "devices": [{"count": 2}],
+            "train": {"batch": 4, **({"steps": 4} if "epochs" not in settings else {}), **settings},
+            "federation": {"rounds": rounds},
+        }
+    )

@@ -63,7 +63,7 @@ def _table(summary: "Summary") -> "Table":
     from rich.table import Table
 
     sizes = ", ".join(f"{count} {part}" for part, count in summary.parts.items())
-    table = Table(title=f"{summary.name}: {sizes}")
+    table = Table(title=f"{summary.name}: {sizes}", box=None, header_style="bold", title_justify="left")
     values = summary.values if len(summary.values) > 1 else ()
     for heading in ("client", "device", "examples", "groups", *values):
         table.add_column(heading, justify="left" if heading == "device" else "right")

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.tracking import ContributionRecord, RoundRecord
+from fedtune.tracking.summary import before_and_after
 
 __all__ = ["DomainRow", "domain_rows", "show_rows"]
 
@@ -23,20 +24,15 @@ class DomainRow:
     saved_bytes: int
 
 
-def domain_rows(rounds: Sequence[RoundRecord], domains: Mapping[int, str], figure: str) -> list[DomainRow]:
-    """One row per domain, then one over all; ``domains`` names each client's domain, ``figure`` the metric."""
-    before, after = _figures(rounds[-1], "test-before", figure), _figures(rounds[-1], "test", figure)
+def domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
+    """One row per domain, then their mean and one over all; ``clients`` names each client's domain."""
     sent = [contribution for record in rounds for contribution in record.contributions]
-    order = sorted(after, key=lambda domain: (domain in ("all", "mean"), domain))
-    return [_row(domain, before[domain], after[domain], _of(sent, domains, domain)) for domain in order]
+    found = before_and_after(rounds, "test", figure)
+    return [_row(domain, before, after, _of(sent, clients, domain)) for domain, (before, after) in found.items()]
 
 
-def _figures(record: RoundRecord, part: str, figure: str) -> dict[str, float]:
-    return {m.domain: m.value for m in record.metrics if m.part == part and m.name == figure}
-
-
-def _of(sent: Sequence[ContributionRecord], domains: Mapping[int, str], domain: str) -> list[ContributionRecord]:
-    return [s for s in sent if domain in ("all", "mean") or domains.get(s.client) == domain]
+def _of(sent: Sequence[ContributionRecord], clients: Mapping[int, str], domain: str) -> list[ContributionRecord]:
+    return [s for s in sent if domain in ("all", "mean") or clients.get(s.client) == domain]
 
 
 def _row(domain: str, before: float, after: float, sent: Sequence[ContributionRecord]) -> DomainRow:

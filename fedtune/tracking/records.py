@@ -8,7 +8,7 @@ __all__ = ["CheckpointRecord", "ContributionRecord", "MetricRecord", "RoundRecor
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number: ``part`` is train, validation or test; ``domain`` is a domain's name or ``all``."""
+    """One number: ``part`` is train, validation, test or test-before; ``domain`` is a domain's name or ``all``."""
 
     part: str
     domain: str

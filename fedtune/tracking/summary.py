@@ -71,15 +71,19 @@ def series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> 
 
 
 def domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
-    """The domains a metric was reported for, ``all`` last."""
+    """The domains a metric was reported for, their ``mean`` and ``all`` last."""
     found = {metric.domain for _, metric in scores(rounds) if (metric.part, metric.name) == (part, name)}
-    return sorted(found, key=lambda domain: (domain == "all", domain))
+    return sorted(found, key=lambda domain: (domain == "all", domain == "mean", domain))
 
 
 def before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
-    """Per domain, the metric before any training and the last one after some; NaN where it was not scored."""
+    """Per domain, the metric before any training and the last one after some; NaN where it was not scored.
+
+    The test part is scored at the end only, for the start as well: that figure is in the part ``test-before``.
+    """
     found = {domain: series(rounds, part, domain, name) for domain in domains(rounds, part, name)}
-    return {domain: (values.pop(0, math.nan), _last(values)) for domain, values in found.items()}
+    start = {domain: _last(series(rounds, f"{part}-before", domain, name)) for domain in found}
+    return {domain: (values.pop(0, start[domain]), _last(values)) for domain, values in found.items()}
 
 
 def _last(values: Mapping[int, float]) -> float:

@@ -1,0 +1,34 @@
+"""A recipe with something of everything, and the sentence a broken one is refused with."""
+
+import pytest
+
+from fedtune.errors import RecipeError
+from fedtune.recipe import parse
+
+__all__ = ["TEXT", "refusal"]
+
+TEXT = """\
+name: example
+task: sequence-classification
+model:
+  source: path:nowhere
+data:
+  source: sample:sentiment
+  split: {kind: dirichlet, alpha: 0.5}
+devices:
+  - {name: phone, count: 3, memory: 512MB}
+  - {name: laptop, count: 2, memory: 2GiB}
+train:
+  techniques:
+    - lora: {rank: 4}
+    - checkpointing
+  steps: 2
+federation:
+  rounds: 3
+"""
+
+
+def refusal(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "a.yaml", overrides)
+    return str(caught.value)

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedtune.recipe import Task
+from fedtune.training import Score, score
+from tests.tiny import VOCABULARY, FewTexts, bert, few_texts, llama
+
+TEXT: Task = "sequence-classification"
+LANGUAGE: Task = "causal-language-modelling"
+
+
+def figures(scores: list[Score]) -> dict[tuple[str, str], float]:
+    found = {(item.domain, item.name): item.value for item in scores}
+    assert len(found) == len(scores)
+    return found
+
+
+def slow_scores(model: PreTrainedModel, data: FewTexts) -> dict[tuple[str, str], float]:
+    """One text at a time, without padding; for a language model one token at a time."""
+    model.eval()
+    tallies: dict[str, list[tuple[float, bool]]] = {"all": [], "film": [], "book": []}
+    for index, row in enumerate(data.rows):
+        logits = model(input_ids=torch.tensor([row])).logits[0].detach().double()
+        if data.labels is None:
+            pairs = [(logits[place], row[place + 1]) for place in range(len(row) - 1)]
+        else:
+            pairs = [(logits, int(data.labels[index]))]
+        for scores, wanted in pairs:
+            loss = float(scores.exp().sum().log() - scores[wanted])
+            for domain in ("all", (data.domains or [])[index]):
+                tallies[domain].append((loss, int(scores.argmax()) == wanted))
+    found: dict[tuple[str, str], float] = {}
+    for domain, tally in tallies.items():
+        found[domain, "loss"] = sum(loss for loss, _ in tally) / len(tally)
+        found[domain, "accuracy"] = sum(right for _, right in tally) / len(tally)
+        if data.labels is None:
+            found[domain, "perplexity"] = math.exp(found[domain, "loss"])
+    found["mean", "accuracy"] = (found["film", "accuracy"] + found["book", "accuracy"]) / 2
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+@pytest.mark.parametrize("lengths", [True, False])
+@pytest.mark.parametrize("task", [TEXT, LANGUAGE])
+def test_scores_equal_those_of_a_slow_twin(task: Task, lengths: bool, batch: int) -> None:
+    data = few_texts(language=task == LANGUAGE, lengths=lengths)
+    model = llama(seed=4, initializer_range=0.5) if task == LANGUAGE else bert(seed=2, initializer_range=0.5)
+    found, wanted = figures(score(model, data, batch, task)), slow_scores(model, data)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
+    assert 0 < wanted["all", "accuracy"] < 1
+    assert wanted["film", "loss"] != wanted["book", "loss"]
+
+
+def test_without_domains_only_the_whole_is_scored() -> None:
+    found = figures(score(bert(), few_texts(domains=False), 4, TEXT))
+    assert found.keys() == {("all", "accuracy"), ("all", "loss")}
+
+
+def test_the_scores_of_a_batch_do_not_depend_on_dropout_or_make_gradients() -> None:
+    model = bert().train()
+    assert score(model, few_texts(), 4, TEXT) == score(model, few_texts(), 4, TEXT)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_language_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = llama()
+    nn.init.zeros_(model.lm_head.weight)
+    found = figures(score(model, few_texts(language=True), 4, LANGUAGE))
+    assert found["all", "perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
+    assert found["all", "loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)
