@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fedtune import data, models
 from fedtune.errors import ModelError, StoreError
+from fedtune.models.quiet import quiet
 from fedtune.models.sources import resolve
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
@@ -65,7 +66,8 @@ def _save_full(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, 
         technique.fold(model)
     assert isinstance(model, PreTrainedModel)
     _forget_quantisation(model)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     if recipe.task != "image-classification":
         models.tokenizer(recipe.model).save_pretrained(folder)
 

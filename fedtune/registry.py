@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import Section, Unit, explain, nearest
+from fedtune.explain import explain, nearest
+from fedtune.recipe import Section, Unit
 
 __all__ = ["Named", "build", "card", "names", "settings"]
 

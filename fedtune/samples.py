@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from fedtune.errors import ChecksumError, SourceError
+from fedtune.explain import nearest
 from fedtune.files import sha256
 from fedtune.home import cache
-from fedtune.recipe import nearest
 
 __all__ = ["PACKAGES", "Package", "extract", "fetch", "keep", "names"]
 

@@ -33,6 +33,11 @@ from tests.data_examples import ROWS, a_recipe, csv_file
             [],
             "the test part has no example of class 'maybe'; raise data.parts.test or drop it",
         ),
+        (
+            [f"t{row},{row % 2},{'all' if row % 3 else 'x'}" for row in range(99)],
+            ["data.columns.domain=author"],
+            "a domain is called 'all', as a summary is; rename it",
+        ),
         (ROWS, ["data.columns.group=author", "data.limit=9"], "data.limit is 9, but a group of .* has 10 examples"),
     ],
 )

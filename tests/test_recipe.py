@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import Dirichlet, Natural, Recipe, Unit, nearest, parse, read
+from fedtune.explain import nearest
+from fedtune.recipe import Dirichlet, Natural, Recipe, Unit, parse, read
 from fedtune.simulation import resolve
 from tests.recipe_examples import TEXT, refusal
 

@@ -20,7 +20,7 @@ def methods(name: str | None, as_json: bool) -> None:
       fedtune methods lora
     """
     from fedtune.errors import RecipeError
-    from fedtune.recipe import nearest
+    from fedtune.explain import nearest
     from fedtune.registry import card, names, settings
 
     rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}

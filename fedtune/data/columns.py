@@ -9,7 +9,8 @@ from datasets import Array2D, ClassLabel, Dataset, DatasetInfo, Features, Image,
 from datasets.table import InMemoryTable
 
 from fedtune.errors import DataError
-from fedtune.recipe import Natural, Recipe, nearest
+from fedtune.explain import nearest
+from fedtune.recipe import Natural, Recipe
 
 __all__ = ["assemble", "canonical", "split_column"]
 

@@ -14,7 +14,11 @@ from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
 
+
 __all__ = ["Corpus", "everything", "load"]
+
+RESERVED = frozenset({"all", "mean"})
+"""What scores over several domains are called."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from huggingface_hub.utils import logging as hub_logging
 
 from fedtune.data import images, sentiment
 from fedtune.errors import DataError, SourceError
+from fedtune.explain import nearest
 from fedtune.home import cache
-from fedtune.recipe import nearest
 
 __all__ = ["read"]
 

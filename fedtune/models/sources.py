@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.errors import SourceError
+from fedtune.explain import nearest
 from fedtune.models import convert
-from fedtune.recipe import nearest
 from fedtune.samples import PACKAGES, fetch
 
 __all__ = ["resolve"]

@@ -13,7 +13,8 @@ from torch import nn
 
 from fedtune import data, models, techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Columns, Data, Recipe, explain
+from fedtune.explain import explain
+from fedtune.recipe import Columns, Data, Recipe
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
 

@@ -1,0 +1,88 @@
+"""What is wrong with settings, in one sentence: file, line, key, what is allowed, the nearest key."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+__all__ = ["Location", "explain", "nearest"]
+
+Location = tuple[str | int, ...]
+"""Keys and list positions from the root to a setting."""
+
+
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    origin: str,
+    lines: Mapping[Location, int] | None = None,
+    overridden: Mapping[Location, str] | None = None,
+) -> str:
+    """The first problem of a validation as one sentence: file, line, key, what is allowed, nearest key."""
+    detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    location = _without_tags(detail["loc"])
+    where = _where(location, origin, lines or {}, _blamed(detail, location, overridden or {}))
+    key = ".".join(str(part) for part in location)
+    problem = _problem(detail, key, _siblings(model, location))
+    return f"{where}: {problem}"
+
+
+def _without_tags(location: Location) -> Location:
+    """Drop the tags pydantic puts into a location for a union's chosen member."""
+    return tuple(part for index, part in enumerate(location) if not (index and location[index - 1] == "split"))
+
+
+def _blamed(detail: ErrorDetails, location: Location, overridden: Mapping[Location, str]) -> Mapping[Location, str]:
+    """Overrides by the location they may spoil: a key set below a value spoils the value itself."""
+    if detail["type"] == "value_error":
+        return overridden
+    return {path[: len(location)]: item for path, item in overridden.items()}
+
+
+def _where(location: Location, origin: str, lines: Mapping[Location, int], overridden: Mapping[Location, str]) -> str:
+    prefixes = [location[:end] for end in range(len(location), 0, -1)]
+    places = [f"--set {overridden[prefix]}" for prefix in prefixes if prefix in overridden]
+    places += [f"{origin}, line {lines[prefix]}" for prefix in prefixes if prefix in lines]
+    return places[0] if places else origin
+
+
+def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(key.rsplit('.', 1)[-1], siblings)}"
+    if detail["type"] == "missing":
+        return f"the key {key!r} is missing"
+    if detail["type"] == "union_tag_not_found":
+        return f"the key '{key}.kind' is missing"
+    if detail["type"] == "union_tag_invalid":
+        return f"{key}.kind is {detail['ctx']['tag']!r}, but must be one of {detail['ctx']['expected_tags']}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "it should be a mapping of keys to values"
+    subject, should, rule = message.partition(" should ")
+    return f"{key} is {detail['input']!r}, but must {rule}" if should else f"{key} is {detail['input']!r}: {subject}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``did you mean 'x'?``, or all that is allowed when nothing is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
+
+
+def _siblings(model: type[BaseModel], location: Location) -> list[str]:
+    """The keys allowed beside the last one of a location."""
+    models: list[Any] = [model]
+    for part in location[:-1]:
+        if isinstance(part, str):
+            found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+            models = [m for annotation in found for m in _models_in(annotation)]
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]

@@ -1,0 +1,194 @@
+"""An export gives the same logits in plain transformers and peft; an evaluation scores all of another source."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+
+from fedtune import checkpoint
+from fedtune import home as homes
+from fedtune.data import Encoded
+from fedtune.errors import DataError, ModelError, RecipeError, StoreError
+from fedtune.export import export
+from fedtune.recipe import Recipe
+from fedtune.training import load_state, score, workshop
+from tests.federations import Ended, execute, trivial, words
+from tests.test_bad_input import fedtune
+
+
+def state(ended: Ended) -> dict[str, Tensor]:
+    saved = ended.rounds[-1].checkpoint
+    assert saved is not None
+    return checkpoint.load(homes.runs() / saved.path, saved.sha256)
+
+
+@torch.no_grad()
+def own_logits(recipe: Recipe, tensors: dict[str, Tensor], examples: int = 8) -> tuple[dict[str, Tensor], Tensor]:
+    """Some inputs and what the model that fedtune trained says to them."""
+    shop = workshop(recipe.model_dump_json())
+    load_state(shop.model, tensors)
+    inputs = shop.test.batch(range(examples))
+    inputs.pop("labels")
+    return inputs, shop.model.eval()(**inputs).logits
+
+
+@torch.no_grad()
+def assert_same_logits(model: torch.nn.Module, inputs: dict[str, Tensor], expected: Tensor) -> None:
+    logits = model.eval()(**inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert logits.std() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft itself
+def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
+    recipe = words(tmp_path)
+    tensors = state(execute(recipe))
+    assert export(recipe, tensors, tmp_path / "out", None, "# a card\n") == "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
+    inputs, expected = own_logits(recipe, tensors)
+    assert_same_logits(PeftModel.from_pretrained(base, str(tmp_path / "out")), inputs, expected)
+    assert (tmp_path / "out" / "README.md").read_text() == "# a card\n"
+
+
+@pytest.mark.parametrize("techniques", ["lora", "bias", "full", "classifier"])
+def test_a_whole_model_loads_in_plain_transformers(home: Path, tmp_path: Path, techniques: str) -> None:
+    recipe = words(tmp_path, f"train.techniques={techniques}")
+    tensors = state(execute(recipe))
+    assert export(recipe, tensors, tmp_path / "out", "full", "") == "full"
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    inputs, expected = own_logits(recipe, tensors)
+    assert_same_logits(loaded, inputs, expected)
+    assert loaded.config.id2label == {0: "bad", 1: "good"}
+    text = AutoTokenizer.from_pretrained(tmp_path / "out")("the film was great")
+    assert text["input_ids"] == AutoTokenizer.from_pretrained(tmp_path / "bert")("the film was great")["input_ids"]
+
+
+def test_what_no_adapter_can_carry_becomes_a_whole_model_unless_an_adapter_is_asked_for(
+    home: Path, tmp_path: Path
+) -> None:
+    recipe = words(tmp_path, "train.techniques=bias", "federation.rounds=1")
+    tensors = state(execute(recipe))
+    with pytest.raises(ModelError, match=r"^bias trains what no PEFT adapter can carry; export with --format full$"):
+        export(recipe, tensors, tmp_path / "out", "adapter", "")
+    assert not (tmp_path / "out").exists()
+    assert export(recipe, tensors, tmp_path / "out", None, "") == "full"
+
+
+def test_an_existing_folder_is_left_alone(home: Path, tmp_path: Path) -> None:
+    recipe = trivial("federation.rounds=1")
+    tensors = state(execute(recipe))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StoreError, match="out exists already; choose another folder with -o"):
+        export(recipe, tensors, tmp_path / "out", None, "")
+    assert not list((tmp_path / "out").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "home"}
+
+
+@pytest.mark.parametrize("source", ["logistic", "efficientnet-lite0"])
+def test_an_image_model_brings_its_code_along(home: Path, tmp_path: Path, source: str) -> None:
+    recipe = trivial(
+        f'model.source="sample:{source}"',
+        "train.techniques=" + ("full" if source == "logistic" else "classifier"),
+        "train.image=32",
+        "train.lr=0.3",
+        "federation={rounds: 1, clients: 1}",
+        "train.steps=1",
+        "evaluation.batch=256",
+    )
+    tensors = state(execute(recipe))
+    assert export(recipe, tensors, tmp_path / "out", None, "") == "full"
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    inputs, expected = own_logits(recipe, tensors)
+    assert_same_logits(loaded, inputs, expected)
+
+
+def verdicts(path: Path, rows: Sequence[str], heading: str = "text,label") -> str:
+    path.write_text("\n".join([heading, *rows]) + "\n", encoding="utf-8")
+    return f"csv:{path}"
+
+
+def labels_of(found: Encoded) -> list[int]:
+    labels: list[int] = found.batch(range(len(found)))["labels"].tolist()
+    return labels
+
+
+def test_all_examples_of_another_source_are_numbered_by_the_names_the_model_knows(tmp_path: Path) -> None:
+    shop = workshop(words(tmp_path).model_dump_json())
+    assert shop.corpus.labels == ("bad", "good")
+    rows = [f"the film was {word},{label}" for word, label in (("great", "good"), ("weak", "bad"), ("fine", "good"))]
+    assert labels_of(shop.other(verdicts(tmp_path / "a.csv", rows), {})) == [1, 0, 1]
+    only_good = shop.other(verdicts(tmp_path / "b.csv", rows[:1], "review,stars"), {"text": "review", "label": "stars"})
+    assert labels_of(only_good) == [1]
+
+
+def test_the_parts_of_another_source_are_scored_together(tmp_path: Path) -> None:
+    shop = workshop(words(tmp_path).model_dump_json())
+    (tmp_path / "parts").mkdir()
+    for number, part in enumerate(("train", "test")):
+        verdicts(tmp_path / "parts" / f"{part}.csv", ["the film was great,good"] * (number + 1))
+    assert len(shop.other(f"csv:{tmp_path / 'parts'}", {})) == 3
+
+
+def test_whole_real_numbers_stand_for_class_numbers(tmp_path: Path) -> None:
+    recipe = words(tmp_path)
+    rows = [f"text {row} a,{row % 2}" for row in range(60)]
+    verdicts(tmp_path / "words.csv", rows)
+    shop = workshop(recipe.model_copy(update={"seed": 5}).model_dump_json())
+    assert shop.corpus.labels == ("0", "1")
+    assert labels_of(shop.other(verdicts(tmp_path / "real.csv", ["a b,1.0", "c d,0.0"]), {})) == [1, 0]
+
+
+def test_a_label_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    shop = workshop(words(tmp_path).model_dump_json())
+    source = verdicts(tmp_path / "a.csv", ["the film was fine,good", "the film was dull,so-so"])
+    with pytest.raises(DataError, match=r"a.csv: the model does not know the label 'so-so'; it knows bad, good$"):
+        shop.other(source, {})
+    with pytest.raises(RecipeError, match="--columns: unknown key 'txt'; did you mean 'text'"):
+        shop.other(source, {"txt": "review"})
+
+
+def test_another_domain_column_gives_figures_per_domain(tmp_path: Path) -> None:
+    shop = workshop(words(tmp_path).model_dump_json())
+    rows = ["the film was fine,good,a", "the film was dull,bad,b"]
+    found = shop.other(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
+    assert {one.domain for one in score(shop.model, found, 2, "sequence-classification")} == {"a", "b", "all", "mean"}
+
+
+def test_evaluate_and_export_through_the_command_line(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = execute(words(tmp_path))
+    source = verdicts(tmp_path / "a.csv", ["the film was fine,good", "the film was dull,bad"])
+    assert fedtune(monkeypatch, "evaluate", "latest", "--data", source, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["round"], found["data"]) == (ended.run.id, 2, source)
+    assert {(one["domain"], one["name"]) for one in found["metrics"]} == {("all", "accuracy"), ("all", "loss")}
+    assert fedtune(monkeypatch, "evaluate", "latest", "--part", "test", "--json") == 0
+    scored = {one["name"]: one["value"] for one in json.loads(capsys.readouterr().out)["metrics"]}
+    recorded = {m.name: m.value for m in ended.rounds[-1].metrics if (m.part, m.domain) == ("test", "all")}
+    assert scored == recorded
+    out = tmp_path / "out"
+    assert fedtune(monkeypatch, "export", "latest", "-o", str(out), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "adapter"
+    assert (out / "adapter_model.safetensors").is_file()
+    assert fedtune(monkeypatch, "export", "latest", "-o", str(tmp_path / "whole"), "--format", "full") == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'whole'}: full of run {ended.run.id}, round 2\n"
+    assert said.err == ""
+
+
+def test_a_checkpoint_file_is_the_one_that_is_scored(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = execute(trivial())
+    path = homes.runs() / ended.run.id / "round-0001.safetensors"
+    assert fedtune(monkeypatch, "evaluate", str(path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["round"] == 1
+    recorded = {m.name: m.value for m in ended.rounds[1].metrics if m.domain == "all"}
+    assert {one["name"]: one["value"] for one in found["metrics"]} == recorded
