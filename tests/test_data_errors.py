@@ -36,7 +36,7 @@ from tests.data_examples import ROWS, a_recipe, csv_file
         (
             [f"t{row},{row % 2},{'all' if row % 3 else 'x'}" for row in range(99)],
             ["data.columns.domain=author"],
-            "a domain is called 'all', as a summary is; rename it",
+            "a domain is called 'all', as summaries are; rename it",
         ),
         (ROWS, ["data.columns.group=author", "data.limit=9"], "data.limit is 9, but a group of .* has 10 examples"),
     ],

@@ -58,6 +58,8 @@ def _check(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...])
     for part, dataset in divided.items():
         if not len(dataset):
             raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
+        if "domain" in dataset.column_names and (taken := RESERVED.intersection(dataset.unique("domain"))):
+            raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
     if not labels:
         return
     counts = np.bincount(divided["test"]["label"][:], minlength=len(labels))
