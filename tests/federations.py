@@ -99,8 +99,10 @@ def tiny_bert(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-        BertModel(BertConfig(vocab_size=len(known), **shape)).save_pretrained(folder)
+        shape = BertConfig(
+            vocab_size=len(known), hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2
+        )
+        BertModel(shape).save_pretrained(folder)
 
 
 def begin(store: Store, recipe: Recipe, run: str = "run-1", engine: str = "local") -> str:
@@ -134,7 +136,10 @@ def outcome(run: str = "latest") -> Ended:
 def order_of(message: Message) -> tuple[int, int]:
     """Round and client a message is for."""
     order = message.content.config_records["order"]
-    return int(order["round"]), int(order["client"])  # type: ignore[call-overload]
+    number, client = order["round"], order["client"]
+    assert isinstance(number, int)
+    assert isinstance(client, int)
+    return number, client
 
 
 Spoil = Callable[[Message, Message], Message]

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 from sqlalchemy import Engine, event
 
-from fedtune import checkpoint, files
+from fedtune import files
 from fedtune.cli.main import main
 from fedtune.tracking import RoundRecord, Store
 from server import receive
@@ -81,13 +81,13 @@ def _in_the_flush() -> None:
 def _half_a_checkpoint() -> None:
     real = safetensors.torch.save_file
 
-    def save_file(tensors: Any, path: Path) -> None:
-        real(tensors, path)
+    def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
+        real(tensors, path, metadata)
         if f".{_ROUND}" in Path(path).name:
             os.truncate(path, os.path.getsize(path) // 2)
             _die()
 
-    checkpoint.safetensors.torch.save_file = save_file
+    safetensors.torch.save_file = save_file
 
 
 def _half_a_spooled_contribution() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from flwr.app import Message
 
 from fedtune import checkpoint
 from fedtune import home as homes
@@ -224,7 +225,7 @@ def interrupted() -> Path:
     return homes.runs() / "run-1"
 
 
-def _stop(*_: object) -> None:
+def _stop(message: Message, reply: Message) -> Message:
     raise KeyboardInterrupt
 
 

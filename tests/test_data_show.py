@@ -8,6 +8,7 @@ from PIL import Image
 
 from fedtune import data
 from fedtune.cli.data import data as command
+from fedtune.data.picture import picture
 from tests.data_examples import TEXT, a_recipe, labelled
 
 
@@ -41,7 +42,7 @@ def test_a_natural_split_is_counted_by_domain() -> None:
 
 @pytest.mark.parametrize("clients", [1, 8, 1000])
 def test_a_picture_is_written_for_few_and_many_clients(tmp_path: Path, clients: int) -> None:
-    data.picture(a_summary(clients), tmp_path / "pictures" / "split.png")
+    picture(a_summary(clients), tmp_path / "pictures" / "split.png")
     with Image.open(tmp_path / "pictures" / "split.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > picture.height

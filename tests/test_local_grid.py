@@ -118,10 +118,12 @@ def stock_client() -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         calls = context.state.config_records.setdefault("calls", ConfigRecord({"count": 0}))
-        calls["count"] = int(calls["count"]) + 1  # type: ignore[arg-type]
+        count, partition = calls["count"], context.node_config["partition-id"]
+        assert isinstance(count, int)
+        assert isinstance(partition, int)
+        calls["count"] = count + 1
         [weights] = message.content.array_records["arrays"].to_numpy_ndarrays()
-        partition = int(context.node_config["partition-id"])
-        metrics = MetricRecord({"num-examples": partition + 1, "calls": int(calls["count"])})
+        metrics = MetricRecord({"num-examples": partition + 1, "calls": count + 1})
         arrays = ArrayRecord([weights + partition + 1])
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

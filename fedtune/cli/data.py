@@ -33,6 +33,7 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
       fedtune data show recipes/sentiment.yaml --set data.split.kind=iid
     """
     from fedtune import data as library
+    from fedtune.data.picture import picture as draw
     from fedtune.home import home
     from fedtune.recipe import read
 
@@ -40,7 +41,7 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
     corpus = library.load(wanted)
     summary = library.summary(wanted, corpus, library.split(wanted, corpus.train))
     path = picture or home() / "pictures" / f"{wanted.name}-split.png"
-    library.picture(summary, path)
+    draw(summary, path)
     _print(summary, path, as_json)
 
 

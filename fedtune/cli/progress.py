@@ -40,8 +40,8 @@ class _Clock:
 
     def left(self, number: int) -> str:
         done = number - (self._first or 1) + 1
-        seconds = (time.monotonic() - self._started) / done * (self._rounds - number)
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+        left = round((time.monotonic() - self._started) / done * (self._rounds - number))
+        return f"{left // 60}:{left % 60:02} left"
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from fedtune.data.corpus import Corpus, everything, load
 from fedtune.data.encode import Encoded, encode
-from fedtune.data.picture import picture
 from fedtune.data.split import split
 from fedtune.data.summary import Holding, Summary, summary
 
-__all__ = ["Corpus", "Encoded", "Holding", "Summary", "encode", "everything", "load", "picture", "split", "summary"]
+__all__ = ["Corpus", "Encoded", "Holding", "Summary", "encode", "everything", "load", "split", "summary"]

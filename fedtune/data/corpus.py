@@ -14,7 +14,6 @@ from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
 
-
 __all__ = ["Corpus", "everything", "load"]
 
 RESERVED = frozenset({"all", "mean"})

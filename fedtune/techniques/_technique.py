@@ -1,13 +1,15 @@
 """The shape every technique has: frozen settings with a few behaviours, each of which may stay silent."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import PeftConfig
 from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
 from fedtune.registry import Named
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 __all__ = ["Technique", "head_names", "require"]
 
@@ -30,7 +32,7 @@ class Technique(Named):
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Choose what is trained in round 1, 2, ... among what ``apply`` made trainable."""
 
-    def adapter(self, model: nn.Module, task: Task) -> PeftConfig | None:
+    def adapter(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 

@@ -1,9 +1,9 @@
 """Optimisers by name and the learning rate over a run."""
 
 import math
-from collections.abc import Callable, Sequence
+import pkgutil
+from collections.abc import Sequence
 
-import bitsandbytes
 import torch
 from torch.nn import Parameter
 
@@ -11,18 +11,20 @@ from fedtune.recipe import Optimiser, Train
 
 __all__ = ["make_optimiser", "rate"]
 
-_OPTIMISERS: dict[Optimiser, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "adamw8bit": bitsandbytes.optim.AdamW8bit,
-    "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
-    "lion8bit": bitsandbytes.optim.Lion8bit,
+_OPTIMISERS: dict[Optimiser, str] = {
+    "adamw": "torch.optim:AdamW",
+    "sgd": "torch.optim:SGD",
+    "adamw8bit": "bitsandbytes.optim:AdamW8bit",
+    "paged_adamw8bit": "bitsandbytes.optim:PagedAdamW8bit",
+    "lion8bit": "bitsandbytes.optim:Lion8bit",
 }
+"""Where each is imported from, when it is asked for."""
 
 
 def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
     """A fresh optimiser over the trained parameters."""
-    return _OPTIMISERS[settings.optimiser](parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    kind: type[torch.optim.Optimizer] = pkgutil.resolve_name(_OPTIMISERS[settings.optimiser])
+    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)  # type: ignore[call-arg]
 
 
 def rate(settings: Train, progress: float) -> float:
