@@ -81,10 +81,10 @@ def _in_the_flush() -> None:
 def _half_a_checkpoint() -> None:
     real = safetensors.torch.save_file
 
-    def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
-        real(tensors, path, metadata)
-        if f".{_ROUND}" in Path(path).name:
-            os.truncate(path, os.path.getsize(path) // 2)
+    def save_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
+        real(tensors, filename, metadata)
+        if f".{_ROUND}" in Path(filename).name:
+            os.truncate(filename, os.path.getsize(filename) // 2)
             _die()
 
     safetensors.torch.save_file = save_file

@@ -43,10 +43,10 @@ def test_a_natural_split_is_counted_by_domain() -> None:
 @pytest.mark.parametrize("clients", [1, 8, 1000])
 def test_a_picture_is_written_for_few_and_many_clients(tmp_path: Path, clients: int) -> None:
     picture(a_summary(clients), tmp_path / "pictures" / "split.png")
-    with Image.open(tmp_path / "pictures" / "split.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > picture.height
-        assert len(picture.convert("RGB").getcolors(maxcolors=10**6) or []) > 10
+    with Image.open(tmp_path / "pictures" / "split.png") as drawn:
+        assert drawn.format == "PNG"
+        assert drawn.width > drawn.height
+        assert len(drawn.convert("RGB").getcolors(maxcolors=10**6) or []) > 10
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["split.png"]
 
 
