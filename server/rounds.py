@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,8 @@ def _round(
         if not short:
             step = merging.choose(shop.recipe.merge)
             state = merging.merge(step, state, _sent_names(shop, number), contributions)
+        else:
+            records = [_unused(record) for record in records]
     metrics = _evaluate(shop, state, run, number)
     _commit(store, run, number, state, started, records, metrics, short)
     return state
@@ -139,6 +142,11 @@ def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
         return ""
     reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
     return f"{usable} usable contributions, quorum {recipe.federation.quorum}; {'; '.join(reasons[:3])}"
+
+
+def _unused(record: ContributionRecord) -> ContributionRecord:
+    """What could have been merged, had the round got enough of it."""
+    return replace(record, status="unused", reason="the round failed") if record.status == "merged" else record
 
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:

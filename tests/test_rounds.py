@@ -155,6 +155,7 @@ def test_a_round_below_its_quorum_fails_and_the_run_goes_on(home: Path) -> None:
     failed, completed = ended.rounds[1:]
     assert (failed.status, completed.status) == ("failed", "completed")
     assert failed.reason.startswith("2 usable contributions, quorum 3; error: code 2: ValueError")
+    assert [sent.status for sent in failed.contributions] == ["error", "unused", "error", "unused"]
     assert ended.hashes[0] == ended.hashes[1] != ended.hashes[2]
     assert (ended.run.status, ended.run.rounds_completed) == ("completed", 1)
 

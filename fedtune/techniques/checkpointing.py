@@ -31,3 +31,4 @@ class Checkpointing(Technique):
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
         model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients

@@ -18,7 +18,7 @@ class MetricRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ContributionRecord:
-    """What one client did in one round; ``status`` is merged, refused, error or missing. Sizes are bytes."""
+    """What one client did in one round; ``status`` is merged, refused, error, missing or unused. In bytes."""
 
     client: int
     device: str
