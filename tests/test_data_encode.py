@@ -25,7 +25,7 @@ def tokenizer(*, starts: bool = False, ends: bool = True) -> PreTrainedTokenizer
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     if starts:
         core.post_processor = processors.TemplateProcessing(single="[START] $0", special_tokens=[("[START]", START)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]" if ends else None)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]" if ends else None)
 
 
 def grey_images(*sides: int) -> Dataset:

@@ -212,7 +212,7 @@ def test_a_converted_gguf_is_plain_safetensors() -> None:
 def test_a_four_bit_base_keeps_its_new_head_in_full_precision(decoder: Path) -> None:
     wide = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256}, pad_token_id=0)
     LlamaForCausalLM(wide).save_pretrained(decoder)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)  # type: ignore[no-untyped-call]
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     source = Model(source=f"path:{decoder}")
     small = models.load(source, TEXT, ("a", "b"), seed=0, quantisation=settings)
     projection = small.get_submodule("model.layers.0.mlp.up_proj")

@@ -88,7 +88,7 @@ def window(image: Tensor, top: int, left: int, size: int) -> Tensor:
 
 
 def test_the_loss_of_an_image_model_is_the_mean_cross_entropy() -> None:
-    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=4)).eval()  # type: ignore[no-untyped-call]
+    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=4)).eval()
     pixels, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 1])
     out = model(pixels, labels=labels)
     expected = -out.logits.log_softmax(-1)[torch.arange(3), labels].mean()
