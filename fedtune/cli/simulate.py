@@ -1,5 +1,6 @@
 """``fedtune simulate``: run a federation on this machine, or go on with one that stopped."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,8 @@ def _reopen(store: "Store", reference: str) -> tuple[str, "Workshop"]:
 def _workshop(recipe: "Recipe") -> "Workshop":
     from fedtune.training import workshop
 
+    if sys.stderr.isatty():
+        click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
     shop = workshop(recipe.model_dump_json())
     _ = shop.clients, shop.train, shop.validation, shop.test
     return shop
