@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from benchmarks.report import save
 from fedtune import merging
 from fedtune.contribution import Report, pack
+from fedtune.files import write
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe import Unit
 from fedtune.simulation.flower_private import be_node
@@ -34,18 +35,23 @@ def main() -> None:
 
 
 def measured(count: int) -> int:
-    command = [sys.executable, "-m", "benchmarks.server_memory", str(count)]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        random = torch.Generator().manual_seed(0)
+        write(
+            Path(folder) / "sent", pack({name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()})
+        )
+        command = [sys.executable, "-m", "benchmarks.server_memory", str(count), folder]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def receive_and_merge(count: int, spool: Path) -> int:
+def receive_and_merge(count: int, folder: Path) -> int:
     be_node(1)
     state = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     reset_peak_rss()
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive(reply(client), client, "phone", 0, SHAPES, None, spool)
+        _, sent = receive(reply(client, folder / "sent"), client, "phone", 0, SHAPES, None, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)
@@ -53,10 +59,9 @@ def receive_and_merge(count: int, spool: Path) -> int:
     return peak_rss() - before
 
 
-def reply(client: int) -> Message:
-    """What a client's reply looks like when it reaches the server."""
-    random = torch.Generator().manual_seed(client)
-    payload = pack({name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()})
+def reply(client: int, sent: Path) -> Message:
+    """A client's reply as it reaches the server: bytes, of which nothing is known yet."""
+    payload = sent.read_bytes()
     delta = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     report = MetricRecord(asdict(Report(examples=10 + client, loss=1.0, seconds=1.0, saved_bytes=0, peak_rss=0)))
     return Message(RecordDict({"delta": delta, "report": report}), 1, "train")
@@ -64,7 +69,6 @@ def reply(client: int) -> Message:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        with tempfile.TemporaryDirectory() as folder:
-            print(receive_and_merge(int(sys.argv[1]), Path(folder)))
+        print(receive_and_merge(int(sys.argv[1]), Path(sys.argv[2])))
     else:
         main()

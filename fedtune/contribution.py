@@ -1,7 +1,7 @@
 """What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,19 +66,32 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
 
 
-def check(payload: bytes, expected: Mapping[str, Shape], max_norm: float | None) -> float:
-    """The L2 norm over a payload's deltas; ContributionError if names, shapes, values or the norm do not hold."""
-    deltas = unpack(payload)
-    missing = sorted(expected.keys() - deltas.keys())
-    unknown = sorted(deltas.keys() - expected.keys())
-    if missing or unknown:
-        raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, delta in deltas.items():
-        _check_one(name, delta, expected[name])
-    norm = math.sqrt(sum(float(delta.double().square().sum()) for delta in deltas.values()))
+def check(path: Path, expected: Mapping[str, Shape], max_norm: float | None) -> float:
+    """The L2 norm over a spooled payload's deltas, read one at a time.
+
+    Raises ContributionError when it is not safetensors or its names, shapes, values or norm do not hold.
+    """
+    try:
+        with safe_open(path, "pt") as deltas:
+            _check_names(set(deltas.keys()), expected.keys())
+            norm = math.sqrt(sum(_square(name, deltas.get_tensor(name), expected[name]) for name in sorted(expected)))
+    except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
+        raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
     if max_norm is not None and norm > max_norm:
         raise ContributionError(f"its norm {norm:.4g} is above federation.max_norm {max_norm:.4g}")
     return norm
+
+
+def _check_names(sent: Set[str], expected: Set[str]) -> None:
+    missing, unknown = sorted(expected - sent), sorted(sent - expected)
+    if missing or unknown:
+        raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
+
+
+def _square(name: str, delta: Tensor, shape: Shape) -> float:
+    """The squared L2 norm of a delta that holds."""
+    _check_one(name, delta, shape)
+    return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
 
 
 def _check_one(name: str, delta: Tensor, shape: Shape) -> None:

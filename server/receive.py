@@ -26,14 +26,14 @@ def receive(
     """The record of a reply, and the contribution when it is one that may be merged."""
     if reply.has_error():
         return _absent(client, device, "error", f"code {reply.error.code}: {reply.error.reason}", bytes_down), None
-    try:
-        payload = _payload(reply)
-        report = _report(reply.content.metric_records.get("report"))
-        norm = check(payload, expected, max_norm)
-    except ContributionError as error:
-        return _absent(client, device, "refused", str(error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
-    write(path, payload)
+    try:
+        write(path, _payload(reply))
+        report = _report(reply.content.metric_records.get("report"))
+        norm = check(path, expected, max_norm)
+    except ContributionError as error:
+        path.unlink(missing_ok=True)
+        return _absent(client, device, "refused", str(error), bytes_down), None
     record = ContributionRecord(
         client=client,
         device=device,
@@ -41,7 +41,7 @@ def receive(
         reason="",
         examples=report.examples,
         bytes_down=bytes_down,
-        bytes_up=len(payload),
+        bytes_up=path.stat().st_size,
         seconds=report.seconds,
         saved_bytes=report.saved_bytes,
         peak_rss=report.peak_rss,
@@ -74,10 +74,11 @@ def _absent(client: int, device: str, status: str, reason: str, bytes_down: int)
 
 
 def _payload(reply: Message) -> bytes:
+    """Taken out of the reply: messages hold themselves in a cycle, and would keep it until the next collection."""
     record = reply.content.array_records.get("delta")
     if record is None or list(record) != ["safetensors"]:
         raise ContributionError("the reply carries no deltas; update the client")
-    return record["safetensors"].data
+    return record.pop("safetensors").data
 
 
 def _report(record: MetricRecord | None) -> Report:

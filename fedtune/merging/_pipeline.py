@@ -12,7 +12,7 @@ from fedtune.registry import build
 
 __all__ = ["choose", "merge"]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Elements of a tensor that are merged at a time."""
 
 
