@@ -1,8 +1,8 @@
 """Claim: the server's peak memory while it receives and merges 4, 16 and 64 contributions is flat within 1.2x of one.
 
-For each number, three times, a fresh process holds a state of 16 M parameters (64 MB), receives that many replies through the
-server's own path (check, spool), merges them, and reports its high-water mark over what it stood at before the first.
-The median of the three counts.
+For each number, three times, a fresh process holds a state of 16 M parameters (64 MB), receives that many replies
+through the server's own path (spool, check), merges them, and reports its high-water mark over what it stood at before
+the first. The median of the three counts.
 
 Run: python -m benchmarks.server_memory
 """
