@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from filelock import FileLock
 
@@ -143,12 +144,24 @@ def _is_link(item: zipfile.ZipInfo) -> bool:
 
 
 def _unpack(archive: Path, members: Sequence[str], into: Path) -> None:
+    """Copy the contents out, so that nothing else an archive says (modes, owners, links) takes effect."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            opened.extractall(into, members)
-    else:
-        with tarfile.open(archive) as opened_tar:
-            opened_tar.extractall(into, [opened_tar.getmember(name) for name in members], filter="data")
+            for name in members:
+                with opened.open(name) as source:
+                    _copy(source, into / name)
+        return
+    with tarfile.open(archive) as opened_tar:
+        for name in members:
+            source_in_tar = opened_tar.extractfile(name)
+            assert source_in_tar is not None, "only regular files are wanted"
+            _copy(source_in_tar, into / name)
+
+
+def _copy(source: IO[bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file)
 
 
 def keep(folder: Path, fill: Callable[[Path], None], what: str) -> None:
