@@ -8,8 +8,10 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import torch.multiprocessing
@@ -109,12 +111,13 @@ class Pool(Workers):
         return [(self._futures.pop(future), _result(future)) for future in done]
 
     def _hand_over(self, message: Message, context: Context) -> Future[tuple[Message, Context]]:
-        try:
-            return self._executor.submit(_answer, self._app, message, context)
-        except BrokenProcessPool:
-            self.close()
-            self._executor, self._lifeline = self._start()
-            return self._executor.submit(_answer, self._app, message, context)
+        with _interrupts_held_back():
+            try:
+                return self._executor.submit(_answer, self._app, message, context)
+            except BrokenProcessPool:
+                self.close()
+                self._executor, self._lifeline = self._start()
+                return self._executor.submit(_answer, self._app, message, context)
 
     def forget(self) -> None:
         """Drop what is queued; of what runs, nobody will ask for the answer."""
@@ -127,6 +130,16 @@ class Pool(Workers):
         self._executor.shutdown()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block is over; processes started inside never see it and leave it to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _result(future: Future[tuple[Message, Context]]) -> Answer:
     error = future.exception()
     if error is None:
@@ -137,8 +150,7 @@ def _result(future: Future[tuple[Message, Context]]) -> Answer:
 
 
 def _begin(shop: Workshop, watched: Connection) -> None:
-    """Make a fresh worker process ready: it ends with its parent, leaves Ctrl-C to it, and owns what it trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a fresh worker process ready: it ends with its parent, and owns what it trains."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     be_node(_CLIENT)
     shop.own_trained()
