@@ -23,7 +23,7 @@ from benchmarks.report import save
 
 CASES = 24
 FEDTUNE = [sys.executable, "-m", "fedtune.cli.main"]
-RECIPE = TASKS["trivial"].replace("rounds: 3", "rounds: 40")
+RECIPE = TASKS["trivial"].replace("rounds: 3", "rounds: 25")
 
 
 def main() -> None:

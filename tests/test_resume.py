@@ -17,7 +17,7 @@ from tests.federations import TRIVIAL, Ended, outcome
 from tests.kills import PLANTS, start
 
 ROUNDS = 4
-CASES = 12
+CASES = 20
 Bits = tuple[list[str], list[tuple[int, str, str, str, float]]]
 
 
