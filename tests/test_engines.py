@@ -66,7 +66,6 @@ def _train(message: Message, context: Context) -> Message:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_killed_worker_costs_what_it_was_doing_and_the_pool_recovers(home: Path) -> None:
     recipe = trivial()
     ended = execute(recipe, Pool(shop(recipe), 2, fatal))
@@ -87,7 +86,6 @@ def _workers() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_worker_processes_end_when_their_parent_is_killed(home: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TRIVIAL.replace("rounds: 2", "rounds: 100000"), encoding="utf-8")
@@ -105,7 +103,6 @@ def test_worker_processes_end_when_their_parent_is_killed(home: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_ctrl_c_ends_a_pool_at_once_with_one_word(home: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TRIVIAL.replace("rounds: 2", "rounds: 100000"), encoding="utf-8")

@@ -123,12 +123,12 @@ def fedtune(*argv: str) -> Any:
 COMMAND = [sys.executable, "-m", "fedtune.cli.main"]
 
 
-def interrupt(sign: signal.Signals, *argv: str) -> tuple[int, list[str]]:
-    """Send a signal when the first round is done; the exit code and what was said from then on."""
+def interrupt(sign: signal.Signals, line_begins: str, *argv: str) -> tuple[int, list[str]]:
+    """Send a signal when the first line that begins so shows; the exit code and what was said from then on."""
     with subprocess.Popen([*COMMAND, *argv], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("round 1/"):
+            if line.startswith(line_begins):
                 break
         process.send_signal(sign)
         said = [line.strip() for line in process.stderr.read().splitlines()]
@@ -139,7 +139,7 @@ def interrupt(sign: signal.Signals, *argv: str) -> tuple[int, list[str]]:
 def test_the_real_command_is_killed_and_resumed(
     home: Path, recipe: str, left_alone: tuple[Bits, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _ = interrupt(signal.SIGKILL, "simulate", recipe)
+    code, _ = interrupt(signal.SIGKILL, "round 1/", "simulate", recipe)
     assert code == -signal.SIGKILL
     [listed] = fedtune("runs", "list")
     assert (listed["status"], listed["rounds_completed"] >= 1) == ("interrupted", True)
@@ -150,7 +150,7 @@ def test_the_real_command_is_killed_and_resumed(
 
 
 def test_ctrl_c_is_one_word_and_the_run_goes_on_later(home: Path, recipe: str, left_alone: tuple[Bits, float]) -> None:
-    code, said = interrupt(signal.SIGINT, "simulate", recipe)
+    code, said = interrupt(signal.SIGINT, "run ", "simulate", recipe)
     assert (code, said) == (130, ["stopped"])
     assert (outcome().run.status, outcome().run.reason) == ("interrupted", "stopped by the user")
     assert bits(finish(home, recipe)) == left_alone[0]

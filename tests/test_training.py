@@ -88,7 +88,8 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
 def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number: int) -> None:
     recipe = a_training_recipe(**settings)
     outcome = a_round(bert(), recipe, number)
-    deltas, loss = readable_twin(bert(), recipe, number, client=1)
+    with processor_threads(recipe.train.threads):
+        deltas, loss = readable_twin(bert(), recipe, number, client=1)
     assert outcome.delta.keys() == deltas.keys()
     assert all(torch.equal(outcome.delta[name], deltas[name]) for name in deltas)
     assert outcome.loss == pytest.approx(loss, abs=1e-12)
