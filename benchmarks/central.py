@@ -43,9 +43,11 @@ def main() -> None:
     arguments = parser.parse_args()
     trials = {rate: train_centrally(0, rate, arguments.way) for rate in RATES}
     best = max(trials, key=lambda rate: trials[rate]["validation"])
-    rows = [compare(seed, best, arguments.way) for seed in range(arguments.seeds)]
-    gap = 100 * statistics.mean(row["central"]["test"] - row["federated"] for row in rows)
-    save(f"central-{arguments.way}", {"rows": rows, "rates_tried": trials, "mean_gap_points": gap})
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        rows.append(compare(seed, best, arguments.way))
+        gap = 100 * statistics.mean(row["central"]["test"] - row["federated"] for row in rows)
+        save(f"central-{arguments.way}", {"rows": rows, "rates_tried": trials, "mean_gap_points": gap})
 
 
 def compare(seed: int, rate: float, way: str) -> dict[str, Any]:
