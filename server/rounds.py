@@ -164,7 +164,7 @@ def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[Metr
 def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
     load_state(shop.model, state)
     examples = getattr(shop, part)
-    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task)
+    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 

@@ -44,7 +44,7 @@ def evaluate(
     shop = workshop(recipe.model_dump_json())
     examples = getattr(shop, part) if source is None else shop.other(source, _columns(columns))
     load_state(shop.model, state)
-    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task)
+    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json.dumps({"run": run, "round": at, "data": source or part, "metrics": figures}, indent=2))

@@ -1,15 +1,17 @@
 """How it fits a device: one file is one published technique. ``choose`` turns a recipe's list into techniques."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
 from fedtune.techniques._technique import Technique
+from fedtune.techniques._terms import collecting
 
-__all__ = ["Technique", "apply", "begin_round", "choose", "trained"]
+__all__ = ["Technique", "apply", "begin_round", "begin_step", "choose", "collecting", "trained", "watch"]
 
 
 def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
@@ -43,6 +45,20 @@ def begin_round(techniques: Sequence[Technique], model: nn.Module, number: int) 
     """Let each technique choose what is trained in round 1, 2, ..."""
     for technique in techniques:
         technique.begin_round(model, number)
+
+
+def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
+    """Tell each technique the inputs of the step to come and the share 0..1 of the run that is over."""
+    for technique in techniques:
+        technique.begin_step(model, batch, progress)
+
+
+@contextmanager
+def watch(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    """Figures that techniques take while held-out examples are scored inside the block."""
+    with ExitStack() as stack:
+        taken = [stack.enter_context(technique.watch(model)) for technique in techniques]
+        yield lambda: {name: value for figures in taken for name, value in figures().items()}
 
 
 def trained(model: nn.Module) -> list[str]:

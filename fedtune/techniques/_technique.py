@@ -1,8 +1,10 @@
 """The shape every technique has: frozen settings with a few behaviours, each of which may stay silent."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
@@ -31,6 +33,21 @@ class Technique(Named):
 
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Choose what is trained in round 1, 2, ... among what ``apply`` made trainable."""
+
+    def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
+        """Before the forward pass of a step: its inputs, and the share 0..1 of all steps of the run that is over.
+
+        Scoring calls it too, with ``progress`` 1. Terms of the loss that layers produce are handed in by ``emit``.
+        """
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+        """Follow the scoring of held-out examples inside the block; the callable gives figures by name at its end."""
+        yield dict
+
+    def stored(self) -> "Technique | None":
+        """What trains the same network with every activation stored, for checking gradients; None to leave it out."""
+        return self
 
     def adapter(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""

@@ -1,7 +1,7 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
 from fedtune.training.evaluate import Score, score
-from fedtune.training.loop import Outcome, processor_threads, total_steps, train, train_mode
+from fedtune.training.loop import Outcome, processor_threads, step_loss, total_steps, train, train_mode
 from fedtune.training.state import load_state, read_state
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
@@ -16,6 +16,7 @@ __all__ = [
     "processor_threads",
     "read_state",
     "score",
+    "step_loss",
     "total_steps",
     "train",
     "train_mode",

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedtune.data import Encoded
 from fedtune.recipe import Task
+from fedtune.techniques import Technique, begin_step, watch
 
 __all__ = ["Score", "score"]
 
@@ -39,19 +40,25 @@ class _Tally:
 
 
 @torch.no_grad()
-def score(model: nn.Module, data: Encoded, batch: int, task: Task) -> list[Score]:
-    """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain."""
+def score(model: nn.Module, data: Encoded, batch: int, task: Task, techniques: Sequence[Technique] = ()) -> list[Score]:
+    """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain.
+
+    What techniques measure meanwhile is added for all examples together.
+    """
     model.eval()
     tallies: dict[str, _Tally] = defaultdict(_Tally)
     order = _order(data)
-    for start in range(0, len(data), batch):
-        chosen = order[start : start + batch]
-        rows = _predict(model, data, chosen, task)
-        for index, row in zip(chosen, rows, strict=True):
-            tallies["all"].add(*row)
-            if data.domains is not None:
-                tallies[data.domains[index]].add(*row)
-    return list(_figures(tallies, task))
+    with watch(techniques, model) as figures:
+        for start in range(0, len(data), batch):
+            chosen = order[start : start + batch]
+            inputs = data.batch(chosen)
+            begin_step(techniques, model, inputs, 1.0)
+            for index, row in zip(chosen, _predict(model, inputs, task), strict=True):
+                tallies["all"].add(*row)
+                if data.domains is not None:
+                    tallies[data.domains[index]].add(*row)
+        watched = [Score("all", name, value) for name, value in figures().items()]
+    return [*_figures(tallies, task), *watched]
 
 
 def _order(data: Encoded) -> list[int]:
@@ -61,10 +68,10 @@ def _order(data: Encoded) -> list[int]:
     return torch.argsort(data.lengths, stable=True).tolist()
 
 
-def _predict(model: nn.Module, data: Encoded, chosen: Sequence[int], task: Task) -> list[tuple[int, int, float]]:
+def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[tuple[int, int, float]]:
     """Predictions, correct ones and summed loss of each example of a batch."""
-    inputs = data.batch(chosen)
-    labels = inputs.pop("labels")
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels = batch["labels"]
     logits: Tensor = model(**inputs).logits.float()
     if task == "causal-language-modelling":
         logits, labels = logits[:, :-1], labels[:, 1:]

@@ -14,13 +14,13 @@ from fedtune.data import Encoded
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
-from fedtune.techniques import Technique, begin_round, trained
+from fedtune.techniques import Technique, begin_round, begin_step, collecting, trained
 from fedtune.training.optimiser import make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["Outcome", "batches", "processor_threads", "total_steps", "train", "train_mode"]
+__all__ = ["Outcome", "batches", "processor_threads", "step_loss", "total_steps", "train", "train_mode"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,20 @@ def train(
     before = read_state(model, trained(model))
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
-        loss, saved_bytes, examples = _run(model, data, indices, recipe, number, client)
+        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client)
     after = read_state(model, before)
     delta = {name: after[name] - before[name] for name in before}
     return Outcome(delta, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
 
 
 def _run(
-    model: nn.Module, data: Encoded, indices: IntArray, recipe: Recipe, number: int, client: int
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    data: Encoded,
+    indices: IntArray,
+    recipe: Recipe,
+    number: int,
+    client: int,
 ) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
     settings = recipe.train
@@ -76,8 +82,10 @@ def _run(
     lengths = data.lengths if settings.by_length else None
     order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
-        _set_rate(optimiser, settings.lr * rate(settings, ((number - 1) + step / steps) / recipe.federation.rounds))
+        progress = ((number - 1) + step / steps) / recipe.federation.rounds
+        _set_rate(optimiser, settings.lr * rate(settings, progress))
         batch = data.batch(chosen)
+        begin_step(techniques, model, batch, progress)
         if step == 0:
             loss, saved_bytes = _metered_step(model, batch)
         else:
@@ -92,15 +100,22 @@ def _run(
 
 
 def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    loss: Tensor = model(**batch).loss
+    loss = step_loss(model, batch)
     loss.backward()
     return float(loss.detach())
+
+
+def step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss a step follows: the task's, and the terms that techniques add inside the model."""
+    with collecting() as terms:
+        loss: Tensor = model(**batch).loss
+    return torch.stack([loss, *terms]).sum() if terms else loss
 
 
 def _metered_step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int]:
     """A step, and the bytes its forward pass kept for its backward pass."""
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss: Tensor = model(**batch).loss
+        loss = step_loss(model, batch)
         kept = meter.bytes
     loss.backward()
     return float(loss.detach()), kept

@@ -1,0 +1,33 @@
+"""Terms of the loss that arise inside the model: layers emit them, the training step adds them to the task's loss.
+
+A layer may run several times for one step (checkpointing, reversible blocks). Whoever runs it again collects what it
+emits there; what nobody collects is dropped.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+__all__ = ["collecting", "emit"]
+
+_terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Tensor]]:
+    """Scalars emitted inside the block, in order; blocks nest, and the innermost one collects."""
+    collected: list[Tensor] = []
+    token = _terms.set(collected)
+    try:
+        yield collected
+    finally:
+        _terms.reset(token)
+
+
+def emit(term: Tensor) -> None:
+    """Add a scalar, already weighted, to the loss of the step that is running, if there is one."""
+    collected = _terms.get()
+    if collected is not None:
+        collected.append(term)
