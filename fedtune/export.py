@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from fedtune import data, models
 from fedtune.errors import ModelError, StoreError
-from fedtune.models.quiet import quiet
 from fedtune.models.sources import resolve
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
@@ -32,7 +31,8 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
     ``card`` becomes the folder's README. Raises ModelError when an adapter is asked for that PEFT cannot carry, and
     StoreError when the folder exists already.
     """
-    model, chosen, _ = build_model(recipe, data.load(recipe).labels)
+    labels = data.load(recipe).labels
+    model, chosen, _ = build_model(recipe, labels)
     load_state(model, state)
     adapter = _adapter(model, chosen, recipe) if form != "full" else None
     if form == "adapter" and adapter is None:
@@ -41,15 +41,16 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
         if adapter is not None:
             _save_adapter(adapter, state, beside)
         else:
-            _save_full(model, chosen, recipe, beside)
+            _save_full(model, chosen, recipe, labels, beside)
         (beside / "README.md").write_text(card, encoding="utf-8")
     return "full" if adapter is None else "adapter"
 
 
 def _adapter(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe) -> PeftConfig | None:
-    """The adapter's configuration if it holds all that is trained."""
+    """The adapter's configuration if it holds all that is trained, and plain transformers can load the base."""
     trains = [technique for technique in chosen if technique.trains]
-    adapter = trains[0].adapter(model, recipe.task) if len(trains) == 1 else None
+    carried = len(trains) == 1 and isinstance(model, PreTrainedModel)
+    adapter = trains[0].adapter(model, recipe.task) if carried else None
     if adapter is not None:
         adapter.base_model_name_or_path = resolve(recipe.model.source)
     return adapter
@@ -61,22 +62,14 @@ def _save_adapter(adapter: PeftConfig, state: Mapping[str, Tensor], folder: Path
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def _save_full(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, folder: Path) -> None:
+def _save_full(
+    model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
+) -> None:
     for technique in chosen:
         technique.fold(model)
-    assert isinstance(model, PreTrainedModel)
-    _forget_quantisation(model)
-    with quiet():
-        model.save_pretrained(folder)
+    models.save(model, labels, folder)
     if recipe.task != "image-classification":
         models.tokenizer(recipe.model).save_pretrained(folder)
-
-
-def _forget_quantisation(model: PreTrainedModel) -> None:
-    """All layers are plain by now; what still says otherwise would make the saved model load as four-bit."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.__dict__.update(hf_quantizer=None, is_quantized=False)
-        del model.config.quantization_config
 
 
 def _joined(chosen: tuple[Technique, ...]) -> str:

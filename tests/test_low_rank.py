@@ -122,7 +122,7 @@ def test_peft_is_told_of_the_pair_and_the_head() -> None:
 
 
 @pytest.fixture
-def four_bit(tmp_path: Path) -> PreTrainedModel:
+def four_bit(tmp_path: Path) -> nn.Module:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
     return models.load(Model(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation())

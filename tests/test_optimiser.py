@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from torch import nn
 
 from fedtune.recipe import Optimiser, Train
-from fedtune.training.optimiser import make_optimiser, rate
+from fedtune.training.optimiser import _Wrapped, make_optimiser, rate
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,9 @@ def test_every_optimiser_goes_downhill(name: Optimiser) -> None:
     optimiser = make_optimiser(Train(steps=1, optimiser=name, lr=1e-2), [weight])
     start = weight.detach().square().sum().item()
     for _ in range(5):
-        optimiser.zero_grad()
+        weight.grad = None
         weight.square().sum().backward()
-        optimiser.step()
+        optimiser.step(1e-2)
     assert weight.isfinite().all()
     assert weight.detach().square().sum().item() < start
 
@@ -53,11 +55,47 @@ def test_an_eight_bit_optimiser_keeps_its_state_in_bytes(name: Optimiser) -> Non
     weight = nn.Parameter(torch.randn(64, 128))
     optimiser = make_optimiser(Train(steps=1, optimiser=name), [weight])
     weight.square().sum().backward()
-    optimiser.step()
-    assert optimiser.state[weight]["state1"].dtype == torch.uint8
+    optimiser.step(1e-3)
+    assert isinstance(optimiser, _Wrapped)
+    assert optimiser.optimiser.state[weight]["state1"].dtype == torch.uint8
 
 
-def test_weight_decay_reaches_the_optimiser() -> None:
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_weight_decay_and_the_rate_reach_every_optimiser() -> None:
     for name in get_args(Optimiser):
-        optimiser = make_optimiser(Train(steps=1, optimiser=name, weight_decay=0.3), [nn.Parameter(torch.ones(2))])
-        assert optimiser.param_groups[0]["weight_decay"] == 0.3
+        weight = nn.Parameter(torch.ones(2))
+        optimiser = make_optimiser(Train(steps=1, optimiser=name, weight_decay=0.3), [weight])
+        (0 * weight.sum()).backward()
+        optimiser.step(0.5)
+        assert weight.tolist() == pytest.approx([1 - 0.5 * 0.3] * 2)
+
+
+@pytest.mark.parametrize(("name", "twin"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_adamw_and_sgd_are_torchs_own_to_the_bit(name: Optimiser, twin: type[torch.optim.Optimizer]) -> None:
+    random = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(5, 3, generator=random)) for _ in range(3)]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimiser = make_optimiser(Train(steps=1, optimiser=name, weight_decay=0.1), ours)
+    reference = twin(theirs, lr=1.0, weight_decay=0.1)  # type: ignore[call-arg]
+    for step in range(4):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = torch.randn(5, 3, generator=random) if (step + index) % 3 else None
+            one.grad, other.grad = gradient, gradient
+        optimiser.step(0.1 / (step + 1))
+        reference.param_groups[0]["lr"] = 0.1 / (step + 1)
+        reference.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
+    script = (
+        "import sys, torch\n"
+        "from fedtune.recipe import Train\n"
+        "from fedtune.training.optimiser import make_optimiser\n"
+        "weight = torch.nn.Parameter(torch.ones(2))\n"
+        "weight.sum().backward()\n"
+        "for name in ('adamw', 'sgd'):\n"
+        "    make_optimiser(Train(steps=1, optimiser=name), [weight]).step(0.1)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

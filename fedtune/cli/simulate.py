@@ -118,19 +118,20 @@ def _execute(shop: "Workshop", run: str, url: str, engine: str, workers: int | N
 
 def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     """The table, the picture and what to try next; or the run as JSON."""
-    from rich.console import Console
-
-    from fedtune import home
-    from fedtune.cli.report import domain_rows, show_rows
-    from fedtune.tracking.document import document
-    from fedtune.tracking.plot import plot
-
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         import json
 
+        from fedtune.tracking.document import document
+
         click.echo(json.dumps(document(record, rounds), indent=2))
         return
+    from rich.console import Console
+
+    from fedtune import home
+    from fedtune.cli.report import domain_rows, show_rows
+    from fedtune.tracking.plot import plot
+
     figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
     console = Console()
     console.print()

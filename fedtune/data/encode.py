@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset, Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from fedtune.errors import DataError, ModelError
 from fedtune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Encoded", "encode"]
 
@@ -36,7 +38,7 @@ class Encoded(Protocol):
         """The model's inputs for some examples, ``labels`` among them."""
 
 
-def encode(dataset: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Encoded:
+def encode(dataset: Dataset, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None") -> Encoded:
     """Tokenise texts, cut to ``train.length``; decode images, given out ``train.image`` pixels wide and high."""
     domains = list(dataset["domain"]) if "domain" in dataset.column_names else None
     labels = torch.tensor(dataset["label"][:]) if "label" in dataset.column_names else None
@@ -96,7 +98,7 @@ class Images:
         return {"pixel_values": scaled.expand(-1, 3, -1, -1), "labels": self.labels[rows]}
 
 
-def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, *, ends: bool) -> list[list[int]]:
+def _tokens(texts: list[str], tokenizer: "PreTrainedTokenizerBase", length: int, *, ends: bool) -> list[list[int]]:
     """Token ids of each text, one at least; with ``ends`` a text that is not cut carries the end token."""
     rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
     last = tokenizer.eos_token_id if ends else None

@@ -1,19 +1,18 @@
-"""EfficientNet-Lite0 as a transformers model: inverted residual blocks with ReLU6 and no squeeze-excite.
+"""EfficientNet-Lite0: inverted residual blocks with ReLU6 and no squeeze-excite.
 
-Self-contained, so that ``save_pretrained`` can ship this file beside the weights. The module names are those of the
-published checkpoint. Blocks and scaling: Tan & Le 2019, "EfficientNet"; the Lite variant: TensorFlow TPU team 2020.
+The module names are those of the published checkpoint. Blocks and scaling: Tan & Le 2019, "EfficientNet"; the Lite
+variant: TensorFlow TPU team 2020.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageClassifierOutput
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["EfficientNetLiteConfig", "EfficientNetLiteForImageClassification"]
+from .classifier import ImageClassifier
+
+__all__ = ["EfficientNetLite", "SameConv2d"]
 
 # expansion, kernel, stride of the first block, channels out, blocks
 STAGES = (
@@ -25,16 +24,6 @@ STAGES = (
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-
-
-class EfficientNetLiteConfig(PretrainedConfig):
-    """Lite0 has no free dimension but the number of labels."""
-
-    model_type = "efficientnet-lite"
-
-    def __init__(self, dropout: float = 0.2, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.dropout = dropout
 
 
 class SameConv2d(nn.Conv2d):
@@ -60,7 +49,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
-class InvertedResidual(GradientCheckpointingLayer):
+class InvertedResidual(nn.Module):
     """Widen, filter each channel, narrow again; add the input where the shapes allow it."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
@@ -93,44 +82,33 @@ def _blocks() -> nn.ModuleList:
     return blocks
 
 
-class EfficientNetLiteForImageClassification(PreTrainedModel):
-    """Input: pixel_values [n, 3, h, w], scaled as (pixel - 127) / 128."""
+class EfficientNetLite(ImageClassifier):
+    """Input: pixels [n, 3, h, w], scaled as (pixel - 127) / 128. Lite0 has no free dimension but the labels."""
 
-    config_class = EfficientNetLiteConfig
-    main_input_name = "pixel_values"
+    kind: ClassVar[str] = "efficientnet-lite"
+    head: ClassVar[str] = "_fc"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: EfficientNetLiteConfig) -> None:
-        super().__init__(config)
+    def __init__(self, labels: int, dropout: float = 0.2) -> None:
+        super().__init__(dropout=dropout)
         self._conv_stem = SameConv2d(3, 32, 3, 2)
         self._bn0 = _norm(32)
         self._blocks = _blocks()
         self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
         self._bn1 = _norm(1280)
-        self._dropout = nn.Dropout(config.dropout)
-        self._fc = nn.Linear(1280, config.num_labels)  # type: ignore[arg-type]
-        self.post_init()
+        self._dropout = nn.Dropout(dropout)
+        self._fc = nn.Linear(1280, labels)
+        self._checkpointed = False
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
-        """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
-        x = F.relu6(self._bn0(self._conv_stem(pixel_values)))
+    def activation_checkpointing_enable(self, _: Any = None) -> None:
+        """Keep each block's input only, from now on."""
+        self._checkpointed = True
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """[n, 3, h, w] -> [n, labels]."""
+        x = F.relu6(self._bn0(self._conv_stem(pixels)))
         for block in self._blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self._checkpointed and self.training else block(x)
         x = F.relu6(self._bn1(self._conv_head(x)))
-        logits = self._fc(self._dropout(x.mean(dim=(2, 3))))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-
-
-EfficientNetLiteConfig.register_for_auto_class()
-EfficientNetLiteForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
-AutoModelForImageClassification.register(EfficientNetLiteConfig, EfficientNetLiteForImageClassification, exist_ok=True)
+        out: Tensor = self._fc(self._dropout(x.mean(dim=(2, 3))))
+        return out

@@ -41,7 +41,13 @@ def _gguf(name: str) -> str:
     file = Path(name).expanduser()
     if not file.is_file():
         raise SourceError(f"there is no file {file}; check model.source")
-    return str(convert.from_gguf(file))
+    return str(_from_gguf(file))
+
+
+def _from_gguf(file: Path) -> Path:
+    from fedtune.models.gguf import from_gguf  # only these sources need transformers
+
+    return from_gguf(file)
 
 
 def _sample(name: str) -> str:
@@ -58,6 +64,6 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "efficientnet-lite0": lambda: convert.from_published_lite0(_file("efficientnet-lite0")),
     "logistic": convert.logistic,
     "minilm": lambda: fetch("minilm"),
-    "smollm2": lambda: convert.from_gguf(_file("smollm2")),
+    "smollm2": lambda: _from_gguf(_file("smollm2")),
 }
 _KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample}

@@ -83,7 +83,6 @@ def _run(
     order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((number - 1) + step / steps) / recipe.federation.rounds
-        _set_rate(optimiser, settings.lr * rate(settings, progress))
         batch = data.batch(chosen)
         begin_step(techniques, model, batch, progress)
         if step == 0:
@@ -92,8 +91,8 @@ def _run(
             loss = _step(model, batch)
         if settings.clip is not None:
             nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.step(settings.lr * rate(settings, progress))
+        model.zero_grad()
         losses.append(loss)
         examples += len(chosen)
     return float(np.mean(losses)), saved_bytes, examples
@@ -127,11 +126,6 @@ def train_mode(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = lr
 
 
 def total_steps(examples: int, recipe: Recipe) -> int:

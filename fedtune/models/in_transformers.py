@@ -1,0 +1,51 @@
+"""The image models defined here as a transformers model: ``save_pretrained`` ships the code beside the weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .classifier import ImageClassifier
+from .efficientnet_lite import EfficientNetLite
+from .logistic import Logistic
+
+__all__ = ["OwnConfig", "OwnForImageClassification"]
+
+_MODELS: dict[str, Callable[..., ImageClassifier]] = {model.kind: model for model in (EfficientNetLite, Logistic)}
+
+
+class OwnConfig(PretrainedConfig):
+    """``kind`` names the model; ``settings`` are what it is made from, beside the labels."""
+
+    model_type = "fedtune-image-classifier"
+
+    def __init__(self, kind: str = Logistic.kind, settings: dict[str, Any] | None = None, **others: Any) -> None:
+        super().__init__(**others)
+        self.kind = kind
+        self.settings = settings or {}
+
+
+class OwnForImageClassification(PreTrainedModel):
+    """A model defined here, as ``model``."""
+
+    config_class = OwnConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "model"
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.model = _MODELS[config.kind](config.num_labels, **config.settings)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
+        found = self.model(pixel_values, labels)
+        return ImageClassifierOutput(loss=found.loss, logits=found.logits)
+
+
+OwnConfig.register_for_auto_class()
+OwnForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+AutoConfig.register(OwnConfig.model_type, OwnConfig, exist_ok=True)
+AutoModelForImageClassification.register(OwnConfig, OwnForImageClassification, exist_ok=True)

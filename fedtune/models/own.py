@@ -1,0 +1,101 @@
+"""Loading and saving the image models defined here: plain layers, read strictly from a folder of safetensors."""
+
+import json
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedtune.errors import ModelError, SourceError
+from fedtune.models.classifier import ImageClassifier
+from fedtune.recipe import Model, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["for_transformers", "is_own", "load", "save"]
+
+_MODEL_TYPE = "fedtune-image-classifier"
+_INSIDE = "model."
+"""Before every name in what was saved by transformers."""
+_KINDS = {
+    "efficientnet-lite": "fedtune.models.efficientnet_lite:EfficientNetLite",
+    "pixel-logistic": "fedtune.models.logistic:Logistic",
+}
+
+
+def is_own(location: str) -> bool:
+    """Whether a folder holds one of these models; for all others transformers sees to it."""
+    try:
+        return bool(_config(Path(location))["model_type"] == _MODEL_TYPE)
+    except (KeyError, OSError, TypeError, ValueError):
+        return False
+
+
+def load(
+    model: Model, folder: Path, task: Task, labels: Sequence[str], *, seed: int, quantised: bool
+) -> ImageClassifier:
+    """The model in ``folder``; only its head may be new. Raises ModelError and SourceError as ``models.load`` does."""
+    config = _config(folder)
+    kind: str = config["kind"]
+    if task != "image-classification":
+        raise ModelError(f"{model.source} is a {kind} model, which does not do {task}; choose another")
+    if quantised:
+        raise ModelError(f"{model.source} is a {kind} model, which has no four-bit form; take lora in place of qlora")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded: ImageClassifier = _class(kind)(len(labels), **config["settings"])
+    _fill(loaded, _tensors(folder, model.source), model.source)
+    loaded.to(getattr(torch, model.dtype)).eval()
+    return loaded
+
+
+def save(model: ImageClassifier, folder: Path) -> None:
+    """Write config.json and the weights into a folder."""
+    config = {"model_type": _MODEL_TYPE, "kind": model.kind, "settings": model.settings}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
+    """The same function as a transformers model, whose ``save_pretrained`` ships the code beside the weights."""
+    from fedtune.models.in_transformers import OwnConfig, OwnForImageClassification
+
+    numbers = {label: number for number, label in enumerate(labels)}
+    config = OwnConfig(model.kind, model.settings, id2label=dict(enumerate(labels)), label2id=numbers)
+    made: PreTrainedModel = OwnForImageClassification(config).eval()
+    made.base_model.load_state_dict(model.state_dict())
+    return made
+
+
+def _class(kind: str) -> type[Any]:
+    found: type[Any] = pkgutil.resolve_name(_KINDS[kind])
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _tensors(folder: Path, source: str) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"cannot load {source}: a weight file is cut short or damaged; fetch it again") from error
+    return {name.removeprefix(_INSIDE): tensor for name, tensor in tensors.items()}
+
+
+def _fill(model: ImageClassifier, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy the weights in; a head of other shape is left as drawn."""
+    wanted = model.state_dict()
+    fitting = {name: tensors[name] for name in wanted if name in tensors and tensors[name].shape == wanted[name].shape}
+    wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head}.")]
+    if wrong:
+        raise ModelError(f"{source} has no weights for {min(wrong)!r}, which it needs; fetch it again")
+    model.load_state_dict(fitting, strict=False)
