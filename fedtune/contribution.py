@@ -1,9 +1,10 @@
 """What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from fedtune.errors import ContributionError
 
-__all__ = ["Contribution", "Order", "Report", "check", "pack", "unpack"]
+__all__ = ["Contribution", "Order", "Report", "check", "pack", "pieces", "unpack"]
 
 Shape = tuple[int, ...]
+_PIECE = 1 << 18
+"""Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,21 @@ class Contribution:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:
-            piece = file.get_slice(name)
-            rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
-            return rows
+            return _rows(file, name, start, stop)
+
+
+def pieces(shape: Shape) -> Iterator[tuple[int, int]]:
+    """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row."""
+    height, *width = shape or (1,)
+    step = max(1, _PIECE // max(1, math.prod(width)))
+    for start in range(0, height, step):
+        yield start, min(start + step, height)
+
+
+def _rows(file: Any, name: str, start: int, stop: int) -> Tensor:
+    piece = file.get_slice(name)
+    rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
+    return rows
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
@@ -67,14 +82,14 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
 
 
 def check(path: Path, expected: Mapping[str, Shape], max_norm: float | None) -> float:
-    """The L2 norm over a spooled payload's deltas, read one at a time.
+    """The L2 norm over a spooled payload's deltas, read piece by piece.
 
     Raises ContributionError when it is not safetensors or its names, shapes, values or norm do not hold.
     """
     try:
         with safe_open(path, "pt") as deltas:
             _check_names(set(deltas.keys()), expected.keys())
-            norm = math.sqrt(sum(_square(name, deltas.get_tensor(name), expected[name]) for name in sorted(expected)))
+            norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
     if max_norm is not None and norm > max_norm:
@@ -88,16 +103,20 @@ def _check_names(sent: Set[str], expected: Set[str]) -> None:
         raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
 
 
-def _square(name: str, delta: Tensor, shape: Shape) -> float:
+def _square(deltas: Any, name: str, shape: Shape) -> float:
     """The squared L2 norm of a delta that holds."""
-    _check_one(name, delta, shape)
-    return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-
-
-def _check_one(name: str, delta: Tensor, shape: Shape) -> None:
-    if tuple(delta.shape) != shape:
-        raise ContributionError(f"{name} has shape {list(delta.shape)} in place of {list(shape)}")
-    if delta.dtype != torch.float32:
-        raise ContributionError(f"{name} is {delta.dtype} in place of torch.float32")
-    if not bool(torch.isfinite(delta).all()):
+    _check_form(deltas.get_slice(name), name, shape)
+    square = sum(
+        float(torch.linalg.vector_norm(_rows(deltas, name, start, stop), dtype=torch.float64)) ** 2
+        for start, stop in pieces(shape)
+    )
+    if not math.isfinite(square):
         raise ContributionError(f"{name} holds values that are not finite")
+    return square
+
+
+def _check_form(delta: Any, name: str, shape: Shape) -> None:
+    if tuple(delta.get_shape()) != shape:
+        raise ContributionError(f"{name} has shape {list(delta.get_shape())} in place of {list(shape)}")
+    if delta.get_dtype() != "F32":
+        raise ContributionError(f"{name} is {delta.get_dtype()} in place of F32")

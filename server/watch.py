@@ -1,4 +1,4 @@
-"""What the round loop tells whoever watches: events as they happen, printed as plain lines unless a watcher is set."""
+"""What the round loop tells whoever watches: events as they happen, a line per round unless a watcher is set."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from fedtune.tracking import ContributionRecord, RoundRecord
 
-__all__ = ["Answered", "Event", "RoundEnded", "RoundStarted", "RunStarted", "tell", "watcher"]
+__all__ = [
+    "Answered",
+    "Event",
+    "RoundEnded",
+    "RoundStarted",
+    "RunStarted",
+    "headline",
+    "summary",
+    "tell",
+    "watcher",
+]
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,32 @@ class RoundEnded:
 Event = RunStarted | RoundStarted | Answered | RoundEnded
 
 
+def headline(event: RunStarted) -> str:
+    """A run's first line."""
+    return f"run {event.run}: rounds {event.first} to {event.rounds}"
+
+
+def summary(record: RoundRecord) -> str:
+    """A round in one line: who answered, losses, the validation figure, seconds."""
+    merged = [sent for sent in record.contributions if sent.status == "merged"]
+    words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
+    if merged:
+        words.append(f"train loss {sum(s.loss * s.examples for s in merged) / sum(s.examples for s in merged):.4f}")
+    words += [f"validation {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
+    words.append(f"{record.seconds:.1f} s")
+    return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
+
+
+def _shown(part: str, domain: str, name: str) -> bool:
+    return part == "validation" and domain == "all" and name in ("accuracy", "perplexity")
+
+
 def _print(event: Event) -> None:
-    print(event, flush=True)
+    match event:
+        case RunStarted():
+            print(headline(event), flush=True)
+        case RoundEnded():
+            print(f"round {event.record.number}  {summary(event.record)}", flush=True)
 
 
 watcher: ContextVar[Callable[[Event], None]] = ContextVar("watcher", default=_print)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedtune import contribution
 from fedtune.contribution import Contribution, pack
 from fedtune.errors import RecipeError
 from fedtune.memory import StorageMeter
-from fedtune.merging import _pipeline, choose, merge
+from fedtune.merging import choose, merge
 from fedtune.merging.mean import Mean
 from fedtune.recipe import Unit
 
@@ -56,7 +57,7 @@ def assert_close(merged: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_the_mean_is_the_twin_whatever_the_piece(
     tmp_path: Path, weight: str, weights: list[float], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pipeline, "_PIECE", piece)
+    monkeypatch.setattr(contribution, "_PIECE", piece)
     step = choose([Unit(name="mean", settings={"weight": weight})])
     merged = merge(step, a_state(), SHAPES, several(tmp_path, [10, 20, 70]))
     assert_close(merged, readable_twin(a_state(), [a_state(seed=seed) for seed in (1, 2, 3)], weights))
@@ -65,14 +66,14 @@ def test_the_mean_is_the_twin_whatever_the_piece(
 def test_the_bits_do_not_depend_on_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = several(tmp_path, [3, 5, 11])
     whole = merge(Mean(), a_state(), SHAPES, sent)
-    monkeypatch.setattr(_pipeline, "_PIECE", 2)
+    monkeypatch.setattr(contribution, "_PIECE", 2)
     pieces = merge(Mean(), a_state(), SHAPES, sent)
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 
 
 def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"wide": (3, 700_000), "long": (2_500_000,)}
-    assert all(torch.Size(shape).numel() > 2 * _pipeline._PIECE for shape in shapes.values())
+    assert all(torch.Size(shape).numel() > 2 * contribution._PIECE for shape in shapes.values())
     merged = merge(Mean(), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
     assert_close(merged, readable_twin(a_state(shapes), [a_state(shapes, 1), a_state(shapes, 2)], [0.25, 0.75]))
 

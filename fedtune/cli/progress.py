@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from fedtune.tracking import RoundRecord
-from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, watcher
+from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, headline, summary, watcher
 
 __all__ = ["watching"]
 
@@ -51,7 +50,7 @@ def _plain(console: Console, rounds: int) -> Iterator[Callable[[Event], None]]:
     def show(event: Event) -> None:
         if isinstance(event, RunStarted):
             clock.start(event.first)
-            print(f"run {event.run}: rounds {event.first} to {event.rounds}", file=console.file, flush=True)
+            print(headline(event), file=console.file, flush=True)
         elif isinstance(event, RoundEnded):
             number = event.record.number
             line = f"round {number}/{rounds}  {summary(event.record)}" + (f"  {clock.left(number)}" if number else "")
@@ -95,18 +94,3 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: _Clock
 def _answer(event: Answered) -> str:
     sent = event.contribution
     return f"loss {sent.loss:.3f}" if sent.status == "merged" else f"client {sent.client} {sent.status}: {sent.reason}"
-
-
-def summary(record: RoundRecord) -> str:
-    """A round in one line: who answered, losses, the validation figure, seconds."""
-    merged = [sent for sent in record.contributions if sent.status == "merged"]
-    words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
-    if merged:
-        words.append(f"train loss {sum(s.loss * s.examples for s in merged) / sum(s.examples for s in merged):.4f}")
-    words += [f"validation {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
-    words.append(f"{record.seconds:.1f} s")
-    return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
-
-
-def _shown(part: str, domain: str, name: str) -> bool:
-    return part == "validation" and domain == "all" and name in ("accuracy", "perplexity")

@@ -1,19 +1,16 @@
 """How results come together: the shared state plus one merged delta, tensor by tensor and piece by piece."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from fedtune.contribution import Contribution
+from fedtune.contribution import Contribution, pieces
 from fedtune.errors import RecipeError
 from fedtune.merging._step import Combine
 from fedtune.recipe import Unit
 from fedtune.registry import build
 
 __all__ = ["choose", "merge"]
-
-_PIECE = 1 << 18
-"""Elements of a tensor that are merged at a time."""
 
 
 def choose(units: Sequence[Unit]) -> Combine:
@@ -45,15 +42,7 @@ def _merge_one(
 ) -> Tensor:
     after = before.clone()
     rows = after if after.dim() else after.unsqueeze(0)
-    for start, stop in _pieces(rows):
+    for start, stop in pieces(before.shape):
         deltas = (contribution.rows(name, start, stop) for contribution in ordered)
         rows[start:stop] += step.combine(weights, deltas).reshape(rows[start:stop].shape)
     return after
-
-
-def _pieces(rows: Tensor) -> Iterator[tuple[int, int]]:
-    """Row ranges of about ``_PIECE`` elements that cover a tensor."""
-    height = rows.shape[0]
-    step = max(1, _PIECE // max(1, rows[:1].numel()))
-    for start in range(0, height, step):
-        yield start, min(start + step, height)
