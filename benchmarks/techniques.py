@@ -1,86 +1,45 @@
-"""What each technique keeps, and what it costs: the table a user chooses from.
+"""What each technique keeps, sends and costs: the table a user chooses from.
 
-One step per case in a fresh process on one thread: bytes kept for the backward pass (unique storages, parameters
-excluded), their peak over the step, peak resident memory, and the median seconds of three further steps.
+For each recipe every published technique, by itself or beside LoRA, and the yardsticks, as `fedtune profile RECIPE
+--techniques all` measures them: bytes kept for the backward pass and their peak over the step (unique storages, without
+parameters and their gradients), peak resident memory of a fresh process and what the loaded model takes of it, the
+median seconds of whole steps on one thread, parameters trained, bytes sent. What cannot run stays in, with the reason.
+Gradients are compared with those of stored activations.
 
-Run: python -m benchmarks.techniques
+Run: python -m benchmarks.techniques [RECIPE ...], e.g. sentiment. Alone: seconds count.
 """
 
-import json
-import statistics
-import subprocess
+import argparse
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import save
+from fedtune import data
 from fedtune.contribution import pack
-from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.profile import cases, every, first_batch, measure_apart
 from fedtune.recipe import read
-from fedtune.simulation import resolve
-from fedtune.techniques import begin_round, trained
-from fedtune.training import processor_threads, read_state, train_mode, workshop
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-CASES = {
-    "sentiment": ["full", "full+checkpointing", "lora", "lora+checkpointing", "qlora", "bias", "classifier"],
-    "films": ["full", "lora", "lora+checkpointing", "qlora", "qlora+checkpointing"],
-    "digits": ["full", "lora", "bias", "classifier"],
-}
-FILES = {"sentiment": "sentiment.yaml", "films": "lm.yaml", "digits": "digits.yaml"}
 
 
 def main() -> None:
-    rows = [in_fresh_process(name, techniques) for name, cases in CASES.items() for techniques in cases]
-    save("techniques", {"rows": rows})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipes", nargs="*", default=["sentiment", "lm", "digits"])
+    save("techniques", {"rows": [row for name in parser.parse_args().recipes for row in measured(name)]})
 
 
-def in_fresh_process(name: str, techniques: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.techniques", name, techniques]
-    row: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    print(row, file=sys.stderr, flush=True)
-    return row
-
-
-def measured(name: str, techniques: str) -> dict[str, Any]:
-    recipe = resolve(read(RECIPES / FILES[name], [f"train.techniques={techniques}"]))
-    shop = workshop(recipe.model_dump_json())
-    begin_round(shop.techniques, shop.model, 1)
-    train_mode(shop.model)
-    batch = shop.train.batch(range(recipe.train.batch))
-    reset_peak_rss()
-    loaded = peak_rss()
-    with processor_threads(1):
-        with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
-            loss = shop.model(**batch).loss
-            kept = meter.bytes
-            loss.backward()
-        seconds = [step(shop.model, batch) for _ in range(3)]
-    names = trained(shop.model)
-    return {
-        "recipe": name,
-        "techniques": techniques,
-        "kept_bytes": kept,
-        "peak_bytes": meter.peak,
-        "rss_over_loaded_bytes": peak_rss() - loaded,
-        "rss_bytes": peak_rss(),
-        "seconds": statistics.median(seconds),
-        "trainable": sum(tensor.numel() for tensor in read_state(shop.model, names).values()),
-        "bytes_up": len(pack(read_state(shop.model, names))),
-        "bytes_down": len(pack(read_state(shop.model, shop.shared))),
-    }
-
-
-def step(model: Any, batch: Any) -> float:
-    started = time.perf_counter()
-    model.zero_grad(set_to_none=True)
-    model(**batch).loss.backward()
-    return time.perf_counter() - started
+def measured(name: str) -> list[dict[str, Any]]:
+    recipe = read(RECIPES / f"{name}.yaml", ["train.threads=1"])
+    corpus = data.load(recipe)
+    batch = pack(first_batch(recipe, corpus))
+    rows = []
+    for case in cases(recipe, [recipe.train.techniques, *every()], corpus.labels, batch, check=True):
+        rows.append({"recipe": name, **asdict(measure_apart(case))})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measured(*sys.argv[1:])))
-    else:
-        main()
+    main()

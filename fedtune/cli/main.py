@@ -15,6 +15,7 @@ _COMMANDS = {
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
     "export": ("export:export", "Write a run's result for plain transformers or peft."),
     "methods": ("methods:methods", "List the techniques and merge steps, or print one's card."),
+    "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "runs": ("runs:runs", "List, show, compare, plot, export and delete runs."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
 }

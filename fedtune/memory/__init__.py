@@ -1,5 +1,6 @@
 """What a training step keeps, measured."""
 
-from fedtune.memory.meter import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.memory.meter import StorageMeter
+from fedtune.memory.process import peak_rss, reset_peak_rss
 
 __all__ = ["StorageMeter", "peak_rss", "reset_peak_rss"]

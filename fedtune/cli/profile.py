@@ -1,0 +1,170 @@
+"""``fedtune profile``: what a training step costs with each technique, before anything is trained in earnest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from fedtune.recipe import Task
+
+if TYPE_CHECKING:
+    from fedtune.profile import Case, Row
+    from fedtune.recipe import Recipe, Unit
+
+__all__ = ["profile"]
+
+
+@click.command()
+@click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
+@click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
+@click.option("--task", type=click.Choice(get_args(Task)), help="What the model of --model is to do.")
+@click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
+@click.option("--batch", metavar="N", help="Short for --set train.batch=N.")
+@click.option("--length", metavar="N", help="Short for --set train.length=N: tokens a text is padded to.")
+@click.option("--image", metavar="N", help="Short for --set train.image=N: pixels.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
+@click.option("--check", is_flag=True, help="Also compare gradients with those of stored activations.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to draw the picture (.png or .svg).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def profile(
+    path: Path | None,
+    model: str | None,
+    task: str | None,
+    techniques: str | None,
+    batch: str | None,
+    length: str | None,
+    image: str | None,
+    overrides: tuple[str, ...],
+    check: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what a training step keeps, takes and sends with each technique, beside full, lora,
+    lora+checkpointing and qlora; each in a process of its own, one at a time.
+
+    Techniques may carry settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, checkpointing]".
+
+    \b
+    Example:
+      fedtune profile recipes/sentiment.yaml --techniques bias,full+checkpointing
+      fedtune profile --model sample:minilm --task sequence-classification --check
+    """
+    short = {"batch": batch, "length": length, "image": image}
+    added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
+    wanted = _recipe(path, model, task, added)
+    if output is not None:
+        from fedtune.profile.picture import check_suffix
+
+        check_suffix(output)
+    found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
+    rows = _measured(found)
+    _show(wanted, rows, random=path is None, output=output, as_json=as_json)
+
+
+def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
+    """The recipe of the file, or one made up around a model; its data is never read."""
+    from fedtune.recipe import parse, read
+
+    if path is not None and model is None and task is None:
+        return read(path, overrides)
+    if path is not None or model is None or task is None:
+        raise click.UsageError("name either a RECIPE or --model with --task, e.g. recipes/sentiment.yaml")
+    import yaml
+
+    train = {"steps": 1, "batch": 16, "length": 128}
+    made_up = {"name": _name(model), "task": task, "model": {"source": model}, "data": {"source": "random"}}
+    text = yaml.safe_dump({**made_up, "devices": [{"count": 1}], "train": train, "federation": {"rounds": 1}})
+    return parse(text, "--model", overrides)
+
+
+def _name(model: str) -> str:
+    import re
+
+    return re.sub(r"[^a-z0-9]+", "-", Path(model.rpartition(":")[2]).stem.lower()).strip("-")[:64] or "model"
+
+
+def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]":
+    """Lists of techniques from YAML such as ``a, b+c, [lora: {rank: 4}, d]``, or all; without any, the recipe's own."""
+    if text is None:
+        return [recipe.train.techniques] if given else []
+    if text == "all":
+        from fedtune.profile import every
+
+        return every()
+    import yaml
+
+    from fedtune.errors import RecipeError
+
+    try:
+        items = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--techniques {text}: write it as a,b,c+d") from error
+    return [_units(recipe, item) for item in items]
+
+
+def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
+    from pydantic import ValidationError
+
+    from fedtune.errors import RecipeError
+    from fedtune.explain import explain
+    from fedtune.recipe import Train
+
+    settings = recipe.train.model_dump(mode="json")
+    try:
+        one_or_more = item if isinstance(item, str | list) else [item]
+        return Train.model_validate({**settings, "techniques": one_or_more}).techniques
+    except ValidationError as error:
+        raise RecipeError(explain(error, Train, f"--techniques {item}")) from error
+
+
+def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[Case]":
+    """What to measure; whatever can be refused is refused here, before the first step."""
+    from fedtune import data, profile
+    from fedtune.contribution import pack
+    from fedtune.models.sources import resolve
+
+    profile.cases(recipe, asked, (), None)
+    resolve(recipe.model.source)
+    if random:
+        labels = () if recipe.task == "causal-language-modelling" else ("no", "yes")
+        return profile.cases(recipe, asked, labels, None, check)
+    corpus = data.load(recipe)
+    batch = pack(profile.first_batch(recipe, corpus))
+    return profile.cases(recipe, asked, corpus.labels, batch, check)
+
+
+def _measured(cases: "Sequence[Case]") -> "list[Row]":
+    from fedtune import profile
+    from fedtune.cli.profile_view import progress
+
+    rows = []
+    with progress(len(cases)) as (begin, end):
+        for case in cases:
+            begin(case.technique)
+            rows.append(profile.measure_apart(case))
+            end(rows[-1])
+    return rows
+
+
+def _show(recipe: "Recipe", rows: "list[Row]", *, random: bool, output: Path | None, as_json: bool) -> None:
+    """The table and the picture, or JSON; code 2 when nothing could run."""
+    import json
+
+    from fedtune.cli.profile_view import as_objects, show, title
+    from fedtune.home import home
+    from fedtune.profile import Failed
+    from fedtune.profile.picture import picture
+
+    heading = title(recipe, random)
+    path = output or home() / "pictures" / f"{recipe.name}-profile.png"
+    if as_json:
+        click.echo(json.dumps(as_objects(rows), indent=2))
+    else:
+        show(rows, heading)
+    if output is not None or not as_json:
+        picture(rows, heading, path)
+    if not as_json:
+        click.echo(f"picture: {path}")
+    if all(isinstance(row, Failed) for row in rows):
+        raise click.exceptions.Exit(2)

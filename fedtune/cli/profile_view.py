@@ -1,0 +1,158 @@
+"""How a profile looks while it is made and when it is done: a table that fits 80 columns, one note per failure."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedtune.profile import Failed, Figures, Row
+from fedtune.recipe import Recipe
+
+__all__ = ["as_objects", "progress", "show", "title"]
+
+_NAME = 18
+"""Characters a technique's name may take in 80 columns."""
+
+Shown = tuple[Callable[[str], None], Callable[[Row], None]]
+
+
+@contextmanager
+def progress(cases: int) -> Iterator[Shown]:
+    """On standard error: what to call when a case begins and when it is done; a line each in a plain terminal."""
+    console = Console(stderr=True, markup=False, highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal
+    with _live(console, cases) if live else _plain(console, cases) as shown:
+        yield shown
+
+
+@contextmanager
+def _plain(console: Console, cases: int) -> Iterator[Shown]:
+    started, done = time.monotonic(), []
+
+    def end(row: Row) -> None:
+        done.append(row)
+        line = f"{len(done)}/{cases}  {_line(row)}  {_left(started, len(done), cases)}"
+        print(line, file=console.file, flush=True)
+
+    yield lambda _: None, end
+
+
+@contextmanager
+def _live(console: Console, cases: int) -> Iterator[Shown]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    started, done = time.monotonic(), []
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("", total=cases, note="")
+
+        def end(row: Row) -> None:
+            done.append(row)
+            bars.update(bar, completed=len(done), note=_left(started, len(done), cases))
+            bars.console.print(_line(row), highlight=False)
+
+        yield lambda technique: bars.update(bar, description=technique), end
+
+
+def _left(started: float, done: int, cases: int) -> str:
+    left = round((time.monotonic() - started) / done * (cases - done))
+    return f"{left // 60}:{left % 60:02} left"
+
+
+def _line(row: Row) -> str:
+    if isinstance(row, Failed):
+        return f"{row.technique}: {row.error}"
+    return f"{row.technique}: {_size(row.kept_bytes)} kept, {_size(row.peak_bytes)} peak, {row.seconds:.2f} s"
+
+
+def title(recipe: Recipe, random: bool) -> str:
+    """What was measured, in one line."""
+    train = recipe.train
+    side = f"{train.image} pixels" if recipe.task == "image-classification" else f"{train.length} tokens"
+    inputs = f"random inputs from seed {recipe.seed}" if random else f"the first batch of {recipe.data.source}"
+    return f"{recipe.model.source}, {train.batch} x {side}, {inputs}"
+
+
+def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One object per case with the same keys; ``gradient_error`` where it was asked for, ``error`` where it failed."""
+    objects = [_as_object(row) for row in rows]
+    unchecked = all(one["gradient_error"] is None for one in objects)
+    return [
+        {key: value for key, value in one.items() if not (unchecked and key == "gradient_error")} for one in objects
+    ]
+
+
+def _as_object(row: Row) -> dict[str, Any]:
+    return dict.fromkeys(field.name for field in fields(Figures)) | asdict(row)
+
+
+def show(rows: Sequence[Row], heading: str) -> None:
+    """The table, what its columns mean, and why cases failed."""
+    console = Console(markup=False, highlight=False)
+    console.print(_table(rows, heading))
+    for line in _notes(rows):
+        console.print(line, soft_wrap=True)
+
+
+def _table(rows: Sequence[Row], heading: str) -> Table:
+    figures = [row for row in rows if isinstance(row, Figures)]
+    columns = ["kept", "peak", "RSS", "+RSS", "time", "trained", "up", "down"]
+    columns += ["error"] if any(row.gradient_error is not None for row in figures) else []
+    look: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False, "header_style": "bold"}
+    table = Table(title=heading, title_justify="left", **look)
+    table.add_column("technique", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = _cells(row, _full_seconds(rows)) if isinstance(row, Figures) else ["-"] * len(columns)
+        table.add_row(_folded(row.technique), *cells[: len(columns)])
+    return table
+
+
+def _cells(row: Figures, full: float | None) -> list[str]:
+    sizes = (row.kept_bytes, row.peak_bytes, row.rss_bytes, row.rss_bytes - row.loaded_bytes)
+    time_taken = f"{row.seconds / full:.2f}x" if full else f"{row.seconds:.3g} s"
+    error = f"{row.gradient_error:.0e}" if row.gradient_error else "0"
+    return [*map(_size, sizes), time_taken, _short(row.trainable), *map(_size, (row.wire_bytes, row.down_bytes)), error]
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    yield "kept: for the backward pass; peak: of the step; both without parameters and their gradients"
+    yield "+RSS: the process's peak over what it held with the model loaded; up, down: sent per round"
+    if full := _full_seconds(rows):
+        yield f"time: of a whole step, as a multiple of full's {full:.3g} s"
+    for row in rows:
+        if isinstance(row, Failed):
+            yield f"{row.technique} did not run: {row.error}"
+
+
+def _full_seconds(rows: Sequence[Row]) -> float | None:
+    return next((row.seconds for row in rows if isinstance(row, Figures) and row.technique == "full"), None)
+
+
+def _folded(technique: str) -> str:
+    """Long names break where one technique ends."""
+    return technique if len(technique) <= _NAME else technique.replace("+", "\n+")
+
+
+def _size(size: int) -> str:
+    return f"{_short(size)}B"
+
+
+def _short(number: float) -> str:
+    """Three digits and a prefix: ``546M``, ``1.02G``."""
+    prefixes = ["", "k", "M", "G"]
+    while abs(number) >= 999.5 and len(prefixes) > 1:
+        number /= 1000
+        prefixes.pop(0)
+    return f"{number:.3g}{prefixes[0]}"

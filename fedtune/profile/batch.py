@@ -1,0 +1,56 @@
+"""The inputs of the measured step: the first examples of a recipe, or random ones where there is no data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedtune import data, models
+from fedtune.errors import DataError, ModelError
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+
+__all__ = ["first_batch", "random_batch"]
+
+
+def first_batch(recipe: Recipe, corpus: data.Corpus) -> dict[str, Tensor]:
+    """The first ``train.batch`` training examples, texts padded to ``train.length``: the longest step there is."""
+    settings = recipe.train
+    if len(corpus.train) < settings.batch:
+        raise DataError(f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch")
+    first = corpus.train.select(range(settings.batch))
+    tokenizer = None if recipe.task == "image-classification" else models.tokenizer(recipe.model)
+    batch = data.encode(first, recipe, tokenizer).batch(range(settings.batch))
+    return batch if tokenizer is None else _padded(batch, settings.length, int(tokenizer.pad_token_id))
+
+
+def _padded(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
+    """Rows of tokens filled up on the right; a label per text stays as it is."""
+    fill = {"input_ids": padding, "attention_mask": 0, "labels": -100}
+    return {
+        name: tensor if tensor.dim() == 1 else F.pad(tensor, (0, length - tensor.shape[1]), value=fill[name])
+        for name, tensor in batch.items()
+    }
+
+
+def random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str, Tensor]:
+    """Tokens of the model's vocabulary at full length, or pixels, and labels: drawn from the recipe's seed."""
+    random = torch.Generator().manual_seed(derive(recipe.seed, "profile"))
+    settings = recipe.train
+    answers = torch.randint(max(labels, 1), (settings.batch,), generator=random)
+    if recipe.task == "image-classification":
+        pixels = torch.randn(settings.batch, 3, settings.image, settings.image, generator=random)
+        return {"pixel_values": pixels, "labels": answers}
+    config: Any = model.config
+    _check_length(config, settings.length)
+    ids = torch.randint(config.vocab_size, (settings.batch, settings.length), generator=random)
+    language = recipe.task == "causal-language-modelling"
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids if language else answers}
+
+
+def _check_length(config: Any, length: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ModelError(f"the model reads at most {longest} tokens; lower train.length, which is {length}")

@@ -1,0 +1,78 @@
+"""Are a technique's gradients those of the same network with all activations stored?"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Recipe, Unit
+from fedtune.seeds import derive
+from fedtune.techniques import Technique, begin_round, begin_step, trained
+from fedtune.training import build_model, load_state, step_loss, train_mode
+
+__all__ = ["gradient_error"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def gradient_error(
+    recipe: Recipe, labels: Sequence[str], state: Tensors, batch: Tensors, rounds: Sequence[int]
+) -> float:
+    """The largest relative difference of any parameter's gradient in these rounds: max|a - b| / max|b|, 0 bit-equal.
+
+    ``a`` is the recipe's gradient and ``b`` its twin's, both from ``state`` and the same random numbers, with dropout.
+    """
+    model, chosen, _ = build_model(recipe, labels)
+    twin, twins, _ = build_model(_stored(recipe, chosen), labels)
+    for one in (model, twin):
+        load_state(one, state)
+    seed = derive(recipe.seed, "profile")
+    return max(
+        _difference(_gradients(model, chosen, batch, number, seed), _gradients(twin, twins, batch, number, seed))
+        for number in rounds
+    )
+
+
+def _stored(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
+    """The recipe of the twin."""
+    twins = [twin for technique in chosen if (twin := technique.stored()) is not None]
+    units = [Unit(name=twin.name, settings=twin.model_dump(mode="json")) for twin in twins]
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
+
+
+def _gradients(
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int, seed: int
+) -> dict[str, Tensor]:
+    """Gradients of what is trained in a round; zeros where none arrived."""
+    begin_round(techniques, model, number)
+    train_mode(model)
+    model.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin_step(techniques, model, batch, 0.0)
+        step_loss(model, batch).backward()
+    names = set(trained(model))
+    found = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in found.items()}
+
+
+def _difference(found: Tensors, wanted: Tensors) -> float:
+    if found.keys() != wanted.keys():
+        odd = min(found.keys() ^ wanted.keys())
+        raise ModelError(f"{odd} is trained by the technique or by its twin with stored activations, but not by both")
+    scale = max(_largest(tensor) for tensor in wanted.values())
+    return max(_relative(name, found[name], wanted[name], scale) for name in wanted)
+
+
+def _relative(name: str, found: Tensor, wanted: Tensor, scale: float) -> float:
+    """Relative to the gradient's own largest entry, or where all of it is zero to ``scale``."""
+    if torch.equal(found, wanted):
+        return 0.0
+    if not (bool(found.isfinite().all()) and bool(wanted.isfinite().all())):
+        raise ModelError(f"the gradient of {name} is not finite; lower train.lr")
+    return _largest(found.double() - wanted.double()) / (_largest(wanted) or scale or 1.0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

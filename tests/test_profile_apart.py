@@ -1,0 +1,28 @@
+"""A case in a process of its own."""
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from fedtune.profile import Case, Failed, Figures, measure_apart
+from tests.profile_examples import a_case, a_recipe, tiny_bert
+
+
+def die(sending: Connection, case: Case) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_fresh_process_tells_its_own_peak(tmp_path: Path) -> None:
+    row = measure_apart(a_case(a_recipe(tiny_bert(tmp_path)), "full"))
+    assert isinstance(row, Figures)
+    assert 50 * 2**20 < row.loaded_bytes <= row.rss_bytes
+    assert 0 < row.kept_bytes <= row.peak_bytes < row.rss_bytes
+
+
+def test_a_process_that_is_killed_leaves_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.profile.apart._answer", die)
+    row = measure_apart(a_case(a_recipe(tmp_path), "full"))
+    assert row == Failed("full", "its process was killed, perhaps for want of memory; try a smaller batch")
