@@ -114,7 +114,10 @@ def test_what_cannot_run_leaves_no_trace(
         (["simulate", "{recipe}", "--set", "train.lrr=1"], "--set train.lrr=1: unknown key 'train.lrr'; did you mean"),
         (["simulate", "{recipe}", "--set", "train.lr"], "--set train.lr: write it as key.key=value"),
         (["simulate", "{recipe}", "--techniques", "lorra"], "there is no 'lorra'; did you mean 'lora'?"),
-        (["simulate", "{recipe}", "--techniques", "lora+full"], "lora cannot be combined with full; drop one"),
+        (
+            ["simulate", "{recipe}", "--techniques", "lora+full"],
+            "lora cannot be combined with full: full trains the weights that lora freezes; drop one",
+        ),
         (["simulate", "{recipe}", "--techniques", "checkpointing"], "checkpointing trains nothing; add"),
         (["simulate", "{recipe}", "--set", "merge=[meann]"], "there is no 'meann'; did you mean 'mean'?"),
         (["simulate", "{recipe}", "--store", "nonsense"], "is no SQLAlchemy URL"),

@@ -117,7 +117,10 @@ def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time(
         ("train.techniques=lroa", "train.techniques: there is no 'lroa'; did you mean 'lora'?"),
         ("train.techniques=[{lora: {rnk: 2}}]", "train.techniques, lora: unknown key 'rnk'; did you mean 'rank'?"),
         ("train.techniques=[{lora: {rank: 0}}]", "train.techniques, lora: rank is 0, but must be greater than or"),
-        ("train.techniques=lora+full", "train.techniques: lora cannot be combined with full; drop one"),
+        (
+            "train.techniques=lora+full",
+            "train.techniques: lora cannot be combined with full: full trains the weights that lora freezes; drop one",
+        ),
         ("merge=[maen]", "merge: there is no 'maen'; did you mean 'mean'?"),
         ("merge=[mean, mean]", "merge: 2 steps combine, but exactly one may; keep one of them"),
     ],

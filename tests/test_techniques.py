@@ -94,12 +94,18 @@ def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
 @pytest.mark.parametrize(
     ("joined", "sentence"),
     [
-        ("full+lora", "full cannot be combined with lora; drop one"),
-        ("lora+full", "lora cannot be combined with full; drop one"),
-        ("lora+qlora", "lora cannot be combined with qlora; drop one"),
-        ("classifier+bias", "classifier cannot be combined with bias; drop one"),
-        ("bias+full", "bias cannot be combined with full; drop one"),
-        ("checkpointing+qlora+classifier", "qlora cannot be combined with classifier; drop one"),
+        ("full+lora", "full cannot be combined with lora: full trains the weights that lora freezes; drop one"),
+        ("lora+full", "lora cannot be combined with full: full trains the weights that lora freezes; drop one"),
+        ("lora+qlora", "lora cannot be combined with qlora: both put a low-rank pair beside the same layers; drop one"),
+        (
+            "classifier+bias",
+            "classifier cannot be combined with bias: the head is trained beside biases anyway; drop one",
+        ),
+        ("bias+full", "bias cannot be combined with full: full trains biases among all the rest; drop one"),
+        (
+            "checkpointing+qlora+classifier",
+            "qlora cannot be combined with classifier: the head is trained beside a low-rank pair anyway; drop one",
+        ),
         ("lora+lora", "lora+lora names one technique twice; drop one"),
         ("full+checkpointing+checkpointing", "full+checkpointing+checkpointing names one technique twice; drop one"),
         ("checkpointing", "checkpointing trains nothing; add full, lora, bias or classifier"),

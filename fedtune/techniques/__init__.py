@@ -19,9 +19,10 @@ def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
     chosen: tuple[Technique, ...] = tuple(build(__name__, unit, "train.techniques") for unit in units)
     present = [technique.name for technique in chosen]
     for technique in chosen:
-        clash = sorted(technique.excludes.intersection(present))
-        if clash:
-            raise RecipeError(f"train.techniques: {technique.name} cannot be combined with {clash[0]}; drop one")
+        clash = min(technique.excludes.keys() & set(present), default=None)
+        if clash is not None:
+            why = f"{technique.name} cannot be combined with {clash}: {technique.excludes[clash]}"
+            raise RecipeError(f"train.techniques: {why}; drop one")
     if len(set(present)) < len(present):
         raise RecipeError(f"train.techniques: {'+'.join(present)} names one technique twice; drop one")
     if not any(technique.trains for technique in chosen):

@@ -21,8 +21,8 @@ class Technique(Named):
 
     trains: ClassVar[bool] = True
     """Whether it chooses what is trained; a run needs at least one technique that does."""
-    excludes: ClassVar[frozenset[str]] = frozenset()
-    """Names of techniques it makes no sense with."""
+    excludes: ClassVar[Mapping[str, str]] = {}
+    """Names of techniques it makes no sense with, and why: the rest of a sentence that ends there."""
 
     def quantisation(self) -> Any:
         """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
@@ -48,6 +48,10 @@ class Technique(Named):
     def stored(self) -> "Technique | None":
         """What trains the same network with every activation stored, for checking gradients; None to leave it out."""
         return self
+
+    def keeps_base(self) -> bool:
+        """Whether the pretrained layers compute what they did, so that an adapter beside them says it all."""
+        return True
 
     def adapter(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""

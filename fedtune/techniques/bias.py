@@ -8,6 +8,7 @@ Avoid when: the model has none to speak of (Llama and its kin); it is refused wh
 Source: Ben Zaken, Ravfogel and Goldberg, "BitFit" (arXiv 2106.10199), section 3.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -22,7 +23,10 @@ class Bias(Technique):
     """Train bias terms and a classifier's head."""
 
     name: ClassVar[str] = "bias"
-    excludes: ClassVar[frozenset[str]] = frozenset({"full", "classifier"})
+    excludes: ClassVar[Mapping[str, str]] = {
+        "classifier": "the head is trained beside biases anyway",
+        "full": "full trains biases among all the rest",
+    }
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Switch on the gradients of biases, then of the head."""

@@ -8,7 +8,7 @@ Avoid when: time is short and the step fits; or what lies behind the blocks domi
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,8 +27,13 @@ class Checkpointing(Technique):
     trains: ClassVar[bool] = False
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
-        """Switch on transformers' own non-reentrant checkpointing."""
-        if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        """Switch on the model's own non-reentrant checkpointing."""
+        if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
+        able: Any = model
+        able.activation_checkpointing_enable({"use_reentrant": False})
+        if isinstance(model, PreTrainedModel):
+            model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
+
+    def stored(self) -> None:
+        """Blocks that keep everything give the same gradients."""

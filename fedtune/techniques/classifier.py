@@ -8,6 +8,7 @@ Avoid when: the task is far from what the backbone saw; and for language models,
 Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (arXiv 1610.01644).
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -23,7 +24,12 @@ class Classifier(Technique):
     """Train the head alone."""
 
     name: ClassVar[str] = "classifier"
-    excludes: ClassVar[frozenset[str]] = frozenset({"full", "lora", "qlora", "bias"})
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "the head is trained beside biases anyway",
+        "full": "full trains the head among all the rest",
+        "lora": "the head is trained beside a low-rank pair anyway",
+        "qlora": "the head is trained beside a low-rank pair anyway",
+    }
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Switch on the head's gradients."""

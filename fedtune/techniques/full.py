@@ -9,6 +9,7 @@ Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from 
 Algorithm 1, where whole models are averaged.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -23,7 +24,12 @@ class Full(Technique):
     """Train everything."""
 
     name: ClassVar[str] = "full"
-    excludes: ClassVar[frozenset[str]] = frozenset({"classifier", "lora", "qlora", "bias"})
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "full trains biases among all the rest",
+        "classifier": "full trains the head among all the rest",
+        "lora": "full trains the weights that lora freezes",
+        "qlora": "full trains the weights that qlora freezes",
+    }
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Switch on every gradient."""

@@ -13,6 +13,7 @@ via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755); freezing A: Su
 Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fedtune.techniques._low_rank import LowRank
@@ -24,4 +25,8 @@ class Lora(LowRank):
     """A low-rank pair beside full-precision layers."""
 
     name: ClassVar[str] = "lora"
-    excludes: ClassVar[frozenset[str]] = frozenset({"full", "classifier", "qlora"})
+    excludes: ClassVar[Mapping[str, str]] = {
+        "classifier": "the head is trained beside a low-rank pair anyway",
+        "full": "full trains the weights that lora freezes",
+        "qlora": "both put a low-rank pair beside the same layers",
+    }

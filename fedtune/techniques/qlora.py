@@ -9,6 +9,7 @@ Avoid when: they fit: expanding four-bit weights costs time on a processor, and 
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels by bitsandbytes.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,11 @@ class Qlora(LowRank):
     """A low-rank pair beside NF4 layers."""
 
     name: ClassVar[str] = "qlora"
-    excludes: ClassVar[frozenset[str]] = frozenset({"full", "classifier", "lora"})
+    excludes: ClassVar[Mapping[str, str]] = {
+        "classifier": "the head is trained beside a low-rank pair anyway",
+        "full": "full trains the weights that qlora freezes",
+        "lora": "both put a low-rank pair beside the same layers",
+    }
 
     def quantisation(self) -> Any:
         """NF4 with double quantisation, computing in single precision."""

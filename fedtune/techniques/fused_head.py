@@ -1,0 +1,173 @@
+"""Fused head: a language model's loss is taken piece by piece, so that its logits never exist all at once.
+
+What: in a training step the output layer and the cross-entropy run as one, ``chunk`` tokens at a time, and each piece's
+gradient is computed there and then; scoring and generation see plain logits.
+Saves: logits, probabilities and their gradient, tokens x vocabulary numbers each: for a small model with 49 thousand
+words more than all its blocks keep. What stays is one chunk's logits, the gradient by the hidden states and, where the
+output layer itself is trained, its gradient.
+Exactness: the loss and gradients of the plain step up to the rounding of sums; padding costs no product at all.
+Sends: what the technique beside it sends.
+Use when: a language model is trained; together with ``checkpointing`` or ``meft``, whose peak the head else sets.
+Avoid when: another technique needs the logits of a training step (distillation), or the vocabulary is tiny.
+Fits: causal language models whose loss takes the output layer's result as it is; others are refused.
+Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, whose logits are
+recomputed in the backward pass. Deviations: gradients are made in the forward pass, one product with the vocabulary
+less; no token is dropped when the chunk does not divide their number; a batch in which no label counts gives 0, not
+nan.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.generic import ModelOutput
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._fused_loss import fused_cross_entropy
+from fedtune.techniques._technique import Technique
+
+__all__ = ["FusedHead", "LateHead"]
+
+
+class FusedHead(Technique):
+    """Output layer and cross-entropy in one, a chunk of tokens at a time."""
+
+    name: ClassVar[str] = "fused-head"
+    trains: ClassVar[bool] = False
+
+    chunk: int = Field(128, ge=1, description="tokens whose logits exist at one time")
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
+        name, plain = _plain_head(model)
+        late = LateHead(plain, self.chunk)
+        model.set_submodule(name, late)
+        late.handles = (
+            model.register_forward_pre_hook(_expect, with_kwargs=True),
+            model.register_forward_hook(_conclude, always_call=True),
+        )
+        model.loss_function = partial(_loss, head=late)  # type: ignore[assignment]
+        _try(model)
+
+    def stored(self) -> None:
+        """The plain head gives the same gradients."""
+
+    def fold(self, model: nn.Module) -> None:
+        """Put the plain output layer back."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LateHead):
+                layer.retire()
+                model.set_submodule(name, layer.plain())
+        vars(model).pop("_loss_function", None)
+
+
+class LateHead(nn.Module):
+    """An output layer that in a training step with labels passes the hidden states on to the loss."""
+
+    handles: tuple[RemovableHandle, ...] = ()
+
+    def __init__(self, plain: nn.Linear, chunk: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.chunk = plain.weight, plain.bias, chunk
+        self.late = False
+        self.passed: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., v] of hidden states [..., h], or late in a step the hidden states themselves."""
+        if not self.late:
+            return F.linear(hidden, self.weight, self.bias)
+        self.passed = hidden
+        return hidden
+
+    def plain(self) -> nn.Linear:
+        """The layer it stands for, with the same parameters."""
+        high, wide = self.weight.shape
+        layer = nn.Linear(wide, high, bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+    def retire(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and layer of a causal language model's output embeddings."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no head over a vocabulary; leave the technique fused-head out")
+    if type(head) is not nn.Linear:
+        raise ModelError(f"the head of {type(model).__name__} is a {type(head).__name__}; fused-head needs a plain one")
+    return next(name for name, layer in model.named_modules() if layer is head), head
+
+
+def _try(model: nn.Module) -> None:
+    """A step on two tokens meets whatever the model does between its head and its loss."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    mode = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    except (IndexError, RuntimeError, ValueError) as error:  # a loss of its own chokes on hidden states
+        raise _misfit(model) from error
+    finally:
+        model.train(mode)
+
+
+def _expect(model: PreTrainedModel, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before the model's forward pass: is this a training step whose loss is asked for?"""
+    head = model.get_output_embeddings()
+    head.late = model.training and kwargs.get("labels") is not None
+
+
+def _conclude(model: PreTrainedModel, _: tuple[Any, ...], output: Any) -> Any:
+    """After it: hidden states are not handed out under the name of logits."""
+    head = model.get_output_embeddings()
+    late, passed = head.late, head.passed
+    head.late, head.passed = False, None
+    if output is not None and passed is not None:
+        raise _misfit(model)
+    return type(output)(**{**output, "logits": None}) if late and isinstance(output, ModelOutput) else None
+
+
+def _loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    head: LateHead,
+    **others: Any,
+) -> Tensor:
+    """What transformers calls for the loss of a causal language model; late, it is given the hidden states."""
+    if logits is not head.passed:
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others)
+    head.passed = None
+    following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    return fused_cross_entropy(
+        logits.flatten(0, -2),
+        head.weight,
+        head.bias,
+        following.flatten(),
+        chunk=head.chunk,
+        ignore=ignore_index,
+        divisor=num_items_in_batch,
+    )
+
+
+def _misfit(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} does more with its logits than take their cross-entropy; "
+        "leave the technique fused-head out"
+    )
