@@ -6,7 +6,7 @@ in step   rounds x steps, each on as many examples as all clients process in one
           other, and as many examples. This is the claim.
 in total  rounds x steps x clients steps of one client's batch: as many examples again, but eight times as many updates
           one after the other, which no averaging can make up for.
-The bare loop trains what the recipe trains (``same``, the claim) or LoRA with both factors (``lora``), which is stronger.
+The bare loop trains what the recipe trains (``same``, the claim), or LoRA with both factors (``lora``): it is stronger.
 The mean test accuracy over the four domains is compared. Splits do not depend on the seed; heads, orders and dropout
 do. Central training uses the learning rate of RATES that validates best with seed 0.
 

@@ -49,7 +49,8 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
 def _adapter(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe) -> PeftConfig | None:
     """The adapter's configuration if it holds all that is trained, and plain transformers can load the base."""
     trains = [technique for technique in chosen if technique.trains]
-    carried = len(trains) == 1 and isinstance(model, PreTrainedModel)
+    kept = all(technique.keeps_base() for technique in chosen)
+    carried = len(trains) == 1 and kept and isinstance(model, PreTrainedModel)
     adapter = trains[0].adapter(model, recipe.task) if carried else None
     if adapter is not None:
         adapter.base_model_name_or_path = resolve(recipe.model.source)
