@@ -1,0 +1,160 @@
+"""The two halves of a transformer block, composed from its own modules, and the adapters MEFT puts beside them.
+
+Nothing of fedtune is imported: the file travels with an exported model.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+__all__ = [
+    "Adapter",
+    "Call",
+    "Parts",
+    "attention_half",
+    "bound",
+    "feed_half",
+    "rows_of",
+    "stream_adapter",
+    "without_cache",
+]
+
+Call = Mapping[str, Any]
+"""What a block is called with beside the hidden states, by name."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a block computes: names of the modules inside it, in the order they run.
+
+    pre-norm:  m = x + attend(norm1(x)),  y = m + feed(norm2(m));
+    post-norm: m = norm1(x + attend(x)),  y = norm2(m + feed(m)).
+    """
+
+    pre: bool
+    norms: tuple[str, str]
+    attend: tuple[str, ...]
+    feed: tuple[str, ...]
+    dropout: float = 0.0
+    """Applied by the block itself behind ``attend`` and ``feed``."""
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside the frozen layers: down, the block's own activation, dropout, up; no residual inside.
+
+    Its matrices are bare parameters, so that nobody takes them for layers of the block.
+    """
+
+    def __init__(self, width: int, rank: int, dropout: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        made = partial(torch.empty, dtype=dtype)
+        self.down_weight = nn.Parameter(made(rank, width))
+        self.down_bias = nn.Parameter(made(rank))
+        self.up_weight = nn.Parameter(made(width, rank))
+        self.up_bias = nn.Parameter(made(width))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """[..., width] -> [..., width]."""
+        inner = activation(F.linear(x, self.down_weight, self.down_bias))
+        inner = F.dropout(inner, self.dropout, self.training)
+        return F.linear(inner, self.up_weight, self.up_bias)
+
+
+def bound(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states a block was called with, and all else by name."""
+    signature = inspect.signature(type(block).forward)
+    (_, _), (_, hidden), *others = signature.bind(block, *args, **kwargs).arguments.items()
+    call: dict[str, Any] = {}
+    for name, value in others:
+        call |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return hidden, call
+
+
+def without_cache(call: Call) -> Call:
+    """A call without keys and values to remember: a block that runs twice must not add them twice."""
+    return {**call, **{name: None for name in ("past_key_values", "use_cache") if name in call}}
+
+
+def rows_of(call: Call, rows: int, start: int, count: int) -> Call:
+    """A call for some of the batch's rows; what has no dimension of them goes to all."""
+    narrow = partial(_narrow, rows=rows, start=start, count=count)
+    narrowed: Call = tree_map_only(Tensor, narrow, dict(call))
+    return narrowed
+
+
+def _narrow(tensor: Tensor, rows: int, start: int, count: int) -> Tensor:
+    return tensor.narrow(0, start, count) if tensor.ndim > 1 and len(tensor) == rows else tensor
+
+
+def attention_half(block: nn.Module, parts: Parts, x: Tensor, call: Call) -> Tensor:
+    """x + attend(norm1(x)), or norm1(x + attend(x)); an adapter stands in line behind ``attend``."""
+    norm = block.get_submodule(parts.norms[0])
+    first, *others = (block.get_submodule(name) for name in parts.attend)
+    inner = first(norm(x) if parts.pre else x, **_taken(first, call))
+    inner = inner[0] if isinstance(inner, tuple) else inner
+    inner = F.dropout(_chain(others, inner), parts.dropout, block.training)
+    if "attention" in _adapters(block):
+        inner = inner + _adapters(block)["attention"](inner, _activation(block, parts))
+    out: Tensor = x + inner if parts.pre else norm(x + inner)
+    return out
+
+
+def feed_half(block: nn.Module, parts: Parts, m: Tensor) -> Tensor:
+    """m + feed(norm2(m)), or norm2(m + feed(m)); an adapter stands beside ``feed``."""
+    norm = block.get_submodule(parts.norms[1])
+    inner = norm(m) if parts.pre else m
+    fed = _chain((block.get_submodule(name) for name in parts.feed), inner)
+    fed = F.dropout(fed, parts.dropout, block.training)
+    if "feed" in _adapters(block):
+        fed = fed + _adapters(block)["feed"](inner, _activation(block, parts))
+    out: Tensor = m + fed if parts.pre else norm(m + fed)
+    return out
+
+
+def stream_adapter(block: nn.Module, parts: Parts, x: Tensor) -> Tensor:
+    """The adapter that stands alone in the other stream."""
+    out: Tensor = _adapters(block)["stream"](x, _activation(block, parts))
+    return out
+
+
+def _activation(block: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
+    """The function between the layers of ``feed``, without its hooks; GELU where it is no module."""
+    fed = (module for name in parts.feed for module in block.get_submodule(name).modules())
+    return next((module.forward for module in fed if _is_function(module)), F.gelu)
+
+
+def _is_function(module: nn.Module) -> bool:
+    bare = not any(True for _ in module.parameters()) and not any(True for _ in module.children())
+    runs = type(module).forward is not nn.Module.forward
+    return bare and runs and not isinstance(module, nn.Dropout | nn.Identity)
+
+
+def _adapters(block: nn.Module) -> Mapping[str, nn.Module]:
+    found: Any = block._modules.get("adapters")
+    return {} if found is None else found
+
+
+def _chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _taken(attention: nn.Module, call: Call) -> Call:
+    """What an attention module takes of a block's call: all it names, and more if it takes anything by name."""
+    names, anything = _named(type(attention).forward)
+    return {name: value for name, value in call.items() if name in names or (anything and value is not None)}
+
+
+@cache
+def _named(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    parameters = inspect.signature(forward).parameters.values()
+    return frozenset(one.name for one in parameters), any(one.kind is one.VAR_KEYWORD for one in parameters)

@@ -1,0 +1,62 @@
+"""A two-stream model in plain transformers: ``from_pretrained(folder, trust_remote_code=True)`` builds it.
+
+No configuration of transformers can say what the blocks compute here, so this file and those it imports travel with the
+weights. The model type is one of its own: without that flag loading is refused rather than done wrong.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import transformers
+
+from ._couplings import Plan
+from ._two_streams import attach, plain
+
+__all__ = ["ship"]
+
+_PREFIX = "Meft"
+_AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+
+def ship(model: Any, plan: Plan) -> None:
+    """Make a model of transformers whose blocks are coupled already save itself with this code."""
+    [auto_class] = [auto for ending, auto in _AUTO.items() if type(model).__name__.endswith(ending)]
+    model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
+    model.config.meft = asdict(plan)
+    model.__class__ = _class(_PREFIX + type(model).__name__)
+    type(model.config).register_for_auto_class()
+    type(model).register_for_auto_class(auto_class)
+
+
+@cache
+def _class(name: str) -> type[Any]:
+    base = getattr(transformers, name.removeprefix(_PREFIX))
+    if issubclass(base, transformers.PretrainedConfig):
+        return type(name, (base,), {"__module__": __name__, "model_type": f"meft-{base.model_type}", "meft": {}})
+    settings = {"__module__": __name__, "config_class": _class(_PREFIX + base.config_class.__name__), "__init__": _init}
+    return type(name, (base,), settings)
+
+
+def _init(self: Any, config: Any, *others: Any, **settings: Any) -> None:
+    """The plain model, which looks its parts up by the configuration's class, then its blocks coupled."""
+    held = copy(config)
+    held.__class__ = getattr(transformers, type(config).__name__.removeprefix(_PREFIX))
+    super(type(self), self).__init__(held, *others, **settings)
+    self.config.__class__ = type(config)
+    found: Mapping[str, Any] = config.meft
+    attach(self, Plan.from_json(found), plain)
+
+
+def __getattr__(name: str) -> Any:
+    """The class MeftX, made from X of transformers."""
+    if name.startswith(_PREFIX):
+        return _class(name)
+    raise AttributeError(name)

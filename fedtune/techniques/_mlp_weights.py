@@ -1,0 +1,138 @@
+"""ADA-DEFT-style weights: one trained number per MLP, by which its output is multiplied, and the MLPs that fall out.
+
+Our own definition, for the paper's abstract names the idea only: w = sigmoid(SPEED theta), w_0 = sigmoid(4);
+loss = task + alpha sum_l w_l D_l / sum_l w_l + gamma mean_l w_l. Below a bound w is 0 whenever the model is scored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from fedtune.techniques._low_rank import expanded
+from fedtune.techniques._mlps import Mlp
+from fedtune.techniques._probe import Probe
+from fedtune.techniques._skipping import drop
+from fedtune.techniques._terms import emit
+
+__all__ = ["MlpWeight", "WeightTerms", "add_thetas", "attach_weights", "fold_weights"]
+
+_SPEED = 100.0
+"""Adaptive optimisers move every parameter by about the learning rate a step; theta has to cover a distance of six."""
+
+_THETA = "deft_theta"
+
+
+@dataclass(eq=False)
+class MlpWeight:
+    """Forward hook of an MLP's narrowing layer."""
+
+    theta: nn.Parameter
+    below: float
+
+    def now(self) -> Tensor:
+        """w [1], as trained."""
+        return torch.sigmoid(_SPEED * self.theta)
+
+    @torch.no_grad()
+    def deployed(self) -> float:
+        """w, or 0 when the MLP is skipped."""
+        weight = float(self.now())
+        return weight if weight >= self.below else 0.0
+
+    def __call__(self, second: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """The MLP's weighted output."""
+        return out * (self.now().to(out.dtype) if second.training else self.deployed())
+
+
+@dataclass(eq=False)
+class WeightTerms:
+    """Forward hook of the whole model: the terms that move the weights.
+
+    Layers emit alpha w_l / (sum w) D_l with a constant factor, which is right for D_l and lets a block be run alone;
+    the derivative by the weights is emitted here, with D_l constant and value 0.
+    """
+
+    probes: list[Probe]
+    weights: list[MlpWeight]
+    alpha: float
+    gamma: float
+
+    def begin_step(self) -> None:
+        """Give every probe its share of the density term."""
+        for probe, share in zip(self.probes, self._shares(), strict=True):
+            probe.weight = self.alpha * float(share.detach())
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """Emit both terms once the layers have seen their densities."""
+        if not model.training:
+            return
+        shares = torch.cat(self._shares())
+        density = shares.new_tensor([probe.density for probe in self.probes])
+        emit(self.alpha * ((shares - shares.detach()) * density).sum())
+        emit(self.gamma * torch.cat([weight.now() for weight in self.weights]).mean())
+
+    def _shares(self) -> list[Tensor]:
+        """w_l over the sum of its stack."""
+        stacks = [probe.mlp.stack for probe in self.probes]
+        now = [weight.now() for weight in self.weights]
+        return [
+            one / torch.cat([w for w, other in zip(now, stacks, strict=True) if other == stack]).sum()
+            for one, stack in zip(now, stacks, strict=True)
+        ]
+
+
+def add_thetas(model: nn.Module, mlps: Sequence[Mlp]) -> list[str]:
+    """Register a trained theta in each MLP's scope, and return the parameters' names."""
+    for mlp in mlps:
+        model.get_submodule(mlp.scope).register_parameter(_THETA, nn.Parameter(torch.tensor([4 / _SPEED])))
+    return [f"{mlp.scope}.{_THETA}" for mlp in mlps]
+
+
+def attach_weights(model: nn.Module, probes: list[Probe], alpha: float, gamma: float, below: float) -> WeightTerms:
+    """Weigh each MLP's output, and emit the terms after each forward pass."""
+    weights = [MlpWeight(model.get_parameter(f"{probe.mlp.scope}.{_THETA}"), below) for probe in probes]
+    for probe, weight in zip(probes, weights, strict=True):
+        model.get_submodule(probe.mlp.second).register_forward_hook(weight)
+    terms = WeightTerms(probes, weights, alpha, gamma)
+    model.register_forward_hook(terms)
+    return terms
+
+
+@torch.no_grad()
+def fold_weights(model: nn.Module, terms: WeightTerms) -> None:
+    """Write the weights into the narrowing layers, and drop the MLPs that are skipped."""
+    skipped = []
+    for probe, weight in zip(terms.probes, terms.weights, strict=True):
+        mlp, deployed = probe.mlp, weight.deployed()
+        if deployed:
+            _multiply(model.get_submodule(mlp.second), deployed)
+        else:
+            skipped.append((*mlp.firsts, mlp.second))
+        del model.get_submodule(mlp.scope)._parameters[_THETA]
+    if skipped:
+        drop(model, _auto_class(model), skipped)
+
+
+def _multiply(layer: nn.Module, factor: float) -> None:
+    """Multiply what a linear layer gives, for good; a low-rank pair beside it is multiplied too."""
+    if isinstance(layer, LoraLayer):
+        layer.base_layer = expanded(layer.get_base_layer())
+        ups = [up for up in layer.lora_B.values() if isinstance(up, nn.Linear)]
+        for part in (layer.base_layer, *ups):
+            _multiply(part, factor)
+        return
+    for parameter in layer.parameters(recurse=False):
+        parameter.mul_(factor)
+
+
+def _auto_class(model: nn.Module) -> str:
+    """Which of transformers' automatic classes loads a model of this kind."""
+    kinds = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForImageClassification)
+    config: Any = model.config
+    loads: dict[str, Any] = {kind.__name__: kind._model_mapping.get(type(config), None) for kind in kinds}
+    return next(name for name, loaded in loads.items() if loaded is type(model))

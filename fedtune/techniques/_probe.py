@@ -1,0 +1,204 @@
+"""What deft hangs on each MLP: hooks that emit its density while training, and threshold and count while scoring."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.techniques._density import Remake, magnitudes, nonzero, scale, with_density
+from fedtune.techniques._mlps import Mlp, find_mlps
+from fedtune.techniques._terms import emit
+
+__all__ = ["Probe", "Step", "Tally", "attach", "calibrate", "counting", "detach"]
+
+
+@dataclass(eq=False)
+class Step:
+    """What all probes of a model share: the step's epsilon, and which of its tokens [tokens] count (None: all)."""
+
+    eps: float
+    counted: Tensor | None = None
+    tokens: int | None = None
+
+    def begin(self, batch: Mapping[str, Tensor], eps: float) -> None:
+        """Take the padding from a batch's attention mask, if it has one."""
+        mask = batch.get("attention_mask")
+        counted = None if mask is None else mask.flatten().bool()
+        self.eps, self.tokens = eps, None if counted is None else len(counted)
+        self.counted = None if counted is None or bool(counted.all()) else counted
+
+    def mask(self, a: Tensor) -> Tensor | None:
+        """``counted``, once it is sure to belong to these activations."""
+        rows = a.numel() // a.shape[-1]
+        if self.tokens not in (None, rows):
+            raise ModelError(f"deft sees {rows} tokens where the step began with {self.tokens}; begin each step anew")
+        return self.counted
+
+
+@dataclass
+class Tally:
+    """Sums over the scored examples: all and non-zero entries of counted tokens, and of all tokens (``padded``)."""
+
+    entries: int = 0
+    nonzero: int = 0
+    above: int = 0
+    gate: int = 0
+    padded_entries: int = 0
+    padded_nonzero: int = 0
+
+    def add(self, a: Tensor, counted: Tensor | None, threshold: float) -> None:
+        """Count one batch's activations."""
+        found = nonzero(a)
+        self.entries += (len(found) if counted is None else int(counted.sum())) * a.shape[-1]
+        self.nonzero += _sum(found, counted)
+        self.above += _sum(nonzero(a.abs() > threshold), counted)
+        self.padded_entries += a.numel()
+        self.padded_nonzero += _sum(found, None)
+
+    def add_gate(self, gate: Tensor, counted: Tensor | None) -> None:
+        """Count one batch's gates."""
+        self.gate += _sum(nonzero(gate), counted)
+
+
+@dataclass(eq=False)
+class Probe:
+    """Follows one MLP; ``weight`` scales what it emits, 0 for nothing, and ``density`` is what it saw last.
+
+    A gated MLP's product is made again from its two factors, which that product keeps anyway; ``remade`` says whether
+    the first one could be.
+    """
+
+    mlp: Mlp
+    step: Step
+    weight: float
+    threshold: float = 0.0
+    tally: Tally | None = None
+    sample: list[Tensor] | None = None
+    remade: bool | None = None
+    density: float = field(default=0.0, init=False)
+    _wide: list[Tensor] = field(default_factory=list, init=False)
+    _gate: tuple[Tensor, ...] = field(default=(), init=False)
+
+    def of_activation(self, activation: nn.Module, args: tuple[Any, ...], a: Tensor) -> Tensor:
+        """Forward hook of a plain MLP's activation function."""
+        if not activation.training:
+            return self._score(a)
+        # ReLU keeps its output for backward, every other function its input, from which the output is made again
+        return self._emit(a) if isinstance(activation, nn.ReLU) else self._emit(a, activation, args[0])
+
+    def of_wide(self, first: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        """Forward hook of a gated MLP's two widening layers."""
+        if self.remade is not False and first.training and self.weight:
+            self._wide.append(out)
+
+    def of_gate(self, activation: nn.Module, args: tuple[Any, ...], gate: Tensor) -> None:
+        """Forward hook of a gated MLP's activation function."""
+        if self.remade is not False and activation.training and self.weight:
+            self._gate = args[0], gate
+        if self.tally is not None:
+            self.tally.add_gate(gate, self.step.mask(gate))
+
+    def of_product(self, second: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of a gated MLP's narrowing layer: its input is the product of gate and up projection."""
+        if not second.training:
+            return self._score(args[0]), *args[1:]
+        factors = self._factors()
+        if self.remade is None and self.weight:
+            self.remade = len(factors) == 2 and torch.equal(torch.mul(*factors), args[0])
+        product = self._emit(args[0], torch.mul, *factors) if self.remade else self._emit(args[0])
+        return product, *args[1:]
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        """The gate, and the widening layer's output that went past it; nothing is held on to."""
+        gate, wide = self._gate, self._wide
+        self._gate, self._wide = (), []
+        past = [out for out in wide if gate and out is not gate[0]]
+        return tuple(one.detach() for one in (*gate[1:], *past))
+
+    def _emit(self, a: Tensor, remake: Remake | None = None, *kept: Tensor) -> Tensor:
+        if not self.weight:
+            return a
+        counted = self.step.mask(a)
+        unit = scale(a, counted) if self.mlp.gated else 1.0
+        eps = self.step.eps * max(unit**2, 1e-12)
+        a, density = with_density(a, eps, counted, remake, tuple(one.detach() for one in kept))
+        self.density = float(density.detach())
+        emit(self.weight * density)
+        return a
+
+    def _score(self, a: Tensor) -> Tensor:
+        if self.tally is not None:
+            self.tally.add(a, self.step.mask(a), self.threshold)
+        if self.sample is not None:
+            self.sample.append(magnitudes(a, self.step.mask(a), _SAMPLE))
+        return a * (a.abs() > self.threshold) if self.threshold else a
+
+
+_SAMPLE = 2**16
+"""Magnitudes taken per batch and layer for a quantile."""
+
+
+def attach(model: nn.Module, weight: float, threshold: float) -> list[Probe]:
+    """Hang a probe on every MLP; ``weight`` is shared by those of one stack."""
+    step = Step(eps=1.0)
+    mlps = find_mlps(model)
+    sizes = {mlp.stack: sum(other.stack == mlp.stack for other in mlps) for mlp in mlps}
+    made = [Probe(mlp, step, weight / sizes[mlp.stack], threshold) for mlp in mlps]
+    for probe in made:
+        _hang(model, probe)
+    return made
+
+
+def _hang(model: nn.Module, probe: Probe) -> None:
+    activation = model.get_submodule(probe.mlp.activation)
+    if not probe.mlp.gated:
+        activation.register_forward_hook(probe.of_activation)
+        return
+    for first in probe.mlp.firsts:
+        model.get_submodule(first).register_forward_hook(probe.of_wide)
+    activation.register_forward_hook(probe.of_gate)
+    model.get_submodule(probe.mlp.second).register_forward_pre_hook(probe.of_product)
+
+
+def detach(model: nn.Module, owners: tuple[type, ...]) -> None:
+    """Take away every hook that belongs to an object of these classes."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), owners)]:
+                del hooks[key]
+
+
+@contextmanager
+def counting(probes: Sequence[Probe]) -> Iterator[list[Tally]]:
+    """Count what is scored inside the block: one tally per MLP."""
+    tallies = [Tally() for _ in probes]
+    for probe, tally in zip(probes, tallies, strict=True):
+        probe.tally = tally
+    try:
+        yield tallies
+    finally:
+        for probe in probes:
+            probe.tally = None
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, probes: Sequence[Probe], batches: Sequence[Mapping[str, Tensor]], kept: float) -> None:
+    """The training-free control: set each MLP's threshold so that a share ``kept`` of its activations is above it."""
+    for probe in probes:
+        probe.threshold, probe.sample = 0.0, []
+    model.eval()
+    for batch in batches:
+        probes[0].step.begin(batch, 1.0)
+        model(**batch)
+    for probe in probes:
+        values = torch.cat(probe.sample or [])
+        probe.threshold = float(values.kthvalue(max(1, round((1 - kept) * len(values)))).values)
+        probe.sample = None
+
+
+def _sum(found: Tensor, counted: Tensor | None) -> int:
+    return int((found if counted is None else found[counted]).sum())

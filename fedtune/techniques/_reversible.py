@@ -1,0 +1,213 @@
+"""Running a two-stream stack without keeping what is inside it: its gradients come from the streams behind it.
+
+The backward pass undoes one block after the other and runs the half whose gradient is due once more, so that one half's
+graph exists at a time. Bit-equal gradients need bit-equal halves: the dropout's seed, the precision and what the model
+passed to each block are those of the forward pass.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
+
+from fedtune.errors import ModelError
+from fedtune.techniques._couplings import Half, Stage
+from fedtune.techniques._halves import Call, without_cache
+from fedtune.techniques._terms import collecting, emit
+from fedtune.techniques._two_streams import Stack, Streams, draw, plain
+
+__all__ = ["reversible"]
+
+
+def reversible(stack: Stack, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+    """The stack's output, with gradients for its input and for every parameter inside that is trained."""
+    if not torch.is_grad_enabled():
+        return plain(stack, hidden, calls)
+    parameters = [one for block in stack.blocks for one in block.parameters() if one.requires_grad]
+    calls = [without_cache(call) for call in calls]
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls)):
+        raise ModelError("meft cannot give gradients to what is passed to its blocks beside the hidden states; drop it")
+    walk = _Walk(stack, calls, draw(stack), hidden.dtype, _autocast(), parameters)
+    out: Tensor
+    out, term = _Reversible.apply(walk, hidden, *parameters)
+    if walk.emitted:
+        emit(term)
+    return out
+
+
+@dataclass(eq=False)
+class _Walk:
+    """What both directions of one pass share."""
+
+    stack: Stack
+    calls: Sequence[Call]
+    seed: int | None
+    dtype: torch.dtype
+    autocast: tuple[bool, torch.dtype]
+    parameters: list[Parameter]
+    emitted: bool = False
+
+    def inside(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass, for forward passes alone; no casts are kept, as some had no graph."""
+        enabled, dtype = self.autocast
+        return torch.autocast("cpu", dtype, enabled, cache_enabled=False)
+
+
+def _autocast() -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
+        stack, kept = walk.stack, dict[int, Streams]()
+        start = stack.start(hidden)
+        with torch.random.fork_rng(devices=[]), walk.inside(), collecting() as terms:
+            ends = stack.climb(start, walk.calls, walk.seed, walk.dtype, kept)
+        walk.emitted = bool(terms)
+        ctx.walk, ctx.kept = walk, list(kept)
+        ctx.proof = None if stack.plan.grid is None else _fingerprint(start)
+        original = () if stack.plan.grid is not None else (hidden,)
+        ctx.save_for_backward(*ends, *(stream for pair in kept.values() for stream in pair), *original)
+        return stack.merged(ends, walk.dtype), torch.stack(terms).sum() if terms else hidden.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_term: Tensor) -> tuple[Tensor | None, ...]:
+        walk: _Walk = ctx.walk
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # from here on a pair of streams goes as soon as it was used
+        original = saved.pop() if ctx.proof is None else None
+        descent = _Descent(walk, (saved.pop(0), saved.pop(0)), walk.stack.unmerged(d_out), d_term)
+        with torch.random.fork_rng(devices=[]):
+            for index in reversed(range(len(walk.calls))):
+                kept = (saved.pop(-2), saved.pop(-1)) if index in ctx.kept else None
+                descent.undo(index, kept, index > 0 or ctx.needs_input_grad[1])
+        _check(walk.stack, descent.y, ctx.proof, original)
+        d_hidden = _sum(*descent.d) if ctx.needs_input_grad[1] else None
+        found = [descent.gradients.get(id(one)) for one in walk.parameters]
+        return None, None if d_hidden is None else d_hidden.to(walk.dtype), *found
+
+
+@dataclass(eq=False)
+class _Descent:
+    """The way back: the streams ``y`` behind the block that is undone next, their gradients, and those found so far.
+
+    Streams and gradients are replaced one by one: a name that outlives its use is memory at the peak.
+    """
+
+    walk: _Walk
+    y: Streams
+    d: tuple[Tensor | None, Tensor | None]
+    d_term: Tensor
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def undo(self, index: int, kept: Streams | None, inner: bool) -> None:
+        """Step below a block, whose inputs may be ``kept``; ``inner`` asks for gradients of its inputs too."""
+        stack, walk = self.walk.stack, self.walk
+        self.y, self.d = stack.crossed(self.y), stack.crossed(self.d)
+        if kept is not None:
+            with walk.inside(), collecting():
+                f = stack.half(
+                    stack.first(index), index, kept[1].to(walk.dtype, copy=True), walk.calls[index], walk.seed
+                )
+            self.y = stack.upper(kept, f), kept[1]
+            del f
+        if stack.second(index):
+            g, through = self.again(stack.second(index), index, self.y[0], self.d[1], True)
+            self.y = self.y[0], self.y[1] if kept is not None else stack.below_lower(self.y[1], g)
+            self.d = _sum(self.d[0], through), self.d[1]
+            del g, through
+        f, through = self.again(stack.first(index), index, self.y[1], self.d[0], inner)
+        self.y = kept or (stack.below_upper(*self.y, f), self.y[1])
+        dx1, dx2 = stack.apart(*self.d)
+        self.d = dx1, _sum(dx2, through)
+
+    def again(self, half: Half, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
+        """F or G of ``x`` once more, and the gradient of ``x`` from that of the result; one stage's graph at a time."""
+        last = x.to(self.walk.dtype, copy=True)
+        for stage in half[:-1]:
+            with self.walk.inside(), collecting():  # these terms come again, with their graph
+                last = self.walk.stack.stage(stage, index, last, self.walk.calls[index], self.walk.seed)
+        out, d = self.stage(half[-1], index, last, d, inner or len(half) > 1)
+        del last
+        for stage in half[:-1]:
+            _, d = self.stage(stage, index, x.to(self.walk.dtype, copy=True), d, inner)
+        return self.walk.stack.gridded(out), None if d is None else d.to(x.dtype)
+
+    def stage(self, stage: Stage, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
+        """A stage's output and the gradient of its input, piece by piece and last piece first, as autograd would."""
+        stack, call = self.walk.stack, self.walk.calls[index]
+        inputs = stack.cut(stage, x)
+        calls = stack.cut_call(stage, inputs, call)
+        by = [None] * len(inputs) if d is None else stack.cut(stage, d)
+        last_first = [
+            self.piece(stage, index, at, inputs[at], calls[at], by[at], inner) for at in reversed(range(len(inputs)))
+        ]
+        dx = [one for _, one in reversed(last_first) if one is not None]
+        return stack.joined(stage, [out for out, _ in reversed(last_first)]), stack.joined(stage, dx) if dx else None
+
+    def piece(
+        self, stage: Stage, index: int, at: int, x: Tensor, call: Call, d: Tensor | None, inner: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for one piece; gradients of the block's parameters are noted."""
+        walk, x = self.walk, x.detach().requires_grad_(inner)
+        with torch.enable_grad(), walk.inside(), collecting() as terms:
+            out = walk.stack.piece(stage, index, at, x, call, walk.seed)
+        pairs = [(out, d), *((term, self.d_term) for term in terms)]
+        outs = [(one, by.to(one.dtype)) for one, by in pairs if by is not None and one.requires_grad]
+        if not outs:
+            return out.detach(), None
+        trained = [one for one in walk.stack.blocks[index].parameters() if one.requires_grad]
+        wanted = [*trained, *([x] if inner else [])]
+        found = torch.autograd.grad([one for one, _ in outs], wanted, [by for _, by in outs], allow_unused=True)
+        self.note(trained, found)
+        return out.detach(), found[-1] if inner else None
+
+    def note(self, trained: Sequence[Parameter], found: Sequence[Tensor | None]) -> None:
+        """Add to the parameters' gradients."""
+        for parameter, gradient in zip(trained, found, strict=False):
+            if gradient is not None:
+                before = self.gradients.get(id(parameter))
+                self.gradients[id(parameter)] = gradient if before is None else before + gradient
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _fingerprint(x: Streams) -> tuple[int, ...]:
+    """A number of each stream's bits; adding zero makes one of the two zeros."""
+    return tuple(int((stream + 0.0).view(torch.int64).sum()) for stream in x)
+
+
+def _check(stack: Stack, start: Streams, proof: tuple[int, ...] | None, original: Tensor | None) -> None:
+    """The streams below the first block must be those the stack began with."""
+    if proof is not None and proof != _fingerprint(start):
+        raise ModelError(
+            "meft's blocks gave other bits when they ran again, so their gradients would be wrong; "
+            "leave the number of threads and the parameters alone between the forward and the backward pass"
+        )
+    if original is not None and not stack.warned and (error := _error(start, original)) > 0:
+        stack.warned = True
+        warnings.warn(
+            f"meft in float mode rebuilt the input of its first block with a relative error of {error:.1e}, and the "
+            "gradients of the blocks are wrong accordingly; mode: exact has no such error",
+            stacklevel=2,
+        )
+
+
+def _error(start: Streams, original: Tensor) -> float:
+    """The larger of the streams' relative errors; infinite where there is no number any more."""
+    errors = [float((stream - original).norm() / original.norm()) for stream in start]
+    return max(errors) if all(math.isfinite(error) for error in errors) else math.inf

@@ -1,0 +1,67 @@
+"""A model of transformers without some of its MLPs: their layers are neither saved nor loaded nor computed.
+
+No configuration of transformers can say so. This file therefore travels with the weights, and
+``AutoModel....from_pretrained(folder, trust_remote_code=True)`` builds the classes it names; without that flag loading
+is refused. It needs nothing but torch and transformers.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+__all__ = ["Zero", "drop", "without"]
+
+_PREFIX = "Skipping"
+
+
+class Zero(nn.Module):
+    """In place of an MLP's last layer: what the block adds to its residual stream is zero."""
+
+    weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros like x."""
+        return torch.zeros_like(x)
+
+
+def without(model: Any, skipped: Sequence[Sequence[str]]) -> None:
+    """Drop MLPs, each given by the names of its linear layers, the last one last."""
+    for *firsts, second in skipped:
+        for first in firsts:
+            model.set_submodule(first, nn.Identity())
+        model.set_submodule(second, Zero())
+
+
+def drop(model: Any, auto_class: str, skipped: Sequence[Sequence[str]]) -> None:
+    """Drop MLPs of a transformers model and make it save itself with this file."""
+    without(model, skipped)
+    model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
+    model.config.skipped_mlps = [list(names) for names in skipped]
+    model.__class__ = _class(_PREFIX + type(model).__name__)
+    type(model.config).register_for_auto_class()
+    type(model).register_for_auto_class(auto_class)
+
+
+@cache
+def _class(name: str) -> type[Any]:
+    base = getattr(transformers, name.removeprefix(_PREFIX))
+    if issubclass(base, transformers.PretrainedConfig):
+        return type(name, (base,), {"__module__": __name__, "model_type": f"skipping-{base.model_type}"})
+    settings = {"__module__": __name__, "config_class": _class(_PREFIX + base.config_class.__name__), "__init__": _init}
+    return type(name, (base,), settings)
+
+
+def _init(self: Any, config: Any, *others: Any, **settings: Any) -> None:
+    super(type(self), self).__init__(config, *others, **settings)
+    without(self, config.skipped_mlps)
+
+
+def __getattr__(name: str) -> Any:
+    """The class SkippingX, made from X of transformers."""
+    if name.startswith(_PREFIX):
+        return _class(name)
+    raise AttributeError(name)

@@ -1,0 +1,244 @@
+"""A stack of transformer blocks as a network of two coupled streams: what it computes, forwards and backwards.
+
+Streams x1, x2 [batch, tokens, width] pass a block as
+    y1 = lambda x1 + F(x2),   y2 = beta x2 + G(y1)
+and come back as
+    x2 = (y2 - G(y1)) / beta,   x1 = (y1 - F(x2)) / lambda.
+
+A damped coupling has y1 = lambda (x1 - x2) + F(x2). Exact mode: the streams are double precision, F and G are rounded
+to a grid of 2 ** -grid (so is x2 where it damps), lambda and beta are powers of two. Every sum then fits the 53 bits of
+a double as long as the streams stay in range, and the inverse gives back the very bits.
+
+Nothing of fedtune is imported: the file travels with an exported model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._couplings import LAYER, STAGES, STREAM, Half, Plan, Stage
+from ._halves import Adapter, Call, attention_half, bound, feed_half, rows_of, stream_adapter
+
+__all__ = ["Stack", "Streams", "attach", "draw", "plain"]
+
+_Of = TypeVar("_Of")
+Streams = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False)
+class Stack:
+    """The blocks of a model and how they are coupled; the blocks stay children of the model alone."""
+
+    blocks: list[nn.Module]
+    plan: Plan
+    calls: list[Call] = field(default_factory=list)
+    """Of the forward pass that is under way."""
+    warned: bool = False
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """lambda and beta."""
+        first, second = self.plan.coupling.scaled
+        return (self.plan.factor if first else 1.0), (self.plan.factor if second else 1.0)
+
+    def first(self, index: int) -> Half:
+        """F of a block."""
+        return self.plan.coupling.first
+
+    def second(self, index: int) -> Half:
+        """G of a block; empty where it would feed the stream that nobody reads."""
+        second = self.plan.coupling.second
+        unread = second == STREAM and self.plan.merge == "main" and index == len(self.blocks) - 1
+        return () if unread else second
+
+    def adapters(self, index: int) -> list[Stage]:
+        """A block's adapters: beside its feed-forward part; in the other stream, or in line behind attention."""
+        coupled = self.first(index), self.second(index)
+        if LAYER not in coupled:
+            return ["attention", "feed"]
+        return ["feed", "stream"] if STREAM in coupled else ["feed"]
+
+    def cut(self, stage: Stage, x: Tensor) -> tuple[Tensor, ...]:
+        """The pieces of an input that a stage takes one after the other."""
+        return x.chunk(self.plan.pieces, dim=_ALONG[stage]) if stage in _ALONG else (x,)
+
+    def cut_call(self, stage: Stage, inputs: Sequence[Tensor], call: Call) -> list[Call]:
+        """What is passed beside each piece."""
+        if stage != "attention" or len(inputs) == 1:
+            return [call] * len(inputs)
+        sizes = [len(x) for x in inputs]
+        starts = accumulate(sizes[:-1], initial=0)
+        return [rows_of(call, sum(sizes), start, size) for start, size in zip(starts, sizes, strict=True)]
+
+    def joined(self, stage: Stage, outs: Sequence[Tensor]) -> Tensor:
+        """Pieces put together."""
+        return outs[0] if len(outs) == 1 else torch.cat(list(outs), dim=_ALONG[stage])
+
+    def stage(self, stage: Stage, index: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+        """Part of a block."""
+        inputs = self.cut(stage, x)
+        calls = enumerate(self.cut_call(stage, inputs, call))
+        return self.joined(stage, [self.piece(stage, index, at, inputs[at], one, seed) for at, one in calls])
+
+    def piece(self, stage: Stage, index: int, at: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+        """Part of a block on piece ``at`` of its input; ``seed`` makes its dropout the same whenever it runs."""
+        if seed is not None:
+            place = (index * self.plan.pieces + at) * len(STAGES) + STAGES.index(stage)
+            torch.default_generator.manual_seed(seed + place)
+        block, parts = self.blocks[index], self.plan.parts[index]
+        if stage == "attention":
+            return attention_half(block, parts, x, call)
+        return feed_half(block, parts, x) if stage == "feed" else stream_adapter(block, parts, x)
+
+    def half(self, half: Half, index: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+        """F or G of a block, on the grid."""
+        for stage in half:
+            x = self.stage(stage, index, x, call, seed)
+        return self.gridded(x)
+
+    def gridded(self, x: Tensor) -> Tensor:
+        """In double precision on the grid, gradients passing straight through; as it is in floating-point mode."""
+        if self.plan.grid is None:
+            return x
+        rounded: Tensor = _Round.apply(x, 2.0**self.plan.grid)
+        return rounded.double()
+
+    def start(self, hidden: Tensor) -> Streams:
+        """Both streams begin as the stack's input."""
+        x = self.gridded(hidden)
+        return x, x.view_as(x)
+
+    def push(self, index: int, x: Streams, call: Call, seed: int | None, dtype: torch.dtype) -> tuple[Streams, bool]:
+        """A block forwards; the streams behind it, and whether they lead back to the very bits of ``x``."""
+        f = self.half(self.first(index), index, x[1].to(dtype, copy=True), call, seed)
+        y1, g, y2 = self.upper(x, f), None, x[1]
+        if self.second(index):
+            g = self.half(self.second(index), index, y1.to(dtype, copy=True), call, seed)
+            y2 = torch.add(g, x[1], alpha=self.factors[1])
+        return self.crossed((y1, y2)), self.plan.grid is None or self._returns(x, (y1, y2), f, g)
+
+    def upper(self, x: Streams, f: Tensor) -> Tensor:
+        """y1 from the streams below a block and F."""
+        x1 = x[0] - self.gridded(x[1]) if self.plan.coupling.damped else x[0]
+        return torch.add(f, x1, alpha=self.factors[0])
+
+    def below_upper(self, y1: Tensor, x2: Tensor, f: Tensor) -> Tensor:
+        """x1 from y1, x2 and F."""
+        x1 = (y1 - f).div_(self.factors[0])
+        return x1.add_(self.gridded(x2)) if self.plan.coupling.damped else x1
+
+    def below_lower(self, y2: Tensor, g: Tensor | None) -> Tensor:
+        """x2 from y2 and G."""
+        return y2 if g is None else (y2 - g).div_(self.factors[1])
+
+    def apart(self, dy1: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x1 and x2, but for what comes through F."""
+        lam, beta = self.factors
+        dx1 = dy1 if dy1 is None else dy1 * lam
+        dx2 = dy2 if dy2 is None or beta == 1 else dy2 * beta
+        if self.plan.coupling.damped and dx1 is not None:
+            dx2 = -dx1 if dx2 is None else dx2 - dx1
+        return dx1, dx2
+
+    @torch.no_grad()
+    def _returns(self, x: Streams, y: Streams, f: Tensor, g: Tensor | None) -> bool:
+        """The guard, bitwise."""
+        x2 = self.below_lower(y[1], g)
+        return torch.equal(x2, x[1]) and torch.equal(self.below_upper(y[0], x2, f), x[0])
+
+    def crossed(self, y: tuple[_Of, _Of]) -> tuple[_Of, _Of]:
+        """Swap the streams, or swap them back, where the variant does so."""
+        return (y[1], y[0]) if self.plan.coupling.swap else y
+
+    def climb(
+        self,
+        x: Streams,
+        calls: Sequence[Call],
+        seed: int | None,
+        dtype: torch.dtype,
+        keep: dict[int, Streams] | None = None,
+    ) -> Streams:
+        """All blocks forwards, F and G in ``dtype``; returns the streams behind them.
+
+        Where a block cannot be undone, its outputs go back to the grid and its inputs into ``keep``.
+        """
+        for index, call in enumerate(calls):
+            y, whole = self.push(index, x, call, seed, dtype)
+            if self.plan.grid is not None and (index in self.plan.cuts or not whole):
+                if keep is not None:
+                    keep[index] = x
+                y = self.gridded(y[0]), self.gridded(y[1])
+            x = y
+        return x
+
+    def merged(self, x: Streams, dtype: torch.dtype) -> Tensor:
+        """The stack's output."""
+        merged = x[self.plan.coupling.main] if self.plan.merge == "main" else (x[0] + x[1]) / 2
+        return merged.to(dtype)
+
+    def unmerged(self, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the last streams from that of the output."""
+        d = d_out if self.plan.grid is None else d_out.double()
+        if self.plan.merge == "mean":
+            return d / 2, d / 2
+        return (None, d) if self.plan.coupling.main else (d, None)
+
+
+_ALONG: dict[Stage, int] = {"attention": 0, "feed": 1}
+"""Attention sees no other rows, the feed-forward part no other tokens."""
+
+
+def plain(stack: Stack, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+    """The stack by ordinary operations: for scoring, and with every activation stored, for checking gradients."""
+    seed = draw(stack)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        return stack.merged(stack.climb(stack.start(hidden), calls, seed, hidden.dtype), hidden.dtype)
+
+
+def draw(stack: Stack) -> int | None:
+    """The seed of a pass's dropout, drawn from the global generator; None while scoring."""
+    return int(torch.randint(2**31, ())) if stack.blocks[0].training else None
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor, scale: float) -> Tensor:
+        return torch.mul(x, scale).round_().mul_(1 / scale)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+Runner = Callable[[Stack, Tensor, Sequence[Call]], Tensor]
+
+
+def attach(model: nn.Module, plan: Plan, run: Runner) -> Stack:
+    """Give the blocks their adapters, uninitialised, and let them run as one stack through ``run``."""
+    blocks = list(model.get_submodule(plan.stack).children())
+    stack = Stack(blocks, plan)
+    for index, (block, parts) in enumerate(zip(blocks, plan.parts, strict=True)):
+        norm = block.get_parameter(f"{parts.norms[0]}.weight")
+        made = partial(Adapter, len(norm), plan.rank, plan.dropout, norm.dtype)
+        kinds = stack.adapters(index)
+        block.add_module("adapters", nn.ModuleDict({kind: made() for kind in kinds}))
+        block.__dict__["forward"] = partial(_called, stack, index, run)
+    return stack
+
+
+def _called(stack: Stack, index: int, run: Runner, *args: Any, **kwargs: Any) -> Tensor:
+    """Note a block's call; the last one runs them all.
+
+    So each block keeps its place and its name, and gets what the model's own loop passes to it alone, such as a mask.
+    """
+    hidden, call = bound(stack.blocks[index], args, kwargs)
+    stack.calls = [*stack.calls[:index], call]
+    if index < len(stack.blocks) - 1:
+        return hidden
+    calls, stack.calls = stack.calls, []
+    return run(stack, hidden, calls)

@@ -1,0 +1,142 @@
+"""MEFT: blocks coupled as a reversible network keep none of their activations; small adapters are trained.
+
+What: two streams pass the blocks so that a block's inputs follow from its outputs; two bottleneck adapters per block
+and a classifier's new head are trained, the pretrained weights stay frozen. ``variant`` is the coupling: ``meft1``,
+``meft2`` and ``meft3`` as published, and ``diff``, the default for every model, an extension: meft1 with y1 = factor
+(x1 - x2) + layer(x2), which starts next to the pretrained model, while meft1 adds a share of the whole residual in each
+block.
+Saves: the activations of all blocks. Two double-precision streams are kept per stretch of blocks, however long. The
+backward pass holds the graph of half a block at a time, or with ``pieces`` of a share of it: attention takes some rows
+of the batch after the other, the feed-forward part some tokens.
+Costs: one more forward pass, as checkpointing does, and attention once more; and the pretrained function: the factor
+stays in the network, which is exported with its own code and never folds back into the base.
+Sends: 2 (2 rank width + rank + width) numbers per block, and the head.
+Exactness: by default gradients are bit-equal to those of the same network with every activation stored. Streams are
+doubles, what blocks add to them is rounded to a grid, the factor is a power of two, and a stretch ends where a double's
+53 bits run out; a bitwise guard ends it earlier if streams outgrow the range measured at the start. ``mode: float`` is
+the published arithmetic; its reconstruction fails in deep models without a sign, so it says aloud how wrong it is.
+Use when: activations fill the device, and the model is deep.
+Avoid when: checkpointing fits already, or the head fills the memory and not the blocks (``fused-head`` helps there).
+Source: Liao, Tan and Monz, "Make Pre-trained Model Reversible" (arXiv 2306.00477): MEFT1 to MEFT3, adapters, their
+initialisation, factors and dropout as in the published code. Deviations: ``diff``; exact mode with a factor of 1/8 for
+0.1; ``merge: main`` by default where the published encoders take the mean, and the last block's adapter that feeds the
+stream nobody then reads left out; rank 8 for every model; dropout's seeds follow from the step's own.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._blocks import Run, find_stack, in_training, parts_of, probe
+from fedtune.techniques._couplings import COUPLINGS, Plan
+from fedtune.techniques._reversible import reversible
+from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.techniques._two_streams import Stack, attach, plain
+
+__all__ = ["Meft"]
+
+_DOUBLE = 53
+"""Significant bits of a double-precision number."""
+
+
+class Meft(Technique):
+    """Couple the blocks reversibly; train adapters and a classifier's head."""
+
+    name: ClassVar[str] = "meft"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "checkpointing": "reversible blocks keep nothing already",
+        "selective-recompute": "reversible blocks keep nothing that could be recomputed",
+    }
+
+    variant: Literal["diff", "meft1", "meft2", "meft3"] = "diff"
+    factor: float = Field(0.125, gt=0, le=1, description="lambda, beta or both; smaller starts nearer the base")
+    rank: int = Field(8, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="inside the adapters")
+    merge: Literal["main", "mean"] = Field("main", description="main: the stream that carries the base's states")
+    mode: Literal["exact", "float"] = "exact"
+    bits: int = Field(28, ge=12, le=48, description="from grid to largest value; couplings get the rest of 53")
+    pieces: int = Field(1, ge=1, description="shares of the batch that run one after the other: a lower peak")
+    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+
+    @model_validator(mode="after")
+    def _exact_factors_are_powers_of_two(self) -> Self:
+        if self.mode == "exact" and math.frexp(self.factor)[0] != 0.5:
+            raise ValueError(f"factor {self.factor} is no power of two, which exact needs; take 0.125 or mode: float")
+        return self
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Give the blocks adapters drawn from ``seed`` and couple them; train the adapters and a classifier's head."""
+        stack = find_stack(model)
+        hidden, calls = run = probe(model, stack)
+        blocks = model.get_submodule(stack).named_children()
+        parts = tuple(parts_of(f"{stack}.{i}", b, hidden, call) for (i, b), call in zip(blocks, calls, strict=True))
+        plan = Plan(stack, parts, self.variant, self.factor, self.rank, self.dropout, self.merge, self.pieces)
+        made = attach(model, plan, plain if self.stored_activations else reversible)
+        _draw(made, seed)
+        if self.mode == "exact":
+            made.plan = replace(plan, grid=self.bits - _range(model, made, run), cuts=self._cuts(len(parts)))
+        vars(model)["meft"] = made
+        require(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
+        if task != "causal-language-modelling":
+            require(model, head_names(model))
+
+    def keeps_base(self) -> bool:
+        """The factor stays in the network."""
+        return False
+
+    def fold(self, model: nn.Module) -> None:
+        """Make the model save itself with the code of its two streams."""
+        from fedtune.techniques._meft_in_transformers import ship
+
+        stack: Stack = vars(model).pop("meft")
+        if not type(model).__module__.startswith("transformers."):
+            raise ModelError(f"meft cannot export a {type(model).__name__}, which brings code of its own already")
+        ship(model, stack.plan)
+
+    def stored(self) -> "Meft":
+        """The same network, every activation stored."""
+        return self.model_copy(update={"stored_activations": True})
+
+    def _cuts(self, blocks: int) -> tuple[int, ...]:
+        """The fewest blocks, evenly spaced, whose inputs are kept so that no stretch between them outgrows a double."""
+        longest = self._segment(blocks)
+        cuts = next(n for n in range(blocks + 1) if -(-(blocks - n) // (n + 1)) <= longest)
+        return tuple(round((cut + 1) * (blocks + 1) / (cuts + 1)) - 1 for cut in range(cuts))
+
+    def _segment(self, blocks: int) -> int:
+        """How many blocks the bits behind the grid suffice for: each scaling of a stream by the factor takes some."""
+        each = -round(math.log2(self.factor))
+        if not each:
+            return blocks
+        scalings = (_DOUBLE - self.bits) // each
+        return 2 * scalings if COUPLINGS[self.variant].swap else scalings
+
+
+def _draw(stack: Stack, seed: int) -> None:
+    """Matrices from N(0, 0.02 ** 2), biases 0, in the blocks' order."""
+    random = torch.Generator().manual_seed(seed)
+    for block in stack.blocks:
+        for name, parameter in block.get_submodule("adapters").named_parameters():
+            drawn = torch.zeros(parameter.shape)
+            if name.endswith("weight"):
+                drawn.normal_(0, 0.02, generator=random)
+            parameter.data.copy_(drawn)
+
+
+def _range(model: nn.Module, stack: Stack, run: Run) -> int:
+    """Bits before the point of twice the largest stream value seen on the probe's inputs."""
+    hidden, calls = run
+    largest = hidden.abs().max()
+    x = hidden.double(), hidden.double()
+    with in_training(model):
+        for index, call in enumerate(calls):
+            x, _ = stack.push(index, x, call, None, hidden.dtype)
+            largest = torch.maximum(largest, torch.stack(x).abs().max())
+    return math.ceil(math.log2(float(largest))) + 1

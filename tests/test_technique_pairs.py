@@ -1,0 +1,206 @@
+"""Any two techniques either train together, exactly, or are refused before training with the reason.
+
+``SETTINGS`` drives every technique of the package, so a new one is tested in all its pairs as soon as its file exists.
+"""
+
+import pickle
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedtune import models, registry, techniques
+from fedtune.errors import ModelError, RecipeError
+from fedtune.recipe import Model, Unit
+from fedtune.techniques import Technique, begin_round, begin_step
+from fedtune.training import Outcome, read_state, step_loss, train, train_mode
+from tests.families import FAMILIES
+from tests.technique_steps import shake
+from tests.tiny import a_training_recipe, few_texts
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fused-head": {"chunk": 5},
+    "lora": {"rank": 2, "dropout": 0.1},
+    "meft": {"rank": 2},
+    "qlora": {"rank": 2},
+    "selective-recompute": {"terms": 8},
+}
+"""What differs from the default, so that a tiny model shows it."""
+
+BASES = ("bert", "opt")
+"""A classifier and a language model, both with biases and dropout."""
+
+NAMES = registry.names("fedtune.techniques")
+PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
+
+CLASHES = {
+    "bias+classifier": "the head is trained beside biases anyway",
+    "bias+full": "full trains biases among all the rest",
+    "checkpointing+meft": "reversible blocks keep nothing already",
+    "checkpointing+selective-recompute": "both decide what the same blocks keep",
+    "classifier+full": "full trains the head among all the rest",
+    "classifier+lora": "the head is trained beside a low-rank pair anyway",
+    "classifier+qlora": "the head is trained beside a low-rank pair anyway",
+    "full+lora": "full trains the weights that lora freezes",
+    "full+qlora": "full trains the weights that qlora freezes",
+    "lora+qlora": "both put a low-rank pair beside the same layers",
+    "meft+selective-recompute": "reversible blocks keep nothing that could be recomputed",
+}
+"""Pairs that are refused on any model, and the reason."""
+
+MISFITS = {
+    ("bert", "fused-head"): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
+    ("opt", "classifier"): "trains a new head, which causal-language-modelling has not",
+}
+"""Techniques that one of the models cannot carry, and the reason."""
+
+
+def units(joined: str) -> list[Unit]:
+    """The pair with its settings; where neither trains anything, lora does."""
+    found = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
+    if any(registry.build("fedtune.techniques", unit, "here").trains for unit in found):
+        return found
+    return [*found, Unit(name="lora", settings=SETTINGS["lora"])]
+
+
+def reason(base: str, joined: str) -> str | None:
+    """Why a pair is refused, or None."""
+    unfit = [MISFITS[base, name] for name in joined.split("+") if (base, name) in MISFITS]
+    return CLASHES.get(joined, unfit[0] if unfit else None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bases on disk, whence they are loaded, four-bit or not."""
+    made = {base: tmp_path_factory.mktemp(base) for base in BASES}
+    for base, folder in made.items():
+        FAMILIES[base].model().save_pretrained(folder)
+    return made
+
+
+class Bench:
+    """Loads each base once per quantisation and hands out copies with techniques applied."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        self.loaded: dict[tuple[str, bool], nn.Module] = {}
+
+    def model(self, base: str, chosen: Sequence[Technique]) -> nn.Module:
+        found = [made for made in (technique.quantisation() for technique in chosen) if made is not None]
+        key = (base, bool(found))
+        if key not in self.loaded:
+            task, labels = FAMILIES[base].task, () if base == "opt" else ("a", "b", "c")
+            quantisation = found[0] if found else None
+            self.loaded[key] = models.load(
+                Model(source=f"path:{self.folders[base]}"), task, labels, seed=0, quantisation=quantisation
+            )
+        return deepcopy(self.loaded[key])
+
+    def chosen(self, base: str, joined: str) -> tuple[nn.Module, list[str], tuple[Technique, ...]]:
+        """A model with a pair applied, what the federation shares, and the techniques."""
+        chosen = techniques.choose(units(joined))
+        return *self.prepared(base, chosen), chosen
+
+    def prepared(self, base: str, chosen: Sequence[Technique]) -> tuple[nn.Module, list[str]]:
+        model = self.model(base, chosen)
+        return model, techniques.apply(chosen, model, FAMILIES[base].task, 0)
+
+
+@pytest.fixture(scope="module")
+def bench(folders: dict[str, Path]) -> Bench:
+    return Bench(folders)
+
+
+def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Technique]) -> dict[str, Tensor]:
+    """Gradients of one step in round 1, away from the start, with dropout on."""
+    shake(model, names)
+    begin_round(chosen, model, 1)
+    train_mode(model)
+    batch = FAMILIES[base].batch(rows=3, length=11)
+    batch["attention_mask"][0, 7:] = 0
+    begin_step(chosen, model, batch, 0.5)
+    torch.manual_seed(3)
+    step_loss(model, batch).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def a_round(
+    base: str, model: nn.Module, names: list[str], chosen: Sequence[Technique], optimiser: str = "adamw"
+) -> Outcome:
+    recipe = a_training_recipe(steps=2, batch=3, optimiser=optimiser)
+    data = few_texts(language=base == "opt")
+    return train(model, chosen, read_state(model, names), data, np.arange(8), recipe, 1, 1)
+
+
+def moved(outcome: Outcome) -> bool:
+    """Whether training changed something, to finite numbers."""
+    finite = all(bool(delta.isfinite().all()) for delta in outcome.delta.values())
+    return finite and any(bool(delta.any()) for delta in outcome.delta.values()) and np.isfinite(outcome.loss)
+
+
+ALLOWED = [(base, joined) for base in BASES for joined in PAIRS if reason(base, joined) is None]
+REFUSED = [(base, joined) for base in BASES for joined in PAIRS if reason(base, joined) is not None]
+
+
+def test_every_technique_is_driven_and_no_entry_is_stale() -> None:
+    assert set(SETTINGS) <= set(NAMES)
+    assert set(CLASHES) <= set(PAIRS)
+    assert {name for _, name in MISFITS} <= set(NAMES)
+    assert len(ALLOWED) + len(REFUSED) == len(BASES) * len(NAMES) * (len(NAMES) - 1) / 2
+
+
+@pytest.mark.parametrize(("base", "joined"), REFUSED)
+def test_a_pair_that_makes_no_sense_is_refused_with_the_reason(bench: Bench, base: str, joined: str) -> None:
+    for chain in (joined, "+".join(reversed(joined.split("+")))):
+        with pytest.raises((ModelError, RecipeError), match=reason(base, joined)):
+            bench.chosen(base, chain)
+
+
+@pytest.mark.parametrize(("base", "joined"), ALLOWED)
+def test_a_pair_has_the_gradients_of_the_same_network_with_everything_stored(
+    bench: Bench, base: str, joined: str
+) -> None:
+    model, names, chosen = bench.chosen(base, joined)
+    stored = [made for made in (technique.stored() for technique in chosen) if made is not None]
+    twin, twin_names = bench.prepared(base, stored)
+    assert names == twin_names
+    found, wanted = gradients(base, model, names, chosen), gradients(base, twin, names, stored)
+    assert found.keys() == wanted.keys()
+    if "fused-head" in joined:  # sums over the vocabulary in another order
+        scale = max(gradient.abs().max() for gradient in wanted.values())
+        assert all((found[name] - wanted[name]).abs().max() < 1e-5 * scale for name in wanted)
+    else:
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(gradient.any() for gradient in wanted.values())
+
+
+@pytest.mark.parametrize(("base", "joined"), ALLOWED)
+def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: Bench, base: str, joined: str) -> None:
+    """A pool's workers get the model pickled, its storages shared."""
+    model, names, chosen = bench.chosen(base, "+".join(reversed(joined.split("+"))))
+    model.share_memory()
+    other = pickle.loads(pickle.dumps(model))
+    other_names = [name for name, _ in other.named_parameters()]
+    assert other_names == [name for name, _ in model.named_parameters()]
+    outcome, copied = a_round(base, model, names, chosen), a_round(base, other, names, chosen)
+    assert moved(outcome)
+    assert outcome.loss == copied.loss
+    assert outcome.delta.keys() == copied.delta.keys()
+    assert all(torch.equal(outcome.delta[name], copied.delta[name]) for name in outcome.delta)
+
+
+@pytest.mark.parametrize("joined", ["fused-head+lora", "fused-head+qlora", "lora+selective-recompute", "lora+meft"])
+def test_eight_bit_optimisers_train_pairs_too(bench: Bench, joined: str) -> None:
+    model, names, chosen = bench.chosen("opt", joined)
+    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
+
+
+def test_meft_fused_head_deft_and_a_four_bit_base_train_together(bench: Bench) -> None:
+    model, names, chosen = bench.chosen("opt", "qlora+meft+deft+fused-head")
+    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
