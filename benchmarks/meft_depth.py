@@ -36,12 +36,12 @@ from fedtune.training import processor_threads, step_loss, train_mode
 BATCHES = {"minilm": (16, 128), "smollm2": (2, 128)}
 TASKS: dict[str, Task] = {"minilm": "sequence-classification", "smollm2": "causal-language-modelling"}
 BLOCKS = {"minilm": "bert.encoder.layer", "smollm2": "model.layers"}
-MEFT: dict[str, dict[str, Any]] = {
-    "meft": {},
+SETTINGS: dict[str, dict[str, Any]] = {
     "meft in one stretch": {"factor": 0.5},
     "meft in 2 pieces": {"pieces": 2},
+    "fused-head": {"chunk": 32},
 }
-"""Settings by the name a case has in the table."""
+"""Settings by the name a technique has in the table. The head's pieces are so small that the blocks make the peak."""
 
 
 def cases(short: bool) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def prepared(name: str, blocks: int | None, joined: str) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     if blocks is not None:
         resize(model, BLOCKS[name], blocks)
-    units = [Unit(name=one.split()[0], settings=MEFT.get(one, {})) for one in joined.split("+")]
+    units = [Unit(name=one.split()[0], settings=SETTINGS.get(one, {})) for one in joined.split("+")]
     chosen = techniques.choose(units)
     techniques.apply(chosen, model, TASKS[name], 0)
     begin_round(chosen, model, 1)

@@ -3,13 +3,14 @@
 Every variant in exact mode, and beside it the published floating-point mode, whose errors are why there is the other.
 Each model takes one step twice, reversible and with every activation stored, from the same adapters, moved away from
 their start. ``equal`` counts the parameters whose gradients are the same bits; ``gradient_error`` is the largest
-relative difference in norm over parameters, ``rebuilt_error`` that of the first block's rebuilt input. ``start_loss`` is
-the loss of the untrained two-stream model on texts, beside that of its pretrained base.
+relative difference in norm over parameters, ``rebuilt_error`` that of the first block's rebuilt input; null is beyond
+all numbers. ``start_loss`` is the loss of the untrained two-stream model on texts, beside that of its pretrained base.
 
 Models: MiniLM (6 blocks), the same blocks twice (12), SmolLM2 (30). Run: python -m benchmarks.meft_gradients [--short]
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -105,15 +106,14 @@ def compared(name: str, dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
         **settings,
         "parameters": len(stored),
         "equal": sum(torch.equal(found[one], stored[one]) for one in stored),
-        "gradient_error": max(errors(found, stored)),
-        "rebuilt_error": max((float(word) for word in rebuilt(said)), default=0.0),
+        "gradient_error": largest([float((found[one] - stored[one]).norm() / stored[one].norm()) for one in stored]),
+        "rebuilt_error": largest([float(word) for word in rebuilt(said)]),
     }
 
 
-def errors(found: dict[str, Tensor], stored: dict[str, Tensor]) -> Iterator[float]:
-    for name, wanted in stored.items():
-        error = float((found[name] - wanted).norm() / wanted.norm())
-        yield error if error == error else float("inf")  # no number: overflow
+def largest(errors: list[float]) -> float | None:
+    """None where the numbers overflowed."""
+    return max(errors, default=0.0) if all(math.isfinite(error) for error in errors) else None
 
 
 def rebuilt(said: list[warnings.WarningMessage]) -> Iterator[str]:

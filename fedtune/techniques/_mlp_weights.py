@@ -105,11 +105,14 @@ def attach_weights(model: nn.Module, probes: list[Probe], alpha: float, gamma: f
 
 @torch.no_grad()
 def fold_weights(model: nn.Module, terms: WeightTerms) -> None:
-    """Write the weights into the narrowing layers, and drop the MLPs that are skipped."""
-    skipped = []
+    """Write the weights into the narrowing layers, and drop the MLPs that are skipped.
+
+    A model that brings code of its own already cannot bring that for dropped MLPs too: there they stay, as zeros.
+    """
+    skipped, droppable = [], type(model).__module__.startswith("transformers.")
     for probe, weight in zip(terms.probes, terms.weights, strict=True):
         mlp, deployed = probe.mlp, weight.deployed()
-        if deployed:
+        if deployed or not droppable:
             _multiply(model.get_submodule(mlp.second), deployed)
         else:
             skipped.append((*mlp.firsts, mlp.second))
