@@ -23,7 +23,7 @@ from fedtune.seeds import derive
 from fedtune.simulation import resolve, run_local
 from fedtune.techniques import begin_round, trained
 from fedtune.tracking import Store
-from fedtune.training import Workshop, load_state, processor_threads, read_state, score, workshop
+from fedtune.training import Workshop, adopt, load_state, processor_threads, read_state, score, workshop
 from fedtune.training.loop import batches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
@@ -61,7 +61,8 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def engine_run(shop: Workshop, run: str) -> None:
-    """The whole run, store and checkpoints included, in a folder of its own."""
+    """The whole run, store and checkpoints included, in a folder of its own; the model is built already, for both."""
+    adopt(shop)
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/store.sqlite"
         with Store.open(url) as store:
