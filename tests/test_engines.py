@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from clients.app import train_round
 from fedtune import home as homes
 from fedtune.recipe import Recipe
-from fedtune.simulation import run_flower
+from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool
 from fedtune.tracking import Store
 from fedtune.training import Workshop, workshop

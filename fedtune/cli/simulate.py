@@ -106,11 +106,13 @@ def _workshop(recipe: "Recipe") -> "Workshop":
 
 def _execute(shop: "Workshop", run: str, url: str, engine: str, workers: int | None) -> None:
     from fedtune.cli.progress import watching
-    from fedtune.simulation import default_workers, run_flower, run_local
+    from fedtune.simulation import default_workers, run_local
 
     recipe = shop.recipe
     with watching(recipe.federation.rounds):
         if engine == "flower":
+            from fedtune.simulation.flower_engine import run_flower
+
             run_flower(recipe, run, url)
         else:
             run_local(shop, run, url, workers or default_workers(shop))
