@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch.multiprocessing
 from flwr.app import Context, Message
@@ -126,8 +127,19 @@ class Pool(Workers):
 
     def close(self) -> None:
         """End the processes at once, whatever they are doing."""
+        _let_go_of_half_written_messages(self._executor)
         self._lifeline.close()
         self._executor.shutdown()
+
+
+def _let_go_of_half_written_messages(executor: ProcessPoolExecutor) -> None:
+    """Early releases of Python 3.11 wait for ever if workers end while a message to them is being written.
+
+    Later ones close the parent's own reading end, so that the writer gets an error, which is ignored.
+    """
+    queue: Any = vars(executor).get("_call_queue")
+    if queue is not None:
+        queue._reader.close()
 
 
 @contextmanager
