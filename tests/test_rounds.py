@@ -70,7 +70,7 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "a name too few": (with_deltas(lambda d: dict(list(d.items())[1:])), "refused", "tensor names differ: missing"),
     "a name too many": (with_deltas(lambda d: d | {"more": torch.zeros(1)}), "refused", "unknown ['more']"),
     "another shape": (with_deltas(lambda d: {n: t.flatten()[1:] for n, t in d.items()}), "refused", "has shape"),
-    "another precision": (with_deltas(lambda d: {n: t.double() for n, t in d.items()}), "refused", "torch.float64"),
+    "another precision": (with_deltas(lambda d: {n: t.double() for n, t in d.items()}), "refused", "F64"),
     "not a number": (with_deltas(lambda d: put(d, float("nan"))), "refused", "not finite"),
     "infinity": (with_deltas(lambda d: put(d, float("-inf"))), "refused", "not finite"),
     "a large norm": (with_deltas(lambda d: put(d, 1e6)), "refused", "above federation.max_norm 1000"),
