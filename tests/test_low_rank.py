@@ -128,6 +128,17 @@ def four_bit(tmp_path: Path) -> nn.Module:
     return models.load(Model(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation())
 
 
+def test_a_classifiers_new_head_stays_out_of_the_four_bits(tmp_path: Path) -> None:
+    bert(hidden_size=64, intermediate_size=128).bert.save_pretrained(tmp_path)
+    [qlora] = chosen("qlora")
+    base = Model(source=f"path:{tmp_path}")
+    model = models.load(base, TEXT, ("a", "b", "c"), seed=0, quantisation=qlora.quantisation())
+    assert type(model.get_submodule("classifier")) is nn.Linear
+    assert type(model.get_submodule("bert.encoder.layer.0.intermediate.dense")) is Linear4bit
+    qlora.apply(model, TEXT, seed=0)
+    assert model(**texts(bert())).loss.isfinite()
+
+
 def test_qlora_trains_pairs_beside_four_bit_layers(four_bit: PreTrainedModel) -> None:
     assert len(list(layers(four_bit, Linear4bit))) == 2 * 7
     names = shared("qlora", four_bit, LANGUAGE)
