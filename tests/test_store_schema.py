@@ -85,6 +85,30 @@ def test_upgrading_to_head_makes_the_tables_the_code_reads(scratch: Connection) 
         )
 
 
+def shape(connection: Connection) -> dict[str, Any]:
+    """All that a database says of its tables."""
+    found = inspect(connection)
+    return {
+        table: (
+            [{**column, "type": str(column["type"])} for column in found.get_columns(table)],
+            found.get_pk_constraint(table),
+            found.get_foreign_keys(table),
+            found.get_unique_constraints(table),
+            found.get_indexes(table),
+        )
+        for table in found.get_table_names()
+    }
+
+
+def test_a_new_store_is_what_the_migrations_make(scratch: Connection, path: Path) -> None:
+    command.upgrade(upgrade.settings(scratch), "head")
+    Store.open().close()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        assert shape(connection) == shape(scratch)
+    engine.dispose()
+
+
 def test_the_baseline_is_frozen() -> None:
     baseline = Path(migrations.__file__).parent / "versions" / "0001_baseline.py"
     assert "fedtune" not in baseline.read_text()
@@ -108,9 +132,11 @@ def test_an_old_database_opens_after_an_upgrade_with_its_rows(path: Path, reques
     assert "note" in columns(path, "runs")
 
 
-def test_down_and_up_again_keeps_the_rows(path: Path, next_release: Any) -> None:
+def test_down_and_up_again_keeps_the_rows(path: Path, request: pytest.FixtureRequest) -> None:
     with Store.open() as store:
         recorded = fill(store)
+    request.getfixturevalue("next_release")
+    Store.open().close()
     engine = create_engine(f"sqlite:///{path}")
     for step, there in ((command.downgrade, False), (command.upgrade, True)):
         with engine.begin() as connection:

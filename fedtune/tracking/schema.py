@@ -1,27 +1,81 @@
 """Which revision of the schema a database has, and bringing it to the one this code reads."""
 
-from sqlalchemy import Connection, Engine, inspect, text
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fedtune.tracking.database import reader
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    insert,
+    inspect,
+    select,
+    text,
+)
+
+from fedtune.tracking.database import explained, file_of, reader, writer
+from fedtune.tracking.lock import held
+from fedtune.tracking.tables import metadata
 
 __all__ = ["HEAD", "prepare", "revision"]
 
 HEAD = "0001"
 
+_PATIENCE = 60.0  # seconds
+_ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the number by which PostgreSQL sessions take turns
+_at = Table(
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+
 
 def prepare(engine: Engine) -> None:
     """Create or upgrade the schema where needed; StoreError when the database is newer than this code."""
     with reader(engine) as connection:
-        current = revision(connection)
-    if current != HEAD:
-        # Alembic takes longer to import than a whole `fedtune runs list`; few commands meet an old database.
-        from fedtune.tracking.upgrade import upgrade
+        if revision(connection) == HEAD:
+            return
+    with _alone(engine), writer(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        if revision(connection) is None:
+            _create(connection)
+        else:
+            # Alembic takes longer to import than a whole `fedtune runs list`; few commands meet an old database.
+            from fedtune.tracking.upgrade import upgrade
 
-        upgrade(engine)
+            upgrade(connection)
 
 
 def revision(connection: Connection) -> str | None:
     """The Alembic revision a database is at; None before its first."""
-    if not inspect(connection).has_table("alembic_version"):
+    if not inspect(connection).has_table(_at.name):
         return None
-    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return connection.execute(select(_at.c.version_num)).scalar()
+
+
+def _create(connection: Connection) -> None:
+    """The newest tables at once: what the migrations make one after another."""
+    _at.metadata.create_all(connection)
+    metadata.create_all(connection, checkfirst=False)
+    connection.execute(insert(_at).values(version_num=HEAD))
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """Keep other processes from creating the same SQLite file, and make it one that readers and a writer share."""
+    path = file_of(engine.url)
+    if path is None:
+        yield
+        return
+    # Switching to WAL does not wait for other connections, however long the timeout: hence a lock beside the file.
+    refusal = f"the store {path} is being upgraded by another process; wait until that one has ended"
+    with held(path.with_name(f"{path.name}.lock"), _PATIENCE, refusal):
+        with explained(engine.url), engine.connect() as connection:
+            connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
+        yield
