@@ -6,11 +6,14 @@ from torch import Tensor
 
 from fedtune.contribution import Contribution, pieces
 from fedtune.errors import RecipeError
+from fedtune.merging._statistics import spread
 from fedtune.merging._step import Combine
 from fedtune.recipe import Unit
 from fedtune.registry import build
 
 __all__ = ["choose", "merge"]
+
+_MEAN, _VARIANCE = ".running_mean", ".running_var"
 
 
 def choose(units: Sequence[Unit]) -> Combine:
@@ -34,7 +37,13 @@ def merge(
     merged = dict(state)
     for name in names:
         merged[name] = _merge_one(step, state[name], name, weights, ordered)
+        if name.endswith(_VARIANCE):
+            merged[name] += spread(weights, _whole(ordered, name.removesuffix(_VARIANCE) + _MEAN, state[name]))
     return merged
+
+
+def _whole(ordered: Sequence[Contribution], name: str, like: Tensor) -> list[Tensor]:
+    return [contribution.rows(name, 0, len(like)) for contribution in ordered]
 
 
 def _merge_one(

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
+from fedtune.techniques._live_norm import LiveNorm, statistics
 from fedtune.techniques._technique import Technique
 from fedtune.techniques._terms import collecting
 
-__all__ = ["Technique", "apply", "begin_round", "begin_step", "choose", "collecting", "trained", "watch"]
+__all__ = ["LiveNorm", "Technique", "apply", "begin_round", "begin_step", "choose", "collecting", "trained", "watch"]
 
 
 def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
@@ -63,5 +64,5 @@ def watch(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callabl
 
 
 def trained(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained now, in the model's order."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Names of the parameters that are trained now, in the model's order, then of statistics that follow the data."""
+    return [*(name for name, parameter in model.named_parameters() if parameter.requires_grad), *statistics(model)]

@@ -14,7 +14,7 @@ from fedtune.data import Encoded
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
-from fedtune.techniques import Technique, begin_round, begin_step, collecting, trained
+from fedtune.techniques import LiveNorm, Technique, begin_round, begin_step, collecting, trained
 from fedtune.training.optimiser import make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 
@@ -121,10 +121,10 @@ def _metered_step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float,
 
 
 def train_mode(model: nn.Module) -> None:
-    """Dropout on; batch-norm statistics stay those of the pretrained model."""
+    """Dropout on; batch-norm statistics stay those of the pretrained model, except where a technique trains them."""
     model.train()
     for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, LiveNorm):
             layer.eval()
 
 

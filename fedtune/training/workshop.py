@@ -93,9 +93,9 @@ class Workshop:
 
     def own_trained(self) -> None:
         """In a worker process: replace the mapped copies of what is trained by own ones."""
-        parameters = dict(self.model.named_parameters())
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name in self.shared:
-            parameters[name].data = parameters[name].data.clone()
+            tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: Dataset) -> data.Encoded:
         texts = self.recipe.task != "image-classification"

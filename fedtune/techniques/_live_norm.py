@@ -1,0 +1,47 @@
+"""A batch norm that learns its statistics: they follow the data, and are shared like parameters."""
+
+from collections.abc import Iterator
+from typing import Self
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["LiveNorm", "statistics"]
+
+_FEWEST = 32
+"""Values per channel that a batch statistic needs; of fewer it would be mostly noise."""
+
+
+class LiveNorm(nn.BatchNorm2d):
+    """In training it normalises by the batch and moves its running statistics, unless the batch is too small."""
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> Self:
+        """One that takes over a norm's parameters and statistics."""
+        made = cls(norm.num_features, norm.eps, 0.1 if norm.momentum is None else norm.momentum)
+        made.weight, made.bias = norm.weight, norm.bias
+        made.running_mean, made.running_var = norm.running_mean, norm.running_var
+        made.num_batches_tracked = norm.num_batches_tracked
+        return made.train(norm.training)
+
+    def plain(self) -> nn.BatchNorm2d:
+        """An ordinary norm of the same parameters and statistics."""
+        made = nn.BatchNorm2d(self.num_features, self.eps, self.momentum)
+        made.load_state_dict(self.state_dict())
+        return made.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.BatchNorm2d gives it
+        """[n, c, h, w] -> [n, c, h, w]."""
+        assert self.momentum is not None
+        by_batch = self.training and input.numel() >= _FEWEST * self.num_features
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, by_batch, self.momentum, self.eps
+        )
+
+
+def statistics(model: nn.Module) -> Iterator[str]:
+    """Names of the statistics that are trained."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LiveNorm):
+            yield f"{name}.running_mean"
+            yield f"{name}.running_var"
