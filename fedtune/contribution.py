@@ -1,10 +1,10 @@
 """What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -13,11 +13,19 @@ from torch import Tensor
 
 from fedtune.errors import ContributionError
 
-__all__ = ["Contribution", "Order", "Report", "check", "pack", "pieces", "unpack"]
+__all__ = ["Contribution", "Form", "Order", "Report", "check", "pack", "pieces", "unpack"]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
 """Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
+
+
+class Form(NamedTuple):
+    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1."""
+
+    shape: Shape
+    dtype: str = "F32"
+    below: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Contribution:
         with safe_open(self.path, "pt") as file:
             return _rows(file, name, start, stop)
 
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors, for those that are small."""
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+
 
 def pieces(shape: Shape) -> Iterator[tuple[int, int]]:
     """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row."""
@@ -81,14 +94,16 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
 
 
-def check(path: Path, expected: Mapping[str, Shape], max_norm: float | None) -> float:
-    """The L2 norm over a spooled payload's deltas, read piece by piece.
+def check(path: Path, expected: Mapping[str, Shape], extras: Mapping[str, Form], max_norm: float | None) -> float:
+    """The L2 norm over a spooled payload's deltas, read piece by piece; ``extras`` travel beside and do not count.
 
     Raises ContributionError when it is not safetensors or its names, shapes, values or norm do not hold.
     """
     try:
         with safe_open(path, "pt") as deltas:
-            _check_names(set(deltas.keys()), expected.keys())
+            _check_names(set(deltas.keys()), expected.keys() | extras.keys())
+            for name, form in extras.items():
+                _check_extra(deltas, name, form)
             norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
@@ -105,7 +120,7 @@ def _check_names(sent: Set[str], expected: Set[str]) -> None:
 
 def _square(deltas: Any, name: str, shape: Shape) -> float:
     """The squared L2 norm of a delta that holds."""
-    _check_form(deltas.get_slice(name), name, shape)
+    _check_form(deltas.get_slice(name), name, Form(shape))
     square = sum(
         float(torch.linalg.vector_norm(_rows(deltas, name, start, stop), dtype=torch.float64)) ** 2
         for start, stop in pieces(shape)
@@ -115,8 +130,17 @@ def _square(deltas: Any, name: str, shape: Shape) -> float:
     return square
 
 
-def _check_form(delta: Any, name: str, shape: Shape) -> None:
-    if tuple(delta.get_shape()) != shape:
-        raise ContributionError(f"{name} has shape {list(delta.get_shape())} in place of {list(shape)}")
-    if delta.get_dtype() != "F32":
-        raise ContributionError(f"{name} is {delta.get_dtype()} in place of F32")
+def _check_extra(file: Any, name: str, form: Form) -> None:
+    _check_form(file.get_slice(name), name, form)
+    tensor: Tensor = file.get_tensor(name)
+    if not bool(tensor.isfinite().all()):
+        raise ContributionError(f"{name} holds values that are not finite")
+    if not tensor.is_floating_point() and bool(((tensor < 0) | (tensor >= form.below)).any()):
+        raise ContributionError(f"{name} holds numbers outside 0 to {form.below - 1}")
+
+
+def _check_form(tensor: Any, name: str, form: Form) -> None:
+    if tuple(tensor.get_shape()) != form.shape:
+        raise ContributionError(f"{name} has shape {list(tensor.get_shape())} in place of {list(form.shape)}")
+    if tensor.get_dtype() != form.dtype:
+        raise ContributionError(f"{name} is {tensor.get_dtype()} in place of {form.dtype}")

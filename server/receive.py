@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import Message, MetricRecord
 
-from fedtune.contribution import Contribution, Report, check
+from fedtune.contribution import Contribution, Form, Report, check
 from fedtune.errors import ContributionError
 from fedtune.files import write
 from fedtune.tracking import ContributionRecord
@@ -20,6 +20,7 @@ def receive(
     device: str,
     bytes_down: int,
     expected: Mapping[str, tuple[int, ...]],
+    extras: Mapping[str, Form],
     max_norm: float | None,
     spool: Path,
 ) -> tuple[ContributionRecord, Contribution | None]:
@@ -30,7 +31,7 @@ def receive(
     try:
         write(path, _payload(reply))
         report = _report(reply.content.metric_records.get("report"))
-        norm = check(path, expected, max_norm)
+        norm = check(path, expected, extras, max_norm)
     except ContributionError as error:
         path.unlink(missing_ok=True)
         return _absent(client, device, "refused", str(error), bytes_down), None

@@ -20,6 +20,7 @@ from fedtune.contribution import Contribution, pack
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
+from fedtune.sparse import compact, masks, spread_out, to_wire
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
 from server.exchange import messages_for, replies, wait_for_nodes
@@ -95,8 +96,7 @@ def _round(
         records, contributions = _gather(grid, shop, nodes, state, number, spool)
         short = _shortage(records, shop.recipe)
         if not short:
-            step = merging.choose(shop.recipe.merge)
-            state = merging.merge(step, state, _sent_names(shop, number), contributions)
+            state = _merged(shop, state, number, contributions)
         else:
             records = [_unused(record) for record in records]
     metrics = _evaluate(shop, state, run, number)
@@ -104,14 +104,27 @@ def _round(
     return state
 
 
+def _merged(shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]) -> State:
+    """The state after a round's contributions, and what techniques make of it by what else the clients sent."""
+    step = merging.choose(shop.recipe.merge)
+    found = masks(state)
+    merged = merging.merge(step, compact(state, found), _sent_names(shop, number), contributions)
+    extras = techniques.asked(shop.techniques, shop.model, number)
+    weights = step.weights([one.examples for one in contributions])
+    answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
+    return techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
+
+
 def _gather(
     grid: Grid, shop: Workshop, nodes: Sequence[int], state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
-    """Ask the sampled clients; what each of them sent, in client order, and what of it may be merged."""
+    """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
     recipe = shop.recipe
     clients = sample(recipe, number)
-    payload = pack(state)
-    expected = {name: tuple(state[name].shape) for name in _sent_names(shop, number)}
+    payload = pack(to_wire(state))
+    values = compact(state, masks(state))
+    expected = {name: tuple(values[name].shape) for name in _sent_names(shop, number)}
+    extras = techniques.asked(shop.techniques, shop.model, number)
     messages = messages_for(clients, nodes, recipe.model_dump_json(), number, payload)
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
@@ -119,14 +132,14 @@ def _gather(
     for client, reply in replies(grid, messages, recipe.federation.deadline):
         device = recipe.device_of(client).name
         records[client], sent = receive(
-            reply, client, device, len(payload), expected, recipe.federation.max_norm, spool
+            reply, client, device, len(payload), expected, extras, recipe.federation.max_norm, spool
         )
         contributions += [sent] if sent else []
         tell(Answered(number, records[client]))
     for client in sorted(set(clients) - records.keys()):
         records[client] = missing(client, recipe.device_of(client).name, len(payload))
         tell(Answered(number, records[client]))
-    return [records[client] for client in clients], contributions
+    return [records[client] for client in clients], sorted(contributions, key=lambda sent: sent.client)
 
 
 def _sent_names(shop: Workshop, number: int) -> list[str]:

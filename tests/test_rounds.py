@@ -272,7 +272,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     number_message(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive(reply, 7, "phone", 99, shapes, None, tmp_path)
+    record, sent = receive(reply, 7, "phone", 99, shapes, {}, None, tmp_path)
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.rows("weight", 1, 4), deltas["weight"][1:4])

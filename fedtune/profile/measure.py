@@ -17,8 +17,9 @@ from fedtune.profile.gradients import gradient_error
 from fedtune.profile.row import Figures
 from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
-from fedtune.techniques import Technique, begin_round, begin_step, trained
-from fedtune.training import build_model, processor_threads, read_state, step_loss, train_mode
+from fedtune.sparse import compact, masks, to_wire
+from fedtune.techniques import Moment, Technique, begin_round, begin_step, trained
+from fedtune.training import build_model, processor_threads, read_state, step_loss, train_mode, update
 from fedtune.training.optimiser import make_optimiser
 
 __all__ = ["measure"]
@@ -62,7 +63,7 @@ def _cost(case: Case, recipe: Recipe) -> tuple[Figures, Tensors, Tensors, list[i
         seconds=max(seconds),
         trainable=max(count for count, _ in sent),
         wire_bytes=max(up for _, up in sent),
-        down_bytes=len(pack(state)),
+        down_bytes=len(pack(to_wire(state))),
     )
     return figures, state, batch, rounds
 
@@ -87,10 +88,7 @@ def _seconds(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, 
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
         step_loss(model, batch).backward()
-        if settings.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimiser.step(settings.lr)
-        model.zero_grad()
+        update(model, techniques, optimiser, parameters, settings, Moment(number, 0, 1, settings.lr, settings.lr))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 
@@ -111,5 +109,8 @@ def _held(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, num
 def _sent(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
     """Parameters trained in a round, and bytes of the payload that goes up after it."""
     begin_round(techniques, model, number)
-    deltas = read_state(model, trained(model))
+    names = trained(model)
+    held = [name for technique in techniques for name in technique.held(model)]
+    found = masks(read_state(model, [*names, *held]))
+    deltas = compact(read_state(model, names), found)
     return sum(delta.numel() for delta in deltas.values()), len(pack(deltas))

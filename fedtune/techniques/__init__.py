@@ -5,14 +5,31 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from fedtune.contribution import Form
 from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
 from fedtune.techniques._live_norm import LiveNorm, statistics
-from fedtune.techniques._technique import Technique
+from fedtune.techniques._technique import Answer, Moment, Technique
 from fedtune.techniques._terms import collecting
 
-__all__ = ["LiveNorm", "Technique", "apply", "begin_round", "begin_step", "choose", "collecting", "trained", "watch"]
+__all__ = [
+    "Answer",
+    "LiveNorm",
+    "Moment",
+    "Technique",
+    "answer",
+    "apply",
+    "asked",
+    "before_update",
+    "begin_round",
+    "begin_step",
+    "choose",
+    "collecting",
+    "revise",
+    "trained",
+    "watch",
+]
 
 
 def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
@@ -40,6 +57,8 @@ def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: i
     for number in (1, 2):
         begin_round(techniques, model, number)
         shared.update(trained(model))
+    for technique in techniques:
+        shared.update(technique.held(model))
     return sorted(shared)
 
 
@@ -53,6 +72,37 @@ def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping
     """Tell each technique the inputs of the step to come and the share 0..1 of the run that is over."""
     for technique in techniques:
         technique.begin_step(model, batch, progress)
+
+
+def before_update(techniques: Sequence[Technique], model: nn.Module, moment: Moment) -> float:
+    """Let each technique change the gradients of a step; the learning rate they come to."""
+    for technique in techniques:
+        moment = moment._replace(lr=technique.before_update(model, moment))
+    return moment.lr
+
+
+def asked(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, Form]:
+    """What techniques want clients to add to their contributions in a round."""
+    return {name: form for technique in techniques for name, form in technique.asked(model, number).items()}
+
+
+def answer(
+    techniques: Sequence[Technique], model: nn.Module, number: int, backward: Callable[[], None]
+) -> dict[str, Tensor]:
+    """What a client adds to its contribution; ``backward`` takes the gradient of one batch."""
+    return {
+        name: tensor for technique in techniques for name, tensor in technique.answer(model, number, backward).items()
+    }
+
+
+def revise(
+    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]
+) -> dict[str, Tensor]:
+    """The merged state of a round, as techniques change it by the clients' answers."""
+    revised = dict(state)
+    for technique in techniques:
+        revised = technique.revise(revised, number, answers)
+    return revised
 
 
 @contextmanager

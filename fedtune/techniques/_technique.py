@@ -1,11 +1,12 @@
 """The shape every technique has: frozen settings with a few behaviours, each of which may stay silent."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from fedtune.contribution import Form
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
 from fedtune.registry import Named
@@ -13,7 +14,24 @@ from fedtune.registry import Named
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["Technique", "head_names", "require"]
+__all__ = ["Answer", "Moment", "Technique", "head_names", "require"]
+
+
+class Moment(NamedTuple):
+    """A step within a client's round: rounds count from 1, steps from 0; the run's first and present rate."""
+
+    round: int
+    step: int
+    steps: int
+    first_lr: float
+    lr: float
+
+
+class Answer(NamedTuple):
+    """What a client added to its contribution, and the weight it has among the clients of the round."""
+
+    weight: float
+    tensors: Mapping[str, Tensor]
 
 
 class Technique(Named):
@@ -39,6 +57,26 @@ class Technique(Named):
 
         Scoring calls it too, with ``progress`` 1. Terms of the loss that layers produce are handed in by ``emit``.
         """
+
+    def before_update(self, model: nn.Module, moment: Moment) -> float:
+        """Between a step's backward pass and its update: change gradients, and say the learning rate to take."""
+        return moment.lr
+
+    def held(self, model: nn.Module) -> list[str]:
+        """Names of buffers that belong to the shared state though clients do not train them."""
+        return []
+
+    def asked(self, model: nn.Module, number: int) -> dict[str, Form]:
+        """What each client adds to its contribution in round ``number``, by name."""
+        return {}
+
+    def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
+        """On a client that has trained: the tensors asked for. ``backward`` takes the gradient of one batch."""
+        return {}
+
+    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]) -> dict[str, Tensor]:
+        """On the server, once a round is merged: the shared state in the light of the clients' answers."""
+        return dict(state)
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:

@@ -1,8 +1,8 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
 from fedtune.training.evaluate import Score, score
-from fedtune.training.loop import Outcome, processor_threads, step_loss, total_steps, train, train_mode
-from fedtune.training.state import load_state, read_state
+from fedtune.training.loop import Outcome, processor_threads, step_loss, total_steps, train, train_mode, update
+from fedtune.training.state import load_state, read_state, shapes
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "processor_threads",
     "read_state",
     "score",
+    "shapes",
     "step_loss",
     "total_steps",
     "train",
     "train_mode",
+    "update",
     "workshop",
 ]

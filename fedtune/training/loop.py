@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,22 +13,33 @@ from torch import Tensor, nn
 
 from fedtune.data import Encoded
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
-from fedtune.recipe import Recipe
+from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
-from fedtune.techniques import LiveNorm, Technique, begin_round, begin_step, collecting, trained
-from fedtune.training.optimiser import make_optimiser, rate
+from fedtune.techniques import (
+    LiveNorm,
+    Moment,
+    Technique,
+    answer,
+    before_update,
+    begin_round,
+    begin_step,
+    collecting,
+    trained,
+)
+from fedtune.training.optimiser import Stepper, make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["Outcome", "batches", "processor_threads", "step_loss", "total_steps", "train", "train_mode"]
+__all__ = ["Outcome", "batches", "processor_threads", "step_loss", "total_steps", "train", "train_mode", "update"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one client's round gave: ``delta`` (trained minus received, fp32) and what it cost."""
+    """What one client's round gave: ``delta`` (trained minus received, fp32), what techniques add, what it cost."""
 
     delta: dict[str, Tensor]
+    extras: dict[str, Tensor]
     examples: int
     loss: float
     seconds: float
@@ -57,9 +69,20 @@ def train(
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
         loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client)
-    after = read_state(model, before)
-    delta = {name: after[name] - before[name] for name in before}
-    return Outcome(delta, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
+        after = read_state(model, before)
+        delta = {name: after[name] - before[name] for name in before}
+        extras = answer(techniques, model, number, partial(_backward, model, techniques, data, indices, recipe, number))
+    return Outcome(delta, extras, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
+
+
+def _backward(
+    model: nn.Module, techniques: Sequence[Technique], data: Encoded, indices: IntArray, recipe: Recipe, number: int
+) -> None:
+    """Gradients of the loss on the client's first examples."""
+    batch = data.batch(indices[: recipe.train.batch].tolist())
+    model.eval()
+    begin_step(techniques, model, batch, number / recipe.federation.rounds)
+    step_loss(model, batch).backward()
 
 
 def _run(
@@ -89,13 +112,27 @@ def _run(
             loss, saved_bytes = _metered_step(model, batch)
         else:
             loss = _step(model, batch)
-        if settings.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimiser.step(settings.lr * rate(settings, progress))
-        model.zero_grad()
+        moment = Moment(number, step, steps, settings.lr, settings.lr * rate(settings, progress))
+        update(model, techniques, optimiser, parameters, settings, moment)
         losses.append(loss)
         examples += len(chosen)
     return float(np.mean(losses)), saved_bytes, examples
+
+
+def update(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    optimiser: Stepper,
+    parameters: Sequence[nn.Parameter],
+    settings: Train,
+    moment: Moment,
+) -> None:
+    """Follow the gradients of a step and let go of them."""
+    lr = before_update(techniques, model, moment)
+    if settings.clip is not None:
+        nn.utils.clip_grad_norm_(parameters, settings.clip)
+    optimiser.step(lr)
+    model.zero_grad()
 
 
 def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> float:

@@ -1,17 +1,21 @@
-"""Reading and writing the shared state: the named parameters and statistics a federation trains, in fp32."""
+"""Reading and writing the shared state: what a federation trains, in fp32, and the masks it agrees on."""
 
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_state", "read_state"]
+__all__ = ["load_state", "read_state", "shapes"]
 
 
 def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the named tensors in fp32."""
+    """Copies of the named tensors, in fp32 but for integers."""
     tensors = _tensors(model)
-    return {name: tensors[name].detach().to(torch.float32, copy=True) for name in names}
+    return {name: _copy(tensors[name].detach()) for name in names}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 @torch.no_grad()
@@ -20,6 +24,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     tensors = _tensors(model)
     for name, tensor in state.items():
         tensors[name].copy_(tensor)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that may be shared."""
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

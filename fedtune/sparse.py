@@ -1,0 +1,88 @@
+"""Masked weights: dense in memory and on disk, their active values alone on the wire.
+
+A tensor ``layer.mask`` (uint8, 1 where active) says of ``layer.weight`` which entries there are; all others are zero.
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.errors import ContributionError
+
+__all__ = ["compact", "from_wire", "mask_name", "masks", "spread_out", "to_wire"]
+
+_MASK, _WEIGHT = "mask", "weight"
+Tensors = Mapping[str, Tensor]
+
+
+def masks(state: Tensors) -> dict[str, Tensor]:
+    """The mask of each masked weight, by the weight's name."""
+    named = {_sibling(name, _WEIGHT): mask for name, mask in state.items() if name.rpartition(".")[2] == _MASK}
+    return {name: mask for name, mask in named.items() if name in state}
+
+
+def mask_name(weight: str) -> str:
+    """What the mask of a weight is called."""
+    return _sibling(weight, _MASK)
+
+
+def _sibling(name: str, last: str) -> str:
+    owner, dot, _ = name.rpartition(".")
+    return f"{owner}{dot}{last}"
+
+
+def compact(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
+    """Each tensor that has a mask as the values [active] under it, in memory order; the others as they are."""
+    return {name: tensor[found[name].bool()] if name in found else tensor for name, tensor in tensors.items()}
+
+
+def spread_out(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
+    """What ``compact`` was given, zero where nothing is active."""
+    return {name: _spread(tensor, found[name]) if name in found else tensor for name, tensor in tensors.items()}
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    dense[mask.bool()] = values
+    return dense
+
+
+def to_wire(state: Tensors) -> dict[str, Tensor]:
+    """Active values, and each mask as one bit per weight, deflated where that is shorter."""
+    found = masks(state)
+    bits = {mask_name(name): _packed(mask) for name, mask in found.items()}
+    return {**compact(state, found), **bits}
+
+
+def from_wire(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The state ``to_wire`` was given; ``shapes`` are those of its masked weights, at least.
+
+    Raises ContributionError when a mask does not fit its weight.
+    """
+    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in masks(tensors).items()}
+    for name, mask in found.items():
+        if int(mask.sum()) != tensors[name].numel():
+            raise ContributionError(f"{name} has {tensors[name].numel()} values, its mask {int(mask.sum())}; resend it")
+    return {**spread_out(tensors, found), **{mask_name(name): mask for name, mask in found.items()}}
+
+
+def _packed(mask: Tensor) -> Tensor:
+    plain = np.packbits(mask.numpy().reshape(-1)).tobytes()
+    deflated = zlib.compress(plain, 9)
+    return torch.frombuffer(bytearray(min(plain, deflated, key=len)), dtype=torch.uint8)
+
+
+def _unpacked(bits: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    count = int(np.prod(shape))
+    plain = bits.numpy().tobytes()
+    try:
+        whole = plain if len(plain) == -(-count // 8) else zlib.decompressobj().decompress(plain, -(-count // 8))
+        mask = np.unpackbits(np.frombuffer(whole, np.uint8), count=count)
+    except (ValueError, zlib.error) as error:
+        raise ContributionError(f"the mask of {name} is damaged ({error}); send it again") from error
+    if len(whole) != -(-count // 8):
+        raise ContributionError(f"the mask of {name} covers {8 * len(whole)} weights of {count}; send it again")
+    return torch.from_numpy(mask.reshape(shape))

@@ -1,0 +1,37 @@
+"""How dense each layer is for a whole model of a given density: Erdos-Renyi-Kernel (Evci et al., arXiv 1911.11134)."""
+
+from collections.abc import Mapping
+
+from fedtune.errors import ModelError
+
+__all__ = ["active_counts"]
+
+Shape = tuple[int, ...]
+
+
+def active_counts(shapes: Mapping[str, Shape], dense: int, density: float) -> dict[str, int]:
+    """How many entries of each weight are active, so that they and ``dense`` others make ``density`` of the whole.
+
+    A layer's density is epsilon * sum(shape) / numel; where that reaches 1 the layer is dense and epsilon is solved for
+    the others. Raises ModelError when what stays dense is more than the whole may be.
+    """
+    sizes = {name: _numel(shape) for name, shape in shapes.items()}
+    budget = density * (sum(sizes.values()) + dense) - dense
+    if budget < len(sizes):
+        share = dense / (sum(sizes.values()) + dense)
+        raise ModelError(f"density {density} is below the {share:.3f} of the model that no mask covers; raise density")
+    full: set[str] = set()
+    while True:
+        free = {name: sum(shapes[name]) for name in sizes if name not in full}
+        epsilon = (budget - sum(sizes[name] for name in full)) / max(1, sum(free.values()))
+        filled = {name for name, parts in free.items() if epsilon * parts >= sizes[name]}
+        if not filled:
+            return {name: sizes[name] if name in full else max(1, round(epsilon * free[name])) for name in sizes}
+        full |= filled
+
+
+def _numel(shape: Shape) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

@@ -1,0 +1,199 @@
+"""Dynamic pruning: sparse weights whose mask moves, the same on every client; nothing dense is ever sent.
+
+What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every ``every``
+rounds, up to round ``until``, the server drops in each layer the k smallest of the merged weights and wakes the k
+inactive ones of largest gradient, which start at zero; k = share / 2 (1 + cos(pi t / until)) times the active ones.
+Clients take the gradient of one batch after their training, layer by layer, and send the k largest at inactive places.
+``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round the k smallest active weights get the loss
+strength * |theta_S|^2, and the learning rate is raised to beta = p (2 sigmoid(|theta_S|) - 1) lr_0 while that is more
+than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
+Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
+join ``activation-pruning`` for what a step keeps.
+Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places and gradients of
+8 bytes up when the mask moves.
+Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add ``live-norm``
+for a net with batch norms from scratch, or ``activation-pruning`` with ``normalise``.
+Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
+Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a reading of abstract, reviews, released
+code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
+lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
+Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
+largest gradients, as the paper says and the code does not. ``every: null`` is the fixed random mask, a baseline, and
+``extrusion: null`` dynamic pruning alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedtune.contribution import Form
+from fedtune.recipe import Section, Task
+from fedtune.sparse import mask_name, masks
+from fedtune.techniques._layer_density import active_counts
+from fedtune.techniques._mask_moves import gathered, largest, moved, smallest_active
+from fedtune.techniques._technique import Answer, Moment, Technique, require
+
+__all__ = ["DynamicPruning"]
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class _Extrusion(Section):
+    strength: float = Field(0.01, ge=0, description="lambda, on the squared norm of the weights about to be dropped")
+
+
+class DynamicPruning(Technique):
+    """Train all weights under a mask that moves."""
+
+    name: ClassVar[str] = "dynamic-pruning"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "it trains everything under its masks",
+        "classifier": "it trains everything under its masks",
+        "full": "it trains everything under its masks",
+        "lora": "a mask is for weights that are trained, and lora freezes them",
+        "meft": "a mask is for weights that are trained, and meft freezes them",
+        "qlora": "a mask is for weights that are trained, and qlora freezes them",
+    }
+
+    density: float = Field(0.1, gt=0, le=1, description="active share of the whole model, dense tensors included")
+    every: int | None = Field(10, ge=1, description="rounds between moves of the mask; null never moves it")
+    until: int = Field(300, ge=1, description="the last round in which it may move")
+    share: float = Field(0.2, gt=0, le=1, description="alpha, of a layer's active weights, in the first move")
+    start: Literal["random", "magnitude"] = Field("random", description="magnitude: the largest pretrained weights")
+    extrusion: _Extrusion | None = _Extrusion()
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Draw the masks from ``seed``, zero what is inactive, train everything."""
+        layers = dict(_layers(model))
+        weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+        dense = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in weights.values())
+        counts = active_counts({name: tuple(w.shape) for name, w in weights.items()}, dense, self.density)
+        random = torch.Generator().manual_seed(seed)
+        for name, layer in layers.items():
+            drawn = torch.rand(layer.weight.shape, generator=random)
+            scores = drawn if self.start == "random" else layer.weight.detach().abs()
+            mask = largest(scores, counts[f"{name}.weight"])
+            layer.register_buffer("mask", mask)
+            layer.weight.data *= mask
+        require(model, [name for name, _ in model.named_parameters()])
+
+    def held(self, model: nn.Module) -> list[str]:
+        """The masks."""
+        return [f"{name}.mask" for name, _, _ in _masked(model)]
+
+    def before_update(self, model: nn.Module, moment: Moment) -> float:
+        """Mask the gradients; press the weights that are about to be dropped."""
+        for _, layer, mask in _masked(model):
+            if layer.weight.grad is not None:
+                layer.weight.grad *= mask
+        if self.extrusion is None or not self._moves(moment.round):
+            return moment.lr
+        if moment.step == 0:
+            self._mark(model, moment.round)
+        square = sum(_press(layer, self.extrusion.strength) for _, layer, _ in _masked(model))
+        return max(moment.lr, _extrusion_rate(moment, math.sqrt(square)))
+
+    def asked(self, model: nn.Module, number: int) -> dict[str, Form]:
+        """In a round after which the mask moves: of each layer, places and gradients of what might wake."""
+        forms = {}
+        for name, _, mask in _masked(model) if self._moves(number) else ():
+            count = self._count(mask, number)
+            forms[f"{name}.wake_place"] = Form((count,), "I32", mask.numel())
+            forms[f"{name}.wake_gradient"] = Form((count,))
+        return forms
+
+    def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
+        """The largest gradients at inactive places, taken as each layer's arrives, so that one is there at a time."""
+        if not self._moves(number):
+            return {}
+        found: dict[str, Tensor] = {}
+        model.zero_grad()
+        hooks = [
+            layer.weight.register_post_accumulate_grad_hook(
+                partial(_note, found, name, mask, self._count(mask, number))
+            )
+            for name, layer, mask in _masked(model)
+        ]
+        try:
+            backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            model.zero_grad()
+        return found
+
+    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]) -> dict[str, Tensor]:
+        """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero."""
+        revised = dict(state)
+        for name, mask in masks(state).items() if self._moves(number) else ():
+            owner = name.removesuffix(".weight")
+            after = moved(state[name], mask, gathered(mask, answers, owner), self._count(mask, number))
+            revised[mask_name(name)], revised[name] = after, state[name] * (mask & after)
+        return revised
+
+    def keeps_base(self) -> bool:
+        """Weights are zeroed."""
+        return False
+
+    def fold(self, model: nn.Module) -> None:
+        """Take the masks off; the weights are zero where they were."""
+        for _, layer, _ in list(_masked(model)):
+            del layer.mask
+
+    def _moves(self, number: int) -> bool:
+        return self.every is not None and number % self.every == 0 and number <= self.until
+
+    def _count(self, mask: Tensor, number: int) -> int:
+        """How many entries of a layer change places after a round: no more than are inactive."""
+        active = int(mask.sum())
+        wanted = math.floor(self.share / 2 * (1 + math.cos(math.pi * number / self.until)) * active)
+        return min(wanted, mask.numel() - active)
+
+    def _mark(self, model: nn.Module, number: int) -> None:
+        """Remember the smallest active weights at the start of a round."""
+        for _, layer, mask in _masked(model):
+            vars(layer)["marked"] = smallest_active(layer.weight.detach(), mask, self._count(mask, number)).bool()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Convolutions and linear layers whose weight is nobody else's too."""
+    owners = [id(p) for layer in model.modules() for p in layer.parameters(recurse=False)]
+    for name, layer in model.named_modules():
+        if isinstance(layer, Layer) and owners.count(id(layer.weight)) == 1:
+            yield name, layer
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor]]:
+    for name, layer in model.named_modules():
+        mask = layer._buffers.get("mask")
+        if isinstance(layer, Layer) and mask is not None:
+            yield name, layer, mask
+
+
+def _press(layer: Layer, strength: float) -> float:
+    """Add the gradient of strength * |theta_S|^2; returns |theta_S|^2."""
+    marked: Tensor = vars(layer)["marked"]
+    theta = layer.weight.detach()[marked]
+    if layer.weight.grad is not None:
+        layer.weight.grad[marked] += 2 * strength * theta
+    return float((theta.double() ** 2).sum())
+
+
+def _extrusion_rate(moment: Moment, norm: float) -> float:
+    """beta: equations 3 to 5."""
+    p = (2 * moment.steps - 2 * moment.step) / (2 * moment.steps - moment.step)
+    return p * (2 / (1 + math.exp(-norm)) - 1) * moment.first_lr
+
+
+def _note(found: dict[str, Tensor], name: str, mask: Tensor, count: int, weight: Tensor) -> None:
+    """Keep the largest inactive entries of a gradient that has just arrived, and let go of the rest."""
+    assert weight.grad is not None
+    gradient, weight.grad = weight.grad.flatten(), None
+    places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices
+    found[f"{name}.wake_place"] = places.int()
+    found[f"{name}.wake_gradient"] = gradient[places].float()

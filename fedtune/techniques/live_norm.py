@@ -1,0 +1,44 @@
+"""Live norms: batch-norm layers learn their statistics from the clients' data, and the server pools them.
+
+What: running mean and variance of every batch norm follow the batches a client sees and are sent with what is trained.
+The server weighs means and variances by examples and adds the spread of the means to the variances, so that they are
+those of all examples together.
+Saves: nothing; a norm that looks at the batch keeps its input.
+Sends: two numbers per channel more.
+Use when: a net with batch norms is trained from scratch, or far from what it was pretrained on.
+Avoid when: the pretrained statistics fit (the default keeps them), or batches are tiny: below 32 values per channel a
+layer falls back on its running statistics.
+Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167); the merge is the law of total variance.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._live_norm import LiveNorm
+from fedtune.techniques._technique import Technique
+
+__all__ = ["LiveNorms"]
+
+
+class LiveNorms(Technique):
+    """Let batch norms follow the data."""
+
+    name: ClassVar[str] = "live-norm"
+    trains: ClassVar[bool] = False
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Put a live norm in the place of each plain one; ModelError when the model has none."""
+        norms = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.BatchNorm2d]
+        if not norms:
+            raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
+        for name, layer in norms:
+            model.set_submodule(name, LiveNorm.of(layer))
+
+    def fold(self, model: nn.Module) -> None:
+        """Plain norms again."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LiveNorm):
+                model.set_submodule(name, layer.plain())

@@ -1,0 +1,355 @@
+"""Masks that move: the server's choice against a slow twin, extrusion against its equations, whole federations."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clients.app import app
+from fedtune import checkpoint, techniques
+from fedtune import home as homes
+from fedtune.errors import ModelError
+from fedtune.export import export
+from fedtune.recipe import Unit
+from fedtune.simulation.local_grid import LocalGrid
+from fedtune.simulation.workers import InTurn
+from fedtune.sparse import compact, masks, to_wire
+from fedtune.techniques import Answer, Moment, Technique
+from fedtune.techniques._layer_density import active_counts
+from fedtune.techniques._mask_moves import moved
+from fedtune.tracking import Store, claim
+from fedtune.training import read_state
+from server.app import carry
+from server.watch import Event, RoundStarted, watcher
+from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
+from tests.test_rounds import with_deltas
+
+SETTINGS = "train.techniques=[{name: dynamic-pruning, settings: {density: 0.2, every: 1, until: 10, share: 0.5}}]"
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 10)
+        )
+
+
+def applied(model: nn.Module, **settings: Any) -> tuple[tuple[Technique, ...], list[str]]:
+    chosen = techniques.choose([Unit(name="dynamic-pruning", settings={"density": 0.2, "every": 2, **settings})])
+    return chosen, techniques.apply(chosen, model, "image-classification", 0)
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return F.cross_entropy(model(torch.randn(6, 3, 8, 8, generator=random)), torch.arange(6))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.97])
+def test_layer_densities_make_the_budget_and_follow_the_kernel_rule(density: float) -> None:
+    shapes = {"thin": (4, 3, 3, 3), "wide": (128, 64, 3, 3), "flat": (10, 200)}
+    total, dense = sum(math.prod(shape) for shape in shapes.values()), 300
+    counts = active_counts(shapes, dense, density)
+    assert sum(counts.values()) + dense == pytest.approx(density * (total + dense), abs=len(shapes))
+    open_ones = {name: count for name, count in counts.items() if count < math.prod(shapes[name])}
+    factors = [count / sum(shapes[name]) for name, count in open_ones.items()]
+    assert max(factors) / min(factors) == pytest.approx(1, rel=0.05)
+    assert all(counts[name] == math.prod(shapes[name]) for name in shapes.keys() - open_ones.keys())
+
+
+def test_a_density_below_what_no_mask_covers_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Embedding(100, 4))
+    with pytest.raises(ModelError, match=r"density 0.2 is below the 0.9\d\d of the model that no mask covers"):
+        applied(model)
+
+
+@pytest.mark.parametrize("start", ["random", "magnitude"])
+def test_the_start_has_the_density_and_its_weights_are_zero_elsewhere(start: str) -> None:
+    model, again, dense = net(), net(), net()
+    _, shared = applied(model, start=start)
+    applied(again, start=start)
+    state = read_state(model, shared)
+    active = sum(int((tensor != 0).sum()) for name, tensor in state.items() if not name.endswith("mask"))
+    assert active == pytest.approx(0.2 * sum(p.numel() for p in model.parameters()), abs=3)
+    for name, mask in masks(state).items():
+        before = dense.get_parameter(name)
+        assert mask.dtype == torch.uint8
+        assert torch.equal(state[name], before * mask)
+        assert torch.equal(again.get_parameter(name), state[name])
+        if start == "magnitude":
+            assert before[mask == 1].abs().min() >= before[mask == 0].abs().max()
+
+
+def test_masked_gradients_and_moments_leave_zeros_zero() -> None:
+    model = net()
+    chosen, shared = applied(model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(5):
+        loss_of(model, step).backward()
+        assert techniques.before_update(chosen, model, Moment(1, step, 5, 0.1, 0.1)) == 0.1
+        optimiser.step()
+        optimiser.zero_grad()
+    state = read_state(model, shared)
+    for name, mask in masks(state).items():
+        assert torch.equal(state[name] == 0, mask == 0)
+
+
+def slow_move(weight: Tensor, mask: Tensor, gradient: Tensor, count: int) -> Tensor:
+    """One entry after the other, as one would explain it."""
+    flat, after = list(range(mask.numel())), mask.flatten().tolist()
+    w, g, m = weight.flatten().tolist(), gradient.flatten().tolist(), mask.flatten().tolist()
+    for place in sorted((i for i in flat if m[i]), key=lambda i: abs(w[i]))[:count]:
+        after[place] = 0
+    for place in sorted((i for i in flat if not m[i]), key=lambda i: -abs(g[i]))[:count]:
+        after[place] = 1
+    return torch.tensor(after, dtype=torch.uint8).reshape(mask.shape)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 12])
+def test_a_mask_moves_as_its_slow_twin_ties_included(count: int) -> None:
+    random = torch.Generator().manual_seed(count)
+    mask = (torch.rand(5, 8, generator=random) < 0.4).to(torch.uint8)
+    weight = (torch.randn(5, 8, generator=random) * 2).round() * mask
+    gradient = (torch.randn(5, 8, generator=random) * 2).round()
+    assert torch.equal(moved(weight, mask, gradient, count), slow_move(weight, mask, gradient, count))
+
+
+def answers(model: nn.Module, chosen: tuple[Technique, ...], number: int, weights: list[float]) -> list[Answer]:
+    def backward(seed: int) -> Callable[[], None]:
+        return lambda: loss_of(model, seed).backward()
+
+    return [
+        Answer(weight, techniques.answer(chosen, model, number, backward(seed))) for seed, weight in enumerate(weights)
+    ]
+
+
+def test_density_holds_over_fifty_moves_and_what_wakes_starts_at_zero() -> None:
+    model = net()
+    chosen, shared = applied(model, every=1, until=60, share=0.6)
+    state = read_state(model, shared)
+    counts = {name: int(mask.sum()) for name, mask in masks(state).items()}
+    woken = 0
+    for number in range(1, 51):
+        after = techniques.revise(chosen, state, number, answers(model, chosen, number, [1.0]))
+        for name, mask in masks(after).items():
+            assert int(mask.sum()) == counts[name]
+            fresh = (mask == 1) & (masks(state)[name] == 0)
+            woken += int(fresh.sum())
+            assert not after[name][fresh].any()
+            assert not after[name][mask == 0].any()
+            after[name] = after[name] + torch.randn(mask.shape) * 0.1 * mask
+        state = after
+        for name, tensor in state.items():
+            dict([*model.named_parameters(), *model.named_buffers()])[name].data.copy_(tensor)
+    assert woken > 500
+
+
+def test_top_gradients_lead_to_the_same_mask_as_dense_ones_when_they_cover_all_that_is_inactive() -> None:
+    model = net()
+    chosen, shared = applied(model, density=0.9, every=1, until=1000, share=1.0)
+    state = read_state(model, shared)
+    sent = answers(model, chosen, 1, [0.25, 0.75])
+    revised = techniques.revise(chosen, state, 1, sent)
+    dense: dict[str, Tensor] = {}
+    for seed, weight in enumerate([0.25, 0.75]):
+        model.zero_grad()
+        loss_of(model, seed).backward()
+        for name in masks(state):
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            dense[name] = dense.get(name, torch.zeros(gradient.shape).double()) + weight * gradient.double()
+    for name, mask in masks(state).items():
+        inactive = int((mask == 0).sum())
+        assert sent[0].tensors.get(f"{name.removesuffix('.weight')}.wake_place", torch.empty(0)).numel() == inactive
+        assert torch.equal(revised[name.replace("weight", "mask")], slow_move(state[name], mask, dense[name], inactive))
+
+
+def test_a_client_sends_its_largest_inactive_gradients_and_keeps_none() -> None:
+    model = net()
+    chosen, _ = applied(model)
+    [found] = answers(model, chosen, 2, [1.0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert {name: tuple(form.shape) for name, form in techniques.asked(chosen, model, 2).items()} == {
+        name: tuple(tensor.shape) for name, tensor in found.tensors.items()
+    }
+    loss_of(model).backward()
+    layer = model[2]
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.weight.grad is not None
+    inactive = layer.weight.grad[layer.get_buffer("mask") == 0].abs().sort(descending=True).values
+    count = found.tensors["2.wake_gradient"].numel()
+    assert count > 0
+    assert torch.equal(found.tensors["2.wake_gradient"].abs(), inactive[:count])
+    places = found.tensors["2.wake_place"].long()
+    assert torch.equal(layer.weight.grad.flatten()[places], found.tensors["2.wake_gradient"])
+
+
+@pytest.mark.parametrize(("number", "moves"), [(1, False), (2, True), (3, False), (4, True), (6, False)])
+def test_only_rounds_that_move_the_mask_ask_for_gradients(number: int, moves: bool) -> None:
+    model = net()
+    chosen, shared = applied(model, until=5)
+    state = read_state(model, shared)
+    assert bool(techniques.asked(chosen, model, number)) == moves
+    [found] = answers(model, chosen, number, [1.0])
+    assert bool(found.tensors) == moves
+    after = techniques.revise(chosen, state, number, [found])
+    assert all(torch.equal(after[name], state[name]) for name in state) != moves
+
+
+def test_a_fixed_mask_never_moves() -> None:
+    model = net()
+    chosen, _ = applied(model, every=None)
+    assert not any(techniques.asked(chosen, model, number) for number in range(1, 100))
+
+
+def marked_norm(model: nn.Module) -> float:
+    squares = [
+        (layer.weight.detach()[vars(layer)["marked"]].double() ** 2).sum()
+        for layer in model.modules()
+        if "marked" in vars(layer)
+    ]
+    return math.sqrt(sum(squares))
+
+
+def test_extrusion_adds_its_gradient_and_raises_the_rate_by_the_equations() -> None:
+    model = net()
+    chosen, _ = applied(model, extrusion={"strength": 0.3})
+    for step in range(8):
+        model.zero_grad()
+        loss_of(model, step).backward()
+        layer = model[0]
+        assert isinstance(layer, nn.Conv2d)
+        assert layer.weight.grad is not None
+        plain, theta = layer.weight.grad.clone(), layer.weight.detach().clone()
+        mask = layer.get_buffer("mask")
+        lr = techniques.before_update(chosen, model, Moment(2, step, 8, 0.1, 0.001))
+        marked = vars(layer)["marked"]
+        count = techniques.asked(chosen, model, 2)["0.wake_gradient"].shape[0]
+        assert int(marked.sum()) == count
+        assert bool((mask[marked] == 1).all())
+        torch.testing.assert_close(layer.weight.grad, plain * mask + 0.6 * theta * marked)
+        p = (16 - 2 * step) / (16 - step)
+        wanted = p * (2 * torch.sigmoid(torch.tensor(marked_norm(model))).item() - 1) * 0.1
+        assert lr == pytest.approx(max(wanted, 0.001))
+    assert techniques.before_update(chosen, model, Moment(3, 0, 8, 0.1, 0.001)) == 0.001
+
+
+def test_with_a_constant_task_loss_the_marked_weights_shrink_and_the_others_stay() -> None:
+    model = net()
+    chosen, _ = applied(model, extrusion={"strength": 0.5})
+    before = [layer.weight.detach().clone() for layer in model if isinstance(layer, nn.Conv2d | nn.Linear)]
+    norms = []
+    for step in range(20):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        lr = techniques.before_update(chosen, model, Moment(2, step, 20, 0.5, 0.01))
+        norms.append(marked_norm(model))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad, alpha=lr)
+    assert all(later < earlier for earlier, later in pairwise(norms))
+    layers = [layer for layer in model if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight.detach()[~vars(layer)["marked"]], weight[~vars(layer)["marked"]])
+
+
+def test_a_smaller_drop_costs_less_after_extrusion() -> None:
+    """The mean change of the output by the drop, over the same steps with and without."""
+    costs = {}
+    for extrusion in (None, {"strength": 0.5}):
+        model = net()
+        chosen, shared = applied(model, extrusion=extrusion, share=1.0)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(40):
+            optimiser.zero_grad()
+            loss_of(model).backward()
+            optimiser.param_groups[0]["lr"] = techniques.before_update(chosen, model, Moment(2, step, 40, 0.2, 0.05))
+            optimiser.step()
+        state = read_state(model, shared)
+        before = loss_of(model).item()
+        after = techniques.revise(chosen, state, 2, answers(model, chosen, 2, [1.0]))
+        for name in masks(state):
+            model.get_parameter(name).data.copy_(after[name])
+        costs[extrusion is None] = loss_of(model).item() - before
+    assert costs[False] < 0.5 * costs[True]
+
+
+def weights_at(ended: Ended, number: int) -> dict[str, Tensor]:
+    record = ended.rounds[number].checkpoint
+    assert record is not None
+    return checkpoint.load(homes.runs() / record.path, record.sha256)
+
+
+def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path) -> None:
+    ended = execute(trivial(SETTINGS, "federation.rounds=3"))
+    assert ended.run.status == "completed"
+    before, after = weights_at(ended, 0), weights_at(ended, 1)
+    mask = before["classifier.mask"]
+    active = int(mask.sum())
+    change = math.floor(0.25 * (1 + math.cos(math.pi / 10)) * active)
+    assert int((mask & ~after["classifier.mask"] & 1).sum()) == change
+    for contribution in ended.rounds[1].contributions:
+        values = 4 * (active + 10) + 8 * change
+        assert values < contribution.bytes_up <= values + 400
+        down = 4 * (active + 10) + to_wire(before)["classifier.mask"].numel()
+        assert down < contribution.bytes_down <= down + 300
+    woken = compact(after, masks(after))["classifier.weight"] == 0
+    assert int(woken.sum()) >= change
+
+
+def test_an_interrupted_federation_ends_with_the_bits_of_one_left_alone(home: Path) -> None:
+    whole = execute(trivial(SETTINGS, "federation.rounds=4"), run="whole")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundStarted) and event.number == 3:
+            raise KeyboardInterrupt
+
+    recipe = trivial(SETTINGS, "federation.rounds=4")
+    with Store.open() as store, claim(begin(store, recipe, "broken")):
+        token = watcher.set(stop)
+        with pytest.raises(KeyboardInterrupt):
+            carry(LocalGrid(recipe.clients, InTurn(app)), store, "broken")
+        watcher.reset(token)
+        with silent():
+            carry(LocalGrid(recipe.clients, InTurn(app)), store, "broken")
+    assert outcome("broken").hashes == whole.hashes
+
+
+def test_one_client_at_full_density_is_plain_training_bit_for_bit(home: Path) -> None:
+    one = ("devices=[{count: 1}]", "federation.rounds=2")
+    masked = "train.techniques=[{name: dynamic-pruning, settings: {density: 1.0, every: 1}}]"
+    plain, dense = execute(trivial(*one), run="plain"), execute(trivial(*one, masked), run="dense")
+    wanted, found = weights_at(plain, 2), weights_at(dense, 2)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_place_beyond_the_layer_is_refused_and_the_round_goes_on(home: Path) -> None:
+    def beyond(sent: dict[str, Tensor]) -> dict[str, Tensor]:
+        sent["classifier.wake_place"][0] = 784 * 10
+        return sent
+
+    ended = execute(trivial(SETTINGS), spoilt(with_deltas(beyond), {1}))
+    [bad] = [found for found in ended.rounds[1].contributions if found.client == 1]
+    assert bad.status == "refused"
+    assert "outside 0 to 7839" in bad.reason
+    assert np.isfinite([metric.value for metric in ended.rounds[-1].metrics]).all()
+
+
+def test_an_exported_model_has_zeros_and_no_masks(home: Path, tmp_path: Path) -> None:
+    recipe = trivial(SETTINGS)
+    ended = execute(recipe)
+    state = weights_at(ended, 2)
+    export(recipe, state, tmp_path / "out", None, "card")
+    saved = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(name.endswith("mask") for name in saved)
+    [weight] = [tensor for name, tensor in saved.items() if name.endswith("classifier.weight")]
+    assert torch.equal(weight, state["classifier.weight"])
