@@ -213,7 +213,7 @@ def test_a_fixed_mask_never_moves() -> None:
 def marked_norm(model: nn.Module) -> float:
     squares = [
         (layer.weight.detach()[vars(layer)["marked"]].double() ** 2).sum()
-        for layer in model.modules()
+        for layer in model
         if "marked" in vars(layer)
     ]
     return math.sqrt(sum(squares))

@@ -118,6 +118,12 @@ def test_techniques_that_do_not_go_together_are_refused(joined: str, sentence: s
     assert str(caught.value) == f"train.techniques: {sentence}"
 
 
+def test_a_pair_is_refused_only_where_its_settings_clash() -> None:
+    assert [technique.name for technique in chosen("meft+deft", pieces=1)] == ["meft", "deft"]
+    with pytest.raises(RecipeError, match="meft cannot be combined with deft: deft measures a layer's activations"):
+        chosen("meft+deft", pieces=2)
+
+
 @pytest.mark.parametrize("build", [llama, llama_classifier])
 def test_bias_is_refused_where_there_are_none(build: Callable[[], PreTrainedModel]) -> None:
     with pytest.raises(ModelError, match=r"^Llama\w+ has none of the parameters this technique trains; choose another"):

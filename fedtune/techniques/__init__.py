@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 
 from torch import Tensor, nn
 
@@ -36,11 +37,10 @@ def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
     """The techniques a recipe names, in its order; RecipeError for settings or pairs that do not hold."""
     chosen: tuple[Technique, ...] = tuple(build(__name__, unit, "train.techniques") for unit in units)
     present = [technique.name for technique in chosen]
-    for technique in chosen:
-        clash = min(technique.excludes.keys() & set(present), default=None)
-        if clash is not None:
-            why = f"{technique.name} cannot be combined with {clash}: {technique.excludes[clash]}"
-            raise RecipeError(f"train.techniques: {why}; drop one")
+    for one, other in permutations(chosen, 2):
+        why = one.refusal(other)
+        if why is not None:
+            raise RecipeError(f"train.techniques: {one.name} cannot be combined with {other.name}: {why}; drop one")
     if len(set(present)) < len(present):
         raise RecipeError(f"train.techniques: {'+'.join(present)} names one technique twice; drop one")
     if not any(technique.trains for technique in chosen):

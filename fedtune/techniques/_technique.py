@@ -42,6 +42,10 @@ class Technique(Named):
     excludes: ClassVar[Mapping[str, str]] = {}
     """Names of techniques it makes no sense with, and why: the rest of a sentence that ends there."""
 
+    def refusal(self, other: "Technique") -> str | None:
+        """Why it cannot be combined with another as both are set: the rest of a sentence; None when it can."""
+        return self.excludes.get(other.name)
+
     def quantisation(self) -> Any:
         """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
         return None

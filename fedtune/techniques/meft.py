@@ -71,6 +71,12 @@ class Meft(Technique):
             raise ValueError(f"factor {self.factor} is no power of two, which exact needs; take 0.125 or mode: float")
         return self
 
+    def refusal(self, other: Technique) -> str | None:
+        """``deft`` reads whole activations, which ``pieces`` never makes."""
+        if other.name == "deft" and self.pieces > 1:
+            return "deft measures a layer's activations whole, and pieces above 1 never makes them whole (pieces: 1 does)"
+        return super().refusal(other)
+
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Give the blocks adapters drawn from ``seed`` and couple them; train the adapters and a classifier's head."""
         stack = find_stack(model)
