@@ -74,7 +74,7 @@ class Meft(Technique):
     def refusal(self, other: Technique) -> str | None:
         """``deft`` reads whole activations, which ``pieces`` never makes."""
         if other.name == "deft" and self.pieces > 1:
-            return "deft measures a layer's activations whole, and pieces above 1 never makes them whole (pieces: 1 does)"
+            return "deft measures a layer's activations whole, which only pieces: 1 makes"
         return super().refusal(other)
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
