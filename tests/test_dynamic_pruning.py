@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from clients.app import app
 from fedtune import checkpoint, techniques
 from fedtune import home as homes
-from fedtune.errors import ModelError
+from fedtune.errors import ModelError, RecipeError
 from fedtune.export import export
 from fedtune.recipe import Unit
 from fedtune.simulation.local_grid import LocalGrid
@@ -212,9 +212,7 @@ def test_a_fixed_mask_never_moves() -> None:
 
 def marked_norm(model: nn.Module) -> float:
     squares = [
-        (layer.weight.detach()[vars(layer)["marked"]].double() ** 2).sum()
-        for layer in model
-        if "marked" in vars(layer)
+        (layer.weight.detach()[vars(layer)["marked"]].double() ** 2).sum() for layer in model if "marked" in vars(layer)
     ]
     return math.sqrt(sum(squares))
 
@@ -281,6 +279,60 @@ def test_a_smaller_drop_costs_less_after_extrusion() -> None:
             model.get_parameter(name).data.copy_(after[name])
         costs[extrusion is None] = loss_of(model).item() - before
     assert costs[False] < 0.5 * costs[True]
+
+
+def feddst() -> dict[str, Any]:
+    return {"by": "clients", "extrusion": None, "share": 0.6, "every": 1}
+
+
+def test_each_client_moves_its_mask_midway_and_the_server_averages_over_holders() -> None:
+    """Against dense arithmetic: every client's whole weights and masks in hand."""
+    model = net()
+    chosen, shared = applied(model, **feddst())
+    state = read_state(model, shared)
+    found = masks(state)
+    finished, sent = [], []
+    for seed, weight in enumerate([0.2, 0.3, 0.5]):
+        for name, tensor in state.items():
+            dict([*model.named_parameters(), *model.named_buffers()])[name].data.copy_(tensor)
+        for step in range(4):
+            model.zero_grad()
+            loss_of(model, 10 * seed + step).backward()
+            techniques.before_update(chosen, model, Moment(1, step, 4, 0.1, 0.1))
+            moved_yet = any(not torch.equal(model.get_buffer(n.replace("weight", "mask")), found[n]) for n in found)
+            assert moved_yet == (step >= 2)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad, alpha=0.1)
+        finished.append(read_state(model, shared))
+        sent.append(Answer(weight, techniques.answer(chosen, model, 1, lambda: None)))
+    weights = torch.tensor([answer.weight for answer in sent])
+    merged = {name: torch.tensordot(weights, torch.stack([one[name] for one in finished]), 1) for name in found}
+    at_old = {name: tensor * found[name] for name, tensor in merged.items()}
+    revised = techniques.revise(chosen, {**state, **at_old}, 1, sent)
+    for name, mask in found.items():
+        own = torch.stack([one[name.replace("weight", "mask")].float() for one in finished])
+        held = torch.tensordot(weights, own, 1)
+        mean = torch.where(held > 0, merged[name] / held, 0.0)
+        kept = revised[name.replace("weight", "mask")]
+        assert int(kept.sum()) == int(mask.sum())
+        assert mean[kept == 1].abs().min() >= mean[(kept == 0) & (held > 0)].abs().max() - 1e-6
+        torch.testing.assert_close(revised[name], mean * kept, rtol=1e-5, atol=1e-7)
+
+
+def test_a_federation_whose_clients_move_their_own_masks_runs_and_holds_its_density(home: Path) -> None:
+    ended = execute(trivial(SETTINGS.replace("share: 0.5", "share: 0.5, by: clients, extrusion: null")))
+    assert [record.status for record in ended.rounds] == ["completed"] * 3
+    first, last = (weights_at(ended, number)["classifier.mask"] for number in (0, 2))
+    assert int(first.sum()) == int(last.sum())
+    assert not torch.equal(first, last)
+    assert {sent.status for record in ended.rounds for sent in record.contributions} == {"merged"}
+
+
+def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
+    with pytest.raises(RecipeError, match="with by: clients say extrusion: null"):
+        applied(net(), by="clients")
 
 
 def weights_at(ended: Ended, number: int) -> dict[str, Tensor]:

@@ -18,33 +18,30 @@ Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a
 code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
 lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
 Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
-largest gradients, as the paper says and the code does not. ``every: null`` is the fixed random mask, a baseline, and
-``extrusion: null`` dynamic pruning alone.
+largest gradients, as the paper says and the code does not. Baselines: ``every: null`` is the fixed random mask,
+``extrusion: null`` dynamic pruning alone, and ``by: clients`` FedDST (arXiv 2112.09824), where each client moves its
+mask midway through a round and the server averages each weight over its holders and keeps the largest.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedtune.contribution import Form
-from fedtune.recipe import Section, Task
+from fedtune.recipe import Task
 from fedtune.sparse import mask_name, masks
+from fedtune.techniques._extrusion import Extrusion, Layer, extrusion_rate, press
 from fedtune.techniques._layer_density import active_counts
 from fedtune.techniques._mask_moves import gathered, largest, moved, smallest_active
+from fedtune.techniques._own_moves import averaged, forms, move, told
 from fedtune.techniques._technique import Answer, Moment, Technique, require
 
 __all__ = ["DynamicPruning"]
-
-Layer = nn.Conv2d | nn.Linear
-
-
-class _Extrusion(Section):
-    strength: float = Field(0.01, ge=0, description="lambda, on the squared norm of the weights about to be dropped")
 
 
 class DynamicPruning(Technique):
@@ -65,7 +62,14 @@ class DynamicPruning(Technique):
     until: int = Field(300, ge=1, description="the last round in which it may move")
     share: float = Field(0.2, gt=0, le=1, description="alpha, of a layer's active weights, in the first move")
     start: Literal["random", "magnitude"] = Field("random", description="magnitude: the largest pretrained weights")
-    extrusion: _Extrusion | None = _Extrusion()
+    by: Literal["server", "clients"] = "server"
+    extrusion: Extrusion | None = Extrusion()
+
+    @model_validator(mode="after")
+    def _extrusion_is_for_the_servers_drop(self) -> Self:
+        if self.by == "clients" and self.extrusion is not None:
+            raise ValueError("extrusion readies weights for the server's drop; with by: clients say extrusion: null")
+        return self
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Draw the masks from ``seed``, zero what is inactive, train everything."""
@@ -87,7 +91,9 @@ class DynamicPruning(Technique):
         return [f"{name}.mask" for name, _, _ in _masked(model)]
 
     def before_update(self, model: nn.Module, moment: Moment) -> float:
-        """Mask the gradients; press the weights that are about to be dropped."""
+        """Mask the gradients; press the weights that are about to be dropped, or drop them here."""
+        if self.by == "clients" and self._moves(moment.round) and moment.step == moment.steps // 2:
+            self._move(model, moment.round)
         for _, layer, mask in _masked(model):
             if layer.weight.grad is not None:
                 layer.weight.grad *= mask
@@ -95,22 +101,27 @@ class DynamicPruning(Technique):
             return moment.lr
         if moment.step == 0:
             self._mark(model, moment.round)
-        square = sum(_press(layer, self.extrusion.strength) for _, layer, _ in _masked(model))
-        return max(moment.lr, _extrusion_rate(moment, math.sqrt(square)))
+        square = sum(press(layer, self.extrusion.strength) for _, layer, _ in _masked(model))
+        return max(moment.lr, extrusion_rate(moment, math.sqrt(square)))
 
     def asked(self, model: nn.Module, number: int) -> dict[str, Form]:
         """In a round after which the mask moves: of each layer, places and gradients of what might wake."""
-        forms = {}
+        asked: dict[str, Form] = {}
         for name, _, mask in _masked(model) if self._moves(number) else ():
             count = self._count(mask, number)
-            forms[f"{name}.wake_place"] = Form((count,), "I32", mask.numel())
-            forms[f"{name}.wake_gradient"] = Form((count,))
-        return forms
+            if self.by == "clients":
+                asked |= forms(name, mask.numel(), count)
+            else:
+                asked |= {f"{name}.wake_place": Form((count,), "I32", mask.numel())}
+                asked |= {f"{name}.wake_gradient": Form((count,))}
+        return asked
 
     def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
         """The largest gradients at inactive places, taken as each layer's arrives, so that one is there at a time."""
         if not self._moves(number):
             return {}
+        if self.by == "clients":
+            return _moves_of(model)
         found: dict[str, Tensor] = {}
         model.zero_grad()
         hooks = [
@@ -128,12 +139,15 @@ class DynamicPruning(Technique):
         return found
 
     def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]) -> dict[str, Tensor]:
-        """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero."""
+        """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero; or FedDST."""
         revised = dict(state)
         for name, mask in masks(state).items() if self._moves(number) else ():
             owner = name.removesuffix(".weight")
-            after = moved(state[name], mask, gathered(mask, answers, owner), self._count(mask, number))
-            revised[mask_name(name)], revised[name] = after, state[name] * (mask & after)
+            if self.by == "clients":
+                revised[name], revised[mask_name(name)] = averaged(owner, state[name], mask, answers)
+            else:
+                after = moved(state[name], mask, gathered(mask, answers, owner), self._count(mask, number))
+                revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
 
     def keeps_base(self) -> bool:
@@ -153,6 +167,12 @@ class DynamicPruning(Technique):
         active = int(mask.sum())
         wanted = math.floor(self.share / 2 * (1 + math.cos(math.pi * number / self.until)) * active)
         return min(wanted, mask.numel() - active)
+
+    def _move(self, model: nn.Module, number: int) -> None:
+        """A client's own move, by the gradients of the step."""
+        for _, layer, mask in _masked(model):
+            gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+            vars(layer)["received"] = move(layer.weight.data, gradient, mask, self._count(mask, number))
 
     def _mark(self, model: nn.Module, number: int) -> None:
         """Remember the smallest active weights at the start of a round."""
@@ -175,19 +195,12 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor]]:
             yield name, layer, mask
 
 
-def _press(layer: Layer, strength: float) -> float:
-    """Add the gradient of strength * |theta_S|^2; returns |theta_S|^2."""
-    marked: Tensor = vars(layer)["marked"]
-    theta = layer.weight.detach()[marked]
-    if layer.weight.grad is not None:
-        layer.weight.grad[marked] += 2 * strength * theta
-    return float((theta.double() ** 2).sum())
-
-
-def _extrusion_rate(moment: Moment, norm: float) -> float:
-    """beta: equations 3 to 5."""
-    p = (2 * moment.steps - 2 * moment.step) / (2 * moment.steps - moment.step)
-    return p * (2 / (1 + math.exp(-norm)) - 1) * moment.first_lr
+def _moves_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a client tells of its own moves."""
+    found: dict[str, Tensor] = {}
+    for name, layer, mask in _masked(model):
+        found |= told(name, layer.weight.detach(), vars(layer)["received"], mask)
+    return found
 
 
 def _note(found: dict[str, Tensor], name: str, mask: Tensor, count: int, weight: Tensor) -> None:

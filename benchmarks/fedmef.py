@@ -1,0 +1,178 @@
+"""Claims about FedMef, on the recipe's federation (20 clients, Dirichlet 0.5), Fashion-MNIST where it is installed.
+
+Arms: dense averaging, a fixed random mask, dynamic pruning alone, with extrusion, and all of FedMef at several shares
+of pruned activations; those without ``normalise`` have batch norms whose statistics are merged. Per arm and seed:
+accuracy    on the test part, after the last round;
+drop        validation accuracy just before the mask moved minus just after, mean over the moves;
+memory      bytes of a training device, fp32: active weights, their gradients and, one bit each, masks; of momentum-free
+            SGD no moments; and what a step really keeps for its backward pass (metered). Weights and gradients are
+            counted as a device with sparse kernels would hold them; PyTorch holds them dense here;
+payload     bytes both ways, mean and largest over rounds and clients, as a share of the dense model's.
+
+Run: python -m benchmarks.fedmef [--seeds 3] [--rounds 40] [--part test] [--arms a,b] [--set key=value ...]
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.report import save
+from fedtune import merging, techniques
+from fedtune.contribution import Contribution, pack
+from fedtune.data.sources import read as read_data
+from fedtune.errors import SourceError
+from fedtune.recipe import Recipe, read
+from fedtune.simulation import resolve
+from fedtune.sparse import compact, masks, spread_out, to_wire
+from fedtune.techniques import trained
+from fedtune.training import Outcome, Workshop, discard, load_state, read_state, score, train, workshop
+from server.rounds import sample
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "fedmef.yaml"
+State = Mapping[str, Tensor]
+_PRUNED = "{{name: activation-pruning, settings: {{prune: {}, values: half, normalise: true}}}}"
+
+
+def arms(until: int) -> dict[str, str]:
+    """Technique lists by arm; the mask moves every 5 rounds until three quarters of the run."""
+
+    def dynamic(more: str = "", every: str = "5") -> str:
+        return f"{{name: dynamic-pruning, settings: {{density: 0.1, every: {every}, until: {until}{more}}}}}"
+
+    extruded = dynamic(", extrusion: {strength: 0.01}")
+    return {
+        "dense": "full, live-norm",
+        "fixed mask": f"{dynamic(every='null')}, live-norm",
+        "dynamic": f"{dynamic(', extrusion: null')}, live-norm",
+        "dynamic + extrusion": f"{extruded}, live-norm",
+        "dynamic, normalised": f"{dynamic(', extrusion: null')}, {_PRUNED.format(0)}",
+        **{f"fedmef {share:.0%}": f"{extruded}, {_PRUNED.format(share)}" for share in (0.5, 0.7, 0.9)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--part", choices=["validation", "test"], default="test")
+    parser.add_argument("--arms")
+    parser.add_argument("--set", nargs="*", default=[])
+    arguments = parser.parse_args()
+    found = arms(arguments.rounds * 3 // 4)
+    chosen = arguments.arms.split(",") if arguments.arms else list(found)
+    source = data_source()
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        for arm in chosen:
+            settings = [f"seed={seed}", f"federation.rounds={arguments.rounds}", f"data.source={source}"]
+            recipe = resolve(read(RECIPE, [*settings, *arguments.set, f"train.techniques=[{found[arm]}]"]))
+            rows.append({"arm": arm, "seed": seed, **federation(recipe, arguments.part)})
+            print(rows[-1], file=sys.stderr, flush=True)
+        name = "fedmef" if arguments.part == "test" else f"fedmef-{arguments.part}"
+        save(name, {"data": source, "rounds": arguments.rounds, "part": arguments.part, "rows": rows})
+
+
+def data_source() -> str:
+    try:
+        read_data("sample:fashion-mnist")
+    except SourceError:
+        return "sample:mnist-5k"
+    return "sample:fashion-mnist"
+
+
+def federation(recipe: Recipe, part: str) -> dict[str, Any]:
+    """A whole federation in this process, without a store; every client's outcome goes by disk as the server's does."""
+    discard()
+    shop = workshop(recipe.model_dump_json())
+    discard()
+    state: State = read_state(shop.model, shop.shared)
+    started, drops, kept = time.perf_counter(), [], 0
+    traffic: dict[str, list[int]] = {"up": [], "down": []}
+    for number in range(1, recipe.federation.rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            sent, outcomes = collect(shop, state, number, Path(folder), traffic)
+            merged = merge(shop, state, number, sent)
+            state = revise(shop, merged, number, sent)
+        kept = max(kept, *(outcome.saved_bytes for outcome in outcomes))
+        if moved := techniques.asked(shop.techniques, shop.model, number):
+            drops.append(accuracy(shop, merged, "validation") - accuracy(shop, state, "validation"))
+        if moved or number % recipe.evaluation.every == 0:
+            print(number, f"{accuracy(shop, state, 'validation'):.4f}", file=sys.stderr, flush=True)
+    return {
+        "accuracy": accuracy(shop, state, part),
+        "drop_points": 100 * statistics.mean(drops) if drops else None,
+        "drops": drops,
+        "seconds": time.perf_counter() - started,
+        **memory(state, kept),
+        **shares(state, traffic),
+    }
+
+
+def collect(
+    shop: Workshop, state: State, number: int, folder: Path, traffic: dict[str, list[int]]
+) -> tuple[list[Contribution], list[Outcome]]:
+    sent, outcomes = [], []
+    for client in sample(shop.recipe, number):
+        outcome = train(
+            shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client
+        )
+        payload = pack({**compact(outcome.delta, masks(state)), **outcome.extras})
+        path = folder / f"{client}.safetensors"
+        path.write_bytes(payload)
+        sent.append(Contribution(client, outcome.examples, path))
+        outcomes.append(outcome)
+        traffic["up"].append(len(payload))
+    traffic["down"].append(len(pack(to_wire(state))))
+    return sent, outcomes
+
+
+def merge(shop: Workshop, state: State, number: int, sent: Sequence[Contribution]) -> State:
+    techniques.begin_round(shop.techniques, shop.model, number)
+    found = masks(state)
+    step = merging.choose(shop.recipe.merge)
+    return spread_out(merging.merge(step, compact(state, found), trained(shop.model), sent), found)
+
+
+def revise(shop: Workshop, merged: State, number: int, sent: Sequence[Contribution]) -> State:
+    extras = techniques.asked(shop.techniques, shop.model, number)
+    weights = merging.choose(shop.recipe.merge).weights([one.examples for one in sent])
+    answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, sent, strict=True)]
+    return techniques.revise(shop.techniques, merged, number, answers)
+
+
+def accuracy(shop: Workshop, state: State, part: str) -> float:
+    load_state(shop.model, state)
+    recipe = shop.recipe
+    found = score(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
+    return next(one.value for one in found if (one.domain, one.name) == ("all", "accuracy"))
+
+
+def memory(state: State, kept: int) -> dict[str, int]:
+    """Bytes of a device in training: two numbers per active weight, the masks, and what the metered step kept."""
+    found = masks(state)
+    values = compact({name: t for name, t in state.items() if t.is_floating_point()}, found)
+    active = sum(tensor.numel() for tensor in values.values())
+    bits = sum(math.ceil(mask.numel() / 8) for mask in found.values())
+    return {"active": active, "kept_bytes": kept, "memory_bytes": 8 * active + bits + kept}
+
+
+def shares(state: State, traffic: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Payloads as shares of the dense model's bytes."""
+    dense = sum(4 * tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+    return {
+        f"{way}_{kind}": take(sizes) / dense
+        for way, sizes in traffic.items()
+        for kind, take in (("mean", statistics.mean), ("largest", max))
+    }
+
+
+if __name__ == "__main__":
+    main()
