@@ -10,8 +10,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from fedtune import data
+from fedtune import data, samples
 from fedtune.data import images, sentiment
+from fedtune.errors import ChecksumError, SourceError
 from tests.data_examples import ROWS, a_recipe, csv_file
 
 
@@ -77,19 +78,62 @@ def test_mnist_5k_is_balanced() -> None:
     assert set(Counter(images.mnist_5k()["train"]["label"]).values()) == {500}
 
 
-def test_fashion_mnist_keeps_its_published_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def some_clothes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 pictures in two parts stand for the published ones."""
     for prefix, count in {"train": 40, "t10k": 20}.items():
-        pixels = np.arange(count * 784).astype(np.uint8).tobytes()
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels))
-        labels = np.arange(count).astype(np.uint8) % 2
-        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
-    monkeypatch.setattr(images, "fetch", lambda name: tmp_path)
+        pixels, labels = np.arange(count * 784).astype(np.uint8), np.arange(count).astype(np.uint8) % 10
+        for name, content in {
+            f"{prefix}-images-idx3-ubyte": bytes(16) + pixels.tobytes(),
+            f"{prefix}-labels-idx1-ubyte": bytes(8) + labels.tobytes(),
+        }.items():
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            monkeypatch.setitem(images.FASHION_SHA256, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(images, "fetch", lambda name: folder)
+
+
+def test_fashion_mnist_keeps_its_published_parts_and_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_clothes(tmp_path, monkeypatch)
     loaded = images.fashion_mnist()
     assert [len(part) for part in loaded.values()] == [40, 20]
     assert loaded["train"][1]["image"] == np.arange(784, 1568).astype(np.uint8).reshape(28, 28).tolist()
     corpus = data.load(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
-    assert len(corpus.test) == 20
+    assert (corpus.labels[0], corpus.labels[9]) == ("T-shirt/top", "Ankle boot")
+    assert corpus.test["label"] == [*range(10), *range(10)]
     assert len(corpus.train) + len(corpus.validation) == 40
+    assert len(corpus.validation)
+
+
+def test_other_clothes_than_the_published_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_clothes(tmp_path, monkeypatch)
+    monkeypatch.setitem(images.FASHION_SHA256, "t10k-images-idx3-ubyte", "0" * 64)
+    with pytest.raises(ChecksumError, match=r"t10k-images-idx3-ubyte\.gz holds sha256 .* do not trust it"):
+        images.fashion_mnist()
+
+
+@pytest.mark.parametrize("content", [b"x", gzip.compress(bytes(999))[:-9], None], ids=["no gzip", "cut short", "gone"])
+def test_damaged_clothes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+    some_clothes(tmp_path, monkeypatch)
+    file = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(SourceError, match=r"t10k-labels-idx1-ubyte\.gz is missing or damaged; install"):
+        images.fashion_mnist()
+
+
+def test_the_installed_clothes_are_the_published_ones() -> None:
+    try:
+        samples.fetch("fashion-mnist")
+    except SourceError:
+        pytest.skip("the package dataset-fashion-mnist is not installed")
+    loaded = images.fashion_mnist()
+    assert {part: set(Counter(found["label"]).values()) for part, found in loaded.items()} == {
+        "train": {6000},
+        "test": {1000},
+    }
+    pixels = np.asarray(loaded["train"].with_format("numpy")[:]["image"])
+    assert pixels.shape == (60000, 28, 28)
+    assert pixels.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
 
 
 def test_parts_follow_the_hash_of_the_group_and_not_the_seed(table: str) -> None:

@@ -212,7 +212,9 @@ def test_a_fixed_mask_never_moves() -> None:
 
 def marked_norm(model: nn.Module) -> float:
     squares = [
-        (layer.weight.detach()[vars(layer)["marked"]].double() ** 2).sum() for layer in model if "marked" in vars(layer)
+        float((layer.get_parameter("weight").detach()[vars(layer)["marked"]].double() ** 2).sum())
+        for layer in model.modules()
+        if "marked" in vars(layer)
     ]
     return math.sqrt(sum(squares))
 

@@ -1,16 +1,41 @@
 """Small grey images that packages ship: MNIST-5k, scikit-learn's digits and Fashion-MNIST."""
 
 import gzip
+import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow.csv
-from datasets import Array2D, Dataset, Features, Value
+from datasets import Array2D, ClassLabel, Dataset, Features, Value
 from numpy.typing import NDArray
 
+from fedtune.errors import ChecksumError, SourceError
 from fedtune.samples import PACKAGES, fetch
 
 __all__ = ["digits", "fashion_mnist", "mnist_5k"]
+
+CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+"""Class names in order, as Xiao et al. 2017 (arXiv 1708.07747) list them."""
+FASHION_SHA256 = {
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+}
+"""Of the files unpacked: distributions pack them anew, under gzip headings of their own."""
+_NUMBER = Value("int64")
 
 
 def mnist_5k() -> dict[str, Dataset]:
@@ -26,9 +51,12 @@ def digits() -> dict[str, Dataset]:
 
 
 def fashion_mnist() -> dict[str, Dataset]:
-    """70,000 pictures of clothes, 28 x 28, with the published training and test parts."""
+    """70,000 pictures of clothes, 28 x 28, with the published training and test parts.
+
+    Raises SourceError when a file is absent or damaged, ChecksumError when it is not what was published.
+    """
     folder = fetch("fashion-mnist")
-    return {part: _idx(folder, prefix) for part, prefix in {"train": "train", "test": "t10k"}.items()}
+    return {part: _clothes(folder, prefix) for part, prefix in {"train": "train", "test": "t10k"}.items()}
 
 
 def _csv(path: Path) -> NDArray[np.float64]:
@@ -38,17 +66,25 @@ def _csv(path: Path) -> NDArray[np.float64]:
     return np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
 
 
-def _idx(folder: Path, prefix: str) -> Dataset:
+def _clothes(folder: Path, prefix: str) -> Dataset:
     """The IDX format: a heading of 16 bytes before images, of 8 before labels, then unsigned bytes."""
-    images = np.frombuffer(
-        gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
-    )
-    labels = np.frombuffer(
-        gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-    )
-    return _dataset(images.reshape(-1, 28, 28), labels)
+    images = np.frombuffer(_published(folder, f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16)
+    labels = np.frombuffer(_published(folder, f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8)
+    return _dataset(images.reshape(-1, 28, 28), labels, ClassLabel(names=list(CLOTHES)))
 
 
-def _dataset(images: NDArray[np.generic], labels: NDArray[np.generic]) -> Dataset:
-    features = Features({"image": Array2D(images.shape[1:], "uint8"), "label": Value("int64")})
+def _published(folder: Path, name: str) -> bytes:
+    path = folder / f"{name}.gz"
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        raise SourceError(f"{path} is missing or damaged; install dataset-fashion-mnist again") from error
+    if (found := hashlib.sha256(content).hexdigest()) != FASHION_SHA256[name]:
+        wanted = FASHION_SHA256[name]
+        raise ChecksumError(f"{path} holds sha256 {found}, but {wanted} was published; do not trust it")
+    return content
+
+
+def _dataset(images: NDArray[np.generic], labels: NDArray[np.generic], label: ClassLabel | Value = _NUMBER) -> Dataset:
+    features = Features({"image": Array2D(images.shape[1:], "uint8"), "label": label})
     return Dataset.from_dict({"image": images.astype(np.uint8), "label": labels.astype(np.int64)}, features=features)

@@ -1,6 +1,7 @@
-"""Image models that do not come as safetensors, converted once into the cache."""
+"""Image models that do not come as safetensors, put once into the cache."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,13 +9,25 @@ from fedtune.errors import ChecksumError
 from fedtune.files import sha256
 from fedtune.home import cache
 from fedtune.models import own
+from fedtune.models.classifier import ImageClassifier
 from fedtune.models.efficientnet_lite import EfficientNetLite
 from fedtune.models.logistic import Logistic
+from fedtune.models.mobilenet_v2 import MobileNetV2
+from fedtune.models.mobilenet_v3 import MobileNetV3
+from fedtune.models.resnet import ResNet18
 from fedtune.samples import keep
 
-__all__ = ["from_published_lite0", "logistic"]
+__all__ = ["UNTRAINED", "from_published_lite0", "logistic", "untrained"]
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+UNTRAINED: dict[str, tuple[type[ImageClassifier], dict[str, Any]]] = {
+    "mobilenet-v2": (MobileNetV2, {}),
+    "mobilenet-v3-small": (MobileNetV3, {}),
+    "resnet18": (ResNet18, {}),
+    "resnet18-small": (ResNet18, {"small": True}),
+    "resnet18-narrow": (ResNet18, {"small": True, "width": 16}),
+}
+"""Nets whose weights no package ships, with their settings."""
 
 
 def from_published_lite0(file: Path) -> Path:
@@ -33,6 +46,14 @@ def logistic() -> Path:
     """The folder with an untrained logistic regression: all zero, with a head of two labels to be replaced."""
     folder = cache() / "image-models" / "logistic-28"
     keep(folder, lambda beside: own.save(Logistic(2), beside), "sample:logistic")
+    return folder
+
+
+def untrained(name: str) -> Path:
+    """The folder of a net whose weights every load draws from its own seed."""
+    model, settings = UNTRAINED[name]
+    folder = cache() / "image-models" / name
+    keep(folder, lambda beside: own.save_untrained(model.kind, settings, beside), f"sample:{name}")
     return folder
 
 

@@ -1,19 +1,14 @@
 """The image models defined here as a transformers model: ``save_pretrained`` ships the code beside the weights."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .classifier import ImageClassifier
-from .efficientnet_lite import EfficientNetLite
-from .logistic import Logistic
+from .kinds import KINDS
 
 __all__ = ["OwnConfig", "OwnForImageClassification"]
-
-_MODELS: dict[str, Callable[..., ImageClassifier]] = {model.kind: model for model in (EfficientNetLite, Logistic)}
 
 
 class OwnConfig(PretrainedConfig):
@@ -21,7 +16,7 @@ class OwnConfig(PretrainedConfig):
 
     model_type = "fedtune-image-classifier"
 
-    def __init__(self, kind: str = Logistic.kind, settings: dict[str, Any] | None = None, **others: Any) -> None:
+    def __init__(self, kind: str = "pixel-logistic", settings: dict[str, Any] | None = None, **others: Any) -> None:
         super().__init__(**others)
         self.kind = kind
         self.settings = settings or {}
@@ -36,7 +31,7 @@ class OwnForImageClassification(PreTrainedModel):
 
     def __init__(self, config: OwnConfig) -> None:
         super().__init__(config)
-        self.model = _MODELS[config.kind](config.num_labels, **config.settings)
+        self.model = KINDS[config.kind](config.num_labels, **config.settings)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:

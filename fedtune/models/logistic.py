@@ -7,27 +7,38 @@ from torch.nn import functional as F
 
 from .classifier import ImageClassifier
 
-__all__ = ["Logistic"]
+__all__ = ["GreyPixels", "Logistic"]
+
+
+class GreyPixels(nn.Module):
+    """Images scaled to side x side pixels, their channels averaged."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[n, c, h, w] -> [n, side * side]."""
+        grey, side = pixels.mean(dim=1, keepdim=True), (self.side, self.side)
+        if grey.shape[-2:] != side:
+            grey = F.interpolate(grey, size=side, mode="bilinear", antialias=True)
+        return grey.flatten(1)
 
 
 class Logistic(ImageClassifier):
-    """Images are scaled to side x side pixels and their channels averaged. The weights start at zero."""
+    """One linear layer on grey pixels. The weights start at zero."""
 
     kind: ClassVar[str] = "pixel-logistic"
     head: ClassVar[str] = "classifier"
+    supports_gradient_checkpointing: ClassVar[bool] = False
 
     def __init__(self, labels: int, side: int = 28) -> None:
         super().__init__(side=side)
-        self.side = side
+        self.pixels = GreyPixels(side)
         self.classifier = nn.Linear(side**2, labels)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """[n, c, h, w] -> [n, labels]."""
-        side = (self.side, self.side)
-        grey = pixels.mean(dim=1, keepdim=True)
-        if grey.shape[-2:] != side:
-            grey = F.interpolate(grey, size=side, mode="bilinear", antialias=True)
-        out: Tensor = self.classifier(grey.flatten(1))
-        return out
+    def stages(self) -> list[nn.Module]:
+        """The whole as one."""
+        return [nn.Sequential(self.pixels, self.classifier)]

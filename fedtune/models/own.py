@@ -1,8 +1,7 @@
 """Loading and saving the image models defined here: plain layers, read strictly from a folder of safetensors."""
 
 import json
-import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,18 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
+from fedtune.models.kinds import KINDS
 from fedtune.recipe import Model, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["for_transformers", "is_own", "load", "save"]
+__all__ = ["for_transformers", "is_own", "load", "save", "save_untrained"]
 
 _MODEL_TYPE = "fedtune-image-classifier"
 _INSIDE = "model."
 """Before every name in what was saved by transformers."""
-_KINDS = {
-    "efficientnet-lite": "fedtune.models.efficientnet_lite:EfficientNetLite",
-    "pixel-logistic": "fedtune.models.logistic:Logistic",
-}
+_UNTRAINED = "untrained"
 
 
 def is_own(location: str) -> bool:
@@ -40,7 +37,10 @@ def is_own(location: str) -> bool:
 def load(
     model: Model, folder: Path, task: Task, labels: Sequence[str], *, seed: int, quantised: bool
 ) -> ImageClassifier:
-    """The model in ``folder``; only its head may be new. Raises ModelError and SourceError as ``models.load`` does."""
+    """The model in ``folder``: a fitting head is kept, another drawn, and so is all of what is untrained.
+
+    Raises ModelError and SourceError as ``models.load`` does.
+    """
     config = _config(folder)
     kind: str = config["kind"]
     if task != "image-classification":
@@ -49,17 +49,22 @@ def load(
         raise ModelError(f"{model.source} is a {kind} model, which has no four-bit form; take lora in place of qlora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded: ImageClassifier = _class(kind)(len(labels), **config["settings"])
-    _fill(loaded, _tensors(folder, model.source), model.source)
+        loaded = KINDS[kind](len(labels), **config["settings"])
+    if not config.get(_UNTRAINED, False):
+        _fill(loaded, _tensors(folder, model.source), model.source)
     loaded.to(getattr(torch, model.dtype)).eval()
     return loaded
 
 
 def save(model: ImageClassifier, folder: Path) -> None:
     """Write config.json and the weights into a folder."""
-    config = {"model_type": _MODEL_TYPE, "kind": model.kind, "settings": model.settings}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _write_config(folder, model.kind, model.settings)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_untrained(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
+    """Write a config.json that has every load draw all weights from its seed."""
+    _write_config(folder, kind, settings, **{_UNTRAINED: True})
 
 
 def for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
@@ -73,9 +78,9 @@ def for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrain
     return made
 
 
-def _class(kind: str) -> type[Any]:
-    found: type[Any] = pkgutil.resolve_name(_KINDS[kind])
-    return found
+def _write_config(folder: Path, kind: str, settings: Mapping[str, Any], **more: Any) -> None:
+    config = {"model_type": _MODEL_TYPE, "kind": kind, "settings": dict(settings), **more}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where a model comes from: every source ends as a hub id or a folder that ``from_pretrained`` takes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedtune.errors import SourceError
@@ -65,5 +66,6 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "logistic": convert.logistic,
     "minilm": lambda: fetch("minilm"),
     "smollm2": lambda: _from_gguf(_file("smollm2")),
+    **{name: partial(convert.untrained, name) for name in convert.UNTRAINED},
 }
 _KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample}

@@ -11,6 +11,7 @@ layer falls back on its running statistics.
 Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167); the merge is the law of total variance.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -28,6 +29,7 @@ class LiveNorms(Technique):
 
     name: ClassVar[str] = "live-norm"
     trains: ClassVar[bool] = False
+    excludes: ClassVar[Mapping[str, str]] = {"checkpointing": "blocks that run again would count their batch twice"}
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Put a live norm in the place of each plain one; ModelError when the model has none."""

@@ -1,0 +1,16 @@
+"""The image models defined here by the name their configuration gives them."""
+
+from collections.abc import Callable
+
+from .classifier import ImageClassifier
+from .efficientnet_lite import EfficientNetLite
+from .logistic import Logistic
+from .mobilenet_v2 import MobileNetV2
+from .mobilenet_v3 import MobileNetV3
+from .resnet import ResNet18
+
+__all__ = ["KINDS"]
+
+KINDS: dict[str, Callable[..., ImageClassifier]] = {
+    model.kind: model for model in (EfficientNetLite, Logistic, MobileNetV2, MobileNetV3, ResNet18)
+}

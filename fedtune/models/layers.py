@@ -1,0 +1,56 @@
+"""Layers the image models share, and how a net without published weights is drawn."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+__all__ = ["GlobalMean", "conv_norm", "draw", "flat"]
+
+
+class GlobalMean(nn.Module):
+    """The mean over height and width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] -> [n, c]."""
+        return x.mean(dim=(2, 3))
+
+
+def conv_norm(
+    inputs: int,
+    outputs: int,
+    kernel: int = 1,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    activation: Callable[[], nn.Module] | None = None,
+) -> nn.Sequential:
+    """A convolution of [h, w] -> [ceil(h / stride), ceil(w / stride)], its norm, and an activation if any."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, norm(outputs), *([activation()] if activation else []))
+
+
+def flat(parts: nn.Sequential) -> list[nn.Module]:
+    """The layers in the order they are called, without the bundles they stand in."""
+    return [layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part])]
+
+
+def draw(model: nn.Module) -> None:
+    """Convolutions from He et al. 2015, "Delving Deep into Rectifiers", eq. 14; linear layers close to zero.
+
+    torchvision draws depthwise ones narrower, by its fan-out over all groups; under running statistics that nobody has
+    collected yet, the signal would fade.
+    """
+    model.apply(_draw)
+
+
+def _draw(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        fan_out = layer.weight[:, 0].numel() // layer.groups
+        nn.init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
+    elif isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=0.01)
+    else:
+        return
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,68 @@
+"""MobileNetV2, width 1.0: Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", table 2.
+
+Modules and the constants of the norms are those of torchvision, whose checkpoints it takes by name.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+from .classifier import ImageClassifier
+from .inverted_residual import InvertedResidual
+from .layers import GlobalMean, conv_norm, draw, flat
+
+__all__ = ["MobileNetV2", "V2Block"]
+
+# expansion, channels out, blocks, stride of the first block
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class V2Block(InvertedResidual):
+    """ReLU6 after the two inner convolutions; without the first of them where nothing is widened."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
+        super().__init__(adds_input=stride == 1 and inputs == outputs)
+        hidden = inputs * expansion
+        widen = [conv_norm(inputs, hidden, activation=nn.ReLU6)] if expansion > 1 else []
+        spread = conv_norm(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6)
+        self.conv = nn.Sequential(*widen, spread, *conv_norm(hidden, outputs))
+
+    def layers(self) -> list[nn.Module]:
+        """Widen, filter, narrow."""
+        return flat(self.conv)
+
+
+class MobileNetV2(ImageClassifier):
+    """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
+
+    kind: ClassVar[str] = "mobilenet-v2"
+    head: ClassVar[str] = "classifier.1"
+
+    def __init__(self, labels: int, dropout: float = 0.2) -> None:
+        super().__init__(dropout=dropout)
+        head = conv_norm(320, 1280, activation=nn.ReLU6)
+        self.features = nn.Sequential(conv_norm(3, 32, 3, 2, activation=nn.ReLU6), *_blocks(), head)
+        self.pool = GlobalMean()
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(1280, labels))
+        draw(self)
+
+    def stages(self) -> list[nn.Module]:
+        """Stem, 17 blocks, head convolution, classifier."""
+        return [*self.features, nn.Sequential(self.pool, *self.classifier)]
+
+
+def _blocks() -> list[V2Block]:
+    blocks, inputs = [], 32
+    for expansion, outputs, count, stride in STAGES:
+        for index in range(count):
+            blocks.append(V2Block(inputs, outputs, expansion, 1 if index else stride))
+            inputs = outputs
+    return blocks

@@ -1,0 +1,112 @@
+"""MobileNetV3-small, width 1.0: Howard et al. 2019, "Searching for MobileNetV3", table 2.
+
+Modules are those of torchvision, whose checkpoints it takes by name. With torchvision and against the table, the last
+convolution before the pooling has no squeeze-excite.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .classifier import ImageClassifier
+from .inverted_residual import InvertedResidual
+from .layers import GlobalMean, conv_norm, draw, flat
+
+__all__ = ["MobileNetV3", "SqueezeExcite", "V3Block"]
+
+# kernel, channels inside, channels out, squeeze-excite, activation, stride
+BLOCKS: tuple[tuple[int, int, int, bool, Callable[[], nn.Module], int], ...] = (
+    (3, 16, 16, True, nn.ReLU, 2),
+    (3, 72, 24, False, nn.ReLU, 2),
+    (3, 88, 24, False, nn.ReLU, 1),
+    (5, 96, 40, True, nn.Hardswish, 2),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 120, 48, True, nn.Hardswish, 1),
+    (5, 144, 48, True, nn.Hardswish, 1),
+    (5, 288, 96, True, nn.Hardswish, 2),
+    (5, 576, 96, True, nn.Hardswish, 1),
+    (5, 576, 96, True, nn.Hardswish, 1),
+)
+_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a gate in 0..1, from the means of all channels. Section 5.3, after Hu et al. 2018."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        squeezed = _divisible(channels // 4)
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.activation = nn.ReLU()
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+        self.scale_activation = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] -> [n, c, h, w]."""
+        squeezed = self.activation(self.fc1(x.mean(dim=(2, 3), keepdim=True)))
+        gate: Tensor = self.scale_activation(self.fc2(squeezed))
+        return x * gate
+
+
+class V3Block(InvertedResidual):
+    """Squeeze-excite, where there is one, before the channels are narrowed; widening only where the width changes."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        activation: Callable[[], nn.Module],
+        *,
+        squeezes: bool,
+    ) -> None:
+        super().__init__(adds_input=stride == 1 and inputs == outputs)
+        widen = [conv_norm(inputs, hidden, norm=_norm, activation=activation)] if hidden != inputs else []
+        spread = conv_norm(hidden, hidden, kernel, stride, groups=hidden, norm=_norm, activation=activation)
+        gate = [SqueezeExcite(hidden)] if squeezes else []
+        self.block = nn.Sequential(*widen, spread, *gate, conv_norm(hidden, outputs, norm=_norm))
+
+    def layers(self) -> list[nn.Module]:
+        """Widen, filter, weigh, narrow."""
+        return flat(self.block)
+
+
+class MobileNetV3(ImageClassifier):
+    """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
+
+    kind: ClassVar[str] = "mobilenet-v3-small"
+    head: ClassVar[str] = "classifier.3"
+
+    def __init__(self, labels: int, dropout: float = 0.2) -> None:
+        super().__init__(dropout=dropout)
+        stem = conv_norm(3, 16, 3, 2, norm=_norm, activation=nn.Hardswish)
+        head = conv_norm(96, 576, norm=_norm, activation=nn.Hardswish)
+        self.features = nn.Sequential(stem, *_blocks(), head)
+        self.pool = GlobalMean()
+        self.classifier = nn.Sequential(
+            nn.Linear(576, 1024), nn.Hardswish(), nn.Dropout(dropout), nn.Linear(1024, labels)
+        )
+        draw(self)
+
+    def stages(self) -> list[nn.Module]:
+        """Stem, 11 blocks, head convolution, classifier."""
+        return [*self.features, nn.Sequential(self.pool, *self.classifier)]
+
+
+def _blocks() -> list[V3Block]:
+    blocks, inputs = [], 16
+    for kernel, hidden, outputs, squeezes, activation, stride in BLOCKS:
+        blocks.append(V3Block(inputs, hidden, outputs, kernel, stride, activation, squeezes=squeezes))
+        inputs = outputs
+    return blocks
+
+
+def _divisible(channels: int) -> int:
+    """The nearest multiple of 8 that is at least 8 and not below nine tenths."""
+    rounded = max(8, (channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
