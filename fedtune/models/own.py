@@ -46,9 +46,7 @@ def load(
     if task != "image-classification":
         raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task}; choose another")
     if quantised:
-        raise ModelError(
-            f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora in place of qlora"
-        )
+        raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = KINDS[kind](len(labels), **config["settings"])
