@@ -53,7 +53,7 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive(reply(client, folder / "sent"), client, "phone", 0, SHAPES, None, folder)
+        _, sent = receive(reply(client, folder / "sent"), client, "phone", 0, SHAPES, {}, None, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)

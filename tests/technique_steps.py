@@ -41,6 +41,8 @@ def shake(model: nn.Module, names: list[str], seed: int = 5) -> None:
     random = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for name in names:
+        if name not in parameters:
+            continue  # a mask is no matter of degree
         parameters[name].data += 0.1 * torch.randn(parameters[name].shape, generator=random)
 
 

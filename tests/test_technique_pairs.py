@@ -25,6 +25,8 @@ from tests.technique_steps import shake
 from tests.tiny import a_training_recipe, few_texts
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
+    "dynamic-pruning": {"density": 0.9, "every": 1},
     "fused-head": {"chunk": 5},
     "lora": {"rank": 2, "dropout": 0.1},
     "meft": {"rank": 2},
@@ -40,23 +42,69 @@ NAMES = registry.names("fedtune.techniques")
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 
 CLASHES = {
+    **{
+        "+".join(sorted((name, "dynamic-pruning"))): "a mask is for weights that are trained"
+        for name in ("lora", "meft", "qlora")
+    },
+    **{
+        "+".join(sorted((name, "dynamic-pruning"))): "it trains everything under its masks"
+        for name in ("bias", "classifier", "full", "last-blocks", "mobiletl", "norm", "tinytl")
+    },
     "bias+classifier": "the head is trained beside biases anyway",
     "bias+full": "full trains biases among all the rest",
+    "bias+last-blocks": "it trains biases below the last blocks too",
+    "bias+mobiletl": "its frozen part has no gradients",
+    "bias+norm": "norm trains shifts beside scales anyway",
+    "bias+tinytl": "tinytl trains biases itself",
+    "checkpointing+last-blocks": "statistics would follow each batch twice",
+    "checkpointing+live-norm": "blocks that run again would count their batch twice",
     "checkpointing+meft": "reversible blocks keep nothing already",
+    "checkpointing+mobiletl": "statistics would follow each batch twice",
     "checkpointing+selective-recompute": "both decide what the same blocks keep",
     "classifier+full": "full trains the head among all the rest",
+    "classifier+last-blocks": "the head is trained beside the blocks anyway",
     "classifier+lora": "the head is trained beside a low-rank pair anyway",
+    "classifier+mobiletl": "the head is trained beside the blocks anyway",
+    "classifier+norm": "the head is trained beside norms anyway",
     "classifier+qlora": "the head is trained beside a low-rank pair anyway",
+    "classifier+tinytl": "the head is trained beside the branches anyway",
+    "full+last-blocks": "full trains the last blocks among all the rest",
     "full+lora": "full trains the weights that lora freezes",
+    "full+mobiletl": "its frozen part has no gradients",
+    "full+norm": "full trains norms among all the rest",
     "full+qlora": "full trains the weights that qlora freezes",
+    "full+tinytl": "full trains the blocks that tinytl freezes",
+    "last-blocks+lora": "low-rank pairs hide the convolutions that blocks are told by",
+    "last-blocks+mobiletl": "both train the last blocks",
+    "last-blocks+norm": "it trains norms below the last blocks too",
+    "last-blocks+qlora": "low-rank pairs hide the convolutions that blocks are told by",
+    "last-blocks+tinytl": "it trains branches below the last blocks too",
+    "live-norm+mobiletl": "its frozen part keeps its statistics",
+    "lora+mobiletl": "its frozen part has no gradients",
     "lora+qlora": "both put a low-rank pair beside the same layers",
+    "lora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
     "meft+selective-recompute": "reversible blocks keep nothing that could be recomputed",
+    "mobiletl+norm": "its frozen part has no gradients",
+    "mobiletl+qlora": "its frozen part has no gradients",
+    "mobiletl+tinytl": "its frozen part has no gradients",
+    "norm+tinytl": "tinytl freezes the scales of norms",
+    "qlora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
 }
 """Pairs that are refused on any model, and the reason."""
 
 MISFITS = {
     ("bert", "fused-head"): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
     ("opt", "classifier"): "trains a new head, which causal-language-modelling has not",
+    ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
+    ("bert", "live-norm"): "BertForSequenceClassification has no batch norm for live-norm to follow",
+    ("opt", "live-norm"): "OPTForCausalLM has no batch norm for live-norm to follow",
+    ("bert", "mobiletl"): "BertForSequenceClassification has no inverted residual blocks",
+    ("bert", "norm"): "BertForSequenceClassification has no batch norms to train",
+    ("bert", "tinytl"): "BertForSequenceClassification has no inverted residual blocks",
+    ("opt", "last-blocks"): "OPTForCausalLM has no inverted residual blocks",
+    ("opt", "mobiletl"): "OPTForCausalLM has no inverted residual blocks",
+    ("opt", "norm"): "OPTForCausalLM has no batch norms to train",
+    ("opt", "tinytl"): "OPTForCausalLM has no inverted residual blocks",
 }
 """Techniques that one of the models cannot carry, and the reason."""
 
@@ -72,7 +120,7 @@ def units(joined: str) -> list[Unit]:
 def reason(base: str, joined: str) -> str | None:
     """Why a pair is refused, or None."""
     unfit = [MISFITS[base, name] for name in joined.split("+") if (base, name) in MISFITS]
-    return CLASHES.get(joined, unfit[0] if unfit else None)
+    return CLASHES.get(joined, "|".join(unfit) or None)
 
 
 @pytest.fixture(scope="module")

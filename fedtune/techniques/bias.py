@@ -1,19 +1,26 @@
 """BitFit: only bias terms, and the new head of a classifier, are trained.
 
 What: every parameter named ``bias``, among them the shifts of normalisation layers.
-Saves: the inputs of all linear layers, which only weight gradients need; what non-linear functions keep, stays.
+Saves: the inputs of all linear layers, which only weight gradients need; what non-linear functions keep, stays. In a
+net of convolutions and batch norms next to everything: convolutions and norms keep nothing, ReLU and ReLU6 a bit per
+element, where PyTorch's own keep their whole inputs.
 Sends: one number per output channel, about 0.1 % of an encoder.
-Use when: uplink is the bottleneck and the model has biases (BERT, RoBERTa, GPT-2, OPT, ViT).
+Exactness: gradients are bit-equal to those of plain layers.
+Use when: uplink is the bottleneck and the model has biases (BERT, RoBERTa, GPT-2, OPT, ViT, nets with batch norms).
 Avoid when: the model has none to speak of (Llama and its kin); it is refused where there is not one.
-Source: Ben Zaken, Ravfogel and Goldberg, "BitFit" (arXiv 2106.10199), section 3.
+Source: Ben Zaken, Ravfogel and Goldberg, "BitFit" (arXiv 2106.10199), section 3; for convolutional nets: Cai et al.,
+"TinyTL" (arXiv 2007.11622), whose TinyTL-B it is but for the net's own norms.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from fedtune.recipe import Task
+from fedtune.techniques._recast import restore
+from fedtune.techniques._spare import has_batch_norms, spare_all
 from fedtune.techniques._technique import Technique, head_names, require
 
 __all__ = ["Bias"]
@@ -28,8 +35,20 @@ class Bias(Technique):
         "full": "full trains biases among all the rest",
     }
 
+    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Switch on the gradients of biases, then of the head."""
         require(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         if task != "causal-language-modelling":
             require(model, head_names(model))
+        if has_batch_norms(model) and not self.stored_activations:
+            spare_all(model)
+
+    def stored(self) -> "Bias":
+        """The same network, every activation stored."""
+        return self.model_copy(update={"stored_activations": True})
+
+    def fold(self, model: nn.Module) -> None:
+        """Put plain layers back around what was learned."""
+        restore(model)

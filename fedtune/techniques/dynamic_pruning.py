@@ -38,6 +38,7 @@ from fedtune.sparse import mask_name, masks
 from fedtune.techniques._extrusion import Extrusion, Layer, extrusion_rate, press
 from fedtune.techniques._layer_density import active_counts
 from fedtune.techniques._mask_moves import gathered, largest, moved, smallest_active
+from fedtune.techniques._normalised_conv import is_normalised
 from fedtune.techniques._own_moves import averaged, forms, move, told
 from fedtune.techniques._technique import Answer, Moment, Technique, require
 
@@ -155,9 +156,10 @@ class DynamicPruning(Technique):
         return False
 
     def fold(self, model: nn.Module) -> None:
-        """Take the masks off; the weights are zero where they were."""
+        """Take the masks off; the weights are zero where they were. Normalised weights need theirs to be folded."""
         for _, layer, _ in list(_masked(model)):
-            del layer.mask
+            if not is_normalised(layer):
+                del layer.mask
 
     def _moves(self, number: int) -> bool:
         return self.every is not None and number % self.every == 0 and number <= self.until

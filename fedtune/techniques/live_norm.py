@@ -33,7 +33,7 @@ class LiveNorms(Technique):
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Put a live norm in the place of each plain one; ModelError when the model has none."""
-        norms = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.BatchNorm2d]
+        norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
             raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
         for name, layer in norms:

@@ -1,0 +1,149 @@
+"""Finding a net's inverted residual blocks, and what lies before and behind them, by what it runs.
+
+A block widens its channels with a convolution of one pixel (or not), filters each channel by itself, may weigh the
+channels by a gate (squeeze-excite), and narrows them without an activation. Sandler et al., "MobileNetV2".
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.techniques._trace import Call, trace
+
+__all__ = ["Block", "Tail", "Top", "blocks", "top"]
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.GELU)
+
+_LETTERS: dict[type[nn.Module], str] = {nn.BatchNorm2d: "N", nn.Linear: "L", **dict.fromkeys(_ACTIVATIONS, "A")}
+
+_BLOCK = re.compile(r"(?P<widen>PNA)?o*(?P<filter>DNA)(?P<gate>o*[PL]A[PL]A)?o*(?P<narrow>PN)o*")
+"""A block's layers in the letters of ``_letter``."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Names of a block's layers: its ``inner`` norms stand before activations, the ``last`` one does not."""
+
+    name: str
+    convolutions: tuple[str, ...]
+    inner: tuple[str, ...]
+    activations: tuple[str, ...]
+    gate: tuple[str, ...]
+    last: str
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Names of what runs behind the last block: up to the pooling, as a rule one of each; dropouts to the end."""
+
+    convolutions: tuple[str, ...]
+    norms: tuple[str, ...]
+    activations: tuple[str, ...]
+    dropouts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Top:
+    """The last blocks of a net, the modules that run one after the other before them, and the tail behind."""
+
+    before: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    tail: Tail
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """A net's inverted residual blocks in the order they run; ModelError where there is none."""
+    return [block for _, block in _found(model, _traced(model))]
+
+
+def top(model: nn.Module, count: int) -> Top:
+    """A net cut below its last ``count`` blocks; ModelError where it has not as many or cannot be cut there."""
+    calls = _traced(model)
+    found = _found(model, calls)
+    if count > len(found):
+        raise ModelError(f"{type(model).__name__} has {len(found)} inverted residual blocks, not {count}; take fewer")
+    chosen = found[-count:]
+    before = tuple(_chain(model, calls, chosen[0][0]))
+    return Top(before, tuple(block for _, block in chosen), _tail(calls, chosen[-1][0]))
+
+
+def _traced(model: nn.Module) -> list[Call]:
+    """What the model runs; a model that filters no channel by itself is not even tried."""
+    if not any(_letter(module) == "D" for module in model.modules()):
+        raise ModelError(f"{_nothing(model)}: no convolution filters each channel by itself; choose full or lora")
+    return trace(model)
+
+
+def _nothing(model: nn.Module) -> str:
+    return f"{type(model).__name__} has no inverted residual blocks"
+
+
+def _found(model: nn.Module, calls: Sequence[Call]) -> list[tuple[Call, Block]]:
+    """Outermost modules that run just what a block is."""
+    found: list[tuple[Call, Block]] = []
+    for call in calls:
+        inside_one = any(call.inside(other) for other, _ in found)
+        block = None if inside_one or _is_leaf(call) else _block(call, [one for one in calls if one.inside(call)])
+        if block is not None:
+            found.append((call, block))
+    if not found:
+        raise ModelError(f"{_nothing(model)}: none of its modules widens, filters and narrows; choose full or lora")
+    return found
+
+
+def _block(call: Call, inside: Sequence[Call]) -> Block | None:
+    leaves = [one for one in inside if _is_leaf(one)]
+    match = _BLOCK.fullmatch("".join(_letter(leaf.module) for leaf in leaves))
+    if match is None:
+        return None
+    names = [leaf.name for leaf in leaves]
+    widen, deep, gate, narrow = (names[slice(*match.span(part))] for part in ("widen", "filter", "gate", "narrow"))
+    return Block(
+        call.name,
+        convolutions=(*widen[:1], deep[0], narrow[0]),
+        inner=(*widen[1:2], deep[1]),
+        activations=(*widen[2:], deep[2]),
+        gate=tuple(gate),
+        last=narrow[1],
+    )
+
+
+def _letter(layer: nn.Module) -> str:
+    """D: filters each channel by itself, P: mixes them pixel by pixel, C: another convolution, N, A, L, or o."""
+    if isinstance(layer, nn.Conv2d):
+        if 1 < layer.groups == layer.in_channels == layer.out_channels:
+            return "D"
+        return "P" if layer.groups == 1 and layer.kernel_size == (1, 1) else "C"
+    return next((letter for kind, letter in _LETTERS.items() if isinstance(layer, kind)), "o")
+
+
+def _is_leaf(call: Call) -> bool:
+    return not any(True for _ in call.module.children())
+
+
+def _chain(model: nn.Module, calls: Sequence[Call], end: Call) -> Iterator[str]:
+    """Outermost modules that pass the picture on, one to the next, until it is what ``end`` takes."""
+    passed, now = calls[0].taken, -1
+    while passed is not end.taken:
+        able = (call for call in calls if call.begin > now and call.end < end.begin and call.taken is passed)
+        call = next(able, None)
+        if call is None:
+            raise ModelError(
+                f"{type(model).__name__} does more than run modules before {end.name}; choose full or lora"
+            )
+        yield call.name
+        passed, now = call.given, call.end
+
+
+def _tail(calls: Sequence[Call], last: Call) -> Tail:
+    leaves = [call for call in calls if call.begin > last.end and _is_leaf(call)]
+    map_layers = list(takewhile(lambda leaf: _letter(leaf.module) in "CDPNA", leaves))
+    convolutions, norms, activations = (
+        tuple(leaf.name for leaf in map_layers if _letter(leaf.module) in letters) for letters in ("CDP", "N", "A")
+    )
+    dropouts = tuple(leaf.name for leaf in leaves if isinstance(leaf.module, nn.Dropout))
+    return Tail(convolutions, norms, activations, dropouts)

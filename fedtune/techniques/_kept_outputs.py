@@ -1,0 +1,51 @@
+"""Outputs of a frozen net on the device's disk, one file per example, found by the example's pixels."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedtune.files import write
+from fedtune.home import cache
+
+__all__ = ["KeptOutputs"]
+
+
+class KeptOutputs:
+    """A folder for one net in one arithmetic; a file that is damaged counts as none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module]) -> Self:
+        """The place for what these modules give, by their make and their weights."""
+        tensors = (tensor for module in modules for tensor in module.state_dict().values())
+        return cls(cache() / "outputs" / _digest(tensors, repr(modules)))
+
+    def read(self, x: Tensor) -> Tensor | None:
+        """What was kept for one example's pixels [1, c, h, w]."""
+        try:
+            return safetensors.torch.load(self._path(x).read_bytes())["output"]
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, x: Tensor, output: Tensor) -> None:
+        """Keep an example's output; StoreError when the disk is full."""
+        write(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
+
+    def _path(self, x: Tensor) -> Path:
+        """The number of threads may change the order of sums, and so the last bit."""
+        return self.folder / f"{_digest([x], f'{tuple(x.shape)} {torch.get_num_threads()}')}.safetensors"
+
+
+def _digest(tensors: Iterable[Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""Convolutions that keep their input only for the gradient of their own weight, and then without its padding.
+
+PyTorch's own keeps the input whenever the gradient passes through it, though a frozen weight needs none of it; and
+where rows of zeros are put around the map beforehand, it keeps the larger map: 7 x 7 for 3 x 3.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedtune.models.efficientnet_lite import SameConv2d
+from fedtune.techniques._recast import Restorable, recast
+
+__all__ = ["LeanConv2d", "LeanSameConv2d", "lean"]
+
+
+class LeanConv2d(nn.Conv2d, Restorable):
+    """A convolution of zero padding on both sides alike."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
+        """[n, c, h, w] -> [n, c', h', w'], bit-equal to the plain layer, gradients too."""
+        return _convolve(self, input, (0, 0, 0, 0))
+
+    def plain(self) -> nn.Conv2d:
+        """The convolution it was."""
+        return recast(self, nn.Conv2d)
+
+
+class LeanSameConv2d(SameConv2d, Restorable):
+    """A convolution padded as TensorFlow's "same"."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
+        """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)], bit-equal to the plain layer."""
+        return _convolve(self, input, self.margins(*input.shape[-2:]))
+
+    def plain(self) -> SameConv2d:
+        """The convolution it was."""
+        return recast(self, SameConv2d)
+
+
+def lean(convolution: nn.Module) -> nn.Module:
+    """A convolution that keeps what it must; as it is where it does so already, or is none that is known."""
+    if type(convolution) is SameConv2d:
+        keeps_more = convolution.stride != (1, 1) or not convolution.weight.requires_grad
+        return recast(convolution, LeanSameConv2d) if keeps_more else convolution
+    if type(convolution) is nn.Conv2d and not convolution.weight.requires_grad:
+        known = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+        return recast(convolution, LeanConv2d) if known else convolution
+    return convolution
+
+
+class _Geometry(NamedTuple):
+    """How a convolution lies on its input; ``margins`` are left, right, top, bottom."""
+
+    margins: tuple[int, int, int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def _convolve(layer: nn.Conv2d, x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
+    assert not isinstance(layer.padding, str)
+    geometry = _Geometry(margins, layer.stride, layer.padding, layer.dilation, layer.groups)
+    out: Tensor = _Convolution.apply(x, layer.weight, layer.bias, geometry)
+    return out
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the weight, which the layer holds anyway, and x where the weight's gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.geometry, ctx.size = geometry, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.conv2d(_padded(x, geometry.margins), weight, bias, *geometry[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """PyTorch's own backward pass; an input it does not read is told by its shape alone."""
+        [g] = gradients
+        x, weight = ctx.saved_tensors
+        (left, right, top, bottom), *lie, groups = ctx.geometry
+        n, c, h, w = ctx.size
+        wide = (n, c, top + h + bottom, left + w + right)
+        seen = g.new_empty(1).expand(wide) if x is None else _padded(x, ctx.geometry.margins)
+        wanted = list(ctx.needs_input_grad[:3])
+        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            g, seen, weight, [len(weight)], *lie, False, [0, 0], groups, wanted
+        )
+        return _padded(by_x, (-left, -right, -top, -bottom)) if wanted[0] else None, by_weight, by_bias, None
+
+
+def _padded(x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
+    return F.pad(x, margins) if any(margins) else x

@@ -1,0 +1,49 @@
+"""Dropout that keeps one bit per element, where PyTorch keeps a factor of 0 or 1 / (1 - p)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedtune.techniques._bits import pack, unpack
+from fedtune.techniques._recast import Restorable, recast
+
+__all__ = ["LeanDropout", "lean_dropout"]
+
+
+class LeanDropout(nn.Dropout, Restorable):
+    """It draws the same numbers, so that nothing else changes; never in place."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Dropout gives it
+        """Of any shape."""
+        out: Tensor = _Dropout.apply(input, self.p) if self.training and 0 < self.p < 1 else super().forward(input)
+        return out
+
+    def plain(self) -> nn.Dropout:
+        """The dropout it was."""
+        return recast(self, nn.Dropout)
+
+
+def lean_dropout(layer: nn.Module) -> nn.Module:
+    """Dropout of that kind; other layers as they are."""
+    return recast(layer, LeanDropout) if type(layer) is nn.Dropout else layer
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        factor = F.dropout(torch.ones_like(x), p, training=True)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(pack(factor != 0))
+            ctx.p = p
+        return x * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        [g] = gradients
+        [bits] = ctx.saved_tensors
+        factor = unpack(bits, g.numel()).view(g.shape).to(g.dtype).div_(1 - ctx.p)
+        return g * factor, None

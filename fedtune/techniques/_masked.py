@@ -1,0 +1,87 @@
+"""Activations that keep one bit per element for the backward pass, where PyTorch keeps their whole input.
+
+The gradient of ReLU and ReLU6 is g or 0, so one bit says all of it. That of hard-swish is not; MobileTL takes
+g * 1[x >= 0] in its place and, as published, for ReLU6 too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedtune.techniques._bits import pack, unpack
+from fedtune.techniques._recast import Restorable
+
+__all__ = ["EXACT", "SIGNED", "Masked", "Rule", "masked"]
+
+
+class Rule(NamedTuple):
+    """A function, and where its gradient passes: a bool of x's shape."""
+
+    function: Callable[[Tensor], Tensor]
+    passes: Callable[[Tensor], Tensor]
+
+
+def _above_zero(x: Tensor) -> Tensor:
+    return ~(x <= 0)  # where x is not a number, autograd lets the gradient through
+
+
+def _inside(x: Tensor) -> Tensor:
+    return (x > 0) & (x < 6)
+
+
+def _not_negative(x: Tensor) -> Tensor:
+    return x >= 0
+
+
+EXACT: Mapping[type[nn.Module], Rule] = {nn.ReLU: Rule(F.relu, _above_zero), nn.ReLU6: Rule(F.relu6, _inside)}
+"""The gradients of autograd, to the bit."""
+
+SIGNED: Mapping[type[nn.Module], Rule] = {
+    nn.ReLU6: Rule(F.relu6, _not_negative),
+    nn.Hardswish: Rule(F.hardswish, _not_negative),
+}
+"""MobileTL's approximation: the sign of x."""
+
+
+class Masked(Restorable):
+    """An activation in whose backward pass the gradient passes or does not."""
+
+    def __init__(self, activation: nn.Module, rule: Rule) -> None:
+        super().__init__()
+        self.activation, self.rule = activation, rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape; the function itself is not approximated."""
+        out: Tensor = _Masked.apply(x, self.rule)
+        return out
+
+    def plain(self) -> nn.Module:
+        """The activation it was."""
+        return self.activation
+
+
+def masked(activation: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> nn.Module:
+    """An activation with the rule of its kind; one without a rule as it is."""
+    rule = rules.get(type(activation))
+    return activation if rule is None else Masked(activation, rule)
+
+
+class _Masked(torch.autograd.Function):
+    """Keeps a packed mask, ceil(elements / 8) bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: Rule) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(pack(rule.passes(x)))
+        return rule.function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        [g] = gradients
+        [bits] = ctx.saved_tensors
+        return g.masked_fill(~unpack(bits, g.numel()).view(g.shape), 0), None

@@ -1,0 +1,61 @@
+"""The frozen lower part of a net, run without a graph and a few examples at a time: its large maps never pile up."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.techniques._kept_outputs import KeptOutputs
+from fedtune.techniques._recast import StandIn
+
+__all__ = ["run_apart"]
+
+
+def run_apart(model: nn.Module, names: Sequence[str], rows: int, *, keep: bool) -> None:
+    """Let the first of the named modules run all of them, ``rows`` examples at a time; the others pass on.
+
+    With ``keep`` what comes out is stored on disk, example by example, and never computed twice.
+    """
+    modules = [model.get_submodule(name) for name in names]
+    if modules:
+        kept = KeptOutputs.of(modules) if keep else None
+        _Prefix(modules, rows, kept).stand_in(modules[0])
+    for module in modules[1:]:
+        _Passed().stand_in(module)
+
+
+class _Prefix(StandIn):
+    """The modules one after the other, each by its own function or by what stood in for it before."""
+
+    def __init__(self, modules: Sequence[nn.Module], rows: int, kept: KeptOutputs | None) -> None:
+        self.modules, self.rows, self.kept = modules, rows, kept
+        self.others = [vars(module).get("forward") for module in modules]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pixels [n, 3, h, w] -> [n, c, h', w']."""
+        run = self._run if self.kept is None else self._run_or_read
+        return torch.cat([run(piece) for piece in x.split(self.rows)])
+
+    def _run(self, x: Tensor) -> Tensor:
+        """In evaluation mode whatever the model's own is: no dropout, no batch statistics."""
+        for module, other in zip(self.modules, self.others, strict=True):
+            module.eval()
+            x = type(module).forward(module, x) if other is None else other(x)
+        return x
+
+    def _run_or_read(self, x: Tensor) -> Tensor:
+        assert self.kept is not None
+        found = self.kept.read(x)
+        if found is None:
+            found = self._run(x)
+            self.kept.write(x, found)
+        return found
+
+
+class _Passed(StandIn):
+    """A module that another one ran already."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Its input."""
+        return x

@@ -1,0 +1,105 @@
+"""A tensor of which only the entries of largest size are stored, with their places at the cheapest price.
+
+Of each row of w entries floor((1 - prune) w) are kept, at least one; of equals the first. With r the share kept, an
+entry costs r times the value's size, and 1/8 byte for a bitmap or r times an index's size for a list: what is less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.techniques import _bits
+from fedtune.techniques._largest import WHOLE_NUMBERS, largest
+
+__all__ = ["Layout", "Packed", "Rule", "kept_of", "pack", "unpack"]
+
+_HALF_MAX = 65504.0
+"""The largest number of half precision."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is stored: the share ``prune`` of each row is not, ``half`` are the values, ``centre`` the last dimension.
+
+    Values too large for half precision keep the whole tensor in its own.
+    """
+
+    prune: float
+    half: bool = False
+    centre: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What it takes, beside the stored tensors, to make the dense one again; ``width`` is the length of a row."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    width: int
+    places: Literal["all", "bitmap", "list"]
+    centred: bool
+
+
+class Packed(NamedTuple):
+    """Stored tensors: values, then their places unless all are stored, then the means if they were taken out."""
+
+    tensors: tuple[Tensor, ...]
+    layout: Layout
+
+
+def kept_of(width: int, prune: float) -> int:
+    """floor((1 - prune) width), at least 1, for the decimal number that ``prune`` is written as."""
+    return max(1, int((1 - Fraction(str(prune))) * width))
+
+
+@torch.no_grad()
+def pack(x: Tensor, rule: Rule, width: int) -> Packed:
+    """Prune a tensor whose number of entries is a multiple of ``width``; one that is kept whole is only referred to."""
+    keep = kept_of(width, rule.prune)
+    centred = rule.centre and (keep < width or rule.half)
+    means = [x.reshape(-1, x.shape[-1]).mean(0)] if centred else []
+    taken = x - means[0] if centred else x.detach()
+    if keep == width:
+        return Packed((_narrow(taken, rule), *means), Layout(x.shape, x.dtype, width, "all", centred))
+    rows = taken.reshape(-1, width)
+    mask = largest(rows, keep)
+    values = _narrow(rows.masked_select(mask), rule)
+    places, kind = _places(mask, keep)
+    return Packed((values, places, *means), Layout(x.shape, x.dtype, width, kind, centred))
+
+
+@torch.no_grad()
+def unpack(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
+    """The dense tensor, zero where nothing was stored, with its means put back."""
+    values = tensors[0].to(layout.dtype)
+    dense = values if layout.places == "all" else _spread(values, tensors[1], layout)
+    return dense + tensors[-1] if layout.centred else dense
+
+
+def _narrow(values: Tensor, rule: Rule) -> Tensor:
+    """Values in half precision where that is asked for, saves something and holds them all."""
+    fits = rule.half and values.element_size() > 2 and bool((values.abs() <= _HALF_MAX).all())
+    return values.half() if fits else values
+
+
+def _places(mask: Tensor, keep: int) -> tuple[Tensor, Literal["bitmap", "list"]]:
+    """The places of ``keep`` entries per row [n, width]: one bit per entry, or each one's index in its row."""
+    rows, width = mask.shape
+    size = next(size for size, kind in WHOLE_NUMBERS.items() if width - 1 <= torch.iinfo(kind).max)
+    if -(-mask.numel() // 8) <= rows * keep * size:
+        return _bits.pack(mask), "bitmap"
+    return mask.nonzero()[:, 1].to(WHOLE_NUMBERS[size]), "list"
+
+
+def _spread(values: Tensor, places: Tensor, layout: Layout) -> Tensor:
+    """Values at their places among zeros."""
+    dense = values.new_zeros(layout.shape)
+    if layout.places == "bitmap":
+        return dense.masked_scatter_(_bits.unpack(places, dense.numel()).view(layout.shape), values)
+    rows = dense.view(-1, layout.width)
+    rows.scatter_(1, places.view(len(rows), -1).long(), values.view(len(rows), -1))
+    return dense

@@ -1,0 +1,232 @@
+"""Linear layers and convolutions that store their input pruned; outputs are those of the dense layer to the bit.
+
+With x_hat the pruned input, a linear layer's weight gradient is g^T x_hat; those by the input and by the bias need W
+and g alone and stay exact. A frozen layer stores nothing. Layers stay what they are but for the function they call.
+"""
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedtune.techniques._pruned import Layout, Packed, Rule, pack, unpack
+
+__all__ = [
+    "Geometry",
+    "Keeping",
+    "Latest",
+    "Padded",
+    "attach",
+    "convolve",
+    "convolve_backward",
+    "detach",
+    "geometry_of",
+]
+
+_Pair = tuple[int, ...]
+
+
+@runtime_checkable
+class Padded(Protocol):
+    """A convolution that puts other margins around its input than ``padding``."""
+
+    def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Zeros at the left, right, top and bottom."""
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input, ``margins`` of zeros around it first, and how that lies in memory."""
+
+    margins: _Pair
+    stride: _Pair
+    padding: _Pair
+    dilation: _Pair
+    groups: int
+    order: torch.memory_format
+
+
+class _Entry(NamedTuple):
+    """What is stored of a tensor; ``key`` tells its state and how it was pruned."""
+
+    tensor: weakref.ref[Tensor]
+    key: tuple[int, Rule, int]
+    packed: Packed
+
+
+class Latest:
+    """The two inputs stored last: layers given the same tensor share what is stored of it.
+
+    Two, since a block's shortcut reads what its first layer read; no more, since whoever makes activations again keeps
+    inputs alive for longer than what is stored of them.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Latest, ()
+
+    def clear(self) -> None:
+        """Let go of them."""
+        self._entries.clear()
+
+    def pack(self, x: Tensor, rule: Rule, width: int) -> Packed:
+        """``x`` as it is stored; it is pruned unless it was before, and nobody wrote into it since."""
+        key = (x._version, rule, width)
+        known = next((one.packed for one in self._entries if one.tensor() is x and one.key == key), None)
+        if known is None:
+            known = pack(x, rule, width)
+            self._entries = [*self._entries[-1:], _Entry(weakref.ref(x, self._forget), key, known)]
+        return known
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        self._entries = [one for one in self._entries if one.tensor is not gone]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a model's layers store their inputs; ``rows`` are tokens of linear layers and pictures of convolutions."""
+
+    rule: Rule
+    rows: bool
+    latest: Latest
+
+    def pack(self, x: Tensor, row: int) -> Packed:
+        """``x`` as it is stored; ``row`` entries make a token or a picture."""
+        return self.latest.pack(x, self.rule, row if self.rows else x.numel())
+
+
+def attach(model: nn.Module, linear: Keeping, convolution: Keeping) -> int:
+    """Let layers store their inputs pruned, and say how many; a low-rank pair's second half reads next to nothing."""
+    detach(model)  # a layer that was made over carries what was bound to the one before
+    count = 0
+    for name, layer in model.named_modules():
+        if "forward" not in vars(layer) and ".lora_B." not in name:
+            if type(layer).forward is nn.Linear.forward:
+                vars(layer)["forward"] = partial(_linear, layer, linear)
+            elif isinstance(layer, nn.Conv2d) and fits(layer):
+                vars(layer)["forward"] = partial(_convolution, layer, convolution)
+        count += _is_ours(layer)
+    return count
+
+
+def detach(model: nn.Module) -> None:
+    """Let layers call what their class defines again."""
+    for layer in model.modules():
+        if _is_ours(layer):
+            del vars(layer)["forward"]
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    return getattr(vars(layer).get("forward"), "func", None) in (_linear, _convolution)
+
+
+def fits(layer: nn.Conv2d) -> bool:
+    """Whether the layer convolves as its fields say: zeros around the input, then a plain convolution."""
+    known = type(layer).forward is nn.Conv2d.forward or isinstance(layer, Padded)
+    return known and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _linear(layer: nn.Linear, keeping: Keeping, x: Tensor) -> Tensor:
+    """[..., inputs] -> [..., outputs]."""
+    if not (layer.training and torch.is_grad_enabled() and layer.weight.requires_grad):
+        return F.linear(x, layer.weight, layer.bias)
+    kept, layout = keeping.pack(x, x.shape[-1])
+    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, layout, *kept)
+    return out
+
+
+def _convolution(layer: nn.Conv2d, keeping: Keeping, x: Tensor) -> Tensor:
+    """[n, c, h, w] -> [n, c', h', w'], as the layer's class does it."""
+    if not (layer.training and torch.is_grad_enabled()):
+        return type(layer).forward(layer, x)
+    if x.dim() == 3:
+        return _convolution(layer, keeping, x[None])[0]
+    kept, layout = keeping.pack(x, x[0].numel()) if layer.weight.requires_grad else ((), None)
+    out: Tensor = _Convolution.apply(x, layer.weight, layer.bias, geometry_of(layer, x), layout, *kept)
+    return out
+
+
+def geometry_of(layer: nn.Conv2d, x: Tensor) -> Geometry:
+    """The geometry for an input [n, c, h, w]."""
+    assert not isinstance(layer.padding, str)
+    margins = layer.margins(x.shape[-2], x.shape[-1]) if isinstance(layer, Padded) else ()
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    order = torch.channels_last if last else torch.contiguous_format
+    return Geometry(margins if any(margins) else (), layer.stride, layer.padding, layer.dilation, layer.groups, order)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
+    """[n, c, h, w] -> [n, c', h', w']."""
+    padded = F.pad(x, how.margins) if how.margins else x
+    return F.conv2d(padded, weight, bias, how.stride, how.padding, how.dilation, how.groups)
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by input, weight and bias as far as ``wanted``; the values of ``x`` matter to the weight's alone."""
+    ordered = x.contiguous(memory_format=how.order)
+    padded = F.pad(ordered, how.margins) if how.margins else ordered
+    by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+        grad, padded, weight, [len(weight)], how.stride, how.padding, how.dilation, False, (0, 0), how.groups, wanted
+    )
+    if wanted[0] and how.margins:
+        by_x = F.pad(by_x, [-margin for margin in how.margins])
+    return by_x, by_weight, by_bias
+
+
+class _Linear(torch.autograd.Function):
+    """Stores what ``kept`` is given as."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *kept: Tensor) -> Tensor:
+        ctx.layout = layout
+        ctx.save_for_backward(weight, *kept)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        by_x, _, by_bias = ctx.needs_input_grad[:3]
+        grad = gradients[0].reshape(-1, len(weight))
+        x_hat = unpack(kept, ctx.layout).reshape(-1, weight.shape[1])
+        return (
+            (grad @ weight).view(ctx.layout.shape) if by_x else None,
+            grad.t() @ x_hat,
+            grad.sum(0) if by_bias else None,
+            *(None,) * (1 + len(kept)),
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    """Stores what ``kept`` is given as: nothing where the weight is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        how: Geometry,
+        layout: Layout | None,
+        *kept: Tensor,
+    ) -> Tensor:
+        ctx.how, ctx.layout, ctx.shape = how, layout, x.shape
+        ctx.save_for_backward(weight, *kept)
+        return convolve(x, weight, bias, how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        [grad] = gradients
+        x_hat = grad.new_empty(ctx.shape) if ctx.layout is None else unpack(kept, ctx.layout)
+        found = convolve_backward(grad, x_hat, weight, ctx.how, ctx.needs_input_grad[:3])
+        return (*found, *(None,) * (2 + len(kept)))

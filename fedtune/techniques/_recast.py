@@ -1,0 +1,57 @@
+"""A layer made over as another class around the same parameters and buffers, put in its place and taken out again."""
+
+from collections.abc import Callable
+from copy import copy
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from fedtune.techniques._live_norm import LiveNorm
+
+__all__ = ["Restorable", "StandIn", "recast", "replace", "restore"]
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+
+class Restorable(nn.Module):
+    """Mixed into a layer that took a plain one's place under its name."""
+
+    def plain(self) -> nn.Module:
+        """The plain layer again, around the same parameters and buffers."""
+        raise NotImplementedError
+
+
+class StandIn:
+    """What is called in place of a module's own ``forward``: an object, so that the module still pickles."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the module gives."""
+        raise NotImplementedError
+
+    def stand_in(self, module: nn.Module) -> None:
+        """Take the place."""
+        vars(module)["forward"] = self
+
+
+def recast(layer: nn.Module, kind: type[_Kind]) -> _Kind:
+    """What ``layer`` holds as a module of another class, which needs no attributes but those."""
+    made = kind.__new__(kind)
+    vars(made).update({name: copy(held) if isinstance(held, dict) else held for name, held in vars(layer).items()})
+    return made
+
+
+def replace(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put what ``make`` gives for the named layer in its place, in the same mode."""
+    layer = model.get_submodule(name)
+    made = make(layer)
+    if made is not layer:
+        model.set_submodule(name, made.train(layer.training))
+
+
+def restore(model: nn.Module) -> None:
+    """Put plain layers back wherever one was replaced, and modules' own functions."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(vars(layer).get("forward"), StandIn):
+            del vars(layer)["forward"]
+        if isinstance(layer, Restorable | LiveNorm):
+            model.set_submodule(name, layer.plain().train(layer.training))

@@ -1,0 +1,58 @@
+"""A batch norm of frozen statistics and scale, which keeps nothing for the backward pass.
+
+With a = scale / sqrt(variance + eps) it is y = a x + (shift - a mean): the gradient of the shift is the sum of g over
+examples and pixels, that of x is a g, and neither needs x. PyTorch's own norm keeps x all the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedtune.techniques._recast import Restorable, recast
+
+__all__ = ["ShiftNorm", "shift_norm"]
+
+
+class ShiftNorm(nn.BatchNorm2d, Restorable):
+    """Its statistics stay in training too; a scale that is trained needs the input, which is then kept."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.BatchNorm2d gives it
+        """[n, c, h, w] -> [n, c, h, w], bit-equal to the norm in evaluation mode, gradients too."""
+        if self.weight.requires_grad:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        out: Tensor = _Shift.apply(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        return out
+
+    def plain(self) -> nn.BatchNorm2d:
+        """The batch norm it was."""
+        return recast(self, nn.BatchNorm2d)
+
+
+def shift_norm(norm: nn.Module) -> nn.Module:
+    """A norm as ShiftNorm; one without parameters or statistics, or of another kind, as it is."""
+    able = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
+    return recast(norm, ShiftNorm) if able and type(norm) is nn.BatchNorm2d else norm
+
+
+class _Shift(torch.autograd.Function):
+    """Keeps its parameters and statistics, which the layer holds anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(weight, mean, var)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """PyTorch's own backward pass, for its very bits: with the scale's gradient masked out it never reads x."""
+        [g] = gradients
+        of_x, of_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        by_x, _, by_shift = torch.ops.aten.native_batch_norm_backward(
+            g, g, *ctx.saved_tensors, None, None, False, ctx.eps, [of_x, False, of_shift]
+        )
+        return by_x if of_x else None, None, by_shift if of_shift else None, None, None, None

@@ -1,0 +1,45 @@
+"""MobileNets of transformers put TensorFlow's padding around a map before each convolution; here the convolution does
+it itself, and so need not keep the larger map."""
+
+from torch import Tensor, nn
+
+from fedtune.techniques._lean_conv import LeanSameConv2d
+from fedtune.techniques._recast import StandIn, recast
+
+__all__ = ["TfConv2d", "pad_inside"]
+
+
+class TfConv2d(LeanSameConv2d):
+    """A convolution that was given a padded map."""
+
+    def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Rows and columns of zeros: left, right, top, bottom."""
+        (left, right), (top, bottom) = self._missing(width), self._missing(height)
+        down, across = self.dilation
+        return left * across, right * across, top * down, bottom * down
+
+    def plain(self) -> nn.Conv2d:  # type: ignore[override]
+        """The convolution for maps that are padded before."""
+        return recast(self, nn.Conv2d)
+
+
+class _InARow(StandIn):
+    """A convolution, its norm and its activation, without the padding in between."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)]."""
+        for part in self.layer.children():
+            x = part(x)
+        return x
+
+
+def pad_inside(model: nn.Module) -> None:
+    """Let the convolutions of such layers pad."""
+    for layer in list(model.modules()):
+        convolution = getattr(layer, "convolution", None)
+        if getattr(getattr(layer, "config", None), "tf_padding", False) and type(convolution) is nn.Conv2d:
+            layer.add_module("convolution", recast(convolution, TfConv2d).train(convolution.training))
+            _InARow(layer).stand_in(layer)

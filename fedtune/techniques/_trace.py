@@ -1,0 +1,84 @@
+"""What a net runs, in order: its modules that turn one tensor into another, seen on a blank picture."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+
+__all__ = ["Call", "trace"]
+
+_SIDE = 64
+"""Pixels of the picture's side."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that ran from one moment to another."""
+
+    name: str
+    module: nn.Module
+    taken: Tensor
+    given: Tensor
+    begin: int
+    end: int
+
+    def inside(self, other: "Call") -> bool:
+        """Whether the other was running when it ran."""
+        return other.begin < self.begin and self.end < other.end
+
+
+@dataclass
+class _Recorder:
+    clock: Iterator[int] = field(default_factory=count)
+    begun: list[int] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def begin(self, *_: Any) -> None:
+        self.begun.append(next(self.clock))
+
+    def end(self, name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        begin, end = self.begun.pop(), next(self.clock)
+        if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+            self.calls.append(Call(name, module, args[0], out, begin, end))
+
+
+def trace(model: nn.Module) -> list[Call]:
+    """Calls of the model's modules on a picture, in the order they began; ModelError where it takes none."""
+    recorder = _Recorder()
+    hooks = [
+        hook
+        for name, module in model.named_modules()
+        for hook in (
+            module.register_forward_pre_hook(recorder.begin),
+            module.register_forward_hook(partial(recorder.end, name)),
+        )
+    ]
+    picture = torch.zeros(1, 3, _SIDE, _SIDE, dtype=next(model.parameters()).dtype)
+    try:
+        with torch.no_grad(), _scoring(model):
+            model(pixel_values=picture)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{type(model).__name__} cannot be tried out on a picture ({error}); choose lora") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sorted(recorder.calls, key=lambda call: call.begin)
+
+
+@contextmanager
+def _scoring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

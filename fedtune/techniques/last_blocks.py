@@ -1,0 +1,74 @@
+"""Last blocks: the top of a mobile net is trained as PyTorch trains it, all below is frozen.
+
+What: the last ``blocks`` inverted residual blocks with their norms and the norms' statistics (or not: ``norms``), the
+convolution behind them (or not: ``head``), and a classifier's new head.
+Saves: what the frozen blocks below would keep; they run without a graph, and with ``micro_batch`` some examples at a
+time, which lowers the peak. The trained ones keep everything.
+Sends: the weights and statistics of those blocks.
+Use when: it is the yardstick for ``mobiletl``, which trains nearly the same for a third of the memory; or where a net's
+activations are neither ReLU nor ReLU6 and gradients must be exact.
+Avoid when: memory is what is short.
+Source: Chiang et al., "MobileTL" (AAAI 2023), who compare with this; Yosinski et al., "How transferable are features in
+deep neural networks?" (arXiv 1411.1792), section 4, where upper layers are retrained. Reconstructed: that statistics of
+all trained norms follow the data.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from fedtune.recipe import Task
+from fedtune.techniques._inverted_residual import Top, top
+from fedtune.techniques._prefix import run_apart
+from fedtune.techniques._recast import replace, restore
+from fedtune.techniques._spare import live
+from fedtune.techniques._technique import Technique, head_names, require
+
+__all__ = ["LastBlocks"]
+
+
+class LastBlocks(Technique):
+    """Train the last blocks of a mobile net."""
+
+    name: ClassVar[str] = "last-blocks"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "it trains biases below the last blocks too",
+        "checkpointing": "statistics would follow each batch twice",
+        "classifier": "the head is trained beside the blocks anyway",
+        "dynamic-pruning": "it trains everything under its masks",
+        "full": "full trains the last blocks among all the rest",
+        "lora": "low-rank pairs hide the convolutions that blocks are told by",
+        "norm": "it trains norms below the last blocks too",
+        "qlora": "low-rank pairs hide the convolutions that blocks are told by",
+        "tinytl": "it trains branches below the last blocks too",
+    }
+
+    blocks: int = Field(3, ge=1, description="how many, from the last one down")
+    head: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    norms: Literal["live", "frozen"] = Field("live", description="statistics of the trained norms")
+    micro_batch: int | None = Field(None, ge=1, description="examples at a time through the frozen part; null: all")
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Switch on the gradients of the last blocks and the head."""
+        found = top(model, self.blocks)
+        tail = found.tail if self.head == "train" else None
+        whole = [block.name for block in found.blocks] + ([*tail.convolutions, *tail.norms] if tail else [])
+        inside = tuple(f"{name}." for name in whole)
+        require(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
+        require(model, head_names(model))
+        if self.norms == "live":
+            for name in _norms(found, with_tail=tail is not None):
+                replace(model, name, live)
+        if self.micro_batch is not None:
+            run_apart(model, found.before, self.micro_batch, keep=False)
+
+    def fold(self, model: nn.Module) -> None:
+        """Put plain norms back around what was learned."""
+        restore(model)
+
+
+def _norms(found: Top, *, with_tail: bool) -> list[str]:
+    inside = [norm for block in found.blocks for norm in (*block.inner, block.last)]
+    return inside + list(found.tail.norms) if with_tail else inside

@@ -1,0 +1,60 @@
+"""Norms only: the scale and shift of every batch norm, and the new head of a classifier, are trained.
+
+What: two numbers per channel; statistics and convolutions stay those of the pretrained net.
+Saves: what convolutions and activations keep: a frozen convolution keeps nothing, ReLU and ReLU6 one bit per element.
+PyTorch's own keep their whole inputs, so that there this technique saves next to nothing. The norms' inputs, which the
+gradient of a scale needs, remain: about a third of what full fine-tuning keeps.
+Sends: two numbers per channel and the head.
+Exactness: gradients are bit-equal to those of plain layers.
+Use when: a convolutional net is to be adapted throughout and the uplink is narrow.
+Avoid when: memory is short: ``bias`` trains the shifts alone and keeps no maps; ``mobiletl`` trains more for less.
+Source: Frankle, Schwab and Morcos, "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152); as a baseline in Cai et
+al., "TinyTL" (arXiv 2007.11622). Deviation: statistics stay frozen, and the head is trained too.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._recast import restore
+from fedtune.techniques._spare import has_batch_norms, spare_all
+from fedtune.techniques._technique import Technique, head_names, require
+
+__all__ = ["Norm"]
+
+
+class Norm(Technique):
+    """Train batch norms and a classifier's head."""
+
+    name: ClassVar[str] = "norm"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "norm trains shifts beside scales anyway",
+        "classifier": "the head is trained beside norms anyway",
+        "dynamic-pruning": "it trains everything under its masks",
+        "full": "full trains norms among all the rest",
+    }
+
+    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Switch on the gradients of scales, shifts and the head."""
+        if not has_batch_norms(model):
+            raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")
+        norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+        inside = tuple(f"{norm}." for norm in norms)
+        require(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
+        require(model, head_names(model))
+        if not self.stored_activations:
+            spare_all(model)
+
+    def stored(self) -> "Norm":
+        """The same network, every activation stored."""
+        return self.model_copy(update={"stored_activations": True})
+
+    def fold(self, model: nn.Module) -> None:
+        """Put plain layers back around what was learned."""
+        restore(model)

@@ -1,0 +1,83 @@
+"""TinyTL: a small trained branch beside every block of a frozen mobile net, and trained biases.
+
+What: beside each inverted residual block a lite residual (pool, grouped convolution, norm, ReLU, 1 x 1 convolution,
+norm) at half the resolution, whose last scale starts at 0, so that training starts at the pretrained function; the
+shifts of all norms (or not: ``biases``), and a classifier's new head.
+Saves: the maps of the main path: frozen convolutions and norms keep nothing, ReLU and ReLU6 one bit per element. The
+branches keep maps of their block's narrow ends at a quarter of the pixels.
+Sends: the branches, one number per channel, and the head.
+Exactness: gradients are bit-equal to those of plain layers; hard-swish and others keep their input.
+Use when: a whole mobile net is to be adapted with small memory, blocks near the pixels too.
+Avoid when: the result must be a plain net: the branches stay and nothing exports them; or a few top blocks suffice
+(``mobiletl``).
+Source: Cai, Gan, Zhu and Han, "TinyTL: Reduce Memory, Not Parameters for Efficient On-Device Learning" (arXiv
+2007.11622), section 3.2, TinyTL-L+B, without ``biases`` TinyTL-L; the branch as in the released code. Deviations: the
+net keeps its batch norms, frozen, where the paper turns them into group norms with standardised weights; the branches
+have group norms of eight channels; frozen weights stay in fp32; features at one resolution.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe import Task
+from fedtune.techniques._inverted_residual import Block, blocks
+from fedtune.techniques._lite_residual import LiteResidual, put_beside
+from fedtune.techniques._spare import spare_all
+from fedtune.techniques._technique import Technique, head_names, require
+
+__all__ = ["Tinytl"]
+
+
+class Tinytl(Technique):
+    """Train lite residuals, biases and a classifier's head."""
+
+    name: ClassVar[str] = "tinytl"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bias": "tinytl trains biases itself",
+        "classifier": "the head is trained beside the branches anyway",
+        "dynamic-pruning": "it trains everything under its masks",
+        "full": "full trains the blocks that tinytl freezes",
+        "lora": "low-rank pairs hide the convolutions that blocks are told by",
+        "norm": "tinytl freezes the scales of norms",
+        "qlora": "low-rank pairs hide the convolutions that blocks are told by",
+    }
+
+    biases: bool = Field(True, description="train the shifts of all norms too")
+    kernel: Literal[1, 3, 5, 7] = Field(5, description="side of the branch's grouped convolution")
+    groups: int = Field(2, ge=1, description="of that convolution")
+    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+
+    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+        """Put branches drawn from ``seed`` beside the blocks; train them, biases and the head."""
+        found = blocks(model)
+        if self.biases:
+            require(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
+        require(model, head_names(model))
+        if not self.stored_activations:
+            spare_all(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for block in found:
+                put_beside(model.get_submodule(block.name), self._branch(model, block))
+
+    def stored(self) -> "Tinytl":
+        """The same network, every activation stored."""
+        return self.model_copy(update={"stored_activations": True})
+
+    def keeps_base(self) -> bool:
+        """The branches stay."""
+        return False
+
+    def fold(self, model: nn.Module) -> None:
+        """There is no plain net that computes this."""
+        raise ModelError(f"tinytl adds branches that a plain {type(model).__name__} has not; evaluate the run instead")
+
+    def _branch(self, model: nn.Module, block: Block) -> LiteResidual:
+        first: Any = model.get_submodule(block.convolutions[0])
+        last: Any = model.get_submodule(block.convolutions[-1])
+        return LiteResidual(first.in_channels, last.out_channels, self.kernel, self.groups).to(first.weight.dtype)
