@@ -1,0 +1,98 @@
+"""Any two techniques for pictures train together on a mobile net, in either order, or are refused with the reason."""
+
+import pickle
+from copy import deepcopy
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune import registry, techniques
+from fedtune.errors import ModelError, RecipeError
+from fedtune.recipe import Unit
+from fedtune.sparse import masks
+from fedtune.techniques import Technique
+from fedtune.training import Outcome, load_state, read_state, train
+from tests.mobile_nets import SmallNet, age
+from tests.technique_steps import IMAGES, logits
+from tests.test_mobiletl_training import few_pictures
+from tests.test_technique_pairs import CLASHES
+from tests.tiny import a_training_recipe
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "activation-pruning": {"prune": 0.5},
+    "dynamic-pruning": {"density": 0.7, "every": 1},
+    "lora": {"rank": 2},
+}
+TEXTS_ONLY = {"checkpointing", "deft", "fused-head", "meft", "qlora", "selective-recompute"}
+"""What a small net of plain layers refuses, or keeps as it is."""
+NAMES = [name for name in registry.names("fedtune.techniques") if name not in TEXTS_ONLY]
+PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
+NO_EXPORT = {"tinytl"}
+
+
+def chosen(joined: str) -> tuple[Technique, ...]:
+    """The pair with its settings; where neither trains anything, full does."""
+    units = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
+    if not any(registry.build("fedtune.techniques", unit, "here").trains for unit in units):
+        units.append(Unit(name="full"))
+    return techniques.choose(units)
+
+
+def prepared(joined: str) -> tuple[Any, list[str], tuple[Technique, ...]]:
+    model, found = age(SmallNet()), chosen(joined)
+    return model, techniques.apply(found, model, IMAGES, 0), found
+
+
+def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> Outcome:
+    recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
+    return train(model, found, read_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
+
+
+def refused(joined: str) -> bool:
+    """Both orders of a refused pair name the reason."""
+    if joined not in CLASHES:
+        return False
+    for chain in (joined, "+".join(reversed(joined.split("+")))):
+        with pytest.raises((ModelError, RecipeError), match=CLASHES[joined]):
+            prepared(chain)
+    return True
+
+
+@pytest.mark.parametrize("joined", PAIRS)
+def test_a_pair_trains_alike_in_either_order_and_as_its_pickled_copy(joined: str) -> None:
+    if refused(joined):
+        return
+    model, names, found = prepared(joined)
+    other, other_names, reverse = prepared("+".join(reversed(joined.split("+"))))
+    model.share_memory()
+    copied = pickle.loads(pickle.dumps(model))
+    assert names == other_names
+    outcome = a_round(model, names, found)
+    assert any(bool(delta.any()) for delta in outcome.delta.values())
+    for again in (a_round(copied, names, found), a_round(other, names, reverse)):
+        assert again.loss == outcome.loss
+        assert again.delta.keys() == outcome.delta.keys()
+        assert again.extras.keys() == outcome.extras.keys()
+        assert all(torch.equal(again.delta[name], outcome.delta[name]) for name in outcome.delta)
+
+
+@pytest.mark.parametrize("joined", [pair for pair in PAIRS if pair not in CLASHES])
+def test_what_a_pair_learned_stays_when_all_is_folded_into_plain_layers(joined: str) -> None:
+    if NO_EXPORT & set(joined.split("+")):
+        return
+    model, names, found = prepared(joined)
+    outcome = a_round(model, names, found)
+    state = read_state(model, names)
+    load_state(model, {name: tensor + outcome.delta.get(name, 0 * tensor) for name, tensor in state.items()})
+    for name, mask in masks(state).items():
+        model.get_parameter(name).data.mul_(mask)
+    picture = {"pixel_values": few_pictures().batch(range(4))["pixel_values"]}
+    before = logits(deepcopy(model), picture)
+    for technique in found:
+        technique.fold(model)
+    assert {type(layer).__module__.split(".")[0] for layer in model.modules()} <= {"torch", "fedtune", "tests"}
+    assert not any(type(layer).__module__.startswith("fedtune.techniques") for layer in model.modules())
+    torch.testing.assert_close(logits(model, picture), before, rtol=1e-4, atol=1e-5)
