@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.bare import bare_loop
 from benchmarks.report import save
-from fedtune.recipe import read
+from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.training import Workshop, score, workshop
 

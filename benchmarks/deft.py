@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.report import save
 from fedtune.memory import StorageMeter
-from fedtune.recipe import read
+from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.techniques import begin_step
 from fedtune.techniques._probe import calibrate

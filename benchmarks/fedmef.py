@@ -29,7 +29,8 @@ from fedtune import merging, techniques
 from fedtune.contribution import Contribution, pack
 from fedtune.data.sources import read as read_data
 from fedtune.errors import SourceError
-from fedtune.recipe import Recipe, read
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.sparse import compact, masks, spread_out, to_wire
 from fedtune.techniques import trained

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.report import save
-from fedtune.recipe import read
+from fedtune.recipe_file import read
 from fedtune.seeds import derive
 from fedtune.simulation import resolve, run_local
 from fedtune.techniques import begin_round, trained

@@ -19,7 +19,7 @@ from benchmarks.report import save
 from fedtune import data
 from fedtune.contribution import pack
 from fedtune.profile import cases, every, first_batch, measure_apart
-from fedtune.recipe import read
+from fedtune.recipe_file import read
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedtune.recipe import Recipe, parse
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import parse
 
 __all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled"]
 

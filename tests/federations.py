@@ -14,7 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from clients.app import train_round
-from fedtune.recipe import Recipe, parse
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import parse
 from fedtune.simulation import resolve
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Workers

@@ -7,7 +7,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from fedtune.profile import Case
-from fedtune.recipe import Recipe, Unit, parse
+from fedtune.recipe import Recipe, Unit
+from fedtune.recipe_file import parse
 
 __all__ = ["TEXT", "a_case", "a_recipe", "tiny_bert"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import parse
+from fedtune.recipe_file import parse
 
 __all__ = ["TEXT", "refusal"]
 

@@ -7,7 +7,8 @@ import yaml
 
 from fedtune.errors import RecipeError
 from fedtune.explain import nearest
-from fedtune.recipe import Dirichlet, Natural, Recipe, Unit, parse, read
+from fedtune.recipe import Dirichlet, Natural, Recipe, Unit
+from fedtune.recipe_file import parse, read
 from fedtune.simulation import resolve
 from tests.recipe_examples import TEXT, refusal
 

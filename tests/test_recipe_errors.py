@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import read
+from fedtune.recipe_file import read
 from tests.recipe_examples import TEXT, refusal
 
 

@@ -35,7 +35,7 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
     from fedtune import data as library
     from fedtune.data.picture import picture as draw
     from fedtune.home import home
-    from fedtune.recipe import read
+    from fedtune.recipe_file import read
 
     wanted = read(recipe, overrides)
     corpus = library.load(wanted)

@@ -64,7 +64,7 @@ def profile(
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
-    from fedtune.recipe import parse, read
+    from fedtune.recipe_file import parse, read
 
     if path is not None and model is None and task is None:
         return read(path, overrides)

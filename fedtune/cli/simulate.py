@@ -62,10 +62,10 @@ def simulate(
 
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
-    from fedtune import recipe
+    from fedtune.recipe_file import read
     from fedtune.simulation import resolve
 
-    return resolve(recipe.read(path, overrides))
+    return resolve(read(path, overrides))
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:

@@ -1,0 +1,81 @@
+"""A recipe read from YAML, with dotted overrides; what does not hold is told by file, line and key."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fedtune.errors import RecipeError
+from fedtune.explain import Location, explain
+from fedtune.recipe import Recipe
+
+__all__ = ["parse", "read"]
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``key.key=value`` overrides applied; RecipeError names file, line and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {_reason(error)}; check the path") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML text; ``origin`` is what messages call it."""
+    try:
+        value = yaml.safe_load(text)
+        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except _NOT_YAML as error:
+        raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{origin} holds no recipe: it must be a mapping with keys such as {', '.join(_SHOWN)}")
+    overridden = {_override(value, item): item for item in overrides}
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, origin, lines, overridden)) from error
+
+
+_SHOWN = ("name", "task", "model", "data")
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def _override(value: dict[str, Any], item: str) -> Location:
+    """Put one ``key.key=value`` into the nested mapping and return where it went."""
+    dotted, equals, text = item.partition("=")
+    path = tuple(dotted.split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
+    try:
+        setting = yaml.safe_load(text)
+    except _NOT_YAML as error:
+        raise RecipeError(f"--set {item}: the value is not YAML") from error
+    here: Any = value
+    for position, key in enumerate(path[:-1]):
+        here = here.setdefault(key, {}) if isinstance(here, dict) else None
+        if not isinstance(here, dict):
+            raise RecipeError(f"--set {item}: {'.'.join(path[: position + 1])} has no keys below it")
+    here[path[-1]] = setting
+    return path
+
+
+def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
+    """Line of every key and list item of a YAML document, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key.value, key, child) for key, child in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(index, child, child) for index, child in enumerate(node.value)]
+    else:
+        return {}
+    lines: dict[Location, int] = {}
+    for key, marked, child in pairs:
+        lines[(*at, key)] = marked.start_mark.line + 1
+        lines |= _lines(child, (*at, key))
+    return lines
