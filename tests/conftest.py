@@ -1,6 +1,7 @@
 """What every test may count on: a home of its own, samples fetched once, nothing reported to anybody."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ _SETTINGS = {
 
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+# Tests that a shell runs in the background inherit that Ctrl-C is ignored, and so would the commands they send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
