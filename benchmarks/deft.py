@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def minilm(arguments: argparse.Namespace) -> None:
-    steps, term = arguments.steps or 450, (arguments.alpha or 0.1, arguments.eps or 1e-2)
+    steps, term = arguments.steps or 1600, (arguments.alpha or 0.2, arguments.eps or 3e-2)
     rows = []
     for seed in range(arguments.seeds):
         for name, (alpha, eps) in {"peft": (0.0, 1e-7), "deft": term}.items():
