@@ -121,9 +121,9 @@ def _gather(
     """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
     recipe = shop.recipe
     clients = sample(recipe, number)
-    payload = pack(to_wire(state))
-    values = compact(state, masks(state))
-    expected = {name: tuple(values[name].shape) for name in _sent_names(shop, number)}
+    wire = to_wire(state)
+    payload = pack(wire)
+    expected = {name: tuple(wire[name].shape) for name in _sent_names(shop, number)}
     extras = techniques.asked(shop.techniques, shop.model, number)
     messages = messages_for(clients, nodes, recipe.model_dump_json(), number, payload)
     records: dict[int, ContributionRecord] = {}

@@ -4,14 +4,14 @@ PyTorch's own keeps the input whenever the gradient passes through it, though a 
 where rows of zeros are put around the map beforehand, it keeps the larger map: 7 x 7 for 3 x 3.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from fedtune.models.efficientnet_lite import SameConv2d
+from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
 from fedtune.techniques._recast import Restorable, recast
 
 __all__ = ["LeanConv2d", "LeanSameConv2d", "lean"]
@@ -52,19 +52,9 @@ def lean(convolution: nn.Module) -> nn.Module:
     return convolution
 
 
-class _Geometry(NamedTuple):
-    """How a convolution lies on its input; ``margins`` are left, right, top, bottom."""
-
-    margins: tuple[int, int, int, int]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
 def _convolve(layer: nn.Conv2d, x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
     assert not isinstance(layer.padding, str)
-    geometry = _Geometry(margins, layer.stride, layer.padding, layer.dilation, layer.groups)
+    geometry = Geometry(margins, layer.stride, layer.padding, layer.dilation, layer.groups)
     out: Tensor = _Convolution.apply(x, layer.weight, layer.bias, geometry)
     return out
 
@@ -73,27 +63,13 @@ class _Convolution(torch.autograd.Function):
     """Keeps the weight, which the layer holds anyway, and x where the weight's gradient is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.geometry, ctx.size = geometry, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.conv2d(_padded(x, geometry.margins), weight, bias, *geometry[1:])
+        return convolve(x, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """PyTorch's own backward pass; an input it does not read is told by its shape alone."""
-        [g] = gradients
         x, weight = ctx.saved_tensors
-        (left, right, top, bottom), *lie, groups = ctx.geometry
-        n, c, h, w = ctx.size
-        wide = (n, c, top + h + bottom, left + w + right)
-        seen = g.new_empty(1).expand(wide) if x is None else _padded(x, ctx.geometry.margins)
-        wanted = list(ctx.needs_input_grad[:3])
-        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
-            g, seen, weight, [len(weight)], *lie, False, [0, 0], groups, wanted
-        )
-        return _padded(by_x, (-left, -right, -top, -bottom)) if wanted[0] else None, by_weight, by_bias, None
-
-
-def _padded(x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
-    return F.pad(x, margins) if any(margins) else x
+        return *convolve_backward(gradients[0], x, ctx.size, weight, ctx.geometry, ctx.needs_input_grad[:3]), None

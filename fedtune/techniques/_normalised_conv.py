@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedtune.errors import ModelError
+from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
 from fedtune.techniques._pruned import Layout, unpack
-from fedtune.techniques._pruned_layers import Geometry, Keeping, convolve, convolve_backward, fits, geometry_of
+from fedtune.techniques._pruned_layers import Keeping, fits, geometry_of
 from fedtune.techniques._trace import Call, trace
 
 __all__ = ["Pair", "conv_norm_pairs", "denormalise", "is_normalised", "normalise", "normalised", "standardised"]
@@ -179,7 +180,7 @@ class _Normalised(torch.autograd.Function):
         with torch.enable_grad():
             w_hat = standardised(*parameters, mask, ctx.scale)
         wanted = ctx.needs_input_grad[0], True, ctx.needs_input_grad[3]
-        x_hat = unpack(kept, ctx.layout)
-        by_x, by_w_hat, by_bias = convolve_backward(gradients[0], x_hat, w_hat.detach(), ctx.how, wanted)
+        x_hat = unpack(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        by_x, by_w_hat, by_bias = convolve_backward(gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.how, wanted)
         by_weight, by_gain = torch.autograd.grad(w_hat, parameters, by_w_hat)
         return by_x, by_weight, by_gain, by_bias, *(None,) * (4 + len(kept))

@@ -14,21 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
 from fedtune.techniques._pruned import Layout, Packed, Rule, pack, unpack
 
 __all__ = [
-    "Geometry",
     "Keeping",
     "Latest",
     "Padded",
     "attach",
-    "convolve",
-    "convolve_backward",
     "detach",
     "geometry_of",
 ]
-
-_Pair = tuple[int, ...]
 
 
 @runtime_checkable
@@ -37,17 +33,6 @@ class Padded(Protocol):
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Zeros at the left, right, top and bottom."""
-
-
-class Geometry(NamedTuple):
-    """How a convolution walks over its input, ``margins`` of zeros around it first, and how that lies in memory."""
-
-    margins: _Pair
-    stride: _Pair
-    padding: _Pair
-    dilation: _Pair
-    groups: int
-    order: torch.memory_format
 
 
 class _Entry(NamedTuple):
@@ -161,26 +146,6 @@ def geometry_of(layer: nn.Conv2d, x: Tensor) -> Geometry:
     return Geometry(margins if any(margins) else (), layer.stride, layer.padding, layer.dilation, layer.groups, order)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
-    """[n, c, h, w] -> [n, c', h', w']."""
-    padded = F.pad(x, how.margins) if how.margins else x
-    return F.conv2d(padded, weight, bias, how.stride, how.padding, how.dilation, how.groups)
-
-
-def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, weight and bias as far as ``wanted``; the values of ``x`` matter to the weight's alone."""
-    ordered = x.contiguous(memory_format=how.order)
-    padded = F.pad(ordered, how.margins) if how.margins else ordered
-    by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
-        grad, padded, weight, [len(weight)], how.stride, how.padding, how.dilation, False, (0, 0), how.groups, wanted
-    )
-    if wanted[0] and how.margins:
-        by_x = F.pad(by_x, [-margin for margin in how.margins])
-    return by_x, by_weight, by_bias
-
-
 class _Linear(torch.autograd.Function):
     """Stores what ``kept`` is given as."""
 
@@ -227,6 +192,6 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         [grad] = gradients
-        x_hat = grad.new_empty(ctx.shape) if ctx.layout is None else unpack(kept, ctx.layout)
-        found = convolve_backward(grad, x_hat, weight, ctx.how, ctx.needs_input_grad[:3])
+        x_hat = None if ctx.layout is None else unpack(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        found = convolve_backward(grad, x_hat, ctx.shape, weight, ctx.how, ctx.needs_input_grad[:3])
         return (*found, *(None,) * (2 + len(kept)))

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_state", "read_state", "shapes"]
+__all__ = ["load_state", "read_state", "shapes", "tensors_of"]
 
 
 def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the named tensors, in fp32 but for integers."""
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     return {name: _copy(tensors[name].detach()) for name in names}
 
 
@@ -21,15 +21,16 @@ def _copy(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Write the state into the model, rounding to its precision."""
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     for name, tensor in state.items():
         tensors[name].copy_(tensor)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that may be shared."""
-    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

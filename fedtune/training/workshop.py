@@ -17,6 +17,7 @@ from fedtune.explain import explain
 from fedtune.recipe import Columns, Data, Recipe
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
+from fedtune.training.state import tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
 
@@ -93,7 +94,7 @@ class Workshop:
 
     def own_trained(self) -> None:
         """In a worker process: replace the mapped copies of what is trained by own ones."""
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = tensors_of(self.model)
         for name in self.shared:
             tensors[name].data = tensors[name].data.clone()
 
