@@ -144,7 +144,7 @@ def merge(shop: Workshop, state: State, number: int, sent: Sequence[Contribution
 
 def revise(shop: Workshop, merged: State, number: int, sent: Sequence[Contribution]) -> State:
     extras = techniques.asked(shop.techniques, shop.model, number)
-    weights = merging.choose(shop.recipe.merge).weights([one.examples for one in sent])
+    weights = merging.choose(shop.recipe.merge).combine.weights([one.examples for one in sent])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, sent, strict=True)]
     return techniques.revise(shop.techniques, merged, number, answers)
 

@@ -106,11 +106,11 @@ def _round(
 
 def _merged(shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]) -> State:
     """The state after a round's contributions, and what techniques make of it by what else the clients sent."""
-    step = merging.choose(shop.recipe.merge)
+    pipeline = merging.choose(shop.recipe.merge)
     found = masks(state)
-    merged = merging.merge(step, compact(state, found), _sent_names(shop, number), contributions)
+    merged = merging.merge(pipeline, compact(state, found), _sent_names(shop, number), contributions)
     extras = techniques.asked(shop.techniques, shop.model, number)
-    weights = step.weights([one.examples for one in contributions])
+    weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
     return techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
 

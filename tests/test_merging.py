@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from fedtune import contribution
 from fedtune.contribution import Contribution, pack
 from fedtune.errors import RecipeError
 from fedtune.memory import StorageMeter
-from fedtune.merging import choose, merge
+from fedtune.merging import Combine, Operand, Pipeline, Shape, choose, merge
 from fedtune.merging.mean import Mean
 from fedtune.recipe import Unit
 
@@ -30,6 +30,19 @@ def spool(folder: Path, client: int, examples: int, deltas: dict[str, Tensor]) -
 
 def several(folder: Path, examples: Sequence[int], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[Contribution]:
     return [spool(folder, client, n, a_state(shapes, client + 1)) for client, n in enumerate(examples)]
+
+
+def alone(combine: Combine) -> Pipeline:
+    return Pipeline((), combine, (), ())
+
+
+def combined(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of deltas held in memory."""
+    operands = [
+        Operand(lambda name, start, stop, delta=delta: delta[start:stop], weight)
+        for delta, weight in zip(deltas, weights, strict=True)
+    ]
+    return torch.cat(list(Mean().combine("a", tuple(deltas[0].shape), operands)))
 
 
 def readable_twin(state: dict[str, Tensor], deltas: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
@@ -65,16 +78,16 @@ def test_the_mean_is_the_twin_whatever_the_piece(
 
 def test_the_bits_do_not_depend_on_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = several(tmp_path, [3, 5, 11])
-    whole = merge(Mean(), a_state(), SHAPES, sent)
+    whole = merge(alone(Mean()), a_state(), SHAPES, sent)
     monkeypatch.setattr(contribution, "_PIECE", 2)
-    pieces = merge(Mean(), a_state(), SHAPES, sent)
+    pieces = merge(alone(Mean()), a_state(), SHAPES, sent)
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 
 
 def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"wide": (3, 700_000), "long": (2_500_000,)}
     assert all(torch.Size(shape).numel() > 2 * contribution._PIECE for shape in shapes.values())
-    merged = merge(Mean(), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
+    merged = merge(alone(Mean()), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
     assert_close(merged, readable_twin(a_state(shapes), [a_state(shapes, 1), a_state(shapes, 2)], [0.25, 0.75]))
 
 
@@ -82,26 +95,26 @@ def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> No
 def test_the_bits_do_not_depend_on_who_answers_first(tmp_path: Path, arrival: list[int]) -> None:
     deltas = [torch.tensor([value]) for value in (2.0**60, 1.0, -(2.0**60), 0.5)]
     sent = [spool(tmp_path, client, 1, {"a": delta}) for client, delta in enumerate(deltas)]
-    in_order = merge(Mean(), {"a": torch.zeros(1)}, ["a"], sent)
-    as_arrived = merge(Mean(), {"a": torch.zeros(1)}, ["a"], [sent[client] for client in arrival])
+    in_order = merge(alone(Mean()), {"a": torch.zeros(1)}, ["a"], sent)
+    as_arrived = merge(alone(Mean()), {"a": torch.zeros(1)}, ["a"], [sent[client] for client in arrival])
     assert torch.equal(in_order["a"], as_arrived["a"])
 
 
 def test_a_sum_in_another_order_would_have_other_bits() -> None:
     deltas = [torch.tensor([value]) for value in (2.0**60, 1.0, -(2.0**60), 0.5)]
-    sums = {float(Mean().combine([0.25] * 4, [deltas[k] for k in order])) for order in ([0, 1, 2, 3], [0, 2, 1, 3])}
+    sums = {float(combined([deltas[k] for k in order], [0.25] * 4)) for order in ([0, 1, 2, 3], [0, 2, 1, 3])}
     assert sums == {0.125, 0.375}
 
 
 def test_one_client_alone_is_followed_exactly(tmp_path: Path) -> None:
-    merged = merge(Mean(), a_state(), SHAPES, [spool(tmp_path, 4, 17, a_state(seed=9))])
+    merged = merge(alone(Mean()), a_state(), SHAPES, [spool(tmp_path, 4, 17, a_state(seed=9))])
     assert all(torch.equal(merged[name], a_state()[name] + a_state(seed=9)[name]) for name in SHAPES)
 
 
 def test_tensors_that_were_not_sent_stay_and_the_state_before_is_not_touched(tmp_path: Path) -> None:
     state = a_state()
     sent = several(tmp_path, [1, 2], {"weight": SHAPES["weight"]})
-    merged = merge(Mean(), state, ["weight"], sent)
+    merged = merge(alone(Mean()), state, ["weight"], sent)
     assert all(torch.equal(state[name], before) for name, before in a_state().items())
     assert all(torch.equal(merged[name], state[name]) for name in SHAPES if name != "weight")
     assert not torch.equal(merged["weight"], state["weight"])
@@ -115,20 +128,19 @@ def test_weights_are_shares_of_the_examples_or_equal() -> None:
 
 def test_small_and_large_deltas_are_summed_in_double_precision() -> None:
     deltas = [torch.tensor([value]) for value in (3e7, 1.0, -3e7, 1.0)]
-    assert Mean().combine([1.0] * 4, iter(deltas)).item() == 2.0
+    assert combined(deltas, [1.0] * 4).item() == 2.0
     assert sum(deltas, torch.zeros(1)).item() != 2.0
 
 
-def test_combining_reads_one_delta_at_a_time_and_changes_none() -> None:
+def test_combining_changes_no_delta() -> None:
     first = torch.ones(2)
-    total = Mean().combine([0.5, 0.5], (delta for delta in (first, torch.full((2,), 3.0))))
-    assert torch.equal(total, torch.full((2,), 2.0))
+    assert torch.equal(combined([first, torch.full((2,), 3.0)], [0.5, 0.5]), torch.full((2,), 2.0))
     assert torch.equal(first, torch.ones(2))
 
 
 def test_exactly_one_step_may_combine() -> None:
-    assert choose([Unit(name="mean")]) == Mean()
-    with pytest.raises(RecipeError, match=r"^merge: 2 steps combine, but exactly one may; keep one of them$"):
+    assert choose([Unit(name="mean")]) == alone(Mean())
+    with pytest.raises(RecipeError, match=r"^merge: 2 steps combine, but exactly one must; keep or add one, e.g. mean"):
         choose([Unit(name="mean"), Unit(name="mean")])
     with pytest.raises(RecipeError, match=r"^merge: 0 steps combine"):
         choose([])
@@ -146,7 +158,7 @@ def merged_and_mean_product(folder: Path, sent: Sequence[str]) -> tuple[Tensor, 
     start, examples = a_state(FACTORS), [3, 10, 17]
     clients = [{name: a_state(FACTORS, seed)[name] for name in sent} for seed in (1, 2, 3)]
     spooled = [spool(folder, k, n, deltas) for k, (n, deltas) in enumerate(zip(examples, clients, strict=True))]
-    merged = merge(Mean(), start, sent, spooled)
+    merged = merge(alone(Mean()), start, sent, spooled)
     mean = torch.zeros(24, 16, dtype=torch.float64)
     for n, deltas in zip(examples, clients, strict=True):
         own = {name: (start[name] + deltas.get(name, torch.zeros(()))).double() for name in FACTORS}
@@ -170,15 +182,17 @@ class Greedy(Mean):
 
     name: ClassVar[str] = "greedy"
 
-    def combine(self, weights: Sequence[float], deltas: Iterable[Tensor]) -> Tensor:
-        return super().combine(weights, [delta.clone() for delta in deltas])
+    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+        held = [operand.rows(name, 0, shape[0]) for operand in operands]
+        yield from super().combine(name, shape, operands)
+        del held
 
 
 def peak(step: Mean, folder: Path, count: int) -> int:
     shapes: dict[str, tuple[int, ...]] = {"a": (600, 500), "b": (600, 500)}
     state, sent = a_state(shapes), several(folder, [1] * count, shapes)
     with StorageMeter(excluded=state.values()) as meter:
-        merge(step, state, shapes, sent)
+        merge(alone(step), state, shapes, sent)
     return meter.peak
 
 

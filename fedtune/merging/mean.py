@@ -7,13 +7,14 @@ Avoid when: clients run long, start apart, or some may be faulty: one bad contri
 Source: McMahan et al. (arXiv 1602.05629), Algorithm 1.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedtune.merging._step import Combine
+from fedtune.contribution import pieces
+from fedtune.merging._step import Combine, Operand, Shape
 
 __all__ = ["Mean"]
 
@@ -29,11 +30,10 @@ class Mean(Combine):
         counts = examples if self.weight == "examples" else [1] * len(examples)
         return [count / sum(counts) for count in counts]
 
-    def combine(self, weights: Sequence[float], deltas: Iterable[Tensor]) -> Tensor:
-        """The weighted sum, in the deltas' precision."""
-        pairs = zip(weights, deltas, strict=True)
-        weight, first = next(pairs)
-        total = first.double() * weight
-        for weight, delta in pairs:
-            total.add_(delta.double(), alpha=weight)
-        return total.to(torch.float32)
+    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+        """The weighted sum of each piece."""
+        for start, stop in pieces(shape):
+            total = operands[0].rows(name, start, stop).double() * operands[0].weight
+            for operand in operands[1:]:
+                total.add_(operand.rows(name, start, stop).double(), alpha=operand.weight)
+            yield total.to(torch.float32)

@@ -13,7 +13,7 @@ def resolve(recipe: Recipe) -> Recipe:
     """The recipe as it is stored with a run; RecipeError for techniques or merge steps that do not hold."""
     chosen = techniques.choose(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
-    merge = _written_out([merging.choose(recipe.merge)])
+    merge = _written_out(merging.choose(recipe.merge).steps)
     return recipe.model_copy(update={"train": train, "merge": merge})
 
 
