@@ -2,7 +2,8 @@
 
 Each trains MiniLM in one place by the same bare loop: 400 steps of 16 examples, linear decay. The learning rate of each
 is the one of its RATES that validates best with seed 0; the test part is scored once per seed, after training. Splits
-do not depend on the seed; heads, adapters, orders and dropout do.
+do not depend on the seed; heads, adapters, orders and dropout do. MEFT's rank and dropout were chosen on the validation
+part with seed 0 at rate 2e-3: rank 8 85.1 % (at 3e-3), rank 32 85.8 %, with factor 1/16 85.9 %, without dropout 86.1 %.
 
 Run: python -m benchmarks.meft_quality [--seeds 3]
 """
@@ -23,7 +24,8 @@ from fedtune.training import Workshop, score, workshop
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 STEPS, BATCH = 400, 16
-RATES = {"full": (1e-4, 3e-4), "lora": (1e-3, 3e-3), "meft": (1e-3, 3e-3)}
+MEFT = "[meft: {rank: 32, dropout: 0}]"
+RATES = {"full": (5e-5, 1e-4, 3e-4), "lora": (5e-4, 1e-3, 3e-3), MEFT: (1e-3, 2e-3, 4e-3)}
 
 
 def main() -> None:
@@ -38,7 +40,9 @@ def main() -> None:
         tried = {str(tried): accuracy(shop, "validation") for tried, shop in zip(rates, trials, strict=True)}
         shops = [best, *(trained(technique, rate, seed) for seed in range(1, arguments.seeds))]
         tests = [accuracy(shop, "test") for shop in shops]
-        rows.append({"technique": technique, "rate": rate, "validation": tried, "test": tests})
+        trainable = sum(best.model.get_parameter(name).numel() for name in best.shared)
+        row = {"technique": technique, "trainable": trainable, "rate": rate, "validation": tried, "test": tests}
+        rows.append(row)
         print(rows[-1], file=sys.stderr, flush=True)
         save("meft_quality", {"steps": STEPS, "batch": BATCH, "rows": rows, "gaps_in_points": gaps(rows)})
 
@@ -59,7 +63,7 @@ def accuracy(shop: Workshop, part: str) -> float:
 def gaps(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How far the mean of MEFT's test accuracies lies below each other's."""
     means = {row["technique"]: statistics.mean(row["test"]) for row in rows}
-    return {name: 100 * (mean - means["meft"]) for name, mean in means.items() if "meft" in means and name != "meft"}
+    return {name: 100 * (mean - means[MEFT]) for name, mean in means.items() if MEFT in means and name != MEFT}
 
 
 if __name__ == "__main__":
