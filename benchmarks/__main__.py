@@ -1,4 +1,4 @@
-"""All claims, one after the other: python -m benchmarks. Takes about three hours on two cores."""
+"""All claims, one after the other: python -m benchmarks. Takes a day on two cores."""
 
 import subprocess
 import sys
@@ -18,6 +18,16 @@ CLAIMS = (
     "deft minilm",
     "deft swiglu",
     "deft cost",
+    "mobiletl_memory",
+    "mobiletl_accuracy",
+    "activation_pruning",
+    "fedmef",
+    "merge_values",
+    "merge_cost",
+    "adapters",
+    "rebasin",
+    "aim",
+    "aim_federation",
 )
 
 for claim in CLAIMS:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -13,11 +13,30 @@ from torch import Tensor
 
 from fedtune.errors import ContributionError
 
-__all__ = ["Contribution", "Form", "Order", "Report", "check", "pack", "pieces", "unpack"]
+__all__ = ["Contribution", "Form", "Order", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
 """Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
+
+
+Sent = Literal["tensors", "pairs", "pairs and base"]
+"""What clients train: tensors that are merged one by one; both factors of low-rank pairs; these beside a shared base.
+"""
+
+
+class Pair(NamedTuple):
+    """Names of two factors that mean something only together: a weight gains scale * left @ right, or its transpose.
+
+    ``left`` is [d, r, ...] and ``right`` [r, k, ...], further dimensions being a convolution's; ``base`` is the weight
+    itself where it belongs to the shared state.
+    """
+
+    left: str
+    right: str
+    scale: float
+    base: str | None = None
+    transposed: bool = False
 
 
 class Form(NamedTuple):
@@ -30,11 +49,15 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number."""
+    """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
+
+    ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
+    """
 
     recipe: str
     round: int
     client: int
+    labels: str = "[]"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ FedtuneError
 ├── ModelError           a model that does not fit the task or a technique
 ├── ContributionError    what a client sent cannot be merged
 ├── RoundError           a federation that cannot go on
+├── ServerError          a server that cannot be made, reached or asked this
+├── DeviceError          a device that cannot be enrolled, joined or asked
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
@@ -15,10 +17,12 @@ __all__ = [
     "ChecksumError",
     "ContributionError",
     "DataError",
+    "DeviceError",
     "FedtuneError",
     "ModelError",
     "RecipeError",
     "RoundError",
+    "ServerError",
     "SourceError",
     "StoreError",
 ]
@@ -52,8 +56,16 @@ class ContributionError(FedtuneError):
     """What a client sent cannot be merged."""
 
 
+class DeviceError(FedtuneError):
+    """A device that cannot be enrolled, joined or asked."""
+
+
 class RoundError(FedtuneError):
     """A federation that cannot go on."""
+
+
+class ServerError(FedtuneError):
+    """A server that cannot be made, reached or asked this."""
 
 
 class StoreError(FedtuneError):

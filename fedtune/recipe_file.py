@@ -11,7 +11,7 @@ from fedtune.errors import RecipeError
 from fedtune.explain import Location, explain
 from fedtune.recipe import Recipe
 
-__all__ = ["parse", "read"]
+__all__ = ["NOT_YAML", "lines", "override", "parse", "read"]
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,27 +27,27 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML text; ``origin`` is what messages call it."""
     try:
         value = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except _NOT_YAML as error:
+        numbers = lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except NOT_YAML as error:
         raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{origin} holds no recipe: it must be a mapping with keys such as {', '.join(_SHOWN)}")
-    overridden = {_override(value, item): item for item in overrides}
+    overridden = {override(value, item): item for item in overrides}
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(explain(error, Recipe, origin, lines, overridden)) from error
+        raise RecipeError(explain(error, Recipe, origin, numbers, overridden)) from error
 
 
 _SHOWN = ("name", "task", "model", "data")
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
 
 
 def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def _override(value: dict[str, Any], item: str) -> Location:
+def override(value: dict[str, Any], item: str) -> Location:
     """Put one ``key.key=value`` into the nested mapping and return where it went."""
     dotted, equals, text = item.partition("=")
     path = tuple(dotted.split("."))
@@ -55,7 +55,7 @@ def _override(value: dict[str, Any], item: str) -> Location:
         raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
     try:
         setting = yaml.safe_load(text)
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         raise RecipeError(f"--set {item}: the value is not YAML") from error
     here: Any = value
     for position, key in enumerate(path[:-1]):
@@ -66,7 +66,7 @@ def _override(value: dict[str, Any], item: str) -> Location:
     return path
 
 
-def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
+def lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
     """Line of every key and list item of a YAML document, counted from 1."""
     if isinstance(node, yaml.MappingNode):
         pairs = [(key.value, key, child) for key, child in node.value]
@@ -74,8 +74,8 @@ def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
         pairs = [(index, child, child) for index, child in enumerate(node.value)]
     else:
         return {}
-    lines: dict[Location, int] = {}
+    found: dict[Location, int] = {}
     for key, marked, child in pairs:
-        lines[(*at, key)] = marked.start_mark.line + 1
-        lines |= _lines(child, (*at, key))
-    return lines
+        found[(*at, key)] = marked.start_mark.line + 1
+        found |= lines(child, (*at, key))
+    return found

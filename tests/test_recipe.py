@@ -123,7 +123,7 @@ def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time(
             "train.techniques: lora cannot be combined with full: full trains the weights that lora freezes; drop one",
         ),
         ("merge=[maen]", "merge: there is no 'maen'; did you mean 'mean'?"),
-        ("merge=[mean, mean]", "merge: 2 steps combine, but exactly one may; keep one of them"),
+        ("merge=[mean, mean]", "merge: 2 steps combine, but exactly one must; keep or add one, e.g. mean"),
     ],
 )
 def test_resolving_refuses_units_that_do_not_hold(override: str, sentence: str) -> None:

@@ -243,10 +243,10 @@ def test_contributions_lie_on_disk_while_they_are_merged_and_are_gone_after_the_
     seen: list[list[str]] = []
     real = merging.merge
 
-    def merge(step: Any, before: Any, names: Any, contributions: list[Contribution]) -> Any:
+    def merge(step: Any, before: Any, names: Any, contributions: list[Contribution], told: Any) -> Any:
         seen.append(sorted(str(found.path.relative_to(homes.runs())) for found in contributions))
         assert all(found.path.is_file() for found in contributions)
-        return real(step, before, names, contributions)
+        return real(step, before, names, contributions, told)
 
     monkeypatch.setattr(merging, "merge", merge)
     execute(trivial())

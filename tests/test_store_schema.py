@@ -23,7 +23,7 @@ ADD_NOTE = '''"""Add a note to runs."""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0003", "0002"
 
 
 def upgrade() -> None:
@@ -51,13 +51,13 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, the code is one release on: its schema has revision 0002."""
+    """Inside, the code is one release on: its schema has revision 0003."""
     folder = tmp_path / "migrations"
     shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0002_add_note.py").write_text(ADD_NOTE)
+    (folder / "versions" / "0003_add_note.py").write_text(ADD_NOTE)
     with monkeypatch.context() as patched:
         patched.setattr(migrations, "__file__", str(folder / "__init__.py"))
-        patched.setattr(schema, "HEAD", "0002")
+        patched.setattr(schema, "HEAD", "0003")
         yield patched
 
 
@@ -123,6 +123,20 @@ def test_downgrading_to_nothing_and_up_again_works(scratch: Connection) -> None:
     assert set(metadata.tables) < set(inspect(scratch).get_table_names())
 
 
+def test_a_database_of_the_first_schema_opens_with_its_rows_and_takes_a_servers(path: Path) -> None:
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        command.upgrade(upgrade.settings(connection), "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO runs VALUES ('old', 'old', 'completed', '', '{}', 0, 'local', '2026-01-01 00:00:00', NULL, 1)"
+        )
+    engine.dispose()
+    with Store.open() as store:
+        assert store.run("old").status == "completed"
+        store.access.add_device(name="dev", node="1", public_key="pem")
+        assert [device.name for device in store.access.devices()] == ["dev"]
+
+
 def test_an_old_database_opens_after_an_upgrade_with_its_rows(path: Path, request: pytest.FixtureRequest) -> None:
     with Store.open() as store:
         recorded = fill(store)
@@ -140,7 +154,7 @@ def test_down_and_up_again_keeps_the_rows(path: Path, request: pytest.FixtureReq
     engine = create_engine(f"sqlite:///{path}")
     for step, there in ((command.downgrade, False), (command.upgrade, True)):
         with engine.begin() as connection:
-            step(upgrade.settings(connection), "0002" if there else "0001")
+            step(upgrade.settings(connection), "0003" if there else "0002")
         assert ("note" in columns(path, "runs")) == there
     engine.dispose()
     with Store.open() as store:
@@ -151,19 +165,19 @@ def test_a_database_newer_than_the_code_is_refused_naming_both_revisions(path: P
     Store.open().close()
     next_release.undo()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"at revision 0002, .* only up to 0001; upgrade fedtune"):
+    with pytest.raises(StoreError, match=r"at revision 0003, .* only up to 0002; upgrade fedtune"):
         Store.open()
     assert path.read_bytes() == before
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(path: Path, next_release: Any, tmp_path: Path) -> None:
-    next_release.setattr(schema, "HEAD", "0001")
-    script = tmp_path / "migrations" / "versions" / "0002_add_note.py"
+    next_release.setattr(schema, "HEAD", "0002")
+    script = tmp_path / "migrations" / "versions" / "0003_add_note.py"
     script.rename(tmp_path / "later.py")
     with Store.open() as store:
         recorded = fill(store)
     script.write_text(ADD_NOTE.replace("\n\n\ndef downgrade", '\n    raise RuntimeError("planted")\n\n\ndef downgrade'))
-    next_release.setattr(schema, "HEAD", "0002")
+    next_release.setattr(schema, "HEAD", "0003")
     with pytest.raises(RuntimeError, match="planted"):
         Store.open()
     assert "note" not in columns(path, "runs")

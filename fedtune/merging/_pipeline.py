@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fedtune.contribution import Contribution, pieces
 from fedtune.errors import RecipeError
+from fedtune.merging._pairs import CombinePairs, merged_pairs, pair_errors
 from fedtune.merging._statistics import spread
-from fedtune.merging._step import Align, Combine, Evidence, Operand, Relax, Renormalise, Shape
+from fedtune.merging._step import Align, Combine, Evidence, Operand, Relax, Renormalise, Settled, Shape
+from fedtune.merging.linear import Linear
 from fedtune.recipe import Unit
 from fedtune.registry import build
 
-__all__ = ["Pipeline", "choose", "merge", "merged_pieces", "operands_of"]
+__all__ = ["Pipeline", "choose", "errors", "merge", "merged_pieces", "operands_of", "settle"]
 
 _MEAN, _VARIANCE = ".running_mean", ".running_var"
 Step = Align | Combine | Relax | Renormalise
@@ -47,17 +49,42 @@ def choose(units: Sequence[Unit]) -> Pipeline:
         raise RecipeError(f"merge: {len(combining)} steps combine, but exactly one must; keep or add one, e.g. mean")
     if kinds != sorted(kinds):
         raise RecipeError("merge: steps must come in the order align, combine, relax, renormalise; move them")
+    if isinstance(combining[0], CombinePairs) and any(isinstance(step, Relax) for step in steps):
+        raise RecipeError(f"merge: {combining[0].name} makes new factors, which no relax step can scale; drop one")
     align = tuple(step for step in steps if isinstance(step, Align))
     relax = tuple(step for step in steps if isinstance(step, Relax))
     renormalise = tuple(step for step in steps if isinstance(step, Renormalise))
     return Pipeline(align, combining[0], relax, renormalise)
 
 
+def settle(combine: Combine, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    """The step and operands for work tensor by tensor; RecipeError unless their number and knobs suit the step."""
+    _check_count(combine, len(operands))
+    for operand in operands:
+        if operand.knobs:
+            own = {**combine.model_dump(), **operand.knobs}
+            build("fedtune.merging", Unit(name=combine.name, settings=own), "merge")
+    return combine.settle(shapes, operands, evidence)
+
+
+def _check_count(combine: Combine, count: int) -> None:
+    if count < combine.fewest:
+        raise RecipeError(
+            f"merge: {combine.name} needs at least {combine.fewest} models, but {count} came; add some or choose mean"
+        )
+    if combine.most is not None and count > combine.most:
+        raise RecipeError(
+            f"merge: {combine.name} takes {combine.most} models, but {count} came; leave some out or choose mean"
+        )
+
+
 def merged_pieces(
     pipeline: Pipeline, name: str, shape: Shape, operands: Sequence[Operand], evidence: Evidence
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First row, last row (exclusive) and the merged, relaxed delta of each piece of one tensor."""
-    for (start, stop), delta in zip(pieces(shape), pipeline.combine.combine(name, shape, operands), strict=True):
+    thinned = pipeline.combine.thinning and name.endswith((_MEAN, _VARIANCE))
+    combine = Linear() if thinned else pipeline.combine
+    for (start, stop), delta in zip(pieces(shape), combine.combine(name, shape, operands), strict=True):
         for step in pipeline.relax:
             delta = step.relax(name, start, delta, evidence)
         yield start, stop, delta
@@ -79,18 +106,34 @@ def merge(
 ) -> dict[str, Tensor]:
     """The next shared state: ``state`` with the merged delta added to the named tensors, then renormalised."""
     named = list(names)
-    operands = operands_of(pipeline.combine, contributions)
+    operands: Sequence[Operand] = operands_of(pipeline.combine, contributions)
     for step in pipeline.align:
         operands = step.align(state, operands, evidence)
+    shapes = {name: tuple(state[name].shape) for name in named}
+    combine, operands = settle(pipeline.combine, shapes, operands, evidence)
+    pipeline = pipeline._replace(combine=combine)
     merged = dict(state)
-    for name in named:
+    paired = merged_pairs(pipeline.combine, state, named, operands, evidence)
+    merged |= paired
+    for name in (name for name in named if name not in paired):
         merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
-        if name.endswith(_VARIANCE):
+        if name.endswith(_VARIANCE) and pipeline.combine.pooled:
             merged[name] += _spread(name, state[name], operands)
     for mend in pipeline.renormalise:
         ends = [(operand.weight, _end(state, named, operand)) for operand in operands]
         merged |= mend.renormalise(merged, ends, evidence)
     return merged
+
+
+def errors(
+    pipeline: Pipeline,
+    state: Mapping[str, Tensor],
+    names: Iterable[str],
+    contributions: Sequence[Contribution],
+    evidence: Evidence,
+) -> dict[str, float]:
+    """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name."""
+    return pair_errors(pipeline.combine, state, list(names), operands_of(pipeline.combine, contributions), evidence)
 
 
 def _merge_one(

@@ -2,13 +2,26 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
+from fedtune.contribution import Pair, Sent
 from fedtune.registry import Named
 
-__all__ = ["Activity", "Align", "Combine", "Evidence", "Operand", "Relax", "Renormalise", "Rows", "Shape"]
+__all__ = [
+    "Activity",
+    "Align",
+    "Combine",
+    "Evidence",
+    "Operand",
+    "Relax",
+    "Renormalise",
+    "Rows",
+    "Settled",
+    "Shape",
+    "Statistics",
+]
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
@@ -22,16 +35,28 @@ class Rows(Protocol):
         ...
 
 
+class Statistics(Rows, Protocol):
+    """What was measured on one model's data, by tensor name; read like deltas."""
+
+    def __contains__(self, name: object, /) -> bool:
+        """Whether the tensor was measured."""
+        ...
+
+
 class Operand(NamedTuple):
     """One model's part in a merge: its delta, its weight, and knobs of its own that go before the step's."""
 
     rows: Rows
     weight: float
     knobs: Mapping[str, float] = {}
+    statistics: Statistics | None = None
 
 
 class Activity(NamedTuple):
-    """How active the input channels of the layer that owns a weight are; ``axis`` of the weight counts them."""
+    """How active the input channels of the layer that owns a weight are; ``axis`` of the weight counts them.
+
+    ``mean_abs`` [channels], or [out, channels of its group] for the rows of a grouped convolution's weight.
+    """
 
     mean_abs: Tensor
     axis: int = 1
@@ -41,18 +66,24 @@ class Evidence(NamedTuple):
     """What was measured on data, by whoever runs the merge; steps say in ``needs`` what they cannot do without.
 
     ``activity`` is by tensor name and of the base. ``model`` is the architecture, whose weights steps may overwrite;
-    ``batches`` are inputs to it.
+    ``batches`` are inputs to it. ``draw`` numbers the merges of a run, so that each draws its own random masks.
+    ``pairs`` are the low-rank pairs among the tensors.
     """
 
     activity: Mapping[str, Activity] = {}
     model: nn.Module | None = None
     batches: Sequence[Tensors] = ()
+    pairs: Sequence[Pair] = ()
+    draw: int = 0
 
 
 class Align(Named, ABC):
     """Permutes units of models so that they correspond; functions stay what they were."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be in the evidence, as the step is set."""
+        return frozenset()
 
     @abstractmethod
     def align(self, base: Tensors, operands: Sequence[Operand], evidence: Evidence) -> list[Operand]:
@@ -60,23 +91,50 @@ class Align(Named, ABC):
 
 
 class Combine(Named, ABC):
-    """Makes one delta out of those of several models."""
+    """Makes one delta out of those of several models, ``fewest`` at least and ``most`` at most.
+
+    Running statistics of batch norms are no task vectors: steps that drop or stretch entries are ``thinning`` and leave
+    them to the mean. ``pooled`` variances also hold the spread of the models' means, whatever the models.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    fewest: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+    thinning: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
+    takes: ClassVar[Sent] = "tensors"
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """One weight per client of a federated round, in client order: shares of the examples unless a step differs."""
         return [count / sum(examples) for count in examples]
+
+    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> "Settled":
+        """The step and the operands that go through the tensors one by one, when only whole models can tell them."""
+        return Settled(self, operands)
+
+    def of(self, operand: Operand) -> Self:
+        """The settings that hold for one model: its knobs go before the step's."""
+        return self.model_copy(update=operand.knobs)
 
     @abstractmethod
     def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
         """The merged delta of one tensor, fp32, piece by piece as ``pieces(shape)`` cuts it."""
 
 
+class Settled(NamedTuple):
+    """A combining step and its operands, after all that had to be said of whole models."""
+
+    combine: Combine
+    operands: Sequence[Operand]
+
+
 class Relax(Named, ABC):
     """Scales a merged delta, entry by entry."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be in the evidence, as the step is set."""
+        return frozenset()
 
     @abstractmethod
     def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:

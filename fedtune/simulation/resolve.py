@@ -3,18 +3,37 @@
 from collections.abc import Sequence
 
 from fedtune import merging, techniques
+from fedtune.contribution import Sent
+from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe, Unit
 from fedtune.registry import Named
+from fedtune.techniques import Technique
 
 __all__ = ["resolve"]
+
+_MEND: dict[Sent, str] = {
+    "tensors": "merge by fedit, flexlora or hetlora, by fedex-lora or flora with exact: remainder, or train one factor",
+    "pairs": "set lora: {exact: none}, or merge by mean",
+    "pairs and base": "set lora: {exact: remainder}, or merge by mean",
+}
 
 
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe as it is stored with a run; RecipeError for techniques or merge steps that do not hold."""
     chosen = techniques.choose(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
-    merge = _written_out(merging.choose(recipe.merge).steps)
+    pipeline = merging.choose(recipe.merge)
+    _check_fit(chosen, pipeline.combine)
+    merge = _written_out(pipeline.steps)
     return recipe.model_copy(update={"train": train, "merge": merge})
+
+
+def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:
+    """Both factors of a low-rank pair may only be trained where the merge treats them as a pair, and the reverse."""
+    sent = {technique.sends(): technique.name for technique in chosen if technique.sends() != "tensors"}
+    if combine.takes not in (sent or {"tensors": ""}):
+        trained = " and ".join(f"{name} sends {kind}" for kind, name in sent.items()) or "clients send tensors"
+        raise RecipeError(f"merge: {combine.name} takes {combine.takes}, but {trained}; {_MEND[combine.takes]}")
 
 
 def _written_out(units: Sequence[Named]) -> list[Unit]:

@@ -6,7 +6,7 @@ from itertools import permutations
 
 from torch import Tensor, nn
 
-from fedtune.contribution import Form
+from fedtune.contribution import Form, Pair
 from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
@@ -27,6 +27,7 @@ __all__ = [
     "begin_step",
     "choose",
     "collecting",
+    "pairs",
     "revise",
     "trained",
     "watch",
@@ -79,6 +80,11 @@ def before_update(techniques: Sequence[Technique], model: nn.Module, moment: Mom
     for technique in techniques:
         moment = moment._replace(lr=technique.before_update(model, moment))
     return moment.lr
+
+
+def pairs(techniques: Sequence[Technique], model: nn.Module) -> list[Pair]:
+    """The low-rank pairs in the model."""
+    return [pair for technique in techniques for pair in technique.pairs(model)]
 
 
 def asked(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, Form]:

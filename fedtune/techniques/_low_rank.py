@@ -2,7 +2,7 @@
 
 Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor
 at a time while the other is common to all clients, so that the mean of the trained factor gives the mean of the
-products: sum_i w_i (B_i A) = (sum_i w_i B_i) A.
+products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. Where both are trained, a merge of pairs has to see to it.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.contribution import Pair, Sent
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
 from fedtune.techniques._technique import Technique, head_names, require
@@ -32,8 +33,10 @@ class LowRank(Technique):
     alpha: float = Field(16.0, gt=0, description="the product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
-    exact: Literal["alternate", "freeze-a"] = Field(
-        "alternate", description="alternate: B in odd rounds, A in even ones (RoLoRA); freeze-a: B only (FFA-LoRA)"
+    exact: Literal["alternate", "freeze-a", "none", "remainder"] = Field(
+        "alternate",
+        description="alternate: B in odd rounds, A in even ones (RoLoRA); freeze-a: B only (FFA-LoRA); none: both, for "
+        "merge: fedit, flexlora, hetlora; remainder: both, the base shared, for merge: fedex-lora, flora",
     )
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
@@ -60,6 +63,23 @@ class LowRank(Technique):
             self._freeze(model, "A", number % 2 == 1)
             self._freeze(model, "B", number % 2 == 0)
 
+    def held(self, model: nn.Module) -> list[str]:
+        """The weights beside the pairs, where the merge writes into them."""
+        return [pair.base for pair in self.pairs(model) if pair.base is not None]
+
+    def sends(self) -> Sent:
+        """Both factors, unless one of them is common to all clients in each round."""
+        both: Sent = "pairs and base" if self.exact == "remainder" else "pairs"
+        return "tensors" if self.exact in ("alternate", "freeze-a") else both
+
+    def pairs(self, model: nn.Module) -> list[Pair]:
+        """B and A of each layer; the weights of GPT-2's layers are transposed."""
+        return [_pair(name, layer, self.exact == "remainder") for name, layer in _adapted(model)]
+
+    def keeps_base(self) -> bool:
+        """The weights beside the pairs change when they are shared."""
+        return self.exact != "remainder"
+
     def adapter(self, model: nn.Module, task: Task) -> PeftConfig:
         """The configuration the layers were made with, and the head as a module saved whole."""
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
@@ -71,12 +91,11 @@ class LowRank(Technique):
 
     def fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, LoraLayer):
-                plain = expanded(layer.get_base_layer())
-                with torch.no_grad():
-                    plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
-                model.set_submodule(name, plain)
+        for name, layer in _adapted(model):
+            plain = expanded(layer.get_base_layer())
+            with torch.no_grad():
+                plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
+            model.set_submodule(name, plain)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
                 model.set_submodule(name, expanded(layer))
@@ -136,6 +155,16 @@ def _output_embeddings(model: nn.Module) -> str | None:
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get else None
     return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _pair(name: str, layer: LoraLayer, shared_base: bool) -> Pair:
+    left, right = (f"{name}.lora_{factor}.default.weight" for factor in "BA")
+    base = f"{name}.base_layer.weight" if shared_base else None
+    return Pair(left, right, float(layer.scaling["default"]), base, isinstance(layer.get_base_layer(), Conv1D))
 
 
 def _factors(model: nn.Module, factor: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from fedtune.contribution import Form
+from fedtune.contribution import Form, Pair, Sent
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
 from fedtune.registry import Named
@@ -67,7 +67,15 @@ class Technique(Named):
         return moment.lr
 
     def held(self, model: nn.Module) -> list[str]:
-        """Names of buffers that belong to the shared state though clients do not train them."""
+        """Names of tensors that belong to the shared state though clients do not train them."""
+        return []
+
+    def sends(self) -> Sent:
+        """What clients train, as a merge must know it before it can be chosen."""
+        return "tensors"
+
+    def pairs(self, model: nn.Module) -> list[Pair]:
+        """The low-rank pairs it put into the model."""
         return []
 
     def asked(self, model: nn.Module, number: int) -> dict[str, Form]:

@@ -5,7 +5,9 @@ Saves: gradients and optimiser state of W, and the inputs of W that only its own
 Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
 Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted
 mean of what they send is the weighted mean of their products. ``exact: freeze-a`` never trains A: cheaper, less
-capacity.
+capacity. ``exact: none`` trains both, for merges of pairs: ``fedit``, ``flexlora``, ``hetlora``. ``exact: remainder``
+does too, and shares the weights beside the pairs, for merges that write into them: ``fedex-lora``, ``flora``; these
+weights go down whole each round.
 Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
 Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``.
 Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs

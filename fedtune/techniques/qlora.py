@@ -10,9 +10,10 @@ Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import model_validator
 from transformers import BitsAndBytesConfig
 
 from fedtune.techniques._low_rank import LowRank
@@ -29,6 +30,12 @@ class Qlora(LowRank):
         "full": "full trains the weights that qlora freezes",
         "lora": "both put a low-rank pair beside the same layers",
     }
+
+    @model_validator(mode="after")
+    def _base_is_not_writable(self) -> Self:
+        if self.exact == "remainder":
+            raise ValueError("exact: remainder writes into the base's weights, but four-bit ones are fixed; take lora")
+        return self
 
     def quantisation(self) -> Any:
         """NF4 with double quantisation, computing in single precision."""

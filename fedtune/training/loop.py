@@ -28,6 +28,7 @@ from fedtune.techniques import (
 )
 from fedtune.training.optimiser import Stepper, make_optimiser, rate
 from fedtune.training.state import load_state, read_state
+from fedtune.training.told_activity import tell_activity
 
 IntArray = NDArray[np.int64]
 
@@ -36,7 +37,7 @@ __all__ = ["Outcome", "batches", "processor_threads", "step_loss", "total_steps"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one client's round gave: ``delta`` (trained minus received, fp32), what techniques add, what it cost."""
+    """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost."""
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
@@ -67,11 +68,14 @@ def train(
     begin_round(techniques, model, number)
     before = read_state(model, trained(model))
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        seed = derive(recipe.seed, number, client, "activity")
+        told = tell_activity(model, techniques, data, indices, recipe, before, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
         loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client)
         after = read_state(model, before)
         delta = {name: after[name] - before[name] for name in before}
-        extras = answer(techniques, model, number, partial(_backward, model, techniques, data, indices, recipe, number))
+        backward = partial(_backward, model, techniques, data, indices, recipe, number)
+        extras = {**told, **answer(techniques, model, number, backward)}
     return Outcome(delta, extras, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
 
 

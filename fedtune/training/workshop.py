@@ -11,12 +11,13 @@ from datasets import Dataset
 from pydantic import ValidationError
 from torch import nn
 
-from fedtune import data, models, techniques
+from fedtune import data, merging, models, techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.explain import explain
 from fedtune.recipe import Columns, Data, Recipe
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
+from fedtune.training.activity import require_scaled
 from fedtune.training.state import tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -130,4 +131,5 @@ def _build(recipe: str) -> Workshop:
     parsed = Recipe.model_validate_json(recipe)
     corpus = data.load(parsed)
     model, chosen, shared = build_model(parsed, corpus.labels)
+    require_scaled(merging.choose(parsed.merge).steps, model, shared)
     return Workshop(parsed, corpus, model, chosen, shared)

@@ -1,0 +1,127 @@
+"""A PEFT LoRA adapter's folder as factors by module, told apart by name, and what else it holds.
+
+Scales are alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own rank and alpha where patterns give them.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedtune.errors import ModelError, SourceError
+from fedtune.fusion.folder import read_json
+from fedtune.merging._factors import Factors
+
+__all__ = ["CONFIG", "TENSORS", "AdapterFile", "Place", "module_of"]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_INSIDE = "base_model.model."
+_FACTOR = re.compile(r"^(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+_UNLIKE = ("layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "lora_bias")
+"""Settings under which an adapter is more than a product per module."""
+
+
+class Place(NamedTuple):
+    """The names of a module's factors in the file; of an embedding they are those of the transposed weight."""
+
+    a: str
+    b: str
+    embedding: bool
+
+
+class AdapterFile:
+    """One adapter; factors are read when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / CONFIG)
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(f"{folder} is a {kind} adapter; only LoRA and DoRA adapters are merged by their products")
+        for key in _UNLIKE:
+            if self.config.get(key):
+                raise ModelError(f"{folder} has {key}, which no product of two factors can carry; fold it with peft")
+
+    @cached_property
+    def forms(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in the file."""
+        path = self.folder / TENSORS
+        if not path.is_file():
+            raise SourceError(f"{self.folder} has no {TENSORS}; save it with safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise SourceError(f"{path} cannot be read ({error}); fetch it again") from error
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Modules by their names in the base, and where their factors are."""
+        found: dict[str, dict[str, str]] = {}
+        embeddings = set()
+        for name in self.forms:
+            if (match := _FACTOR.match(name)) is not None:
+                found.setdefault(match["owner"], {})[match["factor"]] = name
+                embeddings |= {match["owner"]} if match["embedding"] else set()
+        for owner, names in found.items():
+            self._check(owner, names)
+        return {module_of(own): Place(names["A"], names["B"], own in embeddings) for own, names in found.items()}
+
+    @cached_property
+    def whole(self) -> list[str]:
+        """Names of tensors that are no part of a product: magnitudes, biases, heads."""
+        names = [name for name in self.forms if not _FACTOR.match(name)]
+        odd = [name for name in names if ".lora_" in name and not _MAGNITUDE.search(name)]
+        if odd:
+            raise ModelError(f"{self.folder} holds {odd[0]}, which is no LoRA factor; fold it with peft")
+        return names
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored; ModelError for values that are not finite."""
+        with safe_open(self.folder / TENSORS, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{self.folder} holds values that are not finite in {name}; train or fetch it again")
+        return tensor
+
+    def factors(self, module: str) -> Factors:
+        """B [d, r] and A [r, k] with the module's scale; a kernel's further dimensions count as columns."""
+        place = self.places[module]
+        a, b = self.read(place.a).flatten(1), self.read(place.b).flatten(1)
+        return Factors(b, a, self.scale(module, len(a)))
+
+    def scale(self, module: str, rank: int) -> float:
+        """What multiplies a module's product."""
+        patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
+        alpha = float(patterns.get(get_pattern_key(list(patterns), module), self.config["lora_alpha"]))
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) if rank else 1.0
+
+    def setting(self, name: str) -> Any:
+        """A value of the configuration, None where it has none."""
+        return self.config.get(name) or None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the factors."""
+        return self.read(next(iter(self.places.values())).a).dtype if self.places else torch.float32
+
+    def _check(self, owner: str, names: Mapping[str, str]) -> None:
+        if names.keys() != {"A", "B"}:
+            raise SourceError(
+                f"{self.folder} has only factor {next(iter(names))} of {module_of(owner)}; fetch it again"
+            )
+        if self.forms[names["A"]][0] != self.forms[names["B"]][1]:
+            raise ModelError(f"{self.folder} has factors of {module_of(owner)} that do not multiply; fold it with peft")
+
+
+def module_of(owner: str) -> str:
+    """A module's name in the base."""
+    return owner.removeprefix(_INSIDE)

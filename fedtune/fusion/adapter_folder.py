@@ -1,0 +1,69 @@
+"""Writing a PEFT adapter whose modules may have ranks of their own, so that plain peft reads the same product again."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from fedtune.files import write
+from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, Place
+from fedtune.merging._factors import Factors
+
+__all__ = ["merged_config", "write_adapter"]
+
+_ALL_TARGETS: dict[str, Any] = {
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "init_lora_weights": True,
+    "use_rslora": False,
+    "inference_mode": True,
+}
+"""Every module is named in full, and scales are alpha / r."""
+
+
+def write_adapter(
+    out: Path,
+    adapters: Sequence[AdapterFile],
+    places: Mapping[str, Place],
+    factors: Mapping[str, Factors],
+    whole: Mapping[str, Tensor],
+) -> None:
+    """Write the folder; its configuration comes last, without which it is no adapter. One rounding to the precision."""
+    dtype, tensors = adapters[0].dtype, dict(whole)
+    for module, made in factors.items():
+        place = places[module]
+        like = next(one.forms for one in adapters if module in one.places)
+        tensors[place.a] = made.a.reshape(-1, *like[place.a][1:]).to(dtype)
+        tensors[place.b] = made.b.reshape(*made.b.shape, *like[place.b][2:]).to(dtype)
+    payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    write(out / TENSORS, payload)
+    write(out / CONFIG, (json.dumps(merged_config(adapters, factors), indent=2) + "\n").encode())
+
+
+def merged_config(adapters: Sequence[AdapterFile], factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """The first adapter's settings with the modules, ranks and alphas of the result; scale = alpha / r in each."""
+    ranks = {module: made.rank for module, made in factors.items()}
+    alphas = {module: made.scale * made.rank for module, made in factors.items()}
+    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+    heads = {name for one in adapters for name in one.setting("modules_to_save") or ()}
+    return {
+        **adapters[0].config,
+        **_ALL_TARGETS,
+        "target_modules": sorted(factors),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _patterns(ranks, rank),
+        "alpha_pattern": _patterns(alphas, alpha),
+        "modules_to_save": sorted(heads) or None,
+        "bias": next((bias for one in adapters if (bias := one.setting("bias")) != "none"), "none"),
+    }
+
+
+def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """What differs from the usual, by names that fit one module and no longer name that ends like it."""
+    return {f"^{module}": value for module, value in sorted(values.items()) if value != usual}

@@ -1,0 +1,159 @@
+"""Adapters merged into one adapter by what their factors make together, never factor by factor.
+
+Steps that stay in the span of the products and know them by their inner products alone (linear, SLERP, Karcher, model
+stock, geometric median ...) run on small cores, which have the products' lengths and angles. All others (TIES, DARE)
+look at single entries: they get the products' rows as they ask for them, and one dense module at a time is brought back
+to low rank by its SVD. Magnitudes, biases and heads are no products: they get the mean by the weights of the adapters
+that have them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError, RecipeError, StoreError
+from fedtune.fusion.adapter_file import AdapterFile
+from fedtune.fusion.adapter_folder import write_adapter
+from fedtune.fusion.products import Products
+from fedtune.merging import Combine, Evidence, Relax, settle
+from fedtune.merging._factors import Factors, padded
+from fedtune.merging._pairs import CombinePairs
+from fedtune.merging._small_svd import Reduced, split
+from fedtune.merging._span import Span
+from fedtune.merging.linear import Linear
+
+__all__ = ["Cut", "MergedModule", "merge_adapters", "overall_error"]
+
+_AGREE = ("fan_in_fan_out", "use_dora", "task_type")
+
+
+class Cut(NamedTuple):
+    """How small a merged module is made: at most ``rank``, or keeping a share ``energy`` of its squared norm, or both.
+
+    With neither all is kept, and ranks add up as far as adapters differ.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+class MergedModule(NamedTuple):
+    """A module of the result: its rank, and the Frobenius norms of what was cut off and of the whole."""
+
+    module: str
+    rank: int
+    missed: float
+    whole: float
+
+    @property
+    def error(self) -> float:
+        """Relative; zero where there is nothing."""
+        return self.missed / self.whole if self.missed else 0.0
+
+
+def overall_error(modules: Sequence[MergedModule]) -> float:
+    """Relative, over all modules together."""
+    missed = math.hypot(*(one.missed for one in modules))
+    return missed / math.hypot(*(one.whole for one in modules)) if missed else 0.0
+
+
+def merge_adapters(
+    folders: Sequence[Path],
+    out: Path,
+    step: Combine | None = None,
+    weights: Sequence[float] | None = None,
+    cut: Cut = Cut(),  # noqa: B008 - an immutable value
+    relax: Sequence[Relax] = (),
+    evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
+) -> list[MergedModule]:
+    """Merge PEFT LoRA adapters of one base into a new adapter folder; what each module lost is returned.
+
+    ``step`` is linear unless given, ``weights`` are ones. ``relax`` steps scale the columns of A by the activity of the
+    base's weights.
+    """
+    step, shares = step or Linear(), [1.0] * len(folders) if weights is None else list(weights)
+    if isinstance(step, CombinePairs):
+        raise RecipeError(f"merge: {step.name} is for rounds of a federation; name linear, ties or another step")
+    if out.exists():
+        raise StoreError(f"{out} exists already; choose another folder")
+    adapters = [AdapterFile(folder) for folder in folders]
+    _check_alike(adapters)
+    places = {module: place for one in reversed(adapters) for module, place in one.places.items()}
+    whole = _averaged(adapters, shares)
+    modules, factors = [], {}
+    for module, made in _merged(adapters, sorted(places), step, shares, cut, evidence):
+        relaxed = _relaxed(made.factors, module, adapters, relax, evidence)
+        factors[module] = padded(relaxed, max(1, relaxed.rank))
+        modules.append(MergedModule(module, factors[module].rank, made.missed, made.whole))
+    write_adapter(out, adapters, places, factors, whole)
+    return modules
+
+
+def _merged(
+    adapters: Sequence[AdapterFile],
+    modules: Sequence[str],
+    step: Combine,
+    weights: Sequence[float],
+    cut: Cut,
+    evidence: Evidence,
+) -> Iterator[tuple[str, Reduced]]:
+    """Each module's merged product as it is cut, at the scale of the first adapter that has it."""
+    products = Products(adapters, small=isinstance(step, Span) and step.groups == "tensor")
+    shapes = {module: products.shape(module) for module in modules}
+    step, operands = settle(step, shapes, products.operands(weights), evidence)
+    energy = 1.0 if cut == Cut() else cut.energy
+    for module, shape in shapes.items():
+        matrix = torch.cat(list(step.combine(module, shape, operands)))
+        made = split(matrix, cut.rank, energy, products.scale(module))
+        yield module, made._replace(factors=products.outward(module, made.factors))
+
+
+def _relaxed(
+    factors: Factors, module: str, adapters: Sequence[AdapterFile], relax: Sequence[Relax], evidence: Evidence
+) -> Factors:
+    """A with the columns scaled as steps scale the weight's columns, or rows where the weight is transposed."""
+    owner = next(one for one in adapters if module in one.places)
+    place = owner.places[module]
+    flipped = place.embedding or bool(owner.setting("fan_in_fan_out"))
+    a = factors.a.reshape(factors.rank, *owner.forms[place.a][1:])
+    for step in relax:
+        a = step.relax(f"{module}.weight", 0, a.T if flipped else a, evidence)
+        a = a.T if flipped else a
+    return factors._replace(a=a.flatten(1))
+
+
+def _averaged(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Magnitudes, biases and heads: each the mean over the adapters that have it."""
+    names = sorted({name for one in adapters for name in one.whole})
+    return {name: _mean(name, adapters, weights) for name in names}
+
+
+def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Tensor:
+    having = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if name in one.forms]
+    shapes = {one.forms[name] for one, _ in having}
+    if len(shapes) > 1:
+        raise ModelError(f"{name} has shapes {sorted(shapes)} in the adapters; only heads of one shape are averaged")
+    total = sum(weight for _, weight in having)
+    if total == 0:
+        raise RecipeError(f"merge: the weights of the adapters that have {name} sum to zero; change one of them")
+    first = having[0][0].read(name)
+    mean = torch.zeros(first.shape, dtype=torch.float64)
+    for one, weight in having:
+        mean += one.read(name).double() * (weight / total)
+    return mean.to(first.dtype)
+
+
+def _check_alike(adapters: Sequence[AdapterFile]) -> None:
+    """What no merge can bridge, and a module that is an embedding in one adapter alone."""
+    first, *others = adapters
+    for other in others:
+        for key in _AGREE:
+            if first.setting(key) != other.setting(key):
+                raise ModelError(
+                    f"{other.folder} has {key} {other.setting(key)}, but {first.folder} {first.setting(key)}; "
+                    "give adapters of one kind"
+                )

@@ -1,0 +1,86 @@
+"""The README of a merged model: what it was made from, how, and what was measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from fedtune.files import sha256
+from fedtune.fusion.compare import Comparison
+from fedtune.fusion.fuse import Merge
+
+if TYPE_CHECKING:
+    from fedtune.training import Score
+
+__all__ = ["Hashes", "Scores", "card", "hashes"]
+
+Hashes = Mapping[str, Mapping[str, str]]
+"""SHA-256 by file name, by model."""
+Scores = Mapping[str, "Sequence[Score]"]
+"""Figures by model."""
+
+
+def hashes(merge: Merge) -> dict[str, dict[str, str]]:
+    """What the inputs were, byte for byte; a file that several models share is read once."""
+    known: dict[Path, str] = {}
+    for model in merge.models.by_name.values():
+        known |= {file: sha256(file) for file in model.files if file not in known}
+    return {name: {file.name: known[file] for file in model.files} for name, model in merge.models.by_name.items()}
+
+
+def card(title: str, merge: Merge, text: str, read: Hashes, compared: Comparison | None, scored: Scores) -> str:
+    """The README's text; ``text`` is the configuration as it was given."""
+    parts = [
+        _front(merge),
+        f"# {title}\n\nMerged by fedtune with `{merge.steps.combine.name}`, accumulated in fp32 and cast once.",
+        f"## Configuration\n\n```yaml\n{text.strip()}\n```",
+        f"## Inputs\n\n{_inputs(read)}",
+    ]
+    if compared is not None:
+        parts.append(f"## Before merging\n\n{_figures(compared)}")
+    if scored:
+        parts.append(f"## Scores\n\n{_scores(scored)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(merge: Merge) -> str:
+    meta = {
+        "base_model": list(merge.models.by_name),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["fedtune", "merge"],
+    }
+    return f"---\n{yaml.safe_dump(meta, sort_keys=False).strip()}\n---"
+
+
+def _inputs(read: Hashes) -> str:
+    rows = [(name, file, f"`{digest}`") for name, files in read.items() for file, digest in files.items()]
+    return _table(("model", "file", "SHA-256"), rows)
+
+
+def _figures(compared: Comparison) -> str:
+    rows = []
+    for place, name in enumerate(compared.models):
+        others = ", ".join(f"{value:.3f}" for at, value in enumerate(compared.cosines[place]) if at != place)
+        norm = "-" if compared.norms is None else f"{compared.norms[place]:.4f}"
+        changed = "-" if compared.changed is None else f"{compared.changed[place]} of {compared.tensors}"
+        rows.append((name, norm, others or "-", changed))
+    told = "" if compared.norms is None else " Norms are of what the model differs from the base, over the base's."
+    share = f"Entries at which two models move in opposite directions: {compared.conflicts:.1%}.{told}"
+    return f"{_table(('model', 'norm', 'cosine to the others', 'tensors changed'), rows)}\n\n{share}"
+
+
+def _scores(scored: Scores) -> str:
+    names = sorted({found.name for figures in scored.values() for found in figures})
+    rows = []
+    for model, figures in scored.items():
+        for domain in dict.fromkeys(found.domain for found in figures):
+            values = {found.name: f"{found.value:.4f}" for found in figures if found.domain == domain}
+            rows.append((model, domain, *(values.get(name, "-") for name in names)))
+    return _table(("model", "domain", *names), rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,176 @@
+"""How the models of a merge differ, measured before anything is written: one pass over all tensors, piece by piece."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.contribution import pieces
+from fedtune.errors import ModelError
+from fedtune.fusion.fuse import Merge, Progress
+from fedtune.fusion.pipeline import Deltas
+from fedtune.fusion.vocabulary import difference, vocabulary
+
+__all__ = ["Comparison", "Words", "compare"]
+
+_NO_BASE = 0.9
+"""Norm of a delta over that of the base from which on the base is none: two unrelated nets of one norm have 1.4.
+
+Taken over matrices: the scales of norms are near one in every net, and outweigh the rest of a small one.
+"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a model's tokens differ from those of the first: more, missing, and numbered otherwise."""
+
+    more: int
+    missing: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures over all tensors that are merged.
+
+    ``cosines`` [K, K] are between what the models differ from the base, or between whole models without one.
+    ``conflicts`` is the share of entries at which two models differ from the base in opposite directions. ``norms`` are
+    those of the deltas over that of the base, ``changed`` how many tensors differ from it and ``first`` the first.
+    ``scale`` would make the weighted sum of the deltas as long as the models' deltas are on average.
+    """
+
+    models: list[str]
+    cosines: list[list[float]]
+    conflicts: float
+    norms: list[float] | None
+    changed: list[int] | None
+    first: list[str | None] | None
+    words: list[Words | None]
+    scale: float | None
+    tensors: int
+    entries: int
+
+    def document(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return asdict(self)
+
+
+def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Comparison:
+    """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
+    names = list(merge.models.tuned) or list(merge.models.by_name)
+    based = merge.base is not None
+    sums = _Sums(len(names))
+    for name, size, parts, base in _stacks(merge, names, progress):
+        sums.add(name, parts, base, matrix=len(merge.models.by_name[names[0]].forms[name].shape) > 1)
+        sums.entries += size
+    for place, square in enumerate(sums.gram.diagonal().tolist()):
+        if not math.isfinite(square):
+            raise ModelError(f"{names[place]}: {sums.broken} holds values that are not finite; take a sound release")
+    norms = (sums.gram.diagonal().sqrt() / math.sqrt(sums.base or 1.0)).tolist()
+    if based and not trust_base:
+        _check_base(merge, names, (sums.matrices.sqrt() / math.sqrt(sums.base_matrices or 1.0)).tolist())
+    return Comparison(
+        models=names,
+        cosines=_cosines(sums.gram),
+        conflicts=sums.conflicts / max(1, sums.entries),
+        norms=norms if based else None,
+        changed=[len(found) for found in sums.changed] if based else None,
+        first=[next(iter(found), None) for found in sums.changed] if based else None,
+        words=list(_words(merge, names)),
+        scale=_scale(sums.gram, _weights(merge, names)) if based else None,
+        tensors=len(sums.seen),
+        entries=sums.entries,
+    )
+
+
+class _Sums:
+    """What is added up over the pieces: inner products, opposite signs, and which tensors differ."""
+
+    def __init__(self, count: int) -> None:
+        self.gram = torch.zeros(count, count, dtype=torch.float64)
+        self.base = self.base_matrices = 0.0
+        self.matrices = torch.zeros(count, dtype=torch.float64)
+        self.conflicts = self.entries = 0
+        self.changed: list[dict[str, None]] = [{} for _ in range(count)]
+        self.seen: dict[str, None] = {}
+        self.broken = ""
+
+    def add(self, name: str, parts: Tensor, base: Tensor | None, *, matrix: bool) -> None:
+        """One piece of all models [K, n], and of the base."""
+        gram = (parts @ parts.T).double()
+        if not self.broken and not bool(gram.isfinite().all()):
+            self.broken = name
+        self.gram += gram
+        self.conflicts += int(((parts.amax(0) > 0) & (parts.amin(0) < 0)).sum())
+        self.seen[name] = None
+        for place, found in enumerate(gram.diagonal().tolist()):
+            if found:
+                self.changed[place].setdefault(name)
+        square = 0.0 if base is None else float(torch.dot(base, base))
+        self.base += square
+        if matrix:
+            self.base_matrices += square
+            self.matrices += gram.diagonal()
+
+
+def _stacks(merge: Merge, names: list[str], progress: Progress) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
+    """Each piece of the tensors that all models have and, if there is a base, it has too."""
+    models = [merge.models.by_name[name] for name in names]
+    whole = {name: name for name in models[0].forms}
+    readers = [Deltas(model, whole, merge.base) for model in models]
+    shared = [name for name, form in models[0].forms.items() if form.dtype.is_floating_point and _shared(merge, name)]
+    done = 0
+    for name in shared:
+        form = models[0].forms[name]
+        for start, stop in pieces(form.shape):
+            parts = torch.stack([reader(name, start, stop).flatten() for reader in readers])
+            base = None if merge.base is None else merge.base.rows(name, start, stop).flatten()
+            yield name, parts.shape[1], parts, base
+        done += form.bytes
+        progress(done)
+
+
+def _shared(merge: Merge, name: str) -> bool:
+    known = [merge.models.by_name[model].forms for model in merge.models.by_name]
+    same = all(name in forms and forms[name].shape == known[0][name].shape for forms in known)
+    return same and (merge.base is None or name in merge.base)
+
+
+def _check_base(merge: Merge, names: list[str], norms: list[float]) -> None:
+    for name, norm in zip(names, norms, strict=True):
+        if norm > _NO_BASE:
+            raise ModelError(
+                f"{merge.models.base} is not the base of {name}: its matrices differ from it by {norm:.2f} times the "
+                "base's own norm; name the base it was trained from, or say --trust-base"
+            )
+
+
+def _cosines(gram: Tensor) -> list[list[float]]:
+    norms = gram.diagonal().sqrt().clamp_min(1e-300)
+    cosines: list[list[float]] = (gram / norms / norms[:, None]).tolist()
+    return cosines
+
+
+def _weights(merge: Merge, names: list[str]) -> Tensor:
+    """Each model's weight where nothing is said of single tensors."""
+    entries = {entry.model: entry for entry in merge.config.entries}
+    layers = [(entries[name].parameters, merge.config.parameters) for name in names]
+    weights = [merge.steps.combine.weight(layer, "", 0.0) for layer in layers]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def _scale(gram: Tensor, weights: Tensor) -> float | None:
+    """mean_i |x_i| / |sum_i w_i x_i|: a rule of thumb, not from a paper; None where the sum vanishes."""
+    length = float(weights @ gram @ weights)
+    return float(gram.diagonal().sqrt().mean()) / math.sqrt(length) if length > 0 else None
+
+
+def _words(merge: Merge, names: list[str]) -> Iterator[Words | None]:
+    """Differences of each model's own tokens to those of the first model named, or the base."""
+    first: Mapping[str, int] | None = vocabulary(merge.models.first.folder)
+    for name in names:
+        found = vocabulary(merge.models.by_name[name].folder)
+        yield None if first is None or found is None else Words(*difference(found, first))

@@ -1,0 +1,143 @@
+"""What a merge is: mergekit's own configuration schema, and the steps it does not have."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
+
+from fedtune.fusion.settings import Setting
+from fedtune.recipe import Section, Unit
+
+__all__ = ["Entry", "MergeConfig", "Slice", "Source", "TokenRule", "TokenSource", "Tokenizer"]
+
+Precision = Literal["float32", "float16", "bfloat16"]
+Parameters = dict[str, Setting]
+
+
+class Entry(Section):
+    """One model and its own parameters; ``statistics`` is a safetensors file with what some methods measure on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    parameters: Parameters = Field({})
+    statistics: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class Source(Entry):
+    """Some layers of one model: the first and the one after the last, counted from 0."""
+
+    layer_range: tuple[int, int]
+
+    @field_validator("layer_range")
+    @classmethod
+    def _ascending(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] < value[1]:
+            raise ValueError("write it as [first, end] with 0 <= first < end")
+        return value
+
+
+class Slice(Section):
+    """Layers of the result, merged from the same number of layers of each source."""
+
+    sources: list[Source] = Field(min_length=1)
+    parameters: Parameters = Field({})
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if len({source.layer_range[1] - source.layer_range[0] for source in self.sources}) > 1:
+            raise ValueError("the sources of a slice must have the same number of layers")
+        return self
+
+
+class TokenSource(Section):
+    """Where a token's rows come from: zeros, or another token of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    kind: Literal["zero", "model_token"]
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "model_token" and (self.model is None or (self.token is None) == (self.token_id is None)):
+            raise ValueError("model_token needs model, and either token or token_id")
+        return self
+
+
+class TokenRule(Section):
+    """The rows of one token in the models that lack it, or with ``force`` in all of them."""
+
+    source: str | TokenSource
+    force: bool = False
+
+
+class Tokenizer(Section):
+    """Whose tokens the result has: ``union``, ``base`` or a model's."""
+
+    source: str = "union"
+    tokens: dict[str, TokenRule] = Field({})
+    pad_to_multiple_of: int | None = Field(None, ge=1)
+
+
+class MergeConfig(Section):
+    """A merge of models, or of slices of them."""
+
+    merge_method: str = "linear"
+    models: list[Entry] | None = Field(None, min_length=1)
+    slices: list[Slice] | None = Field(None, min_length=1)
+    base_model: str | None = None
+    parameters: Parameters = Field({})
+    dtype: Precision | None = None
+    out_dtype: Precision | None = None
+    tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    align: list[Unit] = Field([])
+    relax: list[Unit] = Field([])
+    renormalise: list[Unit] = Field([], validation_alias=AliasChoices("renormalise", "renormalize"))
+    seed: int = Field(0, ge=0)
+
+    @field_validator("align", "relax", "renormalise", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return value["model"] if isinstance(value, dict) and value.keys() == {"model"} else value
+
+    @model_validator(mode="after")
+    def _models_or_slices(self) -> Self:
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("say either models or slices, exactly one of them")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("say either tokenizer or tokenizer_source, not both")
+        if self.relax and self.base_model is None:
+            raise ValueError("relax holds a merge near its base; name it with base_model")
+        return self
+
+    @property
+    def token_rule(self) -> Tokenizer | None:
+        """Whose tokens the result has, if anything is said about it."""
+        return Tokenizer(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """Every mention of a model, in order."""
+        if self.models is not None:
+            return self.models
+        return [source for part in self.slices or [] for source in part.sources]
+
+    @property
+    def sources(self) -> list[str]:
+        """The models named, each once, without a base that is only named as such."""
+        return list(dict.fromkeys(entry.model for entry in self.entries))

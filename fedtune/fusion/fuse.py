@@ -1,0 +1,225 @@
+"""The merge itself: tensor by tensor and piece by piece, from the models' files into those of the result."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedtune.contribution import pack, pieces
+from fedtune.errors import ModelError
+from fedtune.files import write
+from fedtune.fusion.config import MergeConfig
+from fedtune.fusion.folder import Folder
+from fedtune.fusion.layout import Form
+from fedtune.fusion.models import Models, open_models
+from fedtune.fusion.output import Output
+from fedtune.fusion.pipeline import Base, End, Steps, aligned, operands, steps
+from fedtune.fusion.plan import Target, plan
+from fedtune.fusion.sources import Exporter, no_runs
+from fedtune.fusion.weights import Lazy
+from fedtune.merging import Combine, Evidence, Operand, Pipeline, merged_pieces, settle
+from fedtune.merging.mean import Mean
+
+__all__ = ["Merge", "Progress", "fill", "prepare", "renormalise"]
+
+Progress = Callable[[int], None]
+"""Told the bytes of the result that are done."""
+
+
+class Merge(NamedTuple):
+    """A merge that may begin: everything that can be told without reading tensors holds."""
+
+    config: MergeConfig
+    models: Models
+    steps: Steps
+    targets: list[Target]
+    base: Base | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(target.form.bytes for target in self.targets)
+
+    @property
+    def acts_on_deltas(self) -> bool:
+        """Whether what is combined is what models differ from the base."""
+        acts = self.steps.combine.acts
+        return acts == "deltas" or (acts == "either" and self.base is not None)
+
+    def shards(self, size: int) -> dict[str, dict[str, Form]]:
+        """The result's files, none of more bytes than ``size`` unless it holds one tensor."""
+        groups: list[dict[str, Form]] = [{}]
+        filled = 0
+        for target in self.targets:
+            if groups[-1] and filled + target.form.bytes > size:
+                groups.append({})
+                filled = 0
+            groups[-1][target.name] = target.form
+            filled += target.form.bytes
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        return {f"model-{place:05}-of-{len(groups):05}.safetensors": group for place, group in enumerate(groups, 1)}
+
+    def key(self) -> str:
+        """A hash of the configuration and of which files it reads, by path, size and time."""
+        files = [file for model in self.models.by_name.values() for file in model.files]
+        told = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        text = json.dumps([self.config.model_dump(mode="json"), told], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prepare(config: MergeConfig, runs: Exporter = no_runs) -> Merge:
+    """Open the models and plan the result; an error of fedtune, in one sentence, when they cannot be merged."""
+    chosen = steps(config)
+    models = open_models(config, runs)
+    targets = plan(config, models)
+    base = None
+    if models.base is not None:
+        base = Base(models.by_name[models.base], {target.name: target.base for target in targets if target.base})
+    merge = Merge(config, models, chosen, targets, base)
+    _rehearse(merge)
+    return merge
+
+
+def _rehearse(merge: Merge) -> None:
+    """Let each setting of the method merge one zero, so that one that does not hold is refused before any reading."""
+    seen = []
+    targets = {target.name: target for target in merge.targets}
+    for name, parts in operands(merge.steps, merge.targets, merge.models, None).items():
+        step, zeros = _step(merge, targets[name]), [part._replace(rows=_zero) for part in parts]
+        told = (step, [(part.weight, dict(part.knobs)) for part in parts])
+        if told not in seen:
+            seen.append(told)
+            measured = any(part.statistics is not None for part in parts)
+            settled = settle(step, dict.fromkeys(targets if measured else [name], (1,)), zeros, Evidence())
+            if not measured:
+                list(settled.combine.combine(name, (1,), settled.operands))
+
+
+def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read like a delta
+    return torch.zeros(stop - start)
+
+
+def fill(merge: Merge, output: Output, evidence: Evidence, progress: Progress) -> list[Operand]:
+    """Write every tensor that is not written yet; returns the models as they were aligned, by their first part."""
+    base = merge.base if merge.acts_on_deltas else None
+    found = operands(merge.steps, merge.targets, merge.models, base)
+    found = aligned(merge.steps, merge.targets, found, base, evidence)
+    settled = _settled(merge, found, evidence)
+    done = 0
+    for target in merge.targets:
+        if target.name not in output.done:
+            for start, _, rows in _rows(merge, target, found.get(target.name, []), settled, evidence):
+                output.write(target.name, start, rows)
+            output.finish(target.name)
+        done += target.form.bytes
+        progress(done)
+    output.flush()
+    merged = [target.name for target in merge.targets if not target.copied]
+    return found[merged[0]] if merged else []
+
+
+class _Settled(NamedTuple):
+    """A step and operands for all tensors, of a method that must see whole models first."""
+
+    combine: Combine
+    operands: Sequence[Operand]
+
+
+def _settled(merge: Merge, found: Mapping[str, Sequence[Operand]], evidence: Evidence) -> _Settled | None:
+    """What whole models tell a method; None where each tensor is set by itself."""
+    first = next((target for target in merge.targets if not target.copied), None)
+    if first is None:
+        return None
+    step = _step(merge, first)
+    shapes = {target.name: target.form.shape for target in merge.targets if not target.copied}
+    told = settle(step, shapes, found[first.name], evidence)
+    if told.combine == step and told.operands is found[first.name]:
+        return None
+    return _Settled(told.combine, told.operands)
+
+
+def _step(merge: Merge, target: Target) -> Combine:
+    return merge.steps.combine.step(target.layers, target.name, target.depth, merge.config.seed)
+
+
+def _rows(
+    merge: Merge, target: Target, parts: Sequence[Operand], settled: _Settled | None, evidence: Evidence
+) -> Iterator[tuple[int, int, Tensor]]:
+    if target.copied:
+        yield from _copied(merge, target)
+        return
+    step = _step(merge, target) if settled is None else settled.combine
+    parts = parts if settled is None else settled.operands
+    if merge.acts_on_deltas and target.base is None:  # a head the base has not
+        step, parts = Mean(), _shares(parts)
+    pipeline = Pipeline((), step, (), ())
+    for start, stop, rows in merged_pieces(pipeline, target.name, target.form.shape, parts, evidence):
+        whole = _whole(merge, target, start, stop, rows, evidence)
+        if not bool(whole.isfinite().all()):
+            raise ModelError(_not_finite(merge, target))
+        yield start, stop, whole
+
+
+def _whole(merge: Merge, target: Target, start: int, stop: int, rows: Tensor, evidence: Evidence) -> Tensor:
+    """The result's rows: what was combined, relaxed around the base, added to it."""
+    if target.base is None or merge.base is None:
+        return rows
+    if not merge.acts_on_deltas and not merge.steps.relax:
+        return rows
+    base = merge.base.rows(target.name, start, stop)
+    delta = rows.reshape(base.shape) if merge.acts_on_deltas else rows.reshape(base.shape) - base
+    for step in merge.steps.relax:
+        delta = step.relax(target.name, start, delta, evidence)
+    return base + delta
+
+
+def _copied(merge: Merge, target: Target) -> Iterator[tuple[int, int, Tensor]]:
+    """A tensor of integers as the base has it, or else the first model."""
+    part = target.parts[0]
+    model, name = merge.models.by_name[part.entry.model], part.tensor
+    if target.base is not None and merge.models.base is not None:
+        model, name = merge.models.by_name[merge.models.base], target.base
+    for start, stop in pieces(target.form.shape):
+        yield start, stop, model.rows(name, start, stop)
+
+
+def _shares(parts: Sequence[Operand]) -> list[Operand]:
+    """Weights that sum to one; equal where they sum to zero."""
+    total = sum(part.weight for part in parts)
+    return [part._replace(weight=part.weight / total if total else 1 / len(parts)) for part in parts]
+
+
+def _not_finite(merge: Merge, target: Target) -> str:
+    for part in target.parts:
+        model = merge.models.by_name[part.entry.model]
+        for start, stop in pieces(target.form.shape):
+            if not bool(model.rows(part.tensor, start, stop).isfinite().all()):
+                return f"{model.origin}: {part.tensor} holds values that are not finite; take a sound release"
+    return f"{target.name} comes out with values that are not finite; take smaller weights"
+
+
+def renormalise(merge: Merge, output: Output, parts: Sequence[Operand], evidence: Evidence) -> None:
+    """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
+    base = merge.base if merge.acts_on_deltas else None
+    ends = [(part.weight, End(merge.targets, base, part)) for part in _shares(parts)]
+    for place, step in enumerate(merge.steps.renormalise):
+        kept = _changes(output.folder, place)
+        if not kept.is_file():
+            files = tuple(sorted(output.folder.glob("*.safetensors")))
+            merged = Lazy(Folder(output.folder, str(output.folder), files))
+            write(kept, pack(step.renormalise(merged, ends, evidence)))
+        for name, tensor in safetensors.torch.load_file(kept).items():
+            output.write(name, 0, tensor.to(torch.float32))
+        output.flush()
+    for place in range(len(merge.steps.renormalise)):
+        _changes(output.folder, place).unlink()
+
+
+def _changes(folder: Path, place: int) -> Path:
+    return folder / f"renormalise-{place}.changes"

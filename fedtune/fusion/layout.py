@@ -1,0 +1,137 @@
+"""The layout of a safetensors file: where each tensor's rows lie, so that they can be read and written in place.
+
+Rows are read with plain reads, not through a memory map, whose pages would pile up in the process.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedtune.errors import SourceError
+
+__all__ = ["Form", "Place", "arrange", "places", "read_rows", "write_rows"]
+
+Shape = tuple[int, ...]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_ALIGNED = 8
+
+
+class Form(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def height(self) -> int:
+        """Number of rows; a tensor without dimensions is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.height * self.row_bytes
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    form: Form
+    offset: int
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file lies; SourceError when it is not safetensors, cut short or damaged."""
+    try:
+        with safe_open(path, "pt"):
+            pass  # checks that the header fits the file
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SourceError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    try:
+        return {
+            name: Place(Form(tuple(entry["shape"]), _DTYPES[entry["dtype"]]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except KeyError as error:
+        raise SourceError(f"{path} holds tensors of type {error}, which torch does not have; convert it") from error
+
+
+def arrange(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, Place], int]:
+    """The header of a file with these tensors in this order, where each will lie, and the file's size in bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name, form in forms.items():
+        offsets[name], end = end, end + form.bytes
+        entries[name] = {
+            "dtype": _CODES[form.dtype],
+            "shape": list(form.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: Place(form, len(head) + offsets[name]) for name, form in forms.items()}, len(head) + end
+
+
+def read_rows(path: Path, place: Place, start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` as they are stored; a tensor without dimensions has the one row 0."""
+    form = place.form
+    shape = (stop - start, *form.shape[1:]) if form.shape else ()
+    content = bytearray((stop - start) * form.row_bytes)
+    if not content:
+        return torch.empty(shape, dtype=form.dtype)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(place.offset + start * form.row_bytes)
+            _fill(file, content, path)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+    return torch.frombuffer(content, dtype=form.dtype).reshape(shape)
+
+
+def _fill(file: IO[bytes], content: bytearray, path: Path) -> None:
+    """One read gives two gigabytes at most."""
+    view, done = memoryview(content), 0
+    while done < len(content):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise SourceError(f"{path} became shorter while it was read; fetch it again")
+        done += count
+
+
+def write_rows(file: IO[bytes], place: Place, start: int, rows: Tensor) -> None:
+    """Write rows, cast to the type they are stored in, from row ``start`` on."""
+    if rows.numel():
+        file.seek(place.offset + start * place.form.row_bytes)
+        file.write(rows.to(place.form.dtype).contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,201 @@
+"""The models of a merge made comparable: one spelling of names, tied tensors once, one set of tokens.
+
+What cannot be merged is refused here, with the first tensor that differs.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.fusion.config import MergeConfig
+from fedtune.fusion.folder import read_json
+from fedtune.fusion.layers import layer_of
+from fedtune.fusion.layout import Form
+from fedtune.fusion.sources import Exporter, no_runs, open_source
+from fedtune.fusion.token_rows import is_of_tokens, retokenised
+from fedtune.fusion.vocabulary import difference, vocabulary
+from fedtune.fusion.weights import Weights, spelt_like
+
+__all__ = ["Models", "open_models", "settings_of"]
+
+_OUTPUT = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+
+
+class Models(NamedTuple):
+    """Every model by the name the configuration has for it, the base among them where one is named.
+
+    ``first`` is the one whose config.json the result has: the base, or else the first model. ``tokens`` is the folder
+    whose tokenizer it has, ``described`` its tokenizer.json where that is new, ``tied`` whether input and output
+    embeddings are one tensor.
+    """
+
+    by_name: Mapping[str, Weights]
+    base: str | None
+    tokens: Path
+    described: Mapping[str, Any] | None
+    tied: bool
+
+    @property
+    def first(self) -> Weights:
+        """The base, or else the first model."""
+        return self.by_name[self.base] if self.base is not None else next(iter(self.by_name.values()))
+
+    @property
+    def tuned(self) -> Mapping[str, Weights]:
+        """All but the base."""
+        return {name: model for name, model in self.by_name.items() if name != self.base}
+
+
+def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
+    """Open all that a configuration names; ModelError when it cannot be merged, SourceError when one is unreadable."""
+    named = list(dict.fromkeys([*config.sources, *([config.base_model] if config.base_model else [])]))
+    opened = {name: open_source(name, runs) for name in named}
+    _check_kinds(opened)
+    reference = next(iter(opened.values()))
+    alike = {name: spelt_like(model, reference.forms) for name, model in opened.items()}
+    tied = all(_ties(model) for model in alike.values())
+    alike = {name: _Untwined(model, tied) for name, model in alike.items()}
+    tokens, described = next(iter(alike.values())).folder, None
+    if config.base_model is not None:
+        tokens = alike[config.base_model].folder
+    if config.token_rule is not None:
+        base = None if config.base_model is None else alike[config.base_model]
+        changed, tokens, described = retokenised(list(alike.values()), base, config.token_rule)
+        alike = dict(zip(alike, changed, strict=True))
+    else:
+        _check_tokens(alike)
+    _check_labels(alike, config.base_model)
+    if config.models is not None:
+        _check_forms(alike, config.base_model)
+    _check_precision(alike, config)
+    return Models(alike, config.base_model, tokens, described, tied)
+
+
+def settings_of(model: Weights) -> dict[str, Any]:
+    """A model's config.json."""
+    return read_json(model.folder / "config.json")
+
+
+class _Untwined(Weights):
+    """A model without its output embeddings where all models tie them to the input's, with them where one does not."""
+
+    def __init__(self, model: Weights, tied: bool) -> None:
+        self.origin, self.folder, self.files = model.origin, model.folder, model.files
+        self.quantised, self._model = model.quantised, model
+        outputs = {name for name in model.forms if name.endswith(_OUTPUT)}
+        self._same: dict[str, str] = {}
+        self.forms = dict(model.forms)
+        if tied:
+            self.forms = {name: form for name, form in model.forms.items() if name not in outputs}
+        elif _ties(model) and not outputs:
+            [embedding] = [name for name in model.forms if is_of_tokens(name)][:1] or [""]
+            if embedding:
+                self._same["lm_head.weight"] = embedding
+                self.forms["lm_head.weight"] = model.forms[embedding]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows, of the input embeddings where the output's are the same."""
+        return self._model.rows(self._same.get(name, name), start, stop)
+
+
+def _ties(model: Weights) -> bool:
+    settings = settings_of(model)
+    embedded = any(is_of_tokens(name) for name in model.forms)
+    default = not any(name.endswith(_OUTPUT) for name in model.forms)
+    return embedded and bool(settings.get("tie_word_embeddings", default))
+
+
+def _check_kinds(models: Mapping[str, Weights]) -> None:
+    kinds = {model.origin: settings_of(model).get("model_type") for model in models.values()}
+    (one, kind), *others = kinds.items()
+    for other, found in others:
+        if found != kind:
+            raise ModelError(f"{other} is a {found} model and {one} a {kind}; only models of one architecture merge")
+
+
+def _check_tokens(models: Mapping[str, Weights]) -> None:
+    words = {model.origin: vocabulary(model.folder) for model in models.values()}
+    (one, first), *others = words.items()
+    for other, found in others:
+        if first is not None and found is not None and found != first:
+            more, less, moved = difference(found, first)
+            raise ModelError(
+                f"{other} has {more} tokens that {one} lacks, lacks {less} and numbers {moved} differently; say whose "
+                "tokens the result has, e.g. tokenizer_source: union"
+            )
+
+
+def _check_labels(models: Mapping[str, Weights], base: str | None) -> None:
+    """Heads are merged row by row, so that each row must stand for the same class."""
+    labels = {
+        model.origin: settings_of(model).get("id2label")
+        for name, model in models.items()
+        if name != base and any(name.startswith(("classifier.", "score.")) for name in model.forms)
+    }
+    known = {origin: found for origin, found in labels.items() if found}
+    for origin, found in known.items():
+        first = next(iter(known))
+        if found != known[first]:
+            raise ModelError(
+                f"{origin} tells {_listed(found)} apart, but {first} {_listed(known[first])}; only heads of the same "
+                "labels merge"
+            )
+
+
+def _listed(labels: Mapping[str, str]) -> str:
+    return ", ".join(map(str, labels.values()))
+
+
+def _check_forms(models: Mapping[str, Weights], base: str | None) -> None:
+    """All tensors of the first model in all others, in the same shape; the base may lack a head."""
+    (first, *others) = [model for name, model in models.items() if name != base] or list(models.values())
+    for other in others:
+        _check_names(first, other)
+        _check_names(other, first)
+    for model in [*others, *([models[base]] if base is not None else [])]:
+        for name, form in first.forms.items():
+            if name in model.forms and model.forms[name].shape != form.shape:
+                raise ModelError(_other_shape(model, name, model.forms[name], first, form))
+    if base is not None:
+        _check_names(first, models[base], layers_only=True)
+
+
+def _check_names(one: Weights, other: Weights, *, layers_only: bool = False) -> None:
+    for name in one.forms:
+        if name not in other.forms and not (layers_only and layer_of(name) is None):
+            raise ModelError(
+                f"{other.origin} has no tensor {name}, which {one.origin} has; only models of one architecture merge"
+            )
+
+
+def _other_shape(one: Weights, name: str, form: Form, other: Weights, wanted: Form) -> str:
+    mend = "take another base or model"
+    if is_of_tokens(name):
+        mend = "say whose tokens the result has, e.g. tokenizer_source: union"
+    return (
+        f"the first tensor that differs is {name}: {list(form.shape)} in {one.origin}, {list(wanted.shape)} in "
+        f"{other.origin}; {mend}"
+    )
+
+
+def _check_precision(models: Mapping[str, Weights], config: MergeConfig) -> None:
+    if config.dtype is not None or config.out_dtype is not None:
+        return
+    tuned: Sequence[Weights] = [
+        model for name, model in models.items() if name != config.base_model and not model.quantised
+    ]
+    for model in tuned:
+        if (found := _precision(model)) != (wanted := _precision(tuned[0])):
+            raise ModelError(
+                f"{model.origin} is {found} and {tuned[0].origin} {wanted}; say which the result has, e.g. "
+                f"dtype: {wanted}"
+            )
+
+
+def _precision(model: Weights) -> str:
+    """The precision of the largest tensor."""
+    largest = max(model.forms.values(), key=lambda form: form.bytes)
+    return str(largest.dtype).removeprefix("torch.")

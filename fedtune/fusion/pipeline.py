@@ -1,0 +1,149 @@
+"""A configuration as merge steps, and the models as what they read: deltas to the base, or whole models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import RecipeError
+from fedtune.fusion.config import Entry, MergeConfig
+from fedtune.fusion.methods import Method, method
+from fedtune.fusion.models import Models
+from fedtune.fusion.plan import Target
+from fedtune.fusion.weights import Weights
+from fedtune.merging import Align, Evidence, Operand, Relax, Renormalise, StatisticsFile, choose
+from fedtune.recipe import Unit
+
+__all__ = ["Base", "Deltas", "End", "Steps", "aligned", "operands", "steps"]
+
+
+class Steps(NamedTuple):
+    """The steps beside the combining one, which is set anew for every tensor."""
+
+    align: tuple[Align, ...]
+    combine: Method
+    relax: tuple[Relax, ...]
+    renormalise: tuple[Renormalise, ...]
+    needs: frozenset[str]
+    """What must be in the evidence."""
+
+
+def steps(config: MergeConfig) -> Steps:
+    """The steps a configuration names; RecipeError for one of the wrong kind."""
+    if config.align and config.slices is not None:
+        raise RecipeError("align matches whole models; give models in place of slices, or leave align out")
+    chosen = choose([*config.align, Unit(name="mean"), *config.relax, *config.renormalise])
+    return Steps(chosen.align, method(config.merge_method), chosen.relax, chosen.renormalise, chosen.needs)
+
+
+class Base:
+    """The base's rows under the names of the result, the last ones kept: several deltas are to the same rows."""
+
+    def __init__(self, weights: Weights, tensors: Mapping[str, str]) -> None:
+        self._weights, self._tensors = weights, tensors
+        self._kept: tuple[tuple[str, int, int], Tensor] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows in fp32."""
+        asked = (name, start, stop)
+        if self._kept is None or self._kept[0] != asked:
+            self._kept = (asked, self._weights.rows(self._tensors[name], start, stop))
+        return self._kept[1]
+
+
+class Deltas:
+    """What one model's rows differ from the base; where the base lacks the tensor, or there is none, the rows."""
+
+    def __init__(self, weights: Weights, tensors: Mapping[str, str], base: Base | None) -> None:
+        self._weights, self._tensors, self._base = weights, tensors, base
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows in fp32."""
+        rows = self._weights.rows(self._tensors[name], start, stop)
+        if self._base is None or name not in self._base:
+            return rows
+        return rows - self._base.rows(name, start, stop)
+
+
+class End(Mapping[str, Tensor]):
+    """One model's whole tensors by the result's names, read when asked for: the base and its delta."""
+
+    def __init__(self, targets: Sequence[Target], base: Base | None, delta: Operand | None) -> None:
+        self._targets = {target.name: target for target in targets if not target.copied}
+        self._base, self._delta = base, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        form = self._targets[name].form
+        found = torch.zeros(form.shape)
+        if self._base is not None and name in self._base:
+            found += self._base.rows(name, 0, form.height).reshape(form.shape)
+        if self._delta is not None:
+            found += self._delta.rows(name, 0, form.height).reshape(form.shape)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+def operands(chosen: Steps, targets: Sequence[Target], models: Models, base: Base | None) -> dict[str, list[Operand]]:
+    """The models' parts in each tensor, weights and knobs as they are set for it."""
+    readers: dict[tuple[int, str], Deltas] = {}
+    statistics: dict[str, StatisticsFile] = {}
+    found: dict[str, list[Operand]] = {}
+    tensors = _tensors(targets)
+    for target in (target for target in targets if not target.copied):
+        found[target.name] = []
+        for place, part in enumerate(target.parts):
+            key = (place, part.entry.model)
+            if key not in readers:
+                readers[key] = Deltas(models.by_name[part.entry.model], tensors[key], base)
+            path = part.entry.statistics
+            if path is not None and path not in statistics:
+                statistics[path] = StatisticsFile(Path(path))
+            found[target.name].append(
+                _operand(chosen.combine, target, part.entry, readers[key], statistics.get(path or ""))
+            )
+    return found
+
+
+def _tensors(targets: Sequence[Target]) -> dict[tuple[int, str], dict[str, str]]:
+    """For each place and model: its tensor by the result's."""
+    found: dict[tuple[int, str], dict[str, str]] = {}
+    for target in targets:
+        for place, part in enumerate(target.parts):
+            found.setdefault((place, part.entry.model), {})[target.name] = part.tensor
+    return found
+
+
+def _operand(chosen: Method, target: Target, entry: Entry, rows: Deltas, statistics: StatisticsFile | None) -> Operand:
+    layers = (entry.parameters, *target.layers)
+    weight = chosen.weight(layers, target.name, target.depth)
+    return Operand(rows, weight, chosen.knobs(entry.parameters, target.name, target.depth), statistics)
+
+
+def aligned(
+    chosen: Steps,
+    targets: Sequence[Target],
+    found: Mapping[str, Sequence[Operand]],
+    base: Base | None,
+    evidence: Evidence,
+) -> dict[str, list[Operand]]:
+    """The same parts, read after the models were aligned; each model is one part in every tensor."""
+    merged = [target for target in targets if not target.copied]
+    if not chosen.align or not merged:
+        return {name: list(parts) for name, parts in found.items()}
+    whole = list(found[merged[0].name])
+    for step in chosen.align:
+        whole = step.align(End(targets, base, None), whole, evidence)
+    return {
+        name: [part._replace(rows=one.rows) for part, one in zip(parts, whole, strict=True)]
+        for name, parts in found.items()
+    }

@@ -1,0 +1,177 @@
+"""What a merge writes: every tensor of the result, and which tensor of which model takes part in it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fedtune.errors import ModelError, RecipeError
+from fedtune.fusion.config import Entry, MergeConfig, Slice, Source
+from fedtune.fusion.layers import Layered, depths, layer_of, stem
+from fedtune.fusion.layout import Form
+from fedtune.fusion.methods import Method, method
+from fedtune.fusion.models import Models
+from fedtune.fusion.settings import Layer
+
+__all__ = ["Part", "Target", "plan"]
+
+
+class Part(NamedTuple):
+    """One model's tensor in a merge, and the model's own parameters."""
+
+    entry: Entry
+    tensor: str
+
+
+class Target(NamedTuple):
+    """One tensor of the result; ``base`` is what deltas are to, ``copied`` that it is taken from there as it is.
+
+    ``layers`` are the parameters that hold for all parts, the most particular first.
+    """
+
+    name: str
+    form: Form
+    parts: tuple[Part, ...]
+    base: str | None
+    copied: bool
+    layers: tuple[Layer, ...]
+    depth: float
+
+
+def plan(config: MergeConfig, models: Models) -> list[Target]:
+    """The tensors of the result in order; RecipeError and ModelError when the configuration does not fit."""
+    chosen = method(config.merge_method)
+    if chosen.acts == "deltas" and config.base_model is None:
+        raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
+    _check_parameters(config, chosen)
+    targets = list(_whole(config, models, chosen) if config.models is not None else _sliced(config, models, chosen))
+    if chosen.copies and any(len(target.parts) != 1 for target in targets if not target.copied):
+        raise RecipeError("passthrough copies one model per slice; name one source in each, or choose linear")
+    return targets
+
+
+def _check_parameters(config: MergeConfig, chosen: Method) -> None:
+    chosen.check(config.parameters, "parameters")
+    for part in config.slices or []:
+        chosen.check(part.parameters, "a slice's parameters")
+    for entry in config.entries:
+        chosen.check(entry.parameters, f"the parameters of {entry.model}")
+
+
+def _whole(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
+    entries = _counted(config.models or [], config, chosen)
+    forms = next(iter(models.tuned.values()), models.first).forms
+    depth = depths(forms)
+    for name, form in forms.items():
+        parts = tuple(Part(entry, name) for entry in entries)
+        yield _target(config, models, name, form, parts, (config.parameters,), depth[name])
+
+
+def _counted(entries: Sequence[Entry], config: MergeConfig, chosen: Method) -> list[Entry]:
+    """The entries that take part: not the base where deltas to it are merged, and the base first on an arc."""
+    if chosen.acts == "deltas" or (chosen.acts == "either" and config.base_model is not None):
+        kept = [entry for entry in entries if entry.model != config.base_model]
+        if not kept:
+            raise RecipeError("only the base is named; name the models that are to be merged into it")
+        return kept
+    if chosen.name == "slerp":
+        return sorted(entries, key=lambda entry: entry.model != config.base_model)
+    return list(entries)
+
+
+def _target(
+    config: MergeConfig,
+    models: Models,
+    name: str,
+    form: Form,
+    parts: tuple[Part, ...],
+    layers: tuple[Layer, ...],
+    depth: float,
+    base: str | None = None,
+) -> Target:
+    base = name if base is None else base
+    known = config.base_model is not None and base in models.by_name[config.base_model].forms
+    form = Form(form.shape, _precision(config, form.dtype))
+    copied = not form.dtype.is_floating_point
+    return Target(name, form, parts, base if known else None, copied, layers, depth)
+
+
+def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
+    said = config.out_dtype or config.dtype
+    return own if said is None or not own.is_floating_point else getattr(torch, said)
+
+
+def _sliced(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
+    """Tensors before the layers from the first slice's models, those after them from the last one's."""
+    slices = config.slices or []
+    forms = models.by_name[slices[0].sources[0].model].forms
+    before = stem(forms)
+    if before is None:
+        raise ModelError(f"{slices[0].sources[0].model} has no numbered layers, so it cannot be cut into slices")
+    outside = {name: depth for name, depth in depths(forms).items() if _at(name, before) is None}
+    for name in (name for name, depth in outside.items() if depth == 0):
+        yield _outside(config, models, chosen, slices[0], name, 0.0)
+    number = 0
+    for part in slices:
+        count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
+        for offset in range(count):
+            yield from _layer(config, models, chosen, part, before, offset, number)
+            number += 1
+    for name in (name for name, depth in outside.items() if depth > 0):
+        yield _outside(config, models, chosen, slices[-1], name, 1.0)
+
+
+def _outside(config: MergeConfig, models: Models, chosen: Method, part: Slice, name: str, depth: float) -> Target:
+    parts = tuple(Part(source, name) for source in _counted(part.sources, config, chosen))
+    form = _form(models, part.sources[0], name)
+    _check_parts(models, name, form, parts)
+    return _target(config, models, name, form, parts, (part.parameters, config.parameters), depth)
+
+
+def _layer(
+    config: MergeConfig, models: Models, chosen: Method, part: Slice, before: str, offset: int, number: int
+) -> Iterator[Target]:
+    first = part.sources[0]
+    counted: list[Source] = [source for source in _counted(part.sources, config, chosen) if isinstance(source, Source)]
+    bases = [source for source in part.sources if source.model == config.base_model]
+    if chosen.acts == "deltas" and not bases:
+        raise RecipeError(f"{chosen.name} needs layers of the base; name {config.base_model} in every slice's sources")
+    depth = offset / max(1, first.layer_range[1] - first.layer_range[0] - 1)
+    for layered in _tensors(models, first, before, offset):
+        name = layered.at(number)
+        parts = tuple(Part(source, layered.at(source.layer_range[0] + offset)) for source in counted)
+        base = layered.at((bases or [first])[0].layer_range[0] + offset)
+        form = _form(models, first, layered.at(first.layer_range[0] + offset))
+        _check_parts(models, name, form, parts)
+        layers = (part.parameters, config.parameters)
+        yield _target(config, models, name, form, parts, layers, depth, base)
+
+
+def _tensors(models: Models, source: Source, before: str, offset: int) -> list[Layered]:
+    number = source.layer_range[0] + offset
+    found = [_at(name, before) for name in models.by_name[source.model].forms]
+    layer = [layered for layered in found if layered is not None and layered.number == number]
+    if not layer:
+        raise RecipeError(f"layer_range {list(source.layer_range)}: {source.model} has no layer {number}")
+    return layer
+
+
+def _at(name: str, before: str) -> Layered | None:
+    found = layer_of(name)
+    return found if found is not None and found.before == before else None
+
+
+def _form(models: Models, source: Source, name: str) -> Form:
+    return models.by_name[source.model].forms[name]
+
+
+def _check_parts(models: Models, name: str, form: Form, parts: Sequence[Part]) -> None:
+    for part in parts:
+        found: Mapping[str, Form] = models.by_name[part.entry.model].forms
+        if part.tensor not in found:
+            raise ModelError(f"{part.entry.model} has no tensor {part.tensor}, which {name} is merged from")
+        if found[part.tensor].shape != form.shape:
+            raise ModelError(
+                f"the first tensor that differs is {part.tensor}: {list(found[part.tensor].shape)} in "
+                f"{part.entry.model} in place of {list(form.shape)}; take models of one shape"
+            )

@@ -1,0 +1,116 @@
+"""What a user may name as a model to merge, opened without reading its tensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedtune.errors import SourceError
+from fedtune.fusion.folder import Folder, read_json
+from fedtune.fusion.four_bit import FourBit, is_four_bit
+from fedtune.fusion.weights import Weights
+from fedtune.models.sources import resolve
+
+__all__ = ["Exporter", "no_runs", "open_source"]
+
+Exporter = Callable[[str], Path]
+"""Writes what a run of fedtune learned, named by id, to a folder of safetensors."""
+
+_KINDS = ("hub", "path", "gguf", "sample", "run")
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def no_runs(reference: str) -> Path:
+    """For callers that know no run store."""
+    raise SourceError(f"run:{reference} needs a run store; export the run first")
+
+
+def open_source(source: str, runs: Exporter = no_runs) -> Weights:
+    """A model: path:FOLDER, gguf:FILE, hub:ID, sample:NAME or run:ID, or BASE+ADAPTER.
+
+    Without a kind it is the folder or the GGUF file of that name if there is one, else a hub id. Raises SourceError
+    and ModelError in one sentence.
+    """
+    kind, name = _kind(source)
+    if kind is None and "+" in source:
+        base, _, adapter = source.partition("+")
+        return _adapted(source, _folder(adapter), open_source(base, runs))
+    if kind == "gguf":
+        return _gguf(Path(name).expanduser(), source)
+    folder = runs(name) if kind == "run" else _folder(source)
+    if _is_adapter(folder):
+        from fedtune.fusion.adapter import base_of
+
+        return _adapted(source, folder, open_source(_named(base_of(folder)), runs))
+    return _stored(folder, source)
+
+
+def _kind(source: str) -> tuple[str | None, str]:
+    """The kind of a source and its name; None for a folder written with its adapter."""
+    kind, colon, name = source.partition(":")
+    if "+" in source and not Path(name if colon else source).expanduser().exists():
+        return None, source
+    if colon and kind in _KINDS:
+        return kind, name
+    return ("gguf", source) if source.endswith(".gguf") else ("path", source)
+
+
+def _named(base: str) -> str:
+    """A base as an adapter names it: a folder, a hub id, or a source of fedtune."""
+    return base if base.partition(":")[0] in _KINDS or Path(base).expanduser().exists() else f"hub:{base}"
+
+
+def _folder(source: str) -> Path:
+    """The folder a source means; one on the hub is fetched."""
+    kind, colon, name = source.partition(":")
+    if not colon or kind not in _KINDS:
+        path = Path(source).expanduser()
+        return path if path.exists() else _fetched(source)
+    if kind == "hub":
+        return _fetched(name)
+    return Path(name).expanduser() if kind == "path" else Path(resolve(source))
+
+
+def _fetched(name: str) -> Path:
+    """A repository of the hub in its local cache, without the pickles."""
+    from huggingface_hub import snapshot_download
+
+    from fedtune.models.quiet import quiet
+
+    try:
+        with quiet():
+            return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"there is no folder {name}, and the hub does not give it ({type(error).__name__}); check the name"
+        ) from error
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _adapted(source: str, folder: Path, base: Weights) -> Weights:
+    from fedtune.fusion.adapter import Adapted  # imports peft
+
+    if not _is_adapter(folder):
+        raise SourceError(f"{folder} is no adapter: it has no adapter_config.json; write BASE+ADAPTER")
+    return Adapted(folder, source, base)
+
+
+def _gguf(file: Path, source: str) -> Weights:
+    if not file.is_file():
+        raise SourceError(f"there is no file {file}; check the path")
+    from fedtune.fusion.gguf import Gguf  # imports transformers
+
+    return Gguf(file, source)
+
+
+def _stored(folder: Path, source: str) -> Weights:
+    opened = Folder(folder, source)
+    if not opened.forms:
+        raise SourceError(f"{source} holds no tensor; fetch it again")
+    if is_four_bit(opened):
+        return FourBit(opened)
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise SourceError(f"{source} is quantised by {method}, which fedtune cannot undo; take the plain release")
+    return opened

@@ -1,0 +1,219 @@
+"""Embeddings and output layers of models whose tokens differ, read in the order of the result's tokens.
+
+A row a model lacks is the base's; if that lacks it too, the only owner's, else the mean of the owners'.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.fusion.config import Tokenizer, TokenSource
+from fedtune.fusion.vocabulary import union, vocabulary
+from fedtune.fusion.weights import Weights
+
+__all__ = ["Outcome", "is_of_tokens", "retokenised"]
+
+_OF_TOKENS = (
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+    "lm_head.weight",
+    "lm_head.bias",
+    "embed_out.weight",
+    "cls.predictions.bias",
+    "cls.predictions.decoder.weight",
+    "cls.predictions.decoder.bias",
+)
+
+
+def is_of_tokens(name: str) -> bool:
+    """Whether a tensor has one row per token."""
+    return name.endswith(_OF_TOKENS)
+
+
+class Outcome(NamedTuple):
+    """The models with the result's tokens, the folder whose tokenizer that is, and its tokenizer.json if it is new."""
+
+    models: list[Weights]
+    folder: Path
+    described: dict[str, Any] | None
+
+
+class _Known(NamedTuple):
+    """A model and where its rows lie: for each token of the result its row in the model, or -1."""
+
+    weights: Weights
+    rows: Tensor
+
+
+class _Given(NamedTuple):
+    """Rows a rule names: by row of the result the model and row to take, None for zeros; and whether always."""
+
+    model: Weights | None
+    row: int
+    force: bool
+
+
+def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> Outcome:
+    """All models read in the order of the tokens that the rule chooses; the base, if any, is one of the models."""
+    words = [_vocabulary(model) for model in models]
+    leader = _leader(models, base, rule)
+    described = None
+    if rule.source == "union":
+        described = _grown(models, leader, words)
+    ids = words[leader] if described is None else _ids_of(described)
+    height = _height(models[leader], ids, grown=described is not None, multiple=rule.pad_to_multiple_of)
+    known = [
+        _Known(model, _places(ids, height, word, _embedding_rows(model), own=place == leader))
+        for place, (model, word) in enumerate(zip(models, words, strict=True))
+    ]
+    given = dict(_given(rule, ids, models, words))
+    order = sorted(known, key=lambda one: one.weights is not base)
+    changed: list[Weights] = [_Retokenised(one, order, base is not None, height, given) for one in known]
+    return Outcome(changed, models[leader].folder, described)
+
+
+def _vocabulary(model: Weights) -> dict[str, int]:
+    found = vocabulary(model.folder)
+    if found is None:
+        raise ModelError(f"{model.origin} has no tokenizer, which the tokenizer rule needs; leave the rule out")
+    return found
+
+
+def _leader(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> int:
+    """The model whose tokens keep their ids."""
+    if rule.source in ("union", "base"):
+        return next((place for place, model in enumerate(models) if model is base), 0)
+    return _named(models, rule.source)
+
+
+def _named(models: Sequence[Weights], name: str) -> int:
+    for place, model in enumerate(models):
+        if model.origin == name:
+            return place
+    raise ModelError(f"the tokenizer rule names {name!r}, which is none of the models; name one of them")
+
+
+def _grown(models: Sequence[Weights], leader: int, words: Sequence[Mapping[str, int]]) -> dict[str, Any] | None:
+    """A tokenizer of all tokens; None when the leader has them all."""
+    if all(word.keys() <= words[leader].keys() for word in words):
+        return None
+    others = [model.folder for place, model in enumerate(models) if place != leader]
+    return union([models[leader].folder, *others])
+
+
+def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
+    from tokenizers import Tokenizer as Tokens
+
+    found: dict[str, int] = Tokens.from_str(json.dumps(described)).get_vocab(with_added_tokens=True)
+    return found
+
+
+def _embedding_rows(model: Weights) -> int:
+    return max((form.height for name, form in model.forms.items() if is_of_tokens(name)), default=0)
+
+
+def _height(model: Weights, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
+    """Rows of the result: the leader's, more where its tokens need them, rounded up if the rule says so."""
+    height = max(_embedding_rows(model), max(ids.values()) + 1) if grown else _embedding_rows(model)
+    return -(-height // multiple) * multiple if multiple else height
+
+
+def _places(ids: Mapping[str, int], height: int, words: Mapping[str, int], rows: int, *, own: bool) -> Tensor:
+    if own:  # its rows beyond its tokens are kept too
+        places = torch.arange(height)
+        places[rows:] = -1
+        places[[place for token, place in ids.items() if token not in words]] = -1
+        return places
+    places = torch.full((height,), -1)
+    for token, place in ids.items():
+        if place < height and words.get(token, rows) < rows:
+            places[place] = words[token]
+    return places
+
+
+def _given(
+    rule: Tokenizer, ids: Mapping[str, int], models: Sequence[Weights], words: Sequence[Mapping[str, int]]
+) -> Iterator[tuple[int, _Given]]:
+    for token, told in rule.tokens.items():
+        if token not in ids:
+            raise ModelError(f"the tokenizer rule has rows for {token!r}, which the result does not know; remove it")
+        source = told.source
+        if isinstance(source, str):
+            source = TokenSource(kind="model_token", model=source, token=token)
+        if source.kind == "zero":
+            yield ids[token], _Given(None, 0, told.force)
+            continue
+        place = _named(models, str(source.model))
+        row = source.token_id if source.token is None else words[place].get(source.token)
+        if row is None or row >= _embedding_rows(models[place]):
+            raise ModelError(f"the tokenizer rule takes {source.token!r} from {source.model}, which does not know it")
+        yield ids[token], _Given(models[place], row, told.force)
+
+
+class _Retokenised(Weights):
+    """A model whose tensors of tokens are read in another order; ``order`` has the base first, if there is one."""
+
+    def __init__(
+        self, own: _Known, order: Sequence[_Known], based: bool, height: int, given: Mapping[int, _Given]
+    ) -> None:
+        weights = own.weights
+        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
+        self.quantised = weights.quantised
+        self._own, self._order, self._based, self._given = own, order, based, given
+        self.forms = {
+            name: form._replace(shape=(height, *form.shape[1:])) if is_of_tokens(name) else form
+            for name, form in weights.forms.items()
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows of the result's tokens."""
+        if not is_of_tokens(name):
+            return self._own.weights.rows(name, start, stop)
+        found = _gathered(self._own, name, start, stop)
+        for row in self._special(start, stop):
+            given = self._given.get(row)
+            if given is None:
+                found[row - start] = self._missing(name, row)
+            elif given.model is None:
+                found[row - start] = 0
+            else:
+                found[row - start] = given.model.rows(name, given.row, given.row + 1)[0]
+        return found
+
+    def _special(self, start: int, stop: int) -> list[int]:
+        """The rows that do not come from the model itself."""
+        lacking = (torch.nonzero(self._own.rows[start:stop] < 0).flatten() + start).tolist()
+        forced = [row for row, given in self._given.items() if given.force and start <= row < stop]
+        return sorted({*lacking, *forced})
+
+    def _missing(self, name: str, row: int) -> Tensor:
+        owners = [one for one in self._order if one.rows[row] >= 0 and name in one.weights.forms]
+        if self._based and owners and owners[0] is self._order[0]:
+            owners = owners[:1]
+        if not owners:  # beyond all tokens
+            return torch.zeros(self.forms[name].shape[1:])
+        return torch.stack([_row(one, name, int(one.rows[row])).double() for one in owners]).mean(0).to(torch.float32)
+
+
+def _row(one: _Known, name: str, row: int) -> Tensor:
+    return one.weights.rows(name, row, row + 1)[0]
+
+
+def _gathered(one: _Known, name: str, start: int, stop: int) -> Tensor:
+    """Rows of a model in the order of the result's tokens, zeros where it lacks one; neighbours are read together."""
+    wanted = one.rows[start:stop]
+    found = torch.zeros(stop - start, *one.weights.forms[name].shape[1:])
+    breaks = torch.nonzero(wanted[1:] != wanted[:-1] + 1).flatten() + 1
+    for run in torch.tensor_split(torch.arange(stop - start), breaks):
+        first = int(wanted[run[0]])
+        if first >= 0:
+            found[run] = one.weights.rows(name, first, first + len(run))
+    return found

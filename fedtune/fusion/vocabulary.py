@@ -1,0 +1,92 @@
+"""Tokens and their ids: what a tokenizer knows, how two differ, and the union of several."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Tokens
+
+from fedtune.errors import ModelError
+from fedtune.fusion.folder import read_json
+
+__all__ = ["difference", "union", "vocabulary"]
+
+_FILE = "tokenizer.json"
+_OTHER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+Vocabulary = Mapping[str, int]
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Ids by token, added ones too; None where there is no tokenizer."""
+    if (folder / _FILE).is_file():
+        found: dict[str, int] = Tokens.from_file(str(folder / _FILE)).get_vocab(with_added_tokens=True)
+        return found
+    if any((folder / name).is_file() for name in _OTHER):
+        from transformers import AutoTokenizer  # seconds and a hundred megabytes, for old formats only
+
+        return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
+    return None
+
+
+def difference(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
+    """How many tokens only the first has, only the second, and how many have another id in each."""
+    common = one.keys() & other.keys()
+    return len(one) - len(common), len(other) - len(common), sum(one[token] != other[token] for token in common)
+
+
+def union(folders: Sequence[Path]) -> dict[str, Any]:
+    """The first folder's tokenizer.json with all tokens of the others behind its own.
+
+    A token that its owner added stays an added one, a word of its owner's model joins the model's vocabulary, with the
+    merges that make it; ids that the first has stay as they are.
+    """
+    first, *others = [_described(folder) for folder in folders]
+    known = _ids(first)
+    for other in others:
+        new = [token for token, _ in sorted(_ids(other).items(), key=lambda item: item[1]) if token not in known]
+        start = max(known.values(), default=-1) + 1
+        numbers = {token: start + position for position, token in enumerate(new)}
+        known |= numbers
+        _add(first, other, numbers)
+    return first
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    if not (folder / _FILE).is_file():
+        raise ModelError(f"{folder} has no {_FILE}, which a union of tokenizers needs; convert it or take another rule")
+    return read_json(folder / _FILE)
+
+
+def _ids(described: Mapping[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = Tokens.from_str(json.dumps(described)).get_vocab(with_added_tokens=True)
+    return found
+
+
+def _add(described: dict[str, Any], other: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+    """Put new tokens, by their ids, into a tokenizer as they stood in the other."""
+    added = {entry["content"]: entry for entry in other.get("added_tokens", ())}
+    words = described["model"].get("vocab")
+    for token, number in numbers.items():
+        if token in added or not isinstance(words, dict):
+            described["added_tokens"].append(_entry(added.get(token), token, number))
+        else:
+            words[token] = number
+    if "merges" in described["model"]:
+        described["model"]["merges"] += _merges(described["model"], other["model"].get("merges", ()), numbers)
+
+
+def _entry(entry: Mapping[str, Any] | None, token: str, number: int) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    return {**plain, **(entry or {}), "content": token, "id": number}
+
+
+def _merges(model: Mapping[str, Any], merges: Iterable[Any], new: Mapping[str, int]) -> list[Any]:
+    """The merges that make a new token of parts that are known."""
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+    listed = bool(model["merges"]) and not isinstance(model["merges"][0], str)
+    return [
+        list(pair) if listed else " ".join(pair)
+        for pair in pairs
+        if "".join(pair) in new and all(part in model["vocab"] for part in pair)
+    ]

@@ -1,0 +1,85 @@
+"""One model's tensors, whatever they are stored as, read a few rows at a time in fp32."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune.fusion.layout import Form
+
+__all__ = ["Lazy", "Prefixed", "Weights", "prefix_before", "spelt_like"]
+
+
+class Weights(ABC):
+    """A model's tensors.
+
+    ``origin`` is what the user called it, ``folder`` holds config.json and the tokenizer, ``files`` are what the
+    tensors are read from, ``forms`` their names in order, ``quantised`` whether they were stored in fewer bits.
+    """
+
+    origin: str
+    folder: Path
+    files: tuple[Path, ...]
+    forms: Mapping[str, Form]
+    quantised: bool = False
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``: fp32, integers as they are; a tensor without dimensions has the one row 0."""
+
+    def whole(self, name: str) -> Tensor:
+        """All rows."""
+        return self.rows(name, 0, self.forms[name].height)
+
+
+class Prefixed(Weights):
+    """The same tensors with other beginnings of their names: one prefix taken away, one put before all."""
+
+    def __init__(self, weights: Weights, put: str, take: str = "") -> None:
+        self._weights, self._put, self._take = weights, put, take
+        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
+        self.quantised = weights.quantised
+        self._names = {put + name.removeprefix(take): name for name in weights.forms}
+        self.forms = {name: weights.forms[own] for name, own in self._names.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows of the tensor that has this name now."""
+        return self._weights.rows(self._names[name], start, stop)
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Whole tensors by name, read each time they are asked for and held by nobody."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights.whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.forms)
+
+    def __len__(self) -> int:
+        return len(self._weights.forms)
+
+
+def prefix_before(wanted: Collection[str], known: Collection[str]) -> str:
+    """The prefix that, put before the ``known`` names, makes most of them ``wanted``; empty when they agree best so.
+
+    A fine-tune for a task holds ``bert.encoder...`` where its base may hold ``encoder...``.
+    """
+    names = set(wanted)
+    firsts = Counter(name.split(".", 1)[0] + "." for name in wanted)
+    candidates = ["", *firsts]
+    return max(candidates, key=lambda prefix: sum(prefix + name in names for name in known))
+
+
+def spelt_like(weights: Weights, names: Collection[str]) -> Weights:
+    """The tensors under the names of another model of the same kind, where only a prefix differs."""
+    if put := prefix_before(names, weights.forms):
+        return Prefixed(weights, put)
+    if take := prefix_before(weights.forms, names):
+        return Prefixed(weights, "", take)
+    return weights

@@ -1,0 +1,140 @@
+"""Activation matching: the orders under which one model's units are active together with another's.
+
+Li et al. (arXiv 1511.07543): Pearson correlation of units over data; each layer's assignment is independent of the
+others', so one pass will do. Units are seen where the next layer reads them, after the nonlinearity and any pooling;
+queries and keys, which no layer reads, where they are made. Every position of a map or a text is a sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.merging._assignment import Gains, assign, worth
+from fedtune.merging._hooks import hooked, with_state
+from fedtune.merging._matching import Model
+from fedtune.merging._symmetry import Axis, Orders, Symmetry
+
+__all__ = ["match_activations", "similarities"]
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+class _Site(NamedTuple):
+    """What a layer reads or makes, and which axis of its weight lists those units."""
+
+    layer: str
+    reads: bool
+    axis: Axis
+    part: str
+
+
+class _Moments:
+    """Sums over samples of two models' units, in double precision."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.sums = torch.zeros(2, size, dtype=torch.float64)
+        self.squares = torch.zeros(2, size, dtype=torch.float64)
+        self.products = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Samples [m, n] of both."""
+        self.count += len(ours)
+        self.sums += torch.stack([ours.sum(0), theirs.sum(0)])
+        self.squares += torch.stack([ours.square().sum(0), theirs.square().sum(0)])
+        self.products.addmm_(ours.T, theirs)
+
+    def inner(self) -> Tensor:
+        """E[a b^T] [n, n]."""
+        return self.products / self.count
+
+    def pearson(self) -> Tensor:
+        """Correlations [n, n]; those of units that do not vary are 0."""
+        mean = self.sums / self.count
+        deviation = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        dead = deviation <= 1e-7 * (self.squares / self.count).sqrt()
+        scale = torch.where(dead, torch.zeros(()), 1 / deviation)
+        return (self.inner() - torch.outer(mean[0], mean[1])) * torch.outer(scale[0], scale[1])
+
+
+def match_activations(
+    symmetry: Symmetry, reference: Model, model: Model, start: Orders, net: nn.Module, batches: Batches, similarity: str
+) -> tuple[Orders, float, float]:
+    """The best orders by ``similarity``, and its sum over all units before and after."""
+    found = similarities(symmetry, reference, model, net, batches, similarity)
+    orders = {name: assign(kind, found[name]) for name, kind in symmetry.kinds.items()}
+    before, after = (sum(worth(one[name], found[name]) for name in found) for one in (start, orders))
+    return orders, before, after
+
+
+def similarities(
+    symmetry: Symmetry, reference: Model, model: Model, net: nn.Module, batches: Batches, similarity: str
+) -> dict[str, Gains]:
+    """For each permutation and part, ``similarity`` (pearson or inner) of all pairs of units, summed over sites."""
+    sites = _sites(symmetry, net)
+    moments = {site: _Moments(symmetry.kinds[site.axis.permutation].parts[site.part]) for site in sites}
+    states = [{name: read(name) for name in symmetry.axes} for read in (reference, model)]
+    for batch in batches:
+        ours, theirs = (_seen(net, state, batch, sites, symmetry) for state in states)
+        for site in sites:
+            moments[site].add(ours[site], theirs[site])
+    return {name: _summed(symmetry, name, moments, similarity) for name in symmetry.kinds}
+
+
+def _summed(symmetry: Symmetry, permutation: str, moments: Mapping[_Site, _Moments], similarity: str) -> Gains:
+    found = {
+        part: torch.zeros(size, size, dtype=torch.float64) for part, size in symmetry.kinds[permutation].parts.items()
+    }
+    for site, seen in moments.items():
+        if site.axis.permutation == permutation:
+            found[site.part] += seen.pearson() if similarity == "pearson" else seen.inner()
+    return found
+
+
+def _sites(symmetry: Symmetry, net: nn.Module) -> list[_Site]:
+    """Where each part of each permutation is read, or else where it is made."""
+    reading, making = [], []
+    for name, axes in symmetry.axes.items():
+        layer = net.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is not None and len(axes) > 1 and not isinstance(layer, (nn.Embedding, nn.LayerNorm)):
+            inputs, outputs = _directions(layer)
+            reading += _of(axes[inputs], name, reads=True)
+            making += _of(axes[outputs], name, reads=False)
+    read = {(site.axis.permutation, site.part) for site in reading}
+    return reading + [site for site in making if (site.axis.permutation, site.part) not in read]
+
+
+def _of(axis: Axis | None, name: str, *, reads: bool) -> list[_Site]:
+    return [_Site(name.removesuffix(".weight"), reads, axis, part) for part in axis.parts] if axis else []
+
+
+def _directions(layer: nn.Module) -> tuple[int, int]:
+    """The axes of a weight that count inputs and outputs: transformers' Conv1D has them the other way round."""
+    if type(layer).__name__ == "Conv1D":
+        return 0, 1
+    depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1
+    return (0, 0) if depthwise else (1, 0)
+
+
+def _seen(
+    net: nn.Module, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], sites: Sequence[_Site], symmetry: Symmetry
+) -> dict[_Site, Tensor]:
+    """Each site's units as samples [m, n] in double precision."""
+    seen: dict[_Site, Tensor] = {}
+
+    def note(layer: str, inputs: Tensor, output: Tensor) -> None:
+        for site in (site for site in sites if site.layer == layer):
+            values = inputs if site.reads else output
+            convolves = isinstance(net.get_submodule(layer), nn.modules.conv._ConvNd)
+            seen[site] = _samples(values, 1 if convolves else values.dim() - 1, site, symmetry)
+
+    with with_state(net, state), hooked(net, {site.layer for site in sites}, note), torch.no_grad():
+        net(**batch)
+    return seen
+
+
+def _samples(values: Tensor, channels: int, site: _Site, symmetry: Symmetry) -> Tensor:
+    units = dict(site.axis.rows(values, channels, symmetry.kinds[site.axis.permutation]))
+    return units[site.part].T

@@ -1,0 +1,53 @@
+"""Deltas of a permuted model: aligned = pi(base + delta) - base."""
+
+from collections.abc import Mapping, Set
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.merging._matching import Model
+from fedtune.merging._step import Operand
+from fedtune.merging._symmetry import Orders, Symmetry
+
+__all__ = ["Aligned", "whole"]
+
+
+class Aligned:
+    """The rows of a permuted model's delta; the tensor read last is kept whole, so that its pieces cost one read."""
+
+    def __init__(self, symmetry: Symmetry, orders: Orders, base: Mapping[str, Tensor], operand: Operand) -> None:
+        self._symmetry, self._orders, self._base, self._operand = symmetry, orders, base, operand
+        self._moved = frozenset(symmetry.moved())
+        self._model = whole(base, operand, self._moved)
+        self._held: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, fp32."""
+        if name not in self._moved:
+            return self._operand.rows(name, start, stop)
+        if self._held is None or self._held[0] != name:
+            self._held = None
+            permuted = self._symmetry.permute(name, self._model(name), self._orders)
+            self._held = name, permuted - self._base[name]
+        return self._held[1][start:stop]
+
+
+def whole(base: Mapping[str, Tensor], operand: Operand, moved: Set[str]) -> Model:
+    """Reads a model's tensors, fp32: the base and its delta, or the base alone where neither was sent nor is moved."""
+
+    def read(name: str) -> Tensor:
+        before = base[name]
+        if not before.is_floating_point():
+            return before
+        try:
+            delta = operand.rows(name, 0, len(before) if before.dim() else 1)
+        except (KeyError, SafetensorError) as error:
+            if name in moved:
+                raise ModelError(
+                    f"rebasin: no {name!r} was sent, which moves with others; train whole models or leave rebasin out"
+                ) from error
+            return before.float()
+        return before.float() + delta.reshape(before.shape)
+
+    return read

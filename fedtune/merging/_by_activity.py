@@ -1,0 +1,86 @@
+"""What AIM and its control share: s, how active each input channel is beside the most active one, and c = 1-(1-omega)s.
+
+Statistics are of the base, in a federation the round-start model: taken by the server on its validation part (inputs
+alone, no label), or summed by clients on what they train on (sums of |x| and counts, nothing else, so that a server
+that sees sums over clients alone can do it too).
+"""
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.errors import RecipeError
+from fedtune.merging._step import Activity, Align, Combine, Evidence, Relax, Renormalise
+
+__all__ = ["ByActivity", "Measurement", "channel_scale", "measurement", "outshone", "over_rows", "share"]
+
+_FAINT = 0.01
+_EXAMPLES = 256
+_ON_DATA = frozenset({"activity", "batches", "model"})
+
+
+class Measurement(NamedTuple):
+    """Where activation statistics are taken, and on how many examples at each place."""
+
+    by: Literal["server", "clients"]
+    examples: int | None
+
+
+class ByActivity(Relax, ABC):
+    """Settings of the steps that follow the activity of input channels."""
+
+    omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
+    norms: bool = Field(True, description="also the weights of normalisation layers, as published")
+    quantile: float = Field(1.0, gt=0, le=1, description="of |x| over channels that has s = 1; 1: the largest's")
+    statistics: Literal["server", "clients"] = Field("server", description="who measures in a federation")
+    examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
+
+    def scale(self, name: str, delta: Tensor, evidence: Evidence) -> tuple[Tensor, int] | None:
+        """c and the axis it belongs to, fp64; None for a tensor that is left as merged."""
+        activity = evidence.activity.get(name)
+        if activity is None or (delta.dim() == 1 and not self.norms):
+            return None
+        return channel_scale(activity, self.omega, self.quantile), activity.axis
+
+
+def share(activity: Activity, quantile: float = 1.0) -> Tensor:
+    """s in 0..1: mean |x| over the ``quantile`` of it, cut at 1, fp64; zero where nothing is active at all."""
+    level = activity.mean_abs.double().abs()
+    top = torch.quantile(level, quantile) if quantile < 1 else level.max()
+    return (level / top).clamp(max=1.0) if top > 0 else torch.zeros_like(level)
+
+
+def channel_scale(activity: Activity, omega: float, quantile: float = 1.0) -> Tensor:
+    """c = 1 - (1 - omega) s, of the shape of the statistic, fp64."""
+    return 1 - (1 - omega) * share(activity, quantile)
+
+
+def over_rows(scale: Tensor, axis: int, start: int, delta: Tensor) -> Tensor:
+    """The part of c that belongs to rows ``start`` and on, in a shape and precision that multiplies them.
+
+    A matrix holds a row per row of the weight, as a grouped convolution needs.
+    """
+    part = scale[None] if axis == 1 and scale.dim() == 1 else scale[start : start + len(delta)]
+    trailing = [1] * (delta.dim() - part.dim())
+    return part.reshape(*part.shape, *trailing).to(delta.dtype)
+
+
+def outshone(activity: Mapping[str, Activity]) -> dict[str, float]:
+    """Median s of the weights where one channel outshines the rest, so that AIM leaves nearly all else as merged."""
+    medians = {name: float(share(one).median()) for name, one in activity.items()}
+    return {name: median for name, median in medians.items() if median < _FAINT}
+
+
+def measurement(steps: Sequence[Align | Combine | Relax | Renormalise]) -> Measurement | None:
+    """What a merge's steps need measured in a federation; RecipeError when they do not agree on it."""
+    by_activity = [step for step in steps if isinstance(step, ByActivity) and step.needs]
+    asked = {Measurement(step.statistics, step.examples) for step in by_activity}
+    if len(asked) > 1:
+        raise RecipeError("merge: steps differ in statistics or examples, but one measurement serves all; align them")
+    if asked:
+        return asked.pop()
+    return Measurement("server", _EXAMPLES) if any(step.needs & _ON_DATA for step in steps) else None

@@ -1,0 +1,40 @@
+"""Random and ranked masks of task vectors; one generator per (seed, model, tensor), so that pieces do not matter."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fedtune.merging._step import Evidence
+from fedtune.seeds import derive
+
+__all__ = ["draws", "dropped", "ranked", "redrawn"]
+
+
+def draws(seed: int, model: int, name: str) -> torch.Generator:
+    """The random numbers of one model's tensor."""
+    return torch.Generator().manual_seed(derive(seed, model, name, "merge"))
+
+
+def dropped(stream: Iterable[Tensor], density: float, random: torch.Generator) -> Iterator[Tensor]:
+    """Each entry kept with probability ``density``."""
+    for piece in stream:
+        yield piece * (torch.rand(piece.shape, generator=random) < density)
+
+
+def ranked(stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator) -> Iterator[Tensor]:
+    """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank, and divided by it.
+
+    p rises evenly from density - epsilon for the smallest to density + epsilon for the largest.
+    """
+    for piece in stream:
+        width = piece.shape[1]
+        place = torch.linspace(-1, 1, width) if width > 1 else torch.zeros(1)
+        order = piece.abs().argsort(dim=1, stable=True)
+        p = torch.empty_like(piece).scatter_(1, order, (density + epsilon * place).expand_as(piece))
+        yield piece * (torch.rand(piece.shape, generator=random) < p) / p
+
+
+def redrawn(seed: int, evidence: Evidence) -> int:
+    """The seed of one merge of a run; the first is as given."""
+    return derive(seed, evidence.draw, "merge") if evidence.draw else seed

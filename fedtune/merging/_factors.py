@@ -1,0 +1,112 @@
+"""Low-rank matrices by their factors: what holds of sums, means and inner products without ever forming one out.
+
+D_i = s_i B_i A_i is what client i adds to a weight. The mean of the products is D = sum_i w_i D_i; the product of the
+means of the factors is another matrix, and the difference is the factors' covariance over the clients.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtune.contribution import pieces
+
+__all__ = ["Factors", "added", "averaged", "averaging_error", "inner", "norm", "padded", "remainder", "stacked"]
+
+
+class Factors(NamedTuple):
+    """scale * b @ a with b [d, r] and a [r, k]; r may be zero."""
+
+    b: Tensor
+    a: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of b, whatever their values."""
+        return len(self.a)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the product [stop - start, k], in double precision."""
+        return self.b[start:stop].double() * self.scale @ self.a.double()
+
+
+def stacked(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """sum_i w_i s_i B_i A_i exactly: B = [B_1 B_2 ..], A = [w_i s_i A_i] one upon the other; fp64, ranks add up.
+
+    Wang et al., "FLoRA" (arXiv 2409.05976); what weighs nothing is left out.
+    """
+    used = [(one, weight) for one, weight in zip(factors, weights, strict=True) if weight] or [(factors[0], 0.0)]
+    b = torch.cat([one.b.double() for one, _ in used], 1)
+    return Factors(b, torch.cat([one.a.double() * (weight * one.scale) for one, weight in used]))
+
+
+def inner(one: Factors, other: Factors) -> float:
+    """<D, D'> = s s' sum((B^T B') * (A A'^T)), in O((d + k) r r')."""
+    left = one.b.double().T @ other.b.double()
+    right = one.a.double() @ other.a.double().T
+    return one.scale * other.scale * float((left * right).sum())
+
+
+def norm(factors: Factors) -> float:
+    """The Frobenius norm of the product."""
+    return math.sqrt(max(0.0, inner(factors, factors)))
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """The first ``rank`` columns of b and rows of a, zeros where there are fewer."""
+    more = rank - factors.rank
+    return Factors(F.pad(factors.b, (0, more)), F.pad(factors.a, (0, 0, 0, more)), factors.scale)
+
+
+def averaged(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """(sum_i w_i B_i)(sum_i w_i A_i), which is not the mean of the products; fp64, of the largest rank.
+
+    Smaller ranks are padded with zeros; scales other than the first's are folded into B.
+    """
+    b, a, _ = _side_by_side(factors, weights)
+    weight = torch.tensor(weights, dtype=torch.float64)
+    return Factors(torch.tensordot(weight, b, 1), torch.tensordot(weight, a, 1), factors[0].scale)
+
+
+def remainder(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """What ``averaged`` misses, for weights that sum to one: sum_i w_i (B_i - Bbar)(A_i - Abar) = D - Bbar Abar; fp64.
+
+    As the centred A_i sum to zero, B_K may stand in for Bbar, so that K - 1 of the K blocks are left.
+    """
+    b, a, used = _side_by_side(factors, weights)
+    weight = torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    left, right = b - b[used[-1]], a - a[used[-1]]
+    left, right = left[used[:-1]], (weight * (right - (weight * right).sum(0)))[used[:-1]]
+    flat = left.permute(1, 0, 2).reshape(b.shape[1], -1)
+    return Factors(flat, right.reshape(-1, a.shape[2]), factors[0].scale)
+
+
+def averaging_error(factors: Sequence[Factors], weights: Sequence[float]) -> float:
+    """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, or all is zero."""
+    missed, whole = norm(remainder(factors, weights)), norm(stacked(factors, weights))
+    return missed / whole if missed else 0.0
+
+
+def added(weight: Tensor, factors: Factors, transposed: bool = False) -> Tensor:
+    """A copy of a weight [d, k, ...] with the product added, or its transpose; piece by piece, one final rounding each.
+
+    ``transposed`` weights are [k, d]: embeddings, and the linear layers of GPT-2.
+    """
+    after = weight.clone(memory_format=torch.contiguous_format)
+    view = after.flatten(1).T if transposed else after.flatten(1)
+    for start, stop in pieces(tuple(view.shape)):
+        view[start:stop] = (view[start:stop].double() + factors.rows(start, stop)).to(weight.dtype)
+    return after
+
+
+def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
+    """All B [K, d, r] and A [K, r, k] at the first's scale and the largest rank, and whose weight is not zero."""
+    rank, scale = max(one.rank for one in factors), factors[0].scale
+    wide = [padded(one, rank) for one in factors]
+    b = torch.stack([one.b.double() * (one.scale / scale) for one in wide])
+    used = [place for place, weight in enumerate(weights) if weight] or [0]
+    return b, torch.stack([one.a.double() for one in wide]), used

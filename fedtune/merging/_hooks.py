@@ -1,0 +1,43 @@
+"""Running a net with weights of choice, and looking at what its layers take and give."""
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+
+__all__ = ["hooked", "with_state"]
+
+
+@contextmanager
+def hooked(net: nn.Module, layers: Set[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``note`` with a layer's name, input and output whenever one of them has run."""
+    handles = [net.get_submodule(layer).register_forward_hook(_hook(layer, note)) for layer in sorted(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(layer: str, note: Callable[[str, Tensor, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+        note(layer, inputs[0], output)
+
+    return hook
+
+
+@contextmanager
+def with_state(net: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """The net in evaluation mode with these weights, and with its own again afterwards."""
+    own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    unknown = net.load_state_dict(state, strict=False).unexpected_keys
+    if unknown:
+        raise ModelError(f"merge: the model has no {unknown[0]!r}; give the architecture that was merged")
+    net.eval()
+    try:
+        yield
+    finally:
+        net.load_state_dict(own)

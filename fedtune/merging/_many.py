@@ -1,0 +1,46 @@
+"""Matching more than two models: all to the first, or each in turn to the mean of the others."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.merging._matching import Model
+from fedtune.merging._symmetry import Orders, Symmetry
+from fedtune.seeds import derive
+
+__all__ = ["Match", "cycle", "to_first"]
+
+Match = Callable[[Model, Model, Orders], Orders]
+"""From a reference, a model and its orders so far: its orders, the same ones unless others are better."""
+
+
+def to_first(match: Match, symmetry: Symmetry, models: Sequence[Model]) -> list[Orders]:
+    """The orders of each model; the first stays."""
+    still = symmetry.identity()
+    return [still, *(match(models[0], model, still) for model in models[1:])]
+
+
+def cycle(match: Match, symmetry: Symmetry, models: Sequence[Model], rounds: int) -> list[Orders]:
+    """MergeMany, Ainsworth et al., algorithm 3: until a round over all models, in random order, moves none."""
+    orders = [symmetry.identity() for _ in models]
+    random = torch.Generator().manual_seed(derive(0, "rebasin", "cycle"))
+    for _ in range(rounds):
+        before = list(orders)
+        for at in torch.randperm(len(models), generator=random).tolist():
+            orders[at] = match(_mean_of_others(symmetry, models, orders, at), models[at], orders[at])
+        if all(now is then for now, then in zip(orders, before, strict=True)):
+            break
+    return orders
+
+
+def _mean_of_others(symmetry: Symmetry, models: Sequence[Model], orders: Sequence[Orders], but: int) -> Model:
+    others = [(model, order) for at, (model, order) in enumerate(zip(models, orders, strict=True)) if at != but]
+
+    def mean(name: str) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for model, order in others:
+            total = total + symmetry.permute(name, model(name), order).double()
+        return (total / len(others)).float()
+
+    return mean

@@ -1,0 +1,81 @@
+"""REPAIR and its kin: a merged net's pre-activations get the statistics its ends have on average, folded into weights.
+
+z <- sigma* (z - mu) / sigma + mu* with mu* = sum_i w_i mu_i and sigma* = sum_i w_i sigma_i over the aligned ends, each
+in evaluation mode; one row per published name says which of the two is mended. Layers are mended one after the other,
+each measured with all before it already mended: measured all at once, deep layers would be corrected for what the
+layers before them no longer do. Source: Jordan et al. (arXiv 2211.08403), section 4.
+Where a batch norm follows at once, its output is the pre-activation and its weight and bias take the change. Means and
+deviations are pooled over all calibration data in double precision, where the authors' wrappers take those of each
+batch with eps inside the root. A channel that does not vary keeps its gain of 1.
+Costs a forward pass over the data per end, and one up to each layer for the merged net.
+"""
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.merging._hooks import with_state
+from fedtune.merging._moments import Batches, Moments, measured
+from fedtune.merging._sites import Fold, fold, sites
+from fedtune.merging._step import Evidence, Renormalise
+
+__all__ = ["Mended", "evaluated"]
+
+_DEAD = 1e-8
+Tensors = Mapping[str, Tensor]
+
+
+class Mended(Renormalise, ABC):
+    """Layer by layer; a subclass says what is mended."""
+
+    scales: ClassVar[bool]
+    """Whether deviations become those of the goal."""
+    shifts: ClassVar[bool]
+    """Whether means do."""
+
+    def renormalise(
+        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: Evidence
+    ) -> dict[str, Tensor]:
+        """The weights and biases of all layers but that of the logits."""
+        net, batches = evaluated(self.name, evidence)
+        with with_state(net, merged):
+            layers = sites(net, batches[0], shifts=self.shifts)
+        goals = _goals(net, batches, layers, ends)
+        changed: dict[str, Tensor] = {}
+        with with_state(net, merged):
+            for layer in layers:
+                now = measured(net, batches, {layer})[layer]
+                changed |= fold(layer, net.get_submodule(layer), self._change(now, goals[layer]))
+        return changed
+
+    def _change(self, now: Moments, goal: Moments) -> Fold:
+        """Of z: sigma*/sigma and what brings the mean to the goal; without shifts the mean is scaled along."""
+        alive = now.deviation >= _DEAD
+        ratio = torch.where(alive, goal.deviation / torch.where(alive, now.deviation, 1.0), 1.0)
+        gain = ratio if self.scales else torch.ones_like(ratio)
+        return Fold(gain, goal.mean - gain * now.mean if self.shifts else torch.zeros_like(gain))
+
+
+def evaluated(step: str, evidence: Evidence) -> tuple[nn.Module, Batches]:
+    """The architecture and the data, or ModelError."""
+    if evidence.model is None or not evidence.batches:
+        raise ModelError(f"{step}: it needs the model and calibration data; give some, or leave {step} out")
+    return evidence.model, evidence.batches
+
+
+def _goals(
+    net: nn.Module, batches: Batches, layers: Sequence[str], ends: Sequence[tuple[float, Tensors]]
+) -> dict[str, Moments]:
+    """Weighted means of the ends' means and deviations."""
+    zero = torch.zeros((), dtype=torch.float64)
+    goals = dict.fromkeys(layers, Moments(zero, zero))
+    for weight, end in ends:
+        with with_state(net, end):
+            found = measured(net, batches, set(layers))
+        for layer, (mean, deviation) in found.items():
+            goals[layer] = Moments(goals[layer].mean + weight * mean, goals[layer].deviation + weight * deviation)
+    return goals

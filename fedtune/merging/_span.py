@@ -1,0 +1,66 @@
+"""Merges inside the span of their deltas: sum_i c_i x_i, with c from the weights and the inner products <x_i, x_j>.
+
+One pass measures the inner products, a second one sums; both hold one piece per model. Formulas work on coefficients
+alone, so that iterating costs nothing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import AliasChoices, Field
+from torch import Tensor
+
+from fedtune.contribution import pieces
+from fedtune.errors import RecipeError
+from fedtune.merging._gram import Over, flat, gram
+from fedtune.merging._step import Combine, Operand, Shape
+
+__all__ = ["Normalise", "Scale", "Span", "shares", "weights_of"]
+
+Normalise = Annotated[bool, Field(validation_alias=AliasChoices("normalise", "normalize"))]
+Scale = Annotated[float, Field(validation_alias=AliasChoices("scale", "lambda"))]
+
+
+class Span(Combine, ABC):
+    """sum_i c_i x_i of each tensor."""
+
+    @property
+    def groups(self) -> Over:
+        """What has coefficients of its own; a tensor of fewer than two dimensions always is one group."""
+        return "tensor"
+
+    @abstractmethod
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """c [K, groups] from the weights [K, 1] and ``gram()`` [K, K, groups], which reads all deltas once; double."""
+
+    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+        """The sum of each piece."""
+        over = self.groups if len(shape) > 1 else "tensor"
+        c = self.coefficients(weights_of(operands), lambda: gram(name, shape, operands, over))
+        for start, stop in pieces(shape):
+            share = c[:, start:stop, None] if over == "row" else c[:, None, :]
+            yield _sum(name, start, stop, operands, share).reshape(stop - start, *shape[1:])
+
+
+def weights_of(operands: Sequence[Operand]) -> Tensor:
+    """The weights [K, 1], double."""
+    return torch.tensor([[operand.weight] for operand in operands], dtype=torch.float64)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Weights [K, ...] that sum to one over the models; RecipeError when their sum is zero."""
+    total = weights.sum(0)
+    if bool((total == 0).any()):
+        raise RecipeError("merge: the weights sum to zero, so they are no shares of anything; change one of them")
+    return weights / total
+
+
+def _sum(name: str, start: int, stop: int, operands: Sequence[Operand], share: Tensor) -> Tensor:
+    """sum_i share_i x_i of some rows, fp32; a model that counts nothing is not read."""
+    counted = [pair for pair in zip(operands, share, strict=True) if bool(pair[1].any())] or [(operands[0], share[0])]
+    total: Tensor | float = 0.0
+    for operand, c in counted:
+        total = total + flat(operand.rows(name, start, stop)).double() * c
+    return torch.as_tensor(total).float()

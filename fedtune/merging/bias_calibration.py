@@ -1,0 +1,52 @@
+"""Bias calibration: biases fade with depth as the signal of merged weights does. Needs no data.
+
+What: weights as merged; the bias of the h-th layer becomes sum_i w_i^h b_i. In a net of averaged weights the part of
+the signal that depends on the input passes h factors that each shrink it, biases do not; so they are shrunk alike.
+Memory: one bias.
+Use when: deep nets without norms were merged and there are no data to renormalise with.
+Avoid when: there are: repair or rescale were better wherever all were measured here. Merging like models is no longer
+the model itself, unless one weight is 1.
+Source: Qu & Horvath (arXiv 2402.05966), in its later version "Vanishing Feature".
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.merging._sites import weighted_layers
+from fedtune.merging._step import Evidence, Renormalise
+
+__all__ = ["BiasCalibration"]
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+class BiasCalibration(Renormalise):
+    """Powers of the weights, by depth."""
+
+    name: ClassVar[str] = "bias-calibration"
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def renormalise(
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: Evidence
+    ) -> dict[str, Tensor]:
+        """The biases of linear and convolutional layers."""
+        if evidence.model is None:
+            raise ModelError("bias-calibration: it needs the model, for the order of its layers; give it")
+        norm = next((name for name, layer in evidence.model.named_modules() if isinstance(layer, _NORMS)), None)
+        if norm is not None:
+            raise ModelError(f"bias-calibration: {norm!r} normalises what it would shrink; take reset or repair")
+        biases = [f"{layer}.bias" for layer in weighted_layers(evidence.model)]
+        return {
+            bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)
+            for depth, bias in enumerate(biases, start=1)
+            if bias in merged
+        }
+
+
+def _calibrated(bias: str, depth: int, ends: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Tensor:
+    """sum_i w_i^h b_i."""
+    return torch.stack([weight**depth * end[bias].double() for weight, end in ends]).sum(0)

@@ -1,0 +1,22 @@
+"""Model breadcrumbs with TIES' election: both ends of each task vector cut, entries added where signs agree.
+
+What: as breadcrumbs, but only entries with the sign of their weighted sum are added up (averaged by weight with
+  ``normalise``), times scale.
+Memory: one piece per model and 2^16 counters; each delta is read five times.
+Use when: breadcrumbs is, and signs conflict.
+Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
+Source: Davari, Belilovsky (arXiv 2312.06795), with Yadav et al. (arXiv 2306.01708), algorithm 1.
+"""
+
+from typing import ClassVar
+
+from fedtune.merging._breadcrumbs import Breadcrumbs
+
+__all__ = ["BreadcrumbsTies"]
+
+
+class BreadcrumbsTies(Breadcrumbs):
+    """Cut both ends, elect, add."""
+
+    name: ClassVar[str] = "breadcrumbs-ties"
+    elect: ClassVar[bool] = True

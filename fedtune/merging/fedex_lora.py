@@ -1,0 +1,43 @@
+"""FedEx-LoRA: both factors are averaged, and what that misses is added to the base weights: exact.
+
+What: B = sum_i w_i B_i, A = sum_i w_i A_i, W <- W + s sum_i w_i (B_i - B)(A_i - A), so that W + s B A is W plus the
+mean of the clients' products. ``merge factor_error`` tells each round how much of the mean went into the base.
+Memory: the factors of one pair, of every client, and one piece of the dense remainder.
+Sends: the base weights beside the pairs become part of the shared state: they go down whole each round, not up.
+Use when: exactness with both factors trained is worth the downlink. Needs ``lora: {exact: remainder}``.
+Avoid when: the downlink is narrow, or the base is quantised: it must be writable.
+Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models"
+(arXiv 2410.09432). Ours: weights need not be equal; the server adds the remainder, not each client.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from fedtune.contribution import Pair, Sent
+from fedtune.merging._factors import Factors, averaged, remainder
+from fedtune.merging._pairs import CombinePairs, base_with, written
+from fedtune.merging._step import Evidence
+
+__all__ = ["FedexLora"]
+
+
+@final
+class FedexLora(CombinePairs):
+    """The means of the factors, and the remainder in the base."""
+
+    name: ClassVar[str] = "fedex-lora"
+    takes: ClassVar[Sent] = "pairs and base"
+
+    def pair(
+        self,
+        pair: Pair,
+        state: Mapping[str, Tensor],
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """Mean B, mean A, and the base with their covariance."""
+        means = written(pair, averaged(factors, weights), state)
+        return {**means, **base_with(pair, remainder(factors, weights), state)}

@@ -1,0 +1,40 @@
+"""FedIT: both factors of each low-rank pair are averaged, which is not the average of what they make together.
+
+What: B = sum_i w_i B_i and A = sum_i w_i A_i. The product misses sum_i w_i (B_i - B)(A_i - A), the factors' covariance
+over the clients; each round its size beside the mean of the products is kept as ``merge factor_error``.
+Memory: the factors of one pair, of every client. Needs ``lora: {exact: none}``: clients train both factors.
+Use when: as the baseline, or when the kept error stays under a few percent: short rounds from a common start.
+Avoid when: clients run long or differ much: take ``flexlora`` or ``fedex-lora``, or train one factor a round.
+Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (arXiv 2305.05644),
+the error as in Singhal et al. (arXiv 2410.09432).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from fedtune.contribution import Pair
+from fedtune.merging._factors import Factors, averaged
+from fedtune.merging._pairs import CombinePairs, written
+from fedtune.merging._step import Evidence
+
+__all__ = ["Fedit"]
+
+
+@final
+class Fedit(CombinePairs):
+    """The means of the factors."""
+
+    name: ClassVar[str] = "fedit"
+
+    def pair(
+        self,
+        pair: Pair,
+        state: Mapping[str, Tensor],
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """Mean B and mean A."""
+        return written(pair, averaged(factors, weights), state)

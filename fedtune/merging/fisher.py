@@ -1,0 +1,64 @@
+"""Fisher merge: each entry counts by how sharply the model's loss depends on it.
+
+What: sum_i w_i F_i x_i / sum_i w_i F_i entry by entry, F the diagonal Fisher information on the model's own data.
+Memory: one piece of delta and of statistics.
+Use when: models were trained on different data and a few hundred examples of each are at hand to measure F.
+Avoid when: F is measured on too few examples, or one model's is much larger throughout: it takes over. Tensors and
+  entries with no F at all fall back to the mean by weight.
+Source: Matena, Raffel (arXiv 2111.09832), their closed form for diagonal F; F is the empirical one, of the true labels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedtune.contribution import pieces
+from fedtune.errors import ModelError
+from fedtune.merging._gram import flat
+from fedtune.merging._measured import check_statistics, statistics_of
+from fedtune.merging._span import shares, weights_of
+from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
+from fedtune.merging._task_vectors import plain_sum
+
+__all__ = ["Fisher"]
+
+
+class Fisher(Combine):
+    """The mean by Fisher information."""
+
+    name: ClassVar[str] = "fisher"
+
+    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+        """Itself, with statistics there for every model."""
+        check_statistics(self.name, shapes, operands)
+        return Settled(self, operands)
+
+    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+        """The weighted mean of each piece."""
+        share = shares(weights_of(operands))[:, 0].tolist()
+        for start, stop in pieces(shape):
+            parts = [flat(operand.rows(name, start, stop)) for operand in operands]
+            total = plain_sum(parts, share, normalise=False)
+            if name in statistics_of(operands[0]):
+                information = [_information(name, shape, start, stop, operand) for operand in operands]
+                weights = [w * one for w, one in zip(share, information, strict=True)]
+                total = _mean(parts, weights, total)
+            yield total.float().reshape(stop - start, *shape[1:])
+
+
+def _information(name: str, shape: Shape, start: int, stop: int, operand: Operand) -> Tensor:
+    found = statistics_of(operand)(name, start, stop)
+    if found.shape[1:] != shape[1:] or len(flat(found)) != stop - start:
+        raise ModelError(f"merge: fisher needs statistics of shape {list(shape)} for {name}; measure these models")
+    return flat(found).double()
+
+
+def _mean(parts: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:
+    """sum w x / sum w, entry by entry; ``otherwise`` where the weights sum to zero."""
+    total, over = torch.zeros_like(otherwise), torch.zeros_like(otherwise)
+    for part, weight in zip(parts, weights, strict=True):
+        total.addcmul_(part.double(), weight)
+        over += weight
+    return torch.where(over == 0, otherwise, total / over)

@@ -1,0 +1,49 @@
+"""FlexLoRA: the products of the low-rank pairs are averaged, and the mean is brought back to the rank by an SVD.
+
+What: D = sum_i w_i s_i B_i A_i, then the best approximation of D by the rank of the shared pair. D is never formed: the
+stacked factors give a core of K r x K r whose SVD is D's own. What the rank cuts off is kept each round as ``merge
+rank_error``, beside the ``factor_error`` a mean of the factors would have made.
+Memory: the factors of one pair, of every client, and a core of the square of their summed ranks.
+Use when: clients train both factors (``lora: {exact: none}``) and may have different ranks.
+Avoid when: the clients' updates point different ways: then a rank's worth of singular values holds little more than
+FedIT does; ``fedex-lora`` keeps the rest in the base, one factor a round (``exact: alternate``) is exact.
+Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
+(arXiv 2402.11505). Ours: the small core; both factors share the singular values by their square roots.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from fedtune.contribution import Pair
+from fedtune.merging._factors import Factors, stacked
+from fedtune.merging._pairs import CombinePairs, written
+from fedtune.merging._small_svd import reduced
+from fedtune.merging._step import Evidence
+
+__all__ = ["Flexlora"]
+
+
+@final
+class Flexlora(CombinePairs):
+    """The mean product at the pair's rank."""
+
+    name: ClassVar[str] = "flexlora"
+
+    def pair(
+        self,
+        pair: Pair,
+        state: Mapping[str, Tensor],
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """The leading singular triples, evenly shared."""
+        rank = len(state[pair.right])
+        return written(pair, reduced(stacked(factors, weights), rank, scale=pair.scale).factors, state)
+
+    def missed(self, factors: Sequence[Factors], weights: Sequence[float]) -> dict[str, float]:
+        """Also the singular values past the shared rank, which is that of the factors as they are shared."""
+        cut = reduced(stacked(factors, weights), factors[0].rank).missed
+        return {**super().missed(factors, weights), "rank_error": cut}

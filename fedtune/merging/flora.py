@@ -1,0 +1,57 @@
+"""FLoRA: the clients' pairs are stacked, which is exact, and folded into the base weights; new pairs begin at zero.
+
+What: W <- W + sum_i w_i s_i B_i A_i; then B = 0 and a new A, drawn from ``seed`` and the round.
+Memory: the factors of one pair, of every client, and one piece of the dense product.
+Sends: the base weights beside the pairs become part of the shared state: they go down whole each round, not up.
+Use when: each round may open new directions, so that many rounds make an update of high rank, and clients may have
+different ranks. Needs ``lora: {exact: remainder}``.
+Avoid when: the downlink is narrow, the base is quantised, or rounds are so short that a pair that begins at zero again
+learns little.
+Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations"
+(arXiv 2409.05976). Ours: the server folds the stack into the base and sends that, where the authors send the
+stacked factors for clients to fold; the scale is part of the product; factors are told apart by name.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.contribution import Pair, Sent
+from fedtune.merging._factors import Factors, stacked
+from fedtune.merging._pairs import CombinePairs, base_with
+from fedtune.merging._step import Evidence
+from fedtune.seeds import derive
+
+__all__ = ["Flora"]
+
+
+@final
+class Flora(CombinePairs):
+    """The stack in the base, and pairs that begin again."""
+
+    name: ClassVar[str] = "flora"
+    takes: ClassVar[Sent] = "pairs and base"
+    seed: int = Field(0, ge=0, description="of the draws of A, beside the round")
+
+    def pair(
+        self,
+        pair: Pair,
+        state: Mapping[str, Tensor],
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """B of zeros, a new A, and the base with all that was learned."""
+        drawn = _drawn(state[pair.right], derive(self.seed, evidence.draw, pair.right))
+        began = {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
+        return {**began, **base_with(pair, stacked(factors, weights), state)}
+
+
+def _drawn(a: Tensor, seed: int) -> Tensor:
+    """Another A [r, k, ...] as PEFT begins it: uniform within one over the root of its inputs."""
+    bound = 1 / math.sqrt(a[0].numel())
+    return torch.empty(a.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))

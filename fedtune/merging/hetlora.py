@@ -1,0 +1,48 @@
+"""HetLoRA: factors padded with zeros to one rank and averaged, clients weighing by the size of their product.
+
+What: B = sum_i p_i B_i and A = sum_i p_i A_i with p_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F, per pair; smaller ranks
+are padded with zeros. Heads and biases get the mean by examples. ``merge factor_error`` tells each round what a mean of
+factors, with the weights by examples, misses.
+Memory: the factors of one pair, of every client. Needs ``lora: {exact: none}``: clients train both factors.
+Use when: ranks differ and the server must stay as cheap as averaging.
+Avoid when: the bias of averaging factors matters: it is FedIT's, and padding takes the order of ranks to be one order.
+Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (arXiv 2401.06432).
+Ours: weights are taken per pair, not over the whole model; clients do not prune their own ranks yet.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from fedtune.contribution import Pair
+from fedtune.merging._factors import Factors, averaged, norm
+from fedtune.merging._pairs import CombinePairs, written
+from fedtune.merging._step import Evidence
+
+__all__ = ["Hetlora", "shares"]
+
+
+@final
+class Hetlora(CombinePairs):
+    """The means of padded factors, by the norms of the products."""
+
+    name: ClassVar[str] = "hetlora"
+
+    def pair(
+        self,
+        pair: Pair,
+        state: Mapping[str, Tensor],
+        factors: Sequence[Factors],
+        weights: Sequence[float],
+        evidence: Evidence,
+    ) -> dict[str, Tensor]:
+        """Means by the products' norms; a client of weight zero is left out."""
+        return written(pair, averaged(factors, shares(factors, weights)), state)
+
+
+def shares(factors: Sequence[Factors], weights: Sequence[float]) -> list[float]:
+    """Each product's norm over the sum of those that count; the weights where all are zero."""
+    norms = [norm(one) if weight else 0.0 for one, weight in zip(factors, weights, strict=True)]
+    total = sum(norms)
+    return [one / total for one in norms] if total else list(weights)

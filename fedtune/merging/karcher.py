@@ -1,0 +1,33 @@
+"""Karcher mean: the point on the sphere nearest to all directions, at the mean length.
+
+What: u <- exp_u(sum_i w_i log_u(x_i/|x_i|)), repeated; the result is u times sum_i w_i |x_i|, w divided by its sum.
+Memory: two passes, one piece of each model; it iterates on coefficients, not on weights.
+Use when: more than two models are to be blended as SLERP blends two. Without a base it acts on the models themselves.
+Avoid when: directions are opposite: there is no nearest point, and where their mean vanishes it falls back to linear.
+Source: Karcher (Comm. Pure Appl. Math. 30, 1977); iteration as in Afsari, Tron, Vidal (arXiv 1201.0925), unit steps.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from pydantic import AliasChoices, Field
+from torch import Tensor
+
+from fedtune.merging._span import Span, shares
+from fedtune.merging._sphere import barycentre
+
+__all__ = ["Karcher"]
+
+
+class Karcher(Span):
+    """The Karcher mean of the directions."""
+
+    name: ClassVar[str] = "karcher"
+    iterations: int = Field(10, ge=1, validation_alias=AliasChoices("iterations", "max_iter"))
+    tolerance: float = Field(
+        1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
+    )
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """Those of the mean direction, over each model's norm."""
+        return barycentre(gram(), shares(weights), self.iterations, self.tolerance)

@@ -1,0 +1,46 @@
+"""Model stock: the mean of fine-tunes, drawn back to the base by how little they agree.
+
+What: t * mean_i x_i with t = N c / (1 + (N-1) c), c the mean cosine between pairs of deltas, per tensor or per row.
+Memory: two passes, one piece of each model, and one coefficient per row.
+Use when: several fine-tunes of one base for one task differ by noise: it comes near the centre of many more.
+Avoid when: fine-tunes are of different tasks: their deltas are near orthogonal, and t throws nearly all away.
+Source: Jang, Yun, Han (arXiv 2403.19522), the ratio for N models. All models count the same; t is not let below zero.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.merging._gram import Over
+from fedtune.merging._span import Span
+from fedtune.merging._sphere import cosines
+
+__all__ = ["ModelStock"]
+
+
+class ModelStock(Span):
+    """The mean times t."""
+
+    name: ClassVar[str] = "model-stock"
+    fewest: ClassVar[int] = 3
+    over: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
+
+    @property
+    def groups(self) -> Over:
+        """As set."""
+        return self.over
+
+    def weights(self, examples: Sequence[int]) -> list[float]:
+        """Equal shares."""
+        return [1 / len(examples)] * len(examples)
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """T / N for all."""
+        count = len(weights)
+        cosine = cosines(gram())
+        c = (cosine.sum((0, 1)) - torch.einsum("iig->g", cosine)) / (count * (count - 1))
+        t = (count * c / (1 + (count - 1) * c)).clamp_min(0).nan_to_num(0.0, 0.0, 0.0)
+        return (t / count).expand(count, -1)

@@ -1,0 +1,29 @@
+"""Multi-SLERP: one step of a barycentre on the sphere, at the mean length.
+
+What: from the normalised weighted mean m of the directions, exp_m(sum_i w_i log_m(x_i/|x_i|)) times sum_i w_i |x_i|.
+Memory: two passes, one piece of each model.
+Use when: more than two models are to be blended as SLERP blends two and one step of the Karcher mean is enough.
+Avoid when: models are far apart: then it stops short of the mean that karcher reaches.
+Source: Goddard, mergekit's documentation of `multislerp`; the step is that of Buss and Fillmore (ACM ToG 20, 2001).
+  mergekit projects on the tangent plane where this takes the logarithm; its step then is always zero.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedtune.merging._span import Span, shares
+from fedtune.merging._sphere import barycentre
+
+__all__ = ["MultiSlerp"]
+
+
+class MultiSlerp(Span):
+    """One step towards the barycentre."""
+
+    name: ClassVar[str] = "multislerp"
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """Those of the barycentre, over each model's norm."""
+        return barycentre(gram(), shares(weights), 1, 0.0)

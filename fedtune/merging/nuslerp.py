@@ -1,0 +1,41 @@
+"""NuSLERP: SLERP of two deltas with t from their weights, per tensor, row or column.
+
+What: SLERP at t = w_2 / (w_1 + w_2); with ``over: row`` or ``column``, each has an angle and a t of its own.
+Memory: two passes, one piece of each model, and one coefficient per row or column.
+Use when: two fine-tunes of one base are to be blended by weight; rows when output units differ much in how they moved.
+Avoid when: there are more than two models. Tensors of one dimension are one group whatever ``over`` says.
+Source: mergekit's documentation of `nuslerp`; the arc is Shoemake's (SIGGRAPH 1985). Its nuslerp_row_wise gives
+  each column an angle, which is ``over: column`` here.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.merging._gram import Over
+from fedtune.merging._span import Span, shares
+from fedtune.merging._sphere import slerp
+
+__all__ = ["NuSlerp"]
+
+_NEAR = 1 - 1e-14
+
+
+class NuSlerp(Span):
+    """The point of the arc that the weights choose."""
+
+    name: ClassVar[str] = "nuslerp"
+    fewest: ClassVar[int] = 2
+    most: ClassVar[int | None] = 2
+    over: Over = Field("tensor", description="what has an angle of its own")
+
+    @property
+    def groups(self) -> Over:
+        """As set."""
+        return self.over
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """SLERP's, at the second model's share."""
+        return slerp(gram(), shares(weights)[1], _NEAR)

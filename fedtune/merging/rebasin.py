@@ -1,0 +1,102 @@
+"""Re-basin: the hidden units of each model are permuted so that they correspond to those of the others.
+
+What: pi_k with pi_k(theta_k) close to theta_1; the permuted model computes the same function. method weight: coordinate
+descent on sum <theta_1, pi(theta_k)>, one linear assignment per layer and step, the best of ``visits`` random orders of
+layers. method activation: an assignment on the correlations of units, measured on calibration data. many first: all are
+matched to the first model; cycle: each in turn to the mean of the others, until none moves (MergeMany).
+Fits: nets of linear and convolutional layers, plain or residual, any norm; BERT, RoBERTa, GPT-2 and Llama-like models.
+Heads move as a whole; under rotary positions the channels of queries and keys stay where they are.
+Memory: a tensor of each of two models at a time and C in double precision; afterwards one whole tensor per model.
+method activation holds two models and what their layers read in one batch.
+Use when: models come from different starts, or trained apart for long. Wide multi-layer perceptrons: weight; narrow
+convolutional nets: activation. Renormalise afterwards (repair, or reset where there are batch norms).
+Avoid when: all start from one model and stay near it: matching then finds that model's own order, and a gain below
+1 % leaves everything as it was. Language models from different starts keep sizeable barriers.
+Source: Ainsworth et al. (arXiv 2209.04836), algorithms 1 and 3; Qu & Horvath (arXiv 2402.05966) for the correlations.
+Deviations: running statistics have no say in C; the cycle warm-starts from the orders it has.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.merging._activations import match_activations
+from fedtune.merging._aligned import Aligned, whole
+from fedtune.merging._declared import declared, is_declared
+from fedtune.merging._graph import symmetry_of_graph
+from fedtune.merging._many import Match, cycle, to_first
+from fedtune.merging._matching import Model, match_weights
+from fedtune.merging._step import Align, Evidence, Operand
+from fedtune.merging._symmetry import Orders, Symmetry
+
+__all__ = ["Rebasin"]
+
+_LEAST_GAIN = 0.01
+
+
+class Rebasin(Align):
+    """Permutations by weights or by activations."""
+
+    name: ClassVar[str] = "rebasin"
+    method: Literal["weight", "activation"] = "weight"
+    similarity: Literal["pearson", "inner"] = Field("pearson", description="of activations")
+    many: Literal["first", "cycle"] = "first"
+    visits: int = Field(3, ge=1, description="orders of layers that are tried; the best is kept")
+    sweeps: int = Field(100, ge=1, description="passes over the layers, and rounds of the cycle, at most")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The architecture, and data for activations."""
+        return frozenset({"model"} if self.method == "weight" else {"model", "batches"})
+
+    def align(self, base: Mapping[str, Tensor], operands: Sequence[Operand], evidence: Evidence) -> list[Operand]:
+        """Operands whose deltas lead from the base to the permuted models."""
+        if evidence.model is None or (self.method == "activation" and not evidence.batches):
+            raise ModelError(f"rebasin: method {self.method} needs {' and '.join(sorted(self.needs))}; give them")
+        if len(operands) < 2:
+            return list(operands)
+        net = evidence.model.eval()
+        symmetry = declared(net) if is_declared(net) else symmetry_of_graph(net)
+        symmetry.check({name: tuple(tensor.shape) for name, tensor in base.items()})
+        symmetry = symmetry.only(base.keys())
+        moved = frozenset(symmetry.moved())
+        models = [whole(base, operand, moved) for operand in operands]
+        match = self._match(symmetry, evidence)
+        orders = (
+            to_first(match, symmetry, models) if self.many == "first" else cycle(match, symmetry, models, self.sweeps)
+        )
+        return [
+            operand if _stays(symmetry, order) else _aligned(symmetry, order, base, operand)
+            for operand, order in zip(operands, orders, strict=True)
+        ]
+
+    def _match(self, symmetry: Symmetry, evidence: Evidence) -> Match:
+        """Matches one model to another; the orders it started from stay unless the gain is worth it."""
+
+        def match(reference: Model, model: Model, start: Orders) -> Orders:
+            if self.method == "weight":
+                found = match_weights(symmetry, reference, model, start, visits=self.visits, sweeps=self.sweeps)
+            else:
+                net, batches = evidence.model, evidence.batches
+                assert net is not None
+                found = match_activations(symmetry, reference, model, start, net, batches, self.similarity)
+            orders, before, after = found
+            return orders if after - before >= _LEAST_GAIN * abs(before) else start
+
+        return match
+
+
+def _aligned(symmetry: Symmetry, orders: Orders, base: Mapping[str, Tensor], operand: Operand) -> Operand:
+    if operand.statistics is not None:
+        raise ModelError(
+            "rebasin: what was measured on a model no longer fits once it is permuted; leave one of them out"
+        )
+    return operand._replace(rows=Aligned(symmetry, orders, base, operand))
+
+
+def _stays(symmetry: Symmetry, orders: Orders) -> bool:
+    still = symmetry.identity()
+    return all(bool((orders[name][part] == at).all()) for name, parts in still.items() for part, at in parts.items())

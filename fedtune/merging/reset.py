@@ -1,0 +1,70 @@
+"""RESET: the running statistics of a merged net's batch norms are collected anew.
+
+What: forward passes over calibration data with batch norms in training mode; running means and variances become the
+cumulative average over batches. Weights stay as merged. Averaged statistics would be those of nets the merged one is
+not: its activations vary less.
+Memory: the model and one batch.
+Needs: some hundred training inputs without labels, in batches that are not tiny.
+Use when: the merged net has batch norms and a pass over data per layer is too dear: repair does more, at that price.
+Avoid when: the net has none; in a federation whose clients stay close, the averaged statistics already hold.
+Source: Jordan et al. (arXiv 2211.08403), section 3; Izmailov et al. (arXiv 1803.05407), section 3.2, on doing so after
+averaging weights.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.merging._hooks import with_state
+from fedtune.merging._renormalise import evaluated
+from fedtune.merging._step import Evidence, Renormalise
+
+__all__ = ["Reset"]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Reset(Renormalise):
+    """Statistics of the merged net."""
+
+    name: ClassVar[str] = "reset"
+
+    def renormalise(
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: Evidence
+    ) -> dict[str, Tensor]:
+        """Running means and variances."""
+        net, batches = evaluated(self.name, evidence)
+        norms = {name: norm for name, norm in net.named_modules() if _collects(norm)}
+        if not norms:
+            raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; take repair")
+        with with_state(net, merged), _collecting(list(norms.values())), torch.no_grad():
+            for batch in batches:
+                net(**batch)
+            found = {f"{name}.{key}": tensor for name, norm in norms.items() for key, tensor in norm.named_buffers()}
+            return {key: found[key].clone() for key in found if key.endswith(("running_mean", "running_var"))}
+
+
+def _collects(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.track_running_stats
+
+
+@contextmanager
+def _collecting(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch norms in training mode and from nothing, with a momentum of None: the cumulative average."""
+    momenta = []
+    for norm in norms:
+        assert isinstance(norm, _BatchNorm)
+        momenta.append((norm, norm.momentum))
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+            norm.eval()

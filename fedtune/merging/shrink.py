@@ -1,0 +1,40 @@
+"""Uniform shrinkage: the control beside AIM; a smaller step that knows nothing of activations.
+
+What: the whole delta of a tensor is multiplied by one factor: a number, of every tensor; or ``aim``, of each tensor
+that AIM scales, the mean of AIM's own factors there at the same settings.
+Memory: none for a number; AIM's statistics for ``aim``.
+Use when: AIM looks good, to see how much of that is activation information and how much a smaller step.
+Avoid when: a weight or lambda of the combining step already says how far to go.
+Source: ours, as a control. For sums of task vectors a factor is lambda of task arithmetic (arXiv 2212.04089,
+section 2).
+"""
+
+from typing import Annotated, ClassVar, Literal, final
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.merging._by_activity import ByActivity
+from fedtune.merging._step import Evidence
+
+__all__ = ["Shrink"]
+
+
+@final
+class Shrink(ByActivity):
+    """One factor per tensor."""
+
+    name: ClassVar[str] = "shrink"
+    factor: Annotated[float, Field(ge=0, le=1)] | Literal["aim"] = Field("aim", description="a number, or AIM's mean")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The activity of input channels, for AIM's mean."""
+        return frozenset({"activity"}) if self.factor == "aim" else frozenset()
+
+    def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:
+        """The rows times the factor."""
+        if self.factor != "aim":
+            return delta * self.factor
+        found = self.scale(name, delta, evidence)
+        return delta if found is None else delta * float(found[0].mean())

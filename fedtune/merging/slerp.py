@@ -1,0 +1,35 @@
+"""SLERP: two models joined by the arc between them, not the chord.
+
+What: sin((1-t)O)/sin O x_1 + sin(tO)/sin O x_2 per tensor, with O the angle between them; weights are not used.
+Memory: two passes, one piece of each model.
+Use when: two models are to be blended without the loss of norm that averaging brings. Without a base it acts on the
+  models themselves, with one on their deltas to it.
+Avoid when: there are more than two models. Above |cos O| = 0.9995 it is a straight line.
+Source: Shoemake (SIGGRAPH 1985).
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.merging._span import Span
+from fedtune.merging._sphere import slerp
+
+__all__ = ["Slerp"]
+
+_NEAR = 0.9995
+
+
+class Slerp(Span):
+    """The point at t of the arc."""
+
+    name: ClassVar[str] = "slerp"
+    fewest: ClassVar[int] = 2
+    most: ClassVar[int | None] = 2
+    t: float = Field(0.5, ge=0, le=1, description="0 is the first model, 1 the second")
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """The two sines, over that of the whole angle."""
+        return slerp(gram(), self.t, _NEAR)

@@ -1,0 +1,29 @@
+"""Task arithmetic: the weighted sum of the task vectors, times one scale.
+
+What: scale * sum_i w_i x_i, x_i being model i minus the base; ``normalise`` divides w by its sum.
+Memory: one piece of one tensor.
+Use when: several tasks are to be added to one base, or one taken away by a negative weight.
+Avoid when: the weights sum to much more than one and the base's own abilities matter: the sum overshoots.
+Source: Ilharco et al. (arXiv 2212.04089), section 2.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedtune.merging._span import Normalise, Scale, Span, shares
+
+__all__ = ["TaskArithmetic"]
+
+
+class TaskArithmetic(Span):
+    """The scaled sum of the task vectors."""
+
+    name: ClassVar[str] = "task-arithmetic"
+    scale: Scale = 1.0
+    normalise: Normalise = False
+
+    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+        """Scale times w_i, or times w_i / sum w."""
+        return self.scale * (shares(weights) if self.normalise else weights)

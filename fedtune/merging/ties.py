@@ -1,0 +1,38 @@
+"""TIES: trim small changes, elect a sign for each entry, average those that have it.
+
+What: keep the floor(density * n) largest |x| of each tensor; the sign of sum_i w_i x_i wins, a tie counts as plus; the
+  entries of that sign are averaged by weight (summed when ``normalise`` is off), times scale.
+Memory: one piece per model and 2^16 counters; each delta is read three times.
+Use when: several fine-tunes of one base disagree in sign on many entries, so that adding cancels what they learned.
+Avoid when: there are one or two models or signs agree: trimming then only loses. Density 0.2 suits larger models best.
+Source: Yadav et al. (arXiv 2306.01708), algorithm 1. Trims each tensor where the paper trims the whole model, and
+  weights multiply before the election, as in mergekit; its density default is 1, the paper's 0.2 is kept here.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedtune.merging._select import count_kept, largest
+from fedtune.merging._span import Normalise
+from fedtune.merging._step import Operand, Shape
+from fedtune.merging._task_vectors import Density, TaskVectors, deltas
+
+__all__ = ["Ties"]
+
+
+class Ties(TaskVectors):
+    """Trim, elect, average."""
+
+    name: ClassVar[str] = "ties"
+    elect: ClassVar[bool] = True
+    density: Density = 0.2
+    normalise: Normalise = True
+
+    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+        """The largest entries of each tensor."""
+        size = prod(shape)
+        return largest(partial(deltas, name, shape, operand), count_kept(self.density, size), size)

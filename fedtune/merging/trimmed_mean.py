@@ -1,0 +1,55 @@
+"""Trimmed mean: entry by entry, the largest and the smallest values are cut and the rest averaged.
+
+What: with K models, the floor(share * K) largest and as many smallest values of each entry are left out.
+Memory: one piece per model.
+Use when: up to that many contributions may be broken or hostile, and may differ entry by entry.
+Avoid when: there are few models: 0.2 needs five. What only few models learned is cut as well.
+Source: Yin et al. (arXiv 1803.01498), definition 2.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, floor
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedtune.contribution import pieces
+from fedtune.errors import RecipeError
+from fedtune.merging._gram import flat
+from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
+
+__all__ = ["TrimmedMean"]
+
+
+class TrimmedMean(Combine):
+    """The mean of the middle."""
+
+    name: ClassVar[str] = "trimmed-mean"
+    pooled: ClassVar[bool] = False
+    share: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
+
+    def weights(self, examples: Sequence[int]) -> list[float]:
+        """Equal shares."""
+        return [1 / len(examples)] * len(examples)
+
+    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+        """Itself; RecipeError when there are too few models to cut one at each end."""
+        if not self._cut(len(operands)):
+            raise RecipeError(
+                f"merge: trimmed-mean with share {self.share:g} needs at least {ceil(1 / self.share)} models to cut "
+                f"one at each end, but {len(operands)} came; raise share or add some"
+            )
+        return Settled(self, operands)
+
+    def _cut(self, count: int) -> int:
+        return floor(self.share * count)
+
+    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+        """The mean of what is left of each piece."""
+        cut = self._cut(len(operands))
+        for start, stop in pieces(shape):
+            stack = torch.stack([flat(operand.rows(name, start, stop)) for operand in operands])
+            middle = stack.sort(dim=0).values[cut : len(operands) - cut]
+            yield middle.double().mean(0).float().reshape(stop - start, *shape[1:])

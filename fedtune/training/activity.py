@@ -1,0 +1,176 @@
+"""How active each input channel of a model's weights is: sums of |x| over real tokens, by hooks on the layers."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import RecipeError
+from fedtune.merging import Activity, ByActivity
+from fedtune.sparse import mask_name
+from fedtune.techniques import Technique, begin_step
+
+__all__ = ["Channels", "Total", "activity", "channels", "mean", "require_scaled", "totals"]
+
+Batch = Mapping[str, Tensor]
+
+
+class Channels(NamedTuple):
+    """The input channels of a weight: ``inward`` is the axis of the layer's input and ``axis`` that of the weight."""
+
+    layer: nn.Module
+    inward: int
+    axis: int
+    size: int
+    groups: int = 1
+
+
+@dataclass
+class Total:
+    """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Totals of several places add up."""
+
+    sums: Tensor
+    count: int = 0
+
+
+def channels(model: nn.Module, names: AbstractSet[str] | None = None) -> dict[str, Channels]:
+    """The input channels of each weight that has any, by parameter name; ``names`` keeps some of them.
+
+    Left out are embeddings, by name or because a weight is tied to one, and B of a low-rank pair, whose input has ranks
+    in place of channels. Experts that are one fused parameter have no layer of their own and are left out too.
+    """
+    embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, Channels] = {}
+    for path, layer in model.named_modules():
+        weight = layer._parameters.get("weight")
+        if weight is None or id(weight) in embeddings or "embed" in path.lower() or ".lora_B." in path:
+            continue
+        place = _place(layer, weight)
+        if place is not None and (names is None or known[id(weight)] in names):
+            found[known[id(weight)]] = place
+    return found
+
+
+def _place(layer: nn.Module, weight: Tensor) -> Channels | None:
+    if not weight.is_floating_point():  # a four-bit layer's packed weight
+        return None
+    if isinstance(layer, nn.Linear):
+        return Channels(layer, -1, 1, layer.in_features)
+    if type(layer).__name__ == "Conv1D":  # of transformers, which a device that classifies pictures does not load
+        return Channels(layer, -1, 0, len(weight))
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return Channels(layer, 1, 0, layer.in_channels)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return Channels(layer, 1, 1, layer.in_channels, layer.groups)
+    if weight.dim() == 1 and "norm" in type(layer).__name__.lower():
+        by_channel = isinstance(layer, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+        return Channels(layer, 1 if by_channel else -1, 0, len(weight))
+    return None
+
+
+def require_scaled(steps: Sequence[object], model: nn.Module, shared: Collection[str]) -> None:
+    """RecipeError when a step that follows activity would find nothing to scale among the shared tensors."""
+    for step in steps:
+        if isinstance(step, ByActivity) and step.needs:
+            _require_scaled(step, model, shared)
+
+
+def _require_scaled(step: ByActivity, model: nn.Module, shared: Collection[str]) -> None:
+    places = channels(model, set(shared))
+    scaled = [name for name in places if step.norms or model.get_parameter(name).dim() > 1]
+    if any(mask_name(name) in shared for name in scaled):
+        raise RecipeError(f"merge: {step.name} scales whole columns, but masked weights are sent without; drop one")
+    if not scaled:
+        raise RecipeError(
+            f"merge: {step.name} scales weights by the activity of their inputs, but train.techniques trains no such "
+            f"weight; drop {step.name}, or train full or lora with exact: alternate"
+        )
+
+
+def activity(model: nn.Module, batches: Iterable[Batch], techniques: Sequence[Technique] = ()) -> dict[str, Activity]:
+    """Mean |x| of every input channel over the batches, by parameter name; labels in them are not used.
+
+    Layers that no batch reaches are left out. The model is left in evaluation mode.
+    """
+    return mean(channels(model), totals(model, channels(model), batches, techniques))
+
+
+@torch.no_grad()
+def totals(
+    model: nn.Module, places: Mapping[str, Channels], batches: Iterable[Batch], techniques: Sequence[Technique] = ()
+) -> dict[str, Total]:
+    """Sums of |x| of the layers at ``places``, by parameter name.
+
+    An input with the shape of the attention mask [batch, tokens] counts its real tokens; any other (a pooled one, or
+    the tokens routed to an expert) counts whole.
+    """
+    found = {name: Total(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
+    model.eval()
+    with _watching(places, found) as tell_mask:
+        for batch in batches:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            begin_step(techniques, model, inputs, 1.0)
+            tell_mask(inputs.get("attention_mask"))
+            model(**inputs)
+    return found
+
+
+def mean(places: Mapping[str, Channels], found: Mapping[str, Total]) -> dict[str, Activity]:
+    """Totals as means, laid out as each weight needs them; without those that counted nothing."""
+    return {
+        name: Activity(_by_group(places[name], total.sums / total.count), places[name].axis)
+        for name, total in found.items()
+        if total.count
+    }
+
+
+def _by_group(place: Channels, level: Tensor) -> Tensor:
+    """[channels] as it is, or for a grouped convolution [out, channels of the row's group]."""
+    if place.groups == 1:
+        return level
+    rows = int(place.layer.out_channels) // place.groups  # type: ignore[arg-type]
+    return level.reshape(place.groups, -1).repeat_interleave(rows, 0)
+
+
+@contextmanager
+def _watching(places: Mapping[str, Channels], found: Mapping[str, Total]) -> Iterator[Callable[[Tensor | None], None]]:
+    """Hooks on the layers inside the block; the callable says which tokens of the batch to come are real."""
+    masks: list[Tensor | None] = [None]
+
+    def tell_mask(mask: Tensor | None) -> None:
+        masks[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
+
+    with ExitStack() as stack:
+        for name, place in places.items():
+            hook = partial(_add, found[name], place, masks)
+            stack.callback(place.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield tell_mask
+
+
+def _add(
+    total: Total,
+    place: Channels,
+    masks: Sequence[Tensor | None],
+    _: nn.Module,
+    given: tuple[Any, ...],
+    named: dict[str, Any],
+) -> None:
+    entered: Tensor = given[0] if given else next(iter(named.values()))
+    rows = _real(entered.movedim(place.inward, -1), masks[0])
+    if rows.shape[1] != place.size:  # a norm of other than the last axis
+        return
+    total.sums += rows.abs().sum(0, dtype=torch.float64)
+    total.count += len(rows)
+
+
+def _real(entered: Tensor, mask: Tensor | None) -> Tensor:
+    """[rows, channels] of an input [..., channels], without padding."""
+    rows = entered.reshape(-1, entered.shape[-1])
+    per_token = mask is not None and entered.shape[:-1] in (mask.shape, (mask.numel(),))
+    return rows[mask.reshape(-1)] if mask is not None and per_token else rows

@@ -1,0 +1,103 @@
+"""Inputs to measure a model on: examples in batches, or for language models text in whole blocks."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune import data, models
+from fedtune.data import Encoded
+from fedtune.errors import DataError
+from fedtune.recipe import Data, DeviceClass, Federation, Model, Recipe, Task, Train
+
+__all__ = ["block_batches", "calibration", "few", "inputs"]
+
+Batch = dict[str, Tensor]
+_SEED, _DOCUMENTS, _BLOCK = 42, 256, 512
+
+
+def few(indices: NDArray[np.int64], count: int | None, seed: int) -> list[int]:
+    """Up to ``count`` of the indices, drawn by the seed, in ascending order; null takes all."""
+    if count is None or count >= len(indices):
+        return sorted(indices.tolist())
+    return sorted(np.random.default_rng(seed).choice(indices, count, replace=False).tolist())
+
+
+def inputs(examples: Encoded, chosen: Sequence[int], batch: int) -> Iterator[Batch]:
+    """Chosen examples as a model reads them, without labels."""
+    for start in range(0, len(chosen), batch):
+        made = examples.batch(chosen[start : start + batch])
+        yield {name: tensor for name, tensor in made.items() if name != "labels"}
+
+
+def calibration(
+    source: str, model: Model, task: Task, *, column: str | None = None, block: int = _BLOCK, batch: int = 8
+) -> list[Batch]:
+    """Inputs from any data source for a merge that is not part of a run.
+
+    For a language model, as AIM's authors do it: 256 texts of at most ``block`` tokens, end to end, in whole blocks.
+    For classifiers 256 examples, texts cut to ``block`` tokens. ``column`` names the text or image column.
+    """
+    kind = "image" if task == "image-classification" else "text"
+    chosen = Data.model_validate({"source": source, "columns": {kind: column or kind}})
+    if task == "causal-language-modelling":
+        documents = data.everything(_recipe(chosen, model, task), ())["text"]
+        return list(block_batches(_rows(documents, model), block=block, batch=batch))
+    examples = _unlabelled(chosen, model, task, block)
+    return list(inputs(examples, few(np.arange(len(examples)), _DOCUMENTS, _SEED), batch))
+
+
+def block_batches(
+    rows: Iterable[Sequence[int]], *, block: int = _BLOCK, documents: int = _DOCUMENTS, batch: int = 8
+) -> Iterator[Batch]:
+    """Token ids [k, block] of texts end to end: the first ``documents`` that are neither empty nor above a block long.
+
+    What is left over is dropped; DataError when there is not a single block.
+    """
+    taken: list[int] = []
+    count = 0
+    for row in rows:
+        if count == documents:
+            break
+        if 0 < len(row) <= block:
+            taken += row
+            count += 1
+    if len(taken) < block:
+        raise DataError(f"the calibration text gives {len(taken)} tokens, less than a block of {block}; bring more")
+    whole = torch.tensor(taken[: len(taken) // block * block]).reshape(-1, block)
+    for ids in whole.split(batch):
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _rows(documents: Sequence[str], model: Model) -> Iterator[list[int]]:
+    """Token ids of texts in a shuffled order, one text at a time."""
+    tokenizer = models.tokenizer(model)
+    if tokenizer is None:
+        raise DataError(f"{model.source} has no tokenizer to read calibration text with; choose another model")
+    for index in np.random.default_rng(_SEED).permutation(len(documents)):
+        yield tokenizer(documents[int(index)], verbose=False)["input_ids"]
+
+
+def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
+    """Examples of a source that may have no labels, encoded as a classifier reads them."""
+    pictures = task == "image-classification"
+    recipe = _recipe(chosen, model, task if pictures else "causal-language-modelling")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
+    found = data.everything(recipe, ())
+    blank = found.select_columns("image" if pictures else "text").add_column("label", [0] * len(found))
+    return data.encode(blank, recipe, None if pictures else models.tokenizer(model))
+
+
+def _recipe(chosen: Data, model: Model, task: Task) -> Recipe:
+    """The least recipe that reads a source."""
+    return Recipe(
+        name="calibration",
+        task=task,
+        model=model,
+        data=chosen,
+        devices=[DeviceClass(count=1)],
+        train=Train(steps=1),
+        federation=Federation(rounds=1),
+    )

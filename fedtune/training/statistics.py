@@ -1,0 +1,119 @@
+"""What merges that weigh by data need of each model, measured on its own data: for Fisher and for RegMean.
+
+Both give tensors by the names of the model's; saved as safetensors they are what ``statistics:`` of a merge names.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import DataError
+from fedtune.training.loop import step_loss
+
+__all__ = ["fisher_information", "input_grams"]
+
+Batch = Mapping[str, Tensor]
+Hear = Callable[[Tensor | None], None]
+
+
+def fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Mean over examples of each one's squared gradient of the loss, fp32 in the shape of each parameter.
+
+    The diagonal of the empirical Fisher information (of the true labels) when the loss is a negative log-likelihood;
+    one backward pass per example. The model is left in evaluation mode.
+    """
+    parameters = {name: one for name, one in model.named_parameters() if one.is_floating_point()}
+    sums = {name: torch.zeros(one.shape) for name, one in parameters.items()}
+    count = 0
+    model.eval()
+    with _trainable(parameters.values()):
+        for example in (example for batch in batches for example in _examples(batch)):
+            gradients = torch.autograd.grad(step_loss(model, example), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient.float().square()
+            count += 1
+    return {name: total / _some(count) for name, total in sums.items()}
+
+
+def _examples(batch: Batch) -> Iterator[Batch]:
+    """One-example batches."""
+    for index in range(len(next(iter(batch.values())))):
+        yield {name: tensor[index : index + 1] for name, tensor in batch.items()}
+
+
+@contextmanager
+def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """All of them ask for gradients inside the block, whatever is frozen."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
+
+
+@torch.no_grad()
+def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Mean x x^T [in, in] over the inputs of each linear layer, fp32, by the name of its weight; padding left out.
+
+    Summed in double: 16 bytes per entry and layer at work. Weights tied to an embedding are left out, as are layers
+    that no batch reaches. The model is left in evaluation mode.
+    """
+    layers = _linear_layers(model)
+    sums = {name: torch.zeros(layer.in_features, layer.in_features).double() for name, layer in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+    model.eval()
+    with _listening(layers, sums, counts) as hear:
+        for batch in batches:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            hear(inputs.get("attention_mask"))
+            model(**inputs)
+    _some(sum(counts.values()))
+    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    linear = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: linear[id(parameter)]
+        for name, parameter in model.named_parameters()
+        if id(parameter) in linear and id(parameter) not in embeddings
+    }
+
+
+@contextmanager
+def _listening(layers: Mapping[str, nn.Linear], sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[Hear]:
+    """Adds up what enters the layers inside the block; the callable tells the mask of the batch to come."""
+    masks: list[Tensor | None] = [None]
+
+    def hear(mask: Tensor | None) -> None:
+        masks[0] = None if mask is None else mask.bool()
+
+    def add(name: str, _: nn.Module, given: Sequence[Tensor]) -> None:
+        rows = _real(given[0], masks[0]).double()
+        sums[name].addmm_(rows.T, rows)
+        counts[name] += len(rows)
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
+        yield hear
+
+
+def _real(entered: Tensor, mask: Tensor | None) -> Tensor:
+    """[rows, in] of an input [..., in], without the padding of one that has a row per token."""
+    return entered[mask] if mask is not None and entered.shape[:-1] == mask.shape else entered.flatten(0, -2)
+
+
+def _some(count: int) -> int:
+    """The count; DataError when it is zero."""
+    if not count:
+        raise DataError("statistics need at least one batch of examples; give some data")
+    return count

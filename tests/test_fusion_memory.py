@@ -1,0 +1,58 @@
+"""What a merge holds does not grow with the number of models or the size of the result."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from fedtune.fusion import compare, merge, prepare, quick
+from fedtune.memory.process import peak_rss, reset_peak_rss
+
+names, method = sys.argv[2:], sys.argv[1]
+config, _ = quick(names, method, [], [], base_model="base")
+reset_peak_rss()
+before = peak_rss()
+prepared = prepare(config)
+compare(prepared, lambda done: None)
+merge(prepared, Path(f"out-{method}-{len(names)}"), "a card")
+print(peak_rss() - before)
+"""
+SHAPES = {f"layers.{layer}.weight": (2000, 1000) for layer in range(6)}
+
+
+def excess(method: str, count: int) -> int:
+    """Bytes of the process's high-water mark that a merge of so many models adds."""
+    names = [f"model{number}" for number in range(count)]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, method, *names], env={"PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    random = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+    for number, name in enumerate(["base", *(f"model{number}" for number in range(8))]):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text('{"model_type": "test"}')
+        tuned = {key: (tensor + 0.01 * number * tensor.roll(number)).bfloat16() for key, tensor in base.items()}
+        save_file(tuned, Path(name, "model.safetensors"), {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_the_peak_is_flat_from_two_to_eight_models(models: None, method: str) -> None:
+    two, eight = excess(method, 2), excess(method, 8)
+    one_model = sum(torch.Size(shape).numel() for shape in SHAPES.values()) * 2
+    piece = 4 * (1 << 18)
+    assert eight - two < 6 * 10 * piece  # about nine pieces for each further model with TIES, far from a model each
+    assert 6 * 10 * piece < 6 * one_model / 2

@@ -1,0 +1,114 @@
+"""Combining steps in a federated round: robust ones, too few clients, batch-norm statistics, weights by examples."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune.errors import RecipeError
+from fedtune.merging import Evidence, choose, merge
+from fedtune.recipe import Unit
+from tests.merge_examples import METHODS
+from tests.test_merging import SHAPES, a_state, spool
+
+EXAMPLES = [10, 20, 30, 25, 15]
+
+
+def after_round(
+    folder: Path, name: str, deltas: list[dict[str, Tensor]], draw: int = 1, **settings: Any
+) -> dict[str, Tensor]:
+    pipeline = choose([Unit(name=name, settings=settings)])
+    sent = [spool(folder, client, EXAMPLES[client], delta) for client, delta in enumerate(deltas)]
+    state = {tensor: torch.zeros_like(value) for tensor, value in deltas[0].items()}
+    return merge(pipeline, state, state, sent, Evidence(draw=draw))
+
+
+def clients(count: int) -> list[dict[str, Tensor]]:
+    common = a_state(seed=99)
+    return [{name: common[name] + 0.3 * value for name, value in a_state(seed=seed).items()} for seed in range(count)]
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).norm()) ** 2 for name in one))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("geometric-median", {}), ("geometric-median", {"distances": "tensor"}), ("trimmed-mean", {"share": 0.2})],
+)
+def test_one_client_of_five_that_sends_a_hundredfold_delta_moves_a_robust_merge_little(
+    tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    honest = clients(5)
+    hostile = [*honest[:4], {tensor: -100 * value for tensor, value in honest[4].items()}]
+    others = after_round(tmp_path, "mean", honest[:4])
+    size = distance(others, {tensor: torch.zeros_like(value) for tensor, value in others.items()})
+    assert distance(after_round(tmp_path, name, hostile, **settings), others) < 0.2 * size
+    assert distance(after_round(tmp_path, "mean", hostile), others) > 5 * size
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if name not in ("fisher", "regmean")])
+def test_every_step_serves_a_round(tmp_path: Path, name: str) -> None:
+    count = METHODS[name].models
+    found = after_round(tmp_path, name, clients(count), **METHODS[name].full or METHODS[name].plain)
+    assert all(bool(value.isfinite().all()) for value in found.values())
+    assert float(found["weight"].norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "sentence"),
+    [
+        ("slerp", 3, "^merge: slerp takes 2 models, but 3 came; leave some out or choose mean$"),
+        ("nuslerp", 1, "^merge: nuslerp needs at least 2 models, but 1 came; add some or choose mean$"),
+        ("model-stock", 2, "^merge: model-stock needs at least 3 models, but 2 came; add some or choose mean$"),
+        ("sce", 1, "^merge: sce needs at least 2 models, but 1 came; add some or choose mean$"),
+        ("trimmed-mean", 4, "^merge: trimmed-mean with share 0.2 needs at least 5 models to cut one at each end"),
+        ("fisher", 2, "^merge: fisher needs statistics of every model, but model 1 has none"),
+    ],
+)
+def test_too_few_or_too_many_clients_are_refused(tmp_path: Path, name: str, count: int, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        after_round(tmp_path, name, clients(count))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_of_a_round_sum_to_one(name: str) -> None:
+    combine = choose([Unit(name=name)]).combine
+    equal = name in ("model-stock", "sce", "trimmed-mean")
+    assert combine.weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
+
+
+def test_each_round_draws_masks_of_its_own_and_a_round_again_draws_the_same(tmp_path: Path) -> None:
+    first, second, again = (after_round(tmp_path, "dare-linear", clients(3), draw=draw) for draw in (1, 2, 1))
+    assert torch.equal(first["weight"], again["weight"])
+    assert not torch.equal(first["weight"], second["weight"])
+
+
+NORM: dict[str, tuple[int, ...]] = {"n.weight": (4,), "n.running_mean": (4,), "n.running_var": (4,)}
+
+
+@pytest.mark.parametrize("name", ["ties", "dare-linear", "sce", "breadcrumbs"])
+def test_running_statistics_are_no_task_vectors(tmp_path: Path, name: str) -> None:
+    deltas = [a_state(NORM, seed) for seed in (1, 2, 3)]
+    found, mean = after_round(tmp_path, name, deltas), after_round(tmp_path, "mean", deltas)
+    assert not torch.allclose(found["n.weight"], mean["n.weight"])
+    if name == "sce":  # models count the same there
+        return
+    for running in ("n.running_mean", "n.running_var"):
+        torch.testing.assert_close(found[running], mean[running])
+
+
+def test_a_robust_merge_does_not_pool_the_spread_of_means_that_a_hostile_client_made(tmp_path: Path) -> None:
+    deltas = [a_state(NORM, 1) for _ in range(4)]
+    deltas.append({name: 1000 * value for name, value in deltas[0].items()})
+    for name in ("trimmed-mean", "geometric-median"):
+        found = after_round(tmp_path, name, deltas)["n.running_var"]
+        torch.testing.assert_close(found, deltas[0]["n.running_var"], rtol=0.05, atol=0.05)
+    assert float(after_round(tmp_path, "mean", deltas)["n.running_var"].max()) > 1000
+
+
+def test_shapes_of_the_round_are_all_covered(tmp_path: Path) -> None:
+    assert after_round(tmp_path, "ties", clients(3)).keys() == SHAPES.keys()
