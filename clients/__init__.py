@@ -1,1 +1,1 @@
-"""What runs on a device: the Flower ClientApp."""
+"""What runs on a device: its own light process, the resident trainer, and the ClientApp of a simulation."""

@@ -5,9 +5,10 @@ import os
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, StoreError
 from fedtune.tracking import Store, claim
 from fedtune.training import discard, workshop
+from server.lifeline import end_with_keeper
 from server.rounds import coordinate
 
 __all__ = ["app"]
@@ -20,6 +21,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run ``run`` of the store ``store``; its recipe is stored with it. ``home`` is fedtune's home folder."""
     config = {key: str(value) for key, value in context.run_config.items()}
     os.environ["FEDTUNE_HOME"] = config["home"]
+    end_with_keeper()
     with claim(config["run"]), Store.open(config["store"]) as store:
         carry(grid, store, config["run"])
 
@@ -32,7 +34,8 @@ def carry(grid: Grid, store: Store, run: str) -> None:
         store.finish(run, "interrupted", "stopped by the user")
         raise
     except FedtuneError as error:
-        store.finish(run, "failed", str(error))
+        if not (isinstance(error, StoreError) and store.access.seats(run)):  # a server goes on when the disk or the
+            store.finish(run, "failed", str(error))  # database is well again
         raise
     finally:
         discard()

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from flwr.app import Message, MetricRecord
+from flwr.app import Error, Message, MetricRecord
 
+from fedtune.answers import DECLINED
 from fedtune.contribution import Contribution, Form, Report, check
 from fedtune.errors import ContributionError
 from fedtune.files import write
@@ -26,7 +27,7 @@ def receive(
 ) -> tuple[ContributionRecord, Contribution | None]:
     """The record of a reply, and the contribution when it is one that may be merged."""
     if reply.has_error():
-        return _absent(client, device, "error", f"code {reply.error.code}: {reply.error.reason}", bytes_down), None
+        return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
     try:
         write(path, _payload(reply))
@@ -50,6 +51,14 @@ def receive(
         loss=report.loss,
     )
     return record, Contribution(client, report.examples, path)
+
+
+def _error(error: Error) -> tuple[str, str]:
+    """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
+    reason = error.reason or ""
+    if reason.startswith(DECLINED):
+        return "declined", reason.removeprefix(DECLINED)
+    return "error", f"code {error.code}: {error.reason}"
 
 
 def missing(client: int, device: str, bytes_down: int) -> ContributionRecord:

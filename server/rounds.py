@@ -4,6 +4,7 @@ A round is committed once, after its checkpoint is on disk; what came before can
 random number is derived from the seed and the place it is used.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from fedtune.seeds import derive
 from fedtune.sparse import compact, masks, spread_out, to_wire
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
-from server.exchange import messages_for, replies, wait_for_nodes
+from fedtune.training.told_activity import asked_activity
+from server.crew import Crew, assemble
+from server.evidence import evidence
+from server.exchange import messages_for, replies
 from server.receive import missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 
@@ -40,9 +44,9 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     tell(RunStarted(run, first, recipe.federation.rounds))
     _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
-    nodes = wait_for_nodes(grid, recipe.clients)
+    crew = assemble(grid, recipe, store.access.seats(run))
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(grid, shop, store, run, nodes, state, number)
+        state = _round(grid, shop, store, run, crew, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -87,36 +91,42 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     return state
 
 
-def _round(
-    grid: Grid, shop: Workshop, store: Store, run: str, nodes: Sequence[int], state: State, number: int
-) -> State:
+def _round(grid: Grid, shop: Workshop, store: Store, run: str, crew: Crew, state: State, number: int) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
-        records, contributions = _gather(grid, shop, nodes, state, number, spool)
+        records, contributions = _gather(grid, shop, crew, state, number, spool)
         short = _shortage(records, shop.recipe)
+        figures: tuple[MetricRecord, ...] = ()
         if not short:
-            state = _merged(shop, state, number, contributions)
+            state, figures = _merged(shop, state, number, contributions)
         else:
             records = [_unused(record) for record in records]
-    metrics = _evaluate(shop, state, run, number)
+    metrics = figures + _evaluate(shop, state, run, number)
     _commit(store, run, number, state, started, records, metrics, short)
     return state
 
 
-def _merged(shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]) -> State:
-    """The state after a round's contributions, and what techniques make of it by what else the clients sent."""
+def _merged(
+    shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]
+) -> tuple[State, tuple[MetricRecord, ...]]:
+    """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = merging.choose(shop.recipe.merge)
     found = masks(state)
-    merged = merging.merge(pipeline, compact(state, found), _sent_names(shop, number), contributions)
+    names = _sent_names(shop, number)
+    told = evidence(shop, pipeline, state, number, names, contributions)
+    told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
+    errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
+    figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
+    merged = merging.merge(pipeline, compact(state, found), names, contributions, told)
     extras = techniques.asked(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
-    return techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
+    return techniques.revise(shop.techniques, spread_out(merged, found), number, answers), tuple(figures)
 
 
 def _gather(
-    grid: Grid, shop: Workshop, nodes: Sequence[int], state: State, number: int, spool: Path
+    grid: Grid, shop: Workshop, crew: Crew, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
     recipe = shop.recipe
@@ -125,19 +135,22 @@ def _gather(
     payload = pack(wire)
     expected = {name: tuple(wire[name].shape) for name in _sent_names(shop, number)}
     extras = techniques.asked(shop.techniques, shop.model, number)
-    messages = messages_for(clients, nodes, recipe.model_dump_json(), number, payload)
+    extras |= asked_activity(shop.model, recipe, expected)
+    messages = messages_for(
+        clients, crew.nodes, recipe.model_dump_json(), number, payload, json.dumps(shop.corpus.labels)
+    )
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
     tell(RoundStarted(number, len(clients)))
-    for client, reply in replies(grid, messages, recipe.federation.deadline):
-        device = recipe.device_of(client).name
+    for client, reply in replies(grid, messages, recipe.federation.deadline, crew.poll):
+        device = crew.names[client]
         records[client], sent = receive(
             reply, client, device, len(payload), expected, extras, recipe.federation.max_norm, spool
         )
         contributions += [sent] if sent else []
         tell(Answered(number, records[client]))
     for client in sorted(set(clients) - records.keys()):
-        records[client] = missing(client, recipe.device_of(client).name, len(payload))
+        records[client] = missing(client, crew.names[client], len(payload))
         tell(Answered(number, records[client]))
     return [records[client] for client in clients], sorted(contributions, key=lambda sent: sent.client)
 

@@ -13,12 +13,16 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "data": ("data:data", "Look at the examples of a recipe and how they are split."),
+    "device": ("device:device", "Make this machine a server's device, and keep it one."),
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
     "export": ("export:export", "Write a run's result for plain transformers or peft."),
+    "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
     "methods": ("methods:methods", "List the techniques and merge steps, or print one's card."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
-    "runs": ("runs:runs", "List, show, compare, plot, export and delete runs."),
+    "runs": ("runs:runs", "List, show, compare, plot, export, delete, watch, stop and resume runs."),
+    "server": ("server:server", "A server that real devices join."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
+    "submit": ("submit:submit", "Run a federation on the devices of a server."),
 }
 
 

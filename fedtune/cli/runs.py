@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fedtune.cli import runs_server
+
 if TYPE_CHECKING:
     from fedtune.tracking import RoundRecord, RunRecord, Store
 
@@ -27,6 +29,10 @@ _some = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
 @click.group()
 def runs() -> None:
     """Recorded runs. RUN is an id, the beginning of one, or "latest"."""
+
+
+for _command in (runs_server.watch, runs_server.stop, runs_server.resume):
+    runs.add_command(_command)
 
 
 @runs.command("list")

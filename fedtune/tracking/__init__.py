@@ -1,15 +1,29 @@
 """The run store: what every run did, in tables any SQL database keeps."""
 
+from fedtune.tracking.access import Access
 from fedtune.tracking.lock import alive, claim
-from fedtune.tracking.records import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.records import (
+    AuditRecord,
+    CheckpointRecord,
+    ContributionRecord,
+    DeviceRecord,
+    MetricRecord,
+    RoundRecord,
+    RunRecord,
+    Seat,
+)
 from fedtune.tracking.store import Store
 
 __all__ = [
+    "Access",
+    "AuditRecord",
     "CheckpointRecord",
     "ContributionRecord",
+    "DeviceRecord",
     "MetricRecord",
     "RoundRecord",
     "RunRecord",
+    "Seat",
     "Store",
     "alive",
     "claim",

@@ -3,12 +3,21 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-__all__ = ["CheckpointRecord", "ContributionRecord", "MetricRecord", "RoundRecord", "RunRecord"]
+__all__ = [
+    "AuditRecord",
+    "CheckpointRecord",
+    "ContributionRecord",
+    "DeviceRecord",
+    "MetricRecord",
+    "RoundRecord",
+    "RunRecord",
+    "Seat",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number: ``part`` is train, validation, test or test-before; ``domain`` is a domain's name or ``all``."""
+    """One number: ``part`` is train, merge, validation, test or test-before; ``domain`` a domain's name or ``all``."""
 
     part: str
     domain: str
@@ -18,7 +27,7 @@ class MetricRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ContributionRecord:
-    """What one client did in one round; ``status`` is merged, refused, error, missing or unused. In bytes."""
+    """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes."""
 
     client: int
     device: str
@@ -58,7 +67,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run without its rounds; ``status`` is running, completed, failed or interrupted, ``recipe`` is JSON text."""
+    """A run without its rounds; ``status`` is queued, running, completed, failed or interrupted; ``recipe`` is JSON."""
 
     id: str
     name: str
@@ -71,3 +80,34 @@ class RunRecord:
     finished: datetime | None
     rounds_planned: int
     rounds_completed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Which device is a client of a run; ``node`` is its number on the SuperLink."""
+
+    client: int
+    device: str
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRecord:
+    """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON."""
+
+    name: str
+    node: str
+    public_key: str
+    enrolled: datetime
+    seen: datetime | None
+    profile: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence."""
+
+    at: datetime
+    kind: str
+    who: str
+    what: str

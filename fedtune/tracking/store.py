@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, Select, delete, func, insert, select,
 from fedtune import home
 from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema, tables
+from fedtune.tracking.access import Access
 from fedtune.tracking.database import connect, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
@@ -23,6 +24,7 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.access = Access(engine)
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
@@ -45,13 +47,23 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def create_run(self, *, id: str, name: str, recipe: str, seed: int, engine: str, rounds_planned: int) -> None:  # noqa: A002
-        """Record a run that starts now; ``recipe`` is JSON text."""
+    def create_run(
+        self,
+        *,
+        id: str,  # noqa: A002
+        name: str,
+        recipe: str,
+        seed: int,
+        engine: str,
+        rounds_planned: int,
+        status: str = "running",
+    ) -> None:
+        """Record a run that starts now, or is ``queued``; ``recipe`` is JSON text."""
         row = {"id": id, "name": name, "recipe": recipe, "seed": seed, "engine": engine}
         with writer(self._engine) as connection:
             if _status(connection, id) is not None:
                 raise StoreError(f"there is a run {id} already; choose another id")
-            state = {"status": "running", "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
+            state = {"status": status, "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
             connection.execute(insert(tables.runs), row | state)
 
     def commit_round(self, run_id: str, record: RoundRecord) -> None:
@@ -71,12 +83,12 @@ class Store:
             _expect(connection, run_id)
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
-    def reopen(self, run_id: str) -> None:
-        """Make a run that did not complete a running one again, to resume it."""
+    def reopen(self, run_id: str, status: str = "running") -> None:
+        """Make a run that did not complete a running one again, or a ``queued`` one, to resume it."""
         with writer(self._engine) as connection:
             if _expect(connection, run_id) == "completed":
                 raise StoreError(f"run {run_id} is completed; there is nothing to resume")
-            change = {"status": "running", "reason": "", "finished": None}
+            change = {"status": status, "reason": "", "finished": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def run(self, reference: str) -> RunRecord:
@@ -90,6 +102,18 @@ class Store:
         with reader(self._engine) as connection:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
         return [_as_it_is(run) for run in found]
+
+    def explain(self, run_id: str, reason: str) -> None:
+        """Say why a run that has not ended waits."""
+        with writer(self._engine) as connection:
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"reason": reason})
+
+    def unfinished(self, engine: str) -> list[RunRecord]:
+        """Runs of an engine that are to be carried on, oldest first, as recorded: alive or not."""
+        wanted = tables.runs.c.engine == engine, tables.runs.c.status.in_(("running", "queued"))
+        with reader(self._engine) as connection:
+            found = [RunRecord(**row) for row in connection.execute(_newest_first().where(*wanted)).mappings()]
+        return found[::-1]
 
     def rounds(self, run_id: str) -> list[RoundRecord]:
         """The rounds of a run in order."""

@@ -1,4 +1,4 @@
-"""The tables of the newest schema; a run's rows hang below it and leave with it."""
+"""The tables of the newest schema: a run's rows hang below it and leave with it; a server's stand beside."""
 
 import math
 from datetime import UTC, datetime
@@ -18,7 +18,22 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-__all__ = ["CHILDREN", "Measured", "Utc", "checkpoints", "contributions", "metadata", "metrics", "rounds", "runs"]
+__all__ = [
+    "CHILDREN",
+    "Measured",
+    "Utc",
+    "audit",
+    "checkpoints",
+    "contributions",
+    "devices",
+    "metadata",
+    "metrics",
+    "operators",
+    "rounds",
+    "runs",
+    "seats",
+    "tokens",
+]
 
 
 class Utc(TypeDecorator[datetime]):
@@ -133,3 +148,52 @@ checkpoints = Table(
 )
 
 CHILDREN = (contributions, metrics, checkpoints)
+
+seats = Table(
+    "seats",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("client", Integer, primary_key=True, autoincrement=False),
+    Column("device", String(64), nullable=False),
+    Column("node", String(20), nullable=False),
+    ForeignKeyConstraint(["run_id"], ["runs.id"], ondelete="CASCADE"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("node", String(20), nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("enrolled", Utc, nullable=False),
+    Column("seen", Utc),
+    Column("profile", Text, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("device", String(64), nullable=False),
+    Column("created", Utc, nullable=False),
+    Column("expires", Utc, nullable=False),
+    Column("spent", Utc),
+)
+
+operators = Table(
+    "operators",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("created", Utc, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", Utc, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("who", String(128), nullable=False),
+    Column("what", Text, nullable=False),
+)

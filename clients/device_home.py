@@ -1,0 +1,137 @@
+"""What a device keeps on its own disk, below ``$FEDTUNE_HOME/device``: who it is, its key, the order in hand."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from fedtune import home
+from fedtune.errors import DeviceError
+from fedtune.files import write, writing
+
+__all__ = ["DeviceHome", "Identity"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a device is enrolled, and as whom; ``ca`` is the server's authority as PEM."""
+
+    url: str
+    name: str
+    node: int
+    ca: str
+
+
+class DeviceHome:
+    """The folder; it holds one identity at most."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or home.home() / "device"
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether there is an identity."""
+        return (self.folder / "identity.json").exists()
+
+    def identity(self) -> Identity:
+        """Who this device is; DeviceError when it is nobody yet."""
+        try:
+            return Identity(**json.loads((self.folder / "identity.json").read_text()))
+        except FileNotFoundError as error:
+            raise DeviceError(f"{self.folder} holds no device; enrol first: fedtune device enroll URL") from error
+        except (ValueError, TypeError) as error:
+            raise DeviceError(f"{self.folder}/identity.json is damaged; leave, and enrol with a new token") from error
+
+    def keep(self, identity: Identity) -> None:
+        """Be somebody from now on."""
+        write(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
+
+    def make_key(self) -> ec.EllipticCurvePrivateKey:
+        """A new private key, readable by its owner alone; it never leaves this folder."""
+        key = ec.generate_private_key(ec.SECP384R1())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self._key) as beside:  # made with mode 0600
+            beside.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        return key
+
+    def key(self) -> ec.EllipticCurvePrivateKey:
+        """The private key; DeviceError when it is gone, damaged or readable by others."""
+        try:
+            if self._key.stat().st_mode & 0o077:
+                raise DeviceError(f"{self._key} can be read by other users; chmod 600 it")
+            key = load_pem_private_key(self._key.read_bytes(), password=None)
+        except (FileNotFoundError, ValueError) as error:
+            raise DeviceError(f"{self._key} is missing or damaged; leave, and enrol with a new token") from error
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
+
+    @property
+    def _key(self) -> Path:
+        return self.folder / "key.pem"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Be the one process that is this device; DeviceError when another is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DeviceError(f"the device in {self.folder} is joined by another process; stop that one") from error
+            yield
+
+    @property
+    def joined(self) -> bool:
+        """Whether some process is this device now."""
+        try:
+            with self.claimed():
+                return False
+        except DeviceError:
+            return True
+
+    def note(self, state: dict[str, Any]) -> None:
+        """What ``fedtune device status`` shows; not worth a flush to disk."""
+        beside = self.folder / ".status.json.part"
+        beside.write_text(json.dumps(state))
+        os.replace(beside, self.folder / "status.json")
+
+    def noted(self) -> dict[str, Any]:
+        """The last note, if there is one that can be read."""
+        try:
+            state: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return state
+
+    def hold(self, what: str, content: bytes) -> None:
+        """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
+        write(self.folder / what, content)
+
+    def held(self, what: str) -> bytes | None:
+        """The order or the answer that was in hand when the last process ended."""
+        try:
+            return (self.folder / what).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def release(self) -> None:
+        """The order has been answered."""
+        for what in ("answer", "order"):  # an answer is never left behind for the next order
+            (self.folder / what).unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Be nobody again."""
+        shutil.rmtree(self.folder, ignore_errors=True)

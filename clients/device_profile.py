@@ -1,0 +1,21 @@
+"""What a device says of itself to its server: sizes and counts, nothing that lies in its data."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["describe"]
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def describe(memory: int, holding: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Memory allowed in bytes, cores, precisions the processor computes in; examples and labels once counted."""
+    known = holding or {"examples": None, "labels": {}}
+    return {"memory": memory, "cores": os.cpu_count() or 1, "dtypes": _dtypes(), **known}
+
+
+def _dtypes() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return ["float32", "bfloat16"] if words & _BFLOAT16_FLAGS else ["float32"]

@@ -1,0 +1,103 @@
+"""The trainer as its device sees it: started when there is work, watched while it works, ended when it rests too long.
+
+Nothing here imports torch.
+"""
+
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+
+from clients.channel import Channel, Frame
+
+__all__ = ["Keeper"]
+
+_LOOK_SECONDS = 0.2
+_TRIES = 2
+"""A round comes out the same however often it is begun, so a trainer that was killed from outside is worth another."""
+_SHORT = 0.05
+"""Share of the machine's memory below which a resting trainer makes room."""
+
+
+class Keeper:
+    """One trainer for examples from ``source`` that may hold ``budget`` bytes and rest for ``idle`` seconds."""
+
+    def __init__(self, source: str, budget: int, idle: float) -> None:
+        self._source, self._budget, self._idle = source, budget, idle
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._worked = 0.0
+        self._too_large = ""
+
+    @property
+    def pid(self) -> int | None:
+        """The trainer's process number while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def ask(self, frame: Frame) -> Frame:
+        """The trainer's answer, or one that says why there is none."""
+        if self._too_large and self._too_large == frame.header.get("recipe"):
+            return Frame({"kind": "declined", "reason": self._excess()})
+        for _ in range(_TRIES):
+            try:
+                return self._exchange(frame)
+            except EOFError:
+                reason = self._ended()
+            except MemoryError:
+                self.close()
+                self._too_large = str(frame.header.get("recipe"))
+                return Frame({"kind": "died", "reason": self._excess()})
+        return Frame({"kind": "died", "reason": f"the trainer {reason}, {_TRIES} times; free memory on the device"})
+
+    def _exchange(self, frame: Frame) -> Frame:
+        """Send and wait; EOFError when the trainer dies, MemoryError when it holds more than it may."""
+        channel, held = self._started()
+        channel.send(frame)
+        while not channel.ready(_LOOK_SECONDS):
+            with suppress(psutil.NoSuchProcess):
+                if held.memory_info().rss > self._budget:
+                    raise MemoryError
+        answer = channel.receive()
+        self._worked = time.monotonic()
+        return answer
+
+    def _started(self) -> tuple[Channel, psutil.Process]:
+        if self._process is None or self._channel is None or self._process.poll() is not None:
+            self.close()
+            ours, theirs = socket.socketpair()
+            command = [sys.executable, "-m", "clients.trainer", str(theirs.fileno()), self._source, str(self._budget)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+            theirs.close()
+            self._channel = Channel(ours)
+        return self._channel, psutil.Process(self._process.pid)
+
+    def rest(self) -> None:
+        """Called while there is no work: end the trainer when it rested too long or memory is short."""
+        if self._process is None:
+            return
+        memory = psutil.virtual_memory()
+        if time.monotonic() - self._worked > self._idle or memory.available < _SHORT * memory.total:
+            self.close()
+
+    def close(self) -> None:
+        """End the trainer at once; what it was doing is lost."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        self._process = self._channel = None
+
+    def _ended(self) -> str:
+        """How the trainer that is gone ended."""
+        code = self._process.wait() if self._process is not None else 0
+        self.close()
+        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def _excess(self) -> str:
+        return f"training held more than the {self._budget / 1e6:.0f} MB this device allows and was ended"

@@ -1,0 +1,23 @@
+"""What an order and an answer look like inside Flower's messages; light: a device's own process imports it."""
+
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+__all__ = ["answer", "order", "state"]
+
+
+def order(content: RecordDict) -> dict[str, str | int]:
+    """The fields of the order in a message; KeyError when it carries none."""
+    return {key: value for key, value in content.config_records["order"].items() if isinstance(value, str | int)}
+
+
+def state(content: RecordDict) -> bytes:
+    """The shared state in a message, as safetensors."""
+    return content.array_records["state"]["safetensors"].data
+
+
+def answer(deltas: bytes, report: Mapping[str, float]) -> RecordDict:
+    """Deltas, as safetensors, and a report."""
+    array = Array(dtype="uint8", shape=(len(deltas),), stype="safetensors", data=deltas)
+    return RecordDict({"delta": ArrayRecord({"safetensors": array}), "report": MetricRecord(dict(report))})

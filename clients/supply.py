@@ -1,0 +1,71 @@
+"""What a device trains with: the recipe's model and its own examples, built for a recipe once and kept warm."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from fedtune import data
+from fedtune.contribution import Order
+from fedtune.errors import DataError
+from fedtune.recipe import Columns, Data, Recipe
+from fedtune.training import Workshop, build_model, discard, workshop
+
+__all__ = ["Supply", "holding"]
+
+Rows = NDArray[np.int64]
+
+
+class Supply:
+    """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or part:I of the recipe's own split."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._key: tuple[str, str] | None = None
+        self._held: tuple[Workshop, Rows] | None = None
+
+    def of(self, order: Order) -> tuple[Workshop, Rows]:
+        """The workshop for an order and the rows of its training part that are this device's."""
+        key = (order.recipe, order.labels)
+        if self._held is None or self._key != key:
+            self._held = None  # the last model is let go of before the next is loaded
+            discard()
+            self._held = _part(order, self._source) if self._source.startswith("part:") else _own(order, self._source)
+            self._key = key
+        return self._held
+
+
+def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
+    """What the operator may know of a device's data: how many examples, and how many of each class."""
+    return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.labels, rows)}
+
+
+def _counts(train: Dataset, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
+    if not labels:
+        return {}
+    counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
+    return {name: counted[number] for number, name in enumerate(labels)}
+
+
+def _part(order: Order, source: str) -> tuple[Workshop, Rows]:
+    shop = workshop(order.recipe)
+    number = source.removeprefix("part:")
+    if not number.isdecimal() or int(number) >= len(shop.clients):
+        raise DataError(f"--data {source} is none of the recipe's {len(shop.clients)} parts; count from part:0")
+    return shop, shop.clients[int(number)]
+
+
+def _own(order: Order, source: str) -> tuple[Workshop, Rows]:
+    """All examples of the source train: columns are called as in the recipe, which says no more about them."""
+    recipe, labels = Recipe.model_validate_json(order.recipe), tuple(json.loads(order.labels))
+    columns = recipe.data.columns.model_dump(include={"text", "image", "label"})
+    chosen = Data(source=source, columns=Columns.model_validate(columns))
+    recipe = recipe.model_copy(update={"data": chosen})
+    examples = data.everything(recipe, labels)
+    nothing = examples.select([])
+    corpus = data.Corpus(examples, nothing, nothing, labels)
+    model, techniques, shared = build_model(recipe, labels)
+    return Workshop(recipe, corpus, model, techniques, shared), np.arange(len(examples))

@@ -1,0 +1,67 @@
+"""The resident trainer of a device: a process that imports torch once and keeps model and data warm.
+
+``python -m clients.trainer DESCRIPTOR SOURCE BUDGET`` answers one frame after the other on an inherited socket. It
+runs nothing but what is installed, and ends with the process that started it, whose end of standard input it holds.
+"""
+
+import os
+import socket
+import sys
+import threading
+from dataclasses import asdict
+
+from clients.budget import shortage
+from clients.channel import Channel, Frame
+from clients.supply import Supply, holding
+from clients.work import work
+from fedtune.contribution import Order
+from fedtune.errors import FedtuneError
+
+__all__ = ["main"]
+
+
+def main(descriptor: int, source: str, budget: int) -> None:
+    """Answer until the other end is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget)
+    while True:
+        try:
+            channel.send(trainer.answer(channel.receive()))
+        except EOFError:
+            return
+
+
+class _Trainer:
+    """``budget`` is the resident memory it may reach."""
+
+    def __init__(self, source: str, budget: int) -> None:
+        self._supply, self._budget = Supply(source), budget
+        self._looked = ""
+
+    def answer(self, frame: Frame) -> Frame:
+        """Train, or say why not; whatever is raised ends up in the answer."""
+        try:
+            return self._train(Order(**frame.header), frame.payload)
+        except FedtuneError as error:
+            return Frame({"kind": "failed", "reason": str(error)})
+        except Exception as error:
+            return Frame({"kind": "failed", "reason": repr(error)})
+
+    def _train(self, order: Order, payload: bytes) -> Frame:
+        shop, rows = self._supply.of(order)
+        if self._looked != order.recipe:
+            if reason := shortage(shop, rows, order.round, self._budget):
+                return Frame({"kind": "declined", "reason": reason})
+            self._looked = order.recipe
+        deltas, report = work(order, payload, shop, rows)
+        return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe on which nothing is ever written: it ends when the parent does, however it does."""
+    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,36 @@
+"""``fedtune merge --as adapter``: adapters of one base made into one adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["merge_adapters"]
+
+
+def merge_adapters(
+    folders: Sequence[Path],
+    output: Path,
+    unit: Any,
+    weights: Sequence[float],
+    rank: int | None,
+    energy: float | None,
+    as_json: bool,
+) -> None:
+    """Write the adapter and tell what each module lost."""
+    from fedtune.fusion.adapters import Cut, overall_error
+    from fedtune.fusion.adapters import merge_adapters as write
+
+    modules = write(folders, output, unit, weights or None, Cut(rank, energy))
+    error = overall_error(modules)
+    if as_json:
+        import json
+
+        told = [{"module": one.module, "rank": one.rank, "error": one.error} for one in modules]
+        click.echo(json.dumps({"path": str(output.absolute()), "error": error, "modules": told}, indent=2))
+        return
+    worst = max(modules, key=lambda one: one.error)
+    ranks = sorted({one.rank for one in modules})
+    click.echo(f"{output}: {len(modules)} modules of rank {ranks[0]} to {ranks[-1]}, relative error {error:.2e}")
+    click.echo(f"largest error {worst.error:.2e} in {worst.module}")

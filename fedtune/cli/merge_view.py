@@ -1,0 +1,100 @@
+"""What ``fedtune merge`` shows: the report, the scores, and how much is left."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedtune.fusion import Comparison
+    from fedtune.fusion.card import Scores
+
+__all__ = ["show_comparison", "show_scores", "showing"]
+
+_EVERY = 30.0
+"""Seconds between lines where no terminal shows a bar."""
+
+
+@contextmanager
+def showing(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress in bytes on standard error, with the time left: a bar in a terminal, now and then a line elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _lines(what, total)
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task(what, total=total)
+        yield lambda done: bars.update(bar, completed=done)
+
+
+def _lines(what: str, total: int) -> Callable[[int], None]:
+    started = told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _EVERY and done:
+            told, left = now, round((now - started) * (total - done) / done)
+            print(f"{what}: {done / total:.0%}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def show_comparison(found: "Comparison") -> None:
+    """One row per model, then what holds for all."""
+    table = _table("model", "norm>", "cosines>", "changed>", "first tensor changed", "tokens")
+    for place, name in enumerate(found.models):
+        norm = "-" if found.norms is None else f"{found.norms[place]:.4f}"
+        cosines = " ".join(f"{value:.3f}" for value in found.cosines[place])
+        changed = "-" if found.changed is None else f"{found.changed[place]}/{found.tensors}"
+        first = "-" if found.first is None else found.first[place] or "none"
+        table.add_row(name, norm, cosines, changed, first, _words(found, place))
+    console = _console()
+    console.print(table)
+    kind = "whole models" if found.norms is None else "what models differ from the base; norms are over the base's"
+    console.print(f"\ncosines are between {kind}")
+    if found.norms is not None:
+        console.print(f"opposite directions at {found.conflicts:.1%} of {found.entries} entries")
+    if found.scale is not None:
+        console.print(
+            f"a scale of {found.scale:.3f} would keep the weighted sum as long as a model's delta is on average "
+            "(a rule of thumb)"
+        )
+
+
+def show_scores(scores: "Scores") -> None:
+    """One row per model and domain."""
+    names = sorted({one.name for figures in scores.values() for one in figures})
+    table = _table("model", "domain", *(f"{name}>" for name in names))
+    for model, figures in scores.items():
+        for domain in dict.fromkeys(one.domain for one in figures):
+            values = {one.name: f"{one.value:.4f}" for one in figures if one.domain == domain}
+            table.add_row(model, domain, *(values.get(name, "") for name in names))
+    _console().print(table)
+
+
+def _words(found: "Comparison", place: int) -> str:
+    words = found.words[place]
+    if words is None:
+        return "-"
+    differs = words.more or words.missing or words.moved
+    return f"+{words.more} -{words.missing} moved {words.moved}" if differs else "same"
+
+
+def _table(*heads: str) -> Table:
+    """A plain table; a head that ends in ``>`` aligns its column to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    return Console(markup=False, highlight=False)

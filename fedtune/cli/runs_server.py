@@ -1,0 +1,59 @@
+"""The commands of ``fedtune runs`` that ask a server: follow, stop and resume what was submitted to it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fedtune.cli.connection import connect, server_option
+
+__all__ = ["resume", "stop", "watch"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _shared(command: Command) -> Command:
+    """The argument and the options of every command here."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+    return click.argument("run", metavar="RUN", default="latest")(server_option(command))
+
+
+@click.command()
+@_shared
+def watch(run: str, server: Path | None, as_json: bool) -> None:
+    """Follow a submitted run to its end. Ctrl-C ends the watching, not the run.
+
+    Example: fedtune runs watch latest
+    """
+    from fedtune.cli.follow import follow
+
+    with connect(server) as connection:
+        last = follow(connection, run, quiet=as_json)
+        if as_json:
+            click.echo(json.dumps(connection.ask("GET", f"runs/{last['id']}"), indent=2))
+
+
+@click.command()
+@_shared
+def stop(run: str, server: Path | None, as_json: bool) -> None:
+    """Stop a submitted run; its rounds so far stay.
+
+    Example: fedtune runs stop latest
+    """
+    with connect(server) as connection:
+        told = connection.ask("POST", f"runs/{run}/stop")
+    click.echo(json.dumps(told) if as_json else f"stopped: {told['run']}")
+
+
+@click.command()
+@_shared
+def resume(run: str, server: Path | None, as_json: bool) -> None:
+    """Go on with a submitted run that was stopped or failed, at its next round.
+
+    Example: fedtune runs resume latest
+    """
+    with connect(server) as connection:
+        told = connection.ask("POST", f"runs/{run}/resume")
+    click.echo(json.dumps(told) if as_json else f"queued: {told['run']}")

@@ -1,0 +1,163 @@
+"""``fedtune server``: make a server's home, keep the server up, let devices and operators in and out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fedtune.cli.connection import connect, server_option
+
+__all__ = ["server"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _as_json(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+
+
+@click.group()
+def server() -> None:
+    """A server that real devices join; its home is $FEDTUNE_HOME/server."""
+
+
+@server.command()
+@click.option("--name", "names", multiple=True, metavar="NAME", help="A host name or address devices will use.")
+@click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8443", show_default=True)
+def init(names: tuple[str, ...], listen: str) -> None:
+    """Make a server's home: an authority, a certificate, keys, settings.
+
+    \b
+    Example:
+      fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
+    """
+    from fedtune.tracking import Store
+    from server.home import create
+    from server.operators import add
+
+    made = create(list(names) or ["localhost"], listen)
+    with Store.open(made.settings.store) as store:
+        add(made, store.access, "local", made.operator)
+    click.echo(f"made      {made.folder}")
+    click.echo(f"settings  {made.folder / 'server.yaml'}")
+    click.echo("try next  fedtune server up")
+
+
+@server.command()
+def up() -> None:
+    """Serve until Ctrl-C: devices join, submitted runs are carried on.
+
+    Example: fedtune server up
+    """
+    from server.home import open_home
+    from server.supervisor import up as serve
+
+    serve(open_home())
+
+
+@server.command()
+@click.argument("name", metavar="[DEVICE]", default="")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
+@server_option
+def token(name: str, hours: float, server: Path | None) -> None:
+    """Print a one-time token for a device, which it enrolls with.
+
+    Example: fedtune server token kitchen-pi
+    """
+    with connect(server) as connection:
+        click.echo(connection.ask("POST", "tokens", {"name": name, "hours": hours})["token"])
+
+
+@server.command()
+@server_option
+@_as_json
+def devices(server: Path | None, as_json: bool) -> None:
+    """Enrolled devices, and which of them are connected.
+
+    Example: fedtune server devices
+    """
+    with connect(server) as connection:
+        found = connection.ask("GET", "devices")["devices"]
+    _show(found, [("device", _name), ("state", _state), ("memory", _memory), ("examples", _examples)], as_json)
+
+
+@server.command()
+@click.argument("device")
+@server_option
+def remove(device: str, server: Path | None) -> None:
+    """Shut a device out: its key is worthless from now on.
+
+    Example: fedtune server remove kitchen-pi
+    """
+    with connect(server) as connection:
+        click.echo(f"removed: {connection.ask('DELETE', f'devices/{device}')['device']}")
+
+
+@server.command()
+@server_option
+@_as_json
+def audit(server: Path | None, as_json: bool) -> None:
+    """What was refused and what was done, newest first.
+
+    Example: fedtune server audit
+    """
+    with connect(server) as connection:
+        found = connection.ask("GET", "audit")["audit"]
+    columns = [(key, lambda line, key=key: str(line[key])) for key in ("at", "kind", "who", "what")]
+    _show(found, columns, as_json)
+
+
+@server.command()
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A file to hand to the operator.")
+def operator(name: str, output: Path) -> None:
+    """Make an operator's file: whoever holds it submits runs and lets devices in. An earlier one is worthless then.
+
+    Example: fedtune server operator ada -o ada.json
+    """
+    from fedtune.tracking import Store
+    from server.home import open_home
+    from server.operators import add
+
+    place = open_home()
+    with Store.open(place.settings.store) as store:
+        add(place, store.access, name, output)
+    click.echo(f"written: {output}, to be kept like a password")
+
+
+Row = dict[str, Any]
+
+
+def _show(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for heading, _ in columns:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in columns))
+    Console().print(table)
+
+
+def _name(device: Row) -> str:
+    return str(device["name"])
+
+
+def _state(device: Row) -> str:
+    return "connected" if device["online"] else "away"
+
+
+def _memory(device: Row) -> str:
+    memory = device["profile"].get("memory")
+    return f"{memory / 1e6:.0f} MB" if isinstance(memory, int | float) else ""
+
+
+def _examples(device: Row) -> str:
+    return str(device["profile"].get("examples", ""))

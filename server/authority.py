@@ -1,0 +1,99 @@
+"""The server's own certificate authority: elliptic-curve keys, one certificate for the names devices will use."""
+
+import hashlib
+import ipaddress
+import ssl
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedtune.errors import ServerError
+
+__all__ = ["authority", "certificate", "covers", "fingerprint", "new_key"]
+
+_ALWAYS = ("localhost", "127.0.0.1", "::1")
+_AUTHORITY_DAYS, _SERVER_DAYS = 3650, 397
+
+
+def new_key() -> bytes:
+    """A P-384 private key as PEM."""
+    return ec.generate_private_key(ec.SECP384R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def authority(key: bytes) -> bytes:
+    """The certificate, as PEM, of an authority with this private key."""
+    private = _private(key)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune authority")])
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    builder = _builder(name, name, private.public_key(), _AUTHORITY_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    return _signed(builder.add_extension(usage, critical=True), private)
+
+
+def certificate(authority_key: bytes, authority_certificate: bytes, key: bytes, names: Iterable[str]) -> bytes:
+    """A server certificate as PEM for host names and addresses; this machine's own names are always among them."""
+    issuer, private = x509.load_pem_x509_certificate(authority_certificate), _private(key)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune server")])
+    alternatives = x509.SubjectAlternativeName([_general(name) for name in dict.fromkeys([*names, *_ALWAYS])])
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    builder = _builder(subject, issuer.subject, private.public_key(), _SERVER_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(alternatives, critical=False).add_extension(usage, critical=False)
+    return _signed(builder, _private(authority_key))
+
+
+def covers(pem: bytes, names: Iterable[str], until: datetime) -> bool:
+    """Whether a certificate is good for all the names, and still will be at a moment."""
+    found = x509.load_pem_x509_certificate(pem)
+    known = set(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    return known >= {_general(name) for name in names} and found.not_valid_after_utc > until
+
+
+def fingerprint(pem: str) -> str:
+    """SHA-256 over a certificate's DER form, in hexadecimal: what a token says of the authority."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+
+
+def _private(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def _general(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(name.encode("idna").decode("ascii"))
+    except ValueError as error:
+        raise ServerError(
+            f"{name!r} is neither a host name nor an address; give what devices will connect to"
+        ) from error
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    begin = now - timedelta(days=1)  # a device's clock may lag behind
+    names = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
+    dated = names.serial_number(x509.random_serial_number()).not_valid_before(begin)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key)
+    return dated.not_valid_after(now + timedelta(days=days)).add_extension(identifier, critical=False)
+
+
+def _signed(builder: x509.CertificateBuilder, issuer: ec.EllipticCurvePrivateKey) -> bytes:
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key())
+    return (
+        builder.add_extension(identifier, critical=False)
+        .sign(issuer, hashes.SHA384())
+        .public_bytes(serialization.Encoding.PEM)
+    )

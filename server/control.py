@@ -1,0 +1,101 @@
+"""The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41).
+
+It asks nobody for a key, so the SuperLink that serves it listens on the loopback address only.
+"""
+
+import hashlib
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from fedtune.errors import ServerError
+from server import thin_app
+
+__all__ = ["Control", "FlowerRun"]
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """What the SuperLink says of a run: ``status`` is pending, starting, running or finished."""
+
+    status: str
+    outcome: str
+    details: str
+
+
+class Control:
+    """A connection to the SuperLink at an address; every method raises ServerError when it cannot be reached."""
+
+    def __init__(self, address: str, ca: bytes) -> None:
+        trust = ssl.create_default_context(cadata=ca.decode("ascii"))
+        interceptor = RuntimeVersionHttpInterceptor(component_name="fedtune")
+        self._client = ControlHttpClient(f"https://{address}", interceptors=[interceptor], verify=trust)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._client.close()
+
+    def start(self, settings: dict[str, str]) -> int:
+        """Start a run of fedtune's app with these settings; its number."""
+        content, _ = build_fab_from_files(thin_app.files())
+        fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(settings)))
+        with _reached():
+            answer = self._client.StartRun(request)
+        if not answer.HasField("run_id"):
+            raise ServerError("Flower's SuperLink did not take the run; see superlink.log in the server's home")
+        return int(answer.run_id)
+
+    def run(self, number: int) -> FlowerRun:
+        """How a run stands."""
+        with _reached():
+            found = self._client.ListRuns(ListRunsRequest(run_id=number)).run_dict[number].status
+        return FlowerRun(found.status, found.sub_status, found.details)
+
+    def stop(self, number: int) -> None:
+        """End a run, unless it has ended."""
+        if self.run(number).status != "finished":
+            with _reached():
+                self._client.StopRun(StopRunRequest(run_id=number))
+
+    def register(self, public_key: bytes, name: str) -> int:
+        """Let a device in by its public key as PEM; its node number."""
+        with _reached():
+            return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+
+    def unregister(self, node: int) -> None:
+        """Shut a device out."""
+        with _reached():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def online(self) -> set[int]:
+        """Node numbers of the devices that are connected now."""
+        with _reached():
+            nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {int(node.node_id) for node in nodes if node.status == "online"}
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise ServerError(f"Flower's SuperLink refuses: {error.response.text.strip()[:300]}") from error
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it is started again") from error

@@ -1,0 +1,57 @@
+"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedtune.errors import RoundError
+from fedtune.recipe import Recipe
+from fedtune.tracking import Seat
+
+__all__ = ["Crew", "assemble"]
+
+_PATIENCE = 120.0
+"""Seconds until too few devices for a round are given up."""
+_PATIENCE_FOR_ALL = 30.0
+"""Seconds until a round may begin without devices that are away."""
+_LOOK_SECONDS = 0.2
+_REMOTE_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Node and name of each client, by its number, and seconds between two looks for replies."""
+
+    nodes: Sequence[int]
+    names: Sequence[str]
+    poll: float = 0.01
+
+
+def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
+    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+
+    Without seats, every node of the grid is a client. With them, devices that are away join when they come back.
+    """
+    if not seats:
+        nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
+        return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
+    wanted = [int(seat.node) for seat in seats]
+    _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
+    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS)
+
+
+def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:
+    """Node numbers, sorted: ``wanted`` of them, or after a while ``enough``."""
+    begun = time.monotonic()
+    while True:
+        found = sorted(node for node in grid.get_node_ids() if among is None or node in among)
+        waited = time.monotonic() - begun
+        if len(found) >= (enough if waited > min(_PATIENCE_FOR_ALL, patience) else wanted):
+            return found
+        if waited > patience:
+            raise RoundError(
+                f"only {len(found)} of {enough} devices connected within {patience:.0f} s; start the others"
+            )
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,54 @@
+"""Flower's commands as child processes: what they find in their environment, where they listen, how they end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["end_group", "environment", "free_port", "last_line", "path"]
+
+
+def path() -> str:
+    """The commands beside this interpreter first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def environment(flower_home: Path) -> dict[str, str]:
+    """Nothing is looked up, reported or installed; children find the packages this process finds."""
+    return {
+        **os.environ,
+        "PATH": path(),
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        "FLWR_HOME": str(flower_home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def free_port() -> int:
+    """A port nobody listens on now on the loopback address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """End a child that leads a process group, and the group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_line(log: Path) -> str:
+    """What a child printed last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"

@@ -1,0 +1,94 @@
+"""Devices' way to the SuperLink: the fleet paths and nothing else, byte for byte, signed headers untouched."""
+
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import httpx
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from server.guard import Guard, address
+from server.refusal import Audit, RefusedError
+
+__all__ = ["Forward", "limited"]
+
+_PATHS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "confirm-message-received",
+        "deactivate-node",
+        "get-fab",
+        "get-run",
+        "pull-messages",
+        "pull-object",
+        "push-messages",
+        "push-object",
+        "send-node-heartbeat",
+    )
+)
+_OF_THE_CONNECTION = frozenset(
+    {"connection", "host", "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
+)
+_PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
+
+
+class Forward:
+    """Passes an enrolled device's fleet calls on to the SuperLink that listens where ``upstream`` says."""
+
+    def __init__(self, guard: Guard, audit: Audit, upstream: Callable[[], str], ca: bytes, body_limit: int) -> None:
+        self._guard, self._audit, self._upstream, self._body_limit = guard, audit, upstream, body_limit
+        trust = ssl.create_default_context(cadata=ca.decode("ascii"))
+        many = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(verify=trust, timeout=_PATIENCE, limits=many)
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._client.aclose()
+
+    async def pass_on(self, request: Request) -> Response:
+        """One call there and back."""
+        if request.url.path not in _PATHS:
+            raise RefusedError(404, f"{request.url.path} is not for devices; only Flower's fleet paths are")
+        name = await run_in_threadpool(self._guard.device, request)
+        try:
+            answer = await self._client.send(self._onward(request), stream=True)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except httpx.TransportError:
+            return JSONResponse({"error": "the server behind this door is starting; try again shortly"}, 503)
+        if answer.status_code in (401, 403):
+            what = f"{name} at {request.url.path}: the SuperLink does not accept its signature"
+            await run_in_threadpool(self._audit.refused, address(request), what)
+        return StreamingResponse(_body(answer), answer.status_code, _kept(answer.headers))
+
+    def _onward(self, request: Request) -> httpx.Request:
+        return self._client.build_request(
+            request.method,
+            f"https://{self._upstream()}{request.url.path}",
+            headers=_kept(request.headers),
+            content=limited(request, self._body_limit),
+        )
+
+
+async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body of a request as it comes; RefusedError once it is longer than ``limit`` bytes."""
+    left = limit
+    async for chunk in request.stream():
+        left -= len(chunk)
+        if left < 0 or int(request.headers.get("content-length", 0)) > limit:
+            raise RefusedError(413, f"the request is larger than the {limit} bytes this server takes")
+        yield chunk
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()
+
+
+def _kept(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in _OF_THE_CONNECTION}

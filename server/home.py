@@ -1,0 +1,156 @@
+"""A server's home: ``$FEDTUNE_HOME/server`` with its authority, certificate, keys, settings and Flower's own state."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedtune import home
+from fedtune.errors import ServerError
+from fedtune.explain import explain
+from fedtune.files import write
+from server import authority
+
+__all__ = ["ServerHome", "Settings", "create", "open_home"]
+
+_SETTINGS = """\
+# fedtune server. Changes take effect at the next `fedtune server up`.
+
+# Where the server listens: loopback only, until an address that others reach is written here, e.g. 0.0.0.0:8443.
+listen: {listen}
+
+# Names and addresses devices use for this server; the certificate is made for them, tokens carry the first one.
+names: {names}
+
+# The run store: SQLite beside this folder, unless another is named. A password is better kept in ~/.pgpass.
+# store: postgresql://fedtune@localhost/fedtune
+
+# Seconds a round waits for replies when the recipe names no deadline.
+deadline: 3600
+
+# Largest body of one request from a device, in bytes; Flower cuts arrays into pieces of 5 MiB.
+body_limit: 67108864
+"""
+_RENEW = timedelta(days=30)
+
+
+class Settings(BaseModel):
+    """What server.yaml says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: str = Field("127.0.0.1:8443", pattern=r"^\S+:\d{1,5}$")
+    names: list[str] = Field(["localhost"], min_length=1)
+    store: str | None = None
+    deadline: float = Field(3600, gt=0)
+    body_limit: int = Field(1 << 26, ge=1 << 20)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def url(self) -> str:
+        """What devices and operators connect to."""
+        name = f"[{self.names[0]}]" if ":" in self.names[0] else self.names[0]
+        return f"https://{name}:{self.address[1]}"
+
+
+@dataclass(frozen=True)
+class ServerHome:
+    """Where everything is; files are made with mode 0600."""
+
+    folder: Path
+    settings: Settings
+
+    @property
+    def ca(self) -> Path:
+        """The authority's certificate, which is public."""
+        return self.folder / "ca.pem"
+
+    @property
+    def ca_key(self) -> Path:
+        """The authority's private key."""
+        return self.folder / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.pem"
+
+    @property
+    def key(self) -> Path:
+        """The server's private key."""
+        return self.folder / "server.key"
+
+    @property
+    def flower(self) -> Path:
+        """Flower's own home, its database among it."""
+        return self.folder / "flower"
+
+    @property
+    def operator(self) -> Path:
+        """How the operator of this machine reaches the server: address, authority and key as JSON."""
+        return self.folder / "operator.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while the server is up."""
+        return self.folder / "lock"
+
+    def connection(self, key: str) -> bytes:
+        """The content of an operator's file."""
+        return json.dumps({"url": self.settings.url(), "ca": self.ca.read_text(), "key": key}, indent=2).encode()
+
+    def renew(self, *, force: bool = False) -> None:
+        """Make the server's certificate anew where it ends soon or is for other names."""
+        soon = datetime.now(UTC) + _RENEW
+        if not force and authority.covers(self.certificate.read_bytes(), self.settings.names, soon):
+            return
+        signed = authority.certificate(
+            self.ca_key.read_bytes(), self.ca.read_bytes(), self.key.read_bytes(), self.settings.names
+        )
+        write(self.certificate, signed)
+
+
+def create(names: list[str], listen: str) -> ServerHome:
+    """A new server home; ServerError when there is one already."""
+    folder = home.home() / "server"
+    if (folder / "server.yaml").exists():
+        raise ServerError(
+            f"{folder} is a server's home already; edit server.yaml in it, or choose another FEDTUNE_HOME"
+        )
+    settings = _valid({"names": names, "listen": listen}, "the options")
+    made = ServerHome(folder, settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write(made.ca_key, authority.new_key())
+    write(made.ca, authority.authority(made.ca_key.read_bytes()))
+    write(made.key, authority.new_key())
+    made.renew(force=True)
+    text = _SETTINGS.format(listen=listen, names=json.dumps(names))
+    write(folder / "server.yaml", text.encode())
+    return made
+
+
+def open_home() -> ServerHome:
+    """The server home of this machine; ServerError when there is none or its settings do not hold."""
+    folder = home.home() / "server"
+    path = folder / "server.yaml"
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ServerError(f"there is no server in {folder}; make one with fedtune server init") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ServerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return ServerHome(folder, _valid(read if isinstance(read, dict) else {}, str(path)))
+
+
+def _valid(values: dict[str, object], origin: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ServerError(explain(error, Settings, origin)) from error

@@ -1,0 +1,129 @@
+"""What operators ask: runs submitted, listed, followed, stopped, resumed; devices and tokens; the audit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from fedtune.errors import ServerError
+from fedtune.explain import explain
+from fedtune.recipe import Recipe
+from fedtune.tracking import DeviceRecord, RunRecord, Store
+from fedtune.tracking.document import document
+from server.control import Control
+from server.guard import Guard
+from server.manager import Manager
+from server.refusal import Audit, RefusedError
+from server.secret import digest, new_secret, token_text
+
+__all__ = ["Operating", "device_document"]
+
+_HOURS = 24.0
+
+
+@dataclass(frozen=True)
+class Operating:
+    """The operator's side of the door; ``who`` is the name of an operator that was let in."""
+
+    store: Store
+    manager: Manager
+    guard: Guard
+    audit: Audit
+    control: Callable[[], Control]
+    url: str
+    ca: str
+
+    def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
+        """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
+        try:
+            recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
+        except ValidationError as error:
+            raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
+        run = self.manager.submit(recipe)
+        self.audit.done(who, f"run {run} submitted")
+        return {"run": run}
+
+    def runs(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
+        """All runs, newest first, without their rounds."""
+        return {"runs": [document(self._as_planned(run), ()) for run in self.store.runs()]}
+
+    def run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
+        """One run with its rounds after number ``after``, and who is which client."""
+        run = self.store.run(request.path_params["run"])
+        after = _number(request.query_params.get("after", "-1"))
+        rounds = [record for record in self.store.rounds(run.id) if record.number > after]
+        seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
+        return document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
+
+    def stop(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """End a run that is queued or running."""
+        run = self.manager.stop(request.path_params["run"])
+        self.audit.done(who, f"run {run} stopped")
+        return {"run": run}
+
+    def resume(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """Queue a run again that was stopped or failed."""
+        run = self.manager.resume(request.path_params["run"])
+        self.audit.done(who, f"run {run} resumed")
+        return {"run": run}
+
+    def devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
+        """Enrolled devices, and whether they are connected."""
+        online = self.control().online()
+        return {"devices": [device_document(found, online) for found in self.store.access.devices()]}
+
+    def remove(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """Shut a device out for good; its key is worthless from now on."""
+        found = self.store.access.device(request.path_params["device"])
+        if found is None:
+            raise RefusedError(404, f"there is no device {request.path_params['device']!r}; list them first", who)
+        self.control().unregister(int(found.node))
+        self.store.access.remove_device(found.name)
+        self.guard.forget()
+        self.audit.done(who, f"device {found.name} removed")
+        return {"device": found.name}
+
+    def token(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
+        """A one-time enrolment token."""
+        name, hours = _token_request(sent)
+        secret = new_secret()
+        self.store.access.add_token(digest(secret), name, hours)
+        self.audit.done(who, f"token made for {name or 'any device'}")
+        return {"token": token_text(self.url, self.ca, secret)}
+
+    def lines(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
+        """The newest lines of the audit."""
+        return {"audit": [asdict(line) | {"at": line.at.isoformat()} for line in self.store.access.audit()]}
+
+    def _as_planned(self, run: RunRecord) -> RunRecord:
+        """A run between two attempts is not interrupted: this server carries it on."""
+        return self.manager.planned(run)
+
+
+def device_document(found: DeviceRecord, online: set[int]) -> dict[str, Any]:
+    """A device as JSON, without its key."""
+    return {
+        "name": found.name,
+        "online": int(found.node) in online,
+        "enrolled": found.enrolled.isoformat(),
+        "seen": found.seen.isoformat() if found.seen else None,
+        "profile": json.loads(found.profile),
+    }
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ServerError(f"after={text} is not a round's number") from error
+
+
+def _token_request(sent: Any) -> tuple[str, float]:
+    given = sent if isinstance(sent, dict) else {}
+    name, hours = given.get("name", ""), given.get("hours", _HOURS)
+    if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 365:
+        raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
+    return name, float(hours)

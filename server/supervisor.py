@@ -1,0 +1,143 @@
+"""``fedtune server up``: one process that keeps the SuperLink, the door and the runs going until it is told to end."""
+
+import asyncio
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from starlette.applications import Starlette
+
+from fedtune import home
+from fedtune.errors import FedtuneError, ServerError
+from fedtune.tracking import Store
+from fedtune.tracking.lock import held
+from server.door import door
+from server.enrolment import Enrolment
+from server.forward import Forward
+from server.guard import Guard
+from server.home import ServerHome
+from server.manager import Manager
+from server.operating import Operating
+from server.refusal import Audit
+from server.superlink import SuperLink
+from server.tls import telling
+
+__all__ = ["up"]
+
+_TICK_SECONDS = 0.25
+
+
+def up(place: ServerHome) -> None:
+    """Serve until a signal; ServerError when it cannot begin."""
+    if place.settings.store:
+        os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
+    place.renew()
+    # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), held(place.lock, 0.5, f"the server in {place.folder} is up already"):
+        _serve(place)
+
+
+def _serve(place: ServerHome) -> None:
+    with _listening(place) as listener, Store.open() as store, _superlink(place) as superlink:
+        manager = Manager(store, superlink, home.home(), place.settings.deadline)
+        audit = Audit(store.access)
+        config = _config(_door(place, store, superlink, manager, audit), place, audit)
+        with _kept_going(superlink, manager):
+            print(f"fedtune server at {place.settings.url()}", flush=True)
+            uvicorn.Server(config).run([listener])
+
+
+@contextmanager
+def _listening(place: ServerHome) -> Iterator[socket.socket]:
+    host, port = place.settings.address
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; change listen in server.yaml") from error
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _superlink(place: ServerHome) -> Iterator[SuperLink]:
+    superlink = SuperLink(place)
+    try:
+        superlink.start()
+        yield superlink
+    finally:
+        superlink.end()
+
+
+def _door(place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, audit: Audit) -> Starlette:
+    guard, ca = Guard(store.access), place.ca.read_text()
+    forward = Forward(guard, audit, lambda: superlink.address, ca.encode(), place.settings.body_limit)
+    enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
+    operating = Operating(store, manager, guard, audit, superlink.control, place.settings.url(), ca)
+    return door(guard, audit, forward, enrolment, operating, ca)
+
+
+def _config(app: Starlette, place: ServerHome, audit: Audit) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(place.certificate),
+        ssl_keyfile=str(place.key),
+    )
+    config.load()
+    assert config.ssl is not None
+    config.ssl.sslobject_class = telling(_in_background(audit))
+    return config
+
+
+def _in_background(audit: Audit) -> Callable[[ssl.SSLError], None]:
+    """Handshakes happen in the event loop, which must not wait for the store."""
+
+    def tell(error: ssl.SSLError) -> None:
+        sentence = f"no TLS connection came about: {error.reason or error}"
+        asyncio.get_running_loop().run_in_executor(None, audit.refused, "unknown", sentence)
+
+    return tell
+
+
+@contextmanager
+def _kept_going(superlink: SuperLink, manager: Manager) -> Iterator[None]:
+    ending = threading.Event()
+    keeper = threading.Thread(target=_keep_going, args=(superlink, manager, ending), name="keeper")
+    keeper.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        keeper.join()
+
+
+def _keep_going(superlink: SuperLink, manager: Manager, ending: threading.Event) -> None:
+    """Start the SuperLink again when it died and look after the runs; what goes wrong is said once, and tried again."""
+    said = ""
+    while not ending.wait(_TICK_SECONDS):
+        try:
+            if not superlink.alive():
+                print("fedtune server: the SuperLink ended; it is started again", file=sys.stderr, flush=True)
+                superlink.end()
+                superlink.start()
+            manager.tick()
+            said = ""
+        except Exception as error:  # whatever it is, the door stays open and the next tick tries again
+            told = str(error) if isinstance(error, FedtuneError) else traceback.format_exc()
+            if told != said:
+                print(f"fedtune server: {told}", file=sys.stderr, flush=True)
+            said = told

@@ -1,0 +1,149 @@
+"""A server and its devices, all real processes: what was simulated is deployed, and what dies comes back."""
+
+import json
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedtune.errors import ServerError
+from fedtune.recipe import Data, Recipe
+from tests.federations import TRIVIAL, execute, trivial
+from tests.servers import FEDTUNE, Server, ended, joined, serving
+
+pytestmark = pytest.mark.slow
+
+TWO = "devices=[{name: toy, count: 2, memory: 64MB}]"
+
+
+def submit(server: Server, recipe: Recipe) -> str:
+    with server.operator() as connection:
+        run: str = connection.ask("POST", "runs", {"recipe": json.loads(recipe.model_dump_json())})["run"]
+    return run
+
+
+def hashes(found: dict[str, Any]) -> list[str]:
+    return [record["checkpoint"]["sha256"] for record in found["rounds"]]
+
+
+def statuses(found: dict[str, Any]) -> set[str]:
+    return {sent["status"] for record in found["rounds"] for sent in record["contributions"]}
+
+
+def command(*argv: str) -> str:
+    """What a command prints on this machine."""
+    return subprocess.run([*FEDTUNE, *argv], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def server_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    home.mkdir()
+    return home
+
+
+def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, tmp_path: Path) -> None:
+    simulated = execute(trivial(TWO), run="simulated").hashes
+    (tmp_path / "recipe.yaml").write_text(TRIVIAL)
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+        printed = command("submit", str(tmp_path / "recipe.yaml"), "--set", TWO, "--watch")
+        devices = command("server", "devices")
+        found = ended(server, "latest")
+    assert (found["status"], found["reason"]) == ("completed", "")
+    assert hashes(found) == simulated
+    assert statuses(found) == {"merged"}
+    assert [seat["device"] for seat in found["devices"]] == ["device-0", "device-1"]
+    assert "round 2/2  2/2 devices  validation accuracy" in printed
+    assert printed.splitlines()[-1] == f"run {found['id']} is completed"
+    assert devices.count("connected") == 2
+
+
+LONG = "federation.rounds=5"
+
+
+def at_round(server: Server, run: str, number: int) -> None:
+    """Wait until a round of a run is committed."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        with server.operator() as connection:
+            found = connection.ask("GET", f"runs/{run}")
+        if found["rounds"] and found["rounds"][-1]["number"] >= number:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"round {number} did not come: {found['reason']}")
+
+
+def kill(server: Server, words: str) -> None:
+    """kill -9 the first process below the server whose command line holds ``words``."""
+    for one in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if words in " ".join(one.cmdline()):
+                one.kill()
+                return
+    raise AssertionError(f"there is no {words}")
+
+
+@pytest.mark.parametrize("victim", ["flwr-serverapp", "flower-superexec", "superlink_child"])
+def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path, tmp_path: Path, victim: str) -> None:
+    recipe = trivial(TWO, LONG)
+    undisturbed = execute(recipe, run="simulated").hashes
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+        run = submit(server, recipe)
+        at_round(server, run, 1)
+        kill(server, victim)
+        found = ended(server, run)
+    assert found["status"] == "completed", found["reason"]
+    assert hashes(found) == undisturbed
+
+
+def test_a_run_goes_on_when_the_whole_server_is_killed_and_comes_back(server_home: Path, tmp_path: Path) -> None:
+    recipe = trivial(TWO, LONG)
+    undisturbed = execute(recipe, run="simulated").hashes
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+        run = submit(server, recipe)
+        at_round(server, run, 1)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.kill()
+        _, left = psutil.wait_procs(family, timeout=30)
+        assert not left, "its processes end with it"
+        with serving(server_home) as again:
+            found = ended(again, run)
+    assert found["status"] == "completed", found["reason"]
+    assert hashes(found) == undisturbed
+
+
+def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home: Path, tmp_path: Path) -> None:
+    recipe = trivial(TWO, LONG)
+    undisturbed = execute(recipe, run="simulated").hashes
+    with serving(server_home) as server:
+        run = submit(server, recipe)
+        other = submit(server, trivial(TWO))
+        with joined(server, tmp_path, "part:0", "part:1"), server.operator() as connection:
+            at_round(server, run, 1)
+            assert connection.ask("GET", f"runs/{other}")["status"] == "queued"
+            connection.ask("POST", f"runs/{other}/stop")
+            connection.ask("POST", f"runs/{run}/stop")
+            stopped = ended(server, run)
+            assert (stopped["status"], stopped["reason"]) == ("interrupted", "stopped by an operator")
+            with pytest.raises(ServerError, match="there is nothing to stop"):
+                connection.ask("POST", f"runs/{run}/stop")
+            connection.ask("POST", f"runs/{run}/resume")
+            found = ended(server, run)
+    assert found["status"] == "completed", found["reason"]
+    assert hashes(found) == undisturbed
+
+
+def test_a_run_that_cannot_be_is_failed_with_its_reason_and_the_next_one_goes_on(
+    server_home: Path, tmp_path: Path
+) -> None:
+    broken = trivial(TWO).model_copy(update={"data": Data(source=f"csv:{tmp_path}/none.csv")})
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+        failed, good = submit(server, broken), submit(server, trivial(TWO))
+        found = ended(server, failed)
+        assert (found["status"], found["rounds"]) == ("failed", [])
+        assert "none.csv" in found["reason"]
+        assert ended(server, good)["status"] == "completed"

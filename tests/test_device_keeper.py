@@ -1,0 +1,157 @@
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clients.channel import Frame
+from clients.keeper import Keeper
+from clients.work import work
+from fedtune.contribution import Order, pack
+from fedtune.sparse import to_wire
+from fedtune.training import discard, read_state, workshop
+from tests.federations import trivial
+
+PLENTY = 4_000_000_000
+
+
+@pytest.fixture
+def order(home: Path) -> Frame:
+    recipe = trivial().model_dump_json()
+    shop = workshop(recipe)
+    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    return Frame({"recipe": recipe, "round": 1, "client": 2, "labels": "[]"}, payload)
+
+
+@pytest.fixture
+def keepers() -> Iterator[list[Keeper]]:
+    made: list[Keeper] = []
+    yield made
+    for keeper in made:
+        keeper.close()
+
+
+def _keeper(keepers: list[Keeper], source: str = "part:2", budget: int = PLENTY, idle: float = 60.0) -> Keeper:
+    keepers.append(Keeper(source, budget, idle))
+    return keepers[-1]
+
+
+def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(order: Frame, keepers: list[Keeper]) -> None:
+    keeper = _keeper(keepers)
+    first = keeper.ask(order)
+    trainer = keeper.pid
+    second = keeper.ask(order)
+    discard()
+    shop = workshop(order.header["recipe"])
+    deltas, report = work(Order(**order.header), order.payload, shop, shop.clients[2])
+    assert first.payload == second.payload == deltas
+    assert first.header["report"]["loss"] == report.loss
+    assert first.header["holding"]["examples"] == len(shop.clients[2])
+    assert sum(first.header["holding"]["labels"].values()) == len(shop.clients[2])
+    assert keeper.pid == trainer is not None
+
+
+def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
+    order: Frame, keepers: list[Keeper], tmp_path: Path
+) -> None:
+    answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": _digits()}, order.payload))
+    assert answer.header["kind"] == "trained", answer.header
+    assert answer.header["holding"]["examples"] > 1000
+    assert set(answer.header["holding"]["labels"]) == {str(digit) for digit in range(10)}
+
+
+def test_a_file_with_a_label_the_model_does_not_know_fails_by_name(order: Frame, keepers: list[Keeper]) -> None:
+    answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": '["0", "1"]'}, order.payload))
+    assert answer.header["kind"] == "failed"
+    assert "does not know the label" in answer.header["reason"]
+
+
+def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: Frame, keepers: list[Keeper]) -> None:
+    keeper = _keeper(keepers, budget=100_000_000)
+    keeper._started()
+    keeper._budget = PLENTY  # so that the trainer itself must tell, and is not ended from outside
+    answer = keeper.ask(order)
+    assert answer.header["kind"] == "declined"
+    assert "this device allows 100 MB" in answer.header["reason"]
+    assert answer.payload == b""
+
+
+def test_a_trainer_beyond_its_budget_is_ended_and_asked_no_more(order: Frame, keepers: list[Keeper]) -> None:
+    keeper = _keeper(keepers, budget=20_000_000)
+    assert keeper.ask(order).header["kind"] == "died"
+    assert keeper.pid is None
+    declined = keeper.ask(order)
+    assert declined.header["kind"] == "declined"
+    assert "20 MB" in declined.header["reason"]
+
+
+def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, keepers: list[Keeper]) -> None:
+    keeper = _keeper(keepers)
+    expected = keeper.ask(order).payload
+    before = keeper.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    assert keeper.ask(order).payload == expected
+    assert keeper.pid != before
+
+
+def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(order: Frame, keepers: list[Keeper]) -> None:
+    keeper, over = _keeper(keepers), threading.Event()
+    killer = threading.Thread(target=_kill_each, args=(keeper, over))
+    killer.start()
+    try:
+        answer = keeper.ask(order)
+    finally:
+        over.set()
+        killer.join()
+    assert answer.header["kind"] == "died"
+    assert "killed by signal 9, 2 times" in answer.header["reason"]
+
+
+def test_a_resting_trainer_ends_after_its_time(order: Frame, keepers: list[Keeper]) -> None:
+    keeper = _keeper(keepers, idle=0.2)
+    keeper.ask(order)
+    keeper.rest()
+    assert keeper.pid is not None
+    time.sleep(0.3)
+    keeper.rest()
+    assert keeper.pid is None
+
+
+def test_a_trainer_does_not_outlive_the_process_that_keeps_it(home: Path) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        keeper = Keeper("part:0", PLENTY, 60.0)
+        keeper._started()
+        os.write(writing, str(keeper.pid).encode())
+        time.sleep(1.0)
+        os._exit(0)
+    trainer = int(os.read(reading, 32))
+    os.close(reading)
+    os.close(writing)
+    assert psutil.pid_exists(trainer)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    end = time.monotonic() + 30
+    while psutil.pid_exists(trainer) and psutil.Process(trainer).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the trainer lives on"
+        time.sleep(0.05)
+
+
+def _digits() -> str:
+    return "[" + ", ".join(f'"{digit}"' for digit in range(10)) + "]"
+
+
+def _kill_each(keeper: Keeper, over: threading.Event) -> None:
+    """Kill whatever trainer there is, as soon as it is there."""
+    while not over.wait(0.05):
+        if (trainer := keeper.pid) is not None:
+            try:
+                os.kill(trainer, signal.SIGKILL)
+            except ProcessLookupError:
+                continue

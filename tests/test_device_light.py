@@ -1,0 +1,191 @@
+"""What a device's own process may import and how it behaves towards a server that misbehaves, without a server."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from flwr.supercore.error import ApiErrorCode
+from flwr.supercore.error.catalog import API_ERROR_MAP
+
+from clients import fleet
+from clients.channel import Frame
+from clients.clock import ServerClock
+from clients.device_home import DeviceHome, Identity
+from clients.patience import Backoff
+from clients.persistence import RECOVERED, Persistence
+from fedtune.cli.device import device
+from fedtune.errors import DeviceError
+
+REQUEST = httpx.Request("POST", "https://server/")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+def _refused(status: int) -> httpx.HTTPStatusError:
+    return httpx.HTTPStatusError("no", request=REQUEST, response=httpx.Response(status, text="no", request=REQUEST))
+
+
+def _raising(*errors: Exception) -> Callable[[], str]:
+    left = list(errors)
+
+    def call() -> str:
+        if left:
+            raise left.pop(0)
+        return "done"
+
+    return call
+
+
+def _identity(home: Path) -> DeviceHome:
+    place = DeviceHome()
+    place.make_key()
+    place.keep(Identity("https://127.0.0.1:1", "pi", 7, "PEM"))
+    return place
+
+
+def test_the_process_of_a_device_imports_neither_torch_nor_what_comes_with_it() -> None:
+    heavy = ("torch", "datasets", "transformers", "pydantic", "fastapi", "sqlalchemy", "fedtune.training")
+    script = f"import sys, clients.join, fedtune.cli.device; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_flower_s_number_for_a_run_that_has_ended_is_the_one_devices_know() -> None:
+    assert fleet._RUN_HAS_ENDED == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
+    assert API_ERROR_MAP[ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED].http_status_code == fleet._FORBIDDEN
+
+
+def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
+    said: list[str] = []
+    clocks: list[int] = []
+    persistence = Persistence(said.append, lambda: clocks.append(1))
+    line = [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut")] * 5
+    assert persistence.until_done(_raising(*line)) == "done"
+    assert said == ["the server cannot be reached; trying again until it works", RECOVERED]
+    said.clear()
+    assert persistence.until_done(_raising(_refused(500), _refused(503), _refused(401), _refused(412))) == "done"
+    assert [sentence.split(";")[0].split(":")[0] for sentence in said] == [
+        "the server has trouble of its own (HTTP 500)",
+        "the server has trouble of its own (HTTP 503)",
+        "the server does not know this device",
+        "the server refuses (HTTP 412)",
+        RECOVERED,
+    ]
+    assert clocks == [1], "a stranger's clock may be wrong"
+
+
+def test_what_is_not_about_the_line_comes_through() -> None:
+    with pytest.raises(KeyError):
+        Persistence(print, lambda: None).until_done(_raising(KeyError("order")))
+
+
+def test_waits_grow_to_a_limit_and_differ() -> None:
+    backoff = Backoff(1.0, 8.0)
+    waits = [backoff.wait() for _ in range(50)]
+    assert all(most / 2 <= wait <= most for wait, most in zip(waits, [1.0, 2.0, 4.0] + [8.0] * 47, strict=True))
+    assert len(set(waits)) == 50
+    backoff.reset()
+    assert backoff.wait() <= 1.0
+
+
+def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ServerClock(lambda: 5_000.0)
+    clock.set()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert clock.now() == pytest.approx(5_000.0, abs=1.0)
+
+
+def test_a_frame_that_is_not_whole_is_told_apart() -> None:
+    frame = Frame({"kind": "trained", "seconds": 0.1}, b"\x00deltas")
+    content = frame.encode()
+    assert Frame.decode(content) == frame
+    for damaged in (b"", content[:10], content[:-1], content + b"x"):
+        with pytest.raises(ValueError, match="frame"):
+            Frame.decode(damaged)
+
+
+def test_a_key_is_its_owner_s_alone_and_one_that_is_not_is_refused(home: Path) -> None:
+    place = _identity(home)
+    assert (place.folder / "key.pem").stat().st_mode & 0o777 == 0o600
+    assert place.key().curve.name == "secp384r1"
+    (place.folder / "key.pem").chmod(0o644)
+    with pytest.raises(DeviceError, match="chmod 600"):
+        place.key()
+
+
+def test_an_answer_never_outlives_the_order_it_belongs_to(home: Path) -> None:
+    place = _identity(home)
+    place.hold("order", b"one")
+    place.hold("answer", b"to one")
+    place.release()
+    assert place.held("order") is None
+    assert place.held("answer") is None
+
+
+def test_one_process_is_a_device_at_a_time(home: Path) -> None:
+    place = _identity(home)
+    with place.claimed():
+        script = "from clients.device_home import DeviceHome\nwith DeviceHome().claimed(): pass"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert "is joined by another process" in done.stderr
+        assert place.joined
+    assert not place.joined
+
+
+def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
+    place = _identity(home)
+    place.note({"state": "online", "trainer": None})
+    shown = CliRunner().invoke(device, ["status", "--json"], catch_exceptions=False).output
+    assert '"state": "not joined"' in shown
+    assert '"name": "pi"' in shown
+    with place.claimed():
+        assert "online" in CliRunner().invoke(device, ["status"], catch_exceptions=False).output
+        with pytest.raises(DeviceError, match="stop that process first"):
+            CliRunner().invoke(device, ["leave"], catch_exceptions=False)
+    CliRunner().invoke(device, ["leave"], catch_exceptions=False)
+    assert not place.folder.exists()
+    with pytest.raises(DeviceError, match="enrol first"):
+        CliRunner().invoke(device, ["status"], catch_exceptions=False)
+
+
+def test_a_package_keeps_a_device_joined_with_its_options(home: Path, tmp_path: Path) -> None:
+    options = ["--data", "csv:/data/my reviews.csv", "--memory", "512MB", "-o", str(tmp_path)]
+    CliRunner().invoke(device, ["package", *options], catch_exceptions=False)
+    unit = (tmp_path / "fedtune-device.service").read_text()
+    assert "device join --data 'csv:/data/my reviews.csv' --memory 512000000" in unit
+    assert "Restart=always" in unit
+    assert f"Environment=FEDTUNE_HOME={home}" in unit
+    docker = (tmp_path / "Dockerfile").read_text()
+    assert '"--data", "csv:/data/my reviews.csv", "--memory", "512000000"]' in docker
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("reviews.csv", "write csv:FILE"),
+        ("csv:", "write csv:FILE"),
+        ("hub:imdb", "write csv:FILE"),
+        ("csv:nowhere.csv", "there is no nowhere.csv"),
+        ("part:one", "parts are numbered"),
+    ],
+)
+def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, words: str) -> None:
+    from clients.join import join
+    from fedtune.errors import DataError
+
+    with pytest.raises(DataError, match=words):
+        join(_identity(home), source, 10**9, 60.0, print)
+
+
+def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:
+    done = CliRunner().invoke(device, ["package", "--data", "part:0", "--memory", "lots"])
+    assert done.exit_code == 2
+    assert "write 512MB or 2GiB" in done.output

@@ -1,0 +1,204 @@
+"""A real server is knocked at: who is let in, who is refused, and that every refusal is told."""
+
+import json
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import suppress
+
+import httpx
+import psutil
+import pytest
+from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.control import ControlHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedtune.errors import ServerError, StoreError
+from server import authority
+from server.home import open_home
+from server.supervisor import up
+from tests.servers import Knocker, Server, serving
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("door")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FEDTUNE_HOME", str(home))
+        patched.delenv("FEDTUNE_STORE", raising=False)
+        patched.delenv("FEDTUNE_SERVER", raising=False)
+        with serving(home) as served:
+            yield served
+
+
+@pytest.fixture(scope="module")
+def enrolled(server: Server) -> Knocker:
+    knocker = Knocker(server)
+    assert knocker.enroll(server.token("one"), "ignored").json()["name"] == "one"
+    return knocker
+
+
+def error(answer: httpx.Response) -> str:
+    sentence: str = answer.json()["error"]
+    return sentence
+
+
+def test_the_authority_that_a_token_names_is_the_one_the_server_shows(server: Server) -> None:
+    shown = server.knock("GET", "/fedtune/ca").text
+    assert shown == server.place.ca.read_text()
+    assert len(authority.fingerprint(shown)) == 64
+
+
+def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, enrolled: Knocker) -> None:
+    with enrolled.fleet() as fleet:
+        node = fleet.ActivateNode(ActivateNodeRequest(public_key=enrolled.pem, heartbeat_interval=30)).node_id
+        assert list(fleet.PullMessages(PullMessagesRequest(node=Node(node_id=node))).messages_list) == []
+    with server.operator() as connection:
+        [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "one"]
+    assert device["online"]
+
+
+def test_a_profile_is_kept_when_it_is_signed_and_refused_when_not(server: Server, enrolled: Knocker) -> None:
+    profile = {"memory": 512_000_000, "cores": 4, "examples": 12, "labels": {"good": 7, "bad": 5}}
+    assert enrolled.signed("/fedtune/device/profile", json=profile).status_code == 200
+    with server.operator() as connection:
+        [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "one"]
+    assert device["profile"] == profile
+    assert server.knock("POST", "/fedtune/device/profile", json=profile).status_code == 401
+
+
+def test_a_run_cannot_be_submitted_without_an_operators_key(server: Server) -> None:
+    assert server.knock("POST", "/fedtune/runs", json={"recipe": {}}).status_code == 401
+    guess = {"Authorization": "Bearer guess"}
+    assert "a key that is not known" in error(server.knock("GET", "/fedtune/runs", headers=guess))
+    assert server.refused("/fedtune/runs needs an operator's key and got no operator key")
+
+
+def test_flowers_own_control_and_runtime_paths_are_not_there(server: Server) -> None:
+    with ControlHttpClient(server.url, verify=server.trust) as control:
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            control.StartRun(StartRunRequest())
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            control.ListNodes(ListNodesRequest())
+    for path in ("/v1/runtime/pull-messages", "/v1/fleet/../control/start-run", "/docs", "/health", "/v1/fleet//x"):
+        assert server.knock("POST", path).status_code in (404, 405), path
+    assert server.refused("POST /v1/control/start-run")
+
+
+def test_a_devices_key_is_no_operators_key(server: Server, enrolled: Knocker) -> None:
+    assert enrolled.signed("/fedtune/runs", json={"recipe": {}}).status_code == 401
+    assert enrolled.signed("/fedtune/tokens", json={}).status_code == 401
+    assert enrolled.signed("/v1/control/start-run").status_code == 404
+
+
+def test_an_unknown_device_is_refused_at_every_fleet_path(server: Server) -> None:
+    stranger = Knocker(server)
+    with stranger.fleet() as fleet:
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            fleet.ActivateNode(ActivateNodeRequest(public_key=stranger.pem, heartbeat_interval=30))
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            fleet.RegisterNode(RegisterNodeFleetRequest(public_key=stranger.pem))
+    assert server.refused("/v1/fleet/activate-node: this device is not enrolled here")
+
+
+def test_a_key_that_is_shown_but_not_held_is_refused(server: Server, enrolled: Knocker) -> None:
+    thief = Knocker(server)
+    signing = NodeAuthHttpInterceptor(thief.private, enrolled.private.public_key())
+    fleet = FleetHttpClient(server.url, interceptors=[signing], verify=server.trust)
+    with fleet, pytest.raises(httpx.HTTPStatusError, match="401"):
+        fleet.ActivateNode(ActivateNodeRequest(public_key=enrolled.pem, heartbeat_interval=30))
+    assert server.refused("does not accept its signature")
+
+
+def test_a_token_is_good_once(server: Server) -> None:
+    token = server.token()
+    assert Knocker(server).enroll(token, "two").status_code == 200
+    again = Knocker(server).enroll(token, "three")
+    assert (again.status_code, error(again)) == (
+        403,
+        "this token has been used already; ask the operator for a new one",
+    )
+    assert server.refused("this token has been used already")
+
+
+def test_a_token_is_not_spent_by_an_enrolment_that_fails(server: Server) -> None:
+    token = server.token()
+    assert Knocker(server).enroll(token, "No Name").status_code == 400
+    assert Knocker(server).enroll(token, "four").status_code == 200
+    assert Knocker(server).enroll(server.token(), "four").status_code == 409
+
+
+def test_plain_http_and_an_authority_nobody_trusts_are_refused_and_told(server: Server) -> None:
+    host, port = server.place.settings.address
+    with socket.create_connection((host, port)) as plain:
+        plain.sendall(b"GET /fedtune/ca HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"HTTP/1.1 200" not in plain.recv(100)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/fedtune/ca", verify=ssl.create_default_context())
+    assert server.refused("no TLS connection came about: HTTP_REQUEST")
+    assert server.refused("no TLS connection came about: TLSV1_ALERT_UNKNOWN_CA")
+
+
+def test_a_body_beyond_the_limit_is_refused(server: Server, enrolled: Knocker) -> None:
+    assert server.knock("POST", "/fedtune/enroll", content=b"x" * (1 << 21)).status_code == 413
+    assert server.knock("POST", "/fedtune/enroll", content=iter([b"x" * (1 << 20)] * 2)).status_code == 413
+    assert enrolled.signed("/v1/fleet/push-object", content=b"x" * (1 << 26) + b"x").status_code == 413
+
+
+def test_a_removed_device_is_shut_out(server: Server) -> None:
+    knocker = Knocker(server)
+    assert knocker.enroll(server.token("gone")).status_code == 200
+    with server.operator() as connection:
+        assert connection.ask("DELETE", "devices/gone") == {"device": "gone"}
+        with pytest.raises(ServerError, match="no device 'gone'"):
+            connection.ask("DELETE", "devices/gone")
+    with knocker.fleet() as fleet, pytest.raises(httpx.HTTPStatusError, match="401"):
+        fleet.ActivateNode(ActivateNodeRequest(public_key=knocker.pem, heartbeat_interval=30))
+
+
+def test_a_recipe_that_does_not_hold_is_refused_in_a_sentence(server: Server) -> None:
+    with server.operator() as connection, pytest.raises(ServerError, match=r"the recipe: .*'name' is missing"):
+        connection.ask("POST", "runs", {"recipe": {"task": "image-classification"}})
+
+
+def below(server: Server) -> list[psutil.Process]:
+    """The server's processes; some last for an instant only."""
+    own = psutil.Process(server.process.pid)
+    return [own, *own.children(recursive=True)]
+
+
+def addresses(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    return []
+
+
+def arguments(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def test_the_superlink_listens_on_the_loopback_address_only(server: Server) -> None:
+    listening = [address for process in below(server) for address in addresses(process)]
+    assert set(listening) == {"127.0.0.1"}
+    assert len(listening) >= 2
+
+
+def test_secrets_are_in_files_of_the_owner_only_and_in_no_log_or_argument(server: Server) -> None:
+    key = json.loads(server.place.operator.read_text())["key"]
+    for path in (server.place.ca_key, server.place.key, server.place.operator):
+        assert path.stat().st_mode & 0o777 == 0o600
+    logs = [path.read_text(errors="replace") for path in server.place.folder.rglob("*.log")] + [server.log.read_text()]
+    assert not any(key in text for text in [*logs, *map(arguments, below(server))])
+    assert key.encode() not in (server.place.folder.parent / "store.sqlite").read_bytes()
+
+
+def test_a_second_server_in_the_same_home_is_refused(server: Server) -> None:
+    with pytest.raises(StoreError, match="is up already"):
+        up(open_home())

@@ -1,0 +1,181 @@
+"""A server's home: what is made, what is refused, and certificates that TLS itself accepts."""
+
+import json
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fedtune.cli.main import cli
+from fedtune.errors import FedtuneError, ServerError, StoreError
+from fedtune.tracking import Access, Seat, Store
+from server import authority
+from server.home import create, open_home
+from server.operators import add
+from server.refusal import Audit
+from server.secret import digest, new_secret
+
+
+def handshake(ca: bytes, certificate: Path, key: Path, name: str) -> None:
+    """A client that trusts ``ca`` connects to a server by a name; the client's error, if there is one."""
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(certificate, key)
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        try:
+            serving.wrap_socket(theirs, server_side=True).close()
+        except OSError:
+            theirs.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        ssl.create_default_context(cadata=ca.decode()).wrap_socket(ours, server_hostname=name).close()
+    finally:
+        ours.close()
+        thread.join()
+
+
+def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
+    result = CliRunner().invoke(cli, ["server", "init", "--name", "lab.example", "--listen", "0.0.0.0:8443"])
+    assert result.exit_code == 0, result.output
+    place = open_home()
+    assert place.settings.url() == "https://lab.example:8443"
+    for path in (place.ca_key, place.key, place.operator):
+        assert path.stat().st_mode & 0o777 == 0o600
+    told = json.loads(place.operator.read_text())
+    assert told["url"] == "https://lab.example:8443"
+    with Store.open() as store:
+        assert store.access.operators() == {"local": digest(told["key"])}
+
+
+def test_a_second_init_changes_nothing_and_says_so(home: Path) -> None:
+    place = create(["localhost"], "127.0.0.1:8443")
+    before = place.ca.read_bytes()
+    with pytest.raises(ServerError, match="is a server's home already"):
+        create(["localhost"], "127.0.0.1:8443")
+    assert place.ca.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["lab.example", "10.1.2.3", "localhost", "127.0.0.1"])
+def test_the_certificate_is_good_for_the_names_given_and_this_machine(home: Path, name: str) -> None:
+    place = create(["lab.example", "10.1.2.3"], "127.0.0.1:8443")
+    handshake(place.ca.read_bytes(), place.certificate, place.key, name)
+
+
+def test_the_certificate_is_refused_for_another_name_and_by_who_trusts_another_authority(home: Path) -> None:
+    place = create(["lab.example"], "127.0.0.1:8443")
+    with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
+        handshake(place.ca.read_bytes(), place.certificate, place.key, "other.example")
+    stranger = authority.authority(authority.new_key())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(stranger, place.certificate, place.key, "lab.example")
+
+
+def test_a_new_name_in_the_settings_renews_the_certificate_but_nothing_else_does(home: Path) -> None:
+    place = create(["lab.example"], "127.0.0.1:8443")
+    before = place.certificate.read_bytes()
+    place.renew()
+    assert place.certificate.read_bytes() == before
+    path = place.folder / "server.yaml"
+    path.write_text(path.read_text().replace('["lab.example"]', '["lab.example", "new.example"]'))
+    open_home().renew()
+    handshake(place.ca.read_bytes(), place.certificate, place.key, "new.example")
+
+
+def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home: Path) -> None:
+    path = create(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
+    assert yaml.safe_load(path.read_text()) == {
+        "listen": "127.0.0.1:8443",
+        "names": ["localhost"],
+        "deadline": 3600,
+        "body_limit": 1 << 26,
+    }
+    path.write_text("listne: 127.0.0.1:1\n")
+    with pytest.raises(ServerError, match=r"unknown key 'listne'; .*listen"):
+        open_home()
+
+
+def test_a_name_that_is_none_is_refused(home: Path) -> None:
+    with pytest.raises(ServerError, match="neither a host name nor an address"):
+        create(["a" * 300], "127.0.0.1:8443")
+
+
+def test_no_server_is_told_with_the_mend(home: Path) -> None:
+    with pytest.raises(ServerError, match="make one with fedtune server init"):
+        open_home()
+
+
+@pytest.fixture
+def access(home: Path) -> Access:
+    with Store.open() as store:
+        return store.access
+
+
+def test_a_token_that_has_expired_is_refused_and_not_spent(access: Access) -> None:
+    access.add_token("a", "dev", hours=-1)
+    with pytest.raises(StoreError, match="has expired"):
+        access.spend_token("a")
+    with pytest.raises(StoreError, match="is not known here"):
+        access.spend_token("b")
+
+
+def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: Access, tmp_path: Path) -> None:
+    place = create(["localhost"], "127.0.0.1:8443")
+    add(place, access, "ada", tmp_path / "first.json")
+    add(place, access, "ada", tmp_path / "second.json")
+    keys = [json.loads((tmp_path / name).read_text())["key"] for name in ("first.json", "second.json")]
+    assert access.operators() == {"ada": digest(keys[1])}
+    access.remove_operator("ada")
+    with pytest.raises(StoreError, match="no operator 'ada'"):
+        access.remove_operator("ada")
+
+
+def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
+    with Store.open() as store:
+        store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
+        store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
+        seats = [Seat(client=0, device="dev", node="18446744073709551615")]
+        store.access.seat("r", seats)
+        assert store.access.seats("r") == seats
+        assert store.run("r").status == "queued"
+        assert [run.id for run in store.unfinished("devices")] == ["r"]
+        store.delete("r")
+        assert store.access.seats("r") == []
+        assert [device.name for device in store.access.devices()] == ["dev"]
+        with pytest.raises(StoreError, match="there is a device 'dev' already"):
+            store.access.add_device(name="dev", node="1", public_key="pem")
+
+
+def test_one_address_cannot_fill_the_audit(access: Access) -> None:
+    audit = Audit(access)
+    for _ in range(100):
+        audit.refused("10.0.0.1", "knocked")
+    audit.refused("10.0.0.2", "knocked too")
+    lines = access.audit(1000)
+    assert len([line for line in lines if line.who == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
+    assert lines[0].who == "10.0.0.2"
+
+
+def test_secrets_are_long_and_never_the_same() -> None:
+    made = {new_secret() for _ in range(100)}
+    assert len(made) == 100
+    assert min(map(len, made)) >= 43
+
+
+def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(home: Path, tmp_path: Path) -> None:
+    place = create(["localhost"], "127.0.0.1:1")
+    with Store.open() as store:
+        add(place, store.access, "local", place.operator)
+    result = CliRunner().invoke(cli, ["runs", "watch"])
+    assert isinstance(result.exception, ServerError)
+    assert "is fedtune server up there?" in str(result.exception)
+    (tmp_path / "bad.json").write_text("[]")
+    result = CliRunner().invoke(cli, ["server", "token", "--server", str(tmp_path / "bad.json")])
+    assert isinstance(result.exception, FedtuneError)
+    assert "is no operator's file" in str(result.exception)

@@ -1,0 +1,137 @@
+"""The manager's patience and a crew's: what waits, what goes on, what is given up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from flwr.serverapp import Grid
+
+from fedtune.errors import RoundError, StoreError
+from fedtune.tracking import Seat, Store
+from server import crew, manager
+from server.control import Control, FlowerRun
+from server.crew import assemble
+from server.manager import Manager
+from server.superlink import SuperLink
+from tests.federations import trivial
+
+
+class Hopeless:
+    """A SuperLink whose runs end at once: the one part of the manager's work that a real one does too slowly."""
+
+    generation = 1
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def control(self) -> Control:
+        return cast("Control", self)
+
+    def online(self) -> set[int]:
+        return {1, 2, 3, 4}
+
+    def start(self, _: dict[str, str]) -> int:
+        self.started += 1
+        return self.started
+
+    def run(self, _: int) -> FlowerRun:
+        return FlowerRun("finished", "failed", "it fell over")
+
+    def stop(self, _: int) -> None:
+        """It has ended."""
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[Store]:
+    with Store.open() as opened:
+        yield opened
+
+
+def managed(store: Store, superlink: Any, home: Path) -> Manager:
+    return Manager(store, cast("SuperLink", superlink), home, deadline=77.0)
+
+
+def enrol(store: Store, *nodes: int) -> None:
+    for node in nodes:
+        store.access.add_device(name=f"dev-{9 - node}", node=str(node), public_key=f"pem {node}")
+
+
+def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(store: Store, home: Path) -> None:
+    work = managed(store, Hopeless(), home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3)
+    work.tick()
+    assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
+    assert store.access.seats(run) == []
+    enrol(store, 4, 5)
+    work.tick()
+    assert [(seat.client, seat.device, seat.node) for seat in store.access.seats(run)] == [
+        (0, "dev-5", "4"),
+        (1, "dev-6", "3"),
+        (2, "dev-7", "2"),
+        (3, "dev-8", "1"),
+    ]
+
+
+def test_every_submitted_run_has_a_deadline(store: Store, home: Path) -> None:
+    work = managed(store, Hopeless(), home)
+    assert '"deadline":77.0' in store.run(work.submit(trivial())).recipe
+    assert '"deadline":5.0' in store.run(work.submit(trivial("federation.deadline=5"))).recipe
+
+
+def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "_LONGEST_REST", 0.0)
+    superlink = Hopeless()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    for _ in range(100):
+        work.tick()
+    found = store.run(run)
+    assert (found.status, found.reason) == ("failed", "it fell over; no round came of 8 starts")
+    assert superlink.started == 8
+
+
+def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Path) -> None:
+    superlink = Hopeless()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    for _ in range(100):
+        work.tick()
+    assert superlink.started < 4
+    assert work.planned(store.run(run)).status == "running"
+    assert store.run(run).reason == "it fell over; goes on at round 1"
+
+
+def test_a_simulation_is_not_the_managers(store: Store, home: Path) -> None:
+    store.create_run(id="mine", name="mine", recipe="{}", seed=0, engine="local", rounds_planned=1)
+    with pytest.raises(StoreError, match="is a simulation of this machine"):
+        managed(store, Hopeless(), home).stop("mine")
+
+
+class Connected:
+    """A grid with some nodes."""
+
+    def __init__(self, *nodes: int) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._nodes)
+
+
+SEATS = [Seat(client=client, device=f"dev-{client}", node=str(10 - client)) for client in range(4)]
+
+
+def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_PATIENCE_FOR_ALL", 0.1)
+    found = assemble(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
+    assert (found.nodes, found.names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
+
+
+def test_too_few_devices_for_a_round_are_told() -> None:
+    with pytest.raises(RoundError, match="only 1 of 2 devices connected"):
+        assemble(cast("Grid", Connected(7, 99)), trivial("federation.quorum=2"), SEATS, patience=0.1)
