@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo devices-demo test check bench
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,9 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/fedtune simulate recipes/sentiment.yaml
+
+devices-demo: .venv/ready
+	$(BIN)/python -m benchmarks.devices_demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest

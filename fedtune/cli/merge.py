@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from fedtune.cli.merge_options import columns, numbers, size, unit
+
 if TYPE_CHECKING:
     from fedtune.fusion import Comparison, Merge, MergeConfig
     from fedtune.fusion.card import Scores
@@ -103,7 +105,7 @@ def _merge_models(asked: _Asked) -> None:
 
     config, text = _config(asked)
     prepared = prepare(config, asked.export)
-    shards = prepared.shards(_bytes(asked.shard_size))
+    shards = prepared.shards(size(asked.shard_size))
     if asked.output is not None:
         from fedtune.fusion.output import check_free
 
@@ -129,23 +131,23 @@ def _write(asked: _Asked, prepared: "Merge", text: str, found: "Comparison | Non
     from fedtune.fusion.result import CARD
 
     assert asked.output is not None
-    columns = _columns(asked.columns)
+    named = columns(asked.columns)
     scores: dict[str, Any] = {}
     for name in prepared.models.by_name if asked.evaluate else ():
-        scores[name] = _score(asked, name, columns)
-    evidence = _evidence(asked, prepared, columns)
+        scores[name] = _score(asked, name, named)
+    evidence = _evidence(asked, prepared, named)
     read = hashes(prepared)
     with showing("merging", prepared.bytes) as progress:
         fusion.merge(
             prepared,
             asked.output,
             card(asked.output.name, prepared, text, read, found, scores),
-            shard_size=_bytes(asked.shard_size),
+            shard_size=size(asked.shard_size),
             evidence=evidence,
             progress=progress,
         )
     if asked.evaluate:
-        scores["merged"] = _score(asked, f"path:{asked.output}", columns)
+        scores["merged"] = _score(asked, f"path:{asked.output}", named)
         told = card(asked.output.name, prepared, text, read, found, scores)
         write(asked.output / CARD, told.encode())
     return scores
@@ -206,45 +208,13 @@ def _config(asked: _Asked) -> "tuple[MergeConfig, str]":
     return quick(
         asked.sources,
         asked.method or "linear",
-        _numbers(asked.weights),
+        numbers(asked.weights),
         asked.settings,
         base_model=asked.base,
         tokenizer_source=asked.tokenizer,
         dtype=asked.dtype,
-        **{key: [_unit(text) for text in getattr(asked, key)] for key in ("align", "relax", "renormalise")},
+        **{key: [unit(text) for text in getattr(asked, key)] for key in ("align", "relax", "renormalise")},
     )
-
-
-def _unit(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"{text!r} is no step; write it as aim or 'aim: {{omega: 0.3}}'") from error
-
-
-def _numbers(text: str | None) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise click.UsageError("write --weights as numbers with commas, e.g. 0.5,0.3,0.2") from error
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    if any(not (equals and name) for _, equals, name in pairs):
-        raise click.UsageError("write --columns as key=name,key=name, e.g. text=review,label=stars")
-    return {key: name for key, _, name in pairs}
-
-
-def _bytes(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise click.UsageError(f"--shard-size {text}: write it as 500MB or 5GB") from error
 
 
 def _merge_adapters(asked: _Asked) -> None:
