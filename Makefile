@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo devices-demo test check bench
+.PHONY: demo devices-demo test test-devices check bench
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,9 @@ devices-demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-devices: .venv/ready
+	$(BIN)/python -m pytest -m deployed
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -88,6 +88,7 @@ def kill(server: Server, words: str) -> None:
 
 
 @pytest.mark.parametrize("victim", ["flwr-serverapp", "flower-superexec", "superlink_child"])
+@pytest.mark.deployed
 def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path, tmp_path: Path, victim: str) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
@@ -100,6 +101,7 @@ def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path,
     assert hashes(found) == undisturbed
 
 
+@pytest.mark.deployed
 def test_a_run_goes_on_when_the_whole_server_is_killed_and_comes_back(server_home: Path, tmp_path: Path) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
@@ -116,6 +118,7 @@ def test_a_run_goes_on_when_the_whole_server_is_killed_and_comes_back(server_hom
     assert hashes(found) == undisturbed
 
 
+@pytest.mark.deployed
 def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home: Path, tmp_path: Path) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
@@ -137,6 +140,7 @@ def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home
     assert hashes(found) == undisturbed
 
 
+@pytest.mark.deployed
 def test_a_run_that_cannot_be_is_failed_with_its_reason_and_the_next_one_goes_on(
     server_home: Path, tmp_path: Path
 ) -> None:

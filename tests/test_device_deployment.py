@@ -21,7 +21,7 @@ from tests.links import linked
 from tests.servers import Device, Server, ended, joined, serving
 from tests.test_deployment import LONG, TWO, at_round, hashes, statuses, submit
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deployed
 
 STOCK_SUPERNODE = 170_000_000
 """Resident bytes of Flower's own idle node; its executor holds 123 MB more beside it."""
