@@ -12,6 +12,7 @@ from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.fuse import Merge, Progress
 from fedtune.fusion.pipeline import Deltas
+from fedtune.fusion.threads import one_thread
 from fedtune.fusion.vocabulary import difference, vocabulary
 
 __all__ = ["Comparison", "Words", "compare"]
@@ -58,6 +59,7 @@ class Comparison:
         return asdict(self)
 
 
+@one_thread()
 def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Comparison:
     """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
     names = list(merge.models.tuned) or list(merge.models.by_name)

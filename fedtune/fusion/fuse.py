@@ -21,6 +21,7 @@ from fedtune.fusion.output import Output
 from fedtune.fusion.pipeline import Base, End, Steps, aligned, operands, steps
 from fedtune.fusion.plan import Target, plan
 from fedtune.fusion.sources import Exporter, no_runs
+from fedtune.fusion.threads import one_thread
 from fedtune.fusion.weights import Lazy
 from fedtune.merging import Combine, Evidence, Operand, Pipeline, merged_pieces, settle
 from fedtune.merging.mean import Mean
@@ -105,6 +106,7 @@ def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read li
     return torch.zeros(stop - start)
 
 
+@one_thread()
 def fill(merge: Merge, output: Output, evidence: Evidence, progress: Progress) -> list[Operand]:
     """Write every tensor that is not written yet; returns the models as they were aligned, by their first part."""
     base = merge.base if merge.acts_on_deltas else None
