@@ -2,45 +2,57 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedtune.errors import RecipeError
 from fedtune.explain import Location, explain
 from fedtune.recipe import Recipe
 
-__all__ = ["NOT_YAML", "lines", "override", "parse", "read"]
+__all__ = ["override", "parse", "read", "settled", "text_of"]
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``key.key=value`` overrides applied; RecipeError names file, line and key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {_reason(error)}; check the path") from error
-    return parse(text, str(path), overrides)
+    return parse(text_of(path, "the recipe"), str(path), overrides)
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML text; ``origin`` is what messages call it."""
+    return settled(Recipe, text, origin, "recipe", overrides)
+
+
+def text_of(path: Path, what: str) -> str:
+    """A text file; RecipeError calls it ``what`` when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {what} {path}: {_reason(error)}; check the path") from error
+
+
+def settled(kind: type[Settings], text: str, origin: str, what: str, overrides: Sequence[str] = ()) -> Settings:
+    """A YAML text as settings, with overrides applied; RecipeError names ``origin``, line and key."""
     try:
         value = yaml.safe_load(text)
-        numbers = lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except NOT_YAML as error:
+        numbers = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except _NOT_YAML as error:
         raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise RecipeError(f"{origin} holds no recipe: it must be a mapping with keys such as {', '.join(_SHOWN)}")
+        shown = ", ".join(list(kind.model_fields)[:4])
+        raise RecipeError(f"{origin} holds no {what}: it must be a mapping with keys such as {shown}")
     overridden = {override(value, item): item for item in overrides}
     try:
-        return Recipe.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(explain(error, Recipe, origin, numbers, overridden)) from error
+        raise RecipeError(explain(error, kind, origin, numbers, overridden)) from error
 
 
-_SHOWN = ("name", "task", "model", "data")
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
 
 
 def _reason(error: Exception) -> str:
@@ -55,7 +67,7 @@ def override(value: dict[str, Any], item: str) -> Location:
         raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
     try:
         setting = yaml.safe_load(text)
-    except NOT_YAML as error:
+    except _NOT_YAML as error:
         raise RecipeError(f"--set {item}: the value is not YAML") from error
     here: Any = value
     for position, key in enumerate(path[:-1]):
@@ -66,7 +78,7 @@ def override(value: dict[str, Any], item: str) -> Location:
     return path
 
 
-def lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
+def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
     """Line of every key and list item of a YAML document, counted from 1."""
     if isinstance(node, yaml.MappingNode):
         pairs = [(key.value, key, child) for key, child in node.value]
@@ -77,5 +89,5 @@ def lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
     found: dict[Location, int] = {}
     for key, marked, child in pairs:
         found[(*at, key)] = marked.start_mark.line + 1
-        found |= lines(child, (*at, key))
+        found |= _lines(child, (*at, key))
     return found
