@@ -25,6 +25,7 @@ from fedtune.sparse import compact, masks, to_wire
 from fedtune.techniques import Answer, Moment, Technique
 from fedtune.techniques._layer_density import active_counts
 from fedtune.techniques._mask_moves import moved
+from fedtune.techniques._places import spread
 from fedtune.tracking import Store, claim
 from fedtune.training import read_state
 from server.app import carry
@@ -165,10 +166,11 @@ def test_top_gradients_lead_to_the_same_mask_as_dense_ones_when_they_cover_all_t
         for name in masks(state):
             gradient = model.get_parameter(name).grad
             assert gradient is not None
-            dense[name] = dense.get(name, torch.zeros(gradient.shape).double()) + weight * gradient.double()
+            sent_as = gradient.bfloat16().double()
+            dense[name] = dense.get(name, torch.zeros(gradient.shape).double()) + weight * sent_as
     for name, mask in masks(state).items():
         inactive = int((mask == 0).sum())
-        assert sent[0].tensors.get(f"{name.removesuffix('.weight')}.wake_place", torch.empty(0)).numel() == inactive
+        assert sent[0].tensors.get(f"{name.removesuffix('.weight')}.wake_gradient", torch.empty(0)).numel() == inactive
         assert torch.equal(revised[name.replace("weight", "mask")], slow_move(state[name], mask, dense[name], inactive))
 
 
@@ -187,9 +189,11 @@ def test_a_client_sends_its_largest_inactive_gradients_and_keeps_none() -> None:
     inactive = layer.weight.grad[layer.get_buffer("mask") == 0].abs().sort(descending=True).values
     count = found.tensors["2.wake_gradient"].numel()
     assert count > 0
-    assert torch.equal(found.tensors["2.wake_gradient"].abs(), inactive[:count])
-    places = found.tensors["2.wake_place"].long()
-    assert torch.equal(layer.weight.grad.flatten()[places], found.tensors["2.wake_gradient"])
+    told = found.tensors["2.wake_gradient"]
+    assert torch.equal(told.abs().sort(descending=True).values, inactive[:count].bfloat16())
+    spread_out = spread("2.wake", found.tensors, told, layer.weight.numel())
+    largest = layer.weight.grad.masked_fill(layer.get_buffer("mask") == 1, 0).flatten()
+    assert torch.equal(spread_out, torch.where(largest.abs() >= inactive[count - 1], largest.bfloat16().double(), 0.0))
 
 
 @pytest.mark.parametrize(("number", "moves"), [(1, False), (2, True), (3, False), (4, True), (6, False)])
@@ -352,7 +356,7 @@ def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path)
     change = math.floor(0.25 * (1 + math.cos(math.pi / 10)) * active)
     assert int((mask & ~after["classifier.mask"] & 1).sum()) == change
     for contribution in ended.rounds[1].contributions:
-        values = 4 * (active + 10) + 8 * change
+        values = 4 * (active + 10) + 3 * change + math.ceil(mask.numel() / 255)
         assert values < contribution.bytes_up <= values + 400
         down = 4 * (active + 10) + to_wire(before)["classifier.mask"].numel()
         assert down < contribution.bytes_down <= down + 300
@@ -386,15 +390,15 @@ def test_one_client_at_full_density_is_plain_training_bit_for_bit(home: Path) ->
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_a_place_beyond_the_layer_is_refused_and_the_round_goes_on(home: Path) -> None:
+def test_a_place_beyond_its_block_is_refused_and_the_round_goes_on(home: Path) -> None:
     def beyond(sent: dict[str, Tensor]) -> dict[str, Tensor]:
-        sent["classifier.wake_place"][0] = 784 * 10
+        sent["classifier.wake_offset"][0] = 255
         return sent
 
     ended = execute(trivial(SETTINGS), spoilt(with_deltas(beyond), {1}))
     [bad] = [found for found in ended.rounds[1].contributions if found.client == 1]
     assert bad.status == "refused"
-    assert "outside 0 to 7839" in bad.reason
+    assert "outside 0 to 254" in bad.reason
     assert np.isfinite([metric.value for metric in ended.rounds[-1].metrics]).all()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fedtune.techniques._places import spread
+
 __all__ = ["gathered", "largest", "moved", "smallest_active"]
 
 
@@ -35,6 +37,5 @@ def gathered(mask: Tensor, answers: Iterable[tuple[float, Mapping[str, Tensor]]]
     """The weighted mean of the clients' gradients, zero where none was sent; like ``mask``, double."""
     total = torch.zeros(mask.numel(), dtype=torch.float64)
     for weight, tensors in answers:
-        places, gradient = tensors[f"{owner}.wake_place"].long(), tensors[f"{owner}.wake_gradient"].double()
-        total.index_add_(0, places, gradient * weight)
+        total += weight * spread(f"{owner}.wake", tensors, tensors[f"{owner}.wake_gradient"], mask.numel())
     return total.view(mask.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedtune.contribution import Form
 from fedtune.techniques._mask_moves import largest, moved
+from fedtune.techniques._places import pack_places, place_forms, spread
 from fedtune.techniques._technique import Answer
 
 __all__ = ["averaged", "forms", "move", "told"]
@@ -26,18 +27,17 @@ def move(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> Tensor:
 
 def forms(name: str, numel: int, count: int) -> dict[str, Form]:
     """What a client tells of a layer it moved."""
-    place = Form((count,), "I32", numel)
-    return {f"{name}.left_place": place, f"{name}.wake_place": place, f"{name}.wake_value": Form((count,))}
+    places = place_forms(f"{name}.left", count, numel) | place_forms(f"{name}.wake", count, numel)
+    return places | {f"{name}.wake_value": Form((count,))}
 
 
 def told(name: str, weight: Tensor, received: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Where weights left and woke since a mask was received, and the values of the latter."""
     left, woke = ((one == 1).logical_and(other == 0) for one, other in ((received, mask), (mask, received)))
-    return {
-        f"{name}.left_place": left.flatten().nonzero().flatten().int(),
-        f"{name}.wake_place": woke.flatten().nonzero().flatten().int(),
-        f"{name}.wake_value": weight[woke].float(),
-    }
+    found = {f"{name}.wake_value": weight[woke].float()}
+    for what, places in (("left", left), ("wake", woke)):
+        found |= pack_places(f"{name}.{what}", places.flatten().nonzero().flatten(), mask.numel())
+    return found
 
 
 def averaged(name: str, weight: Tensor, mask: Tensor, answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
@@ -48,16 +48,18 @@ def averaged(name: str, weight: Tensor, mask: Tensor, answers: Sequence[Answer])
     total = weight.double().flatten()
     holders = mask.double().flatten()
     for answer in answers:
-        left, woke, values = _of(name, answer.tensors)
-        holders.index_add_(0, left, torch.full(left.shape, -answer.weight, dtype=torch.float64))
-        holders.index_add_(0, woke, torch.full(woke.shape, answer.weight, dtype=torch.float64))
-        total.index_add_(0, woke, values * answer.weight)
+        left, woke, values = _of(name, answer.tensors, mask.numel())
+        holders += answer.weight * (woke - left)
+        total += answer.weight * values
     held = holders > 1e-9
     mean = torch.where(held, total / holders, 0.0)
     after = largest(mean.abs().masked_fill(~held, -1.0), int(mask.sum())).view(mask.shape)
     return mean.view(weight.shape).float() * after, after
 
 
-def _of(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    left, woke, values = (tensors[f"{name}.{what}"] for what in ("left_place", "wake_place", "wake_value"))
-    return left.long(), woke.long(), values.double()
+def _of(name: str, tensors: Mapping[str, Tensor], entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """1 where a client dropped a weight, 1 where it woke one, and the values of the latter; each [entries]."""
+    value = tensors[f"{name}.wake_value"]
+    ones = torch.ones_like(value)
+    left, woke = (spread(f"{name}.{what}", tensors, ones, entries) for what in ("left", "wake"))
+    return left, woke, spread(f"{name}.wake", tensors, value, entries)

@@ -9,8 +9,8 @@ strength * |theta_S|^2, and the learning rate is raised to beta = p (2 sigmoid(|
 than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
 Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
 join ``activation-pruning`` for what a step keeps.
-Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places and gradients of
-8 bytes up when the mask moves.
+Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places of a byte (and one
+per 255 weights) and k gradients of two up when the mask moves.
 Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add ``live-norm``
 for a net with batch norms from scratch, or ``activation-pruning`` with ``normalise``.
 Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
@@ -18,9 +18,9 @@ Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a
 code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
 lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
 Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
-largest gradients, as the paper says and the code does not. Baselines: ``every: null`` is the fixed random mask,
-``extrusion: null`` dynamic pruning alone, and ``by: clients`` FedDST (arXiv 2112.09824), where each client moves its
-mask midway through a round and the server averages each weight over its holders and keeps the largest.
+largest gradients, as the paper says and the code does not, in bfloat16. Baselines: ``every: null`` is the fixed random
+mask, ``extrusion: null`` dynamic pruning alone, and ``by: clients`` FedDST (arXiv 2112.09824), where each client moves
+its mask midway through a round and the server averages each weight over its holders and keeps the largest.
 """
 
 import math
@@ -40,6 +40,7 @@ from fedtune.techniques._layer_density import active_counts
 from fedtune.techniques._mask_moves import gathered, largest, moved, smallest_active
 from fedtune.techniques._normalised_conv import is_normalised
 from fedtune.techniques._own_moves import averaged, forms, move, told
+from fedtune.techniques._places import pack_places, place_forms
 from fedtune.techniques._technique import Answer, Moment, Technique, require
 
 __all__ = ["DynamicPruning"]
@@ -113,8 +114,8 @@ class DynamicPruning(Technique):
             if self.by == "clients":
                 asked |= forms(name, mask.numel(), count)
             else:
-                asked |= {f"{name}.wake_place": Form((count,), "I32", mask.numel())}
-                asked |= {f"{name}.wake_gradient": Form((count,))}
+                asked |= place_forms(f"{name}.wake", count, mask.numel())
+                asked |= {f"{name}.wake_gradient": Form((count,), "BF16")}
         return asked
 
     def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
@@ -209,6 +210,6 @@ def _note(found: dict[str, Tensor], name: str, mask: Tensor, count: int, weight:
     """Keep the largest inactive entries of a gradient that has just arrived, and let go of the rest."""
     assert weight.grad is not None
     gradient, weight.grad = weight.grad.flatten(), None
-    places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices
-    found[f"{name}.wake_place"] = places.int()
-    found[f"{name}.wake_gradient"] = gradient[places].float()
+    places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices.sort().values
+    found |= pack_places(f"{name}.wake", places, mask.numel())
+    found[f"{name}.wake_gradient"] = gradient[places].bfloat16()

@@ -1,0 +1,40 @@
+"""Ascending places in a flat tensor at a byte each: where in its block a place lies, and how many each block holds.
+
+A block is as long as what a byte can count, so that neither number ever needs a second one: n places among m entries
+take n + ceil(m / 255) bytes in place of 4 n.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedtune.contribution import Form
+
+__all__ = ["pack_places", "place_forms", "spread"]
+
+_BLOCK = 255
+
+
+def pack_places(name: str, places: Tensor, entries: int) -> dict[str, Tensor]:
+    """Ascending places [n] below ``entries`` as two uint8 tensors: offsets [n] and counts [blocks]."""
+    counts = torch.bincount(places // _BLOCK, minlength=_blocks(entries))
+    return {f"{name}_offset": (places % _BLOCK).to(torch.uint8), f"{name}_count": counts.to(torch.uint8)}
+
+
+def place_forms(name: str, places: int, entries: int) -> dict[str, Form]:
+    """What ``pack_places`` gives for as many places, as a contribution must hold it."""
+    counts = Form((_blocks(entries),), "U8", _BLOCK + 1, total=places)
+    return {f"{name}_offset": Form((places,), "U8", _BLOCK), f"{name}_count": counts}
+
+
+def spread(name: str, tensors: Mapping[str, Tensor], values: Tensor, entries: int) -> Tensor:
+    """``values`` [n] at the packed places among zeros, double [entries]; one said to lie behind the end is let go."""
+    offsets, counts = tensors[f"{name}_offset"].long(), tensors[f"{name}_count"].long()
+    places = _BLOCK * torch.arange(len(counts)).repeat_interleave(counts) + offsets
+    dense = torch.zeros(_BLOCK * len(counts), dtype=torch.float64)
+    return dense.index_add_(0, places, values.double())[:entries]
+
+
+def _blocks(entries: int) -> int:
+    return -(-entries // _BLOCK)
