@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from clients import records
 from clients.work import work
+from fedtune import home
 from fedtune.contribution import Order
 from fedtune.training import workshop
 
@@ -20,5 +21,6 @@ def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
     order = Order(**records.order(message.content))  # type: ignore[arg-type]
     shop = workshop(order.recipe)
-    deltas, report = work(order, records.state(message.content), shop, shop.clients[order.client])
+    own = home.runs() / order.run / "own" / f"client-{order.client:06d}"
+    deltas, report = work(order, records.state(message.content), shop, shop.clients[order.client], own)
     return Message(records.answer(deltas, asdict(report)), reply_to=message)

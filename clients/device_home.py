@@ -1,6 +1,7 @@
 """What a device keeps on its own disk, below ``$FEDTUNE_HOME/device``: who it is, its key, the order in hand."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -131,6 +132,10 @@ class DeviceHome:
         """The order has been answered."""
         for what in ("answer", "order"):  # an answer is never left behind for the next order
             (self.folder / what).unlink(missing_ok=True)
+
+    def own(self, run: str) -> Path:
+        """Where what the device keeps for itself in a run rests; a run's name comes from outside, hence the hash."""
+        return self.folder / "own" / hashlib.sha256(run.encode()).hexdigest()[:32]
 
     def forget(self) -> None:
         """Be nobody again."""

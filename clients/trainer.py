@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from clients.budget import shortage
 from clients.channel import Channel, Frame
+from clients.device_home import DeviceHome
 from clients.supply import Supply, holding
 from clients.work import work
 from fedtune.contribution import Order
@@ -53,7 +54,7 @@ class _Trainer:
             if reason := shortage(shop, rows, order.round, self._budget):
                 return Frame({"kind": "declined", "reason": reason})
             self._looked = order.recipe
-        deltas, report = work(order, payload, shop, rows)
+        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run))
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 
 

@@ -1,8 +1,11 @@
 """One client's round as a function of what it is sent: in a simulation and on a device alike."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
+from clients import own_tensors
 from fedtune.contribution import Order, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.training import Workshop, shapes, train
@@ -10,9 +13,16 @@ from fedtune.training import Workshop, shapes, train
 __all__ = ["work"]
 
 
-def work(order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64]) -> tuple[bytes, Report]:
-    """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report."""
+def work(order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], folder: Path) -> tuple[bytes, Report]:
+    """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
+
+    What the client keeps for itself rests in ``folder``, which is its own in this run.
+    """
     state = from_wire(unpack(payload), shapes(shop.model))
-    outcome = train(shop.model, shop.techniques, state, shop.train, rows, shop.recipe, order.round, order.client)
-    report = Report(outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss)
+    own = {**shop.own, **own_tensors.load(folder, order.round)} if shop.own else {}
+    outcome = train(shop.model, shop.techniques, state, shop.train, rows, shop.recipe, order.round, order.client, own)
+    if outcome.own:
+        own_tensors.save(folder, order.round, outcome.own)
+    cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
+    report = Report(*cost, *outcome.own_score)
     return pack({**compact(outcome.delta, masks(state)), **outcome.extras}), report

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from fedtune.errors import ContributionError
 
-__all__ = ["Contribution", "Form", "Order", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
+__all__ = ["Contribution", "Form", "Order", "OwnScore", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
 """Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
 
 
-Sent = Literal["tensors", "pairs", "pairs and base"]
-"""What clients train: tensors that are merged one by one; both factors of low-rank pairs; these beside a shared base.
+Sent = Literal["tensors", "one factor", "pairs", "pairs and base"]
+"""What clients train: tensors that are merged one by one; one factor of low-rank pairs at a time, the other being
+common, merged like tensors; both factors; these beside a shared base.
 """
 
 
@@ -40,17 +41,19 @@ class Pair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1."""
+    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum."""
 
     shape: Shape
     dtype: str = "F32"
     below: int = 0
+    total: int | None = None
 
 
 @dataclass(frozen=True)
 class Order:
     """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
 
+    ``run`` tells the client which tensors of its own to go on with.
     ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
     """
 
@@ -58,17 +61,40 @@ class Order:
     round: int
     client: int
     labels: str = "[]"
+    run: str = ""
+
+
+class OwnScore(NamedTuple):
+    """A model on what a client held out: predictions, mean loss and accuracy; zeros when it held out nothing."""
+
+    predictions: int = 0
+    loss: float = 0.0
+    accuracy: float = 0.0
+
+
+_NOTHING_HELD_OUT = OwnScore()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes."""
+    """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
+
+    The last three are the score of the model it received on what it held out.
+    """
 
     examples: int
     loss: float
     seconds: float
     saved_bytes: int
     peak_rss: int
+    own_predictions: int = 0
+    own_loss: float = 0.0
+    own_accuracy: float = 0.0
+
+    @property
+    def own(self) -> OwnScore:
+        """The three as one."""
+        return OwnScore(self.own_predictions, self.own_loss, self.own_accuracy)
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,7 @@ class Contribution:
     client: int
     examples: int
     path: Path
+    own: OwnScore = _NOTHING_HELD_OUT
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
@@ -90,10 +117,13 @@ class Contribution:
             return {name: file.get_tensor(name) for name in names}
 
 
-def pieces(shape: Shape) -> Iterator[tuple[int, int]]:
-    """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row."""
+def pieces(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row.
+
+    Where pieces of several models are held ``together``, each is as much smaller.
+    """
     height, *width = shape or (1,)
-    step = max(1, _PIECE // max(1, math.prod(width)))
+    step = max(1, _PIECE // max(1, math.prod(width) * together))
     for start in range(0, height, step):
         yield start, min(start + step, height)
 
@@ -158,8 +188,15 @@ def _check_extra(file: Any, name: str, form: Form) -> None:
     tensor: Tensor = file.get_tensor(name)
     if not bool(tensor.isfinite().all()):
         raise ContributionError(f"{name} holds values that are not finite")
-    if not tensor.is_floating_point() and bool(((tensor < 0) | (tensor >= form.below)).any()):
+    if not tensor.is_floating_point() and any(not 0 <= number < form.below for number in _range(tensor)):
         raise ContributionError(f"{name} holds numbers outside 0 to {form.below - 1}")
+    if form.total is not None and int(tensor.sum()) != form.total:
+        raise ContributionError(f"{name} adds up to {int(tensor.sum())} in place of {form.total}")
+
+
+def _range(tensor: Tensor) -> list[int]:
+    """The least and the greatest number, where there is any."""
+    return [int(tensor.min()), int(tensor.max())] if tensor.numel() else []
 
 
 def _check_form(tensor: Any, name: str, form: Form) -> None:

@@ -13,14 +13,14 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune import data, models
+from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.models.sources import resolve
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
 from fedtune.training import build_model, load_state
 
-__all__ = ["Format", "export"]
+__all__ = ["Format", "export", "remark"]
 
 Format = Literal["adapter", "full"]
 
@@ -28,8 +28,8 @@ Format = Literal["adapter", "full"]
 def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str) -> Format:
     """Write the model a state makes to a new folder and return its form; an adapter where PEFT can carry it.
 
-    ``card`` becomes the folder's README. Raises ModelError when an adapter is asked for that PEFT cannot carry, and
-    StoreError when the folder exists already.
+    ``card`` becomes the folder's README, with the remark below it. Raises ModelError when an adapter is asked for that
+    PEFT cannot carry, and StoreError when the folder exists already.
     """
     labels = data.load(recipe).labels
     model, chosen, _ = build_model(recipe, labels)
@@ -42,8 +42,15 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
             _save_adapter(adapter, state, beside)
         else:
             _save_full(model, chosen, recipe, labels, beside)
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        (beside / "README.md").write_text(card + remark(recipe), encoding="utf-8")
     return "full" if adapter is None else "adapter"
+
+
+def remark(recipe: Recipe) -> str:
+    """What must be known of a model that is not all that was learned; nothing of one that is."""
+    if any(technique.keeps_own() for technique in techniques.choose(recipe.train.techniques)):
+        return "Its batch norms are those of before training: each device keeps the ones it trained.\n"
+    return ""
 
 
 def _adapter(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe) -> PeftConfig | None:

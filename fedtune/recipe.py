@@ -193,6 +193,7 @@ class Evaluation(Section):
 
     every: int = Field(1, ge=1)
     batch: int = Field(64, ge=1)
+    own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
 
 
 class Recipe(Section):

@@ -13,13 +13,13 @@ __all__ = ["messages_for", "replies"]
 
 
 def messages_for(
-    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes, labels: str
+    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes, labels: str, run: str
 ) -> dict[int, Message]:
     """One training message per client; client i lives on the i-th node. All share one copy of the state."""
     state = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     return {
         client: Message(
-            RecordDict({"state": state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels)))}),
+            RecordDict({"state": state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels, run)))}),
             nodes[client],
             MessageType.TRAIN,
             group_id=str(number),

@@ -50,7 +50,7 @@ def receive(
         norm=norm,
         loss=report.loss,
     )
-    return record, Contribution(client, report.examples, path)
+    return record, Contribution(client, report.examples, path, report.own)
 
 
 def _error(error: Error) -> tuple[str, str]:
@@ -100,4 +100,6 @@ def _report(record: MetricRecord | None) -> Report:
         raise ContributionError(f"its report gives {strange[0]} as a list; update the client")
     if not isinstance(report.examples, int) or report.examples < 1:
         raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
+    if not isinstance(report.own_predictions, int) or report.own_predictions < 0:
+        raise ContributionError(f"it counts {report.own_predictions} held-out predictions; update the client")
     return report

@@ -28,6 +28,7 @@ from fedtune.training.told_activity import asked_activity
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for, replies
+from server.own_scores import own_scores
 from server.receive import missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 
@@ -62,7 +63,7 @@ def _sweep(run: str) -> None:
     """Remove what a killed process left of its round: contributions and files that were not written to the end."""
     for spool in (home.runs() / run).glob("*.spool"):
         shutil.rmtree(spool)
-    for beside in (home.runs() / run).glob(".*.part"):
+    for beside in (home.runs() / run).rglob(".*.part"):
         beside.unlink()
 
 
@@ -95,14 +96,14 @@ def _round(grid: Grid, shop: Workshop, store: Store, run: str, crew: Crew, state
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
-        records, contributions = _gather(grid, shop, crew, state, number, spool)
+        records, contributions = _gather(grid, shop, run, crew, state, number, spool)
         short = _shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
             state, figures = _merged(shop, state, number, contributions)
         else:
             records = [_unused(record) for record in records]
-    metrics = figures + _evaluate(shop, state, run, number)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
     _commit(store, run, number, state, started, records, metrics, short)
     return state
 
@@ -126,7 +127,7 @@ def _merged(
 
 
 def _gather(
-    grid: Grid, shop: Workshop, crew: Crew, state: State, number: int, spool: Path
+    grid: Grid, shop: Workshop, run: str, crew: Crew, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
     recipe = shop.recipe
@@ -136,9 +137,8 @@ def _gather(
     expected = {name: tuple(wire[name].shape) for name in _sent_names(shop, number)}
     extras = techniques.asked(shop.techniques, shop.model, number)
     extras |= asked_activity(shop.model, recipe, expected)
-    messages = messages_for(
-        clients, crew.nodes, recipe.model_dump_json(), number, payload, json.dumps(shop.corpus.labels)
-    )
+    labels = json.dumps(shop.corpus.labels)
+    messages = messages_for(clients, crew.nodes, recipe.model_dump_json(), number, payload, labels, run)
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
     tell(RoundStarted(number, len(clients)))
@@ -188,6 +188,8 @@ def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[Metr
 
 
 def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
+    if shop.own:  # the state alone is no model
+        return ()
     load_state(shop.model, state)
     examples = getattr(shop, part)
     scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)

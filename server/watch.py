@@ -65,13 +65,13 @@ def summary(record: RoundRecord) -> str:
     words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
     if merged:
         words.append(f"train loss {sum(s.loss * s.examples for s in merged) / sum(s.examples for s in merged):.4f}")
-    words += [f"validation {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
+    words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
     words.append(f"{record.seconds:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 
 
 def _shown(part: str, domain: str, name: str) -> bool:
-    return part == "validation" and domain == "all" and name in ("accuracy", "perplexity")
+    return part in ("validation", "own") and domain == "all" and name in ("accuracy", "perplexity")
 
 
 def _print(event: Event) -> None:

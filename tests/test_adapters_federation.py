@@ -98,7 +98,7 @@ MISFITS = [
     (
         "lora",
         "fedit",
-        r"^merge: fedit takes pairs, but clients send tensors; set lora: {exact: none}, or merge by mean$",
+        r"^merge: fedit takes pairs, but lora sends one factor; set lora: {exact: none}, or merge by mean$",
     ),
     (
         "full",

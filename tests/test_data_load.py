@@ -49,6 +49,28 @@ def test_reviews_and_articles_are_groups() -> None:
     assert (groups["products"], groups["editorials"]) == (300, 498)
 
 
+def test_a_sample_may_be_taken_by_domain() -> None:
+    named = "data.columns={domain: domain}"
+    whole = data.load(a_recipe("data.source=sample:sentiment", named))
+    movies = data.load(a_recipe("data.source=sample:sentiment:movies", named))
+    for part in ("train", "validation", "test"):
+        rows, kept = getattr(whole, part), getattr(movies, part)
+        wanted = [text for text, domain in zip(rows["text"], rows["domain"], strict=True) if domain == "movies"]
+        assert kept["text"][:] == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("sample:sentiment:movie", "^sample:sentiment has no domain 'movie'; .*movies"),
+        ("sample:films:movies", "^sample:films has no domain 'movies'; leave it out$"),
+    ],
+)
+def test_a_domain_that_a_sample_has_not_is_refused(source: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        data.load(a_recipe(f"data.source={source}"))
+
+
 def test_films_are_all_the_film_sentences() -> None:
     loaded = sentiment.films()["train"]
     assert (len(loaded), loaded.column_names) == (10605, ["text", "group"])

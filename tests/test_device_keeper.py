@@ -40,14 +40,16 @@ def _keeper(keepers: list[Keeper], source: str = "part:2", budget: int = PLENTY,
     return keepers[-1]
 
 
-def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
+    order: Frame, keepers: list[Keeper], home: Path
+) -> None:
     keeper = _keeper(keepers)
     first = keeper.ask(order)
     trainer = keeper.pid
     second = keeper.ask(order)
     discard()
     shop = workshop(order.header["recipe"])
-    deltas, report = work(Order(**order.header), order.payload, shop, shop.clients[2])
+    deltas, report = work(Order(**order.header), order.payload, shop, shop.clients[2], home / "own")
     assert first.payload == second.payload == deltas
     assert first.header["report"]["loss"] == report.loss
     assert first.header["holding"]["examples"] == len(shop.clients[2])

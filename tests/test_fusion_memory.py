@@ -49,10 +49,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_file(tuned, Path(name, "model.safetensors"), {"format": "pt"})
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
-def test_the_peak_is_flat_from_two_to_eight_models(models: None, method: str) -> None:
+@pytest.mark.parametrize(("method", "pieces"), [("linear", 3.0), ("ties", 4.5)])
+def test_the_peak_hardly_grows_from_two_to_eight_models(models: None, method: str, pieces: float) -> None:
+    """TIES holds each model's delta of a piece, its kept entries and what is kept; a sum holds nothing of the kind."""
     two, eight = excess(method, 2), excess(method, 8)
-    one_model = sum(torch.Size(shape).numel() for shape in SHAPES.values()) * 2
     piece = 4 * (1 << 18)
-    assert eight - two < 6 * 10 * piece  # about nine pieces for each further model with TIES, far from a model each
-    assert 6 * 10 * piece < 6 * one_model / 2
+    assert (eight - two) / 6 / piece < pieces
+    one_model = sum(torch.Size(shape).numel() for shape in SHAPES.values()) * 2
+    assert pieces * piece < one_model / 4

@@ -27,7 +27,9 @@ from server.rounds import sample
 from tests.federations import Ended, Spoil, execute, order_of, outcome, spoilt, trivial, words
 
 BAD = 1
-REPORT = asdict(Report(examples=5, loss=0.5, seconds=1.0, saved_bytes=10, peak_rss=20))
+REPORT = asdict(
+    Report(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25, own_accuracy=0.75)
+)
 
 
 def payload_of(reply: Message) -> bytes:
@@ -78,6 +80,7 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "half a report": (with_report({"examples": 5}), "refused", "no report that fits"),
     "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "refused", "gives loss as a list"),
     "no examples": (with_report(REPORT | {"examples": 0}), "refused", "it counts 0 examples"),
+    "no held-out examples at all": (with_report(REPORT | {"own_predictions": -1}), "refused", "it counts -1 held-out"),
     "half an example": (with_report(REPORT | {"examples": 0.5}), "refused", "it counts 0.5 examples"),
 }
 
@@ -287,6 +290,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "bytes_down": 99,
         "bytes_up": len(pack(deltas)),
         "norm": 0.0,
-        **REPORT,
+        **{name: value for name, value in REPORT.items() if not name.startswith("own")},
     }
+    assert sent.own == (4, 0.25, 0.75)
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

@@ -38,10 +38,15 @@ def evaluate(
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
     from fedtune.cli.target import load_target
+    from fedtune.errors import ModelError
     from fedtune.training import load_state, score, workshop
 
     recipe, state, run, at = load_target(target, number, store)
     shop = workshop(recipe.model_dump_json())
+    if shop.own:
+        raise ModelError(
+            f"run {run} kept a part of its model on the devices; see its part own: fedtune runs show {run}"
+        )
     examples = getattr(shop, part) if source is None else shop.other(source, _columns(columns))
     load_state(shop.model, state)
     scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)

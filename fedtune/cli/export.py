@@ -27,6 +27,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
     """
     from fedtune.cli.target import load_target
     from fedtune.export import export as write
+    from fedtune.export import remark
 
     recipe, state, run, at = load_target(target, number, store)
     form = write(recipe, state, output, form, _card(recipe.model_dump_json(indent=2), run, at))  # type: ignore[arg-type]
@@ -34,6 +35,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
         click.echo(json.dumps({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
     else:
         click.echo(f"{output}: {form} of run {run}, round {at}")
+        click.echo(remark(recipe), nl=False)
 
 
 def _card(recipe: str, run: str, number: int) -> str:

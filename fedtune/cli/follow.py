@@ -44,12 +44,19 @@ def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:
     absent = [f"{one['device']} {one['status']}" for one in sent if one["status"] != "merged"]
     words += [f"({', '.join(absent)})"] if absent else []
     words += [
-        f"validation {metric['name']} {metric['value']:.4f}" for metric in run["metrics"] if _shown(metric, record)
+        f"{metric['part']} {metric['name']} {metric['value']:.4f}"
+        for metric in run["metrics"]
+        if _shown(metric, record)
     ]
     words.append(f"{record['seconds']:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record['reason']}" if record["status"] == "failed" else "")
 
 
 def _shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
-    newest = metric["round"] == record["number"] and metric["part"] == "validation" and metric["domain"] == "all"
-    return newest and metric["name"] in ("accuracy", "perplexity") and metric["value"] is not None
+    newest = metric["round"] == record["number"] and metric["domain"] == "all"
+    return (
+        newest
+        and metric["part"] in ("validation", "own")
+        and metric["name"] in ("accuracy", "perplexity")
+        and metric["value"] is not None
+    )

@@ -1,5 +1,6 @@
 """``fedtune merge``: several fine-tunes of one base made into one model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,17 +119,20 @@ def _merge_models(asked: _Asked) -> None:
         from fedtune.cli.merge_view import show_comparison
 
         show_comparison(found)
-    scores = {} if asked.dry_run else _write(asked, prepared, text, found)
-    _tell(asked, prepared, found, scores)
+    scores, warned = ({}, []) if asked.dry_run else _write(asked, prepared, text, found)
+    _tell(asked, prepared, found, scores, warned)
 
 
-def _write(asked: _Asked, prepared: "Merge", text: str, found: "Comparison | None") -> "Scores":
-    """Write the result and its card; returns the scores, if any were asked for."""
+def _write(
+    asked: _Asked, prepared: "Merge", text: str, found: "Comparison | None"
+) -> "tuple[dict[str, Any], list[str]]":
+    """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
     from fedtune import fusion
     from fedtune.cli.merge_view import showing
     from fedtune.files import write
     from fedtune.fusion.card import card, hashes
     from fedtune.fusion.result import CARD
+    from fedtune.fusion.warnings import MERGED, faint_channels, outscored
 
     assert asked.output is not None
     named = columns(asked.columns)
@@ -136,21 +140,23 @@ def _write(asked: _Asked, prepared: "Merge", text: str, found: "Comparison | Non
     for name in prepared.models.by_name if asked.evaluate else ():
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
+    warned = faint_channels(prepared.steps.relax, evidence.activity)
     read = hashes(prepared)
     with showing("merging", prepared.bytes) as progress:
         fusion.merge(
             prepared,
             asked.output,
-            card(asked.output.name, prepared, text, read, found, scores),
+            card(asked.output.name, prepared, text, read, found, scores, warned),
             shard_size=size(asked.shard_size),
             evidence=evidence,
             progress=progress,
         )
     if asked.evaluate:
-        scores["merged"] = _score(asked, f"path:{asked.output}", named)
-        told = card(asked.output.name, prepared, text, read, found, scores)
+        scores[MERGED] = _score(asked, f"path:{asked.output}", named)
+        warned += outscored(scores)
+        told = card(asked.output.name, prepared, text, read, found, scores, warned)
         write(asked.output / CARD, told.encode())
-    return scores
+    return scores, warned
 
 
 def _evidence(asked: _Asked, prepared: "Merge", columns: dict[str, str]) -> Any:
@@ -174,7 +180,11 @@ def _score(asked: _Asked, source: str, columns: dict[str, str]) -> Any:
         return score_folder(folder, asked.task, asked.evaluate, columns)
 
 
-def _tell(asked: _Asked, prepared: "Merge", found: "Comparison | None", scores: "Scores") -> None:
+def _tell(
+    asked: _Asked, prepared: "Merge", found: "Comparison | None", scores: "Scores", warned: Sequence[str]
+) -> None:
+    for sentence in warned:
+        click.echo(f"warning: {sentence}", err=True)
     if asked.as_json:
         import json
 
@@ -185,6 +195,7 @@ def _tell(asked: _Asked, prepared: "Merge", found: "Comparison | None", scores: 
             "bytes": prepared.bytes,
             "report": None if found is None else found.document(),
             "scores": {name: [one._asdict() for one in figures] for name, figures in scores.items()},
+            "warnings": list(warned),
         }
         click.echo(json.dumps(document, indent=2))
         return

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.tracking import RoundRecord, RunRecord
-from fedtune.tracking.summary import Score, before_and_after, main_metric, result, scores, series, totals, training_loss
+from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
 
 __all__ = ["show_comparison", "show_list", "show_run"]
 
@@ -83,8 +83,16 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
 
 def _rounds(rounds: Rounds) -> Table:
     name = main_metric(scores(rounds)) or "accuracy"
-    values = series(rounds, "validation", "all", name)
-    table = _table("round>", "status", f"{name}>", "training loss>", "merged>", "sent>", "time>")
+    part, values = curve(rounds, name)
+    table = _table(
+        "round>",
+        "status",
+        f"own {name}>" if part == "own" else f"{name}>",
+        "training loss>",
+        "merged>",
+        "sent>",
+        "time>",
+    )
     for record in rounds:
         cost = totals([record])
         merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
@@ -96,7 +104,7 @@ def _rounds(rounds: Rounds) -> Table:
 
 def _domains(rounds: Rounds, name: str) -> Table:
     table = _table("domain", "part", f"{name} before>", "after>")
-    for part in ("validation", "test"):
+    for part in ("validation", "own", "test"):
         for domain, (before, after) in before_and_after(rounds, part, name).items():
             table.add_row(domain, part, _number(before), _number(after), style="bold" if domain == "all" else "")
     return table

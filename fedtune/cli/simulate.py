@@ -137,7 +137,8 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
     console = Console()
     console.print()
-    show_rows(domain_rows(rounds, shop.domain_of_client, figure), figure, console)
+    if rows := domain_rows(rounds, shop.domain_of_client, figure):  # none where the server has no whole model to score
+        show_rows(rows, figure, console)
     picture = home.runs() / run / "run.png"
     plot([(record, rounds)], picture)
     click.echo(f"\npicture   {picture}")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils import disable_progress_bars, enable_progress_bars, logging
@@ -23,7 +24,7 @@ PARTS = ("train", "validation", "test")
 def read(source: str) -> dict[str, Dataset]:
     """The parts a source has of its own, ``train`` at least, with its own columns.
 
-    A hub id may be followed by a configuration: ``hub:ID:CONFIGURATION``.
+    A hub id may be followed by a configuration: ``hub:ID:CONFIGURATION``; a sample by a domain: ``sample:NAME:DOMAIN``.
     """
     kind, _, name = source.partition(":")
     if kind not in _KINDS or not name:
@@ -71,9 +72,19 @@ def _unreadable(path: Path, builder: str, reason: str) -> str:
 
 
 def _sample(name: str) -> dict[str, Dataset]:
-    if name not in _SAMPLES:
-        raise SourceError(f"there is no sample data {name!r}; {nearest(name, list(_SAMPLES))}")
-    return _SAMPLES[name]()
+    sample, _, domain = name.partition(":")
+    if sample not in _SAMPLES:
+        raise SourceError(f"there is no sample data {sample!r}; {nearest(sample, list(_SAMPLES))}")
+    found = _SAMPLES[sample]()
+    return {part: _of_domain(sample, dataset, domain) for part, dataset in found.items()} if domain else found
+
+
+def _of_domain(sample: str, dataset: Dataset, domain: str) -> Dataset:
+    known = dataset.unique("domain") if "domain" in dataset.column_names else []
+    if domain not in known:
+        told = nearest(domain, known) if known else "leave it out"
+        raise SourceError(f"sample:{sample} has no domain {domain!r}; {told}")
+    return dataset.select(np.flatnonzero(np.asarray(dataset["domain"][:]) == domain))
 
 
 def _dict(loaded: DatasetDict) -> dict[str, Dataset]:

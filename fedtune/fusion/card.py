@@ -29,8 +29,16 @@ def hashes(merge: Merge) -> dict[str, dict[str, str]]:
     return {name: {file.name: known[file] for file in model.files} for name, model in merge.models.by_name.items()}
 
 
-def card(title: str, merge: Merge, text: str, read: Hashes, compared: Comparison | None, scored: Scores) -> str:
-    """The README's text; ``text`` is the configuration as it was given."""
+def card(
+    title: str,
+    merge: Merge,
+    text: str,
+    read: Hashes,
+    compared: Comparison | None,
+    scored: Scores,
+    warned: Sequence[str] = (),
+) -> str:
+    """The README's text; ``text`` is the configuration as it was given, ``warned`` what speaks against the result."""
     parts = [
         _front(merge),
         f"# {title}\n\nMerged by fedtune with `{merge.steps.combine.name}`, accumulated in fp32 and cast once.",
@@ -41,6 +49,8 @@ def card(title: str, merge: Merge, text: str, read: Hashes, compared: Comparison
         parts.append(f"## Before merging\n\n{_figures(compared)}")
     if scored:
         parts.append(f"## Scores\n\n{_scores(scored)}")
+    if warned:
+        parts.append("## Warnings\n\n" + "\n".join(f"- {sentence}" for sentence in warned))
     return "\n\n".join(parts) + "\n"
 
 

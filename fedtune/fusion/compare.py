@@ -14,6 +14,7 @@ from fedtune.fusion.fuse import Merge, Progress
 from fedtune.fusion.pipeline import Deltas
 from fedtune.fusion.threads import one_thread
 from fedtune.fusion.vocabulary import difference, vocabulary
+from fedtune.merging import cosine_table, opposed, scale_that_keeps_length
 
 __all__ = ["Comparison", "Words", "compare"]
 
@@ -76,13 +77,13 @@ def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Co
         _check_base(merge, names, (sums.matrices.sqrt() / math.sqrt(sums.base_matrices or 1.0)).tolist())
     return Comparison(
         models=names,
-        cosines=_cosines(sums.gram),
+        cosines=cosine_table(sums.gram),
         conflicts=sums.conflicts / max(1, sums.entries),
         norms=norms if based else None,
         changed=[len(found) for found in sums.changed] if based else None,
         first=[next(iter(found), None) for found in sums.changed] if based else None,
         words=list(_words(merge, names)),
-        scale=_scale(sums.gram, _weights(merge, names)) if based else None,
+        scale=scale_that_keeps_length(sums.gram, _weights(merge, names)) if based else None,
         tensors=len(sums.seen),
         entries=sums.entries,
     )
@@ -106,7 +107,7 @@ class _Sums:
         if not self.broken and not bool(gram.isfinite().all()):
             self.broken = name
         self.gram += gram
-        self.conflicts += int(((parts.amax(0) > 0) & (parts.amin(0) < 0)).sum())
+        self.conflicts += opposed(parts)
         self.seen[name] = None
         for place, found in enumerate(gram.diagonal().tolist()):
             if found:
@@ -127,7 +128,7 @@ def _stacks(merge: Merge, names: list[str], progress: Progress) -> Iterator[tupl
     done = 0
     for name in shared:
         form = models[0].forms[name]
-        for start, stop in pieces(form.shape):
+        for start, stop in pieces(form.shape, len(models)):
             parts = torch.stack([reader(name, start, stop).flatten() for reader in readers])
             base = None if merge.base is None else merge.base.rows(name, start, stop).flatten()
             yield name, parts.shape[1], parts, base
@@ -150,24 +151,12 @@ def _check_base(merge: Merge, names: list[str], norms: list[float]) -> None:
             )
 
 
-def _cosines(gram: Tensor) -> list[list[float]]:
-    norms = gram.diagonal().sqrt().clamp_min(1e-300)
-    cosines: list[list[float]] = (gram / norms / norms[:, None]).tolist()
-    return cosines
-
-
 def _weights(merge: Merge, names: list[str]) -> Tensor:
     """Each model's weight where nothing is said of single tensors."""
     entries = {entry.model: entry for entry in merge.config.entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
     weights = [merge.steps.combine.weight(layer, "", 0.0) for layer in layers]
     return torch.tensor(weights, dtype=torch.float64)
-
-
-def _scale(gram: Tensor, weights: Tensor) -> float | None:
-    """mean_i |x_i| / |sum_i w_i x_i|: a rule of thumb, not from a paper; None where the sum vanishes."""
-    length = float(weights @ gram @ weights)
-    return float(gram.diagonal().sqrt().mean()) / math.sqrt(length) if length > 0 else None
 
 
 def _words(merge: Merge, names: list[str]) -> Iterator[Words | None]:

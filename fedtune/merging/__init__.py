@@ -1,6 +1,7 @@
 """How results come together: one file is one published merge step; they work on deltas, tensor by tensor."""
 
 from fedtune.merging._by_activity import ByActivity, Measurement, measurement, outshone
+from fedtune.merging._differences import cosine_table, opposed, scale_that_keeps_length
 from fedtune.merging._measured import StatisticsFile
 from fedtune.merging._pipeline import Pipeline, choose, errors, merge, merged_pieces, operands_of, settle
 from fedtune.merging._step import (
@@ -34,11 +35,14 @@ __all__ = [
     "Statistics",
     "StatisticsFile",
     "choose",
+    "cosine_table",
     "errors",
     "measurement",
     "merge",
     "merged_pieces",
     "operands_of",
+    "opposed",
     "outshone",
+    "scale_that_keeps_length",
     "settle",
 ]

@@ -4,6 +4,7 @@ from abc import ABC
 from collections.abc import Iterator
 from functools import partial
 from math import floor, prod
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = ["Breadcrumbs"]
 class Breadcrumbs(TaskVectors, ABC):
     """A band of magnitudes."""
 
+    picks: ClassVar[bool] = True
     density: Density = 0.9
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the largest entries that is dropped")
 

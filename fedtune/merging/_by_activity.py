@@ -69,9 +69,9 @@ def over_rows(scale: Tensor, axis: int, start: int, delta: Tensor) -> Tensor:
     return part.reshape(*part.shape, *trailing).to(delta.dtype)
 
 
-def outshone(activity: Mapping[str, Activity]) -> dict[str, float]:
+def outshone(activity: Mapping[str, Activity], quantile: float = 1.0) -> dict[str, float]:
     """Median s of the weights where one channel outshines the rest, so that AIM leaves nearly all else as merged."""
-    medians = {name: float(share(one).median()) for name, one in activity.items()}
+    medians = {name: float(share(one, quantile).median()) for name, one in activity.items()}
     return {name: median for name, median in medians.items() if median < _FAINT}
 
 

@@ -27,13 +27,17 @@ class Cut(NamedTuple):
         """Each piece of the stream with what is in of it."""
         left = self.ties
         for piece in stream:
-            magnitude = piece.abs()
-            mask = magnitude > self.threshold
-            if left:
-                equal = (magnitude == self.threshold).view(-1).nonzero()[:left, 0]
-                mask.view(-1)[equal] = True
-                left -= len(equal)
+            mask, left = self._mask(piece.abs(), left)
             yield piece, mask
+
+    def _mask(self, magnitude: Tensor, left: int) -> tuple[Tensor, int]:
+        """What is in of a piece, and how many of the ties come later; the magnitudes go before the next model's do."""
+        mask = magnitude > self.threshold
+        if not left:
+            return mask, 0
+        equal = (magnitude == self.threshold).view(-1).nonzero()[:left, 0]
+        mask.view(-1)[equal] = True
+        return mask, left - len(equal)
 
 
 def count_kept(density: float, size: int) -> int:

@@ -94,13 +94,15 @@ class Combine(Named, ABC):
     """Makes one delta out of those of several models, ``fewest`` at least and ``most`` at most.
 
     Running statistics of batch norms are no task vectors: steps that drop or stretch entries are ``thinning`` and leave
-    them to the mean. ``pooled`` variances also hold the spread of the models' means, whatever the models.
+    them to the mean. ``pooled`` variances also hold the spread of the models' means, whatever the models. Steps whose
+    entries win by sign or size are ``picks``: what they make of B, with A common, is no merge of the products B A.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     thinning: ClassVar[bool] = False
+    picks: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
     takes: ClassVar[Sent] = "tensors"
 

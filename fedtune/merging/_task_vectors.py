@@ -1,6 +1,10 @@
 """Merges of task vectors: thin out each, then add them up, with or without an election of signs.
 
 Each published name is a row of switches: how a model's delta is thinned, whether signs are elected, and the settings.
+
+Low-rank pairs: with A common to all models, sum_i c_i (B_i A) = (sum_i c_i B_i) A, so a sum may act on B alone, and so
+may one of entries dropped at random and rescaled, in the mean. What elects signs or keeps the largest may not: for any
+invertible M the pairs (B_i M)(M^-1 A) are the same products, but other entries of B_i M win. It is refused there.
 """
 
 from abc import ABC, abstractmethod

@@ -5,6 +5,8 @@ What: as breadcrumbs, but only entries with the sign of their weighted sum are a
 Memory: one piece per model and 2^16 counters; each delta is read five times.
 Use when: breadcrumbs is, and signs conflict.
 Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
+Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
+  win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Davari, Belilovsky (arXiv 2312.06795), with Yadav et al. (arXiv 2306.01708), algorithm 1.
 """
 

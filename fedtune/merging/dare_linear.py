@@ -4,6 +4,7 @@ What: scale * sum_i w_i m_i x_i / density, m_i drawn entry by entry with probabi
 Memory: one piece per model.
 Use when: task vectors are small and redundant and interfere: dropped entries leave room, and the mean stays unbiased.
 Avoid when: deltas are large (long training or full of noise): dividing by a small density then breaks the model.
+Adapters: where clients send one factor and the other is common, the mean over the draws is the sum of the products.
 Source: Yu et al. (arXiv 2311.03099). Divides by density as published; mergekit rescales by the ratio of
   L1 norms, which is that in the mean.
 """

@@ -5,6 +5,8 @@ What: as dare-linear, but only entries with the sign of sum_i w_i m_i x_i / dens
 Memory: one piece per model.
 Use when: many task vectors interfere in sign, and those of TIES' largest entries are too few to hold a task.
 Avoid when: there are two models, or density is so low that most entries come from one: there is nothing to elect.
+Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
+  win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Yu et al. (arXiv 2311.03099), with Yadav et al. (arXiv 2306.01708), algorithm 1.
   Divides by density as published; mergekit rescales by the ratio of L1 norms.
 """
@@ -21,3 +23,4 @@ class DareTies(Dare):
 
     name: ClassVar[str] = "dare-ties"
     elect: ClassVar[bool] = True
+    picks: ClassVar[bool] = True

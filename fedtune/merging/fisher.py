@@ -22,7 +22,7 @@ from fedtune.merging._span import shares, weights_of
 from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
 from fedtune.merging._task_vectors import plain_sum
 
-__all__ = ["Fisher"]
+__all__ = ["Fisher", "information"]
 
 
 class Fisher(Combine):
@@ -46,6 +46,11 @@ class Fisher(Combine):
                 weights = [w * one for w, one in zip(share, information, strict=True)]
                 total = _mean(parts, weights, total)
             yield total.float().reshape(stop - start, *shape[1:])
+
+
+def information(gradient: Tensor) -> Tensor:
+    """One example's part in the diagonal of the empirical Fisher information: its squared gradient, fp32."""
+    return gradient.float().square()
 
 
 def _information(name: str, shape: Shape, start: int, stop: int, operand: Operand) -> Tensor:

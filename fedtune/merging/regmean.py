@@ -24,7 +24,7 @@ from fedtune.merging._span import shares, weights_of
 from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
 from fedtune.merging._task_vectors import plain_sum
 
-__all__ = ["RegMean"]
+__all__ = ["RegMean", "add_gram"]
 
 
 class RegMean(Combine):
@@ -68,6 +68,12 @@ class RegMean(Combine):
                 f"{list(found.shape)}; measure Gram matrices"
             )
         return found * self.shrink + torch.diag(found.diagonal()) * (1 - self.shrink)
+
+
+def add_gram(total: Tensor, inputs: Tensor) -> None:
+    """Adds sum x x^T over inputs x [n, in] to ``total`` [in, in], in double."""
+    rows = inputs.double()
+    total.addmm_(rows.T, rows)
 
 
 def _mixed(parts: Sequence[Tensor], mixing: Sequence[Tensor]) -> Tensor:

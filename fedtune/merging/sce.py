@@ -6,6 +6,8 @@ What: select the share ``select_topk`` of entries with the largest variance over
 Memory: one piece per model and 2^16 counters; each delta is read five times when selecting, else twice.
 Use when: fine-tunes of one base from different sources are to be fused without choosing weights.
 Avoid when: one model's delta is much larger for no good reason (a higher learning rate): it takes over.
+Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
+  win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Wan et al., FuseChat (arXiv 2408.07990). The share is of the entries on which models differ at all,
   as in mergekit; mergekit weighs all models alike where the squares sum to less than 1e-6, this never does.
 """
@@ -36,6 +38,7 @@ class Sce(Combine):
     name: ClassVar[str] = "sce"
     fewest: ClassVar[int] = 2
     thinning: ClassVar[bool] = True
+    picks: ClassVar[bool] = True
     select_topk: float = Field(1.0, gt=0, le=1, description="share of entries selected by variance")
 
     def weights(self, examples: Sequence[int]) -> list[float]:

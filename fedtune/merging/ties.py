@@ -5,6 +5,8 @@ What: keep the floor(density * n) largest |x| of each tensor; the sign of sum_i 
 Memory: one piece per model and 2^16 counters; each delta is read three times.
 Use when: several fine-tunes of one base disagree in sign on many entries, so that adding cancels what they learned.
 Avoid when: there are one or two models or signs agree: trimming then only loses. Density 0.2 suits larger models best.
+Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
+  win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Yadav et al. (arXiv 2306.01708), algorithm 1. Trims each tensor where the paper trims the whole model, and
   weights multiply before the election, as in mergekit; its density default is 1, the paper's 0.2 is kept here.
 """
@@ -29,6 +31,7 @@ class Ties(TaskVectors):
 
     name: ClassVar[str] = "ties"
     elect: ClassVar[bool] = True
+    picks: ClassVar[bool] = True
     density: Density = 0.2
     normalise: Normalise = True
 

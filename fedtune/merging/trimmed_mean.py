@@ -4,6 +4,8 @@ What: with K models, the floor(share * K) largest and as many smallest values of
 Memory: one piece per model.
 Use when: up to that many contributions may be broken or hostile, and may differ entry by entry.
 Avoid when: there are few models: 0.2 needs five. What only few models learned is cut as well.
+Adapters: where clients send one factor of a product, it is that factor's entries which broken clients cannot move far;
+  the product follows, but is no trimmed mean of the products.
 Source: Yin et al. (arXiv 1803.01498), definition 2.
 """
 

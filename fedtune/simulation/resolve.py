@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fedtune import merging, techniques
 from fedtune.contribution import Sent
 from fedtune.errors import RecipeError
-from fedtune.recipe import Recipe, Unit
+from fedtune.recipe import Evaluation, Recipe, Unit
 from fedtune.registry import Named
 from fedtune.techniques import Technique
 
@@ -24,6 +24,7 @@ def resolve(recipe: Recipe) -> Recipe:
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
     pipeline = merging.choose(recipe.merge)
     _check_fit(chosen, pipeline.combine)
+    _check_own(chosen, pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     return recipe.model_copy(update={"train": train, "merge": merge})
 
@@ -31,9 +32,37 @@ def resolve(recipe: Recipe) -> Recipe:
 def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:
     """Both factors of a low-rank pair may only be trained where the merge treats them as a pair, and the reverse."""
     sent = {technique.sends(): technique.name for technique in chosen if technique.sends() != "tensors"}
-    if combine.takes not in (sent or {"tensors": ""}):
+    if combine.takes == "tensors" and sent.keys() == {"one factor"}:
+        _check_factor(sent["one factor"], combine)
+    elif combine.takes not in (sent or {"tensors": ""}):
         trained = " and ".join(f"{name} sends {kind}" for kind, name in sent.items()) or "clients send tensors"
         raise RecipeError(f"merge: {combine.name} takes {combine.takes}, but {trained}; {_MEND[combine.takes]}")
+
+
+def _check_factor(name: str, combine: merging.Combine) -> None:
+    """What picks entries would pick those of a factor, which are no entries of the product."""
+    if combine.picks:
+        raise RecipeError(
+            f"merge: {combine.name} picks entries by sign or size, but {name} sends one factor of a product, where "
+            "entries mean nothing by themselves; merge by mean, task-arithmetic or dare-linear, or train full"
+        )
+
+
+def _check_own(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluation: Evaluation) -> None:
+    """Where devices keep tensors for themselves, the server has no whole model to score, to align or to measure."""
+    keeping = next((technique.name for technique in chosen if technique.keeps_own()), None)
+    if keeping is None:
+        return
+    if not evaluation.own:
+        raise RecipeError(
+            f"evaluation.own: {keeping} leaves the server no whole model to score, so clients must hold examples out; "
+            "set a share, e.g. 0.2"
+        )
+    unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
+    if unfit:
+        raise RecipeError(
+            f"merge: {unfit[0]} needs a whole model, of which {keeping} leaves a part on devices; drop one"
+        )
 
 
 def _written_out(units: Sequence[Named]) -> list[Unit]:

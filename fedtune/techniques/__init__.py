@@ -10,7 +10,7 @@ from fedtune.contribution import Form, Pair
 from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
-from fedtune.techniques._live_norm import LiveNorm, statistics
+from fedtune.techniques._live_norm import LiveNorm, own, statistics
 from fedtune.techniques._technique import Answer, Moment, Technique
 from fedtune.techniques._terms import collecting
 
@@ -27,6 +27,7 @@ __all__ = [
     "begin_step",
     "choose",
     "collecting",
+    "own",
     "pairs",
     "revise",
     "trained",
@@ -120,5 +121,7 @@ def watch(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callabl
 
 
 def trained(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained now, in the model's order, then of statistics that follow the data."""
-    return [*(name for name, parameter in model.named_parameters() if parameter.requires_grad), *statistics(model)]
+    """Names of what is trained now and sent: parameters in the model's order, then statistics that follow the data."""
+    parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept = set(own(model))
+    return [*(name for name in parameters if name not in kept), *statistics(model)]

@@ -1,4 +1,4 @@
-"""A batch norm that learns its statistics: they follow the data, and are shared like parameters."""
+"""A batch norm that learns its statistics: they follow the data, and are shared like parameters unless it is local."""
 
 from collections.abc import Iterator
 from typing import Self
@@ -6,7 +6,7 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LiveNorm", "statistics"]
+__all__ = ["LiveNorm", "own", "statistics"]
 
 _FEWEST = 32
 """Values per channel that a batch statistic needs; of fewer it would be mostly noise."""
@@ -15,13 +15,17 @@ _FEWEST = 32
 class LiveNorm(nn.BatchNorm2d):
     """In training it normalises by the batch and moves its running statistics, unless the batch is too small."""
 
+    local: bool = False
+    """Whether each device keeps parameters and statistics for itself."""
+
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> Self:
+    def of(cls, norm: nn.BatchNorm2d, local: bool = False) -> Self:
         """One that takes over a norm's parameters and statistics."""
         made = cls(norm.num_features, norm.eps, 0.1 if norm.momentum is None else norm.momentum)
         made.weight, made.bias = norm.weight, norm.bias
         made.running_mean, made.running_var = norm.running_mean, norm.running_var
         made.num_batches_tracked = norm.num_batches_tracked
+        made.local = local
         return made.train(norm.training)
 
     def plain(self) -> nn.BatchNorm2d:
@@ -40,8 +44,19 @@ class LiveNorm(nn.BatchNorm2d):
 
 
 def statistics(model: nn.Module) -> Iterator[str]:
-    """Names of the statistics that are trained."""
+    """Names of the statistics that are trained and shared."""
     for name, layer in model.named_modules():
-        if isinstance(layer, LiveNorm):
+        if isinstance(layer, LiveNorm) and not layer.local:
             yield f"{name}.running_mean"
             yield f"{name}.running_var"
+
+
+def own(model: nn.Module) -> list[str]:
+    """Names of the tensors that each device keeps for itself: they are trained, but neither sent nor merged."""
+    return [
+        f"{name}.{part}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiveNorm) and layer.local
+        for part in ("weight", "bias", "running_mean", "running_var")
+        if getattr(layer, part) is not None
+    ]

@@ -70,7 +70,7 @@ class LowRank(Technique):
     def sends(self) -> Sent:
         """Both factors, unless one of them is common to all clients in each round."""
         both: Sent = "pairs and base" if self.exact == "remainder" else "pairs"
-        return "tensors" if self.exact in ("alternate", "freeze-a") else both
+        return "one factor" if self.exact in ("alternate", "freeze-a") else both
 
     def pairs(self, model: nn.Module) -> list[Pair]:
         """B and A of each layer; the weights of GPT-2's layers are transposed."""

@@ -70,6 +70,10 @@ class Technique(Named):
         """Names of tensors that belong to the shared state though clients do not train them."""
         return []
 
+    def keeps_own(self) -> bool:
+        """Whether devices keep trained tensors for themselves: what the server holds is then not a whole model."""
+        return False
+
     def sends(self) -> Sent:
         """What clients train, as a merge must know it before it can be chosen."""
         return "tensors"

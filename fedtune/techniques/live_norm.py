@@ -2,24 +2,29 @@
 
 What: running mean and variance of every batch norm follow the batches a client sees and are sent with what is trained.
 The server weighs means and variances by examples and adds the spread of the means to the variances, so that they are
-those of all examples together.
+those of all examples together. With ``local`` each device keeps weight, bias, mean and variance of every batch norm for
+itself: they are trained there, but neither sent nor merged (FedBN), from the pretrained ones on.
 Saves: nothing; a norm that looks at the batch keeps its input.
-Sends: two numbers per channel more.
-Use when: a net with batch norms is trained from scratch, or far from what it was pretrained on.
+Sends: two numbers per channel more; with ``local`` nothing of any batch norm.
+Use when: a net with batch norms is trained from scratch, or far from what it was pretrained on; ``local`` when
+devices see pictures of different kinds, such as other cameras or lights, and each uses the model it trained.
 Avoid when: the pretrained statistics fit (the default keeps them), or batches are tiny: below 32 values per channel a
-layer falls back on its running statistics.
+layer falls back on its running statistics. With ``local`` the server has no whole model: only clients can score one, on
+what they hold out (``evaluation.own``), and an export has the norms of before training.
 Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167); the merge is the law of total variance.
+``local``: Li et al., "FedBN" (arXiv 2102.07623).
 """
 
 from collections.abc import Mapping
 from typing import ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
-from fedtune.techniques._live_norm import LiveNorm
-from fedtune.techniques._technique import Technique
+from fedtune.techniques._live_norm import LiveNorm, own
+from fedtune.techniques._technique import Technique, require
 
 __all__ = ["LiveNorms"]
 
@@ -31,13 +36,22 @@ class LiveNorms(Technique):
     trains: ClassVar[bool] = False
     excludes: ClassVar[Mapping[str, str]] = {"checkpointing": "blocks that run again would count their batch twice"}
 
+    local: bool = Field(False, description="each device keeps its batch norms for itself")
+
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:
         """Put a live norm in the place of each plain one; ModelError when the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
             raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
         for name, layer in norms:
-            model.set_submodule(name, LiveNorm.of(layer))
+            model.set_submodule(name, LiveNorm.of(layer, self.local))
+        if self.local:
+            norm_parameters = set(own(model)) & dict(model.named_parameters()).keys()
+            require(model, sorted(norm_parameters))
+
+    def keeps_own(self) -> bool:
+        """When they are local."""
+        return self.local
 
     def fold(self, model: nn.Module) -> None:
         """Plain norms again."""

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from fedtune import files
 from fedtune.errors import StoreError
 from fedtune.tracking.records import RoundRecord, RunRecord
-from fedtune.tracking.summary import domains, main_metric, scores, series, totals, training_loss
+from fedtune.tracking.summary import curve, domains, main_metric, scores, series, totals, training_loss
 
 __all__ = ["plot"]
 
@@ -76,7 +76,9 @@ def _draw_quality(axes: Axes, runs: Recorded) -> None:
     if name is None:
         _say(axes, "Held-out metric", "none recorded")
         return
-    part = "validation" if any(series(rounds, "validation", "all", name) for _, rounds in runs) else "test"
+    part = next(
+        (part for part in ("validation", "own") if any(curve(rounds, name)[0] == part for _, rounds in runs)), "test"
+    )
     axes.set_title(f"{name.capitalize()} on {part}")
     if name == "accuracy":
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")

@@ -11,6 +11,7 @@ __all__ = [
     "Score",
     "Totals",
     "before_and_after",
+    "curve",
     "differences",
     "domains",
     "main_metric",
@@ -70,6 +71,13 @@ def series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> 
     return {number: one.value for number, one in scores(rounds) if (one.part, one.domain, one.name) == wanted}
 
 
+def curve(rounds: Sequence[RoundRecord], name: str) -> tuple[str, dict[int, float]]:
+    """The held-out part that tells how a run went on, and its values by round: what clients held out comes second."""
+    found = {part: series(rounds, part, "all", name) for part in ("validation", "own", "test")}
+    part = next((part for part, values in found.items() if values), "validation")
+    return part, found[part]
+
+
 def domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
     """The domains a metric was reported for, their ``mean`` and ``all`` last."""
     found = {metric.domain for _, metric in scores(rounds) if (metric.part, metric.name) == (part, name)}
@@ -93,11 +101,12 @@ def _last(values: Mapping[int, float]) -> float:
 def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
     """A run's headline: part, metric and value, from the test part once it was scored after training."""
     name = main_metric(scored)
-    of_part: dict[str, dict[int, float]] = {"test": {}, "validation": {}}
+    of_part: dict[str, dict[int, float]] = {"validation": {}, "own": {}, "test": {}}
     for number, metric in scored:
         if (metric.domain, metric.name) == ("all", name) and metric.part in of_part:
             of_part[metric.part][number] = metric.value
-    part = "test" if max(of_part["test"], default=0) > 0 or not of_part["validation"] else "validation"
+    tested = max(of_part["test"], default=0) > 0
+    part = "test" if tested else next((part for part, values in of_part.items() if values), "test")
     return (part, name, _last(of_part[part])) if name and of_part[part] else None
 
 

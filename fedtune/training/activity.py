@@ -1,11 +1,10 @@
 """How active each input channel of a model's weights is: sums of |x| over real tokens, by hooks on the layers."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,9 @@ from fedtune.errors import RecipeError
 from fedtune.merging import Activity, ByActivity
 from fedtune.sparse import mask_name
 from fedtune.techniques import Technique, begin_step
+from fedtune.training.entering import Batch, entering
 
 __all__ = ["Channels", "Total", "activity", "channels", "mean", "require_scaled", "totals"]
-
-Batch = Mapping[str, Tensor]
 
 
 class Channels(NamedTuple):
@@ -107,18 +105,25 @@ def totals(
 ) -> dict[str, Total]:
     """Sums of |x| of the layers at ``places``, by parameter name.
 
-    An input with the shape of the attention mask [batch, tokens] counts its real tokens; any other (a pooled one, or
-    the tokens routed to an expert) counts whole.
+    Padding does not count, as ``entering`` tells it.
     """
     found = {name: Total(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
     model.eval()
-    with _watching(places, found) as tell_mask:
+    with entering({name: (place.layer, place.inward) for name, place in places.items()}, partial(_add, found)) as begin:
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             begin_step(techniques, model, inputs, 1.0)
-            tell_mask(inputs.get("attention_mask"))
+            begin(inputs)
             model(**inputs)
     return found
+
+
+def _add(found: Mapping[str, Total], name: str, rows: Tensor) -> None:
+    total = found[name]
+    if rows.shape[1] != len(total.sums):  # a norm of other than the last axis
+        return
+    total.sums += rows.abs().sum(0, dtype=torch.float64)
+    total.count += len(rows)
 
 
 def mean(places: Mapping[str, Channels], found: Mapping[str, Total]) -> dict[str, Activity]:
@@ -136,41 +141,3 @@ def _by_group(place: Channels, level: Tensor) -> Tensor:
         return level
     rows = int(place.layer.out_channels) // place.groups  # type: ignore[arg-type]
     return level.reshape(place.groups, -1).repeat_interleave(rows, 0)
-
-
-@contextmanager
-def _watching(places: Mapping[str, Channels], found: Mapping[str, Total]) -> Iterator[Callable[[Tensor | None], None]]:
-    """Hooks on the layers inside the block; the callable says which tokens of the batch to come are real."""
-    masks: list[Tensor | None] = [None]
-
-    def tell_mask(mask: Tensor | None) -> None:
-        masks[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
-
-    with ExitStack() as stack:
-        for name, place in places.items():
-            hook = partial(_add, found[name], place, masks)
-            stack.callback(place.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield tell_mask
-
-
-def _add(
-    total: Total,
-    place: Channels,
-    masks: Sequence[Tensor | None],
-    _: nn.Module,
-    given: tuple[Any, ...],
-    named: dict[str, Any],
-) -> None:
-    entered: Tensor = given[0] if given else next(iter(named.values()))
-    rows = _real(entered.movedim(place.inward, -1), masks[0])
-    if rows.shape[1] != place.size:  # a norm of other than the last axis
-        return
-    total.sums += rows.abs().sum(0, dtype=torch.float64)
-    total.count += len(rows)
-
-
-def _real(entered: Tensor, mask: Tensor | None) -> Tensor:
-    """[rows, channels] of an input [..., channels], without padding."""
-    rows = entered.reshape(-1, entered.shape[-1])
-    per_token = mask is not None and entered.shape[:-1] in (mask.shape, (mask.numel(),))
-    return rows[mask.reshape(-1)] if mask is not None and per_token else rows

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
 from fedtune.recipe import Task
 from fedtune.techniques import Technique, begin_step, watch
 
-__all__ = ["Score", "score"]
+__all__ = ["Score", "score", "score_own"]
 
 
 class Score(NamedTuple):
@@ -47,18 +48,40 @@ def score(model: nn.Module, data: Encoded, batch: int, task: Task, techniques: S
     """
     model.eval()
     tallies: dict[str, _Tally] = defaultdict(_Tally)
-    order = _order(data)
     with watch(techniques, model) as figures:
-        for start in range(0, len(data), batch):
-            chosen = order[start : start + batch]
-            inputs = data.batch(chosen)
-            begin_step(techniques, model, inputs, 1.0)
-            for index, row in zip(chosen, _predict(model, inputs, task), strict=True):
-                tallies["all"].add(*row)
-                if data.domains is not None:
-                    tallies[data.domains[index]].add(*row)
+        for index, row in _predictions(model, data, _order(data), batch, task, techniques):
+            tallies["all"].add(*row)
+            if data.domains is not None:
+                tallies[data.domains[index]].add(*row)
         watched = [Score("all", name, value) for name, value in figures().items()]
     return [*_figures(tallies, task), *watched]
+
+
+@torch.no_grad()
+def score_own(
+    model: nn.Module, data: Encoded, rows: Sequence[int], batch: int, task: Task, techniques: Sequence[Technique] = ()
+) -> OwnScore:
+    """The score on some rows, over all of them together."""
+    model.eval()
+    tally = _Tally()
+    for _, row in _predictions(model, data, rows, batch, task, techniques):
+        tally.add(*row)
+    predictions = max(1, tally.count)
+    return OwnScore(tally.count, tally.loss / predictions, tally.correct / predictions)
+
+
+_Row = tuple[int, int, float]
+"""Predictions, correct ones and summed loss of an example."""
+
+
+def _predictions(
+    model: nn.Module, data: Encoded, rows: Sequence[int], batch: int, task: Task, techniques: Sequence[Technique]
+) -> Iterator[tuple[int, _Row]]:
+    for start in range(0, len(rows), batch):
+        chosen = rows[start : start + batch]
+        inputs = data.batch(chosen)
+        begin_step(techniques, model, inputs, 1.0)
+        yield from zip(chosen, _predict(model, inputs, task), strict=True)
 
 
 def _order(data: Encoded) -> list[int]:
@@ -68,8 +91,8 @@ def _order(data: Encoded) -> list[int]:
     return torch.argsort(data.lengths, stable=True).tolist()
 
 
-def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[tuple[int, int, float]]:
-    """Predictions, correct ones and summed loss of each example of a batch."""
+def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[_Row]:
+    """A row for each example of a batch."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     logits: Tensor = model(**inputs).logits.float()

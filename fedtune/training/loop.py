@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
 from fedtune.recipe import Recipe, Train
@@ -26,6 +28,9 @@ from fedtune.techniques import (
     collecting,
     trained,
 )
+from fedtune.techniques import own as own_names
+from fedtune.training.evaluate import score_own
+from fedtune.training.held_out import held_out
 from fedtune.training.optimiser import Stepper, make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 from fedtune.training.told_activity import tell_activity
@@ -34,13 +39,20 @@ IntArray = NDArray[np.int64]
 
 __all__ = ["Outcome", "batches", "processor_threads", "step_loss", "total_steps", "train", "train_mode", "update"]
 
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost."""
+    """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
+
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out.
+    """
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
+    own: dict[str, Tensor]
+    own_score: OwnScore
     examples: int
     loss: float
     seconds: float
@@ -57,26 +69,32 @@ def train(
     recipe: Recipe,
     number: int,
     client: int,
+    own: Mapping[str, Tensor] = _NOTHING,
 ) -> Outcome:
     """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
 
-    Every random number comes from (seed, round, client), so the outcome does not depend on what ran before.
+    ``own`` holds all tensors the device keeps for itself. Every random number comes from (seed, round, client), so the
+    outcome does not depend on what ran before.
     """
+    assert own.keys() == set(own_names(model)), "those of another client would be left in the model"
     started = time.perf_counter()
     reset_peak_rss()
-    load_state(model, state)
+    indices, held = held_out(indices, recipe.evaluation.own, derive(recipe.seed, client, "own"))
+    load_state(model, {**state, **own})
     begin_round(techniques, model, number)
     before = read_state(model, trained(model))
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        own_score = score_own(model, data, held.tolist(), recipe.train.batch, recipe.task, techniques)
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, before, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
         loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client)
-        after = read_state(model, before)
+        after, kept = read_state(model, before), read_state(model, own)
         delta = {name: after[name] - before[name] for name in before}
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
         extras = {**told, **answer(techniques, model, number, backward)}
-    return Outcome(delta, extras, examples, loss, time.perf_counter() - started, saved_bytes, peak_rss())
+    seconds = time.perf_counter() - started
+    return Outcome(delta, extras, kept, own_score, examples, loss, seconds, saved_bytes, peak_rss())
 
 
 def _backward(

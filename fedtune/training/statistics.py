@@ -3,20 +3,19 @@
 Both give tensors by the names of the model's; saved as safetensors they are what ``statistics:`` of a merge names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedtune.errors import DataError
+from fedtune.merging.fisher import information
+from fedtune.merging.regmean import add_gram
+from fedtune.training.entering import Batch, entering
 from fedtune.training.loop import step_loss
 
 __all__ = ["fisher_information", "input_grams"]
-
-Batch = Mapping[str, Tensor]
-Hear = Callable[[Tensor | None], None]
 
 
 def fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, 
             gradients = torch.autograd.grad(step_loss(model, example), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += gradient.float().square()
+                    sums[name] += information(gradient)
             count += 1
     return {name: total / _some(count) for name, total in sums.items()}
 
@@ -69,10 +68,15 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]
     sums = {name: torch.zeros(layer.in_features, layer.in_features).double() for name, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
     model.eval()
-    with _listening(layers, sums, counts) as hear:
+
+    def add(name: str, rows: Tensor) -> None:
+        add_gram(sums[name], rows)
+        counts[name] += len(rows)
+
+    with entering({name: (layer, -1) for name, layer in layers.items()}, add) as begin:
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            hear(inputs.get("attention_mask"))
+            begin(inputs)
             model(**inputs)
     _some(sum(counts.values()))
     return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
@@ -86,30 +90,6 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for name, parameter in model.named_parameters()
         if id(parameter) in linear and id(parameter) not in embeddings
     }
-
-
-@contextmanager
-def _listening(layers: Mapping[str, nn.Linear], sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[Hear]:
-    """Adds up what enters the layers inside the block; the callable tells the mask of the batch to come."""
-    masks: list[Tensor | None] = [None]
-
-    def hear(mask: Tensor | None) -> None:
-        masks[0] = None if mask is None else mask.bool()
-
-    def add(name: str, _: nn.Module, given: Sequence[Tensor]) -> None:
-        rows = _real(given[0], masks[0]).double()
-        sums[name].addmm_(rows.T, rows)
-        counts[name] += len(rows)
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
-        yield hear
-
-
-def _real(entered: Tensor, mask: Tensor | None) -> Tensor:
-    """[rows, in] of an input [..., in], without the padding of one that has a row per token."""
-    return entered[mask] if mask is not None and entered.shape[:-1] == mask.shape else entered.flatten(0, -2)
 
 
 def _some(count: int) -> int:

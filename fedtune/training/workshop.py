@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from datasets import Dataset
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune import data, merging, models, techniques
 from fedtune.errors import ModelError, RecipeError
@@ -18,7 +18,7 @@ from fedtune.recipe import Columns, Data, Recipe
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
-from fedtune.training.state import tensors_of
+from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
 
@@ -49,6 +49,12 @@ class Workshop:
     model: nn.Module = field(repr=False)
     techniques: tuple[Technique, ...]
     shared: list[str] = field(repr=False)
+    own: dict[str, Tensor] = field(init=False, repr=False)
+    """What each device keeps for itself, as it is before training."""
+
+    def __post_init__(self) -> None:
+        """Read them while the model is untrained."""
+        self.own = read_state(self.model, techniques.own(self.model))
 
     @cached_property
     def clients(self) -> list[np.ndarray]:
@@ -96,7 +102,7 @@ class Workshop:
     def own_trained(self) -> None:
         """In a worker process: replace the mapped copies of what is trained by own ones."""
         tensors = tensors_of(self.model)
-        for name in self.shared:
+        for name in [*self.shared, *self.own]:
             tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: Dataset) -> data.Encoded:

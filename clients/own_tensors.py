@@ -1,0 +1,34 @@
+"""Tensors that a device keeps for itself, at rest: one file for each of the last two rounds it trained in.
+
+The older one is there for a round that is begun again: it must find what it found the first time.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune import checkpoint
+
+__all__ = ["load", "save"]
+
+
+def load(folder: Path, before: int) -> dict[str, Tensor]:
+    """The latest tensors of a round earlier than ``before``; none when there was no such round."""
+    earlier = [number for number in _rounds(folder) if number < before]
+    return checkpoint.load(_path(folder, earlier[-1])) if earlier else {}
+
+
+def save(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the tensors of round ``number`` and of the latest one before it."""
+    checkpoint.save(_path(folder, number), tensors)
+    for old in _rounds(folder)[:-2]:
+        _path(folder, old).unlink()
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:04d}.safetensors"
+
+
+def _rounds(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))

@@ -1,0 +1,67 @@
+"""What a merge's own figures speak against, one sentence each, for the screen and for the card."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from fedtune.merging import Activity, ByActivity, Relax, outshone
+
+__all__ = ["MERGED", "faint_channels", "outscored"]
+
+MERGED = "merged"
+"""What the result is called among the scored models."""
+_RISES = {"perplexity": False, "accuracy": True, "loss": False}
+"""The figures models are ranked by, the first that was taken, and whether more is better."""
+_OVER = ("mean", "all")
+
+
+class _Figure(Protocol):
+    @property
+    def domain(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+
+
+class _Rank(NamedTuple):
+    better: float
+    told: str
+
+
+def faint_channels(steps: Sequence[Relax], activity: Mapping[str, Activity]) -> list[str]:
+    """Where one input channel outshines all others, so that a step that follows activity does next to nothing."""
+    found = []
+    for step in (step for step in steps if isinstance(step, ByActivity) and step.needs):
+        medians = outshone(activity, step.quantile)
+        if medians:
+            name = min(medians, key=lambda weight: medians[weight])
+            found.append(
+                f"{step.name} leaves {len(medians)} of {len(activity)} weights nearly as merged, because one input "
+                f"channel outshines the others (median s {medians[name]:.1e} in {name}); set its quantile below 1"
+            )
+    return found
+
+
+def outscored(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
+    """Whether an input, or the base, scores better than the result: over domains if there are several."""
+    ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures)) is not None}
+    merged = ranks.pop(MERGED, None)
+    if merged is None or not ranks:
+        return []
+    best = max(ranks, key=lambda model: ranks[model].better)
+    if ranks[best].better <= merged.better:
+        return []
+    return [
+        f"the merge is outshone by {best}, which has {ranks[best].told} where the merge has {merged.told}; "
+        "try another method, other weights or a smaller scale"
+    ]
+
+
+def _rank(figures: Sequence[_Figure]) -> _Rank | None:
+    values = {(one.name, one.domain): one.value for one in figures}
+    for name, rises in _RISES.items():
+        for domain in _OVER:
+            if (value := values.get((name, domain))) is not None:
+                told = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
+                return _Rank(value if rises else -value, told)
+    return None

@@ -1,0 +1,45 @@
+"""What enters chosen layers of a model, as rows of channels without padding."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "entering"]
+
+Batch = Mapping[str, Tensor]
+Note = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def entering(layers: Mapping[str, tuple[nn.Module, int]], note: Note) -> Iterator[Callable[[Batch], None]]:
+    """Inside the block ``note`` is given a layer's name and rows [n, channels] whenever the layer runs.
+
+    ``layers`` say which axis of the input counts channels; the callable is told the batch that runs next. An input with
+    the shape of its attention mask [batch, tokens] has rows for its real tokens; any other (a pooled one, or the tokens
+    routed to an expert) has all its rows.
+    """
+    real: list[Tensor | None] = [None]
+
+    def begin(batch: Batch) -> None:
+        mask = batch.get("attention_mask")
+        real[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
+
+    def heard(name: str, inward: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entered: Tensor = given[0] if given else next(iter(named.values()))
+        note(name, _rows(entered.movedim(inward, -1), real[0]))
+
+    with ExitStack() as stack:
+        for name, (layer, inward) in layers.items():
+            hook = partial(heard, name, inward)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield begin
+
+
+def _rows(entered: Tensor, real: Tensor | None) -> Tensor:
+    """[rows, channels] of an input [..., channels], without padding."""
+    rows = entered.reshape(-1, entered.shape[-1])
+    per_token = real is not None and entered.shape[:-1] in (real.shape, (real.numel(),))
+    return rows[real.reshape(-1)] if real is not None and per_token else rows

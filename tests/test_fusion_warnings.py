@@ -1,0 +1,98 @@
+"""Merges that do nothing, or score worse than what they are made of, say so."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from fedtune.cli.merge import merge
+from fedtune.fusion.warnings import faint_channels, outscored
+from fedtune.merging import Activity, choose
+from fedtune.recipe import Unit
+from fedtune.training import Score
+from tests.fusion_models import base_and_tuned, save
+from tests.tiny import bert
+
+
+def figures(accuracy: float, loss: float, domain: str = "all") -> list[Score]:
+    return [Score(domain, "accuracy", accuracy), Score(domain, "loss", loss)]
+
+
+def test_the_best_input_that_scores_better_is_named() -> None:
+    scores = {"one": figures(0.8, 1), "two": figures(0.9, 2), "base": figures(0.3, 3), "merged": figures(0.85, 0.1)}
+    [sentence] = outscored(scores)
+    assert sentence.startswith("the merge is outshone by two, which has accuracy 0.9000 where the merge has accuracy")
+
+
+def test_a_merge_as_good_as_its_best_input_is_not_warned_of() -> None:
+    assert outscored({"one": figures(0.8, 1), "merged": figures(0.8, 2)}) == []
+    assert outscored({"merged": figures(0.1, 9)}) == []
+
+
+def test_less_loss_is_better_where_there_is_no_accuracy() -> None:
+    lower, higher = [Score("all", "loss", 1.0)], [Score("all", "loss", 2.0)]
+    assert len(outscored({"one": lower, "merged": higher})) == 1
+    assert outscored({"one": higher, "merged": lower}) == []
+
+
+def test_language_models_are_ranked_by_perplexity() -> None:
+    sharp, right = [Score("all", "perplexity", 9.0)], [Score("all", "perplexity", 10.0)]
+    assert len(outscored({"one": [*sharp, *figures(0.1, 9)], "merged": [*right, *figures(0.2, 1)]})) == 1
+
+
+def test_the_mean_over_domains_goes_before_all_examples() -> None:
+    one = figures(0.9, 1, "all") + figures(0.5, 1, "mean")
+    assert outscored({"one": one, "merged": figures(0.8, 1, "all") + figures(0.6, 1, "mean")}) == []
+
+
+def test_an_outlier_channel_is_told_until_the_quantile_leaves_it_out() -> None:
+    level = torch.ones(200)
+    level[3] = 1000
+    activity = {"outlier.weight": Activity(level), "plain.weight": Activity(torch.ones(200))}
+    [sentence] = faint_channels(choose([Unit(name="mean"), Unit(name="aim")]).relax, activity)
+    assert sentence.startswith("aim leaves 1 of 2 weights nearly as merged")
+    assert "median s 1.0e-03 in outlier.weight" in sentence
+    lower = choose([Unit(name="mean"), Unit(name="aim", settings={"quantile": 0.9})]).relax
+    assert faint_channels(lower, activity) == []
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_evaluate_warns_on_the_screen_and_in_the_card(folder: None) -> None:
+    for name, bias in (("all0", [100.0, 0, 0]), ("all1", [0.0, 10, 0])):
+        model = bert()
+        model.classifier.bias.data = torch.tensor(bias)
+        save(model, Path(name))
+    Path("texts.csv").write_text("text,label\nword3 word4,LABEL_1\nword5,LABEL_1\nword6 word7 word8,LABEL_1\n")
+    arguments = ["all0", "all1", "--evaluate", "csv:texts.csv", "--task", "sequence-classification", "-o", "out"]
+    arguments.append("--json")
+    result = CliRunner().invoke(merge, arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    [sentence] = outscored({name: [Score(**one) for one in kept] for name, kept in document["scores"].items()})
+    assert "outshone by all1, which has accuracy 1.0000 where the merge has accuracy 0.0000" in sentence
+    assert document["warnings"] == [sentence]
+    assert f"warning: {sentence}" in result.stderr
+    assert f"## Warnings\n\n- {sentence}\n" in Path("out/README.md").read_text()
+
+
+def test_aim_on_a_base_with_an_outlier_channel_warns(folder: None, tmp_path: Path) -> None:
+    base_and_tuned(tmp_path)
+    weights = load_file("base/model.safetensors")
+    name = "model.layers.0.input_layernorm.weight"
+    weights[name][5] *= 1e5
+    save_file(weights, "base/model.safetensors", {"format": "pt"})
+    text = " ".join(f"word{k % 39 + 1}" for k in range(30))
+    Path("texts.jsonl").write_text(f'{{"text": "{text}"}}\n' * 40)
+    arguments = ["tuned1", "tuned2", "--base", "base", "--trust-base", "--relax", "aim", "-o", "out"]
+    arguments += ["--calibrate", "jsonl:texts.jsonl", "--task", "causal-language-modelling"]
+    result = CliRunner().invoke(merge, arguments)
+    assert result.exit_code == 0, result.output
+    assert "warning: aim leaves" in result.stderr
+    assert "- aim leaves" in Path("out/README.md").read_text()

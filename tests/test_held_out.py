@@ -1,0 +1,88 @@
+"""What clients hold out: it is scored before they train, and never trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedtune.data import Encoded
+from fedtune.seeds import derive
+from fedtune.training import load_state, read_state, train, workshop
+from fedtune.training.held_out import held_out
+from tests.federations import execute, trivial
+
+SHARE = "evaluation.own=0.3"
+
+
+class Watched:
+    """Encoded examples that remember which of them were asked for while gradients were taken."""
+
+    def __init__(self, data: Encoded) -> None:
+        self._data, self.domains, self.lengths = data, data.domains, data.lengths
+        self.trained: set[int] = set()
+        self.scored: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        (self.trained if torch.is_grad_enabled() else self.scored).update(indices)
+        return self._data.batch(indices)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "wanted"), [(10, 0.3, 3), (3, 0.3, 0), (4, 0.3, 1), (1, 0.5, 0), (2, 0.5, 1)]
+)
+def test_a_share_rounded_down_is_held_out_and_the_rest_kept(count: int, share: float, wanted: int) -> None:
+    rows = np.arange(100, 100 + count)
+    kept, held = held_out(rows, share, 5)
+    assert len(held) == wanted
+    assert sorted([*kept, *held]) == rows.tolist()
+    assert [kept.tolist(), held.tolist()] == [sorted(kept), sorted(held)]
+
+
+def test_without_a_share_rows_stay_as_they_are() -> None:
+    rows = np.array([4, 2, 9])
+    assert held_out(rows, 0.0, 1)[0] is rows
+
+
+def test_each_seed_holds_out_other_rows() -> None:
+    drawn = {tuple(held_out(np.arange(30), 0.2, seed)[1]) for seed in range(60)}
+    assert len(drawn) > 50
+    assert set().union(*drawn) == set(range(30))
+
+
+def test_held_out_examples_are_never_trained_on_and_scored_as_by_hand() -> None:
+    shop = workshop(trivial(SHARE, "train={steps: null, epochs: 2}").model_dump_json())
+    recipe, rows, client = shop.recipe, shop.clients[2], 2
+    kept, held = held_out(rows, 0.3, derive(recipe.seed, client, "own"))
+    state = {name: torch.randn_like(tensor) for name, tensor in read_state(shop.model, shop.shared).items()}
+    for number in (1, 2):
+        watched = Watched(shop.train)
+        got = train(shop.model, shop.techniques, state, watched, rows, recipe, number, client)
+        assert watched.trained == set(kept.tolist())
+        assert watched.scored == set(held.tolist())
+        load_state(shop.model, state)
+        batch = shop.train.batch(held.tolist())
+        with torch.no_grad():
+            logits = shop.model(pixel_values=batch["pixel_values"]).logits
+        assert got.own_score.predictions == len(held)
+        assert got.own_score.accuracy == pytest.approx(float((logits.argmax(1) == batch["labels"]).float().mean()))
+        assert got.own_score.loss == pytest.approx(float(F.cross_entropy(logits, batch["labels"])), rel=1e-5)
+
+
+def test_a_run_records_what_clients_report_beside_the_central_figures(home: Path) -> None:
+    ended = execute(trivial(SHARE))
+    for record in ended.rounds[1:]:
+        parts = {metric.part for metric in record.metrics}
+        assert {"own", "validation"} <= parts
+    assert not any(metric.part == "own" for metric in ended.rounds[0].metrics)
+
+
+def test_no_figure_is_recorded_when_no_client_can_hold_anything_out(home: Path) -> None:
+    ended = execute(trivial("evaluation.own=0.01", "data.limit=40"))
+    assert not any(metric.part == "own" for record in ended.rounds for metric in record.metrics)

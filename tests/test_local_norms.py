@@ -1,0 +1,200 @@
+"""FedBN: batch norms that stay on devices, in federations that run on, are killed, or are worked by a pool."""
+
+import importlib.util
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from flwr.app import Message
+from torch import Tensor
+
+from clients import own_tensors
+from clients.channel import Frame
+from clients.keeper import Keeper
+from clients.work import work
+from fedtune import checkpoint
+from fedtune import home as homes
+from fedtune.cli.main import cli
+from fedtune.contribution import Contribution, Order, OwnScore, pack, unpack
+from fedtune.errors import RecipeError
+from fedtune.simulation.flower_engine import run_flower
+from fedtune.simulation.workers import Pool
+from fedtune.sparse import to_wire
+from fedtune.techniques import own
+from fedtune.tracking import Store
+from fedtune.training import read_state, workshop
+from server.own_scores import own_scores
+from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt
+from tests.kills import start
+from tests.local_norms import local_norms, text
+
+RAY = importlib.util.find_spec("ray") is not None
+
+
+def kept(run: str, client: int) -> dict[str, Tensor]:
+    return own_tensors.load(homes.runs() / run / "own" / f"client-{client:06d}", 99)
+
+
+def everything(run: str) -> dict[str, str]:
+    """Digests of what each client of a run keeps, by file."""
+    files = sorted((homes.runs() / run / "own").rglob("*"))
+    return {
+        str(file.relative_to(homes.runs() / run)): checkpoint.digest(checkpoint.load(file))
+        for file in files
+        if file.is_file()
+    }
+
+
+def figures(ended: Ended) -> list[tuple[int, str, str, float]]:
+    return [(record.number, m.part, m.name, m.value) for record in ended.rounds for m in record.metrics]
+
+
+def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path, tmp_path: Path) -> None:
+    recipe = local_norms(tmp_path)
+    shop = workshop(recipe.model_dump_json())
+    names, begun = own(shop.model), read_state(shop.model, own(shop.model))
+    assert len(names) == 4 * 20, "weight, bias, mean and variance of each of ResNet-18's norms"
+    sent: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+
+    def note(message: Message, reply: Message) -> Message:
+        down = message.content.array_records["state"]["safetensors"].data
+        sent[order_of(message)] = bytes(down), bytes(reply.content.array_records["delta"]["safetensors"].data)
+        return reply
+
+    ended = execute(recipe, spoilt(note, range(3)))
+    for down, up in sent.values():
+        assert unpack(down).keys() == unpack(up).keys() == set(shop.shared)
+        assert not set(names) & unpack(down).keys()
+    for number in (1, 2, 3):
+        assert len({sent[number, client][0] for client in range(3)}) == 1
+    for name in names:
+        values = [begun[name], *(kept(ended.run.id, client)[name] for client in range(3))]
+        assert not any(torch.equal(a, b) for place, a in enumerate(values) for b in values[:place]), name
+
+
+def test_only_clients_score_a_model_whose_norms_they_keep(home: Path, tmp_path: Path) -> None:
+    ended = execute(local_norms(tmp_path))
+    assert [(number, part, name) for number, part, name, _ in figures(ended)] == [
+        (number, "own", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
+    ]
+
+
+def test_a_round_starts_from_the_norms_of_the_round_before(home: Path, tmp_path: Path) -> None:
+    whole = execute(local_norms(tmp_path), run="whole")
+    folder = homes.runs() / "whole" / "own" / "client-000000"
+    assert [path.name for path in sorted(folder.iterdir())] == ["round-0002.safetensors", "round-0003.safetensors"]
+
+    def forget(message: Message, reply: Message) -> Message:
+        for path in (homes.runs() / "forgetful" / "own" / "client-000000").iterdir():
+            path.unlink()
+        return reply
+
+    forgetful = execute(local_norms(tmp_path), spoilt(forget, {0}), run="forgetful")
+    assert forgetful.hashes[:2] == whole.hashes[:2]
+    assert forgetful.hashes[2] != whole.hashes[2]
+
+
+def test_a_pool_of_processes_ends_in_the_bits_of_one(home: Path, tmp_path: Path) -> None:
+    recipe = local_norms(tmp_path, "federation.rounds=2")
+    alone = execute(recipe, run="alone")
+    pooled = execute(recipe, Pool(workshop(recipe.model_dump_json()), 2), run="pooled")
+    assert pooled.hashes == alone.hashes
+    assert figures(pooled) == figures(alone)
+    assert everything("pooled") == everything("alone")
+
+
+@pytest.mark.parametrize("plant", ["before the rename", "before the commit"])
+def test_a_killed_and_resumed_run_keeps_what_an_undisturbed_one_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text(tmp_path))
+    found = []
+    for home, steps in (("alone", [""]), ("killed", [plant, "resume"])):
+        for step in steps:
+            argv = ["--resume", "latest"] if step == "resume" else [str(recipe)]
+            process = start(tmp_path / home, "simulate", *argv, "--json", plant=step if step == plant else "")
+            process.join()
+            assert process.exitcode == (-signal.SIGKILL if step == plant else 0), (
+                tmp_path / home / "printed"
+            ).read_text()
+        monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / home))
+        ended = outcome()
+        assert not list((homes.runs() / ended.run.id).rglob(".*.part"))
+        found.append((ended.hashes, figures(ended), everything(ended.run.id)))
+    assert found[0] == found[1]
+    assert len(found[0][2]) == 6
+
+
+def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, tmp_path: Path) -> None:
+    recipe = local_norms(tmp_path).model_dump_json()
+    shop = workshop(recipe)
+    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
+    orders = [Order(recipe, number, 1, run=run) for run, number in rounds]
+    keeper = Keeper("part:1", 4_000_000_000, 60.0)
+    try:
+        answers = [keeper.ask(Frame(asdict(order), payload)) for order in orders]
+    finally:
+        keeper.close()
+    assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
+    simulated = [work(order, payload, shop, shop.clients[1], home / order.run)[0] for order in orders]
+    assert [answer.payload for answer in answers] == simulated
+    assert simulated[1] == simulated[3] != simulated[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
+def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> None:
+    recipe = local_norms(tmp_path, "federation.rounds=2")
+    alone = execute(recipe, run="alone")
+    with Store.open() as store:
+        begin(store, recipe, "flower", engine="flower")
+    with silent():
+        run_flower(recipe, "flower", homes.store_url())
+    assert outcome("flower").hashes == alone.hashes
+    assert everything("flower") == everything("alone")
+
+
+def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlier_one(tmp_path: Path) -> None:
+    for number in (1, 9, 10000):
+        own_tensors.save(tmp_path, number, {"n": torch.tensor(float(number))})
+    assert own_tensors.load(tmp_path, 10001)["n"] == 10000
+    assert own_tensors.load(tmp_path, 10000)["n"] == 9
+    assert own_tensors.load(tmp_path, 9) == {} == own_tensors.load(tmp_path / "none", 5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
+    told = [OwnScore(3, 1.0, 0.0), OwnScore(), OwnScore(1, 3.0, 1.0)]
+    got = own_scores([Contribution(client, 5, tmp_path, score) for client, score in enumerate(told)])
+    assert {(m.part, m.domain, m.name): m.value for m in got} == {
+        ("own", "all", "accuracy"): 0.25,
+        ("own", "all", "loss"): 1.5,
+    }
+    assert own_scores([Contribution(0, 5, tmp_path)]) == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("evaluation.own=0", "clients must hold examples out"), ("merge=[rebasin, mean]", "rebasin needs a whole model")],
+)
+def test_what_needs_a_whole_model_on_the_server_is_refused(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        local_norms(tmp_path, override)
+
+
+def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None:
+    execute(local_norms(tmp_path, "federation.rounds=1"))
+    exported = CliRunner().invoke(cli, ["export", "latest", "-o", str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.output
+    assert "Its batch norms are those of before training" in exported.output
+    assert "Its batch norms are those of before training" in (tmp_path / "out" / "README.md").read_text()
+    refused = CliRunner().invoke(cli, ["evaluate", "latest"])
+    assert "kept a part of its model on the devices" in str(refused.exception)
+    shown = CliRunner().invoke(cli, ["runs", "show", "latest"])
+    assert "own accuracy" in shown.output
