@@ -1,5 +1,6 @@
 """What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -102,4 +103,6 @@ def _report(record: MetricRecord | None) -> Report:
         raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
     if not isinstance(report.own_predictions, int) or report.own_predictions < 0:
         raise ContributionError(f"it counts {report.own_predictions} held-out predictions; update the client")
+    if not math.isfinite(report.own_loss) or not 0 <= report.own_accuracy <= 1:
+        raise ContributionError("its score on held-out examples is none; check its data, or update the client")
     return report

@@ -81,6 +81,8 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "refused", "gives loss as a list"),
     "no examples": (with_report(REPORT | {"examples": 0}), "refused", "it counts 0 examples"),
     "no held-out examples at all": (with_report(REPORT | {"own_predictions": -1}), "refused", "it counts -1 held-out"),
+    "an accuracy above 1": (with_report(REPORT | {"own_accuracy": 1.5}), "refused", "its score on held-out examples"),
+    "a loss that is none": (with_report(REPORT | {"own_loss": float("nan")}), "refused", "its score on held-out"),
     "half an example": (with_report(REPORT | {"examples": 0.5}), "refused", "it counts 0.5 examples"),
 }
 
