@@ -19,9 +19,9 @@ def test_the_chart_gives_the_papers_figures_of_five_blocks() -> None:
     assert found["chart_stored_less"] > 69
 
 
-@pytest.mark.parametrize(("kind", "stock", "ours"), [("v2", 38, 14.375), ("v3", 44, 20.375)])
+@pytest.mark.parametrize(("kind", "stock", "ours"), [("v2", 38, 14.375), ("v3", 44, 14.773)])
 def test_a_blocks_real_bytes_are_the_formulas(kind: str, stock: float, ours: float) -> None:
-    """In maps of the block's narrow end; beside them the norms' batch statistics and the gate's few channels."""
+    """In maps of the block's narrow end; beside them the norms' batch statistics. V3's gate keeps 0.398 of one."""
     a = 4 * 8 * 96 * 49
     found = block(kind)
     assert found["stock_bytes"] == pytest.approx(stock * a, rel=0.02)

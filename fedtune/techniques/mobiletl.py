@@ -8,8 +8,8 @@ part runs without a graph and, since its large maps set the resident memory, ``m
 Sends: the weights of those blocks, and the statistics of their last norms.
 Exactness: gradients of ReLU and ReLU6 nets are those of the same network by ordinary means; ``mask: paper`` takes
 1[x >= 0] for ReLU6 as published. Hard-swish has no exact mask; 1[x >= 0] is the published one, ``hard_swish: exact``
-keeps its input. Squeeze-excite is trained as usual and keeps its full share. In micro-batches the frozen part gives
-what it gives on the whole batch, up to rounding.
+keeps its input. Squeeze-excite is trained as usual; what it gives is made again for the convolution behind it, which
+else would keep it too. In micro-batches the frozen part gives what it gives on the whole batch, up to rounding.
 Use when: pictures are classified by a mobile net on a device whose memory is filled by activations.
 Avoid when: the net has no such blocks (it is refused), or all of it must be trained: use ``full``.
 Source: Chiang, Frumkin, Liang and Marculescu, "MobileTL: On-device Transfer Learning with Inverted Residual Blocks"
@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedtune.recipe import Task
+from fedtune.techniques._behind_gate import behind_gate
 from fedtune.techniques._inverted_residual import Top, top
 from fedtune.techniques._masked import EXACT, SIGNED, Rule
 from fedtune.techniques._prefix import run_apart
@@ -108,6 +109,8 @@ class Mobiletl(Technique):
         for block in found.blocks:
             for name in (*block.convolutions, *block.inner, *block.activations, block.last):
                 replace(model, name, make)
+            if block.gate:
+                replace(model, block.convolutions[-1], behind_gate)
         for name in (*tail.convolutions, *tail.norms, *tail.activations, *tail.dropouts):
             replace(model, name, make)
 

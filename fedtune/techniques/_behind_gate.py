@@ -1,0 +1,70 @@
+"""A convolution that reads a product, a map times its gate, keeps the two factors and makes the product again.
+
+The product's own backward pass keeps both factors anyway, so that a squeeze-excite block holds one wide map less.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
+from fedtune.techniques._recast import Restorable, recast
+
+__all__ = ["behind_gate"]
+
+_PRODUCT = "MulBackward0"
+
+
+class BehindGateConv2d(nn.Conv2d, Restorable):
+    """A convolution whose input is a product of two maps that both have gradients; with any other it is plain."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
+        """[n, c, h, w] -> [n, c', h', w'], bit-equal to the plain layer, gradients too."""
+        factors = _factors(input)
+        if not factors or not self.weight.requires_grad:
+            return super().forward(input)
+        assert not isinstance(self.padding, str)
+        geometry = Geometry((), self.stride, self.padding, self.dilation, self.groups)
+        out: Tensor = _OfProduct.apply(input, self.weight, self.bias, geometry, *factors)
+        return out
+
+    def plain(self) -> nn.Conv2d:
+        """The convolution it was."""
+        return recast(self, nn.Conv2d)
+
+
+def behind_gate(convolution: nn.Module) -> nn.Module:
+    """A plain convolution as one that keeps factors; others as they are."""
+    known = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
+    return recast(convolution, BehindGateConv2d) if known and not isinstance(convolution.padding, str) else convolution
+
+
+def _factors(product: Tensor) -> tuple[Tensor, ...]:
+    """The two tensors that were multiplied, where autograd keeps both; nothing otherwise."""
+    made: Any = product.grad_fn
+    if made is None or made.name() != _PRODUCT or not torch.is_grad_enabled():
+        return ()
+    pair = made._saved_self, made._saved_other
+    return tuple(one.detach() for one in pair) if all(isinstance(one, Tensor) for one in pair) else ()
+
+
+class _OfProduct(torch.autograd.Function):
+    """Keeps the weight, which the layer holds anyway, and the factors, which the product keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, one: Tensor, other: Tensor
+    ) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(weight, one, other)
+        return convolve(x, weight, bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, one, other = ctx.saved_tensors
+        x = one * other
+        found = convolve_backward(gradients[0], x, x.shape, weight, ctx.geometry, ctx.needs_input_grad[:3])
+        return (*found, None, None, None)
