@@ -17,22 +17,29 @@ def draws(seed: int, model: int, name: str) -> torch.Generator:
 
 
 def dropped(stream: Iterable[Tensor], density: float, random: torch.Generator) -> Iterator[Tensor]:
-    """Each entry kept with probability ``density``."""
-    for piece in stream:
-        yield piece * (torch.rand(piece.shape, generator=random) < density)
+    """Each entry kept with probability ``density``; no piece is held between two."""
+
+    def drop(piece: Tensor) -> Tensor:
+        return piece * (torch.rand(piece.shape, generator=random) < density)
+
+    return map(drop, stream)
 
 
 def ranked(stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator) -> Iterator[Tensor]:
     """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank, and divided by it.
 
-    p rises evenly from density - epsilon for the smallest to density + epsilon for the largest.
+    p rises evenly from density - epsilon for the smallest to density + epsilon for the largest. No piece is held
+    between two.
     """
-    for piece in stream:
+
+    def drop(piece: Tensor) -> Tensor:
         width = piece.shape[1]
         place = torch.linspace(-1, 1, width) if width > 1 else torch.zeros(1)
         order = piece.abs().argsort(dim=1, stable=True)
         p = torch.empty_like(piece).scatter_(1, order, (density + epsilon * place).expand_as(piece))
-        yield piece * (torch.rand(piece.shape, generator=random) < p) / p
+        return piece * (torch.rand(piece.shape, generator=random) < p) / p
+
+    return map(drop, stream)
 
 
 def redrawn(seed: int, evidence: Evidence) -> int:

@@ -23,21 +23,21 @@ class Cut(NamedTuple):
     threshold: float
     ties: int
 
-    def masks(self, stream: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each piece of the stream with what is in of it."""
+    def inside(self) -> Callable[[Tensor], Tensor]:
+        """What tells of each next piece of a stream which entries are in; it counts the ties it has passed."""
         left = self.ties
-        for piece in stream:
-            mask, left = self._mask(piece.abs(), left)
-            yield piece, mask
 
-    def _mask(self, magnitude: Tensor, left: int) -> tuple[Tensor, int]:
-        """What is in of a piece, and how many of the ties come later; the magnitudes go before the next model's do."""
-        mask = magnitude > self.threshold
-        if not left:
-            return mask, 0
-        equal = (magnitude == self.threshold).view(-1).nonzero()[:left, 0]
-        mask.view(-1)[equal] = True
-        return mask, left - len(equal)
+        def mask(piece: Tensor) -> Tensor:
+            nonlocal left
+            magnitude = piece.abs()
+            found = magnitude > self.threshold
+            if left:
+                equal = (magnitude == self.threshold).view(-1).nonzero()[:left, 0]
+                found.view(-1)[equal] = True
+                left -= len(equal)
+            return found
+
+        return mask
 
 
 def count_kept(density: float, size: int) -> int:
@@ -46,19 +46,25 @@ def count_kept(density: float, size: int) -> int:
 
 
 def largest(stream: Stream, keep: int, size: int) -> Iterator[Tensor]:
-    """The stream of ``size`` entries with all but its ``keep`` largest set to zero."""
+    """The stream of ``size`` entries with all but its ``keep`` largest set to zero; no piece is held between two."""
     if keep >= size:
-        yield from stream()
-        return
-    for piece, mask in cut(stream, keep).masks(stream()):
-        yield piece * mask
+        return iter(stream())
+    inside = cut(stream, keep).inside()
+
+    def keep_inside(piece: Tensor) -> Tensor:
+        return piece * inside(piece)
+
+    return map(keep_inside, stream())
 
 
 def between(stream: Stream, first: int, last: int, size: int) -> Iterator[Tensor]:
     """The stream with only its entries number ``first`` to ``last`` (exclusive) from the largest down."""
-    dropped = cut(stream, first).masks(stream())
-    for kept, (piece, mask) in zip(largest(stream, last, size), dropped, strict=True):
-        yield kept - piece * mask
+    inside = cut(stream, first).inside()
+
+    def keep_outside(piece: Tensor) -> Tensor:
+        return piece * ~inside(piece)
+
+    return map(keep_outside, largest(stream, last, size))
 
 
 def cut(stream: Stream, keep: int) -> Cut:

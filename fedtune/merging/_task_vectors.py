@@ -44,8 +44,8 @@ class TaskVectors(Combine, ABC):
         add = elected_sum if self.elect else plain_sum
         weights = [operand.weight for operand in operands]
         streams = [self.of(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
-        for (start, stop), parts in zip(pieces(shape), zip(*streams, strict=True), strict=True):
-            total = add(parts, weights, self.normalise).mul_(self.scale)
+        for start, stop in pieces(shape):
+            total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)
             yield total.float().reshape(stop - start, *shape[1:])
 
 

@@ -14,7 +14,6 @@ Source: Wan et al., FuseChat (arXiv 2408.07990). The share is of the entries on 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import tee
 from typing import ClassVar
 
 import torch
@@ -49,8 +48,9 @@ class Sce(Combine):
         """The merged delta of each piece."""
         select = self._selection(partial(_stacks, name, shape, operands))
         coefficients = _coefficients(select(), len(operands))
-        for (start, stop), parts in zip(pieces(shape), select(), strict=True):
-            total = _erased(parts.double(), coefficients)
+        chosen = select()
+        for start, stop in pieces(shape):
+            total = _erased(next(chosen), coefficients)
             yield total.float().reshape(stop - start, *shape[1:])
 
     def _selection(self, stacks: Stacks) -> Stacks:
@@ -64,30 +64,44 @@ class Sce(Combine):
 
 def _stacks(name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
     """All models' deltas of each piece [K, rows, width]."""
-    for parts in zip(*(deltas(name, shape, operand) for operand in operands), strict=True):
-        yield torch.stack(parts)
+    streams = [deltas(name, shape, operand) for operand in operands]
+    for _ in pieces(shape):
+        yield torch.stack([next(stream) for stream in streams])
 
 
 def _variance(stack: Tensor) -> Tensor:
-    values = stack.double()
-    return (values - values.mean(0)).square_().mean(0).float()
+    """Over the models, of a stack [K, rows, width]; model by model, so that no second stack is held."""
+    mean = stack.sum(0, dtype=torch.float64) / len(stack)
+    total = torch.zeros_like(mean)
+    for part in stack:
+        total += (part - mean).square_()
+    return (total / len(stack)).float()
 
 
 def _chosen(cut: Cut, stacks: Stacks) -> Iterator[Tensor]:
-    held, varied = tee(stacks())
-    for stack, (_, mask) in zip(held, cut.masks(map(_variance, varied)), strict=True):
-        yield stack * mask
+    inside = cut.inside()
+
+    def keep_inside(stack: Tensor) -> Tensor:
+        kept: Tensor = stack.mul_(inside(_variance(stack)))
+        return kept
+
+    return map(keep_inside, stacks())
 
 
 def _erased(stack: Tensor, coefficients: Tensor) -> Tensor:
-    """The mean by coefficient [K] of the entries that have the sign of their sum, a tie being positive."""
-    agree = torch.where(stack.sum(0) >= 0, stack > 0, stack < 0) * coefficients[:, None, None]
-    return (stack * agree).sum(0) / torch.where(agree.any(0), agree.sum(0), 1.0)
+    """The mean by coefficient [K] of the entries that have the sign of their sum, a tie being positive; double."""
+    positive = stack.sum(0, dtype=torch.float64) >= 0
+    total, over = torch.zeros(2, *positive.shape, dtype=torch.float64)
+    for part, coefficient in zip(stack, coefficients, strict=True):
+        agree = torch.where(positive, part > 0, part < 0)
+        total.addcmul_(part, agree * coefficient)
+        over.add_(agree, alpha=float(coefficient))
+    return total / torch.where(over > 0, over, 1.0)
 
 
 def _coefficients(stacks: Iterable[Tensor], count: int) -> Tensor:
     """Each model's share of the summed squares; equal shares of nothing."""
     total = torch.zeros(count, dtype=torch.float64)
     for stack in stacks:
-        total = add_up(total, torch.stack([dots(part, part) for part in stack.double()], 1))
+        total = add_up(total, torch.stack([dots(part.double(), part.double()) for part in stack], 1))
     return (total / total.sum()).nan_to_num(1 / count)
