@@ -82,8 +82,7 @@ def _chosen(cut: Cut, stacks: Stacks) -> Iterator[Tensor]:
     inside = cut.inside()
 
     def keep_inside(stack: Tensor) -> Tensor:
-        kept: Tensor = stack.mul_(inside(_variance(stack)))
-        return kept
+        return stack.mul_(inside(_variance(stack)))
 
     return map(keep_inside, stacks())
 
@@ -91,7 +90,7 @@ def _chosen(cut: Cut, stacks: Stacks) -> Iterator[Tensor]:
 def _erased(stack: Tensor, coefficients: Tensor) -> Tensor:
     """The mean by coefficient [K] of the entries that have the sign of their sum, a tie being positive; double."""
     positive = stack.sum(0, dtype=torch.float64) >= 0
-    total, over = torch.zeros(2, *positive.shape, dtype=torch.float64)
+    total, over = (torch.zeros(positive.shape, dtype=torch.float64) for _ in range(2))
     for part, coefficient in zip(stack, coefficients, strict=True):
         agree = torch.where(positive, part > 0, part < 0)
         total.addcmul_(part, agree * coefficient)
