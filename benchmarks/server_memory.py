@@ -24,6 +24,7 @@ from fedtune.files import write
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe import Unit
 from fedtune.simulation.flower_private import be_node
+from server.parts import Part
 from server.receive import receive
 
 COUNTS = (1, 4, 16, 64)
@@ -53,7 +54,7 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive(reply(client, folder / "sent"), client, "phone", 0, SHAPES, {}, None, folder)
+        _, sent = receive(reply(client, folder / "sent"), client, "phone", Part(b"", SHAPES, {}), None, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)

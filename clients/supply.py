@@ -29,11 +29,15 @@ class Supply:
 
     def of(self, order: Order) -> tuple[Workshop, Rows]:
         """The workshop for an order and the rows of its training part that are this device's."""
-        key = (order.recipe, order.labels)
+        recipe = Recipe.model_validate_json(order.recipe).of(order.client)
+        key = (recipe.model_dump_json(), order.labels)
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             discard()
-            self._held = _part(order, self._source) if self._source.startswith("part:") else _own(order, self._source)
+            if self._source.startswith("part:"):
+                self._held = _part(recipe, self._source)
+            else:
+                self._held = _own(recipe, tuple(json.loads(order.labels)), self._source)
             self._key = key
         return self._held
 
@@ -50,17 +54,16 @@ def _counts(train: Dataset, labels: tuple[str, ...], rows: Rows) -> dict[str, in
     return {name: counted[number] for number, name in enumerate(labels)}
 
 
-def _part(order: Order, source: str) -> tuple[Workshop, Rows]:
-    shop = workshop(order.recipe)
+def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:
+    shop = workshop(recipe.model_dump_json())
     number = source.removeprefix("part:")
     if not number.isdecimal() or int(number) >= len(shop.clients):
         raise DataError(f"--data {source} is none of the recipe's {len(shop.clients)} parts; count from part:0")
     return shop, shop.clients[int(number)]
 
 
-def _own(order: Order, source: str) -> tuple[Workshop, Rows]:
+def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[Workshop, Rows]:
     """All examples of the source train: columns are called as in the recipe, which says no more about them."""
-    recipe, labels = Recipe.model_validate_json(order.recipe), tuple(json.loads(order.labels))
     columns = recipe.data.columns.model_dump(include={"text", "image", "label"})
     chosen = Data(source=source, columns=Columns.model_validate(columns))
     recipe = recipe.model_copy(update={"data": chosen})

@@ -17,6 +17,7 @@ from clients.supply import Supply, holding
 from clients.work import work
 from fedtune.contribution import Order
 from fedtune.errors import FedtuneError
+from fedtune.training import Workshop
 
 __all__ = ["main"]
 
@@ -37,7 +38,7 @@ class _Trainer:
 
     def __init__(self, source: str, budget: int) -> None:
         self._supply, self._budget = Supply(source), budget
-        self._looked = ""
+        self._looked: Workshop | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """Train, or say why not; whatever is raised ends up in the answer."""
@@ -50,10 +51,10 @@ class _Trainer:
 
     def _train(self, order: Order, payload: bytes) -> Frame:
         shop, rows = self._supply.of(order)
-        if self._looked != order.recipe:
+        if self._looked is not shop:
             if reason := shortage(shop, rows, order.round, self._budget):
                 return Frame({"kind": "declined", "reason": reason})
-            self._looked = order.recipe
+            self._looked = shop
         deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run))
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 

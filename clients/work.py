@@ -18,9 +18,10 @@ def work(order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], 
 
     What the client keeps for itself rests in ``folder``, which is its own in this run.
     """
-    state = from_wire(unpack(payload), shapes(shop.model))
-    own = {**shop.own, **own_tensors.load(folder, order.round)} if shop.own else {}
-    outcome = train(shop.model, shop.techniques, state, shop.train, rows, shop.recipe, order.round, order.client, own)
+    part = shop.of(order.client)
+    state = from_wire(unpack(payload), shapes(part.model))
+    own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
+    outcome = train(part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own)
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
     cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss

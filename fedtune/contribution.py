@@ -106,6 +106,11 @@ class Contribution:
     path: Path
     own: OwnScore = _NOTHING_HELD_OUT
 
+    def names(self) -> set[str]:
+        """Of the tensors it holds; what is asked beside the deltas is among them."""
+        with safe_open(self.path, "pt") as file:
+            return set(file.keys())
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 __all__ = [
     "Columns",
@@ -26,6 +26,7 @@ __all__ = [
     "Unit",
 ]
 
+Dtype = Literal["float32", "bfloat16"]
 Task = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
 
 
@@ -56,11 +57,16 @@ class Unit(Section):
         return {self.name: self.settings}
 
 
+def split_joined(value: Any) -> Any:
+    """Names joined by ``+`` as a list; anything else as it is."""
+    return value.split("+") if isinstance(value, str) else value
+
+
 class Model(Section):
     """The pretrained model everything is a delta to."""
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class Columns(Section):
@@ -134,12 +140,31 @@ class Data(Section):
     limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
 
 
+_OWN = ("techniques", "batch", "dtype")
+
+
 class DeviceClass(Section):
-    """Devices of one kind: how many, and the memory each allows a training step."""
+    """Devices of one kind: how many, the memory each allows a training step, and what they do otherwise than ``train``.
+
+    What they train must be a part of what ``train.techniques`` shares; low-rank pairs may be narrower.
+    """
 
     name: str = "device"
     count: int = Field(ge=1)
     memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
+    techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
+    batch: int | None = Field(None, ge=1, description="in place of train.batch")
+    dtype: Dtype | None = Field(None, description="in place of model.dtype")
+
+    @field_validator("techniques", mode="before")
+    @classmethod
+    def _split_joined_techniques(cls, value: Any) -> Any:
+        return split_joined(value)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings it has of its own."""
+        return tuple(name for name in _OWN if getattr(self, name) is not None)
 
 
 Optimiser = Literal["adamw", "sgd", "adamw8bit", "paged_adamw8bit", "lion8bit"]
@@ -163,12 +188,10 @@ class Train(Section):
     epochs: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
 
-    @model_validator(mode="before")
+    @field_validator("techniques", mode="before")
     @classmethod
     def _split_joined_techniques(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and isinstance(value.get("techniques"), str):
-            return {**value, "techniques": value["techniques"].split("+")}
-        return value
+        return split_joined(value)
 
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:
@@ -227,6 +250,32 @@ class Recipe(Section):
                 return device
             client -= device.count
         raise IndexError("more clients than devices")
+
+    def of(self, client: int) -> Self:
+        """What one client carries out: its device class's own settings in place of the recipe's."""
+        return self.with_settings_of(self.device_of(client))
+
+    def with_settings_of(self, device: DeviceClass) -> Self:
+        """The recipe as one device class carries it out; no class has settings of its own any more."""
+        none = dict.fromkeys(_OWN)
+        train = {"techniques": device.techniques or self.train.techniques, "batch": device.batch or self.train.batch}
+        return self.model_copy(
+            update={
+                "devices": [each.model_copy(update=none) for each in self.devices],
+                "train": self.train.model_copy(update=train),
+                "model": self.model.model_copy(update={"dtype": device.dtype or self.model.dtype}),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _device_classes_differ_by_name(self) -> Self:
+        names = [device.name for device in self.devices]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice and any(device.settings for device in self.devices):
+            raise ValueError(
+                f"devices: two classes are called {twice[0]}; name them apart to give one its own settings"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:

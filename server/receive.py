@@ -1,17 +1,17 @@
 """What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from flwr.app import Error, Message, MetricRecord
 
 from fedtune.answers import DECLINED
-from fedtune.contribution import Contribution, Form, Report, check
+from fedtune.contribution import Contribution, Report, check
 from fedtune.errors import ContributionError
 from fedtune.files import write
 from fedtune.tracking import ContributionRecord
+from server.parts import Part
 
 __all__ = ["missing", "receive"]
 
@@ -20,20 +20,19 @@ def receive(
     reply: Message,
     client: int,
     device: str,
-    bytes_down: int,
-    expected: Mapping[str, tuple[int, ...]],
-    extras: Mapping[str, Form],
+    part: Part,
     max_norm: float | None,
     spool: Path,
 ) -> tuple[ContributionRecord, Contribution | None]:
     """The record of a reply, and the contribution when it is one that may be merged."""
+    bytes_down = len(part.payload)
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
     try:
         write(path, _payload(reply))
         report = _report(reply.content.metric_records.get("report"))
-        norm = check(path, expected, extras, max_norm)
+        norm = check(path, part.expected, part.extras, max_norm)
     except ContributionError as error:
         path.unlink(missing_ok=True)
         return _absent(client, device, "refused", str(error), bytes_down), None

@@ -13,22 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedtune import checkpoint, home, merging, techniques
-from fedtune.contribution import Contribution, pack
+from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
-from fedtune.sparse import compact, masks, spread_out, to_wire
+from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
-from fedtune.training.told_activity import asked_activity
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for, replies
 from server.own_scores import own_scores
+from server.parts import Part, part_of, sent_names, widened
 from server.receive import missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 
@@ -114,7 +115,7 @@ def _merged(
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = merging.choose(shop.recipe.merge)
     found = masks(state)
-    names = _sent_names(shop, number)
+    names = sent_names(shop, number)
     told = evidence(shop, pipeline, state, number, names, contributions)
     told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
@@ -132,33 +133,43 @@ def _gather(
     """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
     recipe = shop.recipe
     clients = sample(recipe, number)
-    wire = to_wire(state)
-    payload = pack(wire)
-    expected = {name: tuple(wire[name].shape) for name in _sent_names(shop, number)}
-    extras = techniques.asked(shop.techniques, shop.model, number)
-    extras |= asked_activity(shop.model, recipe, expected)
-    labels = json.dumps(shop.corpus.labels)
-    messages = messages_for(clients, crew.nodes, recipe.model_dump_json(), number, payload, labels, run)
+    parts = _parts(shop, clients, state, number)
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
     tell(RoundStarted(number, len(clients)))
+    messages = _messages(shop, run, crew, number, parts)
     for client, reply in replies(grid, messages, recipe.federation.deadline, crew.poll):
-        device = crew.names[client]
         records[client], sent = receive(
-            reply, client, device, len(payload), expected, extras, recipe.federation.max_norm, spool
+            reply, client, crew.names[client], parts[client], recipe.federation.max_norm, spool
         )
-        contributions += [sent] if sent else []
+        if sent:
+            widened(shop, shop.of(client), sent)
+            contributions.append(sent)
         tell(Answered(number, records[client]))
     for client in sorted(set(clients) - records.keys()):
-        records[client] = missing(client, crew.names[client], len(payload))
+        records[client] = missing(client, crew.names[client], len(parts[client].payload))
         tell(Answered(number, records[client]))
     return [records[client] for client in clients], sorted(contributions, key=lambda sent: sent.client)
 
 
-def _sent_names(shop: Workshop, number: int) -> list[str]:
-    """Names of the tensors that are trained, and so sent back, in a round."""
-    techniques.begin_round(shop.techniques, shop.model, number)
-    return techniques.trained(shop.model)
+def _parts(shop: Workshop, clients: Sequence[int], state: State, number: int) -> dict[int, Part]:
+    """What each client is sent and asked for; clients of one device class share it."""
+    made: dict[int, Part] = {}
+    for client in clients:
+        part = shop.of(client)
+        if id(part) not in made:
+            made[id(part)] = part_of(shop, part, state, number)
+    return {client: made[id(shop.of(client))] for client in clients}
+
+
+def _messages(shop: Workshop, run: str, crew: Crew, number: int, parts: Mapping[int, Part]) -> dict[int, Message]:
+    """A message to each client, in client order; all of one class share one copy of the state."""
+    recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
+    found: dict[int, Message] = {}
+    for part in {id(part): part for part in parts.values()}.values():
+        clients = [client for client, own in parts.items() if own is part]
+        found |= messages_for(clients, crew.nodes, recipe, number, part.payload, labels, run)
+    return dict(sorted(found.items()))
 
 
 def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:

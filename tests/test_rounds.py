@@ -22,6 +22,7 @@ from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.simulation.workers import Answer, InTurn
+from server.parts import Part
 from server.receive import receive
 from server.rounds import sample
 from tests.federations import Ended, Spoil, execute, order_of, outcome, spoilt, trivial, words
@@ -277,7 +278,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     number_message(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive(reply, 7, "phone", 99, shapes, {}, None, tmp_path)
+    record, sent = receive(reply, 7, "phone", Part(b"x" * 99, shapes, {}), None, tmp_path)
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.rows("weight", 1, 4), deltas["weight"][1:4])

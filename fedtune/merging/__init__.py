@@ -4,6 +4,7 @@ from fedtune.merging._by_activity import ByActivity, Measurement, measurement, o
 from fedtune.merging._differences import cosine_table, opposed, scale_that_keeps_length
 from fedtune.merging._measured import StatisticsFile
 from fedtune.merging._pipeline import Pipeline, choose, errors, merge, merged_pieces, operands_of, settle
+from fedtune.merging._ranks import narrowed, widened
 from fedtune.merging._step import (
     Activity,
     Align,
@@ -40,9 +41,11 @@ __all__ = [
     "measurement",
     "merge",
     "merged_pieces",
+    "narrowed",
     "operands_of",
     "opposed",
     "outshone",
     "scale_that_keeps_length",
     "settle",
+    "widened",
 ]

@@ -1,6 +1,7 @@
 """How results come together: align -> combine -> relax -> renormalise, tensor by tensor and piece by piece."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from torch import Tensor
@@ -104,8 +105,37 @@ def merge(
     contributions: Sequence[Contribution],
     evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
 ) -> dict[str, Tensor]:
-    """The next shared state: ``state`` with the merged delta added to the named tensors, then renormalised."""
-    named = list(names)
+    """The next shared state: ``state`` with the merged delta added to the named tensors, then renormalised.
+
+    Each tensor is merged over the contributions that hold it, whose weights are theirs alone; one that none holds
+    stays.
+    """
+    merged = dict(state)
+    for named, senders in _by_senders(names, contributions):
+        merged = _merge_over(pipeline, merged, named, senders, evidence)
+    return merged
+
+
+def _by_senders(
+    names: Iterable[str], contributions: Sequence[Contribution]
+) -> Iterator[tuple[list[str], list[Contribution]]]:
+    """Names in order, together where the same contributions hold them."""
+    held = [one.names() for one in contributions]
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(tuple(name in found for found in held), []).append(name)
+    for holds, named in groups.items():
+        if any(holds):
+            yield named, list(compress(contributions, holds))
+
+
+def _merge_over(
+    pipeline: Pipeline,
+    state: Mapping[str, Tensor],
+    named: Sequence[str],
+    contributions: Sequence[Contribution],
+    evidence: Evidence,
+) -> dict[str, Tensor]:
     operands: Sequence[Operand] = operands_of(pipeline.combine, contributions)
     for step in pipeline.align:
         operands = step.align(state, operands, evidence)
@@ -133,7 +163,10 @@ def errors(
     evidence: Evidence,
 ) -> dict[str, float]:
     """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name."""
-    return pair_errors(pipeline.combine, state, list(names), operands_of(pipeline.combine, contributions), evidence)
+    figures: dict[str, float] = {}
+    for named, senders in _by_senders(names, contributions):
+        figures |= pair_errors(pipeline.combine, state, named, operands_of(pipeline.combine, senders), evidence)
+    return figures
 
 
 def _merge_one(

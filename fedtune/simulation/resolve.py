@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fedtune import merging, techniques
 from fedtune.contribution import Sent
 from fedtune.errors import RecipeError
-from fedtune.recipe import Evaluation, Recipe, Unit
+from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
 from fedtune.registry import Named
 from fedtune.techniques import Technique
 
@@ -25,8 +25,24 @@ def resolve(recipe: Recipe) -> Recipe:
     pipeline = merging.choose(recipe.merge)
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
+    devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     merge = _written_out(pipeline.steps)
-    return recipe.model_copy(update={"train": train, "merge": merge})
+    return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
+
+
+def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.Pipeline) -> DeviceClass:
+    """A device class with its techniques written out; they must send what those of all send."""
+    if device.techniques is None:
+        return device
+    own = techniques.choose(device.techniques, f"devices: {device.name}")
+    _check_fit(own, pipeline.combine)
+    for technique in (*chosen, *own):
+        if technique.keeps_own() or technique.moves_masks():
+            raise RecipeError(
+                f"devices: {technique.name} needs all devices to train alike, but {device.name} has techniques of its "
+                "own; drop them or the technique"
+            )
+    return device.model_copy(update={"techniques": _written_out(own)})
 
 
 def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:

@@ -35,18 +35,18 @@ __all__ = [
 ]
 
 
-def choose(units: Sequence[Unit]) -> tuple[Technique, ...]:
-    """The techniques a recipe names, in its order; RecipeError for settings or pairs that do not hold."""
-    chosen: tuple[Technique, ...] = tuple(build(__name__, unit, "train.techniques") for unit in units)
+def choose(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Technique, ...]:
+    """The techniques named ``where`` in a recipe, in order; RecipeError for settings or pairs that do not hold."""
+    chosen: tuple[Technique, ...] = tuple(build(__name__, unit, where) for unit in units)
     present = [technique.name for technique in chosen]
     for one, other in permutations(chosen, 2):
         why = one.refusal(other)
         if why is not None:
-            raise RecipeError(f"train.techniques: {one.name} cannot be combined with {other.name}: {why}; drop one")
+            raise RecipeError(f"{where}: {one.name} cannot be combined with {other.name}: {why}; drop one")
     if len(set(present)) < len(present):
-        raise RecipeError(f"train.techniques: {'+'.join(present)} names one technique twice; drop one")
+        raise RecipeError(f"{where}: {'+'.join(present)} names one technique twice; drop one")
     if not any(technique.trains for technique in chosen):
-        raise RecipeError(f"train.techniques: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
+        raise RecipeError(f"{where}: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
     return chosen
 
 

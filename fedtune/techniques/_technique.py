@@ -74,6 +74,10 @@ class Technique(Named):
         """Whether devices keep trained tensors for themselves: what the server holds is then not a whole model."""
         return False
 
+    def moves_masks(self) -> bool:
+        """Whether the shared state says of each weight if it is there: all clients must then go by the same masks."""
+        return False
+
     def sends(self) -> Sent:
         """What clients train, as a merge must know it before it can be chosen."""
         return "tensors"

@@ -152,6 +152,10 @@ class DynamicPruning(Technique):
                 revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
 
+    def moves_masks(self) -> bool:
+        """Even fixed ones."""
+        return True
+
     def keeps_base(self) -> bool:
         """Weights are zeroed."""
         return False

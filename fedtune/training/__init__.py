@@ -2,6 +2,7 @@
 
 from fedtune.training.evaluate import Score, score
 from fedtune.training.loop import Outcome, processor_threads, step_loss, total_steps, train, train_mode, update
+from fedtune.training.parts import received, trained_in
 from fedtune.training.state import load_state, read_state, shapes
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
@@ -15,12 +16,14 @@ __all__ = [
     "load_state",
     "processor_threads",
     "read_state",
+    "received",
     "score",
     "shapes",
     "step_loss",
     "total_steps",
     "train",
     "train_mode",
+    "trained_in",
     "update",
     "workshop",
 ]

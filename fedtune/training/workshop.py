@@ -18,6 +18,7 @@ from fedtune.recipe import Columns, Data, Recipe
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
+from fedtune.training.parts import check_part
 from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -49,12 +50,18 @@ class Workshop:
     model: nn.Module = field(repr=False)
     techniques: tuple[Technique, ...]
     shared: list[str] = field(repr=False)
+    parts: dict[str, "Workshop"] = field(default_factory=dict, repr=False)
+    """Of device classes with settings of their own, by name; their examples are taken from here."""
     own: dict[str, Tensor] = field(init=False, repr=False)
     """What each device keeps for itself, as it is before training."""
 
     def __post_init__(self) -> None:
         """Read them while the model is untrained."""
         self.own = read_state(self.model, techniques.own(self.model))
+
+    def of(self, client: int) -> "Workshop":
+        """What a client trains with: its device class's model and settings, or those of all."""
+        return self.parts.get(self.recipe.device_of(client).name, self)
 
     @cached_property
     def clients(self) -> list[np.ndarray]:
@@ -95,15 +102,17 @@ class Workshop:
         return self._encode(data.everything(recipe, self.corpus.labels))
 
     def share_memory(self) -> None:
-        """Move the model into memory that worker processes can map, and split and encode before they do."""
-        self.model.share_memory()
+        """Move the models into memory that worker processes can map, and split and encode before they do."""
+        for shop in (self, *self.parts.values()):
+            shop.model.share_memory()
         _ = self.clients, self.train
 
     def own_trained(self) -> None:
-        """In a worker process: replace the mapped copies of what is trained by own ones."""
-        tensors = tensors_of(self.model)
-        for name in [*self.shared, *self.own]:
-            tensors[name].data = tensors[name].data.clone()
+        """In a worker process: replace the mapped copies of what is trained or received by own ones."""
+        for shop in (self, *self.parts.values()):
+            tensors = tensors_of(shop.model)
+            for name in [*self.shared, *self.own]:
+                tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: Dataset) -> data.Encoded:
         texts = self.recipe.task != "image-classification"
@@ -138,4 +147,16 @@ def _build(recipe: str) -> Workshop:
     corpus = data.load(parsed)
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
-    return Workshop(parsed, corpus, model, chosen, shared)
+    shop = Workshop(parsed, corpus, model, chosen, shared)
+    shop.parts = _parts(shop)
+    return shop
+
+
+def _parts(shop: Workshop) -> dict[str, Workshop]:
+    found: dict[str, Workshop] = {}
+    for device in (device for device in shop.recipe.devices if device.settings):
+        recipe = shop.recipe.with_settings_of(device)
+        part = Workshop(recipe, shop.corpus, *build_model(recipe, shop.corpus.labels))
+        check_part(shop, part, device.name)
+        found[device.name] = part
+    return found

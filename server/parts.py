@@ -1,0 +1,57 @@
+"""What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedtune import merging, techniques
+from fedtune.contribution import Contribution, Form, Pair, pack, unpack
+from fedtune.files import write
+from fedtune.sparse import to_wire
+from fedtune.training import Workshop, received, shapes, trained_in
+from fedtune.training.told_activity import asked_activity
+
+__all__ = ["Part", "part_of", "sent_names", "widened"]
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One class's ``payload`` down, and the shapes and forms of what must come up."""
+
+    payload: bytes
+    expected: Mapping[str, tuple[int, ...]]
+    extras: Mapping[str, Form]
+
+
+def part_of(shop: Workshop, part: Workshop, state: State, number: int) -> Part:
+    """Of round ``number``, for clients that train with ``part``, which may be the whole workshop itself."""
+    wire = to_wire(state if part is shop else _narrowed(shop, part, state))
+    expected = {name: tuple(wire[name].shape) for name in trained_in(part, number)}
+    extras = techniques.asked(part.techniques, part.model, number)
+    return Part(pack(wire), expected, extras | asked_activity(part.model, part.recipe, expected))
+
+
+def sent_names(shop: Workshop, number: int) -> list[str]:
+    """Names of the tensors that any class trains, and so sends back, in a round."""
+    named = dict.fromkeys(trained_in(shop, number))
+    for part in shop.parts.values():
+        named |= dict.fromkeys(trained_in(part, number))
+    return list(named)
+
+
+def widened(shop: Workshop, part: Workshop, sent: Contribution) -> None:
+    """Bring the low-rank pairs of a contribution to the shared rank, in its file."""
+    if part is not shop:
+        deltas = unpack(sent.path.read_bytes())
+        write(sent.path, pack(merging.widened(deltas, shapes(shop.model), *_pairs(shop, part))))
+
+
+def _narrowed(shop: Workshop, part: Workshop, state: State) -> dict[str, Tensor]:
+    return merging.narrowed(state, received(shop, part), *_pairs(shop, part))
+
+
+def _pairs(shop: Workshop, part: Workshop) -> tuple[list[Pair], list[Pair]]:
+    return techniques.pairs(shop.techniques, shop.model), techniques.pairs(part.techniques, part.model)
