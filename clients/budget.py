@@ -1,33 +1,60 @@
-"""Whether a round fits the memory a device allows, told before it trains."""
+"""How a round fits the memory a device allows, told before it trains."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
 
+from fedtune.errors import BudgetError
 from fedtune.memory import StorageMeter
 from fedtune.techniques import begin_round, begin_step, trained
 from fedtune.training import Workshop, processor_threads, read_state, step_loss, train_mode
+from fedtune.training.micro import divisible
 
-__all__ = ["need", "shortage"]
+__all__ = ["Need", "fitting", "need"]
 
 _PER_TRAINED = {"sgd": 4.0, "adamw": 6.0}
 _PER_TRAINED_8BIT = 4.5
 """Values held for each trained one: gradient, before, after and delta, and the optimiser's moments."""
 
 
-def shortage(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int) -> str:
-    """Why round ``number`` would not fit ``budget`` bytes of resident memory, or nothing."""
+class Need(NamedTuple):
+    """Resident bytes a round will reach: whatever the batch, and for each example that goes through the model."""
+
+    fixed: float
+    example: float
+
+    def of(self, examples: int) -> int:
+        """With so many examples at a time."""
+        return math.ceil(self.fixed + self.example * examples)
+
+
+def fitting(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int, halvings: int = 0) -> int | None:
+    """The most examples at a time with which round ``number`` fits ``budget`` bytes; None for the batch as it is.
+
+    The batch is halved until it fits, and ``halvings`` times at least. BudgetError when one example is too many.
+    """
+    batch = min(shop.recipe.train.batch, len(rows))
     needed = need(shop, rows, number)
-    if needed <= budget:
-        return ""
-    return f"a step needs about {_megabytes(needed)} of memory, and this device allows {_megabytes(budget)}"
+    tried = [max(1, batch >> count) for count in range(batch.bit_length())]
+    fit = [size for size in tried[halvings:] if needed.of(size) <= budget]
+    if fit and fit[0] == batch:
+        return None
+    if fit and divisible(shop.model):
+        return fit[0]
+    whole = "even one example at a time" if divisible(shop.model) else "as its batch norms need whole batches"
+    size = 1 if divisible(shop.model) else batch
+    raise BudgetError(
+        f"a step needs about {_megabytes(needed.of(size))} of memory, {whole}, and this device allows "
+        f"{_megabytes(budget)}"
+    )
 
 
-def need(shop: Workshop, rows: NDArray[np.int64], number: int) -> int:
-    """Resident bytes a round will reach: what is held now, what training adds, what a batch keeps.
+def need(shop: Workshop, rows: NDArray[np.int64], number: int) -> Need:
+    """What is held now, what training adds, and what an example keeps.
 
     A batch is extrapolated from what one and two of the longest examples keep, so that looking needs little itself.
     """
@@ -37,8 +64,7 @@ def need(shop: Workshop, rows: NDArray[np.int64], number: int) -> int:
     per_trained = _PER_TRAINED.get(settings.optimiser, _PER_TRAINED_8BIT)
     added = sum(tensor.numel() * 4 for tensor in tensors) * per_trained
     one, two = (_kept(shop, _longest(shop, rows, count), number) for count in (1, 2))
-    batch = min(settings.batch, len(rows))
-    return math.ceil(psutil.Process().memory_info().rss + added + one + (two - one) * (batch - 1))
+    return Need(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
 
 
 def _longest(shop: Workshop, rows: NDArray[np.int64], count: int) -> list[int]:

@@ -18,6 +18,8 @@ __all__ = ["Keeper"]
 _LOOK_SECONDS = 0.2
 _TRIES = 2
 """A round comes out the same however often it is begun, so a trainer that was killed from outside is worth another."""
+_HALVINGS = 3
+"""So often is a trainer that held too much begun again with half the examples at a time."""
 _SHORT = 0.05
 """Share of the machine's memory below which a resting trainer makes room."""
 
@@ -30,7 +32,8 @@ class Keeper:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._worked = 0.0
-        self._too_large = ""
+        self._recipe: object = None
+        self._halvings = 0
 
     @property
     def pid(self) -> int | None:
@@ -39,17 +42,21 @@ class Keeper:
 
     def ask(self, frame: Frame) -> Frame:
         """The trainer's answer, or one that says why there is none."""
-        if self._too_large and self._too_large == frame.header.get("recipe"):
+        if self._recipe != frame.header.get("recipe"):
+            self._recipe, self._halvings = frame.header.get("recipe"), 0
+        if self._halvings > _HALVINGS:
             return Frame({"kind": "declined", "reason": self._excess()})
-        for _ in range(_TRIES):
+        killed = 0
+        while killed < _TRIES:
             try:
                 return self._exchange(frame)
             except EOFError:
-                reason = self._ended()
+                killed, reason = killed + 1, self._ended()
             except MemoryError:
                 self.close()
-                self._too_large = str(frame.header.get("recipe"))
-                return Frame({"kind": "died", "reason": self._excess()})
+                self._halvings += 1
+                if self._halvings > _HALVINGS:
+                    return Frame({"kind": "died", "reason": self._excess()})
         return Frame({"kind": "died", "reason": f"the trainer {reason}, {_TRIES} times; free memory on the device"})
 
     def _exchange(self, frame: Frame) -> Frame:
@@ -68,7 +75,8 @@ class Keeper:
         if self._process is None or self._channel is None or self._process.poll() is not None:
             self.close()
             ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "clients.trainer", str(theirs.fileno()), self._source, str(self._budget)]
+            numbers = str(self._budget), str(self._halvings)
+            command = [sys.executable, "-m", "clients.trainer", str(theirs.fileno()), self._source, *numbers]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
             theirs.close()
             self._channel = Channel(ours)

@@ -1,7 +1,8 @@
 """The resident trainer of a device: a process that imports torch once and keeps model and data warm.
 
-``python -m clients.trainer DESCRIPTOR SOURCE BUDGET`` answers one frame after the other on an inherited socket. It
-runs nothing but what is installed, and ends with the process that started it, whose end of standard input it holds.
+``python -m clients.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an inherited
+socket. It runs nothing but what is installed, and ends with the process that started it, whose end of standard input it
+holds.
 """
 
 import os
@@ -10,22 +11,22 @@ import sys
 import threading
 from dataclasses import asdict
 
-from clients.budget import shortage
+from clients.budget import fitting
 from clients.channel import Channel, Frame
 from clients.device_home import DeviceHome
 from clients.supply import Supply, holding
 from clients.work import work
 from fedtune.contribution import Order
-from fedtune.errors import FedtuneError
+from fedtune.errors import BudgetError, FedtuneError
 from fedtune.training import Workshop
 
 __all__ = ["main"]
 
 
-def main(descriptor: int, source: str, budget: int) -> None:
+def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     """Answer until the other end is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget)
+    channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget, halvings)
     while True:
         try:
             channel.send(trainer.answer(channel.receive()))
@@ -34,16 +35,19 @@ def main(descriptor: int, source: str, budget: int) -> None:
 
 
 class _Trainer:
-    """``budget`` is the resident memory it may reach."""
+    """``budget`` is the resident memory it may reach; ``halvings`` of the batch have proved necessary."""
 
-    def __init__(self, source: str, budget: int) -> None:
-        self._supply, self._budget = Supply(source), budget
+    def __init__(self, source: str, budget: int, halvings: int) -> None:
+        self._supply, self._budget, self._halvings = Supply(source), budget, halvings
         self._looked: Workshop | None = None
+        self._micro: int | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """Train, or say why not; whatever is raised ends up in the answer."""
         try:
             return self._train(Order(**frame.header), frame.payload)
+        except BudgetError as error:
+            return Frame({"kind": "declined", "reason": str(error)})
         except FedtuneError as error:
             return Frame({"kind": "failed", "reason": str(error)})
         except Exception as error:
@@ -52,10 +56,9 @@ class _Trainer:
     def _train(self, order: Order, payload: bytes) -> Frame:
         shop, rows = self._supply.of(order)
         if self._looked is not shop:
-            if reason := shortage(shop, rows, order.round, self._budget):
-                return Frame({"kind": "declined", "reason": reason})
+            self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
-        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run))
+        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run), self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 
 
@@ -66,4 +69,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -13,17 +13,22 @@ from fedtune.training import Workshop, shapes, train
 __all__ = ["work"]
 
 
-def work(order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], folder: Path) -> tuple[bytes, Report]:
+def work(
+    order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], folder: Path, micro: int | None = None
+) -> tuple[bytes, Report]:
     """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
 
-    What the client keeps for itself rests in ``folder``, which is its own in this run.
+    What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
+    through the model at a time.
     """
     part = shop.of(order.client)
     state = from_wire(unpack(payload), shapes(part.model))
     own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
-    outcome = train(part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own)
+    outcome = train(
+        part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
+    )
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
     cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
-    report = Report(*cost, *outcome.own_score)
+    report = Report(*cost, *outcome.own_score, micro_batch=micro or 0)
     return pack({**compact(outcome.delta, masks(state)), **outcome.extras}), report

@@ -79,7 +79,8 @@ _NOTHING_HELD_OUT = OwnScore()
 class Report:
     """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
 
-    The last three are the score of the model it received on what it held out.
+    Three are the score of the model it received on what it held out. ``micro_batch`` is the most examples that went
+    through the model at a time where its memory could not hold the whole batch; 0 where it could.
     """
 
     examples: int
@@ -90,6 +91,7 @@ class Report:
     own_predictions: int = 0
     own_loss: float = 0.0
     own_accuracy: float = 0.0
+    micro_batch: int = 0
 
     @property
     def own(self) -> OwnScore:

@@ -10,10 +10,12 @@ FedtuneError
 ├── RoundError           a federation that cannot go on
 ├── ServerError          a server that cannot be made, reached or asked this
 ├── DeviceError          a device that cannot be enrolled, joined or asked
+│   └── BudgetError      a round that a device's memory cannot hold
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
 __all__ = [
+    "BudgetError",
     "ChecksumError",
     "ContributionError",
     "DataError",
@@ -58,6 +60,10 @@ class ContributionError(FedtuneError):
 
 class DeviceError(FedtuneError):
     """A device that cannot be enrolled, joined or asked."""
+
+
+class BudgetError(DeviceError):
+    """A round that a device's memory cannot hold."""
 
 
 class RoundError(FedtuneError):

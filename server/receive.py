@@ -40,7 +40,7 @@ def receive(
         client=client,
         device=device,
         status="merged",
-        reason="",
+        reason=f"in micro-batches of {report.micro_batch}, to fit its memory" if report.micro_batch else "",
         examples=report.examples,
         bytes_down=bytes_down,
         bytes_up=path.stat().st_size,
@@ -102,6 +102,8 @@ def _report(record: MetricRecord | None) -> Report:
         raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
     if not isinstance(report.own_predictions, int) or report.own_predictions < 0:
         raise ContributionError(f"it counts {report.own_predictions} held-out predictions; update the client")
+    if not isinstance(report.micro_batch, int) or report.micro_batch < 0:
+        raise ContributionError(f"it counts micro-batches of {report.micro_batch}; update the client")
     if not math.isfinite(report.own_loss) or not 0 <= report.own_accuracy <= 1:
         raise ContributionError("its score on held-out examples is none; check its data, or update the client")
     return report

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from clients.channel import Frame
 from clients.keeper import Keeper
 from clients.work import work
-from fedtune.contribution import Order, pack
+from fedtune.contribution import Order, pack, unpack
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state, workshop
 from tests.federations import trivial
@@ -89,6 +90,19 @@ def test_a_trainer_beyond_its_budget_is_ended_and_asked_no_more(order: Frame, ke
     declined = keeper.ask(order)
     assert declined.header["kind"] == "declined"
     assert "20 MB" in declined.header["reason"]
+
+
+def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_time(
+    order: Frame, keepers: list[Keeper]
+) -> None:
+    whole, halved = _keeper(keepers), _keeper(keepers)
+    halved._recipe, halved._halvings = order.header["recipe"], 1
+    one, other = whole.ask(order), halved.ask(order)
+    assert one.header["report"]["micro_batch"] == 0
+    assert other.header["report"]["micro_batch"] == 5
+    assert one.header["report"]["examples"] == other.header["report"]["examples"]
+    for name, delta in unpack(one.payload).items():
+        torch.testing.assert_close(unpack(other.payload)[name], delta, rtol=1e-4, atol=1e-6)
 
 
 def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, keepers: list[Keeper]) -> None:

@@ -129,13 +129,13 @@ def _devices(rounds: Rounds) -> Table:
 
 
 def _mishaps(rounds: Rounds) -> list[str]:
-    """Failed rounds, and contributions that were not merged."""
+    """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
     lines = [f"round {record.number} failed: {record.reason}" for record in rounds if record.status == "failed"]
     return lines + [
         f"round {record.number}, client {one.client} ({one.device}): {one.status}, {one.reason or 'no reason given'}"
         for record in rounds
         for one in record.contributions
-        if one.status != "merged"
+        if one.status != "merged" or one.reason
     ]
 
 

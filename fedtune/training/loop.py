@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from fedtune.techniques import (
 from fedtune.techniques import own as own_names
 from fedtune.training.evaluate import score_own
 from fedtune.training.held_out import held_out
+from fedtune.training.micro import cut, shares
 from fedtune.training.optimiser import Stepper, make_optimiser, rate
 from fedtune.training.state import load_state, read_state
 from fedtune.training.told_activity import tell_activity
@@ -70,11 +71,13 @@ def train(
     number: int,
     client: int,
     own: Mapping[str, Tensor] = _NOTHING,
+    micro: int | None = None,
 ) -> Outcome:
     """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
 
-    ``own`` holds all tensors the device keeps for itself. Every random number comes from (seed, round, client), so the
-    outcome does not depend on what ran before.
+    ``micro`` is the most examples that go through the model at a time, the batch staying what it is. ``own`` holds all
+    tensors the device keeps for itself. Every random number comes from (seed, round, client), so the outcome does not
+    depend on what ran before.
     """
     assert own.keys() == set(own_names(model)), "those of another client would be left in the model"
     started = time.perf_counter()
@@ -88,7 +91,7 @@ def train(
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, before, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
-        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client)
+        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client, micro)
         after, kept = read_state(model, before), read_state(model, own)
         delta = {name: after[name] - before[name] for name in before}
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
@@ -115,6 +118,7 @@ def _run(
     recipe: Recipe,
     number: int,
     client: int,
+    micro: int | None,
 ) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
     settings = recipe.train
@@ -128,12 +132,9 @@ def _run(
     order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((number - 1) + step / steps) / recipe.federation.rounds
-        batch = data.batch(chosen)
-        begin_step(techniques, model, batch, progress)
-        if step == 0:
-            loss, saved_bytes = _metered_step(model, batch)
-        else:
-            loss = _step(model, batch)
+        parts = [data.batch(part) for part in cut(chosen, micro or len(chosen))]
+        loss, kept = _step(model, techniques, parts, progress, metered=step == 0)
+        saved_bytes = max(saved_bytes, kept)
         moment = Moment(number, step, steps, settings.lr, settings.lr * rate(settings, progress))
         update(model, techniques, optimiser, parameters, settings, moment)
         losses.append(loss)
@@ -157,10 +158,25 @@ def update(
     model.zero_grad()
 
 
-def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    loss = step_loss(model, batch)
-    loss.backward()
-    return float(loss.detach())
+def _step(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    parts: Sequence[Mapping[str, Tensor]],
+    progress: float,
+    *,
+    metered: bool,
+) -> tuple[float, int]:
+    """Gradients of a batch's loss, part by part; the loss, and if ``metered`` the most bytes a part kept for them."""
+    excluded = [*model.parameters(), *model.buffers()]
+    total, kept = 0.0, 0
+    for part, share in zip(parts, shares(parts), strict=True):
+        begin_step(techniques, model, part, progress)
+        with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
+            loss = step_loss(model, part)
+            kept = max(kept, meter.bytes if meter is not None else 0)
+        (loss if len(parts) == 1 else loss * share).backward()
+        total += share * float(loss.detach())
+    return total, kept
 
 
 def step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -168,15 +184,6 @@ def step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     with collecting() as terms:
         loss: Tensor = model(**batch).loss
     return torch.stack([loss, *terms]).sum() if terms else loss
-
-
-def _metered_step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int]:
-    """A step, and the bytes its forward pass kept for its backward pass."""
-    with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
-        kept = meter.bytes
-    loss.backward()
-    return float(loss.detach()), kept
 
 
 def train_mode(model: nn.Module) -> None:

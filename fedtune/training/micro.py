@@ -1,0 +1,35 @@
+"""A step in micro-batches: the same examples and the same mean loss, a part of them at a time, for less memory.
+
+The loss of a batch is the mean over its predictions, one per example or one per token with a label. So the parts'
+losses weigh by their shares of the predictions, and the gradients they leave add up to the whole batch's, to rounding.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from fedtune.data.encode import IGNORED
+from fedtune.techniques import LiveNorm
+
+__all__ = ["cut", "divisible", "shares"]
+
+
+def divisible(model: nn.Module) -> bool:
+    """Whether a batch may be cut: not where norms follow the statistics of the batch itself."""
+    return not any(isinstance(layer, LiveNorm) for layer in model.modules())
+
+
+def cut(batch: Sequence[int], size: int) -> list[list[int]]:
+    """Examples in parts of at most ``size``."""
+    return [list(batch[start : start + size]) for start in range(0, len(batch), size)]
+
+
+def shares(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """Each part's share of all predictions."""
+    counts = [_predictions(part["labels"]) for part in parts]
+    return [count / max(1, sum(counts)) for count in counts]
+
+
+def _predictions(labels: Tensor) -> int:
+    """Labels [k], or [k, tokens] of which each is predicted from those before it."""
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())

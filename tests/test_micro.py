@@ -1,0 +1,82 @@
+"""Batches cut for want of memory: the same mean, the same gradients, and how small a device must cut them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clients import budget
+from clients.budget import Need, fitting
+from fedtune.errors import BudgetError
+from fedtune.training import Workshop, discard, read_state, train, workshop
+from fedtune.training.micro import cut, shares
+from tests.federations import trivial, words
+
+
+def test_the_mean_over_tokens_is_that_of_the_parts_by_their_shares() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 12, 5, generator=random, dtype=torch.float64)
+    labels = torch.randint(5, (7, 12), generator=random)
+    for row, length in enumerate((12, 1, 3, 7, 2, 9, 5)):
+        labels[row, length:] = -100
+
+    def loss(rows: list[int]) -> torch.Tensor:
+        return F.cross_entropy(logits[rows, :-1].flatten(0, 1), labels[rows, 1:].flatten())
+
+    parts = cut(range(7), 3)
+    assert parts == [[0, 1, 2], [3, 4, 5], [6]]
+    weights = shares([{"labels": labels[rows]} for rows in parts])
+    found = sum(weight * loss(rows) for weight, rows in zip(weights, parts, strict=True))
+    torch.testing.assert_close(found, loss(list(range(7))), rtol=1e-12, atol=0)
+
+
+def test_a_client_s_round_in_micro_batches_is_its_round(tmp_path: Path) -> None:
+    recipe = words(tmp_path, "train.techniques=full", "train.optimiser=sgd", "train.clip=0.1", "train.batch=8")
+    whole, parts = (_delta(_shop(recipe.model_dump_json()), micro) for micro in (None, 3))
+    assert any(not torch.equal(whole[name], parts[name]) for name in whole)
+    for name, delta in whole.items():
+        torch.testing.assert_close(parts[name], delta, rtol=1e-3, atol=1e-7)
+
+
+def _shop(recipe: str) -> Workshop:
+    discard()
+    shop = workshop(recipe)
+    discard()
+    for module in shop.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return shop
+
+
+def _delta(shop: Workshop, micro: int | None) -> dict[str, torch.Tensor]:
+    state = read_state(shop.model, shop.shared)
+    shop_of = (shop.model, shop.techniques, state, shop.train, shop.clients[0], shop.recipe, 1, 0)
+    return train(*shop_of, micro=micro).delta
+
+
+@pytest.mark.parametrize(
+    ("allowed", "halvings", "size"), [(200, 0, None), (199, 0, 5), (150, 0, 5), (149, 0, 2), (115, 0, 1), (200, 1, 5)]
+)
+def test_a_batch_is_halved_until_it_fits(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, halvings: int, size: int | None
+) -> None:
+    monkeypatch.setattr(budget, "need", lambda *_: Need(100, 10))
+    shop = _shop(trivial().model_dump_json())
+    assert fitting(shop, np.arange(50), 1, allowed, halvings) == size
+
+
+def test_where_one_example_is_too_many_the_device_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "need", lambda *_: Need(100e6, 10e6))
+    shop = _shop(trivial().model_dump_json())
+    with pytest.raises(BudgetError, match=r"needs about 110 MB of memory, even one example at a time, .* allows 109 MB"):
+        fitting(shop, np.arange(50), 1, 109_000_000)
+
+
+def test_norms_that_follow_the_batch_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "need", lambda *_: Need(100e6, 10e6))
+    monkeypatch.setattr(budget, "divisible", lambda _: False)
+    shop = _shop(trivial().model_dump_json())
+    with pytest.raises(BudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
+        fitting(shop, np.arange(50), 1, 150_000_000)
