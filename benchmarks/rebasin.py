@@ -8,7 +8,7 @@ Every align step stands before every renormalise step; naive is none. Calibratio
 ``drop`` is the points of test accuracy below the mean of the two ends, ``barrier`` the training loss above theirs. Test
 loss would flatter: a merged net is better calibrated than its over-fitted ends.
 
-Run: python -m benchmarks.rebasin [--pairs 3] [--short]
+Run: python -m benchmarks.rebasin [--pairs 0 1 2] [--nets mlp cnn cnn-bn] [--short]
 """
 
 import argparse
@@ -70,14 +70,16 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--nets", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--short", action="store_true", help="one pair, two epochs of 10,000 pictures")
     arguments = parser.parse_args()
     data = clothes()
     rows: list[dict[str, Any]] = []
     with processor_threads(1):
-        for pair in range(1 if arguments.short else arguments.pairs):
-            for name, kind in KINDS.items():
+        for pair in arguments.pairs[:1] if arguments.short else arguments.pairs:
+            for name in arguments.nets:
+                kind = KINDS[name]
                 shortened = kind._replace(examples=10_000, epochs=2) if arguments.short else kind
                 rows += merged_rows(name, shortened, pair, data)
     save("rebasin", {"short": arguments.short, "gates": gates(rows), "rows": rows})
