@@ -11,8 +11,8 @@ memory      bytes of a training device, fp32: active weights, their gradients an
             counted as a device with sparse kernels would hold them; PyTorch holds them dense here;
 payload     bytes both ways, mean and largest over rounds and clients, as a share of the dense model's.
 
-Run: python -m benchmarks.fedmef [--seeds 3] [--rounds 40] [--part test] [--share 0.3] [--arms a,b]
-     [--set key=value ...]
+Run: python -m benchmarks.fedmef [--seeds 0 1 2] [--rounds 40] [--part test] [--share 0.3] [--arms a,b]
+     [--result fedmef] [--set key=value ...]
 """
 
 import argparse
@@ -66,26 +66,27 @@ def arms(until: int, share: float, strength: float) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--part", choices=["validation", "test"], default="test")
     parser.add_argument("--until", type=int, default=30, help="the last round in which the mask may move")
     parser.add_argument("--share", type=float, default=0.3, help="of active weights that the first move would change")
     parser.add_argument("--strength", type=float, default=1.0, help="of extrusion")
     parser.add_argument("--arms")
+    parser.add_argument("--result", default="fedmef", help="name of the file the rows go to")
     parser.add_argument("--set", nargs="*", default=[])
     arguments = parser.parse_args()
     found = arms(arguments.until, arguments.share, arguments.strength)
     chosen = arguments.arms.split(",") if arguments.arms else list(found)
     source = data_source()
     rows: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for arm in chosen:
             settings = [f"seed={seed}", f"federation.rounds={arguments.rounds}", f"data.source={source}"]
             recipe = resolve(read(RECIPE, [*settings, *arguments.set, f"train.techniques=[{found[arm]}]"]))
             rows.append({"arm": arm, "seed": seed, **federation(recipe, arguments.part)})
             print(rows[-1], file=sys.stderr, flush=True)
-        name = "fedmef" if arguments.part == "test" else f"fedmef-{arguments.part}"
+        name = arguments.result if arguments.part == "test" else f"{arguments.result}-{arguments.part}"
         save(name, {"data": source, **vars(arguments), "rows": rows})
 
 
