@@ -252,3 +252,12 @@ def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> 
     assert texts(limited[0].train) == texts(limited[1].train) != texts(limited[2].train)
     assert texts(limited[0].train) < texts(whole.train)
     assert texts(limited[0].test) == texts(whole.test)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_part_of_everything_is_what_a_run_on_the_same_source_holds_out(tmp_path: Path, part: str) -> None:
+    recipe = a_recipe(csv_file(tmp_path / "rows.csv", "text,label,group", *ROWS), "data.columns.group=group")
+    corpus = data.load(recipe)
+    found = data.everything(recipe, corpus.labels, part)
+    assert found["text"][:] == getattr(corpus, part)["text"][:]
+    assert 0 < len(found) < len(data.everything(recipe, corpus.labels)) == len(ROWS)

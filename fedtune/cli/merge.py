@@ -35,6 +35,7 @@ _TASKS = ["causal-language-modelling", "sequence-classification", "image-classif
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of it that an adapter keeps.")
 @click.option("--calibrate", metavar="DATA", help="Examples for steps that watch the model at work.")
 @click.option("--evaluate", metavar="DATA", help="Examples on which inputs and result are scored.")
+@click.option("--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Of DATA to evaluate.")
 @click.option("--columns", metavar="KEY=NAME,...", help="Their columns, e.g. text=review,label=stars.")
 @click.option("--task", type=click.Choice(_TASKS), help="What the models do; for --calibrate and --evaluate.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
@@ -85,6 +86,7 @@ class _Asked(NamedTuple):
     energy: float | None
     calibrate: str | None
     evaluate: str | None
+    part: str
     columns: str | None
     task: "Task | None"
     shard_size: str
@@ -177,7 +179,7 @@ def _score(asked: _Asked, source: str, columns: dict[str, str]) -> Any:
         raise click.UsageError("--evaluate needs --task, e.g. --task sequence-classification")
     assert asked.evaluate is not None
     with whole_folder(source, asked.export) as folder:
-        return score_folder(folder, asked.task, asked.evaluate, columns)
+        return score_folder(folder, asked.task, asked.evaluate, columns, asked.part)
 
 
 def _tell(

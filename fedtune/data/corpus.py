@@ -46,11 +46,13 @@ def load(recipe: Recipe) -> Corpus:
     return Corpus(train, divided["validation"], divided["test"], labels)
 
 
-def everything(recipe: Recipe, labels: Sequence[str]) -> Dataset:
-    """All examples of the recipe's source whatever their part, labelled for a model that knows ``labels``, if any."""
+def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Dataset:
+    """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
     source = recipe.data.source
-    parts = [canonical(recipe, dataset) for dataset in read(source).values()]
-    return concatenate_datasets([label_by_name(part, labels, source) for part in parts] if labels else parts)
+    found = {name: canonical(recipe, dataset) for name, dataset in read(source).items()}
+    if labels:
+        found = {name: label_by_name(dataset, labels, source) for name, dataset in found.items()}
+    return concatenate_datasets(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
 
 
 def _check(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]) -> None:

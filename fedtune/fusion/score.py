@@ -38,13 +38,13 @@ def whole_folder(source: str, runs: Exporter) -> Iterator[Path]:
         yield folder
 
 
-def score_folder(folder: Path, task: Task, source: str, columns: Mapping[str, str]) -> "list[Score]":
+def score_folder(folder: Path, task: Task, source: str, columns: Mapping[str, str], part: str = "all") -> "list[Score]":
     """Figures of a model on all examples of a data source."""
     from fedtune.training import score
 
     recipe = _recipe(folder, task, Data(source=source, columns=Columns.model_validate(columns)))
     labels = _labels(folder, task)
-    examples = data.everything(recipe, labels)
+    examples = data.everything(recipe, labels, part)
     tokenizer = None if task == "image-classification" else models.tokenizer(recipe.model)
     model = models.load(recipe.model, task, labels, seed=0)
     return score(model, data.encode(examples, recipe, tokenizer), _BATCH, task)
