@@ -32,7 +32,7 @@ from fedtune.simulation import resolve
 from fedtune.techniques import begin_round, trained
 from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
 from server.evidence import evidence
-from server.rounds import sample
+from server.selection import sample
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "aim.yaml"
 RESULT = Path(__file__).parent / "results" / "aim_federation.json"

@@ -38,7 +38,7 @@ from fedtune.simulation import resolve
 from fedtune.sparse import compact, masks, spread_out, to_wire
 from fedtune.techniques import trained
 from fedtune.training import Outcome, Workshop, discard, load_state, read_state, score, train, workshop
-from server.rounds import sample
+from server.selection import sample
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fedmef.yaml"
 State = Mapping[str, Tensor]

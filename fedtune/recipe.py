@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
+
+from fedtune.federation import Federation, Select, Tag
+from fedtune.section import Section
 
 __all__ = [
     "Columns",
@@ -18,9 +21,11 @@ __all__ = [
     "Parts",
     "Recipe",
     "Section",
+    "Select",
     "Shards",
     "Size",
     "Split",
+    "Tag",
     "Task",
     "Train",
     "Unit",
@@ -30,17 +35,11 @@ Dtype = Literal["float32", "bfloat16"]
 Task = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
 
 
-class Section(BaseModel):
-    """Settings that are values: frozen, and closed to keys they do not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 class Unit(Section):
     """A technique or a merge step by name, with its settings: ``lora`` or ``lora: {rank: 8}``."""
 
     name: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
 
     @model_validator(mode="before")
     @classmethod
@@ -155,6 +154,7 @@ class DeviceClass(Section):
     techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
     batch: int | None = Field(None, ge=1, description="in place of train.batch")
     dtype: Dtype | None = Field(None, description="in place of model.dtype")
+    tags: list[Tag] = Field([], description="what federation.select goes by in a simulation")
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -198,17 +198,6 @@ class Train(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("say either steps or epochs, exactly one of them")
         return self
-
-
-class Federation(Section):
-    """Who takes part in a round, and what makes it count."""
-
-    rounds: int = Field(ge=1)
-    fraction: float = Field(1.0, gt=0, le=1)
-    clients: int | None = Field(None, ge=1, description="so many clients a round, in place of a fraction")
-    quorum: int = Field(1, ge=1, description="usable contributions a round needs")
-    deadline: float | None = Field(None, gt=0, description="seconds a round waits for replies")
-    max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
 
 
 class Evaluation(Section):

@@ -68,6 +68,7 @@ def _operator_routes(guard: Guard, operating: Operating) -> list[Route]:
         route("POST", "runs/{run}/resume", operating.resume),
         route("GET", "devices", operating.devices),
         route("DELETE", "devices/{device}", operating.remove),
+        route("POST", "devices/{device}/tags", operating.tag),
         route("POST", "tokens", operating.token),
         route("GET", "audit", operating.lines),
     ]

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,20 +48,20 @@ class Enrolment:
         except StoreError as error:
             raise RefusedError(403, str(error)) from error
         try:
-            node = self._register(meant or name, key)
+            node = self._register(meant or name, key, self.access.token_tags(digest(secret)))
         except (RefusedError, ServerError, StoreError):
             self.access.restore_token(digest(secret))
             raise
         self.audit.done(address(request), f"device {meant or name} enrolled")
         return {"node_id": str(node), "name": meant or name, "ca": self.ca}
 
-    def _register(self, name: str, key: str) -> int:
+    def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
         if not _NAME.fullmatch(name):
             raise RefusedError(400, f"{name!r} is no name for a device; use small letters, digits, '.', '_' and '-'")
         if self.access.device(name) is not None:
             raise RefusedError(409, f"there is a device {name!r} already; choose another name or have it removed")
         node = self.control().register(key.encode(), name)
-        self.access.add_device(name=name, node=str(node), public_key=key)
+        self.access.add_device(name=name, node=str(node), public_key=key, tags=tags)
         self.guard.forget()
         return node
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
 from fedtune.tracking import RunRecord, Seat, Store, alive
+from server.selection import check_enrolled, qualifies
 from server.superlink import SuperLink
 
 __all__ = ["ENGINE", "Manager"]
@@ -49,7 +50,8 @@ class Manager:
         self._trouble: dict[str, _Trouble] = {}
 
     def submit(self, recipe: Recipe) -> str:
-        """Queue a run of a recipe; every round of it has a deadline."""
+        """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
+        check_enrolled(recipe, self._store.access.devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
         run = f"{recipe.name[:57]}-{secrets.token_hex(3)}"
@@ -113,9 +115,11 @@ class Manager:
         """Give devices their places in a run, in order of their names; what is lacking, or nothing."""
         if self._store.access.seats(run.id):
             return ""
-        needed = Recipe.model_validate_json(run.recipe).clients
+        recipe = Recipe.model_validate_json(run.recipe)
+        needed, select = recipe.clients, recipe.federation.select
         online = self._superlink.control().online()
-        there = [device for device in self._store.access.devices() if int(device.node) in online]
+        fit = [device for device in self._store.access.devices() if qualifies(select, device)]
+        there = [device for device in fit if int(device.node) in online]
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
         chosen = enumerate(there[:needed])

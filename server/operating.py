@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
 from fedtune.errors import ServerError
 from fedtune.explain import explain
-from fedtune.recipe import Recipe
+from fedtune.recipe import Recipe, Tag
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.document import document
 from server.control import Control
@@ -22,6 +22,7 @@ from server.secret import digest, new_secret, token_text
 __all__ = ["Operating", "device_document"]
 
 _HOURS = 24.0
+_TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Operating:
         online = self.control().online()
         return {"devices": [device_document(found, online) for found in self.store.access.devices()]}
 
+    def tag(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
+        """Give a device tags and take others from it."""
+        name, given = request.path_params["device"], sent if isinstance(sent, dict) else {}
+        tags = self.store.access.tag_device(name, _tags(given.get("add", [])), _tags(given.get("remove", [])))
+        self.audit.done(who, f"device {name} is tagged {', '.join(tags) or 'with nothing'}")
+        return {"device": name, "tags": tags}
+
     def remove(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Shut a device out for good; its key is worthless from now on."""
         found = self.store.access.device(request.path_params["device"])
@@ -88,10 +96,11 @@ class Operating:
 
     def token(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """A one-time enrolment token."""
-        name, hours = _token_request(sent)
+        name, hours, tags = _token_request(sent)
         secret = new_secret()
-        self.store.access.add_token(digest(secret), name, hours)
-        self.audit.done(who, f"token made for {name or 'any device'}")
+        self.store.access.add_token(digest(secret), name, hours, tags)
+        tagged = f", tagged {', '.join(tags)}" if tags else ""
+        self.audit.done(who, f"token made for {name or 'any device'}{tagged}")
         return {"token": token_text(self.url, self.ca, secret)}
 
     def lines(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
@@ -111,6 +120,7 @@ def device_document(found: DeviceRecord, online: set[int]) -> dict[str, Any]:
         "enrolled": found.enrolled.isoformat(),
         "seen": found.seen.isoformat() if found.seen else None,
         "profile": json.loads(found.profile),
+        "tags": found.tags,
     }
 
 
@@ -121,9 +131,18 @@ def _number(text: str) -> int:
         raise ServerError(f"after={text} is not a round's number") from error
 
 
-def _token_request(sent: Any) -> tuple[str, float]:
+def _token_request(sent: Any) -> tuple[str, float, list[str]]:
     given = sent if isinstance(sent, dict) else {}
     name, hours = given.get("name", ""), given.get("hours", _HOURS)
     if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 365:
         raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
-    return name, float(hours)
+    return name, float(hours), _tags(given.get("tags", []))
+
+
+def _tags(sent: Any) -> list[str]:
+    try:
+        return _TAGS.validate_python(sent)
+    except ValidationError as error:
+        raise RefusedError(
+            400, f"{sent!r} are no tags; use small letters, digits, '.', '_' and '-', 32 at most"
+        ) from error

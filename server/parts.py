@@ -12,7 +12,7 @@ from fedtune.sparse import to_wire
 from fedtune.training import Workshop, received, shapes, trained_in
 from fedtune.training.told_activity import asked_activity
 
-__all__ = ["Part", "part_of", "sent_names", "widened"]
+__all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
 
@@ -32,6 +32,22 @@ def part_of(shop: Workshop, part: Workshop, state: State, number: int) -> Part:
     expected = {name: tuple(wire[name].shape) for name in trained_in(part, number)}
     extras = techniques.asked(part.techniques, part.model, number)
     return Part(pack(wire), expected, extras | asked_activity(part.model, part.recipe, expected))
+
+
+class Parts:
+    """What each client is sent and asked for in round ``number``; clients of one device class share it."""
+
+    def __init__(self, shop: Workshop, state: State, number: int) -> None:
+        self.number = number
+        self._shop, self._state = shop, state
+        self._made: dict[int, Part] = {}
+
+    def of(self, client: int) -> Part:
+        """A client's, made when the first of its class is asked for."""
+        part = self._shop.of(client)
+        if id(part) not in self._made:
+            self._made[id(part)] = part_of(self._shop, part, self._state, self.number)
+        return self._made[id(part)]
 
 
 def sent_names(shop: Workshop, number: int) -> list[str]:

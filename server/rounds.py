@@ -7,12 +7,12 @@ random number is derived from the seed and the place it is used.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -21,19 +21,20 @@ from fedtune import checkpoint, home, merging, techniques
 from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
+from server.asking import Asking, Together
 from server.crew import Crew, assemble
 from server.evidence import evidence
-from server.exchange import messages_for, replies
+from server.exchange import messages_for
 from server.own_scores import own_scores
-from server.parts import Part, part_of, sent_names, widened
+from server.parts import Parts, sent_names, widened
 from server.receive import missing, receive
+from server.selection import candidates, check_simulated
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 
-__all__ = ["coordinate", "sample"]
+__all__ = ["coordinate"]
 
 State = Mapping[str, Tensor]
 
@@ -46,18 +47,20 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     tell(RunStarted(run, first, recipe.federation.rounds))
     _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
-    crew = assemble(grid, recipe, store.access.seats(run))
+    seats = store.access.seats(run)
+    crew = assemble(grid, recipe, seats)
+    asking = _asking(grid, recipe, crew, bool(seats), partial(store.last_asked, run))
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(grid, shop, store, run, crew, state, number)
+        state = _round(shop, store, run, crew, asking, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
 
-def sample(recipe: Recipe, number: int) -> list[int]:
-    """The clients of round ``number``, in ascending order."""
-    random = np.random.default_rng(derive(recipe.seed, number, "sample"))
-    chosen = random.choice(recipe.clients, recipe.clients_per_round, replace=False)
-    return sorted(chosen.tolist())
+def _asking(grid: Grid, recipe: Recipe, crew: Crew, seated: bool, last: Callable[[], Mapping[int, int]]) -> Asking:
+    """How clients are asked; devices were selected when they were seated, a simulation's clients are here."""
+    if not seated:
+        check_simulated(recipe)
+    return Together(grid, recipe, range(recipe.clients) if seated else candidates(recipe), crew.poll, last)
 
 
 def _sweep(run: str) -> None:
@@ -93,11 +96,11 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     return state
 
 
-def _round(grid: Grid, shop: Workshop, store: Store, run: str, crew: Crew, state: State, number: int) -> State:
+def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
-        records, contributions = _gather(grid, shop, run, crew, state, number, spool)
+        records, contributions = _gather(shop, run, crew, asking, state, number, spool)
         short = _shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
@@ -128,47 +131,37 @@ def _merged(
 
 
 def _gather(
-    grid: Grid, shop: Workshop, run: str, crew: Crew, state: State, number: int, spool: Path
+    shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
-    """Ask the sampled clients; what each of them sent, and what of it may be merged, in client order."""
-    recipe = shop.recipe
-    clients = sample(recipe, number)
-    parts = _parts(shop, clients, state, number)
+    """Ask clients; what each of them sent, and what of it may be merged, in client order."""
+    parts = Parts(shop, state, number)
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
-    tell(RoundStarted(number, len(clients)))
-    messages = _messages(shop, run, crew, number, parts)
-    for client, reply in replies(grid, messages, recipe.federation.deadline, crew.poll):
-        records[client], sent = receive(
-            reply, client, crew.names[client], parts[client], recipe.federation.max_norm, spool
-        )
+
+    def send(clients: Sequence[int], _: int) -> dict[int, Message]:
+        return _messages(shop, run, crew, clients, parts)
+
+    tell(RoundStarted(number, asking.begin(number)))
+    for client, reply in asking.replies(send, partial(len, contributions)):
+        device, part = crew.names[client], parts.of(client)
+        records[client], sent = receive(reply, client, device, part, shop.recipe.federation.max_norm, spool)
         if sent:
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client in sorted(set(clients) - records.keys()):
-        records[client] = missing(client, crew.names[client], len(parts[client].payload))
+    for client in asking.silent(records):
+        records[client] = missing(client, crew.names[client], len(parts.of(client).payload))
         tell(Answered(number, records[client]))
-    return [records[client] for client in clients], sorted(contributions, key=lambda sent: sent.client)
+    return [records[client] for client in sorted(records)], sorted(contributions, key=lambda sent: sent.client)
 
 
-def _parts(shop: Workshop, clients: Sequence[int], state: State, number: int) -> dict[int, Part]:
-    """What each client is sent and asked for; clients of one device class share it."""
-    made: dict[int, Part] = {}
-    for client in clients:
-        part = shop.of(client)
-        if id(part) not in made:
-            made[id(part)] = part_of(shop, part, state, number)
-    return {client: made[id(shop.of(client))] for client in clients}
-
-
-def _messages(shop: Workshop, run: str, crew: Crew, number: int, parts: Mapping[int, Part]) -> dict[int, Message]:
+def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
     found: dict[int, Message] = {}
-    for part in {id(part): part for part in parts.values()}.values():
-        clients = [client for client, own in parts.items() if own is part]
-        found |= messages_for(clients, crew.nodes, recipe, number, part.payload, labels, run)
+    for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
+        own = [client for client in clients if parts.of(client).payload is payload]
+        found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)
     return dict(sorted(found.items()))
 
 

@@ -24,7 +24,7 @@ from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.simulation.workers import Answer, InTurn
 from server.parts import Part
 from server.receive import receive
-from server.rounds import sample
+from server.selection import sample
 from tests.federations import Ended, Spoil, execute, order_of, outcome, spoilt, trivial, words
 
 BAD = 1

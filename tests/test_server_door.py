@@ -9,6 +9,7 @@ from contextlib import suppress
 import httpx
 import psutil
 import pytest
+from click.testing import CliRunner
 from flwr.proto.control_pb2 import ListNodesRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
@@ -16,6 +17,8 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedtune.cli.connection import Connection
+from fedtune.cli.server import devices
 from fedtune.errors import ServerError, StoreError
 from server import authority
 from server.home import open_home
@@ -70,6 +73,35 @@ def test_a_profile_is_kept_when_it_is_signed_and_refused_when_not(server: Server
         [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "one"]
     assert device["profile"] == profile
     assert server.knock("POST", "/fedtune/device/profile", json=profile).status_code == 401
+
+
+def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> None:
+    knocker = Knocker(server)
+    with server.operator() as connection:
+        token = connection.ask("POST", "tokens", {"name": "tagged", "tags": ["roof", "mains", "roof"]})["token"]
+        assert knocker.enroll(token).status_code == 200
+        assert tags_of(connection) == ["mains", "roof"]
+        assert knocker.signed("/fedtune/device/profile", json={"memory": 1, "tags": ["lab"]}).status_code == 200
+        assert knocker.signed("/fedtune/devices/tagged/tags", json={"add": ["lab"]}).status_code == 401
+        assert tags_of(connection) == ["mains", "roof"]
+        told = connection.ask("POST", "devices/tagged/tags", {"add": ["lab"], "remove": ["roof", "never"]})
+        assert told == {"device": "tagged", "tags": ["lab", "mains"]}
+        for bad in ("two words", "", "x" * 33, ["a"]):
+            with pytest.raises(ServerError, match="are no tags; use small letters"):
+                connection.ask("POST", "devices/tagged/tags", {"add": [bad]})
+        with pytest.raises(ServerError, match="there is no device 'nobody'; see them with fedtune server devices"):
+            connection.ask("POST", "devices/nobody/tags", {"add": ["lab"]})
+        assert tags_of(connection) == ["lab", "mains"]
+        changed = CliRunner().invoke(devices, ["--tag", "tagged", "attic", "--untag", "tagged", "lab"])
+        assert tags_of(connection) == ["attic", "mains"]
+    assert not changed.exception, changed.output
+    [line] = [line.split() for line in changed.output.splitlines() if " tagged " in line]
+    assert line == ["tagged", "away", "0", "MB", "attic", "mains"]
+
+
+def tags_of(connection: Connection) -> list[str]:
+    [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "tagged"]
+    return list(device["tags"])
 
 
 def test_a_run_cannot_be_submitted_without_an_operators_key(server: Server) -> None:

@@ -59,27 +59,42 @@ def up() -> None:
 @server.command()
 @click.argument("name", metavar="[DEVICE]", default="")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="What recipes select the device by.")
 @server_option
-def token(name: str, hours: float, server: Path | None) -> None:
+def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -> None:
     """Print a one-time token for a device, which it enrolls with.
 
-    Example: fedtune server token kitchen-pi
+    Example: fedtune server token kitchen-pi --tag indoors
     """
     with connect(server) as connection:
-        click.echo(connection.ask("POST", "tokens", {"name": name, "hours": hours})["token"])
+        click.echo(connection.ask("POST", "tokens", {"name": name, "hours": hours, "tags": tags})["token"])
 
 
 @server.command()
+@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
+@click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
 @server_option
 @_as_json
-def devices(server: Path | None, as_json: bool) -> None:
-    """Enrolled devices, and which of them are connected.
+def devices(
+    added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
+) -> None:
+    """Enrolled devices, which of them are connected, and the tags by which recipes select them.
 
-    Example: fedtune server devices
+    \b
+    Example:
+      fedtune server devices
+      fedtune server devices --tag kitchen-pi indoors
     """
     with connect(server) as connection:
+        for change, pairs in (("add", added), ("remove", taken)):
+            for device, tag in pairs:
+                connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.ask("GET", "devices")["devices"]
-    _show(found, [("device", _name), ("state", _state), ("memory", _memory), ("examples", _examples)], as_json)
+    _show(
+        found,
+        [("device", _name), ("state", _state), ("memory", _memory), ("examples", _examples), ("tags", _tags)],
+        as_json,
+    )
 
 
 @server.command()
@@ -161,3 +176,7 @@ def _memory(device: Row) -> str:
 
 def _examples(device: Row) -> str:
     return str(device["profile"].get("examples", ""))
+
+
+def _tags(device: Row) -> str:
+    return " ".join(device["tags"])

@@ -64,8 +64,11 @@ def simulate(
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
     from fedtune.recipe_file import read
     from fedtune.simulation import resolve
+    from server.selection import check_simulated
 
-    return resolve(read(path, overrides))
+    recipe = resolve(read(path, overrides))
+    check_simulated(recipe)
+    return recipe
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:

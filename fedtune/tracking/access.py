@@ -1,6 +1,6 @@
 """Who may take part: a server's devices, enrolment tokens and operators, seats in runs, and the audit of refusals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
@@ -20,9 +20,10 @@ class Access:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def add_device(self, *, name: str, node: str, public_key: str) -> None:
+    def add_device(self, *, name: str, node: str, public_key: str, tags: Sequence[str] = ()) -> None:
         """Enrol a device; StoreError when the name is taken."""
-        row = {"name": name, "node": node, "public_key": public_key, "enrolled": datetime.now(UTC), "profile": "{}"}
+        said = {"name": name, "node": node, "public_key": public_key, "profile": "{}"}
+        row = said | {"enrolled": datetime.now(UTC), "tags": _in_order(tags)}
         with writer(self._engine) as connection:
             if _device(connection, name) is not None:
                 raise StoreError(f"there is a device {name!r} already; remove it first or choose another name")
@@ -45,21 +46,30 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(update(tables.devices).where(tables.devices.c.name == name), change)
 
+    def tag_device(self, name: str, add: Sequence[str], remove: Sequence[str]) -> tuple[str, ...]:
+        """Give a device tags and take others from it; the tags it has then. StoreError when there is no such device."""
+        with writer(self._engine) as connection:
+            found = _expected_device(connection, name)
+            tags = _in_order({*found.tags, *add} - set(remove))
+            connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"tags": tags})
+        return tags
+
     def remove_device(self, name: str) -> DeviceRecord:
         """Forget a device; StoreError when there is none of that name."""
         with writer(self._engine) as connection:
-            found = _device(connection, name)
-            if found is None:
-                raise StoreError(f"there is no device {name!r}; see them with fedtune server devices")
+            found = _expected_device(connection, name)
             connection.execute(delete(tables.devices).where(tables.devices.c.name == name))
         return found
 
-    def add_token(self, sha256: str, device: str, hours: float) -> None:
-        """Keep the hash of a one-time secret; ``device`` is the name it is for, or empty for any."""
+    def add_token(self, sha256: str, device: str, hours: float, tags: Sequence[str] = ()) -> None:
+        """Keep the hash of a one-time secret; ``device`` is the name it is for, or empty for any.
+
+        ``tags`` are given to the device that enrols with it.
+        """
         now = datetime.now(UTC)
         row = {"sha256": sha256, "device": device, "created": now, "expires": now + timedelta(hours=hours)}
         with writer(self._engine) as connection:
-            connection.execute(insert(tables.tokens), row)
+            connection.execute(insert(tables.tokens), row | {"tags": _in_order(tags)})
 
     def spend_token(self, sha256: str) -> str:
         """The device a token is for; from now on it is refused with a StoreError, like one that is unknown or old."""
@@ -75,6 +85,12 @@ class Access:
             connection.execute(update(table).where(table.c.sha256 == sha256), {"spent": now})
         device: str = row["device"]
         return device
+
+    def token_tags(self, sha256: str) -> tuple[str, ...]:
+        """The tags a token gives; none when it is not known."""
+        wanted = select(tables.tokens.c.tags).where(tables.tokens.c.sha256 == sha256)
+        with reader(self._engine) as connection:
+            return connection.execute(wanted).scalar() or ()
 
     def restore_token(self, sha256: str) -> None:
         """Make a token good again whose enrolment could not be carried out."""
@@ -124,6 +140,17 @@ class Access:
         wanted = select(table.at, table.kind, table.who, table.what).order_by(table.id.desc()).limit(limit)
         with reader(self._engine) as connection:
             return [AuditRecord(**row) for row in connection.execute(wanted).mappings()]
+
+
+def _in_order(tags: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(tags)))
+
+
+def _expected_device(connection: Connection, name: str) -> DeviceRecord:
+    found = _device(connection, name)
+    if found is None:
+        raise StoreError(f"there is no device {name!r}; see them with fedtune server devices")
+    return found
 
 
 def _device(connection: Connection, name: str) -> DeviceRecord | None:

@@ -93,7 +93,10 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRecord:
-    """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON."""
+    """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON.
+
+    ``tags`` are the operators', in order; the profile is the device's own word.
+    """
 
     name: str
     node: str
@@ -101,6 +104,7 @@ class DeviceRecord:
     enrolled: datetime
     seen: datetime | None
     profile: str
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

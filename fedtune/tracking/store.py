@@ -124,6 +124,14 @@ class Store:
         with reader(self._engine) as connection:
             return rows.read_rounds(connection, list(run_ids))
 
+    def last_asked(self, run_id: str) -> dict[int, int]:
+        """By client, the last committed round it was asked in; clients that were never asked are left out."""
+        table = tables.contributions.c
+        last = func.max(table.round).label("round")
+        wanted = select(table.client, last).where(table.run_id == run_id).group_by(table.client)
+        with reader(self._engine) as connection:
+            return {row["client"]: row["round"] for row in connection.execute(wanted).mappings()}
+
     def newest_scores(self) -> dict[str, list[tuple[int, MetricRecord]]]:
         """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
         with reader(self._engine) as connection:

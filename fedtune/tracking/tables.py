@@ -22,6 +22,7 @@ __all__ = [
     "CHILDREN",
     "Measured",
     "Utc",
+    "Words",
     "audit",
     "checkpoints",
     "contributions",
@@ -64,6 +65,21 @@ class Measured(TypeDecorator[float]):
     def process_result_value(self, value: float | None, dialect: Any) -> float:
         """NULL becomes NaN."""
         return math.nan if value is None else value
+
+
+class Words(TypeDecorator[tuple[str, ...]]):
+    """Words without blanks, in one text; rows from before the column have none."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[str, ...] | None, dialect: Any) -> str | None:
+        """Joined by blanks."""
+        return " ".join(value) if value else None
+
+    def process_result_value(self, value: str | None, dialect: Any) -> tuple[str, ...]:
+        """Apart again."""
+        return tuple((value or "").split())
 
 
 metadata = MetaData(
@@ -168,6 +184,7 @@ devices = Table(
     Column("enrolled", Utc, nullable=False),
     Column("seen", Utc),
     Column("profile", Text, nullable=False),
+    Column("tags", Words),
 )
 
 tokens = Table(
@@ -178,6 +195,7 @@ tokens = Table(
     Column("created", Utc, nullable=False),
     Column("expires", Utc, nullable=False),
     Column("spent", Utc),
+    Column("tags", Words),
 )
 
 operators = Table(

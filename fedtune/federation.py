@@ -1,0 +1,37 @@
+"""The part of a recipe that says who takes part in a round, and what makes it count."""
+
+from typing import Annotated, Literal
+
+from pydantic import ByteSize, Field
+
+from fedtune.section import Section
+
+__all__ = ["Federation", "Select", "Tag"]
+
+Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
+
+
+class Select(Section):
+    """Which devices take part: those for which all of it holds. A simulation holds it against its device classes."""
+
+    devices: list[str] = Field([], description="patterns of names such as kitchen-*, one of which must fit")
+    tags: list[Tag] = Field([], description="tags a device must have, all of them; operators give them")
+    memory: ByteSize = Field(ByteSize(0), description="least memory a device allows its trainer")
+    prefer: Literal["random", "longest-ago"] = Field("random", description="whom to sample first")
+
+    @property
+    def restricts(self) -> bool:
+        """Whether any device could fail to qualify."""
+        return bool(self.devices or self.tags or self.memory)
+
+
+class Federation(Section):
+    """Who takes part in a round, and what makes it count."""
+
+    rounds: int = Field(ge=1)
+    fraction: float = Field(1.0, gt=0, le=1)
+    clients: int | None = Field(None, ge=1, description="so many clients a round, in place of a fraction")
+    quorum: int = Field(1, ge=1, description="usable contributions a round needs")
+    deadline: float | None = Field(None, gt=0, description="seconds a round waits for replies")
+    max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
+    select: Select = Select()

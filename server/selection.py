@@ -1,0 +1,83 @@
+"""Who may take part in a run, and whom a round asks: a function of the recipe, the round and committed rounds alone."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedtune.errors import RecipeError
+from fedtune.federation import Select
+from fedtune.recipe import Recipe
+from fedtune.seeds import derive
+from fedtune.tracking import DeviceRecord
+
+__all__ = ["asked_per_round", "candidates", "check_enrolled", "check_simulated", "qualifies", "ranked", "sample"]
+
+
+def admits(select: Select, name: str, tags: Collection[str], memory: int) -> bool:
+    """Whether a device of that name, tags and memory in bytes may take part."""
+    named = not select.devices or any(fnmatchcase(name, pattern) for pattern in select.devices)
+    return named and set(select.tags) <= set(tags) and memory >= select.memory
+
+
+def qualifies(select: Select, device: DeviceRecord) -> bool:
+    """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins."""
+    told = json.loads(device.profile).get("memory")
+    return admits(select, device.name, device.tags, told if isinstance(told, int) else 0)
+
+
+def candidates(recipe: Recipe) -> list[int]:
+    """The clients of a simulation whose device class may take part, in order."""
+    classes = enumerate(recipe.device_of(client) for client in range(recipe.clients))
+    select = recipe.federation.select
+    return [client for client, one in classes if admits(select, one.name, one.tags, one.memory)]
+
+
+def asked_per_round(recipe: Recipe, among: Sequence[int]) -> int:
+    """How many of the clients ``among`` a round asks."""
+    return recipe.federation.clients or max(1, round(len(among) * recipe.federation.fraction))
+
+
+def check_simulated(recipe: Recipe) -> None:
+    """RecipeError when too few clients of a simulation qualify for its rounds."""
+    among, federation = candidates(recipe), recipe.federation
+    needed = max(federation.clients or 1, federation.quorum)
+    if asked_per_round(recipe, among) < federation.quorum or len(among) < needed:
+        raise RecipeError(
+            f"federation.select: {len(among)} of the {recipe.clients} clients in devices qualify, but a round needs "
+            f"{needed}; ask less of them, or give their device class the name, tags or memory"
+        )
+
+
+def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
+    """RecipeError when a recipe that selects finds too few among a server's devices, connected or not."""
+    select = recipe.federation.select
+    found = sum(qualifies(select, device) for device in devices)
+    if select.restricts and found < recipe.clients:
+        raise RecipeError(
+            f"federation.select: {found} of {len(devices)} enrolled devices qualify, but devices counts "
+            f"{recipe.clients}; tag or enrol more, or lower the count; see fedtune server devices"
+        )
+
+
+def sample(recipe: Recipe, number: int, among: Sequence[int] | None = None, last: Mapping[int, int] = {}) -> list[int]:
+    """The clients of round ``number`` in ascending order, ``among`` those that qualify, by default all.
+
+    ``last`` says for each client which round last asked it; only ``prefer: longest-ago`` looks at it.
+    """
+    there = range(recipe.clients) if among is None else among
+    count = asked_per_round(recipe, there)
+    if recipe.federation.select.prefer == "longest-ago":
+        return sorted(ranked(recipe, number, there, last)[:count])
+    random = np.random.default_rng(derive(recipe.seed, number, "sample"))
+    return sorted(there[place] for place in random.choice(len(there), count, replace=False))
+
+
+def ranked(recipe: Recipe, number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
+    """All clients ``among`` in the order in which round ``number`` would rather have them."""
+    random = np.random.default_rng(derive(recipe.seed, number, "order"))
+    drawn = [among[place] for place in random.permutation(len(among))]
+    if recipe.federation.select.prefer == "random":
+        return drawn
+    return sorted(drawn, key=lambda client: last.get(client, 0))  # those that were never asked first

@@ -1,0 +1,192 @@
+"""Who qualifies, who is asked first, and that a resumed run asks the same clients."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from flwr.app import Message
+
+from fedtune.errors import RecipeError
+from fedtune.federation import Select
+from fedtune.recipe import Recipe
+from fedtune.simulation.local_grid import LocalGrid
+from fedtune.simulation.workers import InTurn
+from fedtune.tracking import DeviceRecord, Store
+from server.app import carry
+from server.manager import Manager
+from server.selection import admits, candidates, check_enrolled, check_simulated, qualifies, ranked, sample
+from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
+
+KINDS = """devices=[{name: phone-a, count: 3, memory: 256MB, tags: [indoors]},
+{name: phone-b, count: 2, memory: 1GB, tags: [indoors, mains]}, {name: tablet, count: 5, memory: 2GB}]"""
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ({"devices": ["phone-*"]}, [0, 1, 2, 3, 4]),
+        ({"devices": ["phone-b", "tab*"]}, [3, 4, 5, 6, 7, 8, 9]),
+        ({"devices": ["PHONE-*"]}, []),
+        ({"tags": ["indoors"]}, [0, 1, 2, 3, 4]),
+        ({"tags": ["indoors", "mains"]}, [3, 4]),
+        ({"memory": "1GB"}, [3, 4, 5, 6, 7, 8, 9]),
+        ({"memory": "1GB", "devices": ["phone-?"], "tags": ["mains"]}, [3, 4]),
+    ],
+)
+def test_a_simulation_asks_the_classes_for_which_all_of_it_holds(select: dict[str, Any], expected: list[int]) -> None:
+    recipe = trivial(KINDS, f"federation.select={json.dumps(select)}")
+    assert candidates(recipe) == expected
+    if expected:
+        asked = {client for number in range(1, 30) for client in sample(recipe, number, candidates(recipe))}
+        assert asked == set(expected)
+
+
+def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
+    moment = datetime.now(UTC)
+    text = json.dumps(profile)
+    return DeviceRecord(name=name, node="1", public_key="", enrolled=moment, seen=moment, profile=text, tags=tags)
+
+
+def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
+    tagged, large = Select(tags=["mains"]), Select.model_validate({"memory": "512MB"})
+    boasting = device("a", {"memory": 10**12, "tags": ["mains"]})
+    assert not qualifies(tagged, boasting)
+    assert qualifies(tagged, device("a", {}, "mains", "indoors"))
+    assert qualifies(large, boasting)
+    assert not qualifies(large, device("a", {"memory": 511_999_999}))
+    assert not qualifies(large, device("a", {}))
+    assert not qualifies(large, device("a", {"memory": "1GB"}))
+    assert admits(Select(), "anybody", (), 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["federation.select.tags=[mains]", "federation.clients=3"], "2 of the 10 clients in devices qualify"),
+        (["federation.select.tags=[mains]", "federation.quorum=3"], "2 of the 10 clients in devices qualify"),
+        (["federation.select.tags=[roof]"], "0 of the 10 clients in devices qualify, but a round needs 1;"),
+        (["federation.select.devices=[phone-*]", "federation.fraction=0.2", "federation.quorum=2"], "a round needs 2"),
+    ],
+)
+def test_too_few_qualifying_classes_are_one_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        check_simulated(trivial(KINDS, *overrides))
+
+
+def test_a_fraction_is_of_those_that_qualify() -> None:
+    recipe = trivial(KINDS, "federation.select.devices=[tablet]", "federation.fraction=0.4")
+    assert {len(sample(recipe, number, candidates(recipe))) for number in range(1, 9)} == {2}
+
+
+def test_without_a_selection_the_sample_is_what_it_always_was() -> None:
+    recipe = trivial("devices=[{count: 10}]", "federation.clients=4")
+    assert [sample(recipe, number) for number in (1, 2, 3)] == [[3, 5, 6, 7], [0, 1, 8, 9], [5, 6, 7, 8]]
+
+
+def test_those_that_were_away_longest_come_first_and_ties_are_drawn() -> None:
+    recipe = trivial("devices=[{count: 6}]", "federation.clients=2", "federation.select.prefer=longest-ago")
+    last = {0: 5, 1: 3, 2: 5, 4: 1, 5: 4}
+    assert ranked(recipe, 6, range(6), last)[:4] == [3, 4, 1, 5]
+    assert sample(recipe, 6, range(6), last) == [3, 4]
+    firsts = {ranked(recipe, number, range(6), {})[0] for number in range(1, 60)}
+    assert firsts == set(range(6))
+
+
+ROTATING = ["devices=[{count: 5}]", "federation.clients=2", "federation.rounds=6"]
+ROTATING += ["federation.select.prefer=longest-ago", "train.steps=1"]
+
+
+def clients(ended: Ended) -> list[list[int]]:
+    return [[sent.client for sent in record.contributions] for record in ended.rounds[1:]]
+
+
+def test_a_run_that_prefers_the_longest_away_asks_everybody_equally_often(home: Path) -> None:
+    asked = clients(execute(trivial(*ROTATING)))
+    for done in range(1, 7):
+        counts = Counter(client for some in asked[:done] for client in some)
+        assert max(counts.values()) - min(counts[client] for client in range(5)) <= 1
+
+
+def test_a_stopped_run_asks_the_same_clients_when_it_is_resumed(home: Path) -> None:
+    recipe = trivial(*ROTATING)
+    whole = execute(recipe, run="whole")
+    stops = [4]
+
+    def stop(message: Message, reply: Message) -> Message:
+        if order_of(message)[0] in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+        return reply
+
+    app = spoilt(stop, range(5))
+    with Store.open() as store, silent():
+        run = begin(store, recipe, "stopped")
+        with pytest.raises(KeyboardInterrupt):
+            carry(LocalGrid(recipe.clients, InTurn(app)), store, run)
+        assert len(store.rounds(run)) == 4
+        store.reopen(run)
+        carry(LocalGrid(recipe.clients, InTurn(app)), store, run)
+    assert clients(outcome("stopped")) == clients(whole)
+    assert outcome("stopped").hashes == whole.hashes
+
+
+class Online:
+    """A SuperLink that any device is connected to and that starts nothing."""
+
+    generation = 1
+
+    def control(self) -> "Online":
+        return self
+
+    def online(self) -> set[int]:
+        return {1, 2, 3, 4, 5, 6}
+
+    def start(self, _: dict[str, str]) -> int:
+        return 1
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[Store]:
+    with Store.open() as opened:
+        for node in range(1, 7):
+            tags = ("lab", "mains") if node % 2 else ("lab",)
+            opened.access.add_device(name=f"dev-{node}", node=str(node), public_key=f"pem {node}", tags=tags)
+            opened.access.profile_device(f"dev-{node}", json.dumps({"memory": node * 10**8}))
+        yield opened
+
+
+def selecting(*overrides: str) -> Recipe:
+    return trivial("devices=[{count: 2}]", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("select", "seated"),
+    [
+        ("federation.select.tags=[mains]", ["dev-1", "dev-3"]),
+        ("federation.select.memory=400MB", ["dev-4", "dev-5"]),
+        ("federation.select.devices=[dev-6, dev-2]", ["dev-2", "dev-6"]),
+        ("federation.select={tags: [mains], memory: 300MB}", ["dev-3", "dev-5"]),
+    ],
+)
+def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: str, seated: list[str]) -> None:
+    work = Manager(store, cast("Any", Online()), home, deadline=77.0)
+    run = work.submit(selecting(select))
+    work.tick()
+    assert [seat.device for seat in store.access.seats(run)] == seated
+
+
+def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:
+    work = Manager(store, cast("Any", Online()), home, deadline=77.0)
+    with pytest.raises(RecipeError, match="1 of 6 enrolled devices qualify, but devices counts 2; tag or enrol more"):
+        work.submit(selecting("federation.select.devices=[dev-6]"))
+    assert store.runs() == []
+    store.access.tag_device("dev-2", ["mains"], ["lab"])
+    devices = {one.name: one.tags for one in store.access.devices()}
+    assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
+    check_enrolled(trivial("devices=[{count: 4}]", "federation.select.tags=[mains]"), store.access.devices())
+    check_enrolled(trivial("devices=[{count: 99}]"), store.access.devices())  # without a selection a run may wait
