@@ -101,12 +101,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Contribution:
-    """A spooled contribution: ``path`` holds one fp32 delta per trained tensor."""
+    """A spooled contribution: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
 
     client: int
     examples: int
     path: Path
     own: OwnScore = _NOTHING_HELD_OUT
+    scale: float = 1.0
 
     def names(self) -> set[str]:
         """Of the tensors it holds; what is asked beside the deltas is among them."""
@@ -116,7 +117,8 @@ class Contribution:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:
-            return _rows(file, name, start, stop)
+            rows = _rows(file, name, start, stop)
+        return rows if self.scale == 1.0 else rows * self.scale
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors, for those that are small."""

@@ -1,12 +1,12 @@
 """The part of a recipe that says who takes part in a round, and what makes it count."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from fedtune.section import Section
 
-__all__ = ["Federation", "Select", "Tag"]
+__all__ = ["Federation", "Late", "Select", "Tag"]
 
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
@@ -25,6 +25,14 @@ class Select(Section):
         return bool(self.devices or self.tags or self.memory)
 
 
+class Late(Section):
+    """The asynchronous mode of FedBuff: a round ends with so many answers, and those begun earlier count too."""
+
+    buffer: int = Field(ge=1, description="usable answers that make a round")
+    staleness: float = Field(0.5, ge=0, description="tau rounds late, an answer is scaled by (1 + tau) ** -staleness")
+    oldest: int = Field(10, ge=0, description="an answer that would be later than so many rounds is given up")
+
+
 class Federation(Section):
     """Who takes part in a round, and what makes it count."""
 
@@ -35,3 +43,10 @@ class Federation(Section):
     deadline: float | None = Field(None, gt=0, description="seconds a round waits for replies")
     max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
     select: Select = Select()
+    late: Late | None = Field(None, description="late answers are merged too; without it they are dropped")
+
+    @model_validator(mode="after")
+    def _quorum_fits_buffer(self) -> Self:
+        if self.late is not None and self.quorum > self.late.buffer:
+            raise ValueError(f"quorum is {self.quorum}, but late.buffer ends a round with {self.late.buffer} answers")
+        return self

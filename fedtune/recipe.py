@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
-from fedtune.federation import Federation, Select, Tag
+from fedtune.federation import Federation, Late, Select, Tag
 from fedtune.section import Section
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Evaluation",
     "Federation",
     "Iid",
+    "Late",
     "Model",
     "Natural",
     "Parts",
@@ -155,6 +156,7 @@ class DeviceClass(Section):
     batch: int | None = Field(None, ge=1, description="in place of train.batch")
     dtype: Dtype | None = Field(None, description="in place of model.dtype")
     tags: list[Tag] = Field([], description="what federation.select goes by in a simulation")
+    speed: float = Field(1.0, gt=0, description="examples a second; orders what is late in a simulation, nothing else")
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -272,4 +274,8 @@ class Recipe(Section):
             raise ValueError(f"federation.clients is {self.clients_per_round}, but devices has only {self.clients}")
         if self.federation.quorum > self.clients_per_round:
             raise ValueError(f"federation.quorum is above the {self.clients_per_round} clients sampled each round")
+        if self.federation.late is not None and self.federation.late.buffer > self.clients:
+            raise ValueError(
+                f"federation.late.buffer is {self.federation.late.buffer}, above the {self.clients} clients"
+            )
         return self

@@ -10,7 +10,10 @@ from fedtune.recipe import Recipe
 from server.exchange import replies
 from server.selection import sample
 
-__all__ = ["Asking", "Send", "Together"]
+__all__ = ["NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
+
+NO_REPLY_IN_TIME = "no reply before the deadline"
+NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
 
 Send = Callable[[Sequence[int], int], Mapping[int, Message]]
 """Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with."""
@@ -28,8 +31,8 @@ class Asking(ABC):
         """(client, reply) as they arrive, each client once at most; ``usable`` counts the sound ones so far."""
 
     @abstractmethod
-    def silent(self, answered: Collection[int]) -> list[int]:
-        """The clients that count as missing, given those that answered."""
+    def silent(self, answered: Collection[int]) -> dict[int, str]:
+        """The clients that count as missing, given those that answered, and why."""
 
     def staleness(self, client: int) -> int | None:
         """How many rounds before this one an answer was begun; None where no answer can be late."""
@@ -60,6 +63,6 @@ class Together(Asking):
         messages = send(self._clients, self._number)
         return replies(self._grid, messages, self._recipe.federation.deadline, self._poll)
 
-    def silent(self, answered: Collection[int]) -> list[int]:
+    def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
-        return [client for client in self._clients if client not in answered]
+        return {client: NO_REPLY_IN_TIME for client in self._clients if client not in answered}

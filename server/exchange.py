@@ -33,6 +33,7 @@ def replies(
 ) -> Iterator[tuple[int, Message]]:
     """Send the messages and yield (client, reply) in order of arrival for at most ``deadline`` seconds.
 
+    What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
     Nothing comes from a client whose message could not be sent, since its device has been removed.
     """
     end = float("inf") if deadline is None else time.monotonic() + deadline
@@ -40,6 +41,8 @@ def replies(
     waiting = {number: client for number, client in sent if number is not None}
     while waiting and time.monotonic() < end:
         arrived = list(grid.pull_messages(list(waiting)))
+        if time.monotonic() >= end:
+            return
         for reply in arrived:
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
         if not arrived:

@@ -1,7 +1,7 @@
 """What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from flwr.app import Error, Message, MetricRecord
@@ -9,11 +9,13 @@ from flwr.app import Error, Message, MetricRecord
 from fedtune.answers import DECLINED
 from fedtune.contribution import Contribution, Report, check
 from fedtune.errors import ContributionError
+from fedtune.federation import Late
 from fedtune.files import write
+from fedtune.merging import staleness_scale
 from fedtune.tracking import ContributionRecord
 from server.parts import Part
 
-__all__ = ["missing", "receive"]
+__all__ = ["aged", "missing", "receive"]
 
 
 def receive(
@@ -53,6 +55,16 @@ def receive(
     return record, Contribution(client, report.examples, path, report.own)
 
 
+def aged(
+    record: ContributionRecord, sent: Contribution | None, tau: int | None, late: Late | None
+) -> tuple[ContributionRecord, Contribution | None]:
+    """Both with how late they are: ``tau`` rounds, by which a delta is scaled."""
+    if tau is None or late is None:
+        return record, sent
+    scaled = replace(sent, scale=staleness_scale(tau, late.staleness)) if sent is not None else None
+    return replace(record, staleness=tau), scaled
+
+
 def _error(error: Error) -> tuple[str, str]:
     """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
     reason = error.reason or ""
@@ -61,9 +73,9 @@ def _error(error: Error) -> tuple[str, str]:
     return "error", f"code {error.code}: {error.reason}"
 
 
-def missing(client: int, device: str, bytes_down: int) -> ContributionRecord:
+def missing(client: int, device: str, bytes_down: int, reason: str) -> ContributionRecord:
     """The record of a client that did not answer in time."""
-    return _absent(client, device, "missing", "no reply before the deadline", bytes_down)
+    return _absent(client, device, "missing", reason, bytes_down)
 
 
 def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ContributionRecord:

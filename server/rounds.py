@@ -7,7 +7,7 @@ random number is derived from the seed and the place it is used.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,15 +24,15 @@ from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
-from server.asking import Asking, Together
+from server.asking import Asking
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for
 from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
-from server.receive import missing, receive
-from server.selection import candidates, check_simulated
+from server.receive import aged, missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
+from server.ways import way_of_asking
 
 __all__ = ["coordinate"]
 
@@ -49,18 +49,11 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     state = _resumed(done) if done else _start(shop, store, run)
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
-    asking = _asking(grid, recipe, crew, bool(seats), partial(store.last_asked, run))
+    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
     for number in range(first, recipe.federation.rounds + 1):
         state = _round(shop, store, run, crew, asking, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
-
-
-def _asking(grid: Grid, recipe: Recipe, crew: Crew, seated: bool, last: Callable[[], Mapping[int, int]]) -> Asking:
-    """How clients are asked; devices were selected when they were seated, a simulation's clients are here."""
-    if not seated:
-        check_simulated(recipe)
-    return Together(grid, recipe, range(recipe.clients) if seated else candidates(recipe), crew.poll, last)
 
 
 def _sweep(run: str) -> None:
@@ -134,23 +127,25 @@ def _gather(
     shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    parts = Parts(shop, state, number)
+    parts, federation = Parts(shop, state, number), shop.recipe.federation
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
-    def send(clients: Sequence[int], _: int) -> dict[int, Message]:
-        return _messages(shop, run, crew, clients, parts)
+    def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
+        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun)
+        return _messages(shop, run, crew, clients, sent)
 
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
-        records[client], sent = receive(reply, client, device, part, shop.recipe.federation.max_norm, spool)
+        received = receive(reply, client, device, part, federation.max_norm, spool)
+        records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client in asking.silent(records):
-        records[client] = missing(client, crew.names[client], len(parts.of(client).payload))
+    for client, reason in asking.silent(records).items():
+        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
         tell(Answered(number, records[client]))
     return [records[client] for client in sorted(records)], sorted(contributions, key=lambda sent: sent.client)
 
@@ -163,6 +158,11 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
         own = [client for client in clients if parts.of(client).payload is payload]
         found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)
     return dict(sorted(found.items()))
+
+
+def _earlier(run: str, number: int) -> State:
+    """The state that an earlier round began with."""
+    return checkpoint.load(home.runs() / _checkpoint_path(run, number - 1))
 
 
 def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:

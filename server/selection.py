@@ -42,7 +42,7 @@ def asked_per_round(recipe: Recipe, among: Sequence[int]) -> int:
 def check_simulated(recipe: Recipe) -> None:
     """RecipeError when too few clients of a simulation qualify for its rounds."""
     among, federation = candidates(recipe), recipe.federation
-    needed = max(federation.clients or 1, federation.quorum)
+    needed = max(federation.clients or 1, federation.quorum, federation.late.buffer if federation.late else 1)
     if asked_per_round(recipe, among) < federation.quorum or len(among) < needed:
         raise RecipeError(
             f"federation.select: {len(among)} of the {recipe.clients} clients in devices qualify, but a round needs "

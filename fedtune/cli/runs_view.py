@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.tracking import RoundRecord, RunRecord
+from fedtune.tracking import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
 
 __all__ = ["show_comparison", "show_list", "show_run"]
@@ -112,8 +112,9 @@ def _domains(rounds: Rounds, name: str) -> Table:
 
 def _devices(rounds: Rounds) -> Table:
     """One line per device class, so that a thousand clients fit a screen too."""
-    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "peak saved>", "peak process>")
     every = [one for record in rounds for one in record.contributions]
+    late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
+    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "peak saved>", "peak process>", *late)
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
@@ -124,8 +125,15 @@ def _devices(rounds: Rounds) -> Table:
             decimal(sum(one.bytes_up for one in own)),
             decimal(max(one.saved_bytes for one in own)),
             decimal(max(one.peak_rss for one in own)),
+            *([_staleness(own)] if late else []),
         )
     return table
+
+
+def _staleness(contributions: Sequence[ContributionRecord]) -> str:
+    """Mean and largest number of rounds by which merged answers were late."""
+    found = [one.staleness for one in contributions if one.status == "merged" and one.staleness is not None]
+    return f"{sum(found) / len(found):.1f}, at most {max(found)}" if found else "-"
 
 
 def _mishaps(rounds: Rounds) -> list[str]:

@@ -5,6 +5,7 @@ from fedtune.merging._differences import cosine_table, opposed, scale_that_keeps
 from fedtune.merging._measured import StatisticsFile
 from fedtune.merging._pipeline import Pipeline, choose, errors, merge, merged_pieces, operands_of, settle
 from fedtune.merging._ranks import narrowed, widened
+from fedtune.merging._staleness import staleness_scale
 from fedtune.merging._step import (
     Activity,
     Align,
@@ -47,5 +48,6 @@ __all__ = [
     "outshone",
     "scale_that_keeps_length",
     "settle",
+    "staleness_scale",
     "widened",
 ]

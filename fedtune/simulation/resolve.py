@@ -26,6 +26,8 @@ def resolve(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
+    if recipe.federation.late is not None:
+        _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
 
@@ -43,6 +45,11 @@ def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: mergin
                 "own; drop them or the technique"
             )
     return device.model_copy(update={"techniques": _written_out(own)})
+
+
+def _of_classes(devices: Sequence[DeviceClass]) -> list[Technique]:
+    chosen = [techniques.choose(one.techniques, f"devices: {one.name}") for one in devices if one.techniques]
+    return [technique for own in chosen for technique in own]
 
 
 def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:
@@ -78,6 +85,28 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluati
     if unfit:
         raise RecipeError(
             f"merge: {unfit[0]} needs a whole model, of which {keeping} leaves a part on devices; drop one"
+        )
+
+
+def _check_late(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluation: Evaluation) -> None:
+    """A late answer is a delta to an older state: what takes all answers for models of one round cannot use it."""
+    moving = next((technique.name for technique in chosen if technique.moves()), None)
+    if moving is not None:
+        mend = "; set exact: freeze-a" if moving in ("lora", "qlora") else "; drop one"
+        raise RecipeError(f"federation.late: {moving} trains something else each round, which late answers miss{mend}")
+    if evaluation.own:
+        raise RecipeError(
+            "federation.late: clients score the model they begin with, which is not the same for all, so "
+            "evaluation.own tells nothing of a round; drop one, and with it what leaves the server no whole model"
+        )
+    asked = merging.measurement(pipeline.steps)
+    told = [step.name for step in pipeline.steps if step.needs] if asked is not None and asked.by == "clients" else []
+    whole = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
+    pairs = [] if pipeline.combine.takes == "tensors" else [pipeline.combine.name]
+    if unfit := [*whole, *pairs, *told]:
+        raise RecipeError(
+            f"federation.late: {unfit[0]} wants the models of one round, but late answers are deltas to older ones; "
+            "drop one, or merge by e.g. mean"
         )
 
 

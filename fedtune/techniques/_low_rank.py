@@ -67,6 +67,10 @@ class LowRank(Technique):
         """The weights beside the pairs, where the merge writes into them."""
         return [pair.base for pair in self.pairs(model) if pair.base is not None]
 
+    def moves(self) -> bool:
+        """One factor follows the other."""
+        return self.exact == "alternate"
+
     def sends(self) -> Sent:
         """Both factors, unless one of them is common to all clients in each round."""
         both: Sent = "pairs and base" if self.exact == "remainder" else "pairs"

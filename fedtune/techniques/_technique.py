@@ -78,6 +78,10 @@ class Technique(Named):
         """Whether the shared state says of each weight if it is there: all clients must then go by the same masks."""
         return False
 
+    def moves(self) -> bool:
+        """Whether rounds differ in what is trained or kept, so that an answer fits the round it was begun in alone."""
+        return self.moves_masks()
+
     def sends(self) -> Sent:
         """What clients train, as a merge must know it before it can be chosen."""
         return "tensors"

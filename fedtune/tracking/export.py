@@ -28,6 +28,7 @@ _WRITERS: Mapping[str, Callable[[pa.Table, Path], None]] = {
 }
 _TYPES: Mapping[Any, pa.DataType] = {
     int: pa.int64(),
+    int | None: pa.int64(),
     float: pa.float64(),
     str: pa.string(),
     datetime: pa.timestamp("us", tz="UTC"),

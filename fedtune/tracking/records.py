@@ -27,7 +27,10 @@ class MetricRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ContributionRecord:
-    """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes."""
+    """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes.
+
+    ``staleness`` counts the rounds since the state it began with; None where rounds wait for their own answers only.
+    """
 
     client: int
     device: str
@@ -41,6 +44,7 @@ class ContributionRecord:
     peak_rss: int
     norm: float
     loss: float
+    staleness: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

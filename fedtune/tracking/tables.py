@@ -142,6 +142,7 @@ contributions = Table(
     Column("peak_rss", BigInteger, nullable=False),
     Column("norm", Measured),
     Column("loss", Measured),
+    Column("staleness", Integer),
 )
 
 metrics = Table(

@@ -1,0 +1,13 @@
+"""How much a contribution counts that was begun some rounds before the one it is merged in.
+
+Source: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation" (FedBuff, arXiv 2106.06581), whose
+server adds up deltas scaled by s(tau); the polynomial s(tau) = (1 + tau)^-a is that of Xie et al., "Asynchronous
+Federated Optimization" (arXiv 1903.03934), and FedBuff takes a = 1/2.
+"""
+
+__all__ = ["staleness_scale"]
+
+
+def staleness_scale(tau: int, exponent: float) -> float:
+    """s(tau) for a delta begun ``tau`` rounds ago: 1 for a fresh one, and always for exponent 0."""
+    return float((1 + tau) ** -exponent)

@@ -1,0 +1,85 @@
+"""The asynchronous mode on real devices: a round ends when its buffer is full; who is still at work goes on.
+
+What is in flight is known to this process alone: after a crash those clients are asked anew, from the last committed
+round. The order of arrival is real, so two such runs do not end with the same bits.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from server.asking import NO_REPLY_IN_ROUNDS, Asking, Send
+from server.desk import Desk
+
+__all__ = ["Buffered"]
+
+
+class Buffered(Asking):
+    """Rounds of ``buffer`` usable answers, fewer where nobody is left to ask or ``deadline`` seconds are over."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        desk: Desk,
+        buffer: int,
+        deadline: float | None,
+        poll: float,
+        last: Callable[[], Mapping[int, int]],
+    ) -> None:
+        self._grid, self._desk, self._buffer, self._poll, self._last = grid, desk, buffer, poll, last
+        self._deadline = float("inf") if deadline is None else deadline
+        self._sent: dict[str, int] = {}
+        self._arrived: deque[tuple[int, Message]] = deque()
+        self._staleness: dict[int, int] = {}
+        self._lost: list[int] = []
+
+    def begin(self, number: int) -> int:
+        """Give up on clients that are too far behind."""
+        self._staleness, self._lost = {}, self._desk.begin(number, self._last())
+        lost = set(self._lost)
+        self._sent = {message: client for message, client in self._sent.items() if client not in lost}
+        self._arrived = deque(answer for answer in self._arrived if answer[0] not in lost)
+        return self._buffer
+
+    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+        """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
+        end = time.monotonic() + self._deadline
+        while usable() < self._buffer and time.monotonic() < end:
+            self._ask(send)
+            if not self._arrived and not self._sent:
+                return
+            if not self._arrived and not self._pull():
+                time.sleep(self._poll)
+            if self._arrived:
+                client, reply = self._arrived.popleft()
+                self._staleness[client] = self._desk.done(client)
+                yield client, reply
+
+    def _ask(self, send: Send) -> None:
+        clients = self._desk.next()
+        if not clients:
+            return
+        messages = send(clients, self._desk.number)
+        for client, message in zip(messages, self._grid.push_messages(messages.values()), strict=True):
+            if message is None:  # its device has been removed
+                self._desk.done(client)
+                self._lost.append(client)
+            else:
+                self._sent[message] = client
+
+    def _pull(self) -> bool:
+        """Whether something arrived; what arrives together may be for the next round too."""
+        found = self._grid.pull_messages(list(self._sent))
+        self._arrived.extend((self._sent.pop(reply.metadata.reply_to_message_id), reply) for reply in found)
+        return bool(self._arrived)
+
+    def silent(self, answered: Collection[int]) -> dict[int, str]:
+        """Clients that were given up; those still at work are not missing."""
+        return dict.fromkeys(self._lost, NO_REPLY_IN_ROUNDS)
+
+    def staleness(self, client: int) -> int | None:
+        """Rounds since the state the answer began with."""
+        return self._staleness[client]

@@ -1,0 +1,32 @@
+"""How a run's clients are asked: all at once, or as they come, on real devices or in a simulation."""
+
+from collections.abc import Callable, Mapping
+
+from flwr.serverapp import Grid
+
+from fedtune.training import Workshop
+from server.asking import Asking, Together
+from server.buffered import Buffered
+from server.crew import Crew
+from server.desk import Desk
+from server.selection import candidates, check_simulated
+from server.timetable import ByTimetable, timetable
+
+__all__ = ["way_of_asking"]
+
+
+def way_of_asking(
+    grid: Grid, shop: Workshop, crew: Crew, seated: bool, last: Callable[[], Mapping[int, int]]
+) -> Asking:
+    """What the recipe asks for. Devices were selected when they were ``seated``; a simulation's clients are here."""
+    recipe, federation = shop.recipe, shop.recipe.federation
+    if not seated:
+        check_simulated(recipe)
+    among = range(recipe.clients) if seated else candidates(recipe)
+    if federation.late is None:
+        return Together(grid, recipe, among, crew.poll, last)
+    if seated:
+        desk = Desk(recipe, among, federation.late)
+        return Buffered(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
+    sizes = [len(rows) for rows in shop.clients]
+    return ByTimetable(grid, timetable(recipe, among, sizes, federation.late), federation.deadline, crew.poll)

@@ -1,0 +1,94 @@
+"""The settings of late answers: what they mean in figures, and what they are refused with."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Message
+
+from fedtune.cli.runs_view import show_run
+from fedtune.contribution import Contribution, pack
+from fedtune.errors import RecipeError
+from fedtune.merging import staleness_scale
+from fedtune.tracking import Store
+from tests.federations import execute, spoilt, trivial, words
+from tests.store_examples import a_contribution, a_round, start
+
+
+@pytest.mark.parametrize(
+    ("tau", "exponent", "scale"), [(0, 0.5, 1.0), (3, 0.5, 0.5), (1, 1.0, 0.5), (8, 0.5, 1 / 3), (7, 0.0, 1.0)]
+)
+def test_staleness_scales_by_a_power_of_one_more_than_the_rounds(tau: int, exponent: float, scale: float) -> None:
+    assert staleness_scale(tau, exponent) == pytest.approx(scale, rel=1e-15)
+
+
+def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_path: Path) -> None:
+    delta = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "sent").write_bytes(pack({"weight": delta}))
+    assert torch.equal(Contribution(0, 5, tmp_path / "sent").rows("weight", 1, 4), delta[1:4])
+    halved = Contribution(0, 5, tmp_path / "sent", scale=0.5)
+    assert torch.equal(halved.rows("weight", 1, 4), delta[1:4] / 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.techniques=[dynamic-pruning]"], "dynamic-pruning trains something else each round"),
+        (["merge=[rebasin, mean]"], "rebasin wants the models of one round"),
+        (["merge=[mean, bias-calibration]"], "bias-calibration wants the models of one round"),
+        (["merge=[mean, aim: {statistics: clients}]"], "aim wants the models of one round"),
+        (["evaluation.own=0.2"], "clients score the model they begin with"),
+        (["train.techniques=[full, live-norm: {local: true}]", "evaluation.own=0.2"], "leaves the server no whole"),
+    ],
+)
+def test_what_needs_the_models_of_one_round_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        trivial("federation.late.buffer=2", *overrides)
+
+
+def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"lora trains something else each round, .*; set exact: freeze-a"):
+        words(tmp_path, "federation.late.buffer=2")
+    with pytest.raises(RecipeError, match="fedit wants the models of one round"):
+        words(tmp_path, "federation.late.buffer=2", "train.techniques=[lora: {exact: none}]", "merge=[fedit]")
+    words(tmp_path, "federation.late.buffer=2", "train.techniques=[lora: {exact: freeze-a}]")
+    trivial("federation.late.buffer=2", "merge=[mean, aim]")  # measured by the server, of the model it merges into
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["federation.late.buffer=5"], "federation.late.buffer is 5, above the 4 clients"),
+        (["federation.late.buffer=2", "federation.quorum=3"], "quorum is 3, but late.buffer ends a round with 2"),
+        (["federation.late.buffer=0"], "buffer"),
+        (["federation.late.staleness=-1", "federation.late.buffer=2"], "staleness"),
+    ],
+)
+def test_settings_that_do_not_hold_are_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        trivial(*overrides)
+
+
+def test_a_client_that_overruns_the_deadline_in_turn_is_missing(home: Path) -> None:
+    def tarry(message: Message, reply: Message) -> Message:
+        time.sleep(4)
+        return reply
+
+    ended = execute(trivial("federation.deadline=4", "federation.rounds=1"), spoilt(tarry, {2}))
+    statuses = [found.status for found in ended.rounds[1].contributions]
+    assert statuses == ["merged", "merged", "missing", "missing"]
+
+
+def test_lateness_is_shown_where_there_can_be_any(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Store.open() as store:
+        start(store)
+        store.commit_round("film-1a2b", a_round(0))
+        late = tuple(a_contribution(client, staleness=3 * client) for client in range(2))
+        store.commit_round("film-1a2b", a_round(1, contributions=late))
+        rounds = store.rounds("film-1a2b")
+        assert [one.staleness for one in rounds[1].contributions] == [0, 3]
+        show_run(store.run("film-1a2b"), rounds)
+        assert "1.5, at most 3" in " ".join(capsys.readouterr().out.split())
+        show_run(store.run("film-1a2b"), [a_round(1)])
+        assert "late" not in capsys.readouterr().out
