@@ -28,6 +28,7 @@ CLAIMS = (
     "rebasin",
     "aim",
     "aim_federation",
+    "asynchronous",
 )
 
 for claim in CLAIMS:
