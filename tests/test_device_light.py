@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -165,6 +166,8 @@ def test_a_package_keeps_a_device_joined_with_its_options(home: Path, tmp_path: 
     assert f"Environment=FEDTUNE_HOME={home}" in unit
     docker = (tmp_path / "Dockerfile").read_text()
     assert '"--data", "csv:/data/my reviews.csv", "--memory", "512000000"]' in docker
+    assert "pip install --no-cache-dir --no-deps -r requirements.txt" in docker
+    assert f"\nfedtune=={version('fedtune')}\n" in (tmp_path / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize(

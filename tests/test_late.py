@@ -11,8 +11,11 @@ from fedtune.cli.runs_view import show_run
 from fedtune.contribution import Contribution, pack
 from fedtune.errors import RecipeError
 from fedtune.merging import staleness_scale
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import parse
+from fedtune.simulation import resolve
 from fedtune.tracking import Store
-from tests.federations import execute, spoilt, trivial, words
+from tests.federations import WORDS, execute, spoilt, trivial
 from tests.store_examples import a_contribution, a_round, start
 
 
@@ -47,12 +50,17 @@ def test_what_needs_the_models_of_one_round_is_refused(overrides: list[str], sen
         trivial("federation.late.buffer=2", *overrides)
 
 
-def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not(tmp_path: Path) -> None:
+def adapted(lora: str, merge: str) -> Recipe:
+    overrides = ("federation.late.buffer=2", f"train.techniques=[lora: {{exact: {lora}}}]", f"merge=[{merge}]")
+    return resolve(parse(WORDS.format(folder="nowhere"), "words", overrides))
+
+
+def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not() -> None:
     with pytest.raises(RecipeError, match=r"lora trains something else each round, .*; set exact: freeze-a"):
-        words(tmp_path, "federation.late.buffer=2")
+        adapted("alternate", "mean")
     with pytest.raises(RecipeError, match="fedit wants the models of one round"):
-        words(tmp_path, "federation.late.buffer=2", "train.techniques=[lora: {exact: none}]", "merge=[fedit]")
-    words(tmp_path, "federation.late.buffer=2", "train.techniques=[lora: {exact: freeze-a}]")
+        adapted("none", "fedit")
+    adapted("freeze-a", "mean")
     trivial("federation.late.buffer=2", "merge=[mean, aim]")  # measured by the server, of the model it merges into
 
 

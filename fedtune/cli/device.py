@@ -125,14 +125,12 @@ def leave() -> None:
 @_memory
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(source: str, memory: int | None, output: Path) -> None:
-    """Write a systemd unit and a Dockerfile that keep this device joined.
+    """Write a systemd unit and a Dockerfile that keep this device joined, and the requirements of a thin install.
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from importlib.metadata import version
-
     from clients.package import package as write_files
 
     options = ["--data", source, *(["--memory", f"{memory}"] if memory else [])]
-    for path in write_files(output, options, version("fedtune")):
+    for path in write_files(output, options):
         click.echo(path)

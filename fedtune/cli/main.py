@@ -77,11 +77,23 @@ def _run() -> int:
         return 2
     except FedtuneError as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(_lacking(error))
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}; mend that and try again")
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         return 130
+
+
+def _lacking(error: ModuleNotFoundError) -> str:
+    """A sentence for what a thin install left out; whatever else is missing is an error of ours."""
+    from fedtune.thin import lacking
+
+    sentence = lacking(error.name or "")
+    if sentence is None:
+        raise error
+    return sentence
 
 
 def _be_quiet() -> None:
