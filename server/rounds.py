@@ -25,11 +25,13 @@ from fedtune.seeds import derive
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
+from server.accounting import spent
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for, replies
 from server.own_scores import own_scores
 from server.parts import Part, part_of, sent_names, widened
+from server.private import alike, norm_limit, with_noise
 from server.receive import missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 
@@ -101,16 +103,17 @@ def _round(grid: Grid, shop: Workshop, store: Store, run: str, crew: Crew, state
         short = _shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
-            state, figures = _merged(shop, state, number, contributions)
+            state, figures = _merged(shop, state, run, number, contributions)
         else:
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
+    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
     return state
 
 
 def _merged(
-    shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]
+    shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
 ) -> tuple[State, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = merging.choose(shop.recipe.merge)
@@ -121,6 +124,7 @@ def _merged(
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged = merging.merge(pipeline, compact(state, found), names, contributions, told)
+    merged = with_noise(shop.recipe, run, number, merged, names, contributions)
     extras = techniques.asked(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
@@ -139,9 +143,8 @@ def _gather(
     tell(RoundStarted(number, len(clients)))
     messages = _messages(shop, run, crew, number, parts)
     for client, reply in replies(grid, messages, recipe.federation.deadline, crew.poll):
-        records[client], sent = receive(
-            reply, client, crew.names[client], parts[client], recipe.federation.max_norm, spool
-        )
+        most, limit = norm_limit(recipe, parts[client].expected.values())
+        records[client], sent = receive(reply, client, crew.names[client], parts[client], most, spool, limit)
         if sent:
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
@@ -149,7 +152,8 @@ def _gather(
     for client in sorted(set(clients) - records.keys()):
         records[client] = missing(client, crew.names[client], len(parts[client].payload))
         tell(Answered(number, records[client]))
-    return [records[client] for client in clients], sorted(contributions, key=lambda sent: sent.client)
+    ordered = sorted(alike(recipe, contributions), key=lambda sent: sent.client)
+    return [records[client] for client in clients], ordered
 
 
 def _parts(shop: Workshop, clients: Sequence[int], state: State, number: int) -> dict[int, Part]:

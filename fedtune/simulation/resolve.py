@@ -7,6 +7,7 @@ from fedtune.contribution import Sent
 from fedtune.errors import RecipeError
 from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
 from fedtune.registry import Named
+from fedtune.simulation.private import check_private
 from fedtune.techniques import Technique
 
 __all__ = ["resolve"]
@@ -25,6 +26,7 @@ def resolve(recipe: Recipe) -> Recipe:
     pipeline = merging.choose(recipe.merge)
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
+    check_private(recipe, pipeline)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     merge = _written_out(pipeline.steps)
     return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
