@@ -28,6 +28,7 @@ CLAIMS = (
     "rebasin",
     "aim",
     "aim_federation",
+    "privacy",
 )
 
 for claim in CLAIMS:

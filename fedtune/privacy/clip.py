@@ -15,7 +15,7 @@ from fedtune.errors import ContributionError
 __all__ = ["SLACK", "clipped"]
 
 SLACK = 1e-6
-"""Clipped deltas are rounded to fp32, by 6e-8 of each value: their norm may pass the bound by no more than this share."""
+"""Clipped deltas are rounded to fp32, by 6e-8 of each value: their norm passes the bound by less than this share."""
 
 
 def clipped(deltas: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
