@@ -1,9 +1,9 @@
 """Claim: what privacy costs in accuracy on recipes/private.yaml, and at which epsilon.
 
-Arms differ in ``privacy`` alone: none; contributions clipped with no noise to speak of; the server's noise at multiplier
-2 (the recipe's own) and 4; noise of the clients' own at multiplier 2. Per arm and seed: test accuracy of the last round
-and epsilon at the recipe's delta. The seed decides data, sampling and order; the noise is new in every run, as it
-must be, so that its rows do not repeat to the bit.
+Arms differ in ``privacy`` alone: none; contributions clipped with no noise to speak of; the server's noise at a
+multiplier of 2 (the recipe's own) and 4; noise of the clients' own at multiplier 2. Per arm and seed: test accuracy of
+the last round and epsilon at the recipe's delta. The seed decides data, sampling and order; the noise is new in every
+run, as it must be, so that its rows do not repeat to the bit.
 
 Run: python -m benchmarks.privacy [--seeds 0 1 2]
 """
