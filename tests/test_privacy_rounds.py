@@ -1,33 +1,31 @@
 """Privacy on the path of a round: what is sent, what is believed, what comes of it; killed runs repeat it."""
 
 import math
-import signal
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.app import app
+from clients.channel import Frame
+from clients.device_home import DeviceHome
+from clients.keeper import Keeper
 from clients.private import private as made_private
 from clients.supply import holding
-from fedtune import checkpoint, files
-from fedtune import home as homes
+from clients.work import work
 from fedtune.contribution import Order, pack, unpack
 from fedtune.errors import ContributionError
 from fedtune.privacy import SLACK
-from fedtune.recipe import Privacy, Recipe
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.tracking import RoundRecord, Store, claim
-from fedtune.training import workshop
+from fedtune.recipe import Privacy
+from fedtune.sparse import to_wire
+from fedtune.training import read_state, workshop
 from server.accounting import epsilon
-from server.app import carry
-from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, spoilt
-from tests.kills import start
+from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 
 ORDER = Order("", 1, 0, run="run-1")
@@ -47,10 +45,15 @@ def test_the_servers_noise_is_all_that_lies_between_the_mean_of_equals_and_the_n
         left.append(noise.numpy() / (NOISE * CLIP / 4))
     count = len(left[0])
     assert count == 7850
-    for noise in left:
-        assert abs(noise.mean()) < 5 / math.sqrt(count)
-        assert abs(noise.var() - 1) < 5 * math.sqrt(2 / count)
-    assert abs(np.corrcoef(left)[0, 1]) < 5 / math.sqrt(count), "each round has noise of its own"
+    for one in left:
+        assert abs(one.mean()) < 5 / math.sqrt(count)
+        assert abs(one.var() - 1) < 5 * math.sqrt(2 / count)
+    assert correlation(left) < 5 / math.sqrt(count), "each round has noise of its own"
+
+
+def correlation(rows: Sequence[NDArray[np.float64]]) -> float:
+    """The largest between two rows."""
+    return float(np.abs(np.asarray(np.corrcoef(np.stack(rows))) - np.eye(len(rows))).max())
 
 
 def test_clients_clip_before_they_send_and_send_no_noise_where_the_server_adds_it(home: Path) -> None:
@@ -110,7 +113,7 @@ def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: P
     for noise in own:
         assert abs(noise.mean()) < 5 / math.sqrt(count)
         assert abs(noise.var() - 1) < 5 * math.sqrt(2 / count)
-    assert np.abs(np.corrcoef(own) - np.eye(4)).max() < 5 / math.sqrt(count)
+    assert correlation(own) < 5 / math.sqrt(count)
     mean = sum(flat(sent[1, client]) for client in range(4)) / 4
     torch.testing.assert_close(flat(state(ended, 1)) - flat(state(ended, 0)), mean, rtol=0, atol=1e-6)
     assert not key_of("run-1").exists()
@@ -126,17 +129,34 @@ def test_a_client_with_its_own_noise_tells_neither_examples_nor_loss_nor_labels(
     assert holding(other, other.clients[0])["examples"] == len(other.clients[0])
 
 
+@pytest.mark.slow
+def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing_else(home: Path) -> None:
+    recipe = private("client").model_dump_json()
+    shop = workshop(recipe)
+    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    order = Order(recipe, 1, 1, run="one")
+    keeper = Keeper("part:1", 4_000_000_000, 60.0)
+    try:
+        answer = keeper.ask(Frame(asdict(order), payload))
+    finally:
+        keeper.close()
+    assert answer.header["kind"] == "trained", answer.header
+    assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
+    simulated = [work(order, payload, shop, shop.clients[1], at)[0] for at in (DeviceHome().own("one"), home / "new")]
+    assert answer.payload == simulated[0] != simulated[1]
+
+
 def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: Path) -> None:
     """Whoever had both could subtract them, and see the difference in clear."""
     own = Privacy(clip=10.0, noise=1.0, where="client")
     one, other = {"t": torch.zeros(50_000)}, {"t": torch.zeros(50_000)}
     other["t"][0] = 1e-3
     noises = [made_private(deltas, {}, own, ORDER, tmp_path)["t"] - deltas["t"] for deltas in (one, other)]
-    assert abs(np.corrcoef(torch.stack(noises).numpy())[0, 1]) < 5 / math.sqrt(50_000)
+    assert correlation([noise.numpy() for noise in noises]) < 5 / math.sqrt(50_000)
     again = made_private(one, {}, own, ORDER, tmp_path)["t"]
     assert torch.equal(again, noises[0])
     later = made_private(one, {}, own, replace(ORDER, round=2), tmp_path)["t"]
-    assert abs(np.corrcoef(torch.stack([again, later]).numpy())[0, 1]) < 5 / math.sqrt(50_000)
+    assert correlation([again.numpy(), later.numpy()]) < 5 / math.sqrt(50_000)
 
 
 def test_a_client_sends_nothing_that_is_neither_clipped_nor_noised(tmp_path: Path) -> None:
@@ -162,78 +182,3 @@ def test_a_failed_round_releases_nothing_of_the_servers_but_what_clients_have_se
     ended = execute(recipe, spoilt(failing, {3}, {1}))
     assert [record.status for record in ended.rounds] == ["completed", "failed", "completed"]
     assert epsilons(ended) == [epsilon(recipe, count) for count in counts]
-
-
-class KilledError(Exception):
-    """Stands for the end of a process before the second round is committed."""
-
-
-def carried(recipe: Recipe) -> None:
-    """Go on with run-1 in this home."""
-    with Store.open() as store, claim("run-1"), silent():
-        carry(LocalGrid(recipe.clients, InTurn(app)), store, "run-1")
-
-
-def cut_off(recipe: Recipe) -> None:
-    """Begin run-1 in this home, and end before its second round is committed."""
-    real = Store.commit_round
-
-    def commit_round(store: Store, run: str, record: RoundRecord) -> None:
-        if record.number == 2:
-            raise KilledError
-        real(store, run, record)
-
-    with Store.open() as store:
-        begin(store, recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "commit_round", commit_round)
-        with pytest.raises(KilledError):
-            carried(recipe)
-
-
-@pytest.mark.parametrize(("where", "secrets"), [("server", 1), ("client", 4)])
-def test_an_interrupted_run_ends_in_the_bits_of_one_left_alone(
-    home: Path, monkeypatch: pytest.MonkeyPatch, where: str, secrets: int
-) -> None:
-    recipe = private(where)
-    alone = execute(recipe)
-    keys = {path.relative_to(home): path.read_bytes() for path in home.rglob("noise.key")}
-    assert len(set(keys.values())) == len(keys) == secrets
-    monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
-    for path, content in keys.items():
-        files.write(home / "other" / path, content)
-    cut_off(recipe)
-    carried(recipe)
-    resumed = outcome("run-1")
-    assert resumed.hashes == alone.hashes
-    assert epsilons(resumed) == epsilons(alone)
-
-
-@pytest.mark.parametrize("where", ["server", "client"])
-def test_nobody_finds_the_same_weights_without_the_secret(
-    home: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    recipe = private(where, "federation.rounds=1")
-    alone = execute(recipe)
-    monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
-    other = execute(recipe)
-    assert other.hashes[0] == alone.hashes[0]
-    assert other.hashes[1] != alone.hashes[1]
-
-
-def test_a_run_killed_between_checkpoint_and_commit_makes_the_same_checkpoint_again(home: Path, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"{TRIVIAL}privacy: {{clip: {CLIP}, noise: {NOISE}}}\n", encoding="utf-8")
-    process = start(home, "simulate", str(path), "--json", plant="before the commit")
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, (home / "printed").read_text()
-    stopped = outcome()
-    assert [record.number for record in stopped.rounds] == [0, 1]
-    left = checkpoint.digest(checkpoint.load(homes.runs() / stopped.run.id / "round-0002.safetensors"))
-    process = start(home, "simulate", "--resume", "latest", "--json")
-    process.join()
-    assert process.exitcode == 0, (home / "printed").read_text()
-    ended = outcome()
-    assert ended.hashes[2] == left
-    recipe = private("server")
-    assert epsilons(ended) == [epsilon(recipe, count) for count in (1, 2)]
