@@ -2,15 +2,18 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from fedtune import home
 from fedtune.contribution import Contribution
 from fedtune.files import sha256
-from fedtune.privacy import deviation, largest_norm, noised, secret
+from fedtune.merging import Evidence, Pipeline, Relax
+from fedtune.privacy import Normals, deviation_of_mean, largest_norm, secret
 from fedtune.recipe import Recipe
 
 __all__ = ["alike", "norm_limit", "with_noise"]
@@ -30,23 +33,31 @@ def alike(recipe: Recipe, contributions: Sequence[Contribution]) -> list[Contrib
     return [replace(one, examples=1) for one in contributions]
 
 
-def with_noise(
-    recipe: Recipe,
-    run: str,
-    number: int,
-    merged: Mapping[str, Tensor],
-    names: Iterable[str],
-    contributions: Sequence[Contribution],
-) -> dict[str, Tensor]:
-    """The merged state, with noise on the named tensors where the server is to add it: of the sum, divided by n.
+class Noise(Relax):
+    """The last step of a merge: noise on the merged delta, before any rounding to the weights it is added to."""
 
-    It comes from the run's secret, which stays in the run's folder, and from what was merged: a resumed round has the
+    name: ClassVar[str] = "noise"
+    deviation: float
+    secret: bytes = Field(repr=False)
+    place: tuple[int | str, ...]
+
+    def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:
+        """The rows with noise of their own."""
+        width = delta[0].numel() if delta.dim() else 1
+        return Normals(self.secret, *self.place, name).added(delta, start * width, self.deviation)
+
+
+def with_noise(
+    recipe: Recipe, pipeline: Pipeline, run: str, number: int, contributions: Sequence[Contribution]
+) -> Pipeline:
+    """The merge, with noise for the mean of these contributions at its end where the server is to add it.
+
+    It comes from the run's secret, which stays in the run's folder, and from what is merged: a resumed round has the
     same bits, and no two different sums ever have the same noise.
     """
-    privacy = recipe.privacy
-    if privacy is None or privacy.where == "client":
-        return dict(merged)
+    if recipe.privacy is None or recipe.privacy.where == "client":
+        return pipeline
     content = hashlib.sha256("".join(sha256(one.path) for one in contributions).encode()).hexdigest()
-    named = {name: merged[name] for name in names}
-    each = deviation(privacy) / len(contributions)
-    return {**merged, **noised(named, each, secret(home.runs() / run), run, number, content)}
+    each = deviation_of_mean(recipe.privacy, len(contributions))
+    noise = Noise(deviation=each, secret=secret(home.runs() / run), place=(run, number, content))
+    return pipeline._replace(relax=(*pipeline.relax, noise))

@@ -116,7 +116,7 @@ def _merged(
     shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
 ) -> tuple[State, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
-    pipeline = merging.choose(shop.recipe.merge)
+    pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
     found = masks(state)
     names = sent_names(shop, number)
     told = evidence(shop, pipeline, state, number, names, contributions)
@@ -124,7 +124,6 @@ def _merged(
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged = merging.merge(pipeline, compact(state, found), names, contributions, told)
-    merged = with_noise(shop.recipe, run, number, merged, names, contributions)
     extras = techniques.asked(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]

@@ -5,7 +5,7 @@ import math
 from fedtune.privacy.clip import SLACK
 from fedtune.recipe import Privacy
 
-__all__ = ["deviation", "largest_norm"]
+__all__ = ["deviation", "deviation_of_mean", "largest_norm"]
 
 _TAIL = 8.0
 
@@ -13,6 +13,14 @@ _TAIL = 8.0
 def deviation(privacy: Privacy) -> float:
     """Standard deviation of the noise on a sum of contributions: ``noise`` times what one of them can change."""
     return privacy.noise * privacy.clip * (1 + SLACK)
+
+
+def deviation_of_mean(privacy: Privacy, count: int) -> float:
+    """Standard deviation of the noise on the mean of so many contributions.
+
+    Each moves the mean by clip / count; rounding the mean to fp32 before the noise may add 2^-23 of clip.
+    """
+    return deviation(privacy) * (1 / count + 2.0**-23)
 
 
 def largest_norm(privacy: Privacy, elements: int) -> float:

@@ -24,36 +24,38 @@ from fedtune.contribution import pieces
 __all__ = ["Normals", "noised"]
 
 _SUMMANDS = 4
-_WORD = 8
+_BLOCK = 2 * _SUMMANDS * 8
+"""Bytes of a block of ChaCha20: two words of eight for each summand."""
 
 
 class Normals:
     """An endless row of standard normal numbers; another place, or another secret, gives an unrelated one."""
 
     def __init__(self, secret: bytes, *place: int | str) -> None:
-        key = hmac.digest(secret, "/".join(str(part) for part in place).encode(), "sha256")
-        self._stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._key = hmac.digest(secret, "/".join(str(part) for part in place).encode(), "sha256")
 
-    def draw(self, count: int) -> NDArray[np.float64]:
-        """The next ``count`` numbers."""
-        words = np.frombuffer(self._stream.update(bytes(count * 2 * _SUMMANDS * _WORD)), dtype="<u8")
+    def draw(self, start: int, count: int) -> NDArray[np.float64]:
+        """Numbers ``start`` to ``start + count`` of the row; each takes one block of the cipher's 2^32."""
+        stream = Cipher(ChaCha20(self._key, start.to_bytes(4, "little") + bytes(12)), mode=None).encryptor()
+        words = np.frombuffer(stream.update(bytes(count * _BLOCK)), dtype="<u8")
         uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # the middles of 2^53 equal parts of (0, 1)
         first, second = uniform.reshape(count, 2, _SUMMANDS).swapaxes(0, 1)
         normal = np.sqrt(-2 * np.log(first)) * np.cos(2 * math.pi * second)
         total: NDArray[np.float64] = normal.sum(axis=1) / math.sqrt(_SUMMANDS)
         return total
 
+    def added(self, values: Tensor, start: int, deviation: float) -> Tensor:
+        """fp32 values, the first being number ``start`` of its tensor, with N(0, deviation^2) added in double."""
+        noise = torch.from_numpy(self.draw(start, values.numel())).reshape(values.shape)
+        return (values.double() + deviation * noise).float()
+
 
 def noised(tensors: Mapping[str, Tensor], deviation: float, secret: bytes, *place: int | str) -> dict[str, Tensor]:
-    """Copies of fp32 tensors with N(0, deviation^2) added to every element; ``place`` says what the noise is for."""
+    """fp32 tensors with N(0, deviation^2) added to every element; ``place`` says what the noise is for."""
     return {name: _noised(tensor, deviation, Normals(secret, *place, name)) for name, tensor in tensors.items()}
 
 
 def _noised(tensor: Tensor, deviation: float, normals: Normals) -> Tensor:
-    after = tensor.clone()
-    rows = after if after.dim() else after.unsqueeze(0)
-    for start, stop in pieces(tuple(tensor.shape), together=2 * _SUMMANDS):
-        part = rows[start:stop]
-        noise = torch.from_numpy(normals.draw(part.numel())).reshape(part.shape)
-        part.copy_(part.double() + deviation * noise)
-    return after
+    values = tensor.reshape(-1)
+    parts = [normals.added(values[a:b], a, deviation) for a, b in pieces((tensor.numel(),), together=2 * _SUMMANDS)]
+    return torch.cat(parts).reshape(tensor.shape)

@@ -27,6 +27,7 @@ def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
 def _check_sum(pipeline: merging.Pipeline) -> None:
     """Noise on the merged weights covers a client that moves them by clip / n at most: a mean, or less."""
     unbounded = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
+    unbounded += [step.name for step in pipeline.relax if not isinstance(step, merging.ByActivity)]  # those only shrink
     if not pipeline.combine.averages:
         unbounded.append(pipeline.combine.name)
     if unbounded:
