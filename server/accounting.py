@@ -55,7 +55,8 @@ def _out(privacy: Privacy, status: str, sent: ContributionRecord) -> bool:
 def epsilon(recipe: Recipe, count: int) -> float:
     """Epsilon at the recipe's delta of so many releases.
 
-    With the server's noise for adding or removing a client's contribution, which changes a sum by ``clip`` at most.
+    With the server's noise for a client's contribution in place of zero, which changes a sum by ``clip`` at most; who
+    took part counts as known, so that the number of summands does not tell anything new.
     With a client's own noise for any two data sets it may hold: one contribution in place of another changes what is
     sent by 2 clip, so that the noise counts as half of its multiplier.
     """

@@ -8,7 +8,7 @@ from fedtune.tracking.summary import privacy
 __all__ = ["card", "sentence"]
 
 _NEIGHBOURS = {
-    "server": "with and without any one client's contributions; the server sees those in clear",
+    "server": "with any one client's contributions and with zeros in their place; the server sees them in clear",
     "client": "for any two data sets a client may hold; its noise is added before anything is sent",
 }
 
