@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
-from fedtune.recipe import Recipe
+from fedtune.recipe import Recipe, Unit
 from fedtune.recipe_file import parse
 from fedtune.registry import names
 from fedtune.simulation import resolve
@@ -54,6 +54,12 @@ def test_the_servers_noise_goes_with_means_alone_and_the_clients_own_with_any_me
     else:
         with pytest.raises(RecipeError, match=f"^merge: {name} is no mean of contributions, .* privacy.where=client$"):
             private("server", f"merge=[{name}]")
+
+
+def test_a_recipe_that_was_not_resolved_is_refused_where_it_is_built() -> None:
+    recipe = private("server").model_copy(update={"merge": [Unit(name="ties")]})
+    with pytest.raises(RecipeError, match=r"^merge: ties is no mean of contributions"):
+        workshop(recipe.model_dump_json())
 
 
 def test_many_merges_were_tried() -> None:

@@ -7,8 +7,8 @@ from fedtune.contribution import Sent
 from fedtune.errors import RecipeError
 from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
 from fedtune.registry import Named
-from fedtune.simulation.private import check_private
 from fedtune.techniques import Technique
+from fedtune.training.private import check_private
 
 __all__ = ["resolve"]
 
