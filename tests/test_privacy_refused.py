@@ -20,6 +20,7 @@ from tests.recipe_examples import TEXT, refusal
 
 REFUSED = {
     "federation.max_norm=1": "federation.max_norm: privacy.clip bounds every contribution already; drop max_norm",
+    "devices=[{count: 2}, {name: toy, count: 2, techniques: [bias]}]": "devices: toy has techniques of its own",
     "evaluation.own=0.2": "evaluation.own: scores on what clients hold out are sent without noise",
     "merge=[mean, {aim: {statistics: clients}}]": "merge: statistics: clients sends activations without noise",
     "merge=[mean, {shrink: {factor: aim, statistics: clients}}]": "merge: statistics: clients sends activations",

@@ -20,6 +20,12 @@ def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
         raise RecipeError("federation.max_norm: privacy.clip bounds every contribution already; drop max_norm")
     if recipe.evaluation.own:
         raise RecipeError("evaluation.own: scores on what clients hold out are sent without noise; drop it or privacy")
+    mixed = next((device.name for device in recipe.devices if device.techniques is not None), None)
+    if mixed is not None:
+        raise RecipeError(
+            f"devices: {mixed} has techniques of its own, so that fewer clients share the noise of some tensors; "
+            "let all train alike, or drop privacy"
+        )
     measured = merging.measurement(pipeline.steps)
     if measured is not None and measured.by == "clients":
         raise RecipeError(
