@@ -5,7 +5,8 @@ multiplier of 2 (the recipe's own) and 4; noise of the clients' own at multiplie
 the last round and epsilon at the recipe's delta. The seed decides data, sampling and order; the noise is new in every
 run, as it must be, so that its rows do not repeat to the bit.
 
-Run: python -m benchmarks.privacy [--seeds 0 1 2]
+Run: python -m benchmarks.privacy [--seeds 0 1 2] [--arms 'none;clipped']
+Rows of seeds and arms run before are kept, so that they can be run one at a time.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from benchmarks.report import save
 from fedtune.home import cache
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "private.yaml"
+RESULT = Path(__file__).parent / "results" / "privacy.json"
 ARMS: dict[str, tuple[str, ...]] = {
     "none": ("privacy=null",),
     "clipped": ("privacy.noise=1e-6",),
@@ -34,12 +36,15 @@ ARMS: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    rows = []
-    for seed in parser.parse_args().seeds:
-        for arm, settings in ARMS.items():
-            rows.append({"arm": arm, "seed": seed, **figures(f"seed={seed}", *settings)})
-            print(rows[-1], file=sys.stderr, flush=True)
-    save("privacy", {"recipe": RECIPE.name, "rows": rows, "means": [mean(rows, arm) for arm in ARMS]})
+    parser.add_argument("--arms", default=";".join(ARMS), help="separated by semicolons")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+    for seed in arguments.seeds:
+        for arm in arguments.arms.split(";"):
+            row = {"arm": arm, "seed": seed, **figures(f"seed={seed}", *ARMS[arm])}
+            rows = [other for other in rows if (other["arm"], other["seed"]) != (arm, seed)] + [row]
+            means = [mean(rows, one) for one in ARMS if any(row["arm"] == one for row in rows)]
+            save("privacy", {"recipe": RECIPE.name, "rows": rows, "means": means})
 
 
 def figures(*settings: str) -> dict[str, float | None]:

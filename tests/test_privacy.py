@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from scipy import stats
 from torch import Tensor
 
-from fedtune.errors import ContributionError
+from fedtune.errors import ContributionError, StoreError
 from fedtune.privacy import SLACK, Normals, clipped, deviation, largest_norm, noised, secret
 from fedtune.recipe import Privacy
 
@@ -106,6 +106,12 @@ def test_a_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     assert len(made) == 32
     assert secret(tmp_path / "one") == made != secret(tmp_path / "two")
     assert stat.S_IMODE((tmp_path / "one" / "noise.key").stat().st_mode) == 0o600
+
+
+def test_a_secret_that_is_none_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "noise.key").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"noise\.key is damaged; delete it"):
+        secret(tmp_path)
 
 
 def test_norms_of_contributions_with_their_own_noise_stay_below_what_is_believed() -> None:

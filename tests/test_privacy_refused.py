@@ -97,7 +97,7 @@ def nets(folder: Path, *overrides: str) -> Recipe:
     return resolve(parse(text(folder), "nets", settings))
 
 
-def test_a_fixed_mask_sends_nothing_but_deltas(tmp_path: Path) -> None:
+def test_a_fixed_mask_sends_nothing_but_deltas(home: Path, tmp_path: Path) -> None:
     recipe = nets(tmp_path, "train.techniques=[dynamic-pruning: {density: 0.5, every: null}]", "federation.rounds=1")
     ended = execute(recipe)
     assert ended.run.status == "completed"
