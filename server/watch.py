@@ -1,6 +1,5 @@
 """What the round loop tells whoever watches: events as they happen, a line per round unless a watcher is set."""
 
-import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,9 +64,8 @@ def summary(record: RoundRecord) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
     merged = [sent for sent in record.contributions if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
-    if merged:
-        loss = training_loss(merged)
-        words += [] if math.isnan(loss) else [f"train loss {loss:.4f}"]
+    if any(sent.loss for sent in merged):  # not where all withhold it
+        words.append(f"train loss {training_loss(merged):.4f}")
     words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
     words.append(f"{record.seconds:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")

@@ -129,6 +129,8 @@ def test_a_run_and_its_export_say_what_was_spent(
     shown = json.loads(call("runs", "show", "latest", "--json").stdout)
     assert shown["privacy"] == {"epsilon": second, "delta": 1e-05, "noise_by": where}
     call("export", "latest", "--round", "1", "-o", str(tmp_path / "model"))
+    call("runs", "plot", "latest", "-o", str(tmp_path / "run.png"))
+    assert (tmp_path / "run.png").stat().st_size > 10_000
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"epsilon {first:.4g} at delta 1e-05" in card
     assert said in card
