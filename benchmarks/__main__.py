@@ -29,6 +29,7 @@ CLAIMS = (
     "aim",
     "aim_federation",
     "asynchronous",
+    "privacy",
 )
 
 for claim in CLAIMS:

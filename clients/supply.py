@@ -43,7 +43,12 @@ class Supply:
 
 
 def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
-    """What the operator may know of a device's data: how many examples, and how many of each class."""
+    """What the operator may know of a device's data: how many examples, and how many of each class.
+
+    Nothing where the device adds noise to what it sends, since it does not trust the operator with counts either.
+    """
+    if shop.recipe.privacy is not None and shop.recipe.privacy.where == "client":
+        return {}
     return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.labels, rows)}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients import own_tensors
+from clients.private import private, withheld
 from fedtune.contribution import Order, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.training import Workshop, shapes, train
@@ -31,4 +32,8 @@ def work(
         own_tensors.save(folder, order.round, outcome.own)
     cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
     report = Report(*cost, *outcome.own_score, micro_batch=micro or 0)
-    return pack({**compact(outcome.delta, masks(state)), **outcome.extras}), report
+    deltas, privacy = compact(outcome.delta, masks(state)), part.recipe.privacy
+    if privacy is None:
+        return pack({**deltas, **outcome.extras}), report
+    sent = private(deltas, outcome.extras, privacy, order, folder)
+    return pack(sent), withheld(report) if privacy.where == "client" else report

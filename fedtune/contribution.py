@@ -156,10 +156,17 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
 
 
-def check(path: Path, expected: Mapping[str, Shape], extras: Mapping[str, Form], max_norm: float | None) -> float:
+def check(
+    path: Path,
+    expected: Mapping[str, Shape],
+    extras: Mapping[str, Form],
+    max_norm: float | None,
+    limit: str = "federation.max_norm",
+) -> float:
     """The L2 norm over a spooled payload's deltas, read piece by piece; ``extras`` travel beside and do not count.
 
-    Raises ContributionError when it is not safetensors or its names, shapes, values or norm do not hold.
+    ``limit`` is the recipe's key for ``max_norm``. Raises ContributionError when the payload is not safetensors or its
+    names, shapes, values or norm do not hold.
     """
     try:
         with safe_open(path, "pt") as deltas:
@@ -170,7 +177,7 @@ def check(path: Path, expected: Mapping[str, Shape], extras: Mapping[str, Form],
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
     if max_norm is not None and norm > max_norm:
-        raise ContributionError(f"its norm {norm:.4g} is above federation.max_norm {max_norm:.4g}")
+        raise ContributionError(f"its norm {norm:.4g} is above {limit} {max_norm:.4g}")
     return norm
 
 

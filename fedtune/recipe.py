@@ -20,6 +20,7 @@ __all__ = [
     "Model",
     "Natural",
     "Parts",
+    "Privacy",
     "Recipe",
     "Section",
     "Select",
@@ -210,6 +211,15 @@ class Evaluation(Section):
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
 
 
+class Privacy(Section):
+    """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
+
+    clip: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
+    noise: float = Field(gt=0, description="standard deviation over clip: of the sum, or with where: client of each")
+    where: Literal["server", "client"] = Field("server", description="who adds the noise, and is trusted to")
+    delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
+
+
 class Recipe(Section):
     """What to do: the whole of a run, apart from where it is executed."""
 
@@ -222,6 +232,7 @@ class Recipe(Section):
     federation: Federation
     merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
     evaluation: Evaluation = Evaluation()
+    privacy: Privacy | None = None
     seed: int = Field(0, ge=0)
 
     @property

@@ -13,6 +13,7 @@ from fedtune.explain import explain
 from fedtune.recipe import Recipe, Tag
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.document import document
+from server.accounting import require_accountant
 from server.control import Control
 from server.guard import Guard
 from server.manager import Manager
@@ -43,6 +44,7 @@ class Operating:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
             raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
+        require_accountant(recipe)
         run = self.manager.submit(recipe)
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}

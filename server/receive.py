@@ -25,8 +25,9 @@ def receive(
     part: Part,
     max_norm: float | None,
     spool: Path,
+    limit: str = "federation.max_norm",
 ) -> tuple[ContributionRecord, Contribution | None]:
-    """The record of a reply, and the contribution when it is one that may be merged."""
+    """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key."""
     bytes_down = len(part.payload)
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
@@ -34,7 +35,7 @@ def receive(
     try:
         write(path, _payload(reply))
         report = _report(reply.content.metric_records.get("report"))
-        norm = check(path, part.expected, part.extras, max_norm)
+        norm = check(path, part.expected, part.extras, max_norm, limit)
     except ContributionError as error:
         path.unlink(missing_ok=True)
         return _absent(client, device, "refused", str(error), bytes_down), None

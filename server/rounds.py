@@ -24,12 +24,14 @@ from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
+from server.accounting import spent
 from server.asking import Asking
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for
 from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
+from server.private import alike, norm_limit, with_noise
 from server.receive import aged, missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
@@ -97,19 +99,20 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
         short = _shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
-            state, figures = _merged(shop, state, number, contributions)
+            state, figures = _merged(shop, state, run, number, contributions)
         else:
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
+    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
     return state
 
 
 def _merged(
-    shop: Workshop, state: State, number: int, contributions: Sequence[Contribution]
+    shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
 ) -> tuple[State, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
-    pipeline = merging.choose(shop.recipe.merge)
+    pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
     found = masks(state)
     names = sent_names(shop, number)
     told = evidence(shop, pipeline, state, number, names, contributions)
@@ -138,7 +141,8 @@ def _gather(
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
-        received = receive(reply, client, device, part, federation.max_norm, spool)
+        most, limit = norm_limit(shop.recipe, part.expected.values())
+        received = receive(reply, client, device, part, most, spool, limit)
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
@@ -147,7 +151,8 @@ def _gather(
     for client, reason in asking.silent(records).items():
         records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
         tell(Answered(number, records[client]))
-    return [records[client] for client in sorted(records)], sorted(contributions, key=lambda sent: sent.client)
+    ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
+    return [records[client] for client in sorted(records)], ordered
 
 
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:

@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from fedtune.tracking import ContributionRecord, RoundRecord
+from fedtune.tracking.summary import training_loss
 
 __all__ = [
     "Answered",
@@ -63,15 +64,17 @@ def summary(record: RoundRecord) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
     merged = [sent for sent in record.contributions if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
-    if merged:
-        words.append(f"train loss {sum(s.loss * s.examples for s in merged) / sum(s.examples for s in merged):.4f}")
+    if any(sent.loss for sent in merged):  # not where all withhold it
+        words.append(f"train loss {training_loss(merged):.4f}")
     words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
     words.append(f"{record.seconds:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 
 
 def _shown(part: str, domain: str, name: str) -> bool:
-    return part in ("validation", "own") and domain == "all" and name in ("accuracy", "perplexity")
+    return (
+        part in ("validation", "own", "privacy") and domain == "all" and name in ("accuracy", "perplexity", "epsilon")
+    )
 
 
 def _print(event: Event) -> None:

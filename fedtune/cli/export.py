@@ -30,12 +30,22 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
     from fedtune.export import remark
 
     recipe, state, run, at = load_target(target, number, store)
-    form = write(recipe, state, output, form, _card(recipe.model_dump_json(indent=2), run, at))  # type: ignore[arg-type]
+    card = _card(recipe.model_dump_json(indent=2), run, at) + _private(run, at, store)
+    form = write(recipe, state, output, form, card)  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
     else:
         click.echo(f"{output}: {form} of run {run}, round {at}")
         click.echo(remark(recipe), nl=False)
+
+
+def _private(run: str, number: int, store: str | None) -> str:
+    """What the weights of a round may tell of a client, where the run has an answer to that."""
+    from fedtune.cli.private import card
+    from fedtune.tracking import Store
+
+    with Store.open(store) as opened:
+        return card(opened.run(run), [record for record in opened.rounds(run) if record.number <= number])
 
 
 def _card(recipe: str, run: str, number: int) -> str:

@@ -93,4 +93,6 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: _Clock
 
 def _answer(event: Answered) -> str:
     sent = event.contribution
-    return f"loss {sent.loss:.3f}" if sent.status == "merged" else f"client {sent.client} {sent.status}: {sent.reason}"
+    if sent.status != "merged":
+        return f"client {sent.client} {sent.status}: {sent.reason}"
+    return f"loss {sent.loss:.3f}" if sent.loss else ""

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.private import sentence
 from fedtune.tracking import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
 
@@ -75,6 +76,8 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
     grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
+    if private := sentence(run, rounds):
+        grid.add_row("privacy", private)
     checkpoints = [record.checkpoint for record in rounds if record.checkpoint]
     if checkpoints:
         grid.add_row("checkpoint", Text(checkpoints[-1].path, overflow="fold"))

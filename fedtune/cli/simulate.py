@@ -75,6 +75,9 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Worksho
     """Build everything first, so that what cannot run leaves no trace in the store."""
     import secrets
 
+    from server.accounting import require_accountant
+
+    require_accountant(recipe)
     shop = _workshop(recipe)
     run = f"{recipe.name}-{secrets.token_hex(3)}"
     store.create_run(
@@ -134,6 +137,7 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     from rich.console import Console
 
     from fedtune import home
+    from fedtune.cli.private import sentence
     from fedtune.cli.report import domain_rows, show_rows
     from fedtune.tracking.plot import plot
 
@@ -142,6 +146,8 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     console.print()
     if rows := domain_rows(rounds, shop.domain_of_client, figure):  # none where the server has no whole model to score
         show_rows(rows, figure, console)
+    if private := sentence(record, rounds):
+        click.echo(f"\nprivacy   {private}")
     picture = home.runs() / run / "run.png"
     plot([(record, rounds)], picture)
     click.echo(f"\npicture   {picture}")

@@ -96,6 +96,7 @@ class Combine(Named, ABC):
     Running statistics of batch norms are no task vectors: steps that drop or stretch entries are ``thinning`` and leave
     them to the mean. ``pooled`` variances also hold the spread of the models' means, whatever the models. Steps whose
     entries win by sign or size are ``picks``: what they make of B, with A common, is no merge of the products B A.
+    Of one that ``averages`` nothing comes but the sum of weight times delta.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -103,6 +104,7 @@ class Combine(Named, ABC):
     most: ClassVar[int | None] = None
     thinning: ClassVar[bool] = False
     picks: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
     takes: ClassVar[Sent] = "tensors"
 

@@ -21,6 +21,7 @@ class Linear(Span):
     """The weighted sum."""
 
     name: ClassVar[str] = "linear"
+    averages: ClassVar[bool] = True
     normalise: Normalise = True
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ class Mean(Combine):
     """The mean of the deltas."""
 
     name: ClassVar[str] = "mean"
+    averages: ClassVar[bool] = True
     weight: Literal["examples", "equal"] = "examples"
 
     def weights(self, examples: Sequence[int]) -> list[float]:

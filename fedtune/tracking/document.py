@@ -8,12 +8,13 @@ from typing import Any
 
 from fedtune import home
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
+from fedtune.tracking.summary import privacy
 
 __all__ = ["document", "text"]
 
 
 def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
-    """A run with its metrics and newest checkpoint; ``detailed`` adds every round with its contributions."""
+    """A run with its metrics and newest checkpoint; ``detailed`` adds what it spent of privacy, and every round."""
     checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
     found = asdict(run) | {
         "recipe": json.loads(run.recipe),
@@ -22,7 +23,9 @@ def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = 
         "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],
         "checkpoint": checkpoints[-1] if checkpoints else None,
     }
-    return found | {"rounds": [_round(record) for record in rounds]} if detailed else found
+    if not detailed:
+        return found
+    return found | {"privacy": privacy(run, rounds), "rounds": [_round(record) for record in rounds]}
 
 
 def text(value: Any) -> str:

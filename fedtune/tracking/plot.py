@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fedtune import files
 from fedtune.errors import StoreError
-from fedtune.tracking.records import RoundRecord, RunRecord
+from fedtune.tracking.records import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import curve, domains, main_metric, scores, series, totals, training_loss
 
 __all__ = ["plot"]
@@ -119,14 +119,20 @@ def _line(
 def _draw_learning(axes: Axes, runs: Recorded) -> None:
     axes.set_title("Training loss, mean over examples")
     for label, rounds, colour in _coloured(runs):
-        trained = [record for record in rounds if any(one.status == "merged" for one in record.contributions)]
+        told = {record.number: [one.loss for one in record.contributions if _told(one)] for record in rounds}
+        trained = [record for record in rounds if told[record.number]]
         means = {record.number: training_loss(record.contributions) for record in trained}
         _line(axes, means, color=colour, label=label if len(runs) > 1 else "mean of clients")
         if len(runs) == 1:
-            losses = [[one.loss for one in record.contributions if one.status == "merged"] for record in trained]
+            losses = [told[record.number] for record in trained]
             low, high = [min(each) for each in losses], [max(each) for each in losses]
             axes.fill_between(list(means), low, high, color=colour, alpha=0.15, linewidth=0, label="least to most")
     axes.legend(frameon=False, fontsize=9)
+
+
+def _told(sent: ContributionRecord) -> bool:
+    """Whether a client's loss counts; one that is exactly zero was withheld."""
+    return sent.status == "merged" and sent.loss != 0
 
 
 def _draw_traffic(axes: Axes, runs: Recorded) -> None:

@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number: ``part`` is train, merge, own, validation, test or test-before; ``domain`` a name or ``all``."""
+    """One number; ``part``: train, merge, own, validation, test, test-before, privacy; ``domain``: one or ``all``."""
 
     part: str
     domain: str

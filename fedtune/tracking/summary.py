@@ -1,11 +1,12 @@
 """What a reader asks of a run first: its main metric, before and after per domain, what was sent, what peaked."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.tracking.records import ContributionRecord, MetricRecord, RoundRecord
+from fedtune.tracking.records import ContributionRecord, MetricRecord, RoundRecord, RunRecord
 
 __all__ = [
     "Score",
@@ -15,6 +16,7 @@ __all__ = [
     "differences",
     "domains",
     "main_metric",
+    "privacy",
     "result",
     "scores",
     "series",
@@ -94,6 +96,18 @@ def before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dic
     return {domain: (values.pop(0, start[domain]), _last(values)) for domain, values in found.items()}
 
 
+def privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
+    """What the weights after these rounds may tell of any one client: epsilon, at which delta, and who added the noise.
+
+    Epsilon is None before the first round, and the whole None for a run without privacy.
+    """
+    asked = json.loads(run.recipe).get("privacy")
+    if asked is None:
+        return None
+    values = series(rounds, "privacy", "all", "epsilon")
+    return {"epsilon": values[max(values)] if values else None, "delta": asked["delta"], "noise_by": asked["where"]}
+
+
 def _last(values: Mapping[int, float]) -> float:
     return values[max(values)] if values else math.nan
 
@@ -111,8 +125,8 @@ def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
 
 
 def training_loss(contributions: Sequence[ContributionRecord]) -> float:
-    """Mean loss of the merged contributions by examples; NaN without any."""
-    merged = [one for one in contributions if one.status == "merged"]
+    """Mean loss of the merged contributions by examples; NaN without any, or where clients withhold it (0)."""
+    merged = [one for one in contributions if one.status == "merged" and one.loss]
     examples = sum(one.examples for one in merged)
     return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
 

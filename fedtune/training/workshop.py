@@ -19,6 +19,7 @@ from fedtune.seeds import derive
 from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
 from fedtune.training.parts import check_part
+from fedtune.training.private import require_private
 from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -147,6 +148,7 @@ def _build(recipe: str) -> Workshop:
     corpus = data.load(parsed)
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
+    require_private(parsed, model, chosen, shared)
     shop = Workshop(parsed, corpus, model, chosen, shared)
     shop.parts = _parts(shop)
     return shop

@@ -1,0 +1,34 @@
+"""What a run's weights may tell of a client, in words: for screens and for the cards of exports."""
+
+from collections.abc import Sequence
+
+from fedtune.tracking import RoundRecord, RunRecord
+from fedtune.tracking.summary import privacy
+
+__all__ = ["card", "sentence"]
+
+_NEIGHBOURS = {
+    "server": "with any one client's contributions and with zeros in their place; the server sees them in clear",
+    "client": "for any two data sets a client may hold; its noise is added before anything is sent",
+}
+
+
+def sentence(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
+    """Epsilon, delta and who added the noise; empty for a run without privacy."""
+    found = privacy(run, rounds)
+    if found is None:
+        return ""
+    value = "none spent" if found["epsilon"] is None else f"epsilon {found['epsilon']:.4g}"
+    return f"{value} at delta {found['delta']:g}, noise by the {found['noise_by']}"
+
+
+def card(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
+    """A paragraph for a model's card; empty for a run without privacy."""
+    found = privacy(run, rounds)
+    if found is None:
+        return ""
+    return (
+        f"\nDifferential privacy of its weights: {sentence(run, rounds)}. It holds {_NEIGHBOURS[found['noise_by']]}. "
+        "The noise comes from a secret key of whoever added it, and holds against all who lack that key. Who took part "
+        "and the run's tables of losses and counts are not covered.\n"
+    )

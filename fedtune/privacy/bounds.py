@@ -1,0 +1,35 @@
+"""How large things may be under a recipe's privacy: the noise that fits the clipping, the norms that are believed."""
+
+import math
+
+from fedtune.privacy.clip import SLACK
+from fedtune.recipe import Privacy
+
+__all__ = ["deviation", "deviation_of_mean", "largest_norm"]
+
+_TAIL = 8.0
+
+
+def deviation(privacy: Privacy) -> float:
+    """Standard deviation of the noise on a sum of contributions: ``noise`` times what one of them can change."""
+    return privacy.noise * privacy.clip * (1 + SLACK)
+
+
+def deviation_of_mean(privacy: Privacy, count: int) -> float:
+    """Standard deviation of the noise on the mean of so many contributions.
+
+    Each moves the mean by clip / count; rounding the mean to fp32 before the noise may add 2^-23 of clip.
+    """
+    return deviation(privacy) * (1 / count + 2.0**-23)
+
+
+def largest_norm(privacy: Privacy, elements: int) -> float:
+    """The norm up to which a contribution of so many elements is believed to be clipped as asked.
+
+    With noise of its own, |delta + noise| <= clip + deviation * (sqrt(elements) + 8) but for one in 1e13: the norm is a
+    1-Lipschitz function of Gaussian numbers, so it passes its mean by t deviations with at most exp(-t^2 / 2).
+    """
+    bound = privacy.clip * (1 + SLACK)
+    if privacy.where == "server":
+        return bound
+    return bound + deviation(privacy) * (math.sqrt(elements) + _TAIL)

@@ -1,0 +1,72 @@
+"""What makes no sense together with privacy: settings, told before anything is built, and what models would send."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedtune import merging, techniques
+from fedtune.errors import RecipeError
+from fedtune.recipe import Recipe
+from fedtune.techniques import Technique
+
+__all__ = ["check_private", "require_private"]
+
+
+def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
+    """RecipeError for settings that would tell more than the noise covers, or that noise would make pointless."""
+    if recipe.privacy is None:
+        return
+    if recipe.federation.max_norm is not None:
+        raise RecipeError("federation.max_norm: privacy.clip bounds every contribution already; drop max_norm")
+    if recipe.federation.late is not None:
+        raise RecipeError(
+            "federation.late: an answer counts in rounds its client was not asked in, which the accounting does not "
+            "follow; drop it or privacy"
+        )
+    if recipe.evaluation.own:
+        raise RecipeError("evaluation.own: scores on what clients hold out are sent without noise; drop it or privacy")
+    mixed = next((device.name for device in recipe.devices if device.techniques is not None), None)
+    if mixed is not None:
+        raise RecipeError(
+            f"devices: {mixed} has techniques of its own, so that fewer clients share the noise of some tensors; "
+            "let all train alike, or drop privacy"
+        )
+    measured = merging.measurement(pipeline.steps)
+    if measured is not None and measured.by == "clients":
+        raise RecipeError(
+            "merge: statistics: clients sends activations without noise; let the server measure, or drop privacy"
+        )
+    if recipe.privacy.where == "server":
+        _check_sum(pipeline)
+
+
+def _check_sum(pipeline: merging.Pipeline) -> None:
+    """Noise on the merged weights covers a client that moves them by clip / n at most: a mean, or less."""
+    unbounded = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
+    unbounded += [step.name for step in pipeline.relax if not isinstance(step, merging.ByActivity)]  # those only shrink
+    if not pipeline.combine.averages:
+        unbounded.append(pipeline.combine.name)
+    if unbounded:
+        raise RecipeError(
+            f"merge: {unbounded[0]} is no mean of contributions, so one client could move the result by more than "
+            "privacy's noise covers; merge by mean or linear, or let the clients add the noise: privacy.where=client"
+        )
+
+
+def require_private(recipe: Recipe, model: nn.Module, chosen: Sequence[Technique], shared: Sequence[str]) -> None:
+    """RecipeError when a recipe asks for privacy and clients would send more than deltas of weights."""
+    if recipe.privacy is None:
+        return
+    check_private(recipe, merging.choose(recipe.merge))  # again where it runs: a recipe may come by another way
+    statistics = [name for name in shared if name.endswith((".running_mean", ".running_var"))]
+    if statistics:
+        raise RecipeError(
+            f"privacy: {'+'.join(one.name for one in chosen)} trains {statistics[0]}, a batch norm's statistic, which "
+            "noise could make negative and whose pooling has no bound; train bias, norm or an adapter instead"
+        )
+    for technique in chosen:
+        if any(techniques.asked([technique], model, number) for number in range(1, recipe.federation.rounds + 1)):
+            raise RecipeError(
+                f"privacy: with {technique.name} clients send more than deltas, which neither clip nor noise covers; "
+                "drop one of the two"
+            )

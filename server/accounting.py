@@ -1,0 +1,72 @@
+"""What a run has told of any one client so far: epsilon at the recipe's delta, by Flower's accountant.
+
+Clients are drawn by the recipe's seed, which every device knows: a known sample hides nobody, so none of the gain that
+secret sampling has (Poisson, or a fixed number without replacement) may be claimed. Each client is charged a whole
+Gaussian release for every round it was asked in; a run is charged what its most often asked client is.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+
+from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
+
+from fedtune.errors import RecipeError
+from fedtune.recipe import Privacy, Recipe
+from fedtune.tracking import ContributionRecord, MetricRecord, Store
+
+__all__ = ["Asked", "epsilon", "releases", "require_accountant", "spent"]
+
+
+Asked = tuple[str, Sequence[ContributionRecord]]
+"""A round's status, completed or failed, and what became of those it asked."""
+
+
+def require_accountant(recipe: Recipe) -> None:
+    """RecipeError when a recipe asks for privacy and what the accountant is made of is not installed."""
+    if recipe.privacy is not None and find_spec("dp_accounting") is None:
+        raise RecipeError("privacy: its accountant is not installed; pip install 'fedtune[privacy]', or drop privacy")
+
+
+def spent(recipe: Recipe, store: Store, run: str, asked: Asked) -> tuple[MetricRecord, ...]:
+    """Epsilon after the rounds a run has committed and one that it is about to; nothing without privacy."""
+    if recipe.privacy is None:
+        return ()
+    rounds = [(record.status, record.contributions) for record in store.rounds(run)]
+    value = epsilon(recipe, releases(recipe.privacy, [*rounds, asked]))
+    return (MetricRecord(part="privacy", domain="all", name="epsilon", value=value),)
+
+
+def releases(privacy: Privacy, rounds: Iterable[Asked]) -> int:
+    """Of how many releases the most charged client is part.
+
+    With the server's noise a round releases its new weights, and a failed one nothing. With the clients' own, what was
+    sent is out, whatever became of the round, and of clients that fell silent it must be assumed; only those that
+    declined before they trained are not charged.
+    """
+    charged = Counter(one.client for status, asked in rounds for one in asked if _out(privacy, status, one))
+    return max(charged.values(), default=0)
+
+
+def _out(privacy: Privacy, status: str, sent: ContributionRecord) -> bool:
+    return status == "completed" if privacy.where == "server" else sent.status != "declined"
+
+
+def epsilon(recipe: Recipe, count: int) -> float:
+    """Epsilon at the recipe's delta of so many releases.
+
+    With the server's noise for a client's contribution in place of zero, which changes a sum by ``clip`` at most; who
+    took part counts as known, so that the number of summands does not tell anything new.
+    With a client's own noise for any two data sets it may hold: one contribution in place of another changes what is
+    sent by 2 clip, so that the noise counts as half of its multiplier.
+    """
+    from flwr.serverapp import RdpAccountant
+
+    assert recipe.privacy is not None
+    if not count:
+        return 0.0
+    relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION
+    accountant = RdpAccountant(PrivacyConfig(recipe.privacy.delta, recipe.clients, relation, sampling))
+    multiplier = recipe.privacy.noise / (1 if recipe.privacy.where == "server" else 2)
+    accountant.compose(GaussianPrivacyEvent(multiplier, recipe.clients_per_round, recipe.clients), count)
+    return accountant.get_epsilon(recipe.privacy.delta)

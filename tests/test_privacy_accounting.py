@@ -1,0 +1,85 @@
+"""Epsilon: Flower's accountant beside the Gaussian mechanism in closed form, and what is charged to whom."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedtune.errors import RecipeError
+from fedtune.recipe import Privacy
+from fedtune.tracking import ContributionRecord
+from server import accounting
+from server.accounting import epsilon, releases, require_accountant
+from tests.federations import trivial
+from tests.store_examples import a_contribution
+
+DELTA = 1e-5
+
+
+def by_orders(noise: float, count: int) -> float:
+    """The least epsilon over Renyi orders: count * alpha / (2 noise^2), converted to an epsilon at DELTA.
+
+    The conversion is Proposition 12 of Canonne, Kamath and Steinke (arXiv 2004.00010).
+    """
+    orders = [1.01 + step / 1000 for step in range(120_000)]
+    return min(count * a / (2 * noise**2) + math.log1p(-1 / a) - math.log(DELTA * a) / (a - 1) for a in orders)
+
+
+def exact(noise: float, count: int) -> float:
+    """The true epsilon: count releases are one of noise / sqrt(count) (Balle and Wang, arXiv 1805.06530, Theorem 8)."""
+    sigma = noise / math.sqrt(count)
+
+    def excess(value: float) -> float:
+        one, other = 1 / (2 * sigma) - value * sigma, -1 / (2 * sigma) - value * sigma
+        return float(norm.cdf(one) - math.exp(value) * norm.cdf(other)) - DELTA
+
+    return float(brentq(excess, 0, 500))
+
+
+@pytest.mark.parametrize(("noise", "count"), [(0.8, 1), (1.0, 16), (2.0, 10), (4.0, 10), (8.0, 200)])
+def test_the_accountant_agrees_with_the_closed_form_and_is_no_less_than_the_truth(noise: float, count: int) -> None:
+    found = epsilon(trivial("privacy.clip=1", f"privacy.noise={noise}"), count)
+    least = by_orders(noise, count)
+    assert least * (1 - 1e-6) <= found <= least * 1.01, "a coarse grid of orders may cost a percent"
+    assert exact(noise, count) < found < exact(noise, count) * 1.35
+
+
+def test_clients_that_add_noise_are_charged_for_any_other_data_set() -> None:
+    own = trivial("privacy.clip=1", "privacy.noise=4", "privacy.where=client")
+    assert epsilon(own, 3) == epsilon(trivial("privacy.clip=1", "privacy.noise=2"), 3)
+    assert epsilon(own, 0) == 0
+
+
+def asked(*statuses: str, first: int = 0) -> list[ContributionRecord]:
+    return [replace(a_contribution(0), client=first + place, status=status) for place, status in enumerate(statuses)]
+
+
+ROUNDS = [
+    ("completed", []),
+    ("completed", asked("merged", "merged")),
+    ("failed", asked("unused", "missing")),
+    ("completed", asked("merged", "declined")),
+    ("completed", asked("merged", "refused", first=1)),
+]
+
+
+def test_with_the_servers_noise_a_failed_round_costs_nothing_and_clients_are_charged_for_their_own_rounds() -> None:
+    assert releases(Privacy(clip=1, noise=1), ROUNDS) == 3, "client 1 was asked in three rounds that completed"
+    assert releases(Privacy(clip=1, noise=1), ROUNDS[:3]) == 1
+    assert releases(Privacy(clip=1, noise=1), []) == 0
+
+
+def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() -> None:
+    own = Privacy(clip=1, noise=1, where="client")
+    assert releases(own, ROUNDS) == 3, "client 0 sent in rounds 1, 2 and 3; client 1 declined once"
+    assert releases(own, ROUNDS[:3]) == 2
+    assert releases(own, [("completed", asked("declined"))]) == 0
+
+
+def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    require_accountant(trivial())
+    with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
+        require_accountant(trivial("privacy.clip=1", "privacy.noise=1"))
