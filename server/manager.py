@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
-from fedtune.tracking import RunRecord, Seat, Store, alive
+from fedtune.tracking import RunRecord, Store, alive
+from server.seating import seated
 from server.selection import check_enrolled, qualifies
 from server.superlink import SuperLink
 
@@ -112,7 +113,7 @@ class Manager:
         return run in self._trouble and time.monotonic() < self._trouble[run].rest_until
 
     def _seat(self, run: RunRecord) -> str:
-        """Give devices their places in a run, in order of their names; what is lacking, or nothing."""
+        """Give devices their places in a run; what is lacking, or nothing."""
         if self._store.access.seats(run.id):
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
@@ -122,8 +123,7 @@ class Manager:
         there = [device for device in fit if int(device.node) in online]
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
-        chosen = enumerate(there[:needed])
-        self._store.access.seat(run.id, [Seat(client=i, device=one.name, node=one.node) for i, one in chosen])
+        self._store.access.seat(run.id, seated(recipe, there))
         return ""
 
     def _start(self, run: RunRecord) -> _Attempt:
