@@ -294,7 +294,10 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "bytes_up": len(pack(deltas)),
         "norm": 0.0,
         "staleness": None,
-        **{name: value for name, value in REPORT.items() if not name.startswith("own")},
+        **{name: value for name, value in REPORT.items() if not name.startswith(("own", "micro"))},
     }
     assert sent.own == (4, 0.25, 0.75)
+    reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
+    record, _ = receive(reply, 7, "phone", Part(b"", shapes, {}), None, tmp_path)
+    assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()
