@@ -62,6 +62,21 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     assert devices.count("connected") == 2
 
 
+MIXED = "devices=[{name: large, count: 1, memory: 128MB}, {name: small, count: 1, memory: 64MB, batch: 4}]"
+
+
+@pytest.mark.deployed
+def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: Path, tmp_path: Path) -> None:
+    recipe = trivial(MIXED)
+    simulated = execute(recipe, run="simulated")
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+        found = ended(server, submit(server, recipe))
+    assert found["status"] == "completed", found["reason"]
+    assert hashes(found) == simulated.hashes
+    examples = [sent["examples"] for record in found["rounds"] for sent in record["contributions"]]
+    assert examples == [20, 8, 20, 8]
+
+
 LONG = "federation.rounds=5"
 
 
