@@ -1,10 +1,11 @@
 """What a run is: one frozen pydantic model, stored whole with the run."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
+from fedtune.examples import Columns, Data, Dirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
 from fedtune.section import Section
 
@@ -68,77 +69,6 @@ class Model(Section):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
     dtype: Dtype = "float32"
-
-
-class Columns(Section):
-    """Which column of the source holds what."""
-
-    text: str = "text"
-    image: str = "image"
-    label: str = "label"
-    group: str | None = Field(None, description="examples that share it are never split apart")
-    domain: str | None = Field(None, description="results are also reported per value of it")
-
-
-class Parts(Section):
-    """Shares of the groups held out by a stable hash, where the source has no parts of its own."""
-
-    validation: float = Field(0.1, gt=0, lt=1)
-    test: float = Field(0.2, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _leave_some_to_train(self) -> Self:
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test together must leave something to train on: less than 1")
-        return self
-
-
-class Iid(Section):
-    """Groups dealt out evenly at random."""
-
-    kind: Literal["iid"] = "iid"
-
-
-class Dirichlet(Section):
-    """Each client draws its own label proportions from Dirichlet(alpha); small alpha, skewed clients."""
-
-    kind: Literal["dirichlet"] = "dirichlet"
-    alpha: float = Field(0.5, gt=0)
-    min_examples: int = Field(1, ge=1)
-
-
-class Natural(Section):
-    """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
-
-    kind: Literal["natural"] = "natural"
-    by: str
-
-
-class Size(Section):
-    """Same label mix, sizes proportional to ``rank ** -exponent``."""
-
-    kind: Literal["size"] = "size"
-    exponent: float = Field(1.0, ge=0)
-
-
-class Shards(Section):
-    """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
-
-    kind: Literal["shards"] = "shards"
-    per_client: int = Field(2, ge=1)
-
-
-Split = Annotated[Iid | Dirichlet | Natural | Size | Shards, Field(discriminator="kind")]
-
-
-class Data(Section):
-    """Where the examples come from and how they are split over clients."""
-
-    source: str = Field(description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH or sample:NAME")
-    columns: Columns = Columns()
-    parts: Parts = Parts()
-    split: Split = Iid()
-    limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
 
 
 _OWN = ("techniques", "batch", "dtype")
