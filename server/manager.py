@@ -14,7 +14,7 @@ __all__ = ["ENGINE", "Manager"]
 
 ENGINE = "devices"
 _PENDING_SECONDS = 30.0
-"""A run that is pending for longer will stay so: the process that would start it has died without a word."""
+"""A run that is pending for longer will stay so: the process that would start it is there and does not."""
 _ATTEMPTS = 8
 """So many starts without a new round, and a run has failed."""
 _LONGEST_REST = 60.0
@@ -87,6 +87,9 @@ class Manager:
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""
+        if self._attempt is None and not self._superlink.executes():
+            self._superlink.end()  # whoever keeps it starts it again
+            return
         self._attempt = self._begin() if self._attempt is None else self._follow(self._attempt)
 
     def _own(self, reference: str) -> RunRecord:
@@ -151,7 +154,8 @@ class Manager:
         found = self._superlink.control().run(attempt.number)
         if found.status == "finished":
             return found.details or f"the server's process {found.outcome}"
-        if found.status == "pending" and time.monotonic() - attempt.begun > _PENDING_SECONDS:
+        late = time.monotonic() - attempt.begun > _PENDING_SECONDS
+        if found.status == "pending" and (late or not self._superlink.executes()):
             self._superlink.end()
             return "the SuperLink did not start the run"
         return "the server's process was killed" if attempt.seen and not working else ""
