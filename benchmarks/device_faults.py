@@ -32,8 +32,11 @@ from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
 from fedtune.tracking import Store
 
-DEVICES, KILLS, DEADLINE = 3, 2, 60
-ROUNDS = 1 + 2 * KILLS * len(PHASES) + 5
+DATABASE = "PostgreSQL"
+DEVICES, DEADLINE = 3, 60
+KILLS = dict.fromkeys(VICTIMS, 2) | {"trainer": 1, DATABASE: 1}
+"""How often each victim is killed in each phase."""
+ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
 """A kill in every other round, and some for those that came too late."""
 RECIPE = f"""
 name: faults
@@ -44,7 +47,6 @@ devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
 train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
 federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
 """
-DATABASE = "PostgreSQL"
 PATIENCE = 4.0 * DEADLINE
 RESTART_SECONDS = 1.0
 
@@ -102,24 +104,34 @@ def database(folder: Path) -> Iterator[Database]:
 def disturbed(
     made: Fleet, recipe: Recipe, victim: str, left_alone: list[str], kept: Database | None = None
 ) -> list[Kill]:
-    """Kill the victim in every phase, in the rounds of one run; what came of it."""
-    run = made.submit(recipe)
+    """Kill the victim in every phase; what came of it. A new run is begun when one has failed a round, or has ended."""
     kills: list[Kill] = []
     url = kept.url if kept else f"sqlite:///{made.server.home}/store.sqlite"
     with Store.open(url) as store:
-        watch = Watch(made, store, run)
-        for phase in PHASES * KILLS:
-            number = killed(watch, victim, phase, kept)
-            if number is None:
-                break
-            kills.append(Kill(victim, phase, number))
-            print(f"{victim} killed in round {number}, {phase}", file=sys.stderr, flush=True)
-            until_committed(watch, number)
-    found = made.ended(run, PATIENCE)
-    if found["status"] == "running":
-        with made.operator() as connection:
-            connection.ask("POST", f"runs/{run}/stop")
-    judge(kills, found, watch.folder, left_alone)
+        while phases := (PHASES * KILLS[victim])[len(kills) :]:
+            watch = Watch(made, store, made.submit(recipe))
+            kills += in_one_run(watch, victim, phases, left_alone, kept)
+    return kills
+
+
+def in_one_run(
+    watch: Watch, victim: str, phases: tuple[str, ...], left_alone: list[str], kept: Database | None
+) -> list[Kill]:
+    """Kill the victim in each of the phases, until a round fails; what came of it once the run has ended."""
+    kills: list[Kill] = []
+    for phase in phases:
+        number = killed(watch, victim, phase, kept)
+        if number is None:
+            break
+        kills.append(Kill(victim, phase, number))
+        print(f"{victim} killed in round {number}, {phase}", file=sys.stderr, flush=True)
+        until_committed(watch, number)
+        if any(record.status == "failed" for record in watch.store.rounds(watch.run)):
+            break
+    if watch.store.run(watch.run).status == "running" and len(kills) < len(phases):
+        with watch.made.operator() as connection:
+            connection.ask("POST", f"runs/{watch.run}/stop")
+    judge(kills, watch.made.ended(watch.run, PATIENCE), watch.folder, left_alone)
     for kill in kills:
         print(kill, file=sys.stderr, flush=True)
     return kills

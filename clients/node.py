@@ -72,6 +72,7 @@ class Node:
 
     def _work(self) -> None:
         if (order := self._home.held("order")) is not None:
+            self._fleet.holds(order)
             self._carry_out(order)
         while True:
             self._note("online")
@@ -85,9 +86,12 @@ class Node:
 
     def _newest(self, order: bytes) -> bytes:
         """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
-        while (later := self._until_done(self._fleet.claim)) is not None:
+        later: bytes | None = order
+        while later is not None:
             order = later
-        self._hold("order", order)
+            self._hold("order", order)
+            self._fleet.holds(order)
+            later = self._until_done(self._fleet.claim)
         return order
 
     def _carry_out(self, order: bytes) -> None:
