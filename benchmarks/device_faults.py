@@ -65,7 +65,7 @@ class Kill:
 def main(chosen: list[str]) -> None:
     recipe = parse(RECIPE, "faults", [])
     with tempfile.TemporaryDirectory(prefix="fedtune-faults-") as folder:
-        left_alone = simulated(Path(folder) / "simulated")
+        left_alone = simulated(RECIPE, Path(folder) / "simulated")
         kills: list[Kill] = []
         if served := [victim for victim in VICTIMS if victim in chosen or not chosen]:
             with fleet(DEVICES) as made:
@@ -81,10 +81,10 @@ def main(chosen: list[str]) -> None:
     save("device_faults", {**shown, "recipe": RECIPE, "cases": [asdict(kill) for kill in kills]})
 
 
-def simulated(folder: Path) -> list[str]:
+def simulated(recipe: str, folder: Path) -> list[str]:
     """The digest of each round's checkpoint when nothing is disturbed."""
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(recipe)
     subprocess.run([*FEDTUNE, "simulate", str(folder / "recipe.yaml")], env=home(folder), check=True)
     words = [*FEDTUNE, "runs", "show", "latest", "--json"]
     shown = json.loads(subprocess.run(words, env=home(folder), check=True, capture_output=True).stdout)
