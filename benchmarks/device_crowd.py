@@ -1,11 +1,12 @@
 """Claim: sixteen devices on one machine complete their rounds, and the server's memory is flat from round 1 to 50.
 
 A real server and sixteen real devices, each with a resident trainer, train low-rank adapters (about 1 MB) of a small
-random BERT, one step per round. Every ten rounds: the proportional set size (shared pages counted once) of the server's
-processes together. Then what an idle device holds, without a trainer as after a long rest and with one, and from that
-how many devices this machine could hold beside the server.
+random BERT, one step per round. Every ten rounds: the proportional set size (shared pages counted once) of the
+server's processes together. Fewer rounds, and a statement of how many, when time is up. Then what an idle device
+holds, without a trainer as after a long rest and with one, and from that how many devices this machine could hold
+beside the server.
 
-Run: python -m benchmarks.device_crowd [ROUNDS]
+Run: python -m benchmarks.device_crowd [MINUTES]
 """
 
 import statistics
@@ -40,17 +41,18 @@ federation: {{rounds: {rounds}, quorum: {devices}, deadline: 900}}
 evaluation: {{every: 10}}
 """
 VERDICTS = {"fine": "good", "great": "good", "awful": "bad", "dull": "bad"}
-PATIENCE = 3600.0
+PATIENCE_SECONDS = 300.0
 
 
-def main(rounds: int) -> None:
+def main(minutes: float) -> None:
+    end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="fedtune-crowd-") as name:
         folder = Path(name)
-        recipe = made_recipe(folder, rounds)
+        recipe = made_recipe(folder)
         with fleet(DEVICES) as made:
             bare = idle(made)
             run = made.submit(recipe)
-            taken, found = followed(made, run, rounds)
+            taken, found = followed(made, run, end)
             kept = idle(made)
             trainers = [device.below()[1:] for device in made.devices]
             warm = statistics.median(memory(found) for found in trainers)
@@ -62,6 +64,7 @@ def main(rounds: int) -> None:
         {
             "devices": DEVICES,
             "status": found["status"],
+            "rounds_wanted": ROUNDS,
             "rounds": len(completed),
             "merged": sum(sent["status"] == "merged" for sent in reports),
             "seconds_per_round": statistics.median(record["seconds"] for record in completed[2:]),
@@ -77,27 +80,24 @@ def main(rounds: int) -> None:
     )
 
 
-def followed(made: Fleet, run: str, rounds: int) -> tuple[dict[int, int], dict[str, Any]]:
-    """The server's memory by round: after the first one, and after every tenth; and the run's document at its end."""
+def followed(made: Fleet, run: str, end: float) -> tuple[dict[int, int], dict[str, Any]]:
+    """The server's memory by round, after the first one and after every tenth; the run's document when time is up."""
     taken: dict[int, int] = {}
-    for number in (1, *range(EVERY, rounds + 1, EVERY)):
-        until(made, run, number)
+    for number in (1, *range(EVERY, ROUNDS + 1, EVERY)):
+        if not reached(made, run, number, end):
+            break
         taken[number] = memory(made.server.below())
         print(f"round {number}: server {taken[number] / 1e6:.0f} MB", file=sys.stderr, flush=True)
-    return taken, until(made, run, rounds, ended=True)
+    return taken, made.found(run)
 
 
-def until(made: Fleet, run: str, number: int, *, ended: bool = False) -> dict[str, Any]:
-    """A run's document once it has committed a round, or has ended."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        found = made.found(run)
-        if found["status"] not in ("queued", "running"):
-            return found
-        if not ended and found["rounds"] and found["rounds"][-1]["number"] >= number:
-            return found
+def reached(made: Fleet, run: str, number: int, end: float) -> bool:
+    """Whether a run commits a round before its end and that of the time."""
+    while time.monotonic() < end and (found := made.found(run))["status"] in ("queued", "running"):
+        if found["rounds"] and found["rounds"][-1]["number"] >= number:
+            return True
         time.sleep(1.0)
-    raise SystemExit(f"round {number} did not come: {found['status']} {found['reason']}")
+    return False
 
 
 def memory(processes: Sequence[psutil.Process]) -> int:
@@ -107,7 +107,7 @@ def memory(processes: Sequence[psutil.Process]) -> int:
 
 def idle(made: Fleet) -> int:
     """Median bytes of the devices' own processes, once all are connected."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         with made.operator() as connection:
             if sum(device["online"] for device in connection.ask("GET", "devices")["devices"]) == len(made.devices):
@@ -120,7 +120,7 @@ def _own(device: Member) -> list[psutil.Process]:
     return device.below()[:1]
 
 
-def made_recipe(folder: Path, rounds: int) -> Recipe:
+def made_recipe(folder: Path) -> Recipe:
     """A random BERT of four layers and verdicts on made-up films, in ``folder``; a recipe for one round more."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", *VERDICTS, *map(str, range(200))]
     tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -135,8 +135,8 @@ def made_recipe(folder: Path, rounds: int) -> Recipe:
     BertModel(shape).save_pretrained(folder / "bert")
     rows = [f"the film {row} was {word},{label}" for row in range(200) for word, label in VERDICTS.items()]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return parse(RECIPE.format(folder=folder, devices=DEVICES, rounds=rounds + 1), "crowd", [])
+    return parse(RECIPE.format(folder=folder, devices=DEVICES, rounds=ROUNDS + 1), "crowd", [])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS)
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)

@@ -33,7 +33,7 @@ from fedtune.recipe_file import parse
 from fedtune.tracking import Store
 
 DATABASE = "PostgreSQL"
-DEVICES, DEADLINE = 3, 60
+DEVICES, DEADLINE = 3, 120
 KILLS = dict.fromkeys(VICTIMS, 2) | {"trainer": 1, DATABASE: 1}
 """How often each victim is killed in each phase."""
 ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
@@ -49,11 +49,12 @@ federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
 """
 PATIENCE = 4.0 * DEADLINE
 RESTART_SECONDS = 1.0
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
 class Kill:
-    """One kill: of what, when, what came of it, and how much longer its round took than one left alone."""
+    """One kill: of what, when, what came of it, and how much longer its round and the next took than in peace."""
 
     victim: str
     phase: str
@@ -74,6 +75,17 @@ def main(chosen: list[str]) -> None:
         if DATABASE in chosen or not chosen:
             with database(Path(folder) / "database") as kept, fleet(DEVICES, store=kept.url) as made:
                 kills += disturbed(made, recipe, DATABASE, left_alone, kept)
+    keep([kill for kill in earlier() if kill.victim not in {one.victim for one in kills}] + kills)
+
+
+def earlier() -> list[Kill]:
+    """The kills of the last time, of which those of other victims stay: the matrix may be made in parts."""
+    path = RESULTS / "device_faults.json"
+    return [Kill(**case) for case in json.loads(path.read_text())["cases"]] if path.exists() else []
+
+
+def keep(kills: list[Kill]) -> None:
+    """Save all kills, and print them as a table."""
     print(table(kills))
     outcomes = {kill.outcome: sum(one.outcome == kill.outcome for one in kills) for kill in kills}
     longest = max(kill.seconds for kill in kills)
@@ -128,7 +140,7 @@ def in_one_run(
         until_committed(watch, number)
         if any(record.status == "failed" for record in watch.store.rounds(watch.run)):
             break
-    if watch.store.run(watch.run).status == "running" and len(kills) < len(phases):
+    if watch.made.found(watch.run)["status"] == "running" and len(kills) < len(phases):
         with watch.made.operator() as connection:
             connection.ask("POST", f"runs/{watch.run}/stop")
     judge(kills, watch.made.ended(watch.run, PATIENCE), watch.folder, left_alone)
@@ -204,9 +216,7 @@ def committed(watch: Watch) -> int:
 def until_committed(watch: Watch, number: int) -> None:
     end = time.monotonic() + PATIENCE
     while committed(watch) < number:
-        found = watch.store.run(watch.run)
-        if time.monotonic() > end or found.status in ("failed", "completed"):
-            print(f"round {number} does not come: {found.status} {found.reason}", file=sys.stderr, flush=True)
+        if time.monotonic() > end or watch.store.run(watch.run).status in ("failed", "completed"):
             return
         time.sleep(0.05)
 
@@ -214,13 +224,20 @@ def until_committed(watch: Watch, number: int) -> None:
 def judge(kills: list[Kill], found: dict[str, Any], folder: Path, left_alone: list[str]) -> None:
     """Outcome and seconds of each kill, from the run's document and the times of its checkpoints."""
     rounds = {record["number"]: record for record in found["rounds"]}
-    made = {number: (folder / f"round-{number:04d}.safetensors").stat().st_mtime for number in rounds}
-    took = {number: made[number] - made[number - 1] for number in rounds if number > 1}
-    struck = {kill.round for kill in kills}
-    calm = statistics.median(seconds for number, seconds in took.items() if number not in struck)
+    lost = seconds_lost([kill.round for kill in kills], folder)
     for kill in kills:
         kill.outcome = outcome(rounds.get(kill.round), found, left_alone)
-        kill.seconds = took.get(kill.round, float("inf")) - calm
+        kill.seconds = lost[kill.round]
+
+
+def seconds_lost(struck: list[int], folder: Path) -> dict[int, float]:
+    """How much longer a round with a kill and the next one, which may begin cold, took than two rounds in peace."""
+    made = [path.stat().st_mtime for path in sorted(folder.glob("round-????.safetensors"))]
+    took = {number: made[number] - made[number - 1] for number in range(2, len(made))}
+    touched = {number + after for number in struck for after in (0, 1)}
+    calm = statistics.median([took[number] for number in took.keys() - touched] or took.values())
+    pairs = {number: [took[one] for one in (number, number + 1) if one in took] for number in struck}
+    return {number: sum(pair) - calm * len(pair) for number, pair in pairs.items()}
 
 
 def outcome(record: dict[str, Any] | None, found: dict[str, Any], left_alone: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.devices_demo import FEDTUNE, asked, free_port, home
+from benchmarks.devices_demo import FEDTUNE, free_port, home
 from fedtune.cli.connection import Connection, connect
 from fedtune.errors import ServerError
 from fedtune.recipe import Recipe
@@ -108,7 +108,8 @@ class Fleet:
         """A new device of this fleet, not yet started."""
         folder = self.server.home.parent
         environment = home(folder / f"device-{number}") | more
-        token = asked(self.server.environment, "server", "token", f"device-{number:02d}").strip().splitlines()[-1]
+        with self.operator() as connection:
+            token: str = connection.ask("POST", "tokens", {"name": f"device-{number:02d}"})["token"]
         command = [*before, *FEDTUNE, "device", "enroll", "--token", "-"]
         subprocess.run(command, env=environment, check=True, input=token, text=True, stdout=subprocess.DEVNULL)
         words = ("device", "join", "--data", data)
