@@ -34,7 +34,7 @@ from fedtune.tracking import Store
 
 DATABASE = "PostgreSQL"
 DEVICES, DEADLINE = 3, 120
-KILLS = dict.fromkeys(VICTIMS, 2) | {"trainer": 1, DATABASE: 1}
+KILLS = dict.fromkeys((*VICTIMS, DATABASE), 1) | {"device": 2, "SuperLink": 2}
 """How often each victim is killed in each phase."""
 ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
 """A kill in every other round, and some for those that came too late."""

@@ -2,11 +2,12 @@
 
 A real server and three real devices, the first of which lives in a network namespace of its own behind a line that can
 be cut, slow or lossy; the server and the second device keep their homes on small disks of their own. Each trouble comes
-after the first round of a run, and the run is compared with the same recipe simulated. Needs root and faketime.
+after the first round of a run, and the run is compared with the same recipe simulated. Needs root and a C compiler.
 
 Run: python -m benchmarks.device_links [TROUBLE ...]
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from benchmarks.bad_line import HERE, BadLine, bad_line
 from benchmarks.device_faults import outcome, simulated
 from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
+from benchmarks.wrong_clock import wrong_clock
 from fedtune.recipe_file import parse
 
 DEVICES, ROUNDS, DEADLINE = 3, 5, 300
@@ -34,9 +36,9 @@ devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
 train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
 federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
 """
-CUT_SECONDS, FULL_SECONDS, MONTH = 90.0, 30.0, "-30d"
+CUT_SECONDS, FULL_SECONDS = 90.0, 30.0
 DISK = "96m"
-FAKETIME = ("faketime", "--exclude-monotonic", "-f", MONTH)
+RESULT = Path(__file__).parent / "results" / "device_links.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def main(chosen: list[str]) -> None:
         for number in range(DEVICES):
             made.enrol(number, f"part:{number}", line.inside if number == 0 else ()).start()
         found = {name: tried(made, line, name, left_alone) for name in TROUBLES if name in chosen or not chosen}
-    save("device_links", {"deadline": DEADLINE, "recipe": RECIPE, "troubles": found})
+    earlier = json.loads(RESULT.read_text())["troubles"] if RESULT.exists() else {}
+    save("device_links", {"deadline": DEADLINE, "recipe": RECIPE, "troubles": earlier | found})
 
 
 def tried(made: Fleet, line: BadLine, name: str, left_alone: list[str]) -> dict[str, Any]:
@@ -72,7 +75,8 @@ def tried(made: Fleet, line: BadLine, name: str, left_alone: list[str]) -> dict[
         found = made.ended(run, 4.0 * DEADLINE)
     outcomes = sorted({outcome(record, found, left_alone) for record in found["rounds"]})
     lines = [line for device in made.devices for line in device.log.read_bytes()[said[device.name] :].splitlines()]
-    troubles = sorted({text.decode()[9:] for text in lines if b"trained" not in text})
+    folder = str(made.server.home.parent)
+    troubles = sorted({text.decode()[9:].replace(folder, "") for text in lines if b"trained" not in text})
     result = {
         "status": found["status"],
         "rounds": len(found["rounds"]) - 1,
@@ -160,14 +164,15 @@ def full(folder: Path) -> Iterator[None]:
 def skewed(bench: Bench) -> Iterator[None]:
     """A device starts again with a clock that is a month behind."""
     device: Member = bench.made.devices[2]
+    right = device.environment
     device.end()
-    device.before = FAKETIME
+    device.environment = right | wrong_clock(device.home)
     device.start()
     try:
         yield
     finally:
         device.end()
-        device.before = ()
+        device.environment = right
         device.start()
 
 

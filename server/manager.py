@@ -164,11 +164,10 @@ class Manager:
         if attempt.generation == self._superlink.generation:
             self._superlink.control().stop(attempt.number)
         trouble = self._trouble[run.id]
-        if run.rounds_completed > trouble.rounds:
-            trouble.rounds, trouble.starts = run.rounds_completed, 0
-        trouble.starts += 1
-        trouble.rest_until = time.monotonic() + min(_LONGEST_REST, 2.0 ** (trouble.starts - 1))
-        if trouble.starts >= _ATTEMPTS:
+        starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
+        if starts >= _ATTEMPTS:
             self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")
         else:
             self._store.explain(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
+        rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # counted last: a store that cannot be written is asked again
+        self._trouble[run.id] = _Trouble(run.rounds_completed, starts, time.monotonic() + rest)

@@ -98,6 +98,28 @@ def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
     assert superlink.started == 8
 
 
+def test_a_store_that_cannot_be_written_for_a_while_counts_no_starts(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: str) -> None:
+        raise StoreError("the disk is full")
+
+    superlink = Hopeless()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "explain", full)
+        for _ in range(100):
+            with pytest.raises(StoreError):
+                work.tick()
+    work.tick()
+    assert superlink.started == 1
+    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert work.planned(store.run(run)).status == "running"
+
+
 def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Path) -> None:
     superlink = Hopeless()
     work = managed(store, superlink, home)
