@@ -31,10 +31,11 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from clients import records
+from fedtune.answers import HELD
 
 __all__ = ["GRACE_SECONDS", "Fleet", "GoneError", "Task", "signed_headers"]
 
@@ -79,6 +80,17 @@ class _Signer:
         return call_next(context)
 
 
+class _Holding:
+    """Tells with each call which message is on this device's disk: one lost on its way is handed out again."""
+
+    def __init__(self) -> None:
+        self.message = ""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[HELD] = self.message
+        return call_next(context)
+
+
 class Fleet:
     """Calls of one registered node. Raises httpx's errors for what may pass, GoneError for what will not."""
 
@@ -86,7 +98,9 @@ class Fleet:
         self, address: str, ca: str, key: ec.EllipticCurvePrivateKey, node: int, now: Callable[[], float]
     ) -> None:
         self._node = Node(node_id=node)
-        self._client = FleetHttpClient.from_server_address(address, False, ca.encode(), [_Signer(key, now)])
+        self._holding = _Holding()
+        interceptors: list[ProtobufClientInterceptor] = [_Signer(key, now), self._holding]
+        self._client = FleetHttpClient.from_server_address(address, False, ca.encode(), interceptors)
 
     def beat(self) -> None:
         """Be online for the next ``GRACE_SECONDS``."""
@@ -97,9 +111,13 @@ class Fleet:
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
 
     def claim(self) -> bytes | None:
-        """Take the next message, if there is one; the server hands it out once, so keep what this returns."""
+        """Take the next message, if there is one; the server hands it out until ``holds`` is called with it."""
         response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         return response.SerializeToString() if response.messages_list else None
+
+    def holds(self, claim: bytes) -> None:
+        """A message that was taken is on the disk."""
+        self._holding.message = _opened(claim)[0].metadata.message_id
 
     def fetch(self, claim: bytes) -> Task:
         """The message that was taken, with its content."""

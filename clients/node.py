@@ -18,6 +18,7 @@ from clients.clock import ServerClock
 from clients.device_home import DeviceHome
 from clients.fleet import Fleet, GoneError
 from clients.keeper import Keeper
+from clients.patience import pause
 from clients.persistence import RECOVERED, Persistence
 from fedtune import answers
 from fedtune.errors import StoreError
@@ -25,9 +26,6 @@ from fedtune.errors import StoreError
 __all__ = ["Node"]
 
 _BEAT_SECONDS = 15.0
-_ACTIVE_PAUSE, _IDLE_PAUSE = 0.25, 1.0
-_ACTIVE_SECONDS = 120.0
-"""How long after an order the next one is looked for eagerly."""
 _REFUSALS = {
     "declined": (answers.FAILED, answers.DECLINED),
     "died": (answers.TRAINER_DIED, ""),
@@ -72,6 +70,7 @@ class Node:
 
     def _work(self) -> None:
         if (order := self._home.held("order")) is not None:
+            self._fleet.holds(order)
             self._carry_out(order)
         while True:
             self._note("online")
@@ -80,14 +79,16 @@ class Node:
                 self._carry_out(self._newest(order))
             else:
                 self._keeper.rest()
-                active = time.monotonic() - self._last_order < _ACTIVE_SECONDS
-                time.sleep(_ACTIVE_PAUSE if active else _IDLE_PAUSE)
+                time.sleep(pause(time.monotonic() - self._last_order))
 
     def _newest(self, order: bytes) -> bytes:
         """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
-        while (later := self._until_done(self._fleet.claim)) is not None:
+        later: bytes | None = order
+        while later is not None:
             order = later
-        self._hold("order", order)
+            self._hold("order", order)
+            self._fleet.holds(order)
+            later = self._until_done(self._fleet.claim)
         return order
 
     def _carry_out(self, order: bytes) -> None:

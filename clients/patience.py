@@ -2,7 +2,17 @@
 
 import random
 
-__all__ = ["Backoff"]
+__all__ = ["Backoff", "pause"]
+
+_LEAST, _MOST, _SHARE = 0.25, 2.0, 0.1
+
+
+def pause(waited: float) -> float:
+    """Seconds until the next look for an order, after ``waited`` seconds without one: a tenth of them, within limits.
+
+    Each look costs the server a signature to check; looking four times a second, sixteen devices kept it busy.
+    """
+    return min(_MOST, max(_LEAST, _SHARE * waited))
 
 
 class Backoff:

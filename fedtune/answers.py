@@ -1,6 +1,6 @@
-"""What a device may answer in place of deltas: the codes of Flower's error replies, and how a reason may begin."""
+"""What a device tells beside deltas: codes of Flower's error replies, how a reason may begin, what it holds."""
 
-__all__ = ["DECLINED", "FAILED", "TRAINER_DIED"]
+__all__ = ["DECLINED", "FAILED", "HELD", "TRAINER_DIED"]
 
 FAILED = 2
 """Training raised; Flower's own code for that."""
@@ -8,3 +8,5 @@ TRAINER_DIED = 8
 """The process that trained was killed; Flower's own code for that."""
 DECLINED = "declined: "
 """How the reason begins when a device did not fail but would not try."""
+HELD = "fedtune-held"
+"""The header that names the message a device has on its disk, and is empty when there is none."""

@@ -23,11 +23,12 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 
 from fedtune.errors import ServerError
 from server import thin_app
 
-__all__ = ["Control", "FlowerRun"]
+__all__ = ["Again", "Control", "FlowerRun"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,27 @@ class FlowerRun:
     details: str
 
 
+class Again:
+    """Makes a call once more when the SuperLink hung up instead of reading it, as it does on lines idle for 5 s."""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """The answer to the first or the second call."""
+        try:
+            return call_next(context)
+        except httpx.RemoteProtocolError:
+            return call_next(context)
+
+
 class Control:
     """A connection to the SuperLink at an address; every method raises ServerError when it cannot be reached."""
 
     def __init__(self, address: str, ca: bytes) -> None:
         trust = ssl.create_default_context(cadata=ca.decode("ascii"))
-        interceptor = RuntimeVersionHttpInterceptor(component_name="fedtune")
-        self._client = ControlHttpClient(f"https://{address}", interceptors=[interceptor], verify=trust)
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="fedtune"),
+            Again(),
+        ]
+        self._client = ControlHttpClient(f"https://{address}", interceptors=interceptors, verify=trust)
 
     def close(self) -> None:
         """Let go of the connection."""

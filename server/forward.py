@@ -8,7 +8,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from fedtune.answers import HELD
 from server.guard import Guard, address
+from server.handout import Handout
 from server.refusal import Audit, RefusedError
 
 __all__ = ["Forward", "limited"]
@@ -28,9 +30,12 @@ _PATHS = frozenset(
         "send-node-heartbeat",
     )
 )
+_PULL, _PUSH, _PROTOBUF = "/v1/fleet/pull-messages", "/v1/fleet/push-messages", "application/protobuf"
 _OF_THE_CONNECTION = frozenset(
     {"connection", "host", "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
 )
+_IDLE_SECONDS = 2.0
+"""The SuperLink hangs up on a line that is idle for 5 s; a call sent at that moment would fail."""
 _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 
 
@@ -40,7 +45,8 @@ class Forward:
     def __init__(self, guard: Guard, audit: Audit, upstream: Callable[[], str], ca: bytes, body_limit: int) -> None:
         self._guard, self._audit, self._upstream, self._body_limit = guard, audit, upstream, body_limit
         trust = ssl.create_default_context(cadata=ca.decode("ascii"))
-        many = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        self._handout = Handout()
+        many = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
         self._client = httpx.AsyncClient(verify=trust, timeout=_PATIENCE, limits=many)
 
     async def close(self) -> None:
@@ -52,6 +58,9 @@ class Forward:
         if request.url.path not in _PATHS:
             raise RefusedError(404, f"{request.url.path} is not for devices; only Flower's fleet paths are")
         name = await run_in_threadpool(self._guard.device, request)
+        if request.url.path == _PULL and (body := self._handout.again(name, request.headers.get(HELD))) is not None:
+            await run_in_threadpool(self._guard.signed_device, request)
+            return Response(body, media_type=_PROTOBUF)
         try:
             answer = await self._client.send(self._onward(request), stream=True)
         except ClientDisconnect:
@@ -61,7 +70,17 @@ class Forward:
         if answer.status_code in (401, 403):
             what = f"{name} at {request.url.path}: the SuperLink does not accept its signature"
             await run_in_threadpool(self._audit.refused, address(request), what)
+        if request.url.path == _PULL and answer.is_success:
+            return await self._handed(name, answer)
+        if request.url.path == _PUSH and answer.is_success:
+            self._handout.answered(name, request.headers.get(HELD))
         return StreamingResponse(_body(answer), answer.status_code, _kept(answer.headers))
+
+    async def _handed(self, name: str, answer: httpx.Response) -> Response:
+        """An answer that may hold a message, remembered before it is passed on; it is small."""
+        body = b"".join([chunk async for chunk in _body(answer)])
+        self._handout.handed(name, body)
+        return Response(body, answer.status_code, _kept(answer.headers))
 
     def _onward(self, request: Request) -> httpx.Request:
         return self._client.build_request(

@@ -16,7 +16,7 @@ __all__ = ["ENGINE", "Manager"]
 
 ENGINE = "devices"
 _PENDING_SECONDS = 30.0
-"""A run that is pending for longer will stay so: the process that would start it has died without a word."""
+"""A run that is pending for longer will stay so: the process that would start it is there and does not."""
 _ATTEMPTS = 8
 """So many starts without a new round, and a run has failed."""
 _LONGEST_REST = 60.0
@@ -90,6 +90,9 @@ class Manager:
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""
+        if self._attempt is None and not self._superlink.executes():
+            self._superlink.end()  # whoever keeps it starts it again
+            return
         self._attempt = self._begin() if self._attempt is None else self._follow(self._attempt)
 
     def _own(self, reference: str) -> RunRecord:
@@ -155,7 +158,8 @@ class Manager:
         found = self._superlink.control().run(attempt.number)
         if found.status == "finished":
             return found.details or f"the server's process {found.outcome}"
-        if found.status == "pending" and time.monotonic() - attempt.begun > _PENDING_SECONDS:
+        late = time.monotonic() - attempt.begun > _PENDING_SECONDS
+        if found.status == "pending" and (late or not self._superlink.executes()):
             self._superlink.end()
             return "the SuperLink did not start the run"
         return "the server's process was killed" if attempt.seen and not working else ""
@@ -164,11 +168,10 @@ class Manager:
         if attempt.generation == self._superlink.generation:
             self._superlink.control().stop(attempt.number)
         trouble = self._trouble[run.id]
-        if run.rounds_completed > trouble.rounds:
-            trouble.rounds, trouble.starts = run.rounds_completed, 0
-        trouble.starts += 1
-        trouble.rest_until = time.monotonic() + min(_LONGEST_REST, 2.0 ** (trouble.starts - 1))
-        if trouble.starts >= _ATTEMPTS:
+        starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
+        if starts >= _ATTEMPTS:
             self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")
         else:
             self._store.explain(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
+        rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # counted last: a store that cannot be written is asked again
+        self._trouble[run.id] = _Trouble(run.rounds_completed, starts, time.monotonic() + rest)

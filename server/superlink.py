@@ -19,6 +19,8 @@ from server.lifeline import lifeline
 __all__ = ["SuperLink"]
 
 _START_SECONDS = 90.0
+_END_SECONDS = 2.0
+"""Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
 _HOST = "127.0.0.1"
 
 
@@ -85,13 +87,20 @@ class SuperLink:
             self._family |= set(psutil.Process(self._process.pid).children(recursive=True))
         return True
 
+    def executes(self) -> bool:
+        """Whether its one child is there, which starts runs' processes; Flower does not start it again."""
+        with suppress(psutil.Error):
+            children = psutil.Process(self._process.pid).children() if self._process else []
+            return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        return False
+
     def end(self) -> None:
         """End it and every process it started, some of which lead groups of their own."""
         if self._process is None:
             return
         self.alive()
         self._control = None
-        end_group(self._process)
+        end_group(self._process, _END_SECONDS)
         if self._process.stdin:
             self._process.stdin.close()
         for process in self._family:

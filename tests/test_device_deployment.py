@@ -38,6 +38,15 @@ if "clients.trainer" not in sys.orig_argv:  # libraries that pickle or subclass 
 """
 
 
+DIES_WITH_AN_ORDER_IN_HAND = """
+import os, signal
+from clients.device_home import DeviceHome
+from fedtune.cli.main import main
+DeviceHome.hold = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
 @pytest.fixture
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
@@ -108,6 +117,25 @@ def test_a_device_that_is_killed_goes_on_where_it_was(
         device.again()
         found = ended(server, run)
     assert (found["status"], found["reason"]) == ("completed", "")
+    assert statuses(found) == {"merged"}
+    assert hashes(found) == undisturbed
+
+
+def test_a_device_that_is_killed_before_its_order_is_on_its_disk_gets_it_again(
+    server: Server, tmp_path: Path, undisturbed: list[str]
+) -> None:
+    with joined(server, tmp_path, "part:0", "part:1") as devices:
+        device = devices[1]
+        until(lambda: state(device) == "online")
+        device.process.kill()
+        device.process.wait()
+        command = [sys.executable, "-c", DIES_WITH_AN_ORDER_IN_HAND, "device", "join", "--data", device.source]
+        planted = subprocess.Popen(command, env={**os.environ, "FEDTUNE_HOME": str(device.home)})
+        run = submit(server, trivial(TWO, LONG, "federation.quorum=2", "federation.deadline=60"))
+        assert planted.wait(60) == -signal.SIGKILL
+        assert not (device.home / "device" / "order").exists()
+        device.again()
+        found = ended(server, run)
     assert statuses(found) == {"merged"}
     assert hashes(found) == undisturbed
 

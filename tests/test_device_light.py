@@ -17,7 +17,7 @@ from clients import fleet
 from clients.channel import Frame
 from clients.clock import ServerClock
 from clients.device_home import DeviceHome, Identity
-from clients.patience import Backoff
+from clients.patience import Backoff, pause
 from clients.persistence import RECOVERED, Persistence
 from fedtune.cli.device import device
 from fedtune.errors import DeviceError
@@ -95,6 +95,15 @@ def test_waits_grow_to_a_limit_and_differ() -> None:
     assert len(set(waits)) == 50
     backoff.reset()
     assert backoff.wait() <= 1.0
+
+
+def test_the_longer_no_order_came_the_seldomer_it_is_looked_for() -> None:
+    assert [pause(waited) for waited in (0.0, 1.0, 2.5, 5.0, 20.0, 1e9)] == [0.25, 0.25, 0.25, 0.5, 2.0, 2.0]
+    looks, waited = 0, 0.0
+    while waited < 20.0:
+        waited += pause(waited)
+        looks += 1
+    assert looks < 35, "a wait of twenty seconds took eighty looks at four a second"
 
 
 def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,9 @@ class Hopeless:
     def __init__(self) -> None:
         self.started = 0
 
+    def executes(self) -> bool:
+        return True
+
     def control(self) -> Control:
         return cast("Control", self)
 
@@ -95,6 +98,28 @@ def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
     assert superlink.started == 8
 
 
+def test_a_store_that_cannot_be_written_for_a_while_counts_no_starts(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: str) -> None:
+        raise StoreError("the disk is full")
+
+    superlink = Hopeless()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "explain", full)
+        for _ in range(100):
+            with pytest.raises(StoreError):
+                work.tick()
+    work.tick()
+    assert superlink.started == 1
+    assert store.run(run).reason == "it fell over; goes on at round 1"
+    assert work.planned(store.run(run)).status == "running"
+
+
 def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Path) -> None:
     superlink = Hopeless()
     work = managed(store, superlink, home)
@@ -135,3 +160,47 @@ def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest
 def test_too_few_devices_for_a_round_are_told() -> None:
     with pytest.raises(RoundError, match="only 1 of 2 devices connected"):
         assemble(cast("Grid", Connected(7, 99)), trivial("federation.quorum=2"), SEATS, patience=0.1)
+
+
+class Bereft(Hopeless):
+    """A SuperLink whose runs stay pending; the process that would start them can be killed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.ended = True, 0
+
+    def executes(self) -> bool:
+        return self.whole
+
+    def end(self) -> None:
+        self.ended += 1
+
+    def run(self, _: int) -> FlowerRun:
+        return FlowerRun("pending", "", "")
+
+
+def test_a_superlink_that_cannot_start_runs_is_ended_before_it_is_given_one(store: Store, home: Path) -> None:
+    superlink = Bereft()
+    work = managed(store, superlink, home)
+    work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    superlink.whole = False
+    work.tick()
+    assert (superlink.ended, superlink.started) == (1, 0)
+    superlink.whole = True
+    work.tick()
+    assert (superlink.ended, superlink.started) == (1, 1)
+
+
+def test_a_pending_run_is_not_waited_for_when_nobody_will_start_it(store: Store, home: Path) -> None:
+    superlink = Bereft()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    work.tick()
+    assert (superlink.ended, superlink.started) == (0, 1), "it may still be starting"
+    superlink.whole = False
+    work.tick()
+    assert superlink.ended == 1
+    assert store.run(run).reason == "the SuperLink did not start the run; goes on at round 1"

@@ -1,0 +1,265 @@
+"""Claim: whatever is killed with -9 in whatever phase of a round, a deployed run ends with the bits of one left alone.
+
+A real server, three real devices, a small recipe. For each victim and each phase of a round: wait until a round is in
+that phase, stop the victim, look whether the phase still holds (else let it go on and take the next round), kill it
+with -9, start again what an init system would start again, and go on. A second server keeps its store in a PostgreSQL
+of its own, which is killed. What the run holds in the end is compared, round by round, with the same recipe simulated.
+
+Run: python -m benchmarks.device_faults [VICTIM ...]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.devices_demo import FEDTUNE, home
+from benchmarks.fleet import Fleet, fleet
+from benchmarks.phases import PHASES, VICTIMS, Watch, process_of
+from benchmarks.report import save
+from benchmarks.scratch_database import Database
+from fedtune.errors import StoreError
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import parse
+from fedtune.tracking import Store
+
+DATABASE = "PostgreSQL"
+DEVICES, DEADLINE = 3, 120
+KILLS = dict.fromkeys((*VICTIMS, DATABASE), 1) | {"device": 2, "SuperLink": 2}
+"""How often each victim is killed in each phase."""
+ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
+"""A kill in every other round, and some for those that came too late."""
+RECIPE = f"""
+name: faults
+task: image-classification
+model: {{source: "sample:logistic"}}
+data: {{source: "sample:digits"}}
+devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
+federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
+"""
+PATIENCE = 4.0 * DEADLINE
+RESTART_SECONDS = 1.0
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Kill:
+    """One kill: of what, when, what came of it, and how much longer its round and the next took than in peace."""
+
+    victim: str
+    phase: str
+    round: int
+    outcome: str = ""
+    seconds: float = 0.0
+
+
+def main(chosen: list[str]) -> None:
+    recipe = parse(RECIPE, "faults", [])
+    with tempfile.TemporaryDirectory(prefix="fedtune-faults-") as folder:
+        left_alone = simulated(RECIPE, Path(folder) / "simulated")
+        kills: list[Kill] = []
+        if served := [victim for victim in VICTIMS if victim in chosen or not chosen]:
+            with fleet(DEVICES) as made:
+                for victim in served:
+                    kills += disturbed(made, recipe, victim, left_alone)
+        if DATABASE in chosen or not chosen:
+            with database(Path(folder) / "database") as kept, fleet(DEVICES, store=kept.url) as made:
+                kills += disturbed(made, recipe, DATABASE, left_alone, kept)
+    keep([kill for kill in earlier() if kill.victim not in {one.victim for one in kills}] + kills)
+
+
+def earlier() -> list[Kill]:
+    """The kills of the last time, of which those of other victims stay: the matrix may be made in parts."""
+    path = RESULTS / "device_faults.json"
+    return [Kill(**case) for case in json.loads(path.read_text())["cases"]] if path.exists() else []
+
+
+def keep(kills: list[Kill]) -> None:
+    """Save all kills, and print them as a table."""
+    print(table(kills))
+    outcomes = {kill.outcome: sum(one.outcome == kill.outcome for one in kills) for kill in kills}
+    longest = max(kill.seconds for kill in kills)
+    shown = {"kills": len(kills), "outcomes": outcomes, "longest_seconds": longest, "deadline": DEADLINE}
+    save("device_faults", {**shown, "recipe": RECIPE, "cases": [asdict(kill) for kill in kills]})
+
+
+def simulated(recipe: str, folder: Path) -> list[str]:
+    """The digest of each round's checkpoint when nothing is disturbed."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe)
+    subprocess.run([*FEDTUNE, "simulate", str(folder / "recipe.yaml")], env=home(folder), check=True)
+    words = [*FEDTUNE, "runs", "show", "latest", "--json"]
+    shown = json.loads(subprocess.run(words, env=home(folder), check=True, capture_output=True).stdout)
+    return [record["checkpoint"]["sha256"] for record in shown["rounds"]]
+
+
+@contextmanager
+def database(folder: Path) -> Iterator[Database]:
+    folder.parent.chmod(0o755)  # its server runs as another user
+    kept = Database(folder)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+def disturbed(
+    made: Fleet, recipe: Recipe, victim: str, left_alone: list[str], kept: Database | None = None
+) -> list[Kill]:
+    """Kill the victim in every phase; what came of it. A new run is begun when one has failed a round, or has ended."""
+    kills: list[Kill] = []
+    url = kept.url if kept else f"sqlite:///{made.server.home}/store.sqlite"
+    with Store.open(url) as store:
+        while phases := (PHASES * KILLS[victim])[len(kills) :]:
+            watch = Watch(made, store, made.submit(recipe))
+            kills += in_one_run(watch, victim, phases, left_alone, kept)
+    return kills
+
+
+def in_one_run(
+    watch: Watch, victim: str, phases: tuple[str, ...], left_alone: list[str], kept: Database | None
+) -> list[Kill]:
+    """Kill the victim in each of the phases, until a round fails; what came of it once the run has ended."""
+    kills: list[Kill] = []
+    for phase in phases:
+        number = killed(watch, victim, phase, kept)
+        if number is None:
+            break
+        kills.append(Kill(victim, phase, number))
+        print(f"{victim} killed in round {number}, {phase}", file=sys.stderr, flush=True)
+        until_committed(watch, number)
+        if any(record.status == "failed" for record in watch.store.rounds(watch.run)):
+            break
+    if watch.made.found(watch.run)["status"] == "running" and len(kills) < len(phases):
+        with watch.made.operator() as connection:
+            connection.ask("POST", f"runs/{watch.run}/stop")
+    judge(kills, watch.made.ended(watch.run, PATIENCE), watch.folder, left_alone)
+    for kill in kills:
+        print(kill, file=sys.stderr, flush=True)
+    return kills
+
+
+def killed(watch: Watch, victim: str, phase: str, kept: Database | None) -> int | None:
+    """Kill the victim when a round is in a phase; the round's number, or None when the run has too few left."""
+    last = committed(watch)
+    until_committed(watch, max(1, last + 1))  # a round in peace between two kills
+    for number in range(max(2, last + 2), ROUNDS + 1):
+        if hit(watch, victim, phase, number, kept):
+            return number
+    return None
+
+
+def hit(watch: Watch, victim: str, phase: str, number: int, kept: Database | None) -> bool:
+    """Whether the victim was killed while round ``number`` was in a phase; false once the round is over."""
+    end = time.monotonic() + PATIENCE
+    looked = 0
+    process = None if kept else process_of(watch.made, victim)
+    while time.monotonic() < end:
+        looked += 1
+        if not looked % 50 and committed(watch) >= number:
+            return False
+        with suppress(StoreError):
+            if watch.at(phase, number) and struck(watch, process, phase, number, kept):
+                again(watch.made, kept)
+                return True
+        if not kept and (process is None or not process.is_running()):
+            process = process_of(watch.made, victim)
+        time.sleep(0.001)
+    raise SystemExit(f"round {number} did not come to {phase}: {watch.made.found(watch.run)['reason']}")
+
+
+def struck(watch: Watch, process: psutil.Process | None, phase: str, number: int, kept: Database | None) -> bool:
+    """Kill the process, if the phase still holds once it stands still."""
+    if kept:
+        kept.kill()
+        return True
+    if process is None:
+        return False
+    try:
+        process.suspend()
+        if watch.at(phase, number):
+            process.kill()
+            return True
+        process.resume()
+    except psutil.NoSuchProcess:
+        pass
+    return False
+
+
+def again(made: Fleet, kept: Database | None) -> None:
+    """Start what an init system would, a moment later."""
+    time.sleep(RESTART_SECONDS)
+    if kept:
+        kept.start()
+    for member in (made.server, *made.devices):
+        if not member.up():
+            member.start()
+
+
+def committed(watch: Watch) -> int:
+    try:
+        return watch.committed()
+    except StoreError:
+        return -1
+
+
+def until_committed(watch: Watch, number: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while committed(watch) < number:
+        if time.monotonic() > end or watch.store.run(watch.run).status in ("failed", "completed"):
+            return
+        time.sleep(0.05)
+
+
+def judge(kills: list[Kill], found: dict[str, Any], folder: Path, left_alone: list[str]) -> None:
+    """Outcome and seconds of each kill, from the run's document and the times of its checkpoints."""
+    rounds = {record["number"]: record for record in found["rounds"]}
+    lost = seconds_lost([kill.round for kill in kills], folder)
+    for kill in kills:
+        kill.outcome = outcome(rounds.get(kill.round), found, left_alone)
+        kill.seconds = lost[kill.round]
+
+
+def seconds_lost(struck: list[int], folder: Path) -> dict[int, float]:
+    """How much longer a round with a kill and the next one, which may begin cold, took than two rounds in peace."""
+    made = [path.stat().st_mtime for path in sorted(folder.glob("round-????.safetensors"))]
+    took = {number: made[number] - made[number - 1] for number in range(2, len(made))}
+    touched = {number + after for number in struck for after in (0, 1)}
+    calm = statistics.median([took[number] for number in took.keys() - touched] or took.values())
+    pairs = {number: [took[one] for one in (number, number + 1) if one in took] for number in struck}
+    return {number: sum(pair) - calm * len(pair) for number, pair in pairs.items()}
+
+
+def outcome(record: dict[str, Any] | None, found: dict[str, Any], left_alone: list[str]) -> str:
+    if record is None:
+        return f"run {found['status']}: {found['reason']}"
+    if record["status"] != "completed":
+        return f"failed round: {record['reason']}"
+    return "same bits" if record["checkpoint"]["sha256"] == left_alone[record["number"]] else "OTHER BITS"
+
+
+def table(kills: list[Kill]) -> str:
+    """Victim by phase: outcome, and seconds lost in each kill."""
+    lines = [f"{'':12}" + "".join(f"{phase:>24}" for phase in PHASES)]
+    for victim in dict.fromkeys(kill.victim for kill in kills):
+        cells = []
+        for phase in PHASES:
+            met = [kill for kill in kills if (kill.victim, kill.phase) == (victim, phase)]
+            said = " / ".join(sorted({kill.outcome for kill in met})) or "not met"
+            cells.append(f"{said} {', '.join(f'{kill.seconds:.0f}' for kill in met)} s")
+        lines.append(f"{victim:12}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""A message is handed to its device until the device tells that it is on its disk, or has answered it."""
+
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import Message, Metadata
+
+from server.handout import Handout
+
+
+def told(number: str) -> bytes:
+    body: bytes = PullMessagesResponse(
+        messages_list=[Message(metadata=Metadata(message_id=number))]
+    ).SerializeToString()
+    return body
+
+
+def test_a_message_comes_again_until_it_is_held() -> None:
+    handout = Handout()
+    assert handout.again("one", "") is None
+    handout.handed("one", told("a"))
+    assert handout.again("one", "") == told("a")
+    assert handout.again("one", "the one before") == told("a")
+    assert handout.again("one", "a") is None
+    assert handout.again("two", "") is None
+
+
+def test_a_node_that_tells_nothing_of_what_it_holds_gets_nothing_twice() -> None:
+    handout = Handout()
+    handout.handed("one", told("a"))
+    assert handout.again("one", None) is None
+
+
+def test_an_empty_answer_takes_nothing_back_and_a_later_message_does() -> None:
+    handout = Handout()
+    handout.handed("one", told("a"))
+    handout.handed("one", PullMessagesResponse().SerializeToString())
+    assert handout.again("one", "") == told("a")
+    handout.handed("one", told("b"))
+    assert handout.again("one", "a") == told("b")
+
+
+def test_an_answered_message_does_not_come_again_and_an_older_answer_settles_nothing() -> None:
+    handout = Handout()
+    handout.handed("one", told("b"))
+    handout.answered("one", "a")
+    handout.answered("two", "b")
+    assert handout.again("one", "a") == told("b")
+    handout.answered("one", "b")
+    assert handout.again("one", "") is None
