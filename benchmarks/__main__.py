@@ -28,6 +28,10 @@ CLAIMS = (
     "rebasin",
     "aim",
     "aim_federation",
+    "device_phases",
+    "device_crowd",
+    "device_faults",
+    "device_links",
 )
 
 for claim in CLAIMS:
