@@ -30,6 +30,10 @@ CLAIMS = (
     "aim_federation",
     "asynchronous",
     "privacy",
+    "device_phases",
+    "device_crowd",
+    "device_faults",
+    "device_links",
 )
 
 for claim in CLAIMS:

@@ -162,10 +162,12 @@ def full(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def skewed(bench: Bench) -> Iterator[None]:
-    """A device starts again with a clock that is a month behind."""
+    """A device dies and starts again with a clock that is a month behind; told to stop, it would leave the round."""
     device: Member = bench.made.devices[2]
     right = device.environment
-    device.end()
+    assert device.process is not None
+    device.process.kill()
+    device.process.wait()
     device.environment = right | wrong_clock(device.home)
     device.start()
     try:

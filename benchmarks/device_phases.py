@@ -18,7 +18,7 @@ from benchmarks.report import save
 from benchmarks.stock_flower import stock
 from fedtune.recipe_file import parse
 
-NODES, ROUNDS, STOCK_ROUNDS, COLD = 2, 14, 6, 2
+NODES, ROUNDS, STOCK_ROUNDS, COLD = 2, 12, 5, 2
 RECIPE = f"""
 name: phases
 task: image-classification

@@ -17,6 +17,8 @@ __all__ = ["authority", "certificate", "covers", "fingerprint", "new_key"]
 
 _ALWAYS = ("localhost", "127.0.0.1", "::1")
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 397
+_BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
+"""A device whose clock is behind must find the certificate valid, or it could never ask the server for the time."""
 
 
 def new_key() -> bytes:
@@ -83,9 +85,8 @@ def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
-    begin = now - timedelta(days=1)  # a device's clock may lag behind
     names = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    dated = names.serial_number(x509.random_serial_number()).not_valid_before(begin)
+    dated = names.serial_number(x509.random_serial_number()).not_valid_before(_BEGIN)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key)
     return dated.not_valid_after(now + timedelta(days=days)).add_extension(identifier, critical=False)
 

@@ -4,11 +4,13 @@ import json
 import socket
 import ssl
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from cryptography import x509
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, ServerError, StoreError
@@ -179,3 +181,10 @@ def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(h
     result = CliRunner().invoke(cli, ["server", "token", "--server", str(tmp_path / "bad.json")])
     assert isinstance(result.exception, FedtuneError)
     assert "is no operator's file" in str(result.exception)
+
+
+def test_a_clock_that_was_never_set_finds_the_certificate_valid() -> None:
+    key, other = authority.new_key(), authority.new_key()
+    signer = authority.authority(key)
+    for pem in (signer, authority.certificate(key, signer, other, ["localhost"])):
+        assert x509.load_pem_x509_certificate(pem).not_valid_before_utc <= datetime(1970, 1, 1, tzinfo=UTC)
