@@ -143,6 +143,9 @@ class Online:
     def control(self) -> "Online":
         return self
 
+    def executes(self) -> bool:
+        return True
+
     def online(self) -> set[int]:
         return {1, 2, 3, 4, 5, 6}
 
