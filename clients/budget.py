@@ -35,20 +35,19 @@ class Need(NamedTuple):
 def fitting(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int, halvings: int = 0) -> int | None:
     """The most examples at a time with which round ``number`` fits ``budget`` bytes; None for the batch as it is.
 
-    The batch is halved until it fits, and ``halvings`` times at least. BudgetError when one example is too many.
+    The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one example
+    is too many.
     """
     batch = min(shop.recipe.train.batch, len(rows))
     needed = need(shop, rows, number)
-    tried = [max(1, batch >> count) for count in range(batch.bit_length())]
-    fit = [size for size in tried[halvings:] if needed.of(size) <= budget]
-    if fit and fit[0] == batch:
-        return None
-    if fit and divisible(shop.model):
-        return fit[0]
-    whole = "even one example at a time" if divisible(shop.model) else "as its batch norms need whole batches"
-    size = 1 if divisible(shop.model) else batch
+    may_cut = divisible(shop.model)
+    sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
+    for size in sizes[min(halvings, len(sizes) - 1) :]:
+        if needed.of(size) <= budget:
+            return None if size == batch else size
+    whole = "even one example at a time" if may_cut else "as its batch norms need whole batches"
     raise BudgetError(
-        f"a step needs about {_megabytes(needed.of(size))} of memory, {whole}, and this device allows "
+        f"a step needs about {_megabytes(needed.of(sizes[-1]))} of memory, {whole}, and this device allows "
         f"{_megabytes(budget)}"
     )
 

@@ -57,7 +57,8 @@ def _delta(shop: Workshop, micro: int | None) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("allowed", "halvings", "size"), [(200, 0, None), (199, 0, 5), (150, 0, 5), (149, 0, 2), (115, 0, 1), (200, 1, 5)]
+    ("allowed", "halvings", "size"),
+    [(200, 0, None), (199, 0, 5), (150, 0, 5), (149, 0, 2), (115, 0, 1), (200, 1, 5), (200, 9, 1)],
 )
 def test_a_batch_is_halved_until_it_fits(
     monkeypatch: pytest.MonkeyPatch, allowed: int, halvings: int, size: int | None

@@ -41,7 +41,7 @@ def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: mergin
     own = techniques.choose(device.techniques, f"devices: {device.name}")
     _check_fit(own, pipeline.combine)
     for technique in (*chosen, *own):
-        if technique.keeps_own() or technique.moves_masks():
+        if technique.keeps_own() or technique.masks_weights():
             raise RecipeError(
                 f"devices: {technique.name} needs all devices to train alike, but {device.name} has techniques of its "
                 "own; drop them or the technique"

@@ -74,13 +74,13 @@ class Technique(Named):
         """Whether devices keep trained tensors for themselves: what the server holds is then not a whole model."""
         return False
 
-    def moves_masks(self) -> bool:
+    def masks_weights(self) -> bool:
         """Whether the shared state says of each weight if it is there: all clients must then go by the same masks."""
         return False
 
     def moves(self) -> bool:
         """Whether rounds differ in what is trained or kept, so that an answer fits the round it was begun in alone."""
-        return self.moves_masks()
+        return self.masks_weights()
 
     def sends(self) -> Sent:
         """What clients train, as a merge must know it before it can be chosen."""

@@ -152,7 +152,7 @@ class DynamicPruning(Technique):
                 revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
 
-    def moves_masks(self) -> bool:
+    def masks_weights(self) -> bool:
         """Even fixed ones."""
         return True
 
