@@ -35,8 +35,8 @@ class Need(NamedTuple):
 def fitting(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int, halvings: int = 0) -> int | None:
     """The most examples at a time with which round ``number`` fits ``budget`` bytes; None for the batch as it is.
 
-    The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one example
-    is too many.
+    The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one
+    example is too many.
     """
     batch = min(shop.recipe.train.batch, len(rows))
     needed = need(shop, rows, number)
