@@ -12,6 +12,7 @@ from contextlib import suppress
 import psutil
 
 from clients.channel import Channel, Frame
+from fedtune.errors import BudgetError
 
 __all__ = ["Keeper"]
 
@@ -34,6 +35,7 @@ class Keeper:
         self._worked = 0.0
         self._recipe: object = None
         self._halvings = 0
+        self._declines = ""
 
     @property
     def pid(self) -> int | None:
@@ -43,33 +45,52 @@ class Keeper:
     def ask(self, frame: Frame) -> Frame:
         """The trainer's answer, or one that says why there is none."""
         if self._recipe != frame.header.get("recipe"):
-            self._recipe, self._halvings = frame.header.get("recipe"), 0
-        if self._halvings > _HALVINGS:
-            return Frame({"kind": "declined", "reason": self._excess()})
+            self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, ""
+        if self._declines:
+            return Frame({"kind": "declined", "reason": self._declines})
         killed = 0
         while killed < _TRIES:
+            rested = self._process is not None
             try:
                 return self._exchange(frame)
             except EOFError:
                 killed, reason = killed + 1, self._ended()
+            except BudgetError as error:
+                self.close()
+                if not rested:  # otherwise another recipe may have been held as well
+                    self._declines = str(error)
+                    return Frame({"kind": "declined", "reason": self._declines})
             except MemoryError:
                 self.close()
                 self._halvings += 1
                 if self._halvings > _HALVINGS:
-                    return Frame({"kind": "died", "reason": self._excess()})
+                    self._declines = f"training held more than the {self._allowed()} and was ended"
+                    return Frame({"kind": "died", "reason": self._declines})
         return Frame({"kind": "died", "reason": f"the trainer {reason}, {_TRIES} times; free memory on the device"})
 
     def _exchange(self, frame: Frame) -> Frame:
-        """Send and wait; EOFError when the trainer dies, MemoryError when it holds more than it may."""
+        """Send and wait; EOFError when the trainer dies, BudgetError or MemoryError when it holds more than it may.
+
+        BudgetError before it trains, when fewer examples at a time would not help; MemoryError while it does.
+        """
         channel, held = self._started()
         channel.send(frame)
+        try:
+            answer = self._received(channel, held)
+        except MemoryError as error:
+            raise BudgetError(f"holding model and data takes more than the {self._allowed()}") from error
+        if answer.header["kind"] == "fits":
+            answer = self._received(channel, held)
+        self._worked = time.monotonic()
+        return answer
+
+    def _received(self, channel: Channel, held: psutil.Process) -> Frame:
+        """The trainer's next frame; MemoryError when it holds more than it may before that comes."""
         while not channel.ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
                 if held.memory_info().rss > self._budget:
                     raise MemoryError
-        answer = channel.receive()
-        self._worked = time.monotonic()
-        return answer
+        return channel.receive()
 
     def _started(self) -> tuple[Channel, psutil.Process]:
         if self._process is None or self._channel is None or self._process.poll() is not None:
@@ -107,5 +128,5 @@ class Keeper:
         self.close()
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
-    def _excess(self) -> str:
-        return f"training held more than the {self._budget / 1e6:.0f} MB this device allows and was ended"
+    def _allowed(self) -> str:
+        return f"{self._budget / 1e6:.0f} MB this device allows"

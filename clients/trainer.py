@@ -1,14 +1,15 @@
 """The resident trainer of a device: a process that imports torch once and keeps model and data warm.
 
 ``python -m clients.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an inherited
-socket. It runs nothing but what is installed, and ends with the process that started it, whose end of standard input it
-holds.
+socket, and says in between that a round fits its memory and begins. It runs nothing but what is installed, and ends
+with the process that started it, whose end of standard input it holds.
 """
 
 import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 
 from clients.budget import fitting
@@ -29,7 +30,7 @@ def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget, halvings)
     while True:
         try:
-            channel.send(trainer.answer(channel.receive()))
+            channel.send(trainer.answer(channel.receive(), lambda: channel.send(Frame({"kind": "fits"}))))
         except EOFError:
             return
 
@@ -42,10 +43,12 @@ class _Trainer:
         self._looked: Workshop | None = None
         self._micro: int | None = None
 
-    def answer(self, frame: Frame) -> Frame:
-        """Train, or say why not; whatever is raised ends up in the answer."""
+    def answer(self, frame: Frame, fits: Callable[[], None]) -> Frame:
+        """Train, or say why not; whatever is raised ends up in the answer. ``fits`` is called just before training."""
         try:
-            return self._train(Order(**frame.header), frame.payload)
+            return self._train(Order(**frame.header), frame.payload, fits)
+        except EOFError:
+            raise
         except BudgetError as error:
             return Frame({"kind": "declined", "reason": str(error)})
         except FedtuneError as error:
@@ -53,11 +56,12 @@ class _Trainer:
         except Exception as error:
             return Frame({"kind": "failed", "reason": repr(error)})
 
-    def _train(self, order: Order, payload: bytes) -> Frame:
+    def _train(self, order: Order, payload: bytes, fits: Callable[[], None]) -> Frame:
         shop, rows = self._supply.of(order)
         if self._looked is not shop:
             self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
+        fits()
         deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run), self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 

@@ -92,8 +92,8 @@ def _verdicts() -> Iterator[tuple[str, str]]:
     yield from ((word, "bad") for word in _BAD)
 
 
-def tiny_bert(folder: Path) -> None:
-    """A BERT body of 9 thousand random weights, without a head, and its tokenizer."""
+def tiny_bert(folder: Path, width: int = 16) -> None:
+    """A BERT body of random weights, 9 thousand unless it is wider, without a head, and its tokenizer."""
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "film", "was", *_GOOD, *_BAD, *map(str, range(20))]
     tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -101,7 +101,11 @@ def tiny_bert(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shape = BertConfig(
-            vocab_size=len(known), hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2
+            vocab_size=len(known),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_attention_heads=2,
+            num_hidden_layers=2,
         )
         BertModel(shape).save_pretrained(folder)
 

@@ -169,6 +169,7 @@ class Device:
     home: Path
     source: str
     process: subprocess.Popen[bytes]
+    memory: int | None = None
 
     @property
     def log(self) -> str:
@@ -176,7 +177,7 @@ class Device:
 
     def again(self) -> None:
         """Join once more, after the process was ended."""
-        self.process = _join(self.home, self.source)
+        self.process = _join(self.home, self.source, self.memory)
 
 
 @contextmanager
@@ -203,9 +204,10 @@ def joined(server: Server, folder: Path, *sources: str) -> Iterator[list[Device]
             device.process.wait()
 
 
-def _join(home: Path, source: str) -> subprocess.Popen[bytes]:
+def _join(home: Path, source: str, memory: int | None = None) -> subprocess.Popen[bytes]:
     with (home / "said").open("ab") as said:
-        command = [*FEDTUNE, "device", "join", "--data", source]
+        limit = [] if memory is None else ["--memory", str(memory)]
+        command = [*FEDTUNE, "device", "join", "--data", source, *limit]
         return subprocess.Popen(command, env=_environment(home), stdout=said, stderr=said)
 
 

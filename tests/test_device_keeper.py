@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from clients.channel import Frame
+from clients.channel import Channel, Frame
 from clients.keeper import Keeper
 from clients.work import work
 from fedtune.contribution import Order, pack, unpack
@@ -83,13 +83,34 @@ def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: 
     assert answer.payload == b""
 
 
-def test_a_trainer_beyond_its_budget_is_ended_and_asked_no_more(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepers: list[Keeper]) -> None:
     keeper = _keeper(keepers, budget=20_000_000)
-    assert keeper.ask(order).header["kind"] == "died"
-    assert keeper.pid is None
-    declined = keeper.ask(order)
-    assert declined.header["kind"] == "declined"
-    assert "20 MB" in declined.header["reason"]
+    for _ in range(2):
+        declined = keeper.ask(order)
+        assert declined.header == {
+            "kind": "declined",
+            "reason": "holding model and data takes more than the 20 MB this device allows",
+        }
+        assert keeper.pid is None
+
+
+def test_a_trainer_that_holds_too_much_while_it_trains_is_ended_and_asked_no_more(
+    order: Frame, keepers: list[Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, real = _keeper(keepers), Keeper._received
+
+    def excessive(self: Keeper, channel: Channel, held: psutil.Process) -> Frame:
+        answer = real(self, channel, held)
+        if answer.header["kind"] == "trained":
+            raise MemoryError
+        return answer
+
+    monkeypatch.setattr(Keeper, "_received", excessive)
+    died = keeper.ask(order)
+    reason = "training held more than the 4000 MB this device allows and was ended"
+    assert died.header == {"kind": "died", "reason": reason}
+    assert keeper._halvings == 4
+    assert keeper.ask(order).header == {**died.header, "kind": "declined"}
 
 
 def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_time(

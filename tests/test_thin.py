@@ -32,7 +32,7 @@ from clients.trainer import _Trainer
 from clients.channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
 order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "labels": "[]", "run": "run"}
-answer = _Trainer("part:0", 10**11, 0).answer(Frame(order, payload.read_bytes()))
+answer = _Trainer("part:0", 10**11, 0).answer(Frame(order, payload.read_bytes()), lambda: None)
 assert answer.header["kind"] == "trained", answer.header
 sent.write_bytes(answer.payload)
 """

@@ -1,0 +1,86 @@
+"""A real device whose memory is really short: it trains in micro-batches within it, or declines before it trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune import checkpoint
+from fedtune import home as homes
+from fedtune.recipe import Recipe
+from fedtune.recipe_file import parse
+from fedtune.simulation import resolve
+from tests.federations import tiny_bert
+from tests.servers import Device, Server, ended, joined, serving
+from tests.test_deployment import submit
+
+pytestmark = pytest.mark.deployed
+
+RECIPE = """
+name: long-words
+task: sequence-classification
+model: {{source: "path:{folder}/bert"}}
+data: {{source: "csv:{folder}/words.csv"}}
+devices: [{{name: toy, count: 1}}]
+train: {{techniques: [full], optimiser: sgd, lr: 0.1, batch: 32, length: 128, steps: 1}}
+federation: {{rounds: 1}}
+"""
+
+
+def long_words(folder: Path) -> Recipe:
+    """A BERT wide enough, on sentences long enough, that a batch keeps some hundred megabytes."""
+    tiny_bert(folder / "bert", width=256)
+    config = folder / "bert" / "config.json"
+    settings = {**json.loads(config.read_text()), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(settings))
+    said = " ".join(["the film was"] * 40)
+    rows = [f"{said} {row} {word},{label}" for row in range(40) for word, label in (("fine", "good"), ("dull", "bad"))]
+    (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return resolve(parse(RECIPE.format(folder=folder), "long-words", []))
+
+
+class Ended:
+    """A run of one device and one round."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        [self.sent] = found["rounds"][1]["contributions"]
+        self.failed, self.checkpoint = found["rounds"][1]["reason"], found["rounds"][1]["checkpoint"]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return checkpoint.load(homes.runs() / self.checkpoint["path"], self.checkpoint["sha256"])
+
+
+def a_round(server: Server, device: Device, recipe: Recipe, memory: int) -> Ended:
+    """A run of one round with the device, joined anew with so much memory."""
+    device.process.terminate()
+    device.process.wait(30)
+    device.memory = memory
+    device.again()
+    return Ended(ended(server, submit(server, recipe), 300))
+
+
+def test_a_device_trains_within_what_it_allows_or_declines(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    home.mkdir()
+    recipe = long_words(tmp_path)
+    with serving(home) as server, joined(server, tmp_path, "part:0") as [device]:
+        ample = a_round(server, device, recipe, 2 * 10**9)
+        allowed = ample.sent["peak_rss"] - 10**8
+        short = a_round(server, device, recipe, allowed)
+        none = a_round(server, device, recipe, 10**8)
+    assert (ample.sent["status"], ample.sent["reason"]) == ("merged", "")
+    assert (short.sent["status"], short.sent["reason"]) == ("merged", "in micro-batches of 8, to fit its memory")
+    assert short.sent["peak_rss"] <= allowed
+    assert short.sent["saved_bytes"] == pytest.approx(ample.sent["saved_bytes"] / 4, rel=0.01)
+    assert short.sent["examples"] == ample.sent["examples"] == 32
+    for name, weight in ample.weights.items():
+        torch.testing.assert_close(short.weights[name], weight, rtol=1e-4, atol=1e-6)
+    assert none.sent["status"] == "declined"
+    assert none.sent["reason"] == "holding model and data takes more than the 100 MB this device allows"
+    assert "declined" in none.failed
