@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,7 @@ class Device:
     source: str
     process: subprocess.Popen[bytes]
     memory: int | None = None
+    more: dict[str, str] = field(default_factory=dict)
 
     @property
     def log(self) -> str:
@@ -177,12 +178,14 @@ class Device:
 
     def again(self) -> None:
         """Join once more, after the process was ended."""
-        self.process = _join(self.home, self.source, self.memory)
+        self.process = _join(self.home, self.source, self.memory, self.more)
 
 
 @contextmanager
-def joined(server: Server, folder: Path, *sources: str) -> Iterator[list[Device]]:
-    """Enrolled devices device-0, device-1, ... of the given data, each in a process of its own."""
+def joined(server: Server, folder: Path, *sources: str, **more: str) -> Iterator[list[Device]]:
+    """Enrolled devices device-0, device-1, ... of the given data, each in a process of its own; ``more`` goes into
+    their environment.
+    """
     devices: list[Device] = []
     try:
         for number, source in enumerate(sources):
@@ -191,8 +194,8 @@ def joined(server: Server, folder: Path, *sources: str) -> Iterator[list[Device]
             home.mkdir(parents=True)
             token = f"{server.token(name)}\n".encode()
             run = [*FEDTUNE, "device", "enroll", "--token", "-"]
-            subprocess.run(run, input=token, env=_environment(home), check=True, capture_output=True)
-            devices.append(Device(name, home, source, _join(home, source)))
+            subprocess.run(run, input=token, env=_environment(home, more), check=True, capture_output=True)
+            devices.append(Device(name, home, source, _join(home, source, None, more), more=more))
         yield devices
     finally:
         for device in devices:
@@ -204,15 +207,15 @@ def joined(server: Server, folder: Path, *sources: str) -> Iterator[list[Device]
             device.process.wait()
 
 
-def _join(home: Path, source: str, memory: int | None = None) -> subprocess.Popen[bytes]:
+def _join(home: Path, source: str, memory: int | None, more: Mapping[str, str]) -> subprocess.Popen[bytes]:
     with (home / "said").open("ab") as said:
         limit = [] if memory is None else ["--memory", str(memory)]
         command = [*FEDTUNE, "device", "join", "--data", source, *limit]
-        return subprocess.Popen(command, env=_environment(home), stdout=said, stderr=said)
+        return subprocess.Popen(command, env=_environment(home, more), stdout=said, stderr=said)
 
 
-def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "FEDTUNE_HOME": str(home)}
+def _environment(home: Path, more: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "FEDTUNE_HOME": str(home), **more}
 
 
 def ended(server: Server, run: str, seconds: float = 120.0) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from fedtune import thin
 from fedtune.contribution import Order, pack
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state
-from tests.federations import trivial, words
+from tests.federations import execute, trivial, words
+from tests.servers import ended, joined, serving
+from tests.test_deployment import hashes, submit
 
 HIDDEN = f"""
 import sys
@@ -89,6 +91,24 @@ def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_
     done = hidden(TRAIN, *map(str, paths))
     assert done.returncode == 0, done.stderr
     assert paths[2].read_bytes() == deltas
+
+
+@pytest.mark.deployed
+def test_a_run_on_thin_devices_has_the_bits_of_a_simulation(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    home.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    recipe = words(tmp_path, "devices=[{name: toy, count: 2}]")
+    simulated = execute(recipe, run="simulated").hashes
+    with (
+        serving(home) as server,
+        joined(server, tmp_path, "part:0", "part:1", PYTHONPATH=f"{tmp_path}:{Path.cwd()}") as devices,
+    ):
+        found = ended(server, submit(server, recipe))
+    assert found["status"] == "completed", [found["reason"], *(device.log for device in devices)]
+    assert hashes(found) == simulated
 
 
 def test_a_device_s_own_process_needs_nothing_of_it() -> None:
