@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ import pytest
 from tests.federations import trivial
 from tests.servers import Device, Server, ended, joined, serving
 from tests.test_deployment import submit
+from tests.test_device_deployment import DIES_WITH_AN_ORDER_IN_HAND
 
 pytestmark = pytest.mark.deployed
 
@@ -87,3 +90,24 @@ def test_a_killed_server_goes_on_from_its_last_round(server_home: Path, tmp_path
     assert found["status"] == "completed"
     assert [record["number"] for record in found["rounds"]] == list(range(9))
     assert {one["status"] for record in found["rounds"] for one in record["contributions"]} == {"merged"}
+
+
+def test_an_order_that_died_with_its_device_is_handed_out_again_and_merged_late(
+    server_home: Path, tmp_path: Path
+) -> None:
+    with serving(server_home) as server, joined(server, tmp_path, *PARTS) as devices:
+        devices[2].process.kill()
+        devices[2].process.wait()
+        words = [sys.executable, "-c", DIES_WITH_AN_ORDER_IN_HAND, "device", "join", "--data", devices[2].source]
+        planted = subprocess.Popen(words, env={**os.environ, "FEDTUNE_HOME": str(devices[2].home)})
+        run = submit_late(server, "federation.rounds=14")
+        assert planted.wait(120) == -signal.SIGKILL
+        died_at = rounds(server, run)
+        until_round(server, run, died_at + 3)
+        devices[2].again()
+        found = ended(server, run, 300)
+    sent = [one for record in found["rounds"] for one in record["contributions"]]
+    assert {one["status"] for one in sent} == {"merged"}
+    lateness = [one["staleness"] for one in sent if one["device"] == "device-2"]
+    assert lateness, "it takes part again"
+    assert max(lateness) >= 2

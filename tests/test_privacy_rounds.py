@@ -182,3 +182,9 @@ def test_a_failed_round_releases_nothing_of_the_servers_but_what_clients_have_se
     ended = execute(recipe, spoilt(failing, {3}, {1}))
     assert [record.status for record in ended.rounds] == ["completed", "failed", "completed"]
     assert epsilons(ended) == [epsilon(recipe, count) for count in counts]
+
+
+def test_a_client_that_is_chosen_more_often_is_charged_more(home: Path) -> None:
+    few = ["federation.clients=2", "federation.quorum=2", "federation.rounds=3"]
+    recipe = private("server", *few, "federation.select.prefer=longest-ago")
+    assert epsilons(execute(recipe)) == [epsilon(recipe, count) for count in (1, 1, 2)]
