@@ -51,7 +51,7 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     (tmp_path / "recipe.yaml").write_text(TRIVIAL)
     with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
         printed = command("submit", str(tmp_path / "recipe.yaml"), "--set", TWO, "--watch")
-        devices = command("server", "devices")
+        devices, runs, audit = (command("server", view) for view in ("devices", "runs", "audit"))
         found = ended(server, "latest")
     assert (found["status"], found["reason"]) == ("completed", "")
     assert hashes(found) == simulated
@@ -60,6 +60,8 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     assert "round 2/2  2/2 devices  validation accuracy" in printed
     assert printed.splitlines()[-1] == f"run {found['id']} is completed"
     assert devices.count("connected") == 2
+    assert f" {found['id']}  completed  2/2 " in runs
+    assert f"run {found['id']} submitted" in audit
 
 
 MIXED = "devices=[{name: large, count: 1, memory: 128MB}, {name: small, count: 1, memory: 64MB, batch: 4}]"

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from fedtune.cli import server_view
 from fedtune.cli.connection import connect, server_option
 
 __all__ = ["server"]
@@ -90,11 +91,7 @@ def devices(
             for device, tag in pairs:
                 connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.ask("GET", "devices")["devices"]
-    _show(
-        found,
-        [("device", _name), ("state", _state), ("memory", _memory), ("examples", _examples), ("tags", _tags)],
-        as_json,
-    )
+    _shown(found, server_view.DEVICES, as_json)
 
 
 @server.command()
@@ -112,6 +109,19 @@ def remove(device: str, server: Path | None) -> None:
 @server.command()
 @server_option
 @_as_json
+def runs(server: Path | None, as_json: bool) -> None:
+    """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
+
+    Example: fedtune server runs --server ada.json
+    """
+    with connect(server) as connection:
+        found = connection.ask("GET", "runs")["runs"]
+    _shown(found, server_view.RUNS, as_json)
+
+
+@server.command()
+@server_option
+@_as_json
 def audit(server: Path | None, as_json: bool) -> None:
     """What was refused and what was done, newest first.
 
@@ -119,8 +129,7 @@ def audit(server: Path | None, as_json: bool) -> None:
     """
     with connect(server) as connection:
         found = connection.ask("GET", "audit")["audit"]
-    columns = [(key, lambda line, key=key: str(line[key])) for key in ("at", "kind", "who", "what")]
-    _show(found, columns, as_json)
+    _shown(found, server_view.AUDIT, as_json)
 
 
 @server.command()
@@ -141,42 +150,10 @@ def operator(name: str, output: Path) -> None:
     click.echo(f"written: {output}, to be kept like a password")
 
 
-Row = dict[str, Any]
-
-
-def _show(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], as_json: bool) -> None:
+def _shown(rows: Sequence[server_view.Row], columns: server_view.Columns, as_json: bool) -> None:
     if as_json:
         import json
 
         click.echo(json.dumps(rows, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for heading, _ in columns:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row) for _, cell in columns))
-    Console().print(table)
-
-
-def _name(device: Row) -> str:
-    return str(device["name"])
-
-
-def _state(device: Row) -> str:
-    return "connected" if device["online"] else "away"
-
-
-def _memory(device: Row) -> str:
-    memory = device["profile"].get("memory")
-    return f"{memory / 1e6:.0f} MB" if isinstance(memory, int | float) else ""
-
-
-def _examples(device: Row) -> str:
-    return str(device["profile"].get("examples", ""))
-
-
-def _tags(device: Row) -> str:
-    return " ".join(device["tags"])
+    else:
+        server_view.show(rows, columns)
