@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from fedtune.answers import HELD
 from server.guard import Guard, address
 from server.handout import Handout
+from server.presence import Presence
 from server.refusal import Audit, RefusedError
 
 __all__ = ["Forward", "limited"]
@@ -42,8 +43,17 @@ _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 class Forward:
     """Passes an enrolled device's fleet calls on to the SuperLink that listens where ``upstream`` says."""
 
-    def __init__(self, guard: Guard, audit: Audit, upstream: Callable[[], str], ca: bytes, body_limit: int) -> None:
-        self._guard, self._audit, self._upstream, self._body_limit = guard, audit, upstream, body_limit
+    def __init__(
+        self,
+        guard: Guard,
+        audit: Audit,
+        presence: Presence,
+        upstream: Callable[[], str],
+        ca: bytes,
+        body_limit: int,
+    ) -> None:
+        self._guard, self._audit, self._presence, self._upstream = guard, audit, presence, upstream
+        self._body_limit = body_limit
         trust = ssl.create_default_context(cadata=ca.decode("ascii"))
         self._handout = Handout()
         many = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
@@ -59,7 +69,7 @@ class Forward:
             raise RefusedError(404, f"{request.url.path} is not for devices; only Flower's fleet paths are")
         name = await run_in_threadpool(self._guard.device, request)
         if request.url.path == _PULL and (body := self._handout.again(name, request.headers.get(HELD))) is not None:
-            await run_in_threadpool(self._guard.signed_device, request)
+            self._presence.heard(await run_in_threadpool(self._guard.signed_device, request))
             return Response(body, media_type=_PROTOBUF)
         try:
             answer = await self._client.send(self._onward(request), stream=True)
@@ -70,6 +80,8 @@ class Forward:
         if answer.status_code in (401, 403):
             what = f"{name} at {request.url.path}: the SuperLink does not accept its signature"
             await run_in_threadpool(self._audit.refused, address(request), what)
+        if answer.is_success:
+            self._presence.heard(name)
         if request.url.path == _PULL and answer.is_success:
             return await self._handed(name, answer)
         if request.url.path == _PUSH and answer.is_success:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
 from fedtune.tracking import RunRecord, Store, alive
+from server.presence import Presence
 from server.seating import seated
 from server.selection import check_enrolled, qualifies
 from server.superlink import SuperLink
@@ -45,8 +46,9 @@ class _Trouble:
 class Manager:
     """Runs of the store on a SuperLink; the store alone knows what is to be done, so nothing is lost by a crash."""
 
-    def __init__(self, store: Store, superlink: SuperLink, home: Path, deadline: float) -> None:
-        self._store, self._superlink, self._home, self._deadline = store, superlink, home, deadline
+    def __init__(self, store: Store, superlink: SuperLink, presence: Presence, home: Path, deadline: float) -> None:
+        self._store, self._superlink, self._presence = store, superlink, presence
+        self._home, self._deadline = home, deadline
         self._attempt: _Attempt | None = None
         self._trouble: dict[str, _Trouble] = {}
 
@@ -121,9 +123,8 @@ class Manager:
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.clients, recipe.federation.select
-        online = self._superlink.control().online()
         fit = [device for device in self._store.access.devices() if qualifies(select, device)]
-        there = [device for device in fit if int(device.node) in online]
+        there = self._presence.there(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
         self._store.access.seat(run.id, seated(recipe, there))

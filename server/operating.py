@@ -17,6 +17,7 @@ from server.accounting import require_accountant
 from server.control import Control
 from server.guard import Guard
 from server.manager import Manager
+from server.presence import Presence
 from server.refusal import Audit, RefusedError
 from server.secret import digest, new_secret, token_text
 
@@ -32,6 +33,7 @@ class Operating:
 
     store: Store
     manager: Manager
+    presence: Presence
     guard: Guard
     audit: Audit
     control: Callable[[], Control]
@@ -75,8 +77,9 @@ class Operating:
 
     def devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Enrolled devices, and whether they are connected."""
-        online = self.control().online()
-        return {"devices": [device_document(found, online) for found in self.store.access.devices()]}
+        devices = self.store.access.devices()
+        there = {found.name for found in self.presence.there(devices)}
+        return {"devices": [device_document(found, found.name in there) for found in devices]}
 
     def tag(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Give a device tags and take others from it."""
@@ -114,11 +117,11 @@ class Operating:
         return self.manager.planned(run)
 
 
-def device_document(found: DeviceRecord, online: set[int]) -> dict[str, Any]:
+def device_document(found: DeviceRecord, online: bool) -> dict[str, Any]:
     """A device as JSON, without its key."""
     return {
         "name": found.name,
-        "online": int(found.node) in online,
+        "online": online,
         "enrolled": found.enrolled.isoformat(),
         "seen": found.seen.isoformat() if found.seen else None,
         "profile": json.loads(found.profile),

@@ -25,6 +25,7 @@ from server.guard import Guard
 from server.home import ServerHome
 from server.manager import Manager
 from server.operating import Operating
+from server.presence import Presence
 from server.refusal import Audit
 from server.superlink import SuperLink
 from server.tls import telling
@@ -47,9 +48,10 @@ def up(place: ServerHome) -> None:
 
 def _serve(place: ServerHome) -> None:
     with _listening(place) as listener, Store.open() as store, _superlink(place) as superlink:
-        manager = Manager(store, superlink, home.home(), place.settings.deadline)
+        presence = Presence(lambda: superlink.control().online())
+        manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
-        config = _config(_door(place, store, superlink, manager, audit), place, audit)
+        config = _config(_door(place, store, superlink, manager, presence, audit), place, audit)
         with _kept_going(superlink, manager):
             print(f"fedtune server at {place.settings.url()}", flush=True)
             uvicorn.Server(config).run([listener])
@@ -77,11 +79,13 @@ def _superlink(place: ServerHome) -> Iterator[SuperLink]:
         superlink.end()
 
 
-def _door(place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, audit: Audit) -> Starlette:
+def _door(
+    place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, presence: Presence, audit: Audit
+) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
-    forward = Forward(guard, audit, lambda: superlink.address, ca.encode(), place.settings.body_limit)
+    forward = Forward(guard, audit, presence, lambda: superlink.address, ca.encode(), place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
-    operating = Operating(store, manager, guard, audit, superlink.control, place.settings.url(), ca)
+    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca)
     return door(guard, audit, forward, enrolment, operating, ca)
 
 

@@ -140,6 +140,21 @@ def test_a_device_that_is_killed_before_its_order_is_on_its_disk_gets_it_again(
     assert hashes(found) == undisturbed
 
 
+def test_a_dead_device_is_given_no_place_in_a_new_run(server: Server, tmp_path: Path, undisturbed: list[str]) -> None:
+    def there() -> list[str]:
+        with server.operator() as connection:
+            return [one["name"] for one in connection.ask("GET", "devices")["devices"] if one["online"]]
+
+    with joined(server, tmp_path, "part:0", "part:0", "part:1") as devices:
+        until(lambda: len(there()) == 3)
+        devices[0].process.kill()
+        devices[0].process.wait()
+        until(lambda: there() == ["device-1", "device-2"], 60)
+        found = ended(server, submit(server, trivial(TWO, LONG)))
+    assert [seat["device"] for seat in found["devices"]] == ["device-1", "device-2"]
+    assert hashes(found) == undisturbed
+
+
 def test_a_trainer_that_is_killed_costs_time_and_nothing_else(
     server: Server, tmp_path: Path, undisturbed: list[str]
 ) -> None:

@@ -18,6 +18,7 @@ from fedtune.simulation.workers import InTurn
 from fedtune.tracking import DeviceRecord, Store
 from server.app import carry
 from server.manager import Manager
+from server.presence import Presence
 from server.selection import admits, candidates, check_enrolled, check_simulated, qualifies, ranked, sample
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
 
@@ -163,6 +164,13 @@ def store(home: Path) -> Iterator[Store]:
         yield opened
 
 
+def managed(store: Store, home: Path) -> Manager:
+    presence = Presence(Online().online)
+    for device in store.access.devices():
+        presence.heard(device.name)
+    return Manager(store, cast("Any", Online()), presence, home, deadline=77.0)
+
+
 def selecting(*overrides: str) -> Recipe:
     return trivial("devices=[{count: 2}]", *overrides)
 
@@ -177,14 +185,14 @@ def selecting(*overrides: str) -> Recipe:
     ],
 )
 def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: str, seated: list[str]) -> None:
-    work = Manager(store, cast("Any", Online()), home, deadline=77.0)
+    work = managed(store, home)
     run = work.submit(selecting(select))
     work.tick()
     assert [seat.device for seat in store.access.seats(run)] == seated
 
 
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:
-    work = Manager(store, cast("Any", Online()), home, deadline=77.0)
+    work = managed(store, home)
     with pytest.raises(RecipeError, match="1 of 6 enrolled devices qualify, but devices counts 2; tag or enrol more"):
         work.submit(selecting("federation.select.devices=[dev-6]"))
     assert store.runs() == []

@@ -13,6 +13,7 @@ from server import crew, manager
 from server.control import Control, FlowerRun
 from server.crew import assemble
 from server.manager import Manager
+from server.presence import Presence
 from server.superlink import SuperLink
 from tests.federations import trivial
 
@@ -52,7 +53,10 @@ def store(home: Path) -> Iterator[Store]:
 
 
 def managed(store: Store, superlink: Any, home: Path) -> Manager:
-    return Manager(store, cast("SuperLink", superlink), home, deadline=77.0)
+    presence = Presence(superlink.online, lambda: 0.0)
+    for number in range(10):
+        presence.heard(f"dev-{number}")
+    return Manager(store, cast("SuperLink", superlink), presence, home, deadline=77.0)
 
 
 def enrol(store: Store, *nodes: int) -> None:
