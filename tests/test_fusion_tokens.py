@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.errors import ModelError
+from fedtune.errors import ModelError, RecipeError
 from fedtune.fusion import MergeConfig, merge, prepare
+from fedtune.fusion.chat_templates import CHAT_TEMPLATES
 from fedtune.fusion.vocabulary import difference, union, vocabulary
 from fedtune.models.quiet import quiet
 from tests.fusion_models import save_tokenizer, tensors, words
@@ -165,3 +166,37 @@ def test_words_of_a_model_join_the_words_with_the_merges_that_make_them(tmp_path
     joined = Tokenizer.from_str(json.dumps(found))
     assert joined.encode("abc").ids == [4]
     assert joined.encode("abb").ids == [2, 1]
+
+
+def chatting(folder: Path, wanted: str) -> str:
+    """The chat template of a merge of two models, one of which has a template of its own."""
+    base, one, _ = three(folder)
+    (one / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    value = {"merge_method": "linear", "models": [str(base), str(base)], "chat_template": wanted}
+    if wanted == "auto":
+        value["models"] = [str(one), str(one)]
+    merge(prepare(MergeConfig.model_validate(value)), folder / "out", "a card")
+    return (folder / "out" / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("auto", "{{ messages[0].content }}"),
+        ("chatml", CHAT_TEMPLATES["chatml"]),
+        ("{{ messages[-1].content }}", "{{ messages[-1].content }}"),
+    ],
+)
+def test_a_merge_has_the_chat_template_that_was_asked_for(tmp_path: Path, wanted: str, found: str) -> None:
+    assert chatting(tmp_path, wanted) == found
+    template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert template == found
+
+
+def test_a_chat_template_nobody_knows_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    base, *_ = three(tmp_path)
+    value = {"merge_method": "linear", "models": [str(base), str(base)]}
+    with pytest.raises(RecipeError, match="'chatlm' is none of auto, chatml, llama3, mistral, alpaca, exaone, nor a"):
+        prepare(MergeConfig.model_validate({**value, "chat_template": "chatlm"}))
+    with pytest.raises(RecipeError, match="auto finds none"):
+        prepare(MergeConfig.model_validate({**value, "chat_template": "auto"}))

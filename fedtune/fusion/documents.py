@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig, Source
 from fedtune.fusion.folder import read_json
 from fedtune.fusion.fuse import Merge
@@ -47,8 +45,8 @@ def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, 
     _copy(model.folder, folder, _MODEL)
     if merge.models.described is not None:
         _write_json(folder / "tokenizer.json", merge.models.described)
-    if merge.config.chat_template is not None:
-        _set_chat_template(folder, _chat_template(merge, merge.config.chat_template))
+    if (template := merge.chat_template()) is not None:
+        _set_chat_template(folder, template)
 
 
 def _owner(merge: Merge) -> Weights:
@@ -113,27 +111,6 @@ def _copy(source: Path, into: Path, names: tuple[str, ...]) -> None:
     for pattern in names:
         for file in sorted(source.glob(pattern)):
             shutil.copyfile(file, into / file.name)
-
-
-def _chat_template(merge: Merge, wanted: str) -> str:
-    """The template itself, or with ``auto`` the one that most models have."""
-    if wanted != "auto":
-        if "{" not in wanted:
-            raise RecipeError(f"chat_template: {wanted!r} is neither auto nor a Jinja template; write it out in full")
-        return wanted
-    found = [template for model in merge.models.by_name.values() if (template := _own_template(model.folder))]
-    if not found:
-        raise RecipeError("chat_template: auto finds none, since no model has one; write it out or leave it out")
-    return Counter(found).most_common(1)[0][0]
-
-
-def _own_template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 def _set_chat_template(folder: Path, template: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.contribution import pack, pieces
 from fedtune.errors import ModelError
 from fedtune.files import write
+from fedtune.fusion.chat_templates import chat_template
 from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.folder import Folder
 from fedtune.fusion.layout import Form
@@ -66,6 +67,12 @@ class Merge(NamedTuple):
             return {"model.safetensors": groups[0]}
         return {f"model-{place:05}-of-{len(groups):05}.safetensors": group for place, group in enumerate(groups, 1)}
 
+    def chat_template(self) -> str | None:
+        """What the configuration asks for, as a Jinja template; RecipeError when there is no such."""
+        wanted = self.config.chat_template
+        folders = [model.folder for model in self.models.by_name.values()]
+        return None if wanted is None else chat_template(wanted, folders)
+
     def key(self) -> str:
         """A hash of the configuration and of which files it reads, by path, size and time."""
         files = [file for model in self.models.by_name.values() for file in model.files]
@@ -83,6 +90,7 @@ def prepare(config: MergeConfig, runs: Exporter = no_runs) -> Merge:
     if models.base is not None:
         base = Base(models.by_name[models.base], {target.name: target.base for target in targets if target.base})
     merge = Merge(config, models, chosen, targets, base)
+    merge.chat_template()
     _rehearse(merge)
     return merge
 
