@@ -1,7 +1,7 @@
 """How the models of a merge differ, measured before anything is written: one pass over all tensors, piece by piece."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedtune.errors import ModelError
 from fedtune.fusion.fuse import Merge, Progress
 from fedtune.fusion.pipeline import Deltas
 from fedtune.fusion.threads import one_thread
-from fedtune.fusion.vocabulary import difference, vocabulary
+from fedtune.fusion.vocabulary import difference, one_file, vocabulary
 from fedtune.merging import cosine_table, opposed, scale_that_keeps_length
 
 __all__ = ["Comparison", "Words", "compare"]
@@ -161,7 +161,11 @@ def _weights(merge: Merge, names: list[str]) -> Tensor:
 
 def _words(merge: Merge, names: list[str]) -> Iterator[Words | None]:
     """Differences of each model's own tokens to those of the first model named, or the base."""
-    first: Mapping[str, int] | None = vocabulary(merge.models.first.folder)
+    folder = merge.models.first.folder
     for name in names:
-        found = vocabulary(merge.models.by_name[name].folder)
+        own = merge.models.by_name[name].folder
+        if one_file(folder, own):
+            yield Words(0, 0, 0)
+            continue
+        first, found = vocabulary(folder), vocabulary(own)
         yield None if first is None or found is None else Words(*difference(found, first))

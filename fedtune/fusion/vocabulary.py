@@ -1,5 +1,6 @@
 """Tokens and their ids: what a tokenizer knows, how two differ, and the union of several."""
 
+import filecmp
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer as Tokens
 from fedtune.errors import ModelError
 from fedtune.fusion.folder import read_json
 
-__all__ = ["difference", "union", "vocabulary"]
+__all__ = ["difference", "one_file", "union", "vocabulary"]
 
 _FILE = "tokenizer.json"
 _OTHER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -27,6 +28,13 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
 
         return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     return None
+
+
+def one_file(one: Path, other: Path) -> bool:
+    """Whether two folders have the same tokenizer.json to the byte, so that their vocabularies need not be read."""
+    return all((folder / _FILE).is_file() for folder in (one, other)) and filecmp.cmp(
+        one / _FILE, other / _FILE, shallow=False
+    )
 
 
 def difference(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
