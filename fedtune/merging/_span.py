@@ -6,6 +6,7 @@ alone, so that iterating costs nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Annotated
 
 import torch
@@ -60,7 +61,6 @@ def shares(weights: Tensor) -> Tensor:
 def _sum(name: str, start: int, stop: int, operands: Sequence[Operand], share: Tensor) -> Tensor:
     """sum_i share_i x_i of some rows, fp32; a model that counts nothing is not read."""
     counted = [pair for pair in zip(operands, share, strict=True) if bool(pair[1].any())] or [(operands[0], share[0])]
-    total: Tensor | float = 0.0
-    for operand, c in counted:
-        total = total + flat(operand.rows(name, start, stop)).double() * c
-    return torch.as_tensor(total).float()
+    terms = (flat(operand.rows(name, start, stop)).double() * c for operand, c in counted)
+    total: Tensor = reduce(Tensor.add_, terms)
+    return total.float()
