@@ -25,7 +25,7 @@ __all__ = ["Density", "TaskVectors", "deltas", "elected_sum", "plain_sum"]
 Density = Annotated[float, Field(gt=0, le=1)]
 _NOTHING = 1e-8
 """A divisor nearer to zero than this is not divided by."""
-_CACHED = 1 << 15
+_CACHED = 1 << 16
 """Entries whose half a dozen sums in double stay in a processor's cache: three times as fast as a whole piece."""
 
 
@@ -82,12 +82,18 @@ def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool)
         entry = part.double() * weight
         up += entry.clamp_min(0)
         down += entry.clamp_max_(0)
-    positive = up + down >= 0
-    total = torch.where(positive, up, down)
+    positive = (up + down >= 0).double()
+    total = _either(positive, up, down)
     if not normalise:
         return total
-    divisor = torch.zeros_like(total)
+    elected, divisor = 2 * positive - 1, torch.zeros_like(total)
     for part, weight in zip(parts, weights, strict=True):
-        taken = (part != 0) & ((part > 0) == (positive if weight > 0 else ~positive))
-        divisor.add_(taken.double(), alpha=weight)
-    return total.div_(torch.where(divisor.abs() > _NOTHING, divisor, 1.0))
+        taken = part.sign().double().mul_(elected if weight > 0 else -elected).clamp_min_(0)
+        divisor.add_(taken, alpha=weight)
+    nothing = (divisor.abs() <= _NOTHING).double()
+    return total / _either(nothing, torch.ones_like(total), divisor)
+
+
+def _either(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """``one`` where ``first`` is 1 and ``other`` where it is 0, of finite values; half the time of torch.where."""
+    return one * first + other * (1 - first)
