@@ -93,9 +93,13 @@ def followed(made: Fleet, run: str, end: float) -> tuple[dict[int, int], dict[st
 
 def reached(made: Fleet, run: str, number: int, end: float) -> bool:
     """Whether a run commits a round before its end and that of the time."""
-    while time.monotonic() < end and (found := made.found(run))["status"] in ("queued", "running"):
-        if found["rounds"] and found["rounds"][-1]["number"] >= number:
+    while time.monotonic() < end:
+        with made.operator() as connection:  # without the rounds, whose documents would grow in the server's memory
+            found = connection.ask("GET", f"runs/{run}?after={ROUNDS + 1}")
+        if found["rounds_completed"] >= number:
             return True
+        if found["status"] not in ("queued", "running"):
+            return False
         time.sleep(1.0)
     return False
 
