@@ -38,15 +38,22 @@ KILLS = dict.fromkeys((*VICTIMS, DATABASE), 1) | {"device": 2, "SuperLink": 2}
 """How often each victim is killed in each phase."""
 ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
 """A kill in every other round, and some for those that came too late."""
-RECIPE = f"""
-name: faults
+
+
+def small_recipe(name: str, rounds: int, deadline: int) -> str:
+    """Some seconds of training a round for three devices of one class."""
+    return f"""
+name: {name}
 task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
 train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
-federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
+federation: {{rounds: {rounds}, quorum: {DEVICES}, deadline: {deadline}}}
 """
+
+
+RECIPE = small_recipe("faults", ROUNDS, DEADLINE)
 PATIENCE = 4.0 * DEADLINE
 RESTART_SECONDS = 1.0
 RESULTS = Path(__file__).parent / "results"

@@ -20,22 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bad_line import HERE, BadLine, bad_line
-from benchmarks.device_faults import outcome, simulated
+from benchmarks.device_faults import DEVICES, outcome, simulated, small_recipe
 from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
 from benchmarks.wrong_clock import wrong_clock
 from fedtune.recipe_file import parse
 
-DEVICES, ROUNDS, DEADLINE = 3, 5, 300
-RECIPE = f"""
-name: troubles
-task: image-classification
-model: {{source: "sample:logistic"}}
-data: {{source: "sample:digits"}}
-devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
-federation: {{rounds: {ROUNDS}, quorum: {DEVICES}, deadline: {DEADLINE}}}
-"""
+ROUNDS, DEADLINE = 5, 300
+RECIPE = small_recipe("troubles", ROUNDS, DEADLINE)
 CUT_SECONDS, FULL_SECONDS = 90.0, 30.0
 DISK = "96m"
 RESULT = Path(__file__).parent / "results" / "device_links.json"

@@ -47,8 +47,6 @@ class _Trainer:
         """Train, or say why not; whatever is raised ends up in the answer. ``fits`` is called just before training."""
         try:
             return self._train(Order(**frame.header), frame.payload, fits)
-        except EOFError:
-            raise
         except BudgetError as error:
             return Frame({"kind": "declined", "reason": str(error)})
         except FedtuneError as error:
