@@ -1,0 +1,35 @@
+"""Text that came from another machine, made safe to store and to show."""
+
+from fedtune.errors import ServerError
+
+__all__ = ["LONGEST", "clean_text", "require_clean"]
+
+LONGEST = 200
+"""Characters that are kept of a text from outside, unless the caller says otherwise."""
+
+
+def clean_text(value: object, longest: int = LONGEST) -> str:
+    """``value`` as one short printable line.
+
+    A character that does not print (control and escape codes, C1 codes such as U+009B, direction marks such as U+202E,
+    zero-width characters, line ends, lone surrogates) is written as its escape, so that a terminal never acts on it and
+    a reader still sees it. A text of more than ``longest`` characters is cut and ends in an ellipsis.
+    """
+    text = value if isinstance(value, str) else str(value)
+    shown = "".join(_visible(character) for character in text[: longest + 1])
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def require_clean(value: object, what: str, longest: int = LONGEST) -> str:
+    """``value`` unchanged; :class:`ServerError` where it is no text, too long, or holds what does not print."""
+    if not isinstance(value, str):
+        raise ServerError(f"{what} is no text; send a string of at most {longest} characters")
+    if len(value) > longest:
+        raise ServerError(f"{what} has {len(value)} characters, and {longest} are allowed")
+    if not value.isprintable():
+        raise ServerError(f"{what} holds characters that do not print ({clean_text(value, 40)}); leave them out")
+    return value
+
+
+def _visible(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
