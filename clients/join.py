@@ -8,6 +8,7 @@ from typing import Any
 from clients.clock import ServerClock
 from clients.device_home import DeviceHome
 from clients.device_profile import describe
+from clients.enrolment import ending
 from clients.fleet import Fleet, signed_headers
 from clients.keeper import Keeper
 from clients.node import Node
@@ -45,6 +46,8 @@ def join(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[
     address = identity.url.removeprefix("https://")
     with home.claimed():
         fleet = Fleet(address, identity.ca, key, identity.node, clock.now)
+        if sentence := ending(identity, clock.now()):
+            say(sentence)
         try:
             Node(home, fleet, Keeper(source, budget, idle), clock, tell, say).run()
         finally:

@@ -15,6 +15,7 @@ from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.document import document
 from server.accounting import require_accountant
 from server.control import Control
+from server.enrolment import check_name
 from server.guard import Guard
 from server.manager import Manager
 from server.presence import Presence
@@ -141,6 +142,8 @@ def _token_request(sent: Any) -> tuple[str, float, list[str]]:
     name, hours = given.get("name", ""), given.get("hours", _HOURS)
     if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 365:
         raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
+    if name:
+        check_name(name)
     return name, float(hours), _tags(given.get("tags", []))
 
 

@@ -191,7 +191,12 @@ def test_a_message_that_cannot_be_opened_is_told_apart() -> None:
 def test_a_device_at_rest_does_not_write_its_disk(place: DeviceHome, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[dict[str, Any]] = []
     real = DeviceHome.note
-    monkeypatch.setattr(DeviceHome, "note", lambda self, state: (noted.append(state), real(self, state))[1])
+
+    def note(self: DeviceHome, state: dict[str, Any]) -> None:
+        noted.append(state)
+        real(self, state)
+
+    monkeypatch.setattr(DeviceHome, "note", note)
     run(place, Line(looks=500))
     assert [note["state"] for note in noted] == ["connecting", "online", "stopped"]
     assert place.noted()["state"] == "stopped"
