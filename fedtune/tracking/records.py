@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number; ``part``: train, merge, own, validation, test, test-before, privacy; ``domain``: one or ``all``."""
+    """One number; ``part``: train, merge, own, validation, test, test-before, privacy, simulation; ``domain``: ``all`` ..."""
 
     part: str
     domain: str
