@@ -1,7 +1,7 @@
 """Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -27,19 +27,30 @@ class Crew:
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    removed: Callable[[], Collection[int]] = tuple
+    """Clients whose device is shut out now; asked where a round misses answers."""
 
 
-def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
+def assemble(
+    grid: Grid,
+    recipe: Recipe,
+    seats: Sequence[Seat],
+    patience: float = _PATIENCE,
+    removed: Callable[[], Collection[int]] = tuple,
+) -> Crew:
     """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
 
-    Without seats, every node of the grid is a client. With them, devices that are away join when they come back.
+    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
+    those of the clients ``removed`` tells are not waited for.
     """
     if not seats:
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
         return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
-    wanted = [int(seat.node) for seat in seats]
-    _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
-    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS)
+    gone = set(removed())
+    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
+    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

@@ -19,6 +19,7 @@ from server.enrolment import check_name
 from server.guard import Guard
 from server.manager import Manager
 from server.presence import Presence
+from server.recipe_check import RecipeCheck
 from server.refusal import Audit, RefusedError
 from server.secret import digest, new_secret, token_text
 
@@ -40,6 +41,7 @@ class Operating:
     control: Callable[[], Control]
     url: str
     ca: str
+    check: RecipeCheck
 
     def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -48,7 +50,7 @@ class Operating:
         except ValidationError as error:
             raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
         require_accountant(recipe)
-        run = self.manager.submit(recipe)
+        run = self.manager.submit(self.check.whole(recipe))
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}
 

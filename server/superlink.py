@@ -24,7 +24,7 @@ _START_SECONDS = 90.0
 _END_SECONDS = 2.0
 """Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
 _HOST = "127.0.0.1"
-_QUIET = {"FLWR_LOG_LEVEL": "WARNING", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+_QUIET = {"FLWR_LOG_LEVEL": "WARNING", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """Unless the server's environment says otherwise. Flower tells of every call, several lines a second while a run goes
 on, and looks once a second for a run to begin."""
 _DATABASE = "sqlite:///superlink.sqlite"

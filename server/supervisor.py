@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import uvicorn
@@ -29,6 +29,7 @@ from server.logs import Log, Logs
 from server.manager import Manager
 from server.operating import Operating
 from server.presence import Presence
+from server.recipe_check import RecipeCheck
 from server.refusal import Audit
 from server.superlink import SuperLink
 from server.tls import telling
@@ -70,12 +71,17 @@ class _Telling:
 
 
 def _serve(place: ServerHome, say: _Telling) -> None:
-    with _listening(place) as listener, Store.open() as store, _superlink(place) as superlink:
+    with (
+        _listening(place) as listener,
+        Store.open() as store,
+        _superlink(place) as superlink,
+        closing(RecipeCheck()) as check,
+    ):
         presence = Presence(lambda: superlink.control().online())
         manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
         healthy = Health()
-        config = _config(_door(place, store, superlink, manager, presence, audit, healthy), place, audit)
+        config = _config(_door(place, store, superlink, manager, presence, audit, healthy, check), place, audit)
         assert config.ssl is not None
         keeper = _Keeper(superlink, manager, Certificates(place, config.ssl, say), healthy, say)
         with _kept_going(keeper):
@@ -116,11 +122,12 @@ def _door(
     presence: Presence,
     audit: Audit,
     health: "Health",
+    check: RecipeCheck,
 ) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
     forward = Forward(guard, audit, presence, lambda: superlink.address, ca.encode(), place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
-    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca)
+    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca, check)
     return door(guard, audit, forward, enrolment, operating, ca, health.told, Logs(place.folder))
 
 
