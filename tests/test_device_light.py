@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -205,19 +204,6 @@ def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     assert not place.folder.exists()
     with pytest.raises(DeviceError, match="enrol first"):
         CliRunner().invoke(device, ["status"], catch_exceptions=False)
-
-
-def test_a_package_keeps_a_device_joined_with_its_options(home: Path, tmp_path: Path) -> None:
-    options = ["--data", "csv:/data/my reviews.csv", "--memory", "512MB", "-o", str(tmp_path)]
-    CliRunner().invoke(device, ["package", *options], catch_exceptions=False)
-    unit = (tmp_path / "fedtune-device.service").read_text()
-    assert "device join --data 'csv:/data/my reviews.csv' --memory 512000000" in unit
-    assert "Restart=always" in unit
-    assert f"Environment=FEDTUNE_HOME={home}" in unit
-    docker = (tmp_path / "Dockerfile").read_text()
-    assert '"--data", "csv:/data/my reviews.csv", "--memory", "512000000"]' in docker
-    assert "pip install --no-cache-dir --no-deps -r requirements.txt" in docker
-    assert f"\nfedtune=={version('fedtune')}\n" in (tmp_path / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -157,14 +157,15 @@ def leave() -> None:
 @device.command()
 @_data
 @_memory
+@click.option("--user", help="Whom the systemd unit runs as; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
-def package(source: str, memory: int | None, output: Path) -> None:
-    """Write a systemd unit and a Dockerfile that keep this device joined, and the requirements of a thin install.
+def package(source: str, memory: int | None, user: str | None, output: Path) -> None:
+    """Write a systemd unit and a Dockerfile that keep this device joined, and a thin install with fedtune's own wheel.
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
     from clients.package import package as write_files
+    from fedtune.systemd import service_user
 
-    options = ["--data", source, *(["--memory", f"{memory}"] if memory else [])]
-    for path in write_files(output, options):
+    for path in write_files(output, source, memory, service_user(user)):
         click.echo(path)

@@ -75,6 +75,20 @@ def up() -> None:
 
 
 @server.command()
+@click.option("--user", help="Whom the unit runs as; not root.  [default: you]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
+def package(user: str | None, output: Path) -> None:
+    """Write a systemd unit that keeps this server up.
+
+    Example: fedtune server package -o deploy
+    """
+    from fedtune.systemd import service_user
+    from server.package import package as write_unit
+
+    click.echo(write_unit(output, service_user(user)))
+
+
+@server.command()
 @click.argument("name", metavar="[DEVICE]", default="")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="What recipes select the device by.")
