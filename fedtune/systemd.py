@@ -51,12 +51,12 @@ def service(name: str, description: str, words: list[str], user: str, folder: Pa
     """
     if re.search(r"[\"'\\]", str(folder)):
         raise FedtuneError(f"systemd cannot make {folder} writable, as its name has a quote or a backslash; rename it")
-    command = [str(Path(sys.executable).parent / "fedtune"), *words]
+    program = str(Path(sys.executable).parent / "fedtune")
     return _UNIT.format(
         name=name,
         description=description,
         user=user,
-        command=" ".join(_word(word).replace("$", "$$") for word in command),
+        command=" ".join([_word(program), *(_word(word).replace("$", "$$") for word in words)]),
         environment=_word(f"FEDTUNE_HOME={folder}"),
         writable=_word(str(folder)),
     )
