@@ -134,7 +134,8 @@ def remove(device: str, server: Path | None) -> None:
     Example: fedtune server remove kitchen-pi
     """
     with connect(server) as connection:
-        click.echo(f"removed: {connection.ask('DELETE', f'devices/{device}')['device']}")
+        removed = connection.ask("DELETE", f"devices/{device}")["device"]
+    click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
 
 
 @server.command()
@@ -169,7 +170,10 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
     with connect(server) as connection:
         found = connection.ask("GET", f"{path}?lines={lines}")
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(found["lines"]))
+    if as_json or found["lines"]:
+        click.echo(json.dumps(found, indent=2) if as_json else "\n".join(found["lines"]))
+    else:
+        click.echo("nothing was printed yet", err=True)
 
 
 @server.command()
