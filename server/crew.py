@@ -1,7 +1,7 @@
 """Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -18,6 +18,7 @@ _PATIENCE_FOR_ALL = 30.0
 """Seconds until a round may begin without devices that are away."""
 _LOOK_SECONDS = 0.2
 _REMOTE_POLL_SECONDS = 0.2
+_REMOVED = "its device was removed from the server"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Crew:
     poll: float = 0.01
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
+
+    def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
+        """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
+        gone = set(self.removed()) if silent else set()
+        return {client: _REMOVED if client in gone else reason for client, reason in silent.items()}
 
 
 def assemble(

@@ -14,20 +14,27 @@ from flwr.serverapp import Grid
 from fedtune.recipe import Recipe
 from fedtune.tracking import Seat, Store
 from server.asking import Asking
-from server.crew import Crew
+from server.crew import Crew, assemble
 
-__all__ = ["REMOVED", "Roster"]
+__all__ = ["Roster"]
 
-REMOVED = "its device was removed from the server"
 _LOOK_SECONDS = 1.0
 _NAMED = 5
 
 
 class Roster:
-    """The places of ``run``, which began with seats."""
+    """The places of ``run``; a simulation has none, and all its clients are there."""
 
     def __init__(self, store: Store, run: str, recipe: Recipe, grid: Grid) -> None:
-        self._store, self._run, self._quorum, self._grid = store, run, recipe.federation.quorum, grid
+        self._store, self._run, self._recipe, self._grid = store, run, recipe, grid
+        self._quorum = recipe.federation.quorum
+        self.seated = bool(store.access.seats(run))
+
+    def assemble(self) -> Crew:
+        """The crew, as soon as enough of it are enrolled and connected."""
+        if self.seated:
+            self.wait()
+        return assemble(self._grid, self._recipe, self._seats(), removed=self.removed if self.seated else tuple)
 
     def removed(self) -> list[int]:
         """The clients whose device is not enrolled now."""
@@ -50,6 +57,8 @@ class Roster:
 
     def refreshed(self, crew: Crew, asking: Asking) -> Crew:
         """The crew with the devices as they are enrolled now; ``asking`` hears whom the next round may ask."""
+        if not self.seated:
+            return crew
         there = self.wait()
         nodes = [int(seat.node) for seat in self._seats()]
         moved = {client for client, node in enumerate(nodes) if node != crew.nodes[client]}

@@ -26,14 +26,14 @@ from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord,
 from fedtune.training import Workshop, load_state, read_state, score
 from server.accounting import spent
 from server.asking import Asking
-from server.crew import Crew, assemble
+from server.crew import Crew
 from server.evidence import evidence
 from server.exchange import messages_for
 from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.receive import aged, missing, receive
-from server.roster import REMOVED, Roster
+from server.roster import Roster
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -50,16 +50,13 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     tell(RunStarted(run, first, recipe.federation.rounds))
     _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
-    roster = Roster(store, run, recipe, grid) if store.access.seats(run) else None
-    if roster:
-        roster.wait()
-    seats = store.access.seats(run)
-    crew = assemble(grid, recipe, seats, removed=roster.removed if roster else tuple)
-    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    roster = Roster(store, run, recipe, grid)
+    crew = roster.assemble()
+    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
-            crew = roster.refreshed(crew, asking) if roster else crew
+            crew = roster.refreshed(crew, asking)
             ended = _round(shop, store, run, crew, asking, state, number)
         state = ended
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
@@ -102,10 +99,7 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 def _round(
     shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int
 ) -> State | None:
-    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed.
-
-    None, and nothing is committed, where it failed while a device of its was removed: it is to be begun again.
-    """
+    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, state, number, spool)
@@ -168,11 +162,8 @@ def _gather(
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    absent = asking.silent(records)
-    gone = set(crew.removed()) if absent else set()
-    for client, reason in absent.items():
-        why = REMOVED if client in gone else reason
-        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), why)
+    for client, reason in crew.explained(asking.silent(records)).items():
+        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     return [records[client] for client in sorted(records)], ordered

@@ -147,6 +147,11 @@ def test_a_removed_device_is_not_waited_for_when_a_run_is_taken_up_again(store: 
     assert list(crew.nodes) == [10, 11, 12, 13], "clients keep their numbers"
 
 
+def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
+    crew = Crew([1, 2, 3], ["a", "b", "c"], removed=lambda: [2])
+    assert crew.explained({1: "late", 2: "late"}) == {1: "late", 2: "its device was removed from the server"}
+
+
 def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
     recipe = trivial("devices=[{name: toy, count: 10}]", "federation.fraction=0.5", "federation.quorum=3")
     asking = Together(cast("Grid", Nodes()), recipe, range(10), 0.0, dict)
