@@ -83,7 +83,7 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Worksho
     store.create_run(
         id=run,
         name=recipe.name,
-        recipe=recipe.model_dump_json(),
+        recipe=shop.recipe.model_dump_json(),
         seed=recipe.seed,
         engine=engine,
         rounds_planned=recipe.federation.rounds,
