@@ -32,7 +32,7 @@ from fedtune import merging, techniques
 from fedtune.contribution import Contribution, pack
 from fedtune.data.sources import read as read_data
 from fedtune.errors import SourceError
-from fedtune.recipe import Recipe
+from fedtune.recipe import Data, Recipe
 from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.sparse import compact, masks, spread_out, to_wire
@@ -92,7 +92,7 @@ def main() -> None:
 
 def data_source() -> str:
     try:
-        read_data("sample:fashion-mnist")
+        read_data(Data(source="sample:fashion-mnist"))
     except SourceError:
         return "sample:mnist-5k"
     return "sample:fashion-mnist"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedtune.errors import DataError
 
-__all__ = ["Unreadable", "decode", "named", "stored"]
+__all__ = ["Unreadable", "decode", "named", "readable", "stored"]
 
 Bytes = NDArray[np.uint8]
 
@@ -51,6 +51,33 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
         raise Unreadable(
             f"{name} cannot be read as a picture ({reason}); mend or remove the picture, or set data.skip_unreadable"
         ) from error
+
+
+def readable(dataset: Dataset, *, skip: bool) -> tuple[Dataset, list[str]]:
+    """The pictures that are there, and with ``skip`` can be decoded, and the names of those left out.
+
+    Without ``skip`` none is left out: Unreadable names the first file that is missing.
+    """
+    kept: list[int] = []
+    lost: list[str] = []
+    for row, picture in enumerate(stored(dataset)):
+        name = named(picture, row)
+        missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
+        if missing and not skip:
+            raise Unreadable(f"there is no picture {name}; check data.columns.image, or set data.skip_unreadable")
+        if missing or (skip and not _decodes(picture, name)):
+            lost.append(name)
+        else:
+            kept.append(row)
+    return dataset.select(kept) if lost else dataset, lost
+
+
+def _decodes(picture: Mapping[str, Any], name: str) -> bool:
+    try:
+        decode(picture, name)
+    except Unreadable:
+        return False
+    return True
 
 
 def _said(error: Exception) -> str:
