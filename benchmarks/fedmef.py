@@ -1,4 +1,6 @@
-"""Claims about FedMef, on the recipe's federation (20 clients, Dirichlet 0.5), Fashion-MNIST where it is installed.
+"""Claims about FedMef, on the recipe's federation (20 clients of equal size, label shares from Dirichlet 0.5).
+
+Fashion-MNIST is used where it is installed.
 
 Arms: dense averaging, a fixed random mask, dynamic pruning alone, with extrusion, FedDST, and all of FedMef at several
 shares of pruned activations; those without ``normalise`` have batch norms whose statistics are merged. Strength and

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedtune.section import Section
 
-__all__ = ["Columns", "Data", "Dirichlet", "Iid", "Natural", "Parts", "Shards", "Size", "Split"]
+__all__ = ["Columns", "Data", "Dirichlet", "EqualDirichlet", "Iid", "Natural", "Parts", "Shards", "Size", "Split"]
 
 
 class Columns(Section):
@@ -42,9 +42,21 @@ class Iid(Section):
 
 
 class Dirichlet(Section):
-    """Each client draws its own label proportions from Dirichlet(alpha); small alpha, skewed clients."""
+    """Each class is shared out over the clients in proportions drawn from Dirichlet(alpha): labels and sizes differ.
+
+    As Flower, NIID-Bench (arXiv 2102.02079) and PFLlib draw it; drawn again until no client falls short.
+    """
 
     kind: Literal["dirichlet"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    min_examples: int = Field(1, ge=1)
+    balance: bool = Field(True, description="who has an even share of all examples gets none of the next class")
+
+
+class EqualDirichlet(Section):
+    """Each client draws label proportions of its own from Dirichlet(alpha), and all get equally many examples."""
+
+    kind: Literal["equal-dirichlet"] = "equal-dirichlet"
     alpha: float = Field(0.5, gt=0)
     min_examples: int = Field(1, ge=1)
 
@@ -70,7 +82,7 @@ class Shards(Section):
     per_client: int = Field(2, ge=1)
 
 
-Split = Annotated[Iid | Dirichlet | Natural | Size | Shards, Field(discriminator="kind")]
+Split = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
 
 
 class Data(Section):

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
-from fedtune.examples import Columns, Data, Dirichlet, Iid, Natural, Parts, Shards, Size, Split
+from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
 from fedtune.pictures import Preprocessor
 from fedtune.section import Section
@@ -15,6 +15,7 @@ __all__ = [
     "Data",
     "DeviceClass",
     "Dirichlet",
+    "EqualDirichlet",
     "Evaluation",
     "Federation",
     "Iid",

@@ -37,10 +37,9 @@ def picture(path: Path, grey: int = 7) -> Path:
 
 
 def test_words_for_nothing_are_words_in_texts_and_class_names(tmp_path: Path) -> None:
-    rows = [
-        f"{word},{'None' if row % 2 else 'some'}" for row, word in enumerate(["N/A", "null", "NaN", "nothing"] * 20)
-    ]
-    corpus = loaded(text_file(tmp_path / "a.csv", rows))
+    words = ["N/A", "null", "NaN", "nothing"]
+    rows = [f"{words[row % 4]},{'None' if row % 2 else 'some'},{row}" for row in range(200)]
+    corpus = loaded(text_file(tmp_path / "a.csv", rows, "text,label,id"), "data.columns.group=id")
     assert corpus.labels == ("None", "some")
     assert set(everything(corpus)) == {"N/A", "null", "NaN", "nothing"}
 
