@@ -47,13 +47,15 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 class Outcome:
     """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
 
-    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out.
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
+    ``trained_score`` that of the model it trained.
     """
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
     own: dict[str, Tensor]
     own_score: OwnScore
+    trained_score: OwnScore
     examples: int
     loss: float
     seconds: float
@@ -87,7 +89,7 @@ def train(
     begin_round(techniques, model, number)
     before = read_state(model, trained(model))
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = score_own(model, data, held.tolist(), recipe.train.batch, recipe.task, techniques)
+        own_score = _own_score(model, data, held, recipe, techniques)
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, before, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
@@ -96,8 +98,17 @@ def train(
         delta = {name: after[name] - before[name] for name in before}
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
         extras = {**told, **answer(techniques, model, number, backward)}
+        trained_score = _own_score(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
-    return Outcome(delta, extras, kept, own_score, examples, loss, seconds, saved_bytes, peak_rss())
+    scores = own_score, trained_score
+    return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
+
+
+def _own_score(
+    model: nn.Module, data: Encoded, held: IntArray, recipe: Recipe, techniques: Sequence[Technique]
+) -> OwnScore:
+    settings, rows = recipe.evaluation, held.tolist()
+    return score_own(model, data, rows, recipe.train.batch, recipe.task, techniques, metrics=settings.metrics)
 
 
 def _backward(
