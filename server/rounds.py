@@ -108,11 +108,16 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
             state, figures = _merged(shop, state, run, number, contributions)
         else:
             records = [_unused(record) for record in records]
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     _commit(store, run, number, state, started, records, metrics, short, told)
     return state
+
+
+def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
+    seconds = asking.seconds()
+    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
@@ -207,9 +212,8 @@ def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[Metri
     if shop.own:  # the state alone is no model
         return ()
     load_state(shop.model, state)
-    examples = getattr(shop, part)
-    settings = shop.recipe.evaluation
-    scores = score(shop.model, examples, settings.batch, shop.recipe.task, shop.techniques, metrics=settings.metrics)
+    examples, settings, task = getattr(shop, part), shop.recipe.evaluation, shop.recipe.task
+    scores = score(shop.model, examples, settings.batch, task, shop.techniques, metrics=settings.metrics)
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
