@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def table(
     text, guessed = decoded(_content(path), encoding, str(path))
     if not text.strip():
         raise DataError(f"{path} holds no example; bring data")
-    by = delimiter or _delimiter(text, wanted)
+    text, told = _told_delimiter(text)
+    by = delimiter or told or _delimiter(text, wanted, path)
     heading = _heading(text, by, path)
     found = _parsed(text, by, heading, path)
     if label in heading:
@@ -58,19 +60,32 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _delimiter(text: str, wanted: Sequence[str]) -> str:
+def _told_delimiter(text: str) -> tuple[str, str | None]:
+    """The text without a first line such as ``sep=;``, which spreadsheets write, and what that line says."""
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=(.)\r?", first)
+    return (rest, told[1]) if told else (text, None)
+
+
+def _delimiter(text: str, wanted: Sequence[str], path: Path) -> str:
     """The delimiter whose heading has most of the wanted columns; the first of several, and of none."""
-    headings = {by: next(csv.reader(io.StringIO(text[: 1 << 16]), delimiter=by), []) for by in DELIMITERS}
+    headings = {by: _first_row(text[: 1 << 16], by, path) for by in DELIMITERS}
     return max(DELIMITERS, key=lambda by: len({name.strip() for name in headings[by]} & set(wanted)))
 
 
 def _heading(text: str, delimiter: str, path: Path) -> list[str]:
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
-    heading = next((row for row in rows if row), [])
+    heading = _first_row(text, delimiter, path)
     twice = [name for name in heading if name and heading.count(name) > 1]
     if twice:
         raise DataError(f"{path} has two columns called {twice[0]!r}; rename one")
     return heading
+
+
+def _first_row(text: str, delimiter: str, path: Path) -> list[str]:
+    try:
+        return next((row for row in csv.reader(io.StringIO(text, newline=None), delimiter=delimiter) if row), [])
+    except csv.Error as error:
+        raise DataError(f"{path} has no heading: {error}; mend the file") from error
 
 
 def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> pa.Table:
@@ -103,10 +118,12 @@ def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> pa.Tab
 
 
 def _as_numbers(column: pa.ChunkedArray, path: Path, label: str) -> pa.ChunkedArray:
-    """Whole or real numbers where all fields are some; a code such as 007 stays text."""
+    """Whole or real numbers where all fields are some; a code such as 007 stays text, without blanks around it."""
+    column = pc.utf8_trim_whitespace(column)
+    column = pc.if_else(pc.equal(column, ""), None, column)
     values = [value for value in pc.unique(column).to_pylist() if value is not None]
     numbers = [value for value in values if _is_number(value)]
-    gaps = [value for value in values if value.strip().casefold() in MISSING]
+    gaps = [value for value in values if value.casefold() in MISSING]
     if numbers and gaps and len(numbers) + len(gaps) == len(values):
         row = pc.index(column, pa.scalar(gaps[0])).as_py() + 1
         raise DataError(
@@ -115,14 +132,13 @@ def _as_numbers(column: pa.ChunkedArray, path: Path, label: str) -> pa.ChunkedAr
         )
     if not numbers or len(numbers) < len(values):
         return column
-    trimmed = pc.utf8_trim_whitespace(column)
-    if all(value.strip().lstrip("+-").isdecimal() for value in values):
-        return trimmed.cast(pa.int64())
-    return trimmed.cast(pa.float64())
+    if all(value.lstrip("+-").isdecimal() for value in values):
+        return column.cast(pa.int64())
+    return column.cast(pa.float64())
 
 
 def _is_number(text: str) -> bool:
-    bare = text.strip().lstrip("+-")
+    bare = text.lstrip("+-")
     if bare.isdecimal():
         return bare.isascii() and (bare == "0" or not bare.startswith("0")) and len(bare) < 19
     try:

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
-from fedtune.recipe import Task
+from fedtune.recipe import Recipe, Task
 from fedtune.techniques import Technique, begin_step, watch
 from fedtune.training.metrics import measure
 
-__all__ = ["Score", "score", "score_own"]
+__all__ = ["Score", "score", "score_held_out"]
 
 
 class Score(NamedTuple):
@@ -93,20 +94,16 @@ def score(
 
 
 @torch.no_grad()
-def score_own(
-    model: nn.Module,
-    data: Encoded,
-    rows: Sequence[int],
-    batch: int,
-    task: Task,
-    techniques: Sequence[Technique] = (),
-    *,
-    metrics: Sequence[str] = (),
+def score_held_out(
+    model: nn.Module, data: Encoded, held: NDArray[np.int64], recipe: Recipe, techniques: Sequence[Technique] = ()
 ) -> OwnScore:
-    """The score on some rows, over all of them together, with further ``metrics`` in their order."""
+    """The score on the rows a client holds out, over all of them together; zeros, and nothing done, without any."""
+    metrics, rows = recipe.evaluation.metrics, held.tolist()
+    if not rows:
+        return OwnScore()
     model.eval()
     tally = _Tally(keeps=bool(metrics))
-    for _, row in _predictions(model, data, rows, batch, task, techniques):
+    for _, row in _predictions(model, data, rows, recipe.train.batch, recipe.task, techniques):
         tally.add(row)
     predictions = max(1, tally.count)
     more = tuple(tally.measure(metrics).values())

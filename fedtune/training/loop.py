@@ -29,7 +29,7 @@ from fedtune.techniques import (
     trained,
 )
 from fedtune.techniques import own as own_names
-from fedtune.training.evaluate import score_own
+from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
 from fedtune.training.micro import cut, shares
 from fedtune.training.optimiser import Stepper, make_optimiser, rate
@@ -89,7 +89,7 @@ def train(
     begin_round(techniques, model, number)
     before = read_state(model, trained(model))
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = _own_score(model, data, held, recipe, techniques)
+        own_score = score_held_out(model, data, held, recipe, techniques)
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, before, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
@@ -98,17 +98,10 @@ def train(
         delta = {name: after[name] - before[name] for name in before}
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
         extras = {**told, **answer(techniques, model, number, backward)}
-        trained_score = _own_score(model, data, held, recipe, techniques)  # last, so that nothing follows from it
+        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
     scores = own_score, trained_score
     return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
-
-
-def _own_score(
-    model: nn.Module, data: Encoded, held: IntArray, recipe: Recipe, techniques: Sequence[Technique]
-) -> OwnScore:
-    settings, rows = recipe.evaluation, held.tolist()
-    return score_own(model, data, rows, recipe.train.batch, recipe.task, techniques, metrics=settings.metrics)
 
 
 def _backward(
