@@ -5,22 +5,28 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
-from fedtune.examples import Columns, Data, Dirichlet, Iid, Natural, Parts, Shards, Size, Split
+from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
+from fedtune.keeping import Checkpoints, Keep
+from fedtune.pictures import Preprocessor
 from fedtune.section import Section
 
 __all__ = [
+    "Checkpoints",
     "Columns",
     "Data",
     "DeviceClass",
     "Dirichlet",
+    "EqualDirichlet",
     "Evaluation",
     "Federation",
     "Iid",
+    "Keep",
     "Late",
     "Model",
     "Natural",
     "Parts",
+    "Preprocessor",
     "Privacy",
     "Recipe",
     "Section",
@@ -69,6 +75,7 @@ class Model(Section):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
     dtype: Dtype = "float32"
+    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
 
 
 _OWN = ("techniques", "batch", "dtype")
@@ -120,7 +127,7 @@ class Train(Section):
     batch: int = Field(16, ge=1)
     length: int = Field(128, ge=2, description="tokens a text is cut to")
     by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
-    image: int = Field(96, ge=8, description="side in pixels an image is scaled to")
+    image: int | None = Field(None, ge=8, description="side in pixels an image is scaled to; by default the model's")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
@@ -143,6 +150,7 @@ class Evaluation(Section):
     every: int = Field(1, ge=1)
     batch: int = Field(64, ge=1)
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
+    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
 
 
 class Privacy(Section):
@@ -166,6 +174,7 @@ class Recipe(Section):
     federation: Federation
     merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
     privacy: Privacy | None = None
     seed: int = Field(0, ge=0)
 

@@ -23,16 +23,18 @@ from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.stored_state import StoredState
-from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking.pruning import remove_pruned, with_checkpoint
 from fedtune.training import Workshop, load_state, read_state, score
 from server.accounting import spent
 from server.asking import Asking
 from server.crew import Crew, assemble
 from server.evidence import evidence
 from server.exchange import messages_for
-from server.own_scores import own_scores
+from server.own_scores import client_scores, own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
+from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
@@ -49,12 +51,15 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     first = done[-1].number + 1 if done else 1
     tell(RunStarted(run, first, recipe.federation.rounds))
     _sweep(run)
-    state = _resumed(done) if done else _start(shop, store, run)
+    remove_pruned(done)
+    state = _resumed(run, done) if done else _start(shop, store, run)
+    prune_checkpoints(store, run, recipe)
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
     asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
     for number in range(first, recipe.federation.rounds + 1):
         state = _round(shop, store, run, crew, asking, state, number)
+        prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -77,9 +82,10 @@ def _spool(run: str, number: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resumed(done: Sequence[RoundRecord]) -> State:
+def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
+    last = with_checkpoint(run, done).checkpoint
+    assert last is not None
     checkpoint.load(home.runs() / last.path, last.sha256)
     return StoredState(home.runs() / last.path)
 
@@ -105,7 +111,8 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
-    return _commit(store, run, number, state, started, records, metrics, short)
+    told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    return _commit(store, run, number, state, started, records, metrics, short, told)
 
 
 def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
@@ -206,8 +213,8 @@ def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[Metri
     if shop.own:  # the state alone is no model
         return ()
     load_state(shop.model, state)
-    examples = getattr(shop, part)
-    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
+    examples, settings, task = getattr(shop, part), shop.recipe.evaluation, shop.recipe.task
+    scores = score(shop.model, examples, settings.batch, task, shop.techniques, metrics=settings.metrics)
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
@@ -224,6 +231,7 @@ def _commit(
     records: Sequence[ContributionRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
+    told: tuple[ClientScore, ...] = (),
 ) -> State:
     """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
@@ -237,6 +245,7 @@ def _commit(
         contributions=tuple(records),
         metrics=metrics,
         checkpoint=saved,
+        client_scores=told,
     )
     store.commit_round(run, record)
     tell(RoundEnded(record))

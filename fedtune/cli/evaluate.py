@@ -49,7 +49,8 @@ def evaluate(
         )
     examples = getattr(shop, part) if source is None else shop.other(source, _columns(columns))
     load_state(shop.model, state)
-    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
+    settings = recipe.evaluation
+    scores = score(shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics)
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json.dumps({"run": run, "round": at, "data": source or part, "metrics": figures}, indent=2))

@@ -5,6 +5,7 @@ from fedtune.tracking.lock import alive, claim
 from fedtune.tracking.records import (
     AuditRecord,
     CheckpointRecord,
+    ClientScore,
     ContributionRecord,
     DeviceRecord,
     MetricRecord,
@@ -18,6 +19,7 @@ __all__ = [
     "Access",
     "AuditRecord",
     "CheckpointRecord",
+    "ClientScore",
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
