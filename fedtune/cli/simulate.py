@@ -43,15 +43,14 @@ def simulate(
       fedtune simulate recipes/sentiment.yaml --techniques lora+checkpointing --set train.lr=1e-3
       fedtune simulate --resume latest
     """
-    from fedtune import home
-    from fedtune.tracking import Store
+    from fedtune.tracking import Store, default_url
 
     if (recipe is None) == (resumed is None):
         raise click.UsageError("name either a RECIPE or a run with --resume, e.g. recipes/sentiment.yaml")
     if resumed is not None and (overrides or techniques):
         raise click.UsageError("a resumed run keeps its recipe; leave --set and --techniques out")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    url = store or home.store_url()
+    url = store or default_url()
     with Store.open(url) as opened:
         if recipe is not None:
             run, shop = _begin(opened, _resolved(recipe, added), engine)

@@ -43,7 +43,8 @@ def _write_app(where: Path, port: int, config: Mapping[str, str]) -> None:
     """A thin Flower app that names the installed one, its settings, and the address of our SuperLink."""
     for name, content in thin_app.files().items():
         write(where / "app" / name, content)
-    write(where / "run.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()).encode())
+    settings = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items())
+    write(where / "run.toml", settings.encode())
     address = f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     write(where / "home" / "config.toml", address.encode())
 

@@ -1,6 +1,7 @@
 """The run store: what every run did, in tables any SQL database keeps."""
 
 from fedtune.tracking.access import Access
+from fedtune.tracking.database import default_url, file_url
 from fedtune.tracking.lock import alive, claim
 from fedtune.tracking.records import (
     AuditRecord,
@@ -27,4 +28,6 @@ __all__ = [
     "Store",
     "alive",
     "claim",
+    "default_url",
+    "file_url",
 ]

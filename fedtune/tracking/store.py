@@ -8,11 +8,10 @@ from typing import Self
 
 from sqlalchemy import Connection, Engine, Select, delete, func, insert, select, update
 
-from fedtune import home
 from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema, tables
 from fedtune.tracking.access import Access
-from fedtune.tracking.database import connect, reader, writer
+from fedtune.tracking.database import connect, default_url, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
@@ -28,8 +27,8 @@ class Store:
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
-        """The store at a SQLAlchemy URL, by default ``fedtune.home.store_url()``; created or upgraded when needed."""
-        store = cls(connect(url or home.store_url()))
+        """The store at a SQLAlchemy URL, by default ``default_url()``; created or upgraded when needed."""
+        store = cls(connect(url or default_url()))
         try:
             schema.prepare(store._engine)
         except BaseException:
