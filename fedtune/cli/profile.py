@@ -92,13 +92,12 @@ def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]
         from fedtune.profile import every
 
         return every()
-    import yaml
-
     from fedtune.errors import RecipeError
+    from fedtune.yaml_text import YamlError, load
 
     try:
-        items = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
+        items = load(f"[{text}]")
+    except YamlError as error:
         raise RecipeError(f"--techniques {text}: write it as a,b,c+d") from error
     return [_units(recipe, item) for item in items]
 
