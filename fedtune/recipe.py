@@ -141,6 +141,9 @@ class Evaluation(Section):
     """Validation after every so many rounds; the test part is scored once, at the end."""
 
     every: int = Field(1, ge=1)
+    examples: int | None = Field(
+        None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
+    )
     batch: int = Field(64, ge=1)
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
 

@@ -23,7 +23,8 @@ from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
-from fedtune.training import Workshop, load_state, read_state, score
+from fedtune.training import Workshop, read_state
+from server import scoring
 from server.accounting import spent
 from server.asking import Asking
 from server.crew import Crew, assemble
@@ -46,7 +47,7 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
-    tell(RunStarted(run, first, recipe.federation.rounds))
+    tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
     seats = store.access.seats(run)
@@ -86,7 +87,7 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = read_state(shop.model, shop.shared)
-    metrics = _scores(shop, state, "validation", "validation")
+    metrics = scoring.validation(shop, state, 0)
     _commit(store, run, 0, state, started, (), metrics)
     return state
 
@@ -191,23 +192,11 @@ def _unused(record: ContributionRecord) -> ContributionRecord:
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
-    rounds = shop.recipe.federation.rounds
-    metrics: tuple[MetricRecord, ...] = ()
-    if number % shop.recipe.evaluation.every == 0 or number == rounds:
-        metrics += _scores(shop, state, "validation", "validation")
-    if number == rounds:
+    metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
+    if number == shop.recipe.federation.rounds:
         start = checkpoint.load(home.runs() / _checkpoint_path(run, 0))
-        metrics += _scores(shop, start, "test", "test-before") + _scores(shop, state, "test", "test")
+        metrics += scoring.test(shop, start, state)
     return metrics
-
-
-def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
-    if shop.own:  # the state alone is no model
-        return ()
-    load_state(shop.model, state)
-    examples = getattr(shop, part)
-    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
 def _checkpoint_path(run: str, number: int) -> str:
