@@ -25,7 +25,7 @@ from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, read_state
 from server import scoring
-from server.accounting import spent
+from server.accounting import Spending
 from server.asking import Asking
 from server.crew import Crew, assemble
 from server.evidence import evidence
@@ -53,8 +53,9 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
     asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    spending = Spending(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, state, number)
+        state = _round(shop, store, run, crew, asking, spending, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -92,7 +93,9 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     return state
 
 
-def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int) -> State:
+def _round(
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
+) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
@@ -104,7 +107,7 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
         else:
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
-    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
+    metrics += spending.after(("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
     return state
 

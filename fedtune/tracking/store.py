@@ -114,9 +114,10 @@ class Store:
             found = [RunRecord(**row) for row in connection.execute(_newest_first().where(*wanted)).mappings()]
         return found[::-1]
 
-    def rounds(self, run_id: str) -> list[RoundRecord]:
-        """The rounds of a run in order."""
-        return self.rounds_of([run_id])[run_id]
+    def rounds(self, run_id: str, after: int = -1) -> list[RoundRecord]:
+        """The rounds of a run in order: those with a number above ``after``, and no others are read."""
+        with reader(self._engine) as connection:
+            return rows.read_rounds(connection, [run_id], after)[run_id]
 
     def rounds_of(self, run_ids: Iterable[str]) -> dict[str, list[RoundRecord]]:
         """The rounds of several runs, with the same few queries however many there are."""
