@@ -48,7 +48,7 @@ task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 150}}
 federation: {{rounds: {rounds}, quorum: {DEVICES}, deadline: {deadline}}}
 """
 

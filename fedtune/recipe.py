@@ -116,7 +116,11 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of all steps")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd; it begins at nothing in every round")
+    nesterov: bool = Field(False, description="sgd with Nesterov's momentum")
+    clip: float | None = Field(
+        1.0, gt=0, description="largest gradient norm; not with sgd, where nothing is clipped unless this is given"
+    )
     batch: int = Field(16, ge=1)
     length: int = Field(128, ge=2, description="tokens a text is cut to")
     by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
@@ -129,6 +133,20 @@ class Train(Section):
     @classmethod
     def _split_joined_techniques(cls, value: Any) -> Any:
         return split_joined(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
+        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "clip" not in value
+        return {**value, "clip": None} if plain else value
+
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> Self:
+        if self.optimiser != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are settings of sgd, but optimiser is {self.optimiser}; drop them")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum, e.g. momentum: 0.9")
+        return self
 
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:
