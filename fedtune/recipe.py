@@ -67,7 +67,7 @@ def split_joined(value: Any) -> Any:
 class Model(Section):
     """The pretrained model everything is a delta to."""
 
-    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
+    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
 
 

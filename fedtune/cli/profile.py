@@ -64,10 +64,11 @@ def profile(
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
+    from fedtune.cli.exported import with_base
     from fedtune.recipe_file import parse, read
 
     if path is not None and model is None and task is None:
-        return read(path, overrides)
+        return with_base(read(path, overrides), None)
     if path is not None or model is None or task is None:
         raise click.UsageError("name either a RECIPE or --model with --task, e.g. recipes/sentiment.yaml")
     import yaml
@@ -75,7 +76,7 @@ def _recipe(path: Path | None, model: str | None, task: str | None, overrides: S
     train = {"steps": 1, "batch": 16, "length": 128}
     made_up = {"name": _name(model), "task": task, "model": {"source": model}, "data": {"source": "random"}}
     text = yaml.safe_dump({**made_up, "devices": [{"count": 1}], "train": train, "federation": {"rounds": 1}})
-    return parse(text, "--model", overrides)
+    return with_base(parse(text, "--model", overrides), None)
 
 
 def _name(model: str) -> str:

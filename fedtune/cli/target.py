@@ -18,6 +18,7 @@ __all__ = ["load_target"]
 def load_target(target: str, number: int | None, store: str | None) -> "tuple[Recipe, Mapping[str, Tensor], str, int]":
     """Recipe, state, run and round of a run (by id, its beginning, or ``latest``) or of a checkpoint file."""
     from fedtune import checkpoint, home
+    from fedtune.cli.exported import with_base
     from fedtune.recipe import Recipe
     from fedtune.tracking import Store
 
@@ -28,7 +29,7 @@ def load_target(target: str, number: int | None, store: str | None) -> "tuple[Re
         record = _round(opened.rounds(run.id), run.id, number)
     assert record.checkpoint is not None
     state = checkpoint.load(file or home.runs() / record.checkpoint.path, record.checkpoint.sha256)
-    return Recipe.model_validate_json(run.recipe), state, run.id, record.number
+    return with_base(Recipe.model_validate_json(run.recipe), store), state, run.id, record.number
 
 
 def _file(target: str) -> Path | None:

@@ -90,6 +90,13 @@ class Store:
             change = {"status": status, "reason": "", "finished": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
+    def extend(self, run_id: str, recipe: str, rounds: int) -> None:
+        """Make a run that has ended a running one with more rounds to do, which ``recipe`` (JSON text) counts too."""
+        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished": None}
+        with writer(self._engine) as connection:
+            _expect(connection, run_id)
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
     def run(self, reference: str) -> RunRecord:
         """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
         with reader(self._engine) as connection:
