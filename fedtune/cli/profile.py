@@ -149,17 +149,16 @@ def _measured(cases: "Sequence[Case]") -> "list[Row]":
 
 def _show(recipe: "Recipe", rows: "list[Row]", *, random: bool, output: Path | None, as_json: bool) -> None:
     """The table and the picture, or JSON; code 2 when nothing could run."""
-    import json
-
     from fedtune.cli.profile_view import as_objects, show, title
     from fedtune.home import home
+    from fedtune.json_text import json_text
     from fedtune.profile import Failed
     from fedtune.profile.picture import picture
 
     heading = title(recipe, random)
     path = output or home() / "pictures" / f"{recipe.name}-profile.png"
     if as_json:
-        click.echo(json.dumps(as_objects(rows), indent=2))
+        click.echo(json_text(as_objects(rows)))
     else:
         show(rows, heading)
     if output is not None or not as_json:

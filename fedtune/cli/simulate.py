@@ -82,13 +82,12 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:
     """Build everything first, so that what cannot run leaves no trace in the store."""
-    import secrets
-
+    from fedtune.tracking import new_run_id
     from server.accounting import require_accountant
 
     require_accountant(recipe)
     shop = _workshop(recipe)
-    run = f"{recipe.name}-{secrets.token_hex(3)}"
+    run = new_run_id(recipe.name)
     store.create_run(
         id=run,
         name=recipe.name,
@@ -164,11 +163,10 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     """The table, the picture and what to try next; or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
-        import json
-
+        from fedtune.json_text import json_text
         from fedtune.tracking.document import document
 
-        click.echo(json.dumps(document(record, rounds), indent=2))
+        click.echo(json_text(document(record, rounds)))
         return
     from rich.console import Console
 

@@ -23,6 +23,8 @@ def load_target(target: str, number: int | None, store: str | None) -> "tuple[Re
     from fedtune.tracking import Store
 
     file = _file(target)
+    if file is not None and number is not None:
+        raise StoreError(f"{target} is the checkpoint of one round already; leave --round out, or name the run")
     reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)

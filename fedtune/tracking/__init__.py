@@ -13,7 +13,7 @@ from fedtune.tracking.records import (
     RunRecord,
     Seat,
 )
-from fedtune.tracking.store import Store
+from fedtune.tracking.store import Store, new_run_id
 
 __all__ = [
     "Access",
@@ -30,4 +30,5 @@ __all__ = [
     "claim",
     "default_url",
     "file_url",
+    "new_run_id",
 ]

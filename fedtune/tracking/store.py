@@ -1,6 +1,7 @@
 """The run store: a round is written in one transaction, after its checkpoint is safely on disk."""
 
 import difflib
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +16,16 @@ from fedtune.tracking.database import connect, default_url, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
-__all__ = ["Store"]
+__all__ = ["Store", "new_run_id"]
+
+
+_LONGEST_ID = 64  # of the column; SQLite alone would take more
+
+
+def new_run_id(name: str) -> str:
+    """An id for a run of a recipe called ``name``: the name, cut where it is long, and six random digits."""
+    ending = f"-{secrets.token_hex(3)}"
+    return name[: _LONGEST_ID - len(ending)] + ending
 
 
 class Store:
@@ -62,6 +72,8 @@ class Store:
         with writer(self._engine) as connection:
             if _status(connection, id) is not None:
                 raise StoreError(f"there is a run {id} already; choose another id")
+            if len(id) > _LONGEST_ID:
+                raise StoreError(f"the run id {id} has {len(id)} characters; choose one of at most {_LONGEST_ID}")
             state = {"status": status, "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
             connection.execute(insert(tables.runs), row | state)
 
