@@ -68,11 +68,12 @@ def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[Workshop, Rows]:
-    """All examples of the source train: columns are called as in the recipe, which says no more about them."""
-    columns = recipe.data.columns.model_dump(include={"text", "image", "label"})
-    chosen = Data(source=source, columns=Columns.model_validate(columns))
+    """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
+    columns = recipe.data.columns.model_dump(include={"text", "image", "label", "split"})
+    skip = recipe.data.skip_unreadable
+    chosen = Data(source=source, columns=Columns.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})
-    examples = data.everything(recipe, labels)
+    examples = data.training(recipe, labels)
     nothing = examples.select([])
     corpus = data.Corpus(examples, nothing, nothing, labels)
     model, techniques, shared = build_model(recipe, labels)

@@ -5,8 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
-from fedtune.examples import Columns, Data, Dirichlet, Iid, Natural, Parts, Shards, Size, Split
+from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
+from fedtune.pictures import Preprocessor
 from fedtune.section import Section
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Data",
     "DeviceClass",
     "Dirichlet",
+    "EqualDirichlet",
     "Evaluation",
     "Federation",
     "Iid",
@@ -21,6 +23,7 @@ __all__ = [
     "Model",
     "Natural",
     "Parts",
+    "Preprocessor",
     "Privacy",
     "Recipe",
     "Section",
@@ -69,6 +72,7 @@ class Model(Section):
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
+    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
 
 
 _OWN = ("techniques", "batch", "dtype")
@@ -124,7 +128,7 @@ class Train(Section):
     batch: int = Field(16, ge=1)
     length: int = Field(128, ge=2, description="tokens a text is cut to")
     by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
-    image: int = Field(96, ge=8, description="side in pixels an image is scaled to")
+    image: int | None = Field(None, ge=8, description="side in pixels an image is scaled to; by default the model's")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")

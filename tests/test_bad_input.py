@@ -75,7 +75,6 @@ VERDICTS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(40)]
     [
         (None, (), "there is no {folder}/a.csv; check data.source"),
         ([], (), "{folder}/a.csv holds no example; bring data"),
-        ([*VERDICTS, "rare,maybe"], (), "has no example of class 'maybe'; raise data.parts.test or drop it"),
         (VERDICTS, ("devices=[{{count: 200}}]",), "use fewer devices, more data or another data.split"),
         ([f"t {row},{row / 7}" for row in range(99)], (), "99 different real numbers as labels; cut them"),
         (VERDICTS, ('model.source="sample:logistic"',), "which does not do sequence-classification; choose another"),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedtune import data
 from fedtune.errors import DataError, ModelError
+from fedtune.pictures import Preprocessor
 from tests.data_examples import a_recipe
 
 PAD, END, START = 0, 1, 2
@@ -77,7 +78,7 @@ def test_grey_arrays_are_kept_as_bytes_and_given_out_scaled_in_three_channels() 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
     features = Features({"image": Array2D((8, 8), "uint8"), "label": Value("int64")})
     images = Dataset.from_dict({"image": pixels, "label": [4, 5, 6]}, features=features)
-    encoded = data.encode(images, a_recipe(IMAGES, "train.image=8"), None)
+    encoded = data.encode(images, a_recipe(IMAGES), Preprocessor(side=8))
     batch = encoded.batch([2, 0])
     expected = (torch.tensor(pixels[[2, 0]]).float() - 127) / 128
     assert encoded.pixels.dtype == torch.uint8  # type: ignore[attr-defined]
@@ -89,13 +90,13 @@ def test_images_are_enlarged_bilinearly_when_given_out() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8), dtype=np.uint8)
     features = Features({"image": Array2D((8, 8), "uint8"), "label": Value("int64")})
     images = Dataset.from_dict({"image": pixels, "label": [0]}, features=features)
-    batch = data.encode(images, a_recipe(IMAGES, "train.image=20"), None).batch([0])
+    batch = data.encode(images, a_recipe(IMAGES), Preprocessor(side=20)).batch([0])
     enlarged = F.interpolate(torch.tensor(pixels[None]).float(), size=(20, 20), mode="bilinear", align_corners=False)
     torch.testing.assert_close(batch["pixel_values"][:, :1], (enlarged - 127) / 128)
 
 
 def test_pictures_of_different_sizes_are_brought_to_one() -> None:
-    encoded = data.encode(grey_images(10, 30, 16), a_recipe(IMAGES, "train.image=16"), None)
+    encoded = data.encode(grey_images(10, 30, 16), a_recipe(IMAGES), Preprocessor(side=16))
     batch = encoded.batch([0, 1, 2])
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     expected = (torch.tensor([0.0, 10.0, 20.0]) - 127) / 128
@@ -103,7 +104,7 @@ def test_pictures_of_different_sizes_are_brought_to_one() -> None:
 
 
 def test_small_pictures_of_one_size_are_kept_small() -> None:
-    encoded = data.encode(grey_images(8, 8), a_recipe(IMAGES, "train.image=96"), None)
+    encoded = data.encode(grey_images(8, 8), a_recipe(IMAGES), Preprocessor(side=96))
     assert encoded.pixels.shape == (2, 3, 8, 8)  # type: ignore[attr-defined]
 
 
@@ -112,4 +113,4 @@ def test_a_picture_that_cannot_be_decoded_is_one_sentence(tmp_path: Path) -> Non
     features = Features({"image": Image(), "label": Value("int64")})
     images = Dataset.from_dict({"image": [str(tmp_path / "broken.png")], "label": [0]}, features=features)
     with pytest.raises(DataError, match=r"broken\.png.*mend or remove the picture"):
-        data.encode(images, a_recipe(IMAGES), None)
+        data.encode(images, a_recipe(IMAGES), Preprocessor())

@@ -42,6 +42,8 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
     summary = library.summary(wanted, corpus, library.split(wanted, corpus.train))
     path = picture or home() / "pictures" / f"{wanted.name}-split.png"
     draw(summary, path)
+    for note in corpus.notes:
+        click.echo(f"warning: {note}", err=True)
     _print(summary, path, as_json)
 
 

@@ -59,7 +59,9 @@ def profile(
         check_suffix(output)
     found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
     rows = _measured(found)
-    _show(wanted, rows, random=path is None, output=output, as_json=as_json)
+    from fedtune import models
+
+    _show(models.settled(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":

@@ -91,7 +91,7 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Worksho
     store.create_run(
         id=run,
         name=recipe.name,
-        recipe=recipe.model_dump_json(),
+        recipe=shop.recipe.model_dump_json(),
         seed=recipe.seed,
         engine=engine,
         rounds_planned=recipe.federation.rounds,
@@ -142,6 +142,8 @@ def _workshop(recipe: "Recipe") -> "Workshop":
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
     shop = workshop(recipe.model_dump_json())
     _ = shop.clients, shop.train, shop.validation, shop.test
+    for note in shop.corpus.notes:
+        click.echo(f"warning: {note}", err=True)
     return shop
 
 

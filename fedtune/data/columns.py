@@ -12,7 +12,7 @@ from fedtune.errors import DataError
 from fedtune.explain import nearest
 from fedtune.recipe import Natural, Recipe
 
-__all__ = ["assemble", "canonical", "split_column"]
+__all__ = ["assemble", "canonical", "split_column", "table_of"]
 
 Named = dict[str, tuple[str, str]]
 
@@ -36,6 +36,11 @@ def assemble(columns: Mapping[str, Any], features: Mapping[str, Any]) -> Dataset
     typed = Features(features)
     table = pa.table(dict(columns)).replace_schema_metadata(typed.arrow_schema.metadata)
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=typed))
+
+
+def table_of(dataset: Dataset) -> pa.Table:
+    """The arrow table of a data set's rows: only those selected, in their order."""
+    return dataset.with_format("arrow")[:]
 
 
 def split_column(recipe: Recipe, by: str) -> str:
@@ -68,7 +73,7 @@ def _column(source: str, dataset: Dataset, key: str, column: str) -> Any:
     if column not in dataset.column_names:
         hint = nearest(column, dataset.column_names)
         raise DataError(f"{source} has no column {column!r}, which {key} names; {hint}")
-    stored = dataset.data.table[column]
+    stored = table_of(dataset)[column]
     if stored.null_count:
         row = pc.index(stored.is_null(), pa.scalar(True)).as_py() + 1
         raise DataError(f"{source}: row {row} has no value in column {column!r}; fill it or drop the row")

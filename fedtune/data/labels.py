@@ -1,5 +1,6 @@
 """Class names and numbers: the same for every part of the data."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from fedtune.data.columns import assemble
+from fedtune.data.columns import assemble, table_of
 from fedtune.errors import DataError
 
 __all__ = ["encode_labels", "label_by_name"]
@@ -23,6 +24,7 @@ def encode_labels(found: Mapping[str, Dataset], source: str) -> tuple[dict[str, 
     else:
         values = _values(found, source)
         names = tuple(str(value) for value in values)
+        _check_single(names, source)
     if len(names) < 2:
         raise DataError(f"{source} has only the class {names[0]!r}; classification needs two or more")
     return {part: _number(dataset, values, f"{source}, {part} part") for part, dataset in found.items()}, names
@@ -30,7 +32,7 @@ def encode_labels(found: Mapping[str, Dataset], source: str) -> tuple[dict[str, 
 
 def _values(found: Mapping[str, Dataset], source: str) -> list[Any]:
     """All label values in order; whole real numbers are class numbers."""
-    columns = [dataset.data.table["label"] for dataset in found.values()]
+    columns = [table_of(dataset)["label"] for dataset in found.values()]
     kind = columns[0].type
     _check_type(kind, source)
     values = sorted({value for column in columns for value in pc.unique(column).to_pylist()})
@@ -48,8 +50,22 @@ def _check_type(kind: Any, source: str) -> None:
         raise DataError(f"{source} has labels of type {kind}; one class name or number per example is needed")
 
 
+def _check_single(names: Sequence[str], source: str) -> None:
+    """Refuse labels that are lists of classes: made of other labels, or the same list in another order."""
+    known, lists = set(names), set()
+    for name in names:
+        parts = [part.strip() for part in re.split(r"[,;|]", name)]
+        kind = tuple(sorted(parts))
+        if len(parts) > 1 and (all(part in known for part in parts) or kind in lists):
+            raise DataError(
+                f"{source}: labels such as {name!r} name several classes at once, but an example has one here; keep "
+                "one per row, or rename the class if it is one"
+            )
+        lists.add(kind)
+
+
 def _number(dataset: Dataset, values: list[Any], where: str) -> Dataset:
-    column = dataset.data.table["label"]
+    column = table_of(dataset)["label"]
     known = pa.array(values).cast(column.type)
     numbers = pc.index_in(column, value_set=known)
     if numbers.null_count:
@@ -57,13 +73,13 @@ def _number(dataset: Dataset, values: list[Any], where: str) -> Dataset:
         raise DataError(
             f"{where}: the label {unknown!r} is none of the {len(values)} classes; are these examples labelled?"
         )
-    columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": numbers.cast(pa.int64())}
+    columns = {name: table_of(dataset)[name] for name in dataset.column_names} | {"label": numbers.cast(pa.int64())}
     return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
 
 
 def label_by_name(dataset: Dataset, labels: Sequence[str], source: str) -> Dataset:
     """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
-    column, feature = dataset.data.table["label"], dataset.features["label"]
+    column, feature = table_of(dataset)["label"], dataset.features["label"]
     _check_type(column.type, source)
     values = pc.unique(column).to_pylist()
     names = [_name(value, feature, labels) for value in values]
@@ -72,7 +88,7 @@ def label_by_name(dataset: Dataset, labels: Sequence[str], source: str) -> Datas
         raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
     numbers = pa.array([labels.index(name) for name in names], pa.int64())
     placed = numbers.take(pc.index_in(column, value_set=pa.array(values, column.type)).combine_chunks())
-    columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": placed}
+    columns = {name: table_of(dataset)[name] for name in dataset.column_names} | {"label": placed}
     return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
 
 

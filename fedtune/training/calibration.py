@@ -87,7 +87,7 @@ def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.everything(recipe, ())
     blank = found.select_columns("image" if pictures else "text").add_column("label", [0] * len(found))
-    return data.encode(blank, recipe, None if pictures else models.tokenizer(model))
+    return data.encode(blank, recipe, models.reader(recipe))
 
 
 def _recipe(chosen: Data, model: Model, task: Task) -> Recipe:

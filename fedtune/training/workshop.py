@@ -116,9 +116,7 @@ class Workshop:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: Dataset) -> data.Encoded:
-        texts = self.recipe.task != "image-classification"
-        tokenizer = models.tokenizer(self.recipe.model) if texts else None
-        return data.encode(examples, self.recipe, tokenizer)
+        return data.encode(examples, self.recipe, models.reader(self.recipe))
 
 
 _built: dict[str, Workshop] = {}
@@ -127,7 +125,9 @@ _built: dict[str, Workshop] = {}
 def workshop(recipe: str) -> Workshop:
     """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
     if recipe not in _built:
-        adopt(_build(recipe))
+        shop = _build(recipe)
+        adopt(shop)
+        _built[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
     return _built[recipe]
 
 
@@ -144,7 +144,7 @@ def discard() -> None:
 
 def _build(recipe: str) -> Workshop:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parsed = Recipe.model_validate_json(recipe)
+    parsed = models.settled(Recipe.model_validate_json(recipe))
     corpus = data.load(parsed)
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
