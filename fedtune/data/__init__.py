@@ -4,5 +4,18 @@ from fedtune.data.corpus import Corpus, everything, load, training
 from fedtune.data.encode import Encoded, encode
 from fedtune.data.split import split
 from fedtune.data.summary import Holding, Summary, summary
+from fedtune.data.table import Table
 
-__all__ = ["Corpus", "Encoded", "Holding", "Summary", "encode", "everything", "load", "split", "summary", "training"]
+__all__ = [
+    "Corpus",
+    "Encoded",
+    "Holding",
+    "Summary",
+    "Table",
+    "encode",
+    "everything",
+    "load",
+    "split",
+    "summary",
+    "training",
+]

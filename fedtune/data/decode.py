@@ -1,19 +1,19 @@
 """A stored picture as bytes of red, green and blue; what cannot be read is told by the picture's name."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from datasets import Dataset, Image
 from numpy.typing import NDArray
 
+from fedtune.data.table import Table
 from fedtune.errors import DataError
 
-__all__ = ["Unreadable", "decode", "named", "readable", "stored"]
+__all__ = ["Unreadable", "decode", "named", "readable"]
 
 Bytes = NDArray[np.uint8]
 
@@ -25,11 +25,6 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, PIL
 
 class Unreadable(DataError):  # noqa: N818
     """A picture that cannot be decoded."""
-
-
-def stored(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
-    """Each picture as ``datasets`` keeps it: ``path`` and ``bytes``, one of which may be missing."""
-    yield from dataset.cast_column("image", Image(decode=False))["image"]
 
 
 def named(picture: Mapping[str, Any], row: int) -> str:
@@ -53,14 +48,14 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
         ) from error
 
 
-def readable(dataset: Dataset, *, skip: bool) -> tuple[Dataset, list[str]]:
+def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
     """The pictures that are there, and with ``skip`` can be decoded, and the names of those left out.
 
     Without ``skip`` none is left out: Unreadable names the first file that is missing.
     """
     kept: list[int] = []
     lost: list[str] = []
-    for row, picture in enumerate(stored(dataset)):
+    for row, picture in enumerate(table.pictures()):
         name = named(picture, row)
         missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
         if missing and not skip:
@@ -69,7 +64,7 @@ def readable(dataset: Dataset, *, skip: bool) -> tuple[Dataset, list[str]]:
             lost.append(name)
         else:
             kept.append(row)
-    return dataset.select(kept) if lost else dataset, lost
+    return table.select(kept) if lost else table, lost
 
 
 def _decodes(picture: Mapping[str, Any], name: str) -> bool:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset
-from datasets.table import InMemoryTable
 
+from fedtune.data.table import Table
 from fedtune.errors import SourceError
 from fedtune.files import writing
 from fedtune.home import cache
@@ -29,7 +28,7 @@ FILES = {
 }
 
 
-def sentiment() -> dict[str, Dataset]:
+def sentiment() -> dict[str, Table]:
     """Columns text, label (negative or positive: the rating's sign), rating, group, domain.
 
     Sentences with a rating of at most 0.25 to either side count as neutral and are left out.
@@ -37,15 +36,13 @@ def sentiment() -> dict[str, Dataset]:
     table = _table()
     table = table.filter(pc.greater(pc.abs(table["rating"]), NEUTRAL))
     label = pc.if_else(pc.greater(table["rating"], 0), "positive", "negative")
-    return {"train": Dataset(InMemoryTable(table.append_column("label", label)))}
+    return {"train": Table(table.append_column("label", label))}
 
 
-def films() -> dict[str, Dataset]:
+def films() -> dict[str, Table]:
     """Columns text, group: every sentence of the film reviews, as plain text for language modelling."""
     table = _table()
-    return {
-        "train": Dataset(InMemoryTable(table.filter(pc.equal(table["domain"], "movies")).select(["text", "group"])))
-    }
+    return {"train": Table(table.filter(pc.equal(table["domain"], "movies")).select(["text", "group"]))}
 
 
 def _table() -> pa.Table:

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset
-from datasets.table import InMemoryTable
 
 from fedtune.data.delimited import lines, table
 from fedtune.data.listing import files_in, parts_of
+from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.examples import Data
 
@@ -16,7 +15,7 @@ __all__ = ["text_files", "with_places"]
 _ENDINGS = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "text": (".txt", ".text", ".txt.gz")}
 
 
-def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The parts in a file or a folder of files of a kind, and what was guessed of their encoding."""
     files = files_in(path, _ENDINGS[kind])
     if not files:
@@ -28,7 +27,7 @@ def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Dataset], t
     ]
     parts = parts_of(files, path, named=data.columns.split is not False)
     joined = {part: _joined([(file, read[file][0]) for file in of]) for part, of in parts.items()}
-    return {part: Dataset(InMemoryTable(found)) for part, found in joined.items()}, tuple(notes[:1])
+    return {part: Table(found) for part, found in joined.items()}, tuple(notes[:1])
 
 
 def _read(kind: str, file: Path, data: Data) -> tuple[pa.Table, str]:

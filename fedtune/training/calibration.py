@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -86,7 +87,7 @@ def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
     recipe = _recipe(chosen, model, task if pictures else "causal-language-modelling")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.everything(recipe, ())
-    blank = found.select_columns("image" if pictures else "text").add_column("label", [0] * len(found))
+    blank = found.only(["image" if pictures else "text"]).with_column("label", pa.array([0] * len(found), pa.int64()))
     return data.encode(blank, recipe, models.reader(recipe))
 
 
