@@ -1,5 +1,6 @@
 """Where examples come from, how they are parted and split over clients, and how they become tensors."""
 
+from fedtune.data.column import Values
 from fedtune.data.corpus import Corpus, everything, load, training
 from fedtune.data.encode import Encoded, encode
 from fedtune.data.split import split
@@ -12,6 +13,7 @@ __all__ = [
     "Holding",
     "Summary",
     "Table",
+    "Values",
     "encode",
     "everything",
     "load",

@@ -1,11 +1,7 @@
 """From a source's own columns to the canonical ones: ``text`` or ``image``, ``label``, ``group``, ``domain``."""
 
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from fedtune.data.table import Classes, Greys, Kind, Pictures, Table, as_pictures
+from fedtune.data.column import Column, Values, objects
+from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
 from fedtune.explain import nearest
 from fedtune.recipe import Natural, Recipe
@@ -17,19 +13,19 @@ Named = dict[str, tuple[str, str]]
 
 def canonical(recipe: Recipe, table: Table) -> Table:
     """The columns the recipe names, renamed; DataError when one is missing or has a null."""
-    columns: dict[str, Any] = {}
+    columns: dict[str, Column] = {}
     kinds: dict[str, Kind] = {}
     for name, (key, column) in _named(recipe, table.column_names).items():
         stored = _column(recipe.data.source, table, key, column)
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))
-        except pa.ArrowException as error:
+        except TypeError as error:
             wanted = "pictures" if name == "image" else "text"
             problem = f"column {column!r} holds no {wanted}; name another in {key}"
             raise DataError(f"{recipe.data.source}: {problem}") from error
         if kind is not None:
             kinds[name] = kind
-    return Table(pa.table(columns), kinds)
+    return Table(columns, kinds)
 
 
 def split_column(recipe: Recipe, by: str) -> str:
@@ -58,23 +54,22 @@ def _named(recipe: Recipe, present: list[str]) -> Named:
     return named
 
 
-def _column(source: str, table: Table, key: str, column: str) -> Any:
+def _column(source: str, table: Table, key: str, column: str) -> Column:
     if column not in table.column_names:
         hint = nearest(column, table.column_names)
         raise DataError(f"{source} has no column {column!r}, which {key} names; {hint}")
     stored = table.column(column)
-    if stored.null_count:
-        row = pc.index(stored.is_null(), pa.scalar(True)).as_py() + 1
-        raise DataError(f"{source}: row {row} has no value in column {column!r}; fill it or drop the row")
+    if (row := stored.missing()) is not None:
+        raise DataError(f"{source}: row {row + 1} has no value in column {column!r}; fill it or drop the row")
     return stored
 
 
-def _convert(name: str, column: pa.ChunkedArray, kind: Kind | None) -> tuple[Any, Kind | None]:
-    """The arrow column and what it holds, as canonical columns have them; labels are left for later."""
+def _convert(name: str, column: Column, kind: Kind | None) -> tuple[Column, Kind | None]:
+    """The column and what it holds, as canonical columns have them; labels are left for later."""
     if name == "label" or (name == "image" and isinstance(kind, Greys | Pictures)):
         return column, kind
     if name == "image":
-        return pa.chunked_array([as_pictures(chunk) for chunk in column.chunks]), Pictures()
+        return column.pictures(), Pictures()
     if isinstance(kind, Classes):
-        return pa.chunked_array([pa.array(kind.names).take(chunk) for chunk in column.chunks], pa.string()), None
-    return column.cast(pa.string()), None
+        return Values(objects(kind.names[number] for number in column.values())), None
+    return column.texts(), None

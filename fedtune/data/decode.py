@@ -3,15 +3,16 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 from numpy.typing import NDArray
 
 from fedtune.data.table import Table
 from fedtune.errors import DataError
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 __all__ = ["Unreadable", "decode", "named", "readable"]
 
@@ -19,8 +20,8 @@ Bytes = NDArray[np.uint8]
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_SIXTEEN = 65535
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, PIL.Image.DecompressionBombError)
-"""What Pillow raises for files that are damaged, too large or none of its formats."""
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
+"""What Pillow raises for files that are damaged or none of its formats."""
 
 
 class Unreadable(DataError):  # noqa: N818
@@ -37,11 +38,14 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
 
     Deeper greys, of 16 bits, are scaled to 8.
     """
+    import PIL.Image  # what holds no encoded pictures does without
+    import PIL.ImageOps
+
     try:
         content = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
         with PIL.Image.open(io.BytesIO(content)) as opened:
             return _rgb(PIL.ImageOps.exif_transpose(opened))
-    except _BROKEN as error:
+    except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
         reason = "it is none of the known formats" if isinstance(error, PIL.UnidentifiedImageError) else _said(error)
         raise Unreadable(
             f"{name} cannot be read as a picture ({reason}); mend or remove the picture, or set data.skip_unreadable"
@@ -79,7 +83,7 @@ def _said(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
 
 
-def _rgb(image: PIL.Image.Image) -> Bytes:
+def _rgb(image: "PIL.Image.Image") -> Bytes:
     if image.mode in (*_SIXTEEN, "I"):
         grey = _eight_bits(np.asarray(image).astype(np.int64))
         return np.repeat(grey[..., None], 3, axis=2)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import PIL.Image
-import pyarrow as pa
+import numpy as np
 
+from fedtune.data.column import Column, Values, as_picture, objects
 from fedtune.data.listing import files_in, part_named, parts_of
-from fedtune.data.table import Classes, Kind, Pictures, Table, as_pictures
+from fedtune.data.table import Classes, Kind, Pictures, Table
 from fedtune.errors import DataError
 
 __all__ = ["described", "image_folder"]
@@ -44,6 +44,8 @@ def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
 
 def _endings() -> tuple[str, ...]:
     """Of the files Pillow opens."""
+    import PIL.Image
+
     PIL.Image.init()
     return tuple(ending for ending, form in PIL.Image.EXTENSION.items() if form in PIL.Image.OPEN)
 
@@ -60,6 +62,5 @@ def _leaves_are_classes(ways: Sequence[tuple[str, ...]]) -> bool:
     return len({len(way) for way in ways}) == 1 and all(len(same) == 1 for same in above.values())
 
 
-def _columns(files: Sequence[Path], labels: list[int]) -> pa.Table:
-    paths = as_pictures(pa.array([str(file) for file in files], pa.string()))
-    return pa.table({"image": paths, "label": pa.array(labels, pa.int64())})
+def _columns(files: Sequence[Path], labels: list[int]) -> dict[str, Column]:
+    return {"image": Values(objects(map(as_picture, files))), "label": Values(np.array(labels, np.int64))}

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 
+from fedtune.data.column import Column, Values
 from fedtune.data.table import Classes, Kind, Table
 from fedtune.errors import DataError
 
@@ -32,10 +32,10 @@ def encode_labels(found: Mapping[str, Table], source: str) -> tuple[dict[str, Ta
 def _values(found: Mapping[str, Table], source: str) -> list[Any]:
     """All label values in order; whole real numbers are class numbers."""
     columns = [table.column("label") for table in found.values()]
-    kind = columns[0].type
-    _check_type(kind, source)
-    values = sorted({value for column in columns for value in pc.unique(column).to_pylist()})
-    if not pa.types.is_floating(kind):
+    for column in columns:
+        _check_type(column, source)
+    values = sorted({value for column in columns for value in column.unique()})
+    if not all(isinstance(value, float) for value in values):
         return values
     if all(value.is_integer() for value in values):
         return [int(value) for value in values]
@@ -44,9 +44,9 @@ def _values(found: Mapping[str, Table], source: str) -> list[Any]:
     return values
 
 
-def _check_type(kind: Any, source: str) -> None:
-    if pa.types.is_nested(kind):
-        raise DataError(f"{source} has labels of type {kind}; one class name or number per example is needed")
+def _check_type(column: Column, source: str) -> None:
+    if column.nested:
+        raise DataError(f"{source} has labels of type {column.nested}; one class name or number per example is needed")
 
 
 def _check_single(names: Sequence[str], source: str) -> None:
@@ -64,29 +64,26 @@ def _check_single(names: Sequence[str], source: str) -> None:
 
 
 def _number(table: Table, values: list[Any], where: str) -> Table:
-    column = table.column("label")
-    known = pa.array(values).cast(column.type)
-    numbers = pc.index_in(column, value_set=known)
-    if numbers.null_count:
-        unknown = pc.unique(column.filter(numbers.is_null())).to_pylist()[0]
+    numbers = {value: number for number, value in enumerate(values)}
+    found = table["label"]
+    unknown = next((value for value in found if value not in numbers), None)
+    if unknown is not None:
         raise DataError(
             f"{where}: the label {unknown!r} is none of the {len(values)} classes; are these examples labelled?"
         )
-    return table.with_column("label", numbers.cast(pa.int64()))
+    return table.with_column("label", Values(np.array([numbers[value] for value in found], np.int64)))
 
 
 def label_by_name(table: Table, labels: Sequence[str], source: str) -> Table:
     """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
     column, kind = table.column("label"), table.kinds.get("label")
-    _check_type(column.type, source)
-    values = pc.unique(column).to_pylist()
-    names = [_name(value, kind, labels) for value in values]
-    unknown = [name for name in names if name not in labels]
+    _check_type(column, source)
+    names = {value: _name(value, kind, labels) for value in column.unique()}
+    unknown = [name for name in names.values() if name not in labels]
     if unknown:
         raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
-    numbers = pa.array([labels.index(name) for name in names], pa.int64())
-    placed = numbers.take(pc.index_in(column, value_set=pa.array(values, column.type)).combine_chunks())
-    return table.with_column("label", placed)
+    numbers = {value: labels.index(name) for value, name in names.items()}
+    return table.with_column("label", Values(np.array([numbers[value] for value in column.values()], np.int64)))
 
 
 def _name(value: Any, kind: Kind | None, labels: Sequence[str]) -> str:

@@ -21,7 +21,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils import disable_progress_bars, enable_progress_bars, logging
 from huggingface_hub.utils import logging as hub_logging
 
-from fedtune.data.table import Classes, Greys, Kind, Pictures, Table, of_greys
+from fedtune.data.arrow import Arrow
+from fedtune.data.column import Column, Values
+from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError, SourceError
 from fedtune.home import cache
 
@@ -64,23 +66,23 @@ def as_table(dataset: Dataset) -> Table:
     stored: pa.Table = dataset.data.table if dataset._indices is None else dataset.with_format("arrow")[:]
     columns = {name: _plain(stored[name], dataset.features[name]) for name in stored.column_names}
     kinds = {name: _kind(feature) for name, feature in dataset.features.items()}
-    return Table(pa.table(columns), {name: kind for name, kind in kinds.items() if kind is not None})
+    return Table(columns, {name: kind for name, kind in kinds.items() if kind is not None})
 
 
 def _kind(feature: Any) -> Kind | None:
     if isinstance(feature, Image):
         return Pictures()
     if isinstance(feature, Array2D):
-        return Greys(tuple(feature.shape))
+        return Greys()
     return Classes(tuple(feature.names)) if isinstance(feature, ClassLabel) else None
 
 
-def _plain(column: pa.ChunkedArray, feature: Any) -> Any:
+def _plain(column: pa.ChunkedArray, feature: Any) -> Column:
     """A column without the types that ``datasets`` adds to arrow's."""
     if not isinstance(feature, Array2D):
-        return column
+        return Arrow(column)
     flat = column.combine_chunks().storage.flatten().flatten().to_numpy()
-    return of_greys(flat.reshape(len(column), *feature.shape))
+    return Values(flat.reshape(len(column), *feature.shape).copy())
 
 
 def _tables(loaded: Mapping[Any, Dataset]) -> dict[str, Table]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from fedtune.data import images, sentiment
 from fedtune.data.image_folder import described, image_folder
@@ -51,7 +50,7 @@ def read(data: Data) -> Found:
 
 
 def _hub(name: str, _data: Data) -> Found:
-    from fedtune.data.loaded import from_hub  # half a second and 70 MB, for what only tables reads
+    from fedtune.data.loaded import from_hub  # half a second and 100 MB
 
     return Found(from_hub(name))
 
@@ -89,9 +88,7 @@ def _local(builder: str, *endings: str) -> Callable[[str, Data], Found]:
 
 def _placed(table: Table, data: Data, path: Path) -> Table:
     column, folder = data.columns.image, path if path.is_dir() else path.parent
-    if column not in table.column_names or not pa.types.is_string(table.columns.schema.field(column).type):
-        return table
-    return Table(with_places(table.settled(), column, folder), table.kinds)
+    return table if column in table.kinds else Table(with_places(table.columns, column, folder), table.kinds)
 
 
 def _folder(name: str, data: Data) -> Found:

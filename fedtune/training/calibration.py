@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -87,7 +86,8 @@ def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
     recipe = _recipe(chosen, model, task if pictures else "causal-language-modelling")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.everything(recipe, ())
-    blank = found.only(["image" if pictures else "text"]).with_column("label", pa.array([0] * len(found), pa.int64()))
+    labels = data.Values(np.zeros(len(found), np.int64))
+    blank = found.only(["image" if pictures else "text"]).with_column("label", labels)
     return data.encode(blank, recipe, models.reader(recipe))
 
 
