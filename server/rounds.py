@@ -25,8 +25,9 @@ from fedtune.sparse import compact, masks, spread_out
 from fedtune.stored_state import StoredState
 from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.tracking.pruning import remove_pruned, with_checkpoint
-from fedtune.training import Workshop, load_state, read_state, score
-from server.accounting import spent
+from fedtune.training import Workshop, read_state
+from server import scoring
+from server.accounting import Spending
 from server.asking import Asking
 from server.crew import Crew, assemble
 from server.evidence import evidence
@@ -49,7 +50,7 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
-    tell(RunStarted(run, first, recipe.federation.rounds))
+    tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     _sweep(run)
     remove_pruned(done)
     state = _resumed(run, done) if done else _start(shop, store, run)
@@ -57,8 +58,9 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
     asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    spending = Spending(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, state, number)
+        state = _round(shop, store, run, crew, asking, spending, state, number)
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
@@ -94,11 +96,13 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = read_state(shop.model, shop.shared)
-    metrics = _scores(shop, state, "validation", "validation")
+    metrics = scoring.validation(shop, state, 0)
     return _commit(store, run, 0, state, started, (), metrics)
 
 
-def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int) -> State:
+def _round(
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
+) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
@@ -110,7 +114,7 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
         else:
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
-    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
+    metrics += spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     return _commit(store, run, number, state, started, records, metrics, short, told)
 
@@ -199,23 +203,11 @@ def _unused(record: ContributionRecord) -> ContributionRecord:
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
-    rounds = shop.recipe.federation.rounds
-    metrics: tuple[MetricRecord, ...] = ()
-    if number % shop.recipe.evaluation.every == 0 or number == rounds:
-        metrics += _scores(shop, state, "validation", "validation")
-    if number == rounds:
+    metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
+    if number == shop.recipe.federation.rounds:
         start = StoredState(home.runs() / _checkpoint_path(run, 0))
-        metrics += _scores(shop, start, "test", "test-before") + _scores(shop, state, "test", "test")
+        metrics += scoring.test(shop, start, state)
     return metrics
-
-
-def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
-    if shop.own:  # the state alone is no model
-        return ()
-    load_state(shop.model, state)
-    examples, settings, task = getattr(shop, part), shop.recipe.evaluation, shop.recipe.task
-    scores = score(shop.model, examples, settings.batch, task, shop.techniques, metrics=settings.metrics)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
 def _checkpoint_path(run: str, number: int) -> str:

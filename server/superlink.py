@@ -11,6 +11,7 @@ import httpx
 import psutil
 
 from fedtune.errors import ServerError
+from fedtune.tracking import file_url
 from server.control import Control
 from server.flower_process import end_group, environment, free_port, last_line, path
 from server.home import ServerHome
@@ -71,7 +72,11 @@ class SuperLink:
             *("--host", _HOST, "--port", str(self.port)),
             *("--ssl-ca-certfile", str(self._home.ca), "--ssl-certfile", str(self._home.certificate)),
             *("--ssl-keyfile", str(self._home.key), "--enable-supernode-auth"),
-            *("--database", str(self._home.flower / "superlink.sqlite"), "--disable-runtime-dependency-installation"),
+            *(
+                "--database",
+                file_url(self._home.flower / "superlink.sqlite"),
+                "--disable-runtime-dependency-installation",
+            ),
         ]
 
     @property

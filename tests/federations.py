@@ -47,7 +47,7 @@ task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits"}
 devices: [{name: toy, count: 4, memory: 64MB}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 2}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 2}
 federation: {rounds: 2}
 """
 WORDS = """

@@ -24,7 +24,7 @@ from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool
 from fedtune.sparse import to_wire
 from fedtune.techniques import own
-from fedtune.tracking import Store
+from fedtune.tracking import Store, default_url
 from fedtune.training import read_state, workshop
 from server.own_scores import own_scores
 from tests.federations import Ended, begin, execute, order_of, outcome, sent_state, silent, spoilt
@@ -155,7 +155,7 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_flower(recipe, "flower", homes.store_url())
+        run_flower(recipe, "flower", default_url())
     assert outcome("flower").hashes == alone.hashes
     assert everything("flower") == everything("alone")
 

@@ -90,16 +90,15 @@ def status(as_json: bool) -> None:
 
     Example: fedtune device status
     """
-    import json
-
     from clients.device_home import DeviceHome
+    from fedtune.json_text import json_text
 
     home = DeviceHome()
     identity = home.identity()
     noted = home.noted() if home.joined else {"state": "not joined"}
     found = {"name": identity.name, "server": identity.url, "node": identity.node, **noted}
     shown = [f"{key:8}  {value}" for key, value in found.items() if value is not None]
-    click.echo(json.dumps(found) if as_json else "\n".join(shown))
+    click.echo(json_text(found) if as_json else "\n".join(shown))
 
 
 @device.command()
