@@ -29,7 +29,7 @@ from fedtune.training import Workshop, read_state
 from server import scoring
 from server.accounting import Spending
 from server.asking import Asking
-from server.crew import Crew, assemble
+from server.crew import Crew
 from server.evidence import evidence
 from server.exchange import messages_for
 from server.own_scores import client_scores, own_scores
@@ -37,6 +37,7 @@ from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
+from server.roster import Roster
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -55,12 +56,16 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     remove_pruned(done)
     state = _resumed(run, done) if done else _start(shop, store, run)
     prune_checkpoints(store, run, recipe)
-    seats = store.access.seats(run)
-    crew = assemble(grid, recipe, seats)
-    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    roster = Roster(store, run, recipe, grid)
+    crew = roster.assemble()
+    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     spending = Spending(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, spending, state, number)
+        ended: State | None = None
+        while ended is None:
+            crew = roster.refreshed(crew, asking)
+            ended = _round(shop, store, run, crew, asking, spending, state, number)
+        state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
@@ -102,12 +107,14 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 def _round(
     shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
-) -> State:
-    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
+) -> State | None:
+    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, state, number, spool)
         short = _shortage(records, shop.recipe)
+        if short and {record.client for record in records} & set(crew.removed()):
+            return None
         figures: tuple[MetricRecord, ...] = ()
         if not short:
             state, figures = _merged(shop, state, run, number, contributions)
@@ -165,7 +172,7 @@ def _gather(
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client, reason in asking.silent(records).items():
+    for client, reason in crew.explained(asking.silent(records)).items():
         records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
