@@ -23,11 +23,15 @@ _REMOVED = "its device was removed from the server"
 
 @dataclass(frozen=True)
 class Crew:
-    """Node and name of each client, by its number, and seconds between two looks for replies."""
+    """Node and name of each client, by its number, and seconds between two looks for replies.
+
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation.
+    """
 
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
 
@@ -51,12 +55,13 @@ def assemble(
     """
     if not seats:
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
-        return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
+        names = [recipe.device_of(client).name for client in range(recipe.clients)]
+        return Crew(nodes, names, shares_disk=bool(getattr(grid, "shares_disk", False)))
     gone = set(removed())
     wanted = {int(seat.node) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
-    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed)
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

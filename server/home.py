@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedtune import home
 from fedtune.errors import ServerError
 from fedtune.explain import explain
 from fedtune.files import write
+from fedtune.yaml_text import YamlError, load
 from server import authority
 
 __all__ = ["ServerHome", "Settings", "checked", "create", "exists", "open_home"]
@@ -149,11 +149,13 @@ def open_home() -> ServerHome:
     folder = home.home() / "server"
     path = folder / "server.yaml"
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ServerError(f"there is no server in {folder}; make one with fedtune server init") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ServerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
+    except YamlError as error:
+        raise ServerError(f"{path} {error}") from error
     return ServerHome(folder, checked(read if isinstance(read, dict) else {}, str(path)))
 
 

@@ -1,13 +1,12 @@
 """Carries submitted runs to their end, one at a time: started when devices are there, started again when they die."""
 
-import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
-from fedtune.tracking import RunRecord, Store, alive
+from fedtune.tracking import RunRecord, Store, alive, new_run_id
 from server.presence import Presence
 from server.seating import seated
 from server.selection import check_enrolled, qualifies
@@ -57,7 +56,7 @@ class Manager:
         check_enrolled(recipe, self._store.access.devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
-        run = f"{recipe.name[:57]}-{secrets.token_hex(3)}"
+        run = new_run_id(recipe.name)
         self._store.create_run(
             id=run,
             name=recipe.name,

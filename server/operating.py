@@ -62,7 +62,7 @@ class Operating:
         """One run with its rounds after number ``after``, and who is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
-        rounds = [record for record in self.store.rounds(run.id) if record.number > after]
+        rounds = self.store.rounds(run.id, after)
         seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
         return document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
 

@@ -51,7 +51,12 @@ def check_simulated(recipe: Recipe) -> None:
 
 
 def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
-    """RecipeError when a recipe that selects finds too few among a server's devices, connected or not."""
+    """RecipeError for a base devices cannot have, or when a recipe selects and too few devices are enrolled for it."""
+    if recipe.model.source.startswith("run:"):
+        raise RecipeError(
+            f"model.source is {recipe.model.source}, and devices have no run store; export it, put the folder on every "
+            "device and name it: path:FOLDER"
+        )
     select = recipe.federation.select
     found = sum(qualifies(select, device) for device in devices)
     if select.restricts and found < recipe.clients:

@@ -120,10 +120,9 @@ def status(as_json: bool) -> None:
 
     Example: fedtune device status
     """
-    import json
-
     from clients.device_home import DeviceHome
     from clients.enrolment import authority_ends
+    from fedtune.json_text import json_text
 
     home = DeviceHome()
     identity, joined = home.identity(), home.joined
@@ -131,7 +130,7 @@ def status(as_json: bool) -> None:
     ends = f"{authority_ends(identity):%Y-%m-%d}"
     found = {"name": identity.name, "server": identity.url, "node": identity.node, "enrolled until": ends, **noted}
     shown = [f"{key:14}  {value}" for key, value in found.items() if value is not None]
-    click.echo(json.dumps(found) if as_json else "\n".join(shown))
+    click.echo(json_text(found) if as_json else "\n".join(shown))
     if not joined:
         raise click.exceptions.Exit(1)
 

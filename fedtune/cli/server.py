@@ -209,8 +209,8 @@ def operator(name: str, output: Path) -> None:
 
 def _shown(rows: Sequence[server_view.Row], columns: server_view.Columns, as_json: bool) -> None:
     if as_json:
-        import json
+        from fedtune.json_text import json_text
 
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json_text(rows))
     else:
         server_view.show(rows, columns)
