@@ -9,6 +9,7 @@ import yaml
 
 from fedtune.errors import ServerError
 from fedtune.files import write
+from fedtune.yaml_text import YamlError, load
 from server.home import ServerHome, Settings, checked, open_home
 
 __all__ = ["readdress"]
@@ -54,8 +55,8 @@ def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
 def _says(text: str, settings: Settings) -> bool:
     """Whether a YAML text means just these settings."""
     try:
-        return checked(yaml.safe_load(text), "server.yaml") == settings
-    except (yaml.YAMLError, ServerError):
+        return checked(load(text), "server.yaml") == settings
+    except (YamlError, ServerError):
         return False
 
 
