@@ -1,7 +1,7 @@
 """Devices' way to the SuperLink: the fleet paths and nothing else, byte for byte, signed headers untouched."""
 
-import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 
 import httpx
 from starlette.concurrency import run_in_threadpool
@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fedtune.answers import HELD
+from server.flower_socket import ADDRESS
 from server.guard import Guard, address
 from server.handout import Handout
 from server.presence import Presence
@@ -41,23 +42,22 @@ _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 
 
 class Forward:
-    """Passes an enrolled device's fleet calls on to the SuperLink that listens where ``upstream`` says."""
+    """Passes an enrolled device's fleet calls on to the SuperLink that listens on ``socket``."""
 
     def __init__(
         self,
         guard: Guard,
         audit: Audit,
         presence: Presence,
-        upstream: Callable[[], str],
-        ca: bytes,
+        socket: Path,
         body_limit: int,
     ) -> None:
-        self._guard, self._audit, self._presence, self._upstream = guard, audit, presence, upstream
+        self._guard, self._audit, self._presence = guard, audit, presence
         self._body_limit = body_limit
-        trust = ssl.create_default_context(cadata=ca.decode("ascii"))
         self._handout = Handout()
         many = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
-        self._client = httpx.AsyncClient(verify=trust, timeout=_PATIENCE, limits=many)
+        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=many)
+        self._client = httpx.AsyncClient(transport=transport, timeout=_PATIENCE)
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -97,7 +97,7 @@ class Forward:
     def _onward(self, request: Request) -> httpx.Request:
         return self._client.build_request(
             request.method,
-            f"https://{self._upstream()}{request.url.path}",
+            f"http://{ADDRESS}{request.url.path}",
             headers=_kept(request.headers),
             content=limited(request, self._body_limit),
         )

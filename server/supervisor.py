@@ -71,19 +71,19 @@ def _listening(place: ServerHome) -> Iterator[socket.socket]:
 
 @contextmanager
 def _superlink(place: ServerHome) -> Iterator[SuperLink]:
-    superlink = SuperLink(place)
+    superlink = SuperLink(place.flower)
     try:
         superlink.start()
         yield superlink
     finally:
-        superlink.end()
+        superlink.close()
 
 
 def _door(
     place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, presence: Presence, audit: Audit
 ) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
-    forward = Forward(guard, audit, presence, lambda: superlink.address, ca.encode(), place.settings.body_limit)
+    forward = Forward(guard, audit, presence, superlink.socket, place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
     operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca)
     return door(guard, audit, forward, enrolment, operating, ca)

@@ -97,8 +97,9 @@ def _lacking(error: ModuleNotFoundError) -> str:
 
 
 def _be_quiet() -> None:
-    """No telemetry, no update checks, no progress bars but ours."""
+    """No telemetry, no update checks, no progress bars but ours; children do not import from the working folder."""
     for name, value in {
+        "PYTHONSAFEPATH": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
