@@ -38,6 +38,7 @@ _OF_THE_CONNECTION = frozenset(
 )
 _IDLE_SECONDS = 2.0
 """The SuperLink hangs up on a line that is idle for 5 s; a call sent at that moment would fail."""
+_DIGITS = 16
 _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 
 
@@ -104,13 +105,20 @@ class Forward:
 
 
 async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body of a request as it comes; RefusedError once it is longer than ``limit`` bytes."""
+    """The body of a request as it comes; RefusedError once it is longer than ``limit`` bytes, or says it will be."""
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or len(declared) > _DIGITS or int(declared) > limit:
+        raise _too_large(limit)
     left = limit
     async for chunk in request.stream():
         left -= len(chunk)
-        if left < 0 or int(request.headers.get("content-length", 0)) > limit:
-            raise RefusedError(413, f"the request is larger than the {limit} bytes this server takes")
+        if left < 0:
+            raise _too_large(limit)
         yield chunk
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError(413, f"the request is larger than the {limit} bytes this server takes")
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -23,6 +23,7 @@ from server.enrolment import Enrolment
 from server.forward import Forward
 from server.guard import Guard
 from server.home import ServerHome
+from server.letting_in import LettingIn
 from server.manager import Manager
 from server.operating import Operating
 from server.presence import Presence
@@ -85,8 +86,9 @@ def _door(
     guard, ca = Guard(store.access), place.ca.read_text()
     forward = Forward(guard, audit, presence, superlink.socket, place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
-    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca)
-    return door(guard, audit, forward, enrolment, operating, ca)
+    operating = Operating(store, manager, presence, guard, audit, superlink.control)
+    letting = LettingIn(store.access, audit, place.settings.url(), ca)
+    return door(guard, audit, forward, enrolment, operating, letting, ca)
 
 
 def _config(app: Starlette, place: ServerHome, audit: Audit) -> uvicorn.Config:

@@ -8,9 +8,11 @@ from fedtune.tracking.records import (
     ContributionRecord,
     DeviceRecord,
     MetricRecord,
+    OperatorRecord,
     RoundRecord,
     RunRecord,
     Seat,
+    TokenRecord,
 )
 from fedtune.tracking.store import Store
 
@@ -21,10 +23,12 @@ __all__ = [
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
+    "OperatorRecord",
     "RoundRecord",
     "RunRecord",
     "Seat",
     "Store",
+    "TokenRecord",
     "alive",
     "claim",
 ]
