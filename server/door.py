@@ -1,6 +1,7 @@
 """The only way in: fleet paths for enrolled devices, fedtune's own paths, and a recorded refusal for all else."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -41,12 +42,15 @@ def door(
     operating: Operating,
     letting: LettingIn,
     ca: str,
+    sweep: Callable[[], None],
 ) -> Starlette:
-    """The application that listens where others can reach it."""
+    """The application that listens where others can reach it; ``sweep`` is called every second."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_every_second(sweep))
         yield
+        sweeping.cancel()
         await forward.close()
 
     refuse = _refusing(audit)
@@ -58,6 +62,12 @@ def door(
         *_operator_routes(guard, operating, letting),
     ]
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+
+async def _every_second(sweep: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        sweep()
 
 
 def _device_routes(enrolment: Enrolment) -> list[Route]:
@@ -120,8 +130,7 @@ def _refusing(audit: Audit) -> Callable[[Request, Exception], Awaitable[Response
         if status != _STARTING:
             what = f"{request.method} {request.url.path[:200]}: {sentence}"
             await run_in_threadpool(audit.refused, address(request), what, getattr(error, "who", ""))
-        # A body that nobody wants is not waited for: the connection ends with this answer.
-        return _json({"error": clean_text(sentence, _SENTENCE)}, status, {"connection": "close"})
+        return _json({"error": clean_text(sentence, _SENTENCE)}, status)
 
     return refuse
 
@@ -144,5 +153,5 @@ def _told(request: Request, error: Exception) -> tuple[int, str]:
             )
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(text(content), status, headers, media_type="application/json")
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(text(content), status, media_type="application/json")

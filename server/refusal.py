@@ -47,6 +47,7 @@ class Audit:
         self._log, self._clock = access.audit, clock
         self._lock = Lock()
         self._minute, self._seen, self._written = 0, Counter[str](), Counter[str]()
+        self._flushed = clock()
         self._recent: OrderedDict[tuple[str, str], _Line] = OrderedDict()
 
     def done(self, who: str, what: str) -> None:
@@ -64,12 +65,14 @@ class Audit:
             if len(self._recent) > _REMEMBERED:
                 self._write(self._recent.popitem(last=False)[1])
 
-    def flush(self) -> None:
-        """Write down what was counted, and how many lines of the last minute were left out."""
+    def flush(self, every: float = 0.0) -> None:
+        """Write down what was counted, and what the last minute left out; once in ``every`` seconds."""
         with self._lock:
-            self._turn()
-            for line in self._recent.values():
-                self._write(line)
+            if self._clock() - self._flushed >= every:
+                self._flushed = self._clock()
+                self._turn()
+                for line in self._recent.values():
+                    self._write(line)
 
     def _counted(self, refusal: tuple[str, str]) -> bool:
         """Whether the same was written down of late; then it is counted there."""

@@ -2,9 +2,9 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
-import ssl
 import sys
 import threading
 import traceback
@@ -18,11 +18,13 @@ from fedtune import home
 from fedtune.errors import FedtuneError, ServerError
 from fedtune.tracking import Store
 from fedtune.tracking.lock import held
+from server.connections import Connections, Listener, peer
 from server.door import door
 from server.enrolment import Enrolment
 from server.forward import Forward
 from server.guard import Guard
 from server.home import ServerHome
+from server.http_line import watched
 from server.letting_in import LettingIn
 from server.manager import Manager
 from server.operating import Operating
@@ -34,6 +36,10 @@ from server.tls import telling
 __all__ = ["up"]
 
 _TICK_SECONDS = 0.25
+_FLUSH_SECONDS = 10.0
+_MOST_FILES, _OWN_FILES = 1 << 16, 256
+"""Open files that are asked for, and those that are not connections."""
+_LEAST_CONNECTIONS, _BACKLOG = 64, 1024
 
 
 def up(place: ServerHome) -> None:
@@ -48,22 +54,36 @@ def up(place: ServerHome) -> None:
 
 
 def _serve(place: ServerHome) -> None:
+    files = _raise_file_limit()
     with _listening(place) as listener, Store.open() as store, _superlink(place) as superlink:
         presence = Presence(lambda: superlink.control().online())
         manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
-        config = _config(_door(place, store, superlink, manager, presence, audit), place, audit)
-        with _kept_going(superlink, manager):
+        total = max(_LEAST_CONNECTIONS, (files - _OWN_FILES) // 2)  # each has a line to the SuperLink beside it
+        listener.connections = Connections(place.settings.connections, total, _in_background(audit))
+        app = _door(place, store, superlink, manager, presence, audit, listener.connections)
+        with _kept_going(superlink, manager, audit):
             print(f"fedtune server at {place.settings.url()}", flush=True)
-            uvicorn.Server(config).run([listener])
+            uvicorn.Server(_config(app, place, audit, listener.connections)).run([listener])
+
+
+def _raise_file_limit() -> int:
+    """Let this process and its children have as many files open as the system allows them; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return min(soft, _MOST_FILES) if soft != resource.RLIM_INFINITY else most
 
 
 @contextmanager
-def _listening(place: ServerHome) -> Iterator[socket.socket]:
+def _listening(place: ServerHome) -> Iterator[Listener]:
     host, port = place.settings.address
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=256)
+        made = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = Listener(made.family, made.type, made.proto, fileno=made.detach())
     except OSError as error:
         raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; change listen in server.yaml") from error
     with listener:
@@ -81,19 +101,28 @@ def _superlink(place: ServerHome) -> Iterator[SuperLink]:
 
 
 def _door(
-    place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, presence: Presence, audit: Audit
+    place: ServerHome,
+    store: Store,
+    superlink: SuperLink,
+    manager: Manager,
+    presence: Presence,
+    audit: Audit,
+    connections: Connections,
 ) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
     forward = Forward(guard, audit, presence, superlink.socket, place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
     operating = Operating(store, manager, presence, guard, audit, superlink.control)
     letting = LettingIn(store.access, audit, place.settings.url(), ca)
-    return door(guard, audit, forward, enrolment, operating, letting, ca)
+    return door(guard, audit, forward, enrolment, operating, letting, ca, connections.sweep)
 
 
-def _config(app: Starlette, place: ServerHome, audit: Audit) -> uvicorn.Config:
+def _config(app: Starlette, place: ServerHome, audit: Audit, connections: Connections) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # its transports close the sockets they are given, which are counted
+        http=watched(connections),
+        backlog=_BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -105,33 +134,36 @@ def _config(app: Starlette, place: ServerHome, audit: Audit) -> uvicorn.Config:
     )
     config.load()
     assert config.ssl is not None
-    config.ssl.sslobject_class = telling(_in_background(audit))
+    tell = _in_background(audit)
+    config.ssl.sslobject_class = telling(
+        lambda error: tell(peer.get(), f"no TLS connection came about: {error.reason or error}")
+    )
     return config
 
 
-def _in_background(audit: Audit) -> Callable[[ssl.SSLError], None]:
-    """Handshakes happen in the event loop, which must not wait for the store."""
+def _in_background(audit: Audit) -> Callable[[str, str], None]:
+    """Connections are made and cut in the event loop, which must not wait for the store."""
 
-    def tell(error: ssl.SSLError) -> None:
-        sentence = f"no TLS connection came about: {error.reason or error}"
-        asyncio.get_running_loop().run_in_executor(None, audit.refused, "unknown", sentence)
+    def tell(address: str, sentence: str) -> None:
+        asyncio.get_running_loop().run_in_executor(None, audit.refused, address, sentence)
 
     return tell
 
 
 @contextmanager
-def _kept_going(superlink: SuperLink, manager: Manager) -> Iterator[None]:
+def _kept_going(superlink: SuperLink, manager: Manager, audit: Audit) -> Iterator[None]:
     ending = threading.Event()
-    keeper = threading.Thread(target=_keep_going, args=(superlink, manager, ending), name="keeper")
+    keeper = threading.Thread(target=_keep_going, args=(superlink, manager, audit, ending), name="keeper")
     keeper.start()
     try:
         yield
     finally:
         ending.set()
         keeper.join()
+        audit.flush()
 
 
-def _keep_going(superlink: SuperLink, manager: Manager, ending: threading.Event) -> None:
+def _keep_going(superlink: SuperLink, manager: Manager, audit: Audit, ending: threading.Event) -> None:
     """Start the SuperLink again when it died and look after the runs; what goes wrong is said once, and tried again."""
     said = ""
     while not ending.wait(_TICK_SECONDS):
@@ -141,6 +173,7 @@ def _keep_going(superlink: SuperLink, manager: Manager, ending: threading.Event)
                 superlink.end()
                 superlink.start()
             manager.tick()
+            audit.flush(every=_FLUSH_SECONDS)
             said = ""
         except Exception as error:  # whatever it is, the door stays open and the next tick tries again
             told = str(error) if isinstance(error, FedtuneError) else traceback.format_exc()

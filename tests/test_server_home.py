@@ -99,6 +99,7 @@ def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home:
         "names": ["localhost"],
         "deadline": 3600,
         "body_limit": 1 << 26,
+        "connections": 256,
     }
     path.write_text("listne: 127.0.0.1:1\n")
     with pytest.raises(ServerError, match=r"unknown key 'listne'; .*listen"):
