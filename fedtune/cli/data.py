@@ -54,7 +54,7 @@ def _print(summary: "Summary", path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**asdict(summary), "picture": str(path)}))
         return
-    Console().print(_table(summary))
+    Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MOST_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"picture: {path}")

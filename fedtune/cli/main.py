@@ -8,6 +8,7 @@ import sys
 import click
 
 from fedtune.errors import FedtuneError
+from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
 
@@ -111,7 +112,7 @@ def _be_quiet() -> None:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"fedtune: {sentence}", err=True)
+    click.echo(f"fedtune: {clean_lines(sentence)}", err=True)  # it may quote what somebody else said
     return 2
 
 
