@@ -82,9 +82,11 @@ class Connections:
             self.cut(connection, connection.why)
 
     def cut(self, connection: Connection, why: str) -> None:
-        """End a connection; asyncio finds out, and closes the socket."""
+        """End a connection, unless it has ended; asyncio finds out, and closes the socket."""
+        if self._open.get(connection.socket.fileno()) is not connection:
+            return
+        del self._open[connection.socket.fileno()]
         self.tell(connection.address, why)
-        self._open.pop(connection.socket.fileno(), None)
         with suppress(OSError):
             connection.socket.shutdown(socket.SHUT_RDWR)
 

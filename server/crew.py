@@ -22,11 +22,12 @@ _REMOTE_POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Crew:
-    """Node and name of each client, by its number, and seconds between two looks for replies."""
+    """Node and name of each client, by its number, seconds between two looks for replies, and whether it is real."""
 
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    deployed: bool = False
 
 
 def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
@@ -39,7 +40,7 @@ def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float 
         return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
     wanted = [int(seat.node) for seat in seats]
     _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
-    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS)
+    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS, deployed=True)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

@@ -35,7 +35,7 @@ class _Watched(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._line is not None and not self.transport.is_closing():
+        if self._line is not None and not self.flow.write_paused and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
                 self._between_requests(self._line, len(data))
             else:
@@ -73,7 +73,7 @@ class _Watched(H11Protocol):
             self._line.wait(None)
 
     def on_response_complete(self) -> None:
-        if self._line is not None:
+        if self._line is not None and not self.flow.write_paused:
             refused = self.conn.their_state is h11.SEND_BODY
             due = self.lines.clock() + _REFUSED_SECONDS if refused else None
             self._line.wait(due, "went on sending a body that was refused")

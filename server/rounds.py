@@ -33,6 +33,7 @@ from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.receive import aged, missing, receive
+from server.reply_limit import allow
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -159,6 +160,8 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
     found: dict[int, Message] = {}
+    if crew.deployed:
+        allow(home.runs() / run, max(parts.of(client).most for client in clients))
     for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
         own = [client for client in clients if parts.of(client).payload is payload]
         found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)

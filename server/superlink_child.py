@@ -97,6 +97,7 @@ def main() -> None:
         app,
         log_config=get_uvicorn_log_config(console_handler.level),
         access_log=False,
+        ws="none",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     )
     uvicorn.Server(config).run([_listening(given.socket)])

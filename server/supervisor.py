@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import uvicorn
 from starlette.applications import Starlette
@@ -30,8 +31,10 @@ from server.manager import Manager
 from server.operating import Operating
 from server.presence import Presence
 from server.refusal import Audit
+from server.reply_limit import allowed
 from server.superlink import SuperLink
 from server.tls import telling
+from server.uploads import Uploads
 
 __all__ = ["up"]
 
@@ -110,11 +113,18 @@ def _door(
     connections: Connections,
 ) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
-    forward = Forward(guard, audit, presence, superlink.socket, place.settings.body_limit)
+    uploads = Uploads(partial(_reply_limit, manager, place.settings.body_limit))
+    forward = Forward(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
     operating = Operating(store, manager, presence, guard, audit, superlink.control)
     letting = LettingIn(store.access, audit, place.settings.url(), ca)
     return door(guard, audit, forward, enrolment, operating, letting, ca, connections.sweep)
+
+
+def _reply_limit(manager: Manager, otherwise: int, number: int) -> int:
+    """Bytes a reply may have in the run that has a number on the SuperLink."""
+    run = manager.run_of(number)
+    return (allowed(home.runs() / run) if run else None) or otherwise
 
 
 def _config(app: Starlette, place: ServerHome, audit: Audit, connections: Connections) -> uvicorn.Config:

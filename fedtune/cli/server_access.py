@@ -113,7 +113,7 @@ def _page(connection: Connection, since: str | None, limit: int, before: int | N
 
 def _moment(text: str) -> str:
     """A time as the server reads it; what has no zone is this machine's time."""
-    if found := re.fullmatch(r"(\d{1,6})([mhd])", text, re.ASCII):
+    if found := re.fullmatch(r"(\d{1,4})([mhd])", text, re.ASCII):
         return (datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})).isoformat()
     try:
         return datetime.fromisoformat(text).astimezone().isoformat()
