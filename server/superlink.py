@@ -12,6 +12,7 @@ import psutil
 
 from fedtune.child import isolated
 from fedtune.errors import ServerError
+from fedtune.tracking.compaction import shrink, trim_log
 from server.control import Control
 from server.flower_process import end_group, environment, last_line
 from server.flower_socket import ADDRESS, private_folder
@@ -47,12 +48,12 @@ class SuperLink:
 
     def start(self) -> None:
         """Start it and wait until it answers; ServerError when it does not."""
-        database = self._folder / "superlink.sqlite"
         options = ["--simulation"] if self._simulation else []
         self.socket.unlink(missing_ok=True)
+        shrink(self._database)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                isolated("server.superlink_child", str(self.socket), str(database), *options),
+                isolated("server.superlink_child", str(self.socket), str(self._database), *options),
                 env=environment(self._folder) | lifeline(),
                 cwd=None if self._simulation else self._folder,
                 stdin=subprocess.PIPE,
@@ -63,6 +64,14 @@ class SuperLink:
         self._wait(self._process)
         self._control = Control(self.socket)
         self.generation += 1
+
+    @property
+    def _database(self) -> Path:
+        return self._folder / "superlink.sqlite"
+
+    def trim(self) -> None:
+        """Keep the log beside its database small; to be called every moment."""
+        trim_log(self._database)
 
     @property
     def log(self) -> Path:

@@ -62,6 +62,7 @@ def _serve(place: ServerHome) -> None:
         presence = Presence(lambda: superlink.control().online())
         manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
+        store.compact()
         total = max(_LEAST_CONNECTIONS, (files - _OWN_FILES) // 2)  # each has a line to the SuperLink beside it
         listener.connections = Connections(place.settings.connections, total, _in_background(audit))
         app = _door(place, store, superlink, manager, presence, audit, listener.connections)
@@ -183,6 +184,7 @@ def _keep_going(superlink: SuperLink, manager: Manager, audit: Audit, ending: th
                 superlink.end()
                 superlink.start()
             manager.tick()
+            superlink.trim()
             audit.flush(every=_FLUSH_SECONDS)
             said = ""
         except Exception as error:  # whatever it is, the door stays open and the next tick tries again

@@ -17,9 +17,8 @@ MEGABYTE = 1 << 20
 
 def announced(content: RecordDict, order: str = "order") -> bytes:
     message = Message(metadata=Metadata(run_id=7, reply_to_message_id=order))
-    return PushMessagesRequest(
-        messages_list=[message], message_object_trees=[get_object_tree(content)]
-    ).SerializeToString()
+    request = PushMessagesRequest(messages_list=[message], message_object_trees=[get_object_tree(content)])
+    return bytes(request.SerializeToString())
 
 
 def objects(content: RecordDict) -> Mapping[str, bytes]:
@@ -27,7 +26,7 @@ def objects(content: RecordDict) -> Mapping[str, bytes]:
 
 
 def pushed(name: str, content: bytes) -> bytes:
-    return PushObjectRequest(run_id=7, object_id=name, object_content=content).SerializeToString()
+    return bytes(PushObjectRequest(run_id=7, object_id=name, object_content=content).SerializeToString())
 
 
 def send(uploads: Uploads, content: RecordDict, *, backwards: bool = False) -> int:
