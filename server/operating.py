@@ -20,6 +20,8 @@ from server.letting_in import read_tags
 from server.manager import Manager
 from server.presence import Presence
 from server.refusal import Audit, RefusedError
+from server.resolving import resolved
+from server.selection import check_enrolled
 
 __all__ = ["Operating", "device_document"]
 
@@ -42,7 +44,8 @@ class Operating:
         except ValidationError as error:
             raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
         require_accountant(recipe)
-        run = self.manager.submit(recipe)
+        check_enrolled(recipe, self.store.access.devices())
+        run = self.manager.submit(resolved(recipe))
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}
 

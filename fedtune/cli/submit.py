@@ -26,7 +26,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
 
     from fedtune.cli.follow import follow
     from fedtune.recipe_file import read
-    from fedtune.simulation.resolve import resolve
+    from fedtune.training.resolve import resolve
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     whole = resolve(read(recipe, added))
