@@ -21,6 +21,7 @@ def read_json(body: bytes) -> Any:
         return None
     try:
         value = json.loads(body, parse_int=_whole, parse_float=_finite, parse_constant=_refused)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character has no bytes: no database keeps it
     except RecursionError as error:
         raise _too_deep() from error
     except ValueError as error:
