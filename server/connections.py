@@ -28,9 +28,12 @@ class Connection:
 
     socket: socket.socket
     address: str
+    source: str
     due: float | None
     why: str
     proven: bool = False
+    abort: Callable[[], None] | None = None
+    """Ends it at once, once there is a transport that may be asked to."""
 
     def wait(self, due: float | None, why: str = "") -> None:
         """Wait for something else from now on."""
@@ -51,14 +54,15 @@ class Connections:
 
     def admit(self, accepted: socket.socket, address: str) -> bool:
         """Count a new connection, in place of one that has brought nothing where there are too many; or refuse it."""
-        its = self._of(source_of(address))
+        source = source_of(address)
+        its = [one for one in self._open.values() if one.source == source]
         if len(its) >= self._each and not self._make_room(its):
             self.tell(address, f"{_TOO_MANY} from this address: {len(its)}")
             return False
         if len(self._open) >= self._total and not self._make_room(self._open.values()):
             self.tell(address, f"{_TOO_MANY}: {self._total}")
             return False
-        made = Connection(accepted, address, None, "")
+        made = Connection(accepted, address, source, None, "")
         self.expect_request(made)
         self._open[accepted.fileno()] = made
         return True
@@ -87,11 +91,11 @@ class Connections:
             return
         del self._open[connection.socket.fileno()]
         self.tell(connection.address, why)
+        if connection.abort is not None:
+            connection.abort()
+            return
         with suppress(OSError):
             connection.socket.shutdown(socket.SHUT_RDWR)
-
-    def _of(self, source: str) -> list[Connection]:
-        return [one for one in self._open.values() if source_of(one.address) == source]
 
     def _make_room(self, among: Iterable[Connection]) -> bool:
         oldest = next((one for one in among if not one.proven), None)

@@ -32,6 +32,8 @@ class _Watched(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._line = self.lines.find(transport.get_extra_info("socket").fileno())
+        if self._line is not None:
+            self._line.abort = transport.abort
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

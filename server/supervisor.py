@@ -1,6 +1,7 @@
 """``fedtune server up``: one process that keeps the SuperLink, the door and the runs going until it is told to end."""
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -42,7 +43,10 @@ _TICK_SECONDS = 0.25
 _FLUSH_SECONDS = 10.0
 _MOST_FILES, _OWN_FILES = 1 << 16, 256
 """Open files that are asked for, and those that are not connections."""
-_LEAST_CONNECTIONS, _BACKLOG = 64, 1024
+_MOST_CONNECTIONS, _BACKLOG = 2048, 1024
+"""A TLS connection holds a third of a megabyte."""
+_GARBAGE = 2000, 10, 10
+"""Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
 
 
 def up(place: ServerHome) -> None:
@@ -50,6 +54,7 @@ def up(place: ServerHome) -> None:
     if place.settings.store:
         os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
     place.renew()
+    gc.set_threshold(*_GARBAGE)
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), held(place.lock, 0.5, f"the server in {place.folder} is up already"):
@@ -63,7 +68,7 @@ def _serve(place: ServerHome) -> None:
         manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
         store.compact()
-        total = max(_LEAST_CONNECTIONS, (files - _OWN_FILES) // 2)  # each has a line to the SuperLink beside it
+        total = min(_MOST_CONNECTIONS, (files - _OWN_FILES) // 2)  # each has a line to the SuperLink beside it
         listener.connections = Connections(place.settings.connections, total, _in_background(audit))
         app = _door(place, store, superlink, manager, presence, audit, listener.connections)
         with _kept_going(superlink, manager, audit):
