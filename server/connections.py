@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from server.refusal import source_of
 
-__all__ = ["Connection", "Connections", "Listener", "peer"]
+__all__ = ["AT_A_TIME", "Connection", "Connections", "Listener", "peer"]
 
 peer: ContextVar[str] = ContextVar("peer", default="unknown")
 """The address of the connection at hand: asyncio calls whatever is about it in the context it was taken in."""
 _REQUEST_SECONDS = 15.0
 """From the beginning of a connection, or the first byte of a later request, to the end of a request's headers."""
+AT_A_TIME, _WAITING = 16, 1024
+"""Connections accepted at a time, and those that wait: a flood taken in at once would push out whoever is among it."""
 _TOO_MANY = "too many connections"
 
 
@@ -108,6 +110,10 @@ class Listener(socket.socket):
     """A listening socket whose connections are counted; asyncio accepts and closes them as it does others."""
 
     connections: Connections
+
+    def listen(self, backlog: int = 0) -> None:
+        """Let many callers wait, however few are accepted at a time: those accepted get on between two times."""
+        super().listen(max(backlog, _WAITING))
 
     def accept(self) -> tuple[socket.socket, tuple[str, int]]:
         """The next connection that is admitted, and its address; BlockingIOError when there is none."""

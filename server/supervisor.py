@@ -20,7 +20,7 @@ from fedtune import home
 from fedtune.errors import FedtuneError, ServerError
 from fedtune.tracking import Store
 from fedtune.tracking.lock import held
-from server.connections import Connections, Listener, peer
+from server.connections import AT_A_TIME, Connections, Listener, peer
 from server.door import door
 from server.enrolment import Enrolment
 from server.forward import Forward
@@ -34,7 +34,7 @@ from server.presence import Presence
 from server.refusal import Audit
 from server.reply_limit import allowed
 from server.superlink import SuperLink
-from server.tls import telling
+from server.tls import small_buffers, telling
 from server.uploads import Uploads
 
 __all__ = ["up"]
@@ -43,8 +43,8 @@ _TICK_SECONDS = 0.25
 _FLUSH_SECONDS = 10.0
 _MOST_FILES, _OWN_FILES = 1 << 16, 256
 """Open files that are asked for, and those that are not connections."""
-_MOST_CONNECTIONS, _BACKLOG = 2048, 1024
-"""A TLS connection holds a third of a megabyte."""
+_MOST_CONNECTIONS = 2048
+"""A TLS connection holds about 100 kB."""
 _GARBAGE = 2000, 10, 10
 """Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
 
@@ -55,6 +55,7 @@ def up(place: ServerHome) -> None:
         os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
     place.renew()
     gc.set_threshold(*_GARBAGE)
+    small_buffers()
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), held(place.lock, 0.5, f"the server in {place.folder} is up already"):
@@ -91,7 +92,7 @@ def _listening(place: ServerHome) -> Iterator[Listener]:
     host, port = place.settings.address
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        made = socket.create_server((host, port), family=family)
         listener = Listener(made.family, made.type, made.proto, fileno=made.detach())
     except OSError as error:
         raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; change listen in server.yaml") from error
@@ -138,7 +139,7 @@ def _config(app: Starlette, place: ServerHome, audit: Audit, connections: Connec
         app,
         loop="asyncio",  # its transports close the sockets they are given, which are counted
         http=watched(connections),
-        backlog=_BACKLOG,
+        backlog=AT_A_TIME,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,7 +1,10 @@
 """Where attacks take place: a server that is up, an honest device that is served meanwhile, and a hostile one."""
 
+import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,40 +14,40 @@ from pathlib import Path
 
 import httpx
 import psutil
-from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
+from cryptography.hazmat.primitives import serialization
 
 from tests.servers import Knocker, Server, serving
 
 __all__ = ["Attack", "Honest", "Scene", "scene"]
 
-_EVERY = 0.2
-
 
 class Honest:
-    """A device that beats and asks for work in a thread of its own, and how long it was kept waiting at most."""
+    """A device that beats and asks for work in a process of its own, and how long it was kept waiting at most."""
 
-    def __init__(self, server: Server) -> None:
-        self._knocker = Knocker(server)
-        self._node = int(self._knocker.enroll(server.token("honest")).json()["node_id"])
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+    def __init__(self, server: Server, folder: Path) -> None:
+        knocker = Knocker(server)
+        node = knocker.enroll(server.token("honest")).json()["node_id"]
+        ca, key = folder / "honest-ca.pem", folder / "honest-key.pem"
+        ca.write_text(server.place.ca.read_text())
+        private = serialization.PrivateFormat.PKCS8
+        key.write_bytes(
+            knocker.private.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
+        )
+        command = [sys.executable, "-m", "tests.attacks.honest", server.url, str(ca), str(key), node]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._longest, self._failures = 0.0, list[str]()
+        self._first = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
+        assert self._first.wait(60), "the honest device is not served at all"
 
-    def _serve(self) -> None:
-        while not self._over.wait(_EVERY):
-            started = time.monotonic()
-            try:
-                with self._knocker.fleet() as fleet:  # a new connection each time, as after a cut line
-                    fleet.SendNodeHeartbeat(
-                        SendNodeHeartbeatRequest(node=Node(node_id=self._node), heartbeat_interval=30)
-                    )
-                    fleet.PullMessages(PullMessagesRequest(node=Node(node_id=self._node)))
-            except (httpx.HTTPError, ValueError) as error:
-                self._failures.append(repr(error))
-            self._longest = max(self._longest, time.monotonic() - started)
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            seconds, failure = json.loads(line)
+            self._longest = max(self._longest, seconds)
+            self._failures += [failure] if failure else []
+            self._first.set()
 
     def look(self) -> tuple[float, list[str]]:
         """The longest wait and the failures since the last look."""
@@ -53,7 +56,9 @@ class Honest:
         return found
 
     def close(self) -> None:
-        self._over.set()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
         self._thread.join(10)
 
 
@@ -114,7 +119,7 @@ def scene(folder: Path) -> Iterator[Scene]:
         os.environ.pop(name, None)
     (folder / "home").mkdir()
     with serving(folder / "home") as server:
-        honest, hostile = Honest(server), Knocker(server)
+        honest, hostile = Honest(server, folder), Knocker(server)
         node = int(hostile.enroll(server.token("hostile")).json()["node_id"])
         made = Scene(server, honest, hostile, folder, node)
         try:

@@ -136,7 +136,7 @@ def _tls(scene: Scene, source: str = "127.0.0.1") -> ssl.SSLSocket:
 
 
 def _unfinished(scene: Scene) -> str:
-    """A thousand connections that never speak TLS, two hundred whose headers never end, from the honest device's address."""
+    """A thousand that never speak TLS and two hundred whose headers never end, from the honest device's own address."""
     opened = 0
     for _ in range(1000):
         line = socket.create_connection(scene.server.place.settings.address, timeout=10)
