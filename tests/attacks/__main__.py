@@ -3,6 +3,7 @@
 Words after it choose those attacks whose names hold one of them.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 from tests.attacks import devices, machine, strangers
 from tests.attacks.scene import Attack, Scene, scene
 
-_SERVED_WITHIN = 1.0  # seconds
+_SERVED_WITHIN = 1.0
+"""Seconds; as much longer on a machine that is busy with something else, as there are processes waiting for a core."""
 _MORE_MEMORY = 200 << 20
 _ALL = [*machine.ATTACKS, *devices.ATTACKS, *strangers.ATTACKS]
 
@@ -47,8 +49,9 @@ def _tried(made: Scene, attack: Attack) -> list[str]:
         trouble.append(f"the audit does not mention {attack.recorded!r}")
     if made.server.process.poll() is not None:
         trouble.append(f"the server ended: {made.server.log.read_text()[-500:]}")
-    if failures or longest > _SERVED_WITHIN:
-        trouble.append(f"the honest device waited {longest:.2f} s; {failures[:2]}")
+    allowed = _SERVED_WITHIN * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    if failures or longest > allowed:
+        trouble.append(f"the honest device waited {longest:.2f} s of {allowed:.1f}; {failures[:2]}")
     if made.memory() - memory > _MORE_MEMORY:
         trouble.append(f"the server holds {(made.memory() - memory) / 1e6:.0f} MB more")
     print(

@@ -155,7 +155,8 @@ def _empty_held(scene: Scene) -> str:
     request = PushMessagesRequest(
         messages_list=[Message(metadata=Metadata(run_id=1))], message_object_trees=[ObjectTree(object_id="d" * 64)]
     )
-    answer = scene.hostile.signed(_PUSH, content=request.SerializeToString(), headers={"fedtune-held": ""})
+    headers = {"fedtune-held": "", "content-type": "application/protobuf"}
+    answer = scene.hostile.signed(_PUSH, content=request.SerializeToString(), headers=headers)
     assert answer.status_code < 500 or answer.status_code == 503, answer.text
     return f"{answer.status_code}"
 
