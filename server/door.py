@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +20,8 @@ from server.enrolment import Enrolment
 from server.forward import Forward, limited
 from server.guard import Guard, address
 from server.letting_in import LettingIn
+from server.log_routes import log_routes
+from server.logs import Logs
 from server.operating import Operating
 from server.operators import Role
 from server.refusal import Audit, RefusedError
@@ -42,6 +45,8 @@ def door(
     operating: Operating,
     letting: LettingIn,
     ca: str,
+    healthy: Callable[[], bool],
+    logs: Logs,
     sweep: Callable[[], None],
 ) -> Starlette:
     """The application that listens where others can reach it; ``sweep`` is called every second."""
@@ -58,6 +63,8 @@ def door(
     routes = [
         Route("/v1/fleet/{path:path}", forward.pass_on, methods=["POST"]),
         Route("/fedtune/ca", lambda _: PlainTextResponse(ca), methods=["GET"]),
+        Route("/health", lambda _: _health(healthy()), methods=["GET"]),
+        *log_routes(partial(_for_operators, guard, "read"), operating.store, logs),
         *_device_routes(enrolment),
         *_operator_routes(guard, operating, letting),
     ]
@@ -68,6 +75,11 @@ async def _every_second(sweep: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(1.0)
         sweep()
+
+
+def _health(well: bool) -> Response:
+    """For whoever watches the server, hence without a key and without a reason; the log tells more."""
+    return _json({"status": "ok"} if well else {"status": "starting"}, 200 if well else 503)
 
 
 def _device_routes(enrolment: Enrolment) -> list[Route]:

@@ -13,13 +13,14 @@ from starlette.requests import Request
 
 from fedtune.errors import ServerError, StoreError
 from fedtune.tracking import Access
+from fedtune.untrusted import clean_text
 from server.control import Control
 from server.guard import Guard, address
 from server.profile import read_profile
 from server.refusal import Audit, RefusedError
 from server.secret import digest
 
-__all__ = ["Enrolment"]
+__all__ = ["Enrolment", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -55,10 +56,7 @@ class Enrolment:
         return {"node_id": str(node), "name": meant or name, "ca": self.ca}
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
-        if not _NAME.fullmatch(name):
-            raise RefusedError(
-                400, f"{name[:100]!r} is no name for a device; use small letters, digits, '.', '_' and '-'"
-            )
+        check_name(name)
         if self.access.device(name) is not None:
             raise RefusedError(409, f"there is a device {name!r} already; choose another name or have it removed")
         node = self.control().register(key.encode(), name)
@@ -71,6 +69,13 @@ class Enrolment:
         name = self.guard.signed_device(request)
         self.access.profile_device(name, read_profile(sent, name))
         return {"name": name}
+
+
+def check_name(name: str) -> None:
+    """RefusedError for a name that no device can have."""
+    if not _NAME.fullmatch(name):
+        rule = "use at most 64 small letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+        raise RefusedError(400, f"{clean_text(name)!r} is no name for a device; {rule}")
 
 
 def _text(sent: Any, field: str) -> str:

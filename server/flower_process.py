@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedtune import child
 
-__all__ = ["end_group", "environment", "free_port", "last_line"]
+__all__ = ["end_group", "environment", "free_port"]
 
 
 def environment(flower_home: Path) -> dict[str, str]:
@@ -42,9 +42,3 @@ def end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def last_line(log: Path) -> str:
-    """What a child printed last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"

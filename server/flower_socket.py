@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 from flwr.supercore.protobuf.client import ProtobufClient
 
-__all__ = ["ADDRESS", "VARIABLE", "private_folder", "reroute", "reroute_all"]
+__all__ = ["ADDRESS", "VARIABLE", "WORKING", "private_folder", "reroute", "reroute_all"]
 
 ADDRESS = "superlink"
 """What stands for host and port where Flower wants some; nobody resolves it."""
-VARIABLE = "FEDTUNE_SUPERLINK_SOCKET"
-"""Names the socket to the processes that work for a SuperLink."""
+VARIABLE, WORKING = "FEDTUNE_SUPERLINK_SOCKET", "FEDTUNE_WORKING_FOLDER"
+"""Name the socket to the processes that work for a SuperLink, and the folder by which a simulation's paths go."""
 _LONGEST_PATH = 100
 """Bytes of a socket's path; the kernel takes 104 or 108."""
 _SECONDS = 30.0

@@ -10,13 +10,13 @@ from starlette.requests import Request
 
 from fedtune.recipe import Tag
 from fedtune.tracking import Access, OperatorRecord, TokenRecord
+from server.enrolment import check_name
 from server.refusal import Audit, RefusedError
 from server.secret import digest, new_secret, token_text
 
 __all__ = ["LettingIn", "read_tags"]
 
 _HOURS, _LONGEST_HOURS = 24.0, 24 * 365
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
 _SHOWN_OF_HASH = 12
 """Characters of a secret's hash by which a token is named: enough to tell tokens apart, of no use to an enrolment."""
@@ -87,10 +87,8 @@ def _token_request(sent: Any) -> tuple[str, float, list[str]]:
     name, hours = given.get("name", ""), given.get("hours", _HOURS)
     if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= _LONGEST_HOURS:
         raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
-    if name and not _NAME.fullmatch(name):
-        raise RefusedError(
-            400, f"a device cannot be called {name[:100]!r}; use small letters, digits, '.', '_' and '-'"
-        )
+    if name:
+        check_name(name)
     return name, float(hours), read_tags(given.get("tags", []))
 
 

@@ -19,9 +19,8 @@ from server.guard import Guard
 from server.letting_in import read_tags
 from server.manager import Manager
 from server.presence import Presence
+from server.recipe_check import RecipeCheck
 from server.refusal import Audit, RefusedError
-from server.resolving import resolved
-from server.selection import check_enrolled
 
 __all__ = ["Operating", "device_document"]
 
@@ -36,6 +35,7 @@ class Operating:
     guard: Guard
     audit: Audit
     control: Callable[[], Control]
+    check: RecipeCheck
 
     def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -44,8 +44,7 @@ class Operating:
         except ValidationError as error:
             raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
         require_accountant(recipe)
-        check_enrolled(recipe, self.store.access.devices())
-        run = self.manager.submit(resolved(recipe))
+        run = self.manager.submit(self.check.whole(recipe))
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}
 
@@ -57,7 +56,7 @@ class Operating:
         """One run with its rounds after number ``after``, and who is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
-        rounds = [record for record in self.store.rounds(run.id) if record.number > after]
+        rounds = self.store.rounds(run.id, after)
         seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
         return document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
 

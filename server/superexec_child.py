@@ -17,7 +17,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedtune.child import environment, isolated
-from server.flower_socket import ADDRESS, VARIABLE, reroute
+from server.flower_socket import ADDRESS, VARIABLE, WORKING, reroute
 
 __all__: list[str] = []
 
@@ -44,7 +44,8 @@ def main(socket: Path) -> None:
 
 
 def _start(kind: str, token: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(isolated("server.flower_app_child", kind), env=environment(), stdin=subprocess.PIPE)
+    command, working = isolated("server.flower_app_child", kind), os.environ.get(WORKING)
+    process = subprocess.Popen(command, env=environment(), cwd=working, stdin=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(token.encode())
     process.stdin.close()

@@ -1,8 +1,10 @@
 """Flower's SuperLink as a child on a Unix socket of ours: device keys always on, started again when it dies."""
 
+import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,15 +16,21 @@ from fedtune.child import isolated
 from fedtune.errors import ServerError
 from fedtune.tracking.compaction import shrink, trim_log
 from server.control import Control
-from server.flower_process import end_group, environment, last_line
+from server.flower_process import end_group, environment
 from server.flower_socket import ADDRESS, private_folder
 from server.lifeline import lifeline
+from server.logs import Log, pumped
 
 __all__ = ["SuperLink"]
 
 _START_SECONDS = 90.0
 _END_SECONDS = 2.0
 """Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
+_QUIET = {"FLWR_LOG_LEVEL": "WARNING"}
+"""Unless the server's environment says otherwise. Flower tells of every call, several lines a second while a run goes
+on."""
+_DATABASE = "sqlite:///superlink.sqlite"
+"""In the folder it is started in: Flower puts a path into a URL as it is, where ``%``, ``?`` and ``#`` mean more."""
 
 
 class SuperLink:
@@ -38,6 +46,8 @@ class SuperLink:
         self._family: set[psutil.Process] = set()
         self._control: Control | None = None
         self.socket = private_folder(folder) / "superlink.sock"
+        self._log = Log(self.log)
+        self._pump: threading.Thread | None = None
         self.generation = 0
 
     def control(self) -> Control:
@@ -48,34 +58,30 @@ class SuperLink:
 
     def start(self) -> None:
         """Start it and wait until it answers; ServerError when it does not."""
-        options = ["--simulation"] if self._simulation else []
+        options = ["--simulation", os.getcwd()] if self._simulation else []
         self.socket.unlink(missing_ok=True)
-        shrink(self._database)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                isolated("server.superlink_child", str(self.socket), str(self._database), *options),
-                env=environment(self._folder) | lifeline(),
-                cwd=None if self._simulation else self._folder,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        shrink(self._folder / "superlink.sqlite")
+        self._process = subprocess.Popen(
+            isolated("server.superlink_child", str(self.socket), _DATABASE, *options),
+            env=_QUIET | environment(self._folder) | lifeline(),
+            cwd=self._folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._pump = pumped(self._process, self._log)
         self._wait(self._process)
         self._control = Control(self.socket)
         self.generation += 1
 
-    @property
-    def _database(self) -> Path:
-        return self._folder / "superlink.sqlite"
-
     def trim(self) -> None:
         """Keep the log beside its database small; to be called every moment."""
-        trim_log(self._database)
+        trim_log(self._folder / "superlink.sqlite")
 
     @property
     def log(self) -> Path:
-        """What it and its children print; the newest start's."""
+        """What it and its children print, of every start."""
         return self._folder / "superlink.log"
 
     def alive(self) -> bool:
@@ -109,6 +115,9 @@ class SuperLink:
                 process.kill()
         psutil.wait_procs(self._family, timeout=5)
         self._family.clear()
+        if self._pump is not None:
+            self._pump.join(_END_SECONDS)  # its last words are what tells why it ended
+        self._log.close()
         self._process = None
 
     def close(self) -> None:
@@ -124,7 +133,8 @@ class SuperLink:
                 return
             time.sleep(0.1)
         self.end()
-        raise ServerError(f"Flower's SuperLink did not start: {last_line(self.log)}; see {self.log}")
+        last = self._log.tail(1) or ["it printed nothing"]
+        raise ServerError(f"Flower's SuperLink did not start: {last[0]}; see {self.log}")
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:

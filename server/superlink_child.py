@@ -1,6 +1,7 @@
 """Flower's SuperLink on a Unix socket, without a port; it ends when the process that started it does, even by kill -9.
 
-``python -P -m server.superlink_child SOCKET DATABASE [--simulation]``; the other end of standard input is its parent's.
+``python -P -m server.superlink_child SOCKET DATABASE [--simulation FOLDER]``; its parent holds the other end
+of standard input.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_a
 from flwr.superlink.main import create_app
 
 from fedtune.child import environment, isolated
-from server.flower_socket import ADDRESS, VARIABLE
+from server.flower_socket import ADDRESS, VARIABLE, WORKING
 
 __all__: list[str] = []
 
@@ -89,10 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("socket", type=Path)
     parser.add_argument("database")
-    parser.add_argument("--simulation", action="store_true")
+    parser.add_argument("--simulation", metavar="FOLDER")
     given = parser.parse_args()
     os.environ[VARIABLE] = str(given.socket)
-    app = create_app(_config(given.database, given.simulation), _Lifespan)
+    if given.simulation is not None:
+        os.environ[WORKING] = given.simulation
+    app = create_app(_config(given.database, given.simulation is not None), _Lifespan)
     config = uvicorn.Config(
         app,
         log_config=get_uvicorn_log_config(console_handler.level),

@@ -7,7 +7,7 @@ from torch import Tensor
 from fedtune.errors import RecipeError
 from fedtune.merging import Combine
 from fedtune.recipe_file import parse
-from fedtune.training.resolve import resolve
+from fedtune.simulation.resolve import resolve
 from tests.merge_examples import METHODS, a_step, merged, plain, thinning
 from tests.recipe_examples import TEXT
 

@@ -11,7 +11,7 @@ from fedtune.untrusted import clean_text
 
 __all__ = ["follow"]
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _LONGEST_LINE = 2000
 _WORKING = ("queued", "running")
 

@@ -4,6 +4,6 @@
 """
 
 from fedtune.simulation.local import default_workers, run_local
-from fedtune.training.resolve import resolve
+from fedtune.simulation.resolve import resolve
 
 __all__ = ["default_workers", "resolve", "run_local"]

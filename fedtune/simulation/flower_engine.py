@@ -61,16 +61,15 @@ def _ray_with_a_secret() -> Iterator[None]:
 def _follow(superlink: SuperLink, number: int, recipe: Recipe, run: str, store: str) -> None:
     """Pass on the rounds that land in the store until Flower says that the run has ended."""
     with Store.open(store) as opened:
-        seen = len(opened.rounds(run))
-        tell(RunStarted(run, max(1, seen), recipe.federation.rounds))
+        last = max((record.number for record in opened.rounds(run)), default=-1)
+        tell(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
         ended = False
         while not ended:
             found = superlink.control().run(number)  # asked first: what was committed before the end is passed on
             ended = found.status == "finished"
-            rounds = opened.rounds(run)
-            for record in rounds[seen:]:
+            for record in opened.rounds(run, last):
                 tell(RoundEnded(record))
-            seen = len(rounds)
+                last = record.number
             time.sleep(0 if ended else _POLL_SECONDS)
         if found.outcome != "completed":
             reason = opened.run(run).reason or found.details or found.outcome
