@@ -20,7 +20,7 @@ from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
 from fedtune.training import build_model, load_state
 
-__all__ = ["Format", "export", "remark"]
+__all__ = ["Format", "export", "remark", "write"]
 
 Format = Literal["adapter", "full"]
 
@@ -31,7 +31,15 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
     ``card`` becomes the folder's README, with the remark below it. Raises ModelError when an adapter is asked for that
     PEFT cannot carry, and StoreError when the folder exists already.
     """
-    labels = data.load(recipe).labels
+    return write(
+        recipe, data.load(recipe, models.class_names(recipe.model, recipe.task)).labels, state, folder, form, card
+    )
+
+
+def write(
+    recipe: Recipe, labels: Sequence[str], state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str
+) -> Format:
+    """What ``export`` does, for a model whose class names are known."""
     model, chosen, _ = build_model(recipe, labels)
     load_state(model, state)
     adapter = _adapter(model, chosen, recipe) if form != "full" else None

@@ -140,7 +140,7 @@ def test_whole_real_numbers_stand_for_class_numbers(tmp_path: Path) -> None:
     verdicts(tmp_path / "words.csv", rows)
     shop = workshop(recipe.model_copy(update={"seed": 5}).model_dump_json())
     assert shop.corpus.labels == ("0", "1")
-    assert labels_of(shop.other(verdicts(tmp_path / "real.csv", ["a b,1.0", "c d,0.0"]), {})) == [1, 0]
+    assert labels_of(shop.other(verdicts(tmp_path / "real.csv", ["the film,1.0", "film was,0.0"]), {})) == [1, 0]
 
 
 def test_a_label_the_model_does_not_know_is_named(tmp_path: Path) -> None:

@@ -34,12 +34,15 @@ class Corpus:
     labels: tuple[str, ...]
 
 
-def load(recipe: Recipe) -> Corpus:
-    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable."""
+def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+
+    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    """
     found = {part: canonical(recipe, dataset) for part, dataset in read(recipe.data.source).items()}
     labels: tuple[str, ...] = ()
     if recipe.task != "causal-language-modelling":
-        found, labels = encode_labels(found, recipe.data.source)
+        found, labels = encode_labels(found, recipe.data.source, known)
     divided = divide(recipe.data, found)
     _check(recipe.data.source, divided, labels)
     train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)

@@ -15,7 +15,7 @@ from fedtune.models.classifier import ImageClassifier
 from fedtune.models.sources import resolve
 from fedtune.recipe import Model, Task
 
-__all__ = ["load", "save", "tokenizer"]
+__all__ = ["class_names", "load", "save", "tokenizer"]
 
 
 def load(
@@ -32,6 +32,16 @@ def load(
     from fedtune.models import pretrained
 
     return pretrained.load(model, location, task, labels, seed=seed, quantisation=quantisation)
+
+
+def class_names(model: Model, task: Task) -> tuple[str, ...]:
+    """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
+    location = resolve(model.source)
+    if task == "causal-language-modelling" or own.is_own(location):
+        return ()
+    from fedtune.models import pretrained
+
+    return pretrained.class_names(model, location)
 
 
 def tokenizer(model: Model) -> Any:

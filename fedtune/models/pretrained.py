@@ -19,11 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedtune.errors import ModelError, SourceError
+from fedtune.errors import FedtuneError, ModelError, SourceError
+from fedtune.models.ends import end_texts
 from fedtune.models.quiet import quiet
+from fedtune.models.read_past import read_past
 from fedtune.recipe import Model, Task
 
-__all__ = ["load", "save", "tokenizer"]
+__all__ = ["class_names", "load", "save", "tokenizer"]
 
 _AUTO: dict[Task, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
@@ -37,8 +39,11 @@ def load(
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
     with _explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False, **_head(labels))
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
+        _check_head(model, task, config)
+        for name, value in _head(labels).items():
+            setattr(config, name, value)
         settings = {}
         if quantisation is not None:
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
@@ -55,27 +60,47 @@ def load(
             **settings,
         )
     _check_weights(model, task, loaded, info)
+    vars(loaded)["drawn"] = sorted(info["missing_keys"])
     if task != "image-classification":
-        _prepare_text_model(loaded, model, location)
+        _prepare_text_model(loaded, model, location, task)
     return loaded  # type: ignore[no-any-return]
+
+
+def class_names(model: Model, location: str) -> tuple[str, ...]:
+    """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
+    with _explained(model.source), quiet():
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
+    numbered = all(name == f"LABEL_{number}" for number, name in named.items())
+    return () if numbered else tuple(named.values())
 
 
 def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
     with _explained(model.source), quiet():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if len(loaded.get_vocab().keys() - set(loaded.all_special_tokens)) < _FEWEST_WORDS:
+        raise ModelError(
+            f"{model.source} has a tokenizer that knows no words; put the tokenizer's files into the model's folder"
+        )
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     if loaded.pad_token is None:
         raise ModelError(f"{model.source} has a tokenizer with neither padding nor end token; choose another model")
+    if config.is_encoder_decoder:
+        end_texts(loaded, model.source)
     return loaded
+
+
+_FEWEST_WORDS = 2
+"""transformers makes a tokenizer of special tokens, and at most one more, for a folder that has none."""
 
 
 def _head(labels: Sequence[str]) -> dict[str, Any]:
     if not labels:
         return {}
     return {
-        "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "single_label_classification",
@@ -83,15 +108,31 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _head_layers(task: Task, config: PretrainedConfig) -> list[str]:
-    """What lies behind the backbone and is not quantised: transformers itself overlooks a new head with a bias."""
+    """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
+    layers whose weights are read as they lie.
+    """
     with torch.device("meta"):
         skeleton = _AUTO[task].from_config(config)
-    return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+    behind = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+    return [*behind, *read_past(skeleton)]
 
 
 def _check_family(model: Model, task: Task, config: PretrainedConfig) -> None:
     if type(config) not in _AUTO[task]._model_mapping:
         raise ModelError(f"{model.source} is a {config.model_type} model, which does not do {task}; choose another")
+
+
+def _check_head(model: Model, task: Task, config: PretrainedConfig) -> None:
+    """A head for several labels at once, or for a number, would be trained as another than it is."""
+    if task == "causal-language-modelling":
+        return
+    kind = {"multi_label_classification": "several labels per example", "regression": "a number per example"}
+    made_for = kind.get(str(config.problem_type)) or (kind["regression"] if config.num_labels == 1 else None)
+    if made_for is not None:
+        raise ModelError(
+            f"{model.source} is made for {made_for}, but {task} trains one class per example; choose another model, or "
+            "take problem_type, id2label and label2id out of its config.json to give it a new head"
+        )
 
 
 def _check_weights(model: Model, task: Task, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -121,11 +162,23 @@ def save(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str) -> None:
-    """No key-value cache while training; a decoder finds the last word of a padded text by its padding id."""
+def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, task: Task) -> None:
+    """No key-value cache while training; a decoder finds the last word of a padded text by its padding id.
+
+    That is the tokenizer's, which pads the texts, whatever the configuration says.
+    """
     loaded.config.use_cache = False
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer(model, location).pad_token_id
+    known = loaded.config.pad_token_id
+    if known is not None and task != "sequence-classification":
+        return
+    try:
+        padding = tokenizer(model, location).pad_token_id
+    except FedtuneError:  # whoever encodes texts is told
+        if known is None:
+            raise
+        return
+    for config in (loaded.config, loaded.config.get_text_config()):
+        config.pad_token_id = padding
 
 
 @contextmanager

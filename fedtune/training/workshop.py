@@ -20,6 +20,7 @@ from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
 from fedtune.training.parts import check_part
 from fedtune.training.private import require_private
+from fedtune.training.readable import require_readable
 from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -118,7 +119,9 @@ class Workshop:
     def _encode(self, examples: Dataset) -> data.Encoded:
         texts = self.recipe.task != "image-classification"
         tokenizer = models.tokenizer(self.recipe.model) if texts else None
-        return data.encode(examples, self.recipe, tokenizer)
+        encoded = data.encode(examples, self.recipe, tokenizer)
+        require_readable(self.model, encoded, self.recipe, tokenizer)
+        return encoded
 
 
 _built: dict[str, Workshop] = {}
@@ -145,7 +148,7 @@ def discard() -> None:
 def _build(recipe: str) -> Workshop:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = Recipe.model_validate_json(recipe)
-    corpus = data.load(parsed)
+    corpus = data.load(parsed, models.class_names(parsed.model, parsed.task))
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
     require_private(parsed, model, chosen, shared)
