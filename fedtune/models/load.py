@@ -15,7 +15,7 @@ from fedtune.models.classifier import ImageClassifier
 from fedtune.models.sources import resolve
 from fedtune.recipe import Model, Task
 
-__all__ = ["class_names", "load", "save", "tokenizer"]
+__all__ = ["class_names", "load", "save", "save_config", "tokenizer"]
 
 
 def load(
@@ -56,3 +56,10 @@ def save(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
     from fedtune.models import pretrained
 
     pretrained.save(own.for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder)
+
+
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Write the configuration of a model that transformers loaded: class names and padding id among the rest."""
+    from fedtune.models import pretrained
+
+    pretrained.save_config(model, folder)

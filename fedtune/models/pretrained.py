@@ -1,7 +1,8 @@
 """Models and tokenizers that transformers loads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedtune.models.quiet import quiet
 from fedtune.models.read_past import read_past
 from fedtune.recipe import Model, Task
 
-__all__ = ["class_names", "load", "save", "tokenizer"]
+__all__ = ["class_names", "load", "save", "save_config", "tokenizer"]
 
 _AUTO: dict[Task, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
@@ -44,26 +45,41 @@ def load(
         _check_head(model, task, config)
         for name, value in _head(labels).items():
             setattr(config, name, value)
-        settings = {}
         if quantisation is not None:
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
-            settings = {"quantization_config": quantisation, "device_map": "cpu"}
-        torch.manual_seed(seed)
-        loaded, info = _AUTO[task].from_pretrained(
-            location,
-            config=config,
-            dtype=getattr(torch, model.dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **settings,
-        )
+        loaded, info = _loaded(model, location, task, config, seed, quantisation)
+        if quantisation is not None and (drawn := _owners(info["missing_keys"])):
+            quantisation.llm_int8_skip_modules += drawn  # there is nothing to quantise
+            loaded, info = _loaded(model, location, task, config, seed, quantisation)
     _check_weights(model, task, loaded, info)
     vars(loaded)["drawn"] = sorted(info["missing_keys"])
     if task != "image-classification":
         _prepare_text_model(loaded, model, location, task)
-    return loaded  # type: ignore[no-any-return]
+    return loaded
+
+
+def _loaded(
+    model: Model, location: str, task: Task, config: PretrainedConfig, seed: int, quantisation: Any | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers found of its weights; what it did not find is drawn from the seed."""
+    torch.manual_seed(seed)
+    four_bits = {} if quantisation is None else {"quantization_config": quantisation, "device_map": "cpu"}
+    found: tuple[PreTrainedModel, dict[str, Any]] = _AUTO[task].from_pretrained(
+        location,
+        config=config,
+        dtype=getattr(torch, model.dtype),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **four_bits,
+    )
+    return found
+
+
+def _owners(drawn: Iterable[str]) -> list[str]:
+    """The layers that hold drawn parameters inside the backbone."""
+    return sorted({name.rpartition(".")[0] for name in drawn if ".pooler." in name})
 
 
 def class_names(model: Model, location: str) -> tuple[str, ...]:
@@ -160,6 +176,13 @@ def save(model: nn.Module, folder: Path) -> None:
         del model.config.quantization_config
     with quiet():
         model.save_pretrained(folder)
+
+
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Write a model's configuration alone, without how it was quantised."""
+    config: Any = copy(model.config)
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(folder)
 
 
 def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, task: Task) -> None:

@@ -38,6 +38,8 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, int]]:
         if isinstance(layer, nn.Embedding) or layer is output:
             continue
         for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad:  # another technique's
+                continue
             packed = 2 if parameter.dtype == torch.uint8 else 1  # four-bit weights lie in pairs, without a shape
             if (packed > 1 or parameter.squeeze().dim() > 1) and "embed" not in f"{path}.{name}":
                 yield f"{path}.{name}", packed * parameter.numel()

@@ -6,9 +6,9 @@ products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. Where both are trained, a merge
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.contribution import Pair, Sent
@@ -104,6 +104,18 @@ class LowRank(Technique):
         config.task_type = {"sequence-classification": "SEQ_CLS", "causal-language-modelling": "CAUSAL_LM"}.get(task)
         config.inference_mode = True
         return config
+
+    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor]:
+        """Weights with the products added."""
+        found = {}
+        for name in drawn:
+            owner, _, last = name.rpartition(".")
+            layer: Any = model.get_submodule(owner)
+            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            value = base.get_parameter(last).detach()
+            added = isinstance(layer, LoraLayer) and last == "weight"
+            found[name] = value + layer.get_delta_weight("default") if added else value.clone()
+        return found
 
     def fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
