@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.architecture_settings import ARCHITECTURES, IMAGES, LANGUAGE, PIXELS, SPECIAL, TEXT, WORDS
 from fedtune.recipe import Task
 
-__all__ = ["AUTO", "LABELS", "text", "write"]
+__all__ = ["AUTO", "LABELS", "text", "tokenizer", "write"]
 
 LABELS = ("bad", "good", "so-so")
 AUTO: dict[Task, str] = {
@@ -48,7 +48,7 @@ def write(name: str, folder: Path) -> Task:
         _warm(model)
     model.save_pretrained(folder)
     if task != IMAGES:
-        _tokenizer(kind).save_pretrained(folder)
+        tokenizer(kind).save_pretrained(folder)
     return task
 
 
@@ -67,7 +67,7 @@ def _config_name(kind: str) -> str:
     return "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
 
 
-def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """Words as they are; Qwen2's own class reads only pieces of bytes."""
     if kind.startswith("Qwen2"):
         letters = sorted({letter for word in WORDS for letter in word} | {"\u0120"})
