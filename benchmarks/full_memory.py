@@ -1,8 +1,9 @@
 """Claim: full fine-tuning in a simulation holds at most four and a half copies of the model.
 
-A run of three clients and two rounds, in a process of its own, once with a model of 32 million parameters and once with
-one next to nothing; the difference of their peaks, over the model's bytes in single precision, is the number of copies.
-``anonymous`` is memory of the process's own; ``resident`` counts pages of mapped files too, which the system can drop.
+A run of three clients and two rounds, in processes of its own, once with a model of 32 million parameters, a fifth of
+them an embedding, and once with one of two; the difference of their peaks, over that of the models' bytes in single
+precision, is the number of copies. ``anonymous`` is memory of the processes' own; ``resident`` counts pages of mapped
+files too, which the system can drop.
 
 Run: python -m benchmarks.full_memory [--workers 1] [--millions 32]
 """
@@ -39,15 +40,15 @@ def main() -> None:
     parser.add_argument("--millions", type=int, default=32)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        small, _ = peaks(Path(temporary) / "small", 100, chosen.workers)
-        large, size = peaks(Path(temporary) / "large", chosen.millions * 1_000_000 // WIDTH, chosen.workers)
-    copies = {kind: round((large[kind] - small[kind]) / size, 2) for kind in large}
-    save(f"full_memory-{chosen.workers}", {"model_bytes": size, "copies": copies, "small": small, "large": large})
+        small, less = peaks(Path(temporary) / "small", 2, chosen.workers)
+        large, size = peaks(Path(temporary) / "large", chosen.millions, chosen.workers)
+    copies = {kind: round((large[kind] - small[kind]) / (size - less), 2) for kind in large}
+    save(f"full_memory-{chosen.workers}", {"bytes": [less, size], "copies": copies, "small": small, "large": large})
 
 
-def peaks(folder: Path, vocabulary: int, workers: int) -> tuple[dict[str, int], int]:
+def peaks(folder: Path, millions: int, workers: int) -> tuple[dict[str, int], int]:
     """Peaks in bytes over all processes of a run, and the model's bytes."""
-    size = prepare(folder, vocabulary)
+    size = prepare(folder, millions)
     command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(folder / "recipe.yaml")]
     started = subprocess.Popen(
         [*command, "--workers", str(workers), "--store", f"sqlite:///{folder}/runs.sqlite"],
@@ -85,14 +86,14 @@ def now(process: psutil.Process) -> dict[str, int]:
     return found
 
 
-def prepare(folder: Path, vocabulary: int) -> int:
-    """A BERT whose parameters are nearly all rows of its vocabulary, texts and a recipe; the model's bytes."""
+def prepare(folder: Path, millions: int) -> int:
+    """A BERT of so many parameters, texts and a recipe; the model's bytes."""
     config = BertConfig(
-        vocab_size=vocabulary,
+        vocab_size=millions * 200_000 // WIDTH,
         hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_attention_heads=2,
-        num_hidden_layers=1,
+        intermediate_size=4 * WIDTH,
+        num_attention_heads=4,
+        num_hidden_layers=millions,
         max_position_embeddings=32,
     )
     model = BertForSequenceClassification(config)
