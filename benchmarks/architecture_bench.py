@@ -12,6 +12,7 @@ from benchmarks.architecture_settings import PIXELS
 from benchmarks.architecture_zoo import LABELS, text, write
 from fedtune import data, models
 from fedtune.data import Encoded
+from fedtune.data.loaded import as_table
 from fedtune.recipe import Recipe, Task
 from fedtune.recipe_file import parse
 
@@ -47,20 +48,19 @@ class Bench:
         """Save the model and encode eight examples."""
         task = write(name, folder)
         recipe = recipe_for(task, folder)
-        tokenizer = None if task == "image-classification" else models.tokenizer(recipe.model)
-        return cls(name, task, folder, data.encode(_examples(task), recipe, tokenizer))
+        return cls(name, task, folder, data.encode(_examples(task), recipe, models.reader(recipe)))
 
 
 def recipe_for(task: Task, folder: Path, *overrides: str) -> Recipe:
     return parse(_RECIPE.format(task=task, folder=folder, pixels=PIXELS), "architectures", overrides)
 
 
-def _examples(task: Task) -> Dataset:
+def _examples(task: Task) -> data.Table:
     if task != "image-classification":
         columns: dict[str, Any] = {"text": [text(row) for row in range(8)]}
         labelled = {} if task == "causal-language-modelling" else {"label": [row % len(LABELS) for row in range(8)]}
-        return Dataset.from_dict(columns | labelled)
+        return as_table(Dataset.from_dict(columns | labelled))
     random = np.random.default_rng(0)
     pictures = [Picture.fromarray(random.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)) for _ in range(8)]
     columns = {"image": pictures, "label": [row % len(LABELS) for row in range(8)]}
-    return Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")}))
+    return as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")})))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
+from fedtune.models.preprocessor import save as save_preprocessor
 from fedtune.models.sources import resolve
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
@@ -119,16 +120,18 @@ _TEXT_CLASS = "AutoModelForSequenceClassification"
 def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
-    for technique in chosen:
-        technique.fold(model)
+    techniques.fold(chosen, model)
     models.save(model, labels, folder)
     _save_reader(recipe, folder)
 
 
 def _save_reader(recipe: Recipe, folder: Path) -> None:
-    """What turns texts or pictures into the model's inputs."""
-    if recipe.task != "image-classification":
-        models.tokenizer(recipe.model).save_pretrained(folder)
+    """What turns texts or pictures into the model's inputs, as the recipe has it."""
+    reader = models.reader(recipe)
+    if recipe.task == "image-classification":
+        save_preprocessor(reader, folder)
+    else:
+        reader.save_pretrained(folder)
 
 
 def _joined(chosen: tuple[Technique, ...]) -> str:

@@ -4,13 +4,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -244,3 +247,16 @@ def test_a_checkpoint_file_is_the_one_that_is_scored(
     assert found["round"] == 1
     recorded = {m.name: m.value for m in ended.rounds[1].metrics if m.domain == "all"}
     assert {one["name"]: one["value"] for one in found["metrics"]} == recorded
+
+
+@torch.no_grad()
+def test_a_picture_goes_through_the_exported_preprocessor_as_through_ours(home: Path, tmp_path: Path) -> None:
+    recipe = trivial("federation={rounds: 1, clients: 1}", "train.steps=1")
+    tensors = state(execute(recipe))
+    export(recipe, tensors, tmp_path / "out", None, "")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    grey = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    picture = Image.fromarray(grey).convert("RGB")
+    read = processor(picture, return_tensors="pt")["pixel_values"]
+    wanted = (torch.from_numpy(grey.astype(np.float32)) - 127) / 128
+    torch.testing.assert_close(read, wanted.expand(1, 3, 28, 28), rtol=0, atol=1e-5)

@@ -1,16 +1,15 @@
 """Models and tokenizers that transformers loads."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -19,14 +18,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
-from fedtune.errors import FedtuneError, ModelError, SourceError
+from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
+from fedtune.models.explained import explained
+from fedtune.models.preprocessor import FILE, from_settings
 from fedtune.models.quiet import quiet
 from fedtune.models.read_past import read_past
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
 
-__all__ = ["class_names", "load", "save", "save_config", "tokenizer"]
+__all__ = ["class_names", "load", "preprocessor", "save", "save_config", "tokenizer"]
 
 _AUTO: dict[Task, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
@@ -39,7 +42,7 @@ def load(
     model: Model, location: str, task: Task, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
-    with _explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
+    with explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
         _check_head(model, task, config)
@@ -84,7 +87,7 @@ def _owners(drawn: Iterable[str]) -> list[str]:
 
 def class_names(model: Model, location: str) -> tuple[str, ...]:
     """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
-    with _explained(model.source), quiet():
+    with explained(model.source), quiet():
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
     numbered = all(name == f"LABEL_{number}" for number, name in named.items())
@@ -93,7 +96,7 @@ def class_names(model: Model, location: str) -> tuple[str, ...]:
 
 def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
-    with _explained(model.source), quiet():
+    with explained(model.source), quiet():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if len(loaded.get_vocab().keys() - set(loaded.all_special_tokens)) < _FEWEST_WORDS:
@@ -111,6 +114,30 @@ def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
 
 _FEWEST_WORDS = 2
 """transformers makes a tokenizer of special tokens, and at most one more, for a folder that has none."""
+
+
+def preprocessor(model: Model, location: str) -> Preprocessor:
+    """How the model reads pictures, by its ``preprocessor_config.json``; without one only its image size is known.
+
+    Raises ModelError when its file cannot be followed.
+    """
+    with explained(model.source), quiet():
+        if not _has(location, FILE):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            return _by_size(getattr(config, "image_size", None))
+        found = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    return from_settings(found.to_dict(), model.source)
+
+
+def _has(location: str, file: str) -> bool:
+    found = cached_file(location, file, _raise_exceptions_for_missing_entries=False)
+    return found is not None
+
+
+def _by_size(size: Any) -> Preprocessor:
+    """The defaults, at the size of pictures that a configuration tells."""
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return Preprocessor(side=sides.pop()) if len(sides) == 1 else Preprocessor()
 
 
 def _head(labels: Sequence[str]) -> dict[str, Any]:
@@ -202,35 +229,3 @@ def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, ta
         return
     for config in (loaded.config, loaded.config.get_text_config()):
         config.pad_token_id = padding
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a source it cannot load into one sentence."""
-    try:
-        yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
-        raise SourceError(f"cannot load {source}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong and the mend, by the first error of the chain that says it."""
-    chain: list[BaseException] = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
-        chain.append(before)
-    kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
-    for kind, reason in _REASONS.items():
-        if kind in kinds:
-            return reason
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".:")
-
-
-_REASONS = {
-    "GatedRepoError": "it is gated; ask for access on its page and log in with `hf auth login`",
-    "RepositoryNotFoundError": "the hub has no such model, or it is private; check the id",
-    "RevisionNotFoundError": "the hub has no such revision; check the id",
-    "LocalEntryNotFoundError": "the hub cannot be reached and the cache does not have it; check the network",
-    "OfflineModeIsEnabled": "the hub is switched off by HF_HUB_OFFLINE and the cache does not have it; go online",
-    "ConnectError": "the hub cannot be reached; check the network",
-    "SafetensorError": "a weight file is cut short or damaged; fetch it again",
-}

@@ -20,8 +20,8 @@ from fedtune.seeds import derive
 from fedtune.sparse import compact, masks, to_wire
 from fedtune.techniques import Moment, Technique, begin_round, begin_step, trained
 from fedtune.training import build_model, processor_threads, read_state, step_loss, train_mode, update
-from fedtune.training.masters import Masters
-from fedtune.training.optimiser import make_optimiser
+from fedtune.training.masters import masters_of, stepper
+from fedtune.training.start import Start
 
 __all__ = ["measure"]
 
@@ -82,14 +82,14 @@ def _seconds(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, 
     """Median seconds of a whole step in a round, as a device takes it."""
     begin_round(techniques, model, number)
     train_mode(model)
-    masters = Masters.of(model, {})
-    optimiser = make_optimiser(settings, masters.parameters)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = stepper(settings, model, masters_of(model, Start(model, ())))
     seconds = []
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
         step_loss(model, batch).backward()
-        update(model, techniques, optimiser, masters, settings, Moment(number, 0, 1, settings.lr, settings.lr))
+        update(model, techniques, optimiser, parameters, settings, Moment(number, 0, 1, settings.lr, settings.lr))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 

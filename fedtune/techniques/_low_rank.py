@@ -117,7 +117,7 @@ class LowRank(Technique):
             found[name] = value + layer.get_delta_weight("default") if added else value.clone()
         return found
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
         for name, layer in _adapted(model):
             base = layer.get_base_layer()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
 from fedtune.errors import ContributionError, DataError
-from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
 from fedtune.techniques import (
@@ -31,18 +31,19 @@ from fedtune.techniques import (
     trained,
 )
 from fedtune.techniques import own as own_names
-from fedtune.training.evaluate import score_own
+from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
-from fedtune.training.masters import Masters
+from fedtune.training.masters import masters_of, stepper
 from fedtune.training.micro import cut, shares
-from fedtune.training.optimiser import Stepper, make_optimiser, rate
-from fedtune.training.order import batches
-from fedtune.training.state import load_state
+from fedtune.training.optimiser import Stepper, rate
+from fedtune.training.order import batches, total_steps
+from fedtune.training.start import Start
+from fedtune.training.state import load_state, read_state, tensors_of
 from fedtune.training.told_activity import tell_activity
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["Outcome", "processor_threads", "step_loss", "total_steps", "train", "train_mode", "update"]
+__all__ = ["Outcome", "processor_threads", "step_loss", "train", "train_mode", "update"]
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -51,13 +52,15 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 class Outcome:
     """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
 
-    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out.
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
+    ``trained_score`` that of the model it trained.
     """
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
     own: dict[str, Tensor]
     own_score: OwnScore
+    trained_score: OwnScore
     examples: int
     loss: float
     seconds: float
@@ -89,23 +92,31 @@ def train(
     started = time.perf_counter()
     reset_peak_rss()
     indices, held = held_out(indices, recipe.evaluation.own, derive(recipe.seed, client, "own"))
-    load_state(model, {**state, **own})
+    load_state(model, state)
+    load_state(model, own)
     begin_round(techniques, model, number)
     names = trained(model)
+    start = Start(model, names, own, state)
+    masters = masters_of(model, start)
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = score_own(model, data, held.tolist(), recipe.train.batch, recipe.task, techniques)
+        own_score = score_held_out(model, data, held, recipe, techniques)
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, names, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
-        masters = Masters.of(model, {**state, **own})
+        release_freed()
         loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client, micro, masters)
-        kept = {name: masters.read(name) for name in own}
-        delta = masters.deltas(names, state)
+        release_freed()
+        kept = {
+            name: masters[name].detach() if name in masters else one for name, one in read_state(model, own).items()
+        }
+        delta = start.deltas({**tensors_of(model), **masters}, names)
         _say_if_nothing_moved([*delta.values(), *(kept[name] - own[name] for name in own)], number, client)
         backward = partial(_backward, model, techniques, data, indices, recipe, number, micro)
         extras = {**told, **answer(techniques, model, number, backward)}
+        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
-    return Outcome(delta, extras, kept, own_score, examples, loss, seconds, saved_bytes, peak_rss())
+    scores = own_score, trained_score
+    return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
 
 
 def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> None:
@@ -141,13 +152,14 @@ def _run(
     number: int,
     client: int,
     micro: int | None,
-    masters: Masters,
+    masters: Mapping[str, nn.Parameter],
 ) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
     settings = recipe.train
     steps = total_steps(len(indices), recipe)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed midway may have left gradients
-    optimiser = make_optimiser(settings, masters.parameters)
+    optimiser = stepper(settings, model, masters)
     train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
     lengths = data.lengths if settings.by_length else None
@@ -159,7 +171,7 @@ def _run(
         saved_bytes = max(saved_bytes, kept)
         moment = Moment(number, step, steps, settings.lr, settings.lr * rate(settings, progress))
         if loss is not None:
-            update(model, techniques, optimiser, masters, settings, moment)
+            update(model, techniques, optimiser, parameters, settings, moment)
             losses.append(loss)
         examples += len(chosen)
     if not losses:
@@ -173,17 +185,16 @@ def update(
     model: nn.Module,
     techniques: Sequence[Technique],
     optimiser: Stepper,
-    masters: Masters,
+    parameters: Sequence[nn.Parameter],
     settings: Train,
     moment: Moment,
 ) -> None:
     """Follow the gradients of a step and let go of them."""
     lr = before_update(techniques, model, moment)
-    masters.gather()
     if settings.clip is not None:
-        nn.utils.clip_grad_norm_(masters.parameters, settings.clip)
+        nn.utils.clip_grad_norm_(parameters, settings.clip)
     optimiser.step(lr)
-    masters.spread()
+    model.zero_grad()
 
 
 def _step(
@@ -224,13 +235,6 @@ def train_mode(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, LiveNorm):
             layer.eval()
-
-
-def total_steps(examples: int, recipe: Recipe) -> int:
-    """Optimiser steps of one client in one round."""
-    settings = recipe.train
-    per_epoch = -(-examples // settings.batch)
-    return settings.steps or per_epoch * (settings.epochs or 1)
 
 
 @contextmanager

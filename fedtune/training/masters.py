@@ -1,67 +1,56 @@
-"""Single-precision copies of what is trained in a model of shorter numbers: the optimiser moves these.
+"""fp32 master weights for what is trained in a lower precision.
 
-A bfloat16 weight has eight significant bits, so a step smaller than 1/256 of it is rounded away, and most steps are.
-The model is run in its own precision; each update goes to the copy, which is then rounded into the model. Trained
-weights that are in single precision already are their own copies. Micikevicius et al., "Mixed Precision Training"
-(arXiv 1710.03740), section 3.1.
+An update of bfloat16 weights is lost where it is smaller than half the distance to the next number, 1/256 of the weight
+at most. The optimiser therefore moves fp32 copies, and the model gets them rounded after each step (Micikevicius et
+al. 2018, section 3.1). They live for one round: what travels and rests is fp32 already.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import Parameter
+from torch import nn
 
-from fedtune.training.state import tensors_of
+from fedtune.recipe import Train
+from fedtune.training.optimiser import Stepper, make_optimiser
+from fedtune.training.start import Start
 
-__all__ = ["Masters"]
+__all__ = ["masters_of", "stepper"]
 
 
-@dataclass(frozen=True)
-class Masters:
-    """``copies`` of trained parameters by name, and in ``parameters`` what an optimiser moves, in the model's order."""
+def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
+    """An fp32 copy of every trained parameter that is less precise, by name; it begins where ``start`` does."""
+    coarse = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+    return {
+        name: nn.Parameter(start[name].clone() if name in start else parameter.detach().float())
+        for name, parameter in coarse.items()
+    }
 
-    model: nn.Module
-    copies: Mapping[str, Parameter]
-    parameters: list[Parameter]
 
-    @classmethod
-    def of(cls, model: nn.Module, state: Mapping[str, Tensor]) -> "Masters":
-        """Copies start from ``state`` [fp32], of which the model holds what its precision can; else from the model."""
-        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        short = {name: one for name, one in trained.items() if one.dtype != torch.float32}
-        copies = {name: Parameter(state.get(name, one.detach()).float().clone()) for name, one in short.items()}
-        return cls(model, copies, [copies.get(name, one) for name, one in trained.items()])
+def stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> Stepper:
+    """A fresh optimiser over the trained parameters, which moves those of ``masters`` in their stead."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inner = make_optimiser(settings, [masters.get(name, parameter) for name, parameter in named.items()])
+    pairs = [(named[name], master) for name, master in masters.items()]
+    return _Mastered(inner, pairs) if pairs else inner
+
+
+class _Mastered:
+    """Steps masters by the gradients of their parameters, and rounds them into these."""
+
+    def __init__(self, inner: Stepper, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self._inner, self._pairs = inner, pairs
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Hand the model's gradients on to the copies."""
-        for name, copy in self.copies.items():
-            parameter = self.model.get_parameter(name)
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
+    def step(self, lr: float) -> None:
+        """One step at the given learning rate."""
+        for parameter, master in self._pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-
-    @torch.no_grad()
-    def spread(self) -> None:
-        """Round the copies into the model, and let go of all gradients."""
-        for name, copy in self.copies.items():
-            self.model.get_parameter(name).copy_(copy)
-            copy.grad = None
-        self.model.zero_grad()
-
-    @torch.no_grad()
-    def deltas(self, names: list[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What each named tensor is beyond ``state`` [fp32]; made one after the other."""
-        held = tensors_of(self.model)
-        return {name: self._delta(name, held[name], state[name]) for name in names}
-
-    def _delta(self, name: str, held: Tensor, before: Tensor) -> Tensor:
-        if name in self.copies:
-            return self.copies[name].detach() - before
-        return held.detach().float() - before.to(held.dtype).float()  # a short buffer began as what it could hold
-
-    def read(self, name: str) -> Tensor:
-        """A named tensor as it is now, fp32."""
-        held = self.copies[name] if name in self.copies else tensors_of(self.model)[name]
-        return held.detach().to(torch.float32, copy=True)
+        self._inner.step(lr)
+        for parameter, master in self._pairs:
+            master.grad = None
+            parameter.copy_(master)

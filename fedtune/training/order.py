@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["batches"]
+from fedtune.recipe import Recipe
+
+__all__ = ["batches", "total_steps"]
 
 IntArray = NDArray[np.int64]
 
@@ -40,3 +42,10 @@ def _like_lengths_together(order: IntArray, lengths: IntArray, batch: int, rando
         whole = len(window) // batch * batch
         placed += [random.permutation(window[:whole].reshape(-1, batch)).reshape(-1), window[whole:]]
     return np.concatenate(placed)
+
+
+def total_steps(examples: int, recipe: Recipe) -> int:
+    """Optimiser steps of one client in one round."""
+    settings = recipe.train
+    per_epoch = -(-examples // settings.batch)
+    return settings.steps or per_epoch * (settings.epochs or 1)
