@@ -36,13 +36,16 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-def load(recipe: Recipe) -> Corpus:
-    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable."""
+def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+
+    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    """
     source = recipe.data.source
     found, notes = _found(recipe)
     labels: tuple[str, ...] = ()
     if recipe.task != "causal-language-modelling":
-        found, labels = encode_labels(found, source)
+        found, labels = encode_labels(found, source, known)
     divided = divide(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
