@@ -1,10 +1,51 @@
 """What ``fedtune merge`` reads from single options; UsageError for what it cannot read."""
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-__all__ = ["columns", "numbers", "size", "unit"]
+if TYPE_CHECKING:
+    from fedtune.recipe import Task
+
+__all__ = ["Asked", "columns", "numbers", "size", "unit"]
+
+
+class Asked(NamedTuple):
+    """The command line."""
+
+    sources: tuple[str, ...]
+    output: Path | None
+    form: str
+    dry_run: bool
+    method: str | None
+    base: str | None
+    weights: str | None
+    settings: tuple[str, ...]
+    seed: int | None
+    align: tuple[str, ...]
+    relax: tuple[str, ...]
+    renormalise: tuple[str, ...]
+    tokenizer: str | None
+    dtype: str | None
+    rank: int | None
+    energy: float | None
+    calibrate: str | None
+    evaluate: str | None
+    part: str
+    columns: str | None
+    task: "Task | None"
+    shard_size: str
+    report: bool
+    trust_base: bool
+    store: str | None
+    as_json: bool
+
+    def export(self, reference: str) -> Path:
+        """What a run learned, kept in the cache as a whole model."""
+        from fedtune.cli.exported import exported
+
+        return exported(reference, self.store)
 
 
 def unit(text: str) -> Any:

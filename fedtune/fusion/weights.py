@@ -15,15 +15,22 @@ __all__ = ["Lazy", "Prefixed", "Weights", "prefix_before", "spelt_like"]
 class Weights(ABC):
     """A model's tensors.
 
-    ``origin`` is what the user called it, ``folder`` holds config.json and the tokenizer, ``files`` are what the
-    tensors are read from, ``forms`` their names in order, ``quantised`` whether they were stored in fewer bits.
+    ``origin`` is what the user called it, ``folder`` holds config.json, ``tokens`` the tokenizer: the same folder
+    unless an adapter brings its own. ``files`` are what the tensors are read from, ``forms`` their names in order,
+    ``quantised`` whether they were stored in fewer bits.
     """
 
     origin: str
     folder: Path
+    own_tokens: Path | None = None
     files: tuple[Path, ...]
     forms: Mapping[str, Form]
     quantised: bool = False
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.folder if self.own_tokens is None else self.own_tokens
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -40,7 +47,7 @@ class Prefixed(Weights):
     def __init__(self, weights: Weights, put: str, take: str = "") -> None:
         self._weights, self._put, self._take = weights, put, take
         self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised = weights.quantised
+        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
         self._names = {put + name.removeprefix(take): name for name in weights.forms}
         self.forms = {name: weights.forms[own] for name, own in self._names.items()}
 

@@ -1,0 +1,106 @@
+"""A file of several merges, as mergekit-multi takes it: documents with names, and one that may use their results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fedtune.errors import RecipeError
+from fedtune.fusion.config import MergeConfig
+from fedtune.recipe_file import settled
+
+__all__ = ["Stage", "documents", "renamed", "stages_of"]
+
+_REFERENCES = ("model", "base_model", "tokenizer_source", "source")
+
+
+class Stage(NamedTuple):
+    """One merge of a file; ``needs`` are the names of those whose results it reads."""
+
+    config: MergeConfig
+    text: str
+    needs: frozenset[str]
+
+
+def documents(text: str, origin: str) -> list[str]:
+    """The YAML documents in a text that are not empty, each where it stood, so that its lines keep their numbers."""
+    found: list[str] = []
+    first, lines, filled = 0, 0, False
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.DocumentStartEvent) and event.start_mark is not None:
+                begin, filled = event.start_mark, False
+                first, lines = begin.index - begin.column, begin.line
+            elif isinstance(event, yaml.DocumentEndEvent) and event.end_mark is not None:
+                found += ["\n" * lines + text[first : event.end_mark.index]] if filled else []
+            elif not (isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0]):
+                filled = True
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+    return found or [text]
+
+
+def stages_of(text: str, origin: str, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The merges of a text, each after those it needs; the last makes the result, and has the overrides.
+
+    That is the one without a name, or where all have one the last. RecipeError when none can be first, when two have
+    one name, or when the result is not clear.
+    """
+    texts = documents(text, origin)
+    if len(texts) == 1:
+        return [Stage(settled(MergeConfig, texts[0], origin, "merge", overrides), text, frozenset())]
+    configs = [settled(MergeConfig, one, origin, "merge") for one in texts]
+    last = _last([config.name for config in configs], origin)
+    configs[last] = settled(MergeConfig, texts[last], origin, "merge", overrides)
+    names = frozenset(config.name for place, config in enumerate(configs) if config.name and place != last)
+    stages = [Stage(config, one.strip(), _needs(config, names)) for config, one in zip(configs, texts, strict=True)]
+    return _in_order([*stages[:last], *stages[last + 1 :], stages[last]], origin)
+
+
+def _last(names: Sequence[str | None], origin: str) -> int:
+    known = [name for name in names if name is not None]
+    if len(set(known)) < len(known):
+        raise RecipeError(f"{origin}: two documents have one name; give each its own")
+    if len(names) - len(known) > 1:
+        raise RecipeError(f"{origin}: several documents have no name; give all but that of the result one")
+    return names.index(None) if None in names else len(names) - 1
+
+
+def _needs(config: MergeConfig, names: frozenset[str]) -> frozenset[str]:
+    said = [config.base_model, config.tokenizer_source, config.token_rule and config.token_rule.source, *config.sources]
+    return frozenset(part for one in said if one for part in one.split("+")) & names
+
+
+def _in_order(stages: Sequence[Stage], origin: str) -> list[Stage]:
+    """As they stand, but each after those it needs."""
+    ordered: list[Stage] = []
+    left = list(stages)
+    while left:
+        made = {stage.config.name for stage in ordered}
+        ready = next((stage for stage in left if stage.needs <= made), None)
+        if ready is None:
+            names = ", ".join(str(stage.config.name) for stage in left if stage.config.name)
+            raise RecipeError(f"{origin}: {names} need each other; begin with models that are there")
+        ordered.append(ready)
+        left.remove(ready)
+    if ordered[-1] is not stages[-1]:
+        raise RecipeError(
+            f"{origin}: {stages[-1].config.name} is last but others need it; put what makes the result last"
+        )
+    return ordered
+
+
+def renamed(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:
+    """The configuration with the folders of merges in place of their names."""
+    return MergeConfig.model_validate(_renamed(config.model_dump(), "", folders))
+
+
+def _renamed(value: Any, key: str, folders: Mapping[str, Path]) -> Any:
+    if isinstance(value, dict):
+        return {inner: _renamed(found, inner, folders) for inner, found in value.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(found, key, folders) for found in value]
+    if isinstance(value, str) and key in _REFERENCES:
+        return "+".join(str(folders.get(part, part)) for part in value.split("+"))
+    return value
