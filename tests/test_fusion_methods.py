@@ -68,7 +68,12 @@ def test_what_a_model_may_set_for_itself_is_taken(key: str) -> None:
     method("breadcrumbs").check({key: 0.5}, "the parameters of a", own=True)
 
 
-@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "task_arithmetic"])
+def test_rescale_stretches_nothing_where_nothing_is_dropped() -> None:
+    method("task_arithmetic").check({"rescale": True}, "parameters")
+    assert method("task_arithmetic").step([{"rescale": True}], "weight", 0.0).model_dump()["scale"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
 def test_rescale_is_known_where_mergekit_knows_it(name: str) -> None:
     method(name).check({"rescale": False}, "parameters")
     method(name).step([{"rescale": False}], "weight", 0.0)

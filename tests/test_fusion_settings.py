@@ -37,14 +37,6 @@ def named(folders: list[Path], text: str) -> str:
 MIDDLE = ".layers.1.mlp.up_proj.weight"
 
 
-def share(found: dict[str, Tensor], folders: list[Path], name: str = MIDDLE) -> float:
-    """How far a tensor lies on the line from ONE to TWO."""
-    [full] = [key for key in found if key.endswith(name)]
-    one, two = (tensors(folder)[full] for folder in folders[1:])
-    span = (two - one).flatten()
-    return float((found[full] - one).flatten() @ span / (span @ span))
-
-
 WEIGHTS = "models:\n  - {model: ONE, parameters: {weight: %s}}\n  - {model: TWO, parameters: {weight: %s}}\n"
 SAME: dict[str, tuple[str, str]] = {
     "numbers without a point": (WEIGHTS % ("[5e-1, 1]", "5e-1"), WEIGHTS % ("[0.5, 1.0]", "0.5")),
@@ -102,6 +94,22 @@ def test_slerp_leads_from_the_base_to_the_one_model_named(folders: list[Path], t
     long = merged(folders, tmp_path / "long", text % "ONE, BASE")
     assert all(torch.equal(short[name], tensor) for name, tensor in long.items())
     assert not torch.equal(short["model.norm.weight"], tensors(folders[0])["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "counts"),
+    [("karcher", "", True), ("linear", "parameters: {weight: 1}\n", True), ("linear", "", False)],
+)
+def test_a_base_named_only_as_such_counts_where_mergekit_counts_it(
+    folders: list[Path], tmp_path: Path, method: str, parameters: str, counts: bool
+) -> None:
+    """mergekit 0.1.5 gives each of the three a third; where no weight is said for the base, it refuses linear."""
+    text = f"merge_method: {method}\nbase_model: BASE\nmodels: [ONE, TWO]\n{parameters}"
+    found = merged(folders, tmp_path, text)[f"model{MIDDLE}"]
+    sides = torch.stack([tensors(folder)[f"model{MIDDLE}"].flatten() for folder in folders]).double().T
+    shares = torch.linalg.lstsq(sides, found.flatten().double()[:, None]).solution.flatten()
+    wanted = [1 / 3] * 3 if counts else [0, 0.5, 0.5]
+    torch.testing.assert_close(shares, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=2e-2)
 
 
 THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"]

@@ -32,18 +32,20 @@ _ACTS: dict[str, Acts] = {
 }
 """What a method combines: whole models, or deltas where a base is named; all others need deltas."""
 
-_IGNORED = {"int8_mask"}
+_IGNORED = frozenset({"int8_mask"})
 """mergekit's parameter for how masks are held; none are held here."""
 
 _OWN = ("density", "gamma", "epsilon", "rescale")
 """Fields of a step that each model may set for itself; all others are of the merge as a whole."""
+
+_IDLE = {"task-arithmetic": frozenset({"rescale"}), "multislerp": frozenset({"eps"})}
+"""mergekit's parameters that change nothing: nothing is dropped, or nothing near zero is divided by."""
 
 _PLAIN: Mapping[str, Value] = {"rescale": False}
 _FIXED: dict[str, Mapping[str, Value]] = {
     "ties": _PLAIN,
     "breadcrumbs": _PLAIN,
     "breadcrumbs-ties": _PLAIN,
-    "task-arithmetic": _PLAIN,
     "multislerp": {"normalize_weights": True},
 }
 """mergekit's parameters that have one value here: its default."""
@@ -85,7 +87,7 @@ class Method(NamedTuple):
         spelt = {} if self.copies else _spellings(self.name)
         allowed = {"scale"} if self.copies else {"weight", *spelt, *_switches(self.name)}
         fixed = _FIXED.get(self.name, {})
-        for key in (key for key in layer if key not in _IGNORED):
+        for key in (key for key in layer if key not in _ignored(self.name)):
             if key in fixed and key not in allowed:
                 if layer[key] != fixed[key]:
                     value = str(fixed[key]).lower()
@@ -103,7 +105,7 @@ class Method(NamedTuple):
         if self.copies:
             return _built("linear", (("normalise", False),))
         spelt, fixed = _spellings(self.name), _FIXED.get(self.name, {})
-        told = {key for layer in layers for key in layer} - {"weight", *_IGNORED, *fixed}
+        told = {key for layer in layers for key in layer} - {"weight", *_ignored(self.name), *fixed}
         found = {key: lookup(key, layers, name, depth) for key in sorted(told) if spelt.get(key) not in _OWN}
         drawn = {"seed": seed} if "seed" in spelt else {}
         return _built(self.name, _settings(self.name, {**drawn, **found}))
@@ -123,6 +125,10 @@ class Method(NamedTuple):
             return Own(weight, {}, nothing=True)
         checked = _built(self.name, tuple({**_DEFAULTS.get(self.name, {}), **values}.items()))
         return Own(weight, {field: getattr(checked, field) for field in values})
+
+
+def _ignored(name: str) -> frozenset[str]:
+    return _IDLE.get(name, frozenset()) | _IGNORED
 
 
 def _real(value: Value, what: str) -> float:
