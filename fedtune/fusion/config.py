@@ -48,7 +48,7 @@ class Entry(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(reference(value), str) and "parameters" not in value else value
+        return {"model": value} if isinstance(reference(value), str) else value
 
 
 class Source(Entry):

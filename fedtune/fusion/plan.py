@@ -60,7 +60,9 @@ def gradients_outside(config: MergeConfig, targets: Sequence[Target]) -> list[st
     layers += [part.parameters for part in config.slices or []]
     if not any(over_depth(setting) for layer in layers for setting in layer.values()):
         return []
-    behind = [target.name for target in targets if layer_of(target.name) is None and target.depth == 1]
+    known = set(stacks(target.name for target in targets))
+    outside = [target for target in targets if (at := layer_of(target.name)) is None or at.before not in known]
+    behind = [target.name for target in outside if target.depth == 1]
     told = ", ".join(behind[:3]) + (" ..." if len(behind) > 3 else "")
     if not behind:
         return []
