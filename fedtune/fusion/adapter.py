@@ -18,7 +18,7 @@ from fedtune.fusion.layout import Form
 from fedtune.fusion.starts import RESIDUAL, taken_out
 from fedtune.fusion.token_names import is_embedding, is_output, output_of
 from fedtune.fusion.vocabulary import has_tokenizer
-from fedtune.fusion.weights import Weights, spelt_like
+from fedtune.fusion.weights import Weights, by_their_rest, spelt_like
 from fedtune.merging._factors import Factors
 
 __all__ = ["Adapted", "base_of"]
@@ -50,6 +50,11 @@ class Adapted(Weights):
         self._whole = {name: stored for name, stored in own.items() if _MAGNITUDE not in name}
         self._modules = {f"{module}.weight": module for module in self._adapter.places}
         self._base = spelt_like(base, [*self._modules, *self._whole])
+        if any(name not in self._base.forms for name in self._modules):
+            self._base = base
+            meant = by_their_rest([*self._modules, *self._whole], base.forms)
+            self._modules = {meant.get(name, name): module for name, module in self._modules.items()}
+            self._whole = {meant.get(name, name): stored for name, stored in self._whole.items()}
         self._same: dict[str, str] = {}
         self.forms = dict(self._base.forms)
         for name, stored in self._whole.items():
@@ -65,6 +70,10 @@ class Adapted(Weights):
     def base(self) -> Weights:
         """What the adapter changes, under the adapter's names."""
         return self._base
+
+    def weight_of(self, module: str) -> str:
+        """The name in the base of the weight that a product of the adapter changes."""
+        return next(name for name, own in self._modules.items() if own == module)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base's rows with the change."""

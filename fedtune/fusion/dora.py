@@ -60,10 +60,10 @@ def missed_by_dora(
     before = inputs[0].base
     told = zip(inputs, weights, knobs, strict=True)
     dense = [Operand(_Change(adapted, before), weight, own) for adapted, weight, own in told]
-    shapes = {f"{module}.weight": before.forms[f"{module}.weight"].shape for module in modules}
+    names = {module: result.weight_of(module) for module in modules}
+    shapes = {name: before.forms[name].shape for name in names.values()}
     step, dense_parts = settle(step, shapes, dense, Evidence())
     found = _Change(result, before)
-    names = {module: f"{module}.weight" for module in modules}
     return {module: _missed(name, shapes[name], step, dense_parts, found) for module, name in names.items()}
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fedtune.fusion.layout import Form
 
-__all__ = ["Lazy", "Prefixed", "Weights", "prefix_before", "spelt_like"]
+__all__ = ["Lazy", "Prefixed", "Weights", "by_their_rest", "prefix_before", "spelt_like"]
+
+_WRAPPERS = ("model", "language_model")
+"""Parts of a name that say only how modules are nested, which transformers has changed between memory and file."""
 
 
 class Weights(ABC):
@@ -90,3 +93,19 @@ def spelt_like(weights: Weights, names: Collection[str]) -> Weights:
     if take := prefix_before(weights.forms, names):
         return Prefixed(weights, "", take)
     return weights
+
+
+def by_their_rest(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """Which of the ``known`` names each name means, where they differ in parts that only say how modules are nested.
+
+    A vision-language model is ``language_model.model.layers...`` in its file and ``model.language_model.layers...`` in
+    memory, where adapters get their names.
+    """
+    found: dict[str, list[str]] = {}
+    for name in known:
+        found.setdefault(_rest(name), []).append(name)
+    return {name: found[_rest(name)][0] for name in names if len(found.get(_rest(name), ())) == 1}
+
+
+def _rest(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
