@@ -30,7 +30,7 @@ from fedtune.fusion.result import unseen
 from fedtune.fusion.score import gather
 from fedtune.merging import Activity, Evidence
 from fedtune.models.quiet import quiet
-from tests.fusion_models import base_and_tuned, moved, save, save_tokenizer, tensors, words
+from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import llama
 
 
@@ -270,6 +270,16 @@ def test_what_is_said_of_single_layers_follows_them(tmp_path: Path) -> None:
     assert (told["num_hidden_layers"], told["layer_types"]) == (3, [kinds[2], kinds[3], kinds[1]])
     with quiet():
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_lists_that_are_not_of_layers_stay(tmp_path: Path) -> None:
+    _, one, _ = base_and_tuned(tmp_path, 2, num_hidden_layers=2)
+    told = {"eos_token_id": [1, 2], "mlp_only_layers": [1], "no_rope_layers": [1, 0], "architectures": ["A", "B"]}
+    change_json(one / "config.json", told)
+    merge(prepare(parse(stacked((one, [1, 2]), (one, [0, 2])), "merge.yaml")), tmp_path / "out", "a card")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    wanted = {**told, "mlp_only_layers": [0, 2], "no_rope_layers": [0, 1, 0]}
+    assert {key: found[key] for key in wanted} == wanted
 
 
 def test_a_model_that_does_not_count_its_layers_is_no_source_of_slices(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from fedtune.cli.merge import merge
-from fedtune.errors import RecipeError, SourceError
+from fedtune.errors import FedtuneError, RecipeError, SourceError
 from fedtune.fusion import parse
 from fedtune.fusion.stages import documents, stages_of
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
@@ -206,3 +206,35 @@ def test_an_adapters_own_setting_of_the_whole_merge_is_refused() -> None:
         RecipeError, match=r"the parameters of a: t of slerp is a setting of the whole merge, not of one"
     ):
         call("merge.yaml", "--as", "adapter", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "proposed"),
+    [("--weigths", "--weights"), ("--out-shard-size", "--shard-size"), ("--trust-remote-code", None), ("--lora", None)],
+)
+def test_only_an_option_that_is_nearly_the_same_is_proposed(option: str, proposed: str | None) -> None:
+    output = " ".join(call("tuned1", option, "1", "-o", "out").output.split())
+    assert f"No such option: {option}" in output or f"No such option {option!r}" in output
+    assert ("ossible options" in output or "id you mean" in output) == (proposed is not None)
+    assert proposed is None or proposed in output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("merge_method: task_arithmetic", "merge_method: tassk", "merge_method: there is no 'tassk'"),
+        (
+            "base_model: base",
+            "base_model: base\nparameters: {densty: 1}",
+            "parameters: task-arithmetic has no parameter",
+        ),
+        ("path: tuned3", "path: nowhere", "there is no folder nowhere"),
+    ],
+)
+def test_a_last_merge_that_is_refused_leaves_nothing(
+    old: str, new: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FedtuneError, match=sentence):
+        written(STAGES.replace(old, new))
+    assert not [path for path in Path.cwd().iterdir() if "out" in path.name]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Asked, numbers, unit
+from fedtune.cli.merge_options import Asked, Command, numbers, unit
 
 if TYPE_CHECKING:
     from fedtune.fusion.stages import Stage
@@ -15,7 +15,7 @@ __all__ = ["merge"]
 _TASKS = ["causal-language-modelling", "sequence-classification", "image-classification"]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="CONFIG.yaml | MODEL...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--method", metavar="NAME", help="Merge method; see: fedtune methods.  [default: linear]")

@@ -25,13 +25,19 @@ def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
         raise click.UsageError(f"--dry-run looks at one merge, but {asked.sources[0]} holds {len(stages)}; write them")
     import shutil
 
-    from fedtune.fusion.stages import renamed
+    from fedtune.errors import FedtuneError
+    from fedtune.fusion.stages import check, renamed
 
+    check(stages)
     beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
     made: dict[str, Path] = {}
-    for stage in stages[:-1]:
-        made[str(stage.config.name)] = _stage(asked, renamed(stage.config, made), stage.text, beside)
-    _merge_one(asked, renamed(stages[-1].config, made), stages[-1].text)
+    try:
+        for stage in stages[:-1]:
+            made[str(stage.config.name)] = _stage(asked, renamed(stage.config, made), stage.text, beside)
+        _merge_one(asked, renamed(stages[-1].config, made), stages[-1].text)
+    except FedtuneError:  # an interruption leaves what is made for the same command to go on with
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     shutil.rmtree(beside)
 
 

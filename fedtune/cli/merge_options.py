@@ -1,5 +1,6 @@
 """What ``fedtune merge`` reads from single options; UsageError for what it cannot read."""
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,7 +9,21 @@ import click
 if TYPE_CHECKING:
     from fedtune.recipe import Task
 
-__all__ = ["Asked", "columns", "numbers", "size", "unit"]
+__all__ = ["Asked", "Command", "columns", "numbers", "size", "unit"]
+
+_ALIKE = 0.8
+
+
+class Command(click.Command):
+    """A command that proposes only options which are nearly those that were tried: none for mergekit's others."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """UsageError names what is nearly the same."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            near = difflib.get_close_matches(error.option_name, error.possibilities or [], cutoff=_ALIKE)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from error
 
 
 class Asked(NamedTuple):

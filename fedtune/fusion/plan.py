@@ -15,7 +15,7 @@ from fedtune.fusion.settings import Layer, over_depth
 from fedtune.fusion.settings_file import resliced
 from fedtune.fusion.weights import Weights
 
-__all__ = ["Part", "Target", "gradients_outside", "plan"]
+__all__ = ["Part", "Target", "check_parameters", "gradients_outside", "plan"]
 
 
 class Part(NamedTuple):
@@ -47,7 +47,7 @@ def plan(config: MergeConfig, models: Models) -> list[Target]:
     chosen = method(config.merge_method)
     if chosen.acts == "deltas" and config.base_model is None:
         raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
-    _check_parameters(config, chosen)
+    check_parameters(config, chosen)
     targets = list(_whole(config, models, chosen) if config.models is not None else _sliced(config, models, chosen))
     if chosen.copies and any(len(target.parts) != 1 for target in targets if not target.copied):
         raise RecipeError("passthrough copies one model per slice; name one source in each, or choose linear")
@@ -69,7 +69,8 @@ def gradients_outside(config: MergeConfig, targets: Sequence[Target]) -> list[st
     return [f"of values over the depth, {told} take the last, as behind all layers; mergekit gives them the first"]
 
 
-def _check_parameters(config: MergeConfig, chosen: Method) -> None:
+def check_parameters(config: MergeConfig, chosen: Method) -> None:
+    """RecipeError for a parameter that means nothing to the method, of the whole, a slice or a model."""
     chosen.check(config.parameters, "parameters")
     for part in config.slices or []:
         chosen.check(part.parameters, "a slice's parameters")

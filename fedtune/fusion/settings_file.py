@@ -13,6 +13,7 @@ __all__ = ["resliced", "with_token_ids", "with_vocabulary"]
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ENDINGS = ("_token_id", "_token_index", "_token_ids")
 _INDICES = ("_layers", "_idxs", "_indices")
+_NOT_BY_LAYER = ("architectures", "bad_words_ids")
 
 
 def resliced(settings: Mapping[str, Any], slices: Sequence[Slice], models: Models) -> dict[str, Any]:
@@ -31,9 +32,11 @@ def resliced(settings: Mapping[str, Any], slices: Sequence[Slice], models: Model
     changed = {**settings, **dict.fromkeys(keys, len(taken))}
     own = {model: settings_of(models.by_name[model]) for model, _ in taken}
     for key, value in settings.items():
-        if isinstance(value, list) and len(value) == settings[keys[0]]:
+        if not isinstance(value, list) or not value or key in _NOT_BY_LAYER or key.endswith(_ENDINGS):
+            continue
+        if len(value) == settings[keys[0]]:
             changed[key] = [_of_layer(own[model], key, number, model) for model, number in taken]
-        elif isinstance(value, list) and value and key.endswith(_INDICES) and all(isinstance(at, int) for at in value):
+        elif key.endswith(_INDICES) and all(isinstance(at, int) for at in value):
             changed[key] = [
                 place for place, (model, number) in enumerate(taken) if number in (own[model].get(key) or ())
             ]

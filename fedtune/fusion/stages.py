@@ -8,9 +8,11 @@ import yaml
 
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
+from fedtune.fusion.pipeline import steps
+from fedtune.fusion.plan import check_parameters
 from fedtune.recipe_file import settled
 
-__all__ = ["Stage", "documents", "renamed", "stages_of"]
+__all__ = ["Stage", "check", "documents", "renamed", "stages_of"]
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source")
 
@@ -89,6 +91,12 @@ def _in_order(stages: Sequence[Stage], origin: str) -> list[Stage]:
             f"{origin}: {stages[-1].config.name} is last but others need it; put what makes the result last"
         )
     return ordered
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """RecipeError for a method, a step or a parameter that there is not, before the first merge is made."""
+    for stage in stages:
+        check_parameters(stage.config, steps(stage.config).combine)
 
 
 def renamed(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:
