@@ -31,6 +31,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.fusion import merge, parse, prepare
+from fedtune.fusion.settings_file import with_vocabulary
 from fedtune.fusion.vocabulary import vocabulary
 from fedtune.models.quiet import quiet
 from tests.fusion_models import change_json, moved, save_tokenizer, tensors, words
@@ -126,6 +127,30 @@ def _found(key: str, value: Any) -> Any:
             if inner == key:
                 yield found
             yield from _found(key, found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"vocab_size": 40}, {"vocab_size": 42}),
+        ({"text_config": {"vocab_size": 40}}, {"text_config": {"vocab_size": 42}}),
+        (  # PaliGemma says another number outside
+            {"vocab_size": 99, "text_config": {"vocab_size": 40}, "vision_config": {"vocab_size": 7}},
+            {"vocab_size": 99, "text_config": {"vocab_size": 42}, "vision_config": {"vocab_size": 7}},
+        ),
+        (
+            {"vocab_size": 40, "text_config": {"vocab_size": 40}, "audio_config": {"vocab_size": 7}},
+            {"vocab_size": 42, "text_config": {"vocab_size": 42}, "audio_config": {"vocab_size": 7}},
+        ),
+        (
+            {"encoder": {"vocab_size": 40}, "decoder": {"vocab_size": 40}},
+            {"encoder": {"vocab_size": 42}, "decoder": {"vocab_size": 42}},
+        ),
+        ({"hidden_size": 3}, {"hidden_size": 3}),
+    ],
+)
+def test_the_number_of_tokens_is_set_wherever_it_is_said(settings: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert with_vocabulary(settings, 42) == wanted
 
 
 LOADS: dict[str, Any] = {

@@ -57,12 +57,12 @@ def with_vocabulary(settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _sizes(settings: Mapping[str, Any]) -> Iterator[int]:
-    """Numbers of tokens, the outermost first."""
-    if isinstance(settings.get("vocab_size"), int):
-        yield settings["vocab_size"]
+    """Numbers of tokens, those of a language model inside first."""
     for key, value in settings.items():
         if isinstance(value, dict) and ("text" in key or "language" in key or key in ("decoder", "llm_config")):
             yield from _sizes(value)
+    if isinstance(settings.get("vocab_size"), int):
+        yield settings["vocab_size"]
 
 
 def _with_rows(key: str, value: Any, before: int | None, rows: int) -> Any:
