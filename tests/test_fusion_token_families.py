@@ -194,15 +194,36 @@ def _t5_logits(folder: Path, ids: Tensor) -> Tensor:
     return found
 
 
-def test_columns_of_tokens_are_refused(tmp_path: Path) -> None:
-    folders = two(tmp_path, lambda rows: bart(vocab_size=rows))
+@pytest.mark.parametrize("rule", ["union", "base"])
+def test_columns_of_tokens_are_put_in_order_too(tmp_path: Path, rule: str) -> None:
+    one, other = two(tmp_path, lambda rows: bart(vocab_size=rows))
+    name = "final_logits_bias"
+    for place, folder in enumerate((one, other)):
+        found = tensors(folder)
+        found[name] = torch.arange(found["model.shared.weight"].shape[0])[None] + 100.0 * place
+        save_file(found, folder / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    text = f"models: [{one}, {other}]\nbase_model: {one}\ntokenizer_source: {rule}\n"
+    merge(prepare(parse(text, "merge.yaml")), out, "a card")
+    known = [vocabulary(folder) for folder in (out, one, other)]
+    ids, first, second = ({} if one is None else one for one in known)
+    made = tensors(out)[name]
+    assert made.shape == (1, VOCABULARY + (2 if rule == "union" else 0))
+    for token in ("word3", "word30"):
+        assert made[0, ids[token]] == (first[token] + second[token] + 100) / 2
+    assert rule == "base" or made[0, ids["<think>"]] == second["<think>"] + 100
+    with quiet():
+        _, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not info["mismatched_keys"]
+
+
+def test_an_unknown_tensor_that_counts_tokens_is_refused(tmp_path: Path) -> None:
+    folders = two(tmp_path, lambda rows: llama(vocab_size=rows))
     for folder in folders:
         found = tensors(folder)
-        found["final_logits_bias"] = torch.zeros(1, next(iter(found["model.shared.weight"].T)).shape[0])
+        found["model.counts"] = torch.zeros(3, found["lm_head.weight"].shape[0])
         save_file(found, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"one: final_logits_bias seems to count tokens, in a way that fedtune does not"
-    ):
+    with pytest.raises(ModelError, match=r"one: model.counts seems to count tokens, in a way that fedtune does"):
         merged(folders)
 
 

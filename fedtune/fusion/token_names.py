@@ -5,7 +5,7 @@ from pathlib import Path
 from fedtune.fusion.folder import read_json
 from fedtune.fusion.layers import layer_of
 
-__all__ = ["is_embedding", "is_of_tokens", "is_output", "looks_like_tokens", "output_of"]
+__all__ = ["is_embedding", "is_of_columns", "is_of_tokens", "is_output", "looks_like_tokens", "output_of"]
 
 _EMBEDDINGS = (
     "embed_tokens.weight",
@@ -35,6 +35,7 @@ _BIASES = (
     "generator_lm_head.bias",
     "lm_loss.bias",
 )
+_COLUMNS = ("final_logits_bias",)
 _OUTPUT_OF = {
     "bert": "cls.predictions.decoder.weight",
     "deberta": "cls.predictions.decoder.weight",
@@ -52,6 +53,11 @@ _WITH_OUTPUT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGene
 def is_of_tokens(name: str) -> bool:
     """Whether a tensor has one row per token."""
     return _ends(name, (*_EMBEDDINGS, *_OUTPUTS, *_BIASES))
+
+
+def is_of_columns(name: str) -> bool:
+    """Whether a tensor has one column per token."""
+    return _ends(name, _COLUMNS)
 
 
 def is_embedding(name: str) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.config import Tokenizer, TokenSource
-from fedtune.fusion.token_names import is_of_tokens, looks_like_tokens
+from fedtune.fusion.token_names import is_of_columns, is_of_tokens, looks_like_tokens
+from fedtune.fusion.turned import Turned
 from fedtune.fusion.vocabulary import union, vocabulary
 from fedtune.fusion.weights import Weights
 
@@ -46,6 +47,8 @@ class _Given(NamedTuple):
 
 def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> Outcome:
     """All models read in the order of the tokens that the rule chooses; the base, if any, is one of the models."""
+    turned = {id(model): Turned(model) for model in models}
+    models, base = [turned[id(model)] for model in models], None if base is None else turned[id(base)]
     for model in models:
         _check_known(model)
     words = [_vocabulary(model) for model in models]
@@ -61,24 +64,28 @@ def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer
     ]
     given = dict(_given(rule, ids, models, words))
     order = sorted(known, key=lambda one: one.weights is not base)
-    changed: list[Weights] = [_Retokenised(one, order, base is not None, height, given) for one in known]
+    changed: list[Weights] = [Turned(_Retokenised(one, order, base is not None, height, given)) for one in known]
     return Outcome(changed, models[leader], described)
 
 
 def _check_known(model: Weights) -> None:
     """ModelError unless all tensors of tokens are known, and have one row for each."""
-    rows = {form.height for name, form in model.forms.items() if is_of_tokens(name)}
+    rows = {form.height for name, form in model.forms.items() if _is_of_tokens(name)}
     if len(rows) != 1:
         raise ModelError(
             f"{model.origin} has embeddings of {' and '.join(map(str, sorted(rows))) or 'no known'} rows, which no "
             "tokenizer rule can put in order; leave the rule out"
         )
     for name, form in model.forms.items():
-        if looks_like_tokens(name, form.shape, *rows):
+        if not is_of_columns(name) and looks_like_tokens(name, form.shape, *rows):
             raise ModelError(
                 f"{model.origin}: {name} seems to count tokens, in a way that fedtune does not know; leave the "
                 "tokenizer rule out"
             )
+
+
+def _is_of_tokens(name: str) -> bool:
+    return is_of_tokens(name) or is_of_columns(name)
 
 
 def _vocabulary(model: Weights) -> dict[str, int]:
@@ -118,7 +125,7 @@ def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _embedding_rows(model: Weights) -> int:
-    return max((form.height for name, form in model.forms.items() if is_of_tokens(name)), default=0)
+    return max((form.height for name, form in model.forms.items() if _is_of_tokens(name)), default=0)
 
 
 def _height(model: Weights, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
@@ -173,13 +180,13 @@ class _Retokenised(Weights):
         self._means: dict[str, Tensor] = {}
         self._own, self._order, self._based, self._given = own, order, based, given
         self.forms = {
-            name: form._replace(shape=(height, *form.shape[1:])) if is_of_tokens(name) else form
+            name: form._replace(shape=(height, *form.shape[1:])) if _is_of_tokens(name) else form
             for name, form in weights.forms.items()
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows of the result's tokens."""
-        if not is_of_tokens(name):
+        if not _is_of_tokens(name):
             return self._own.weights.rows(name, start, stop)
         found = _gathered(self._own, name, start, stop)
         for row in self._special(start, stop):
