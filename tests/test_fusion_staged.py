@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from fedtune.cli.merge import merge
 from fedtune.errors import FedtuneError, RecipeError, SourceError
 from fedtune.fusion import parse
-from fedtune.fusion.stages import documents, stages_of
+from fedtune.fusion.stages import stages_of
+from fedtune.yaml_text import documents
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
 
@@ -145,7 +146,7 @@ def test_a_name_alone_is_the_results() -> None:
 
 
 def test_documents_keep_their_lines() -> None:
-    found = documents("# one\na: 1\n---\n---\nb: 2\n...\n", "m.yaml")
+    found = documents("# one\na: 1\n---\n---\nb: 2\n...\n")
     assert [text.splitlines().index(line) for text, line in zip(found, ("a: 1", "b: 2"), strict=True)] == [1, 4]
 
 

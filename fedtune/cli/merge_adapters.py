@@ -30,10 +30,10 @@ def merge_adapters(
     modules = write(folders, output, unit, weights or None, Cut(rank, energy), knobs=knobs)
     error = overall_error(modules)
     if as_json:
-        import json
+        from fedtune.json_text import json_text
 
-        told = [{"module": one.module, "rank": one.rank, "error": _known(one.error)} for one in modules]
-        click.echo(json.dumps({"path": str(output.absolute()), "error": _known(error), "modules": told}, indent=2))
+        told = [{"module": one.module, "rank": one.rank, "error": one.error} for one in modules]
+        click.echo(json_text({"path": str(output.absolute()), "error": error, "modules": told}))
         return
     ranks = sorted({one.rank for one in modules})
     made = f"{output}: {len(modules)} modules of rank {ranks[0]} to {ranks[-1]}"
@@ -43,7 +43,3 @@ def merge_adapters(
     worst = max(modules, key=lambda one: one.error)
     click.echo(f"{made}, relative error {error:.2e}")
     click.echo(f"largest error {worst.error:.2e} in {worst.module}")
-
-
-def _known(error: float) -> float | None:
-    return None if math.isnan(error) else error

@@ -137,7 +137,7 @@ def _tell(asked: Asked, prepared: "Merge", found: "Comparison | None", scores: "
     for sentence in warned:
         click.echo(f"warning: {sentence}", err=True)
     if asked.as_json:
-        import json
+        from fedtune.json_text import json_text
 
         document = {
             "method": prepared.steps.combine.name,
@@ -148,7 +148,7 @@ def _tell(asked: Asked, prepared: "Merge", found: "Comparison | None", scores: "
             "scores": {name: [one._asdict() for one in figures] for name, figures in scores.items()},
             "warnings": list(warned),
         }
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json_text(document))
         return
     from fedtune.cli.merge_view import show_scores
 

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.pipeline import steps
 from fedtune.fusion.plan import check_parameters
 from fedtune.recipe_file import settled
+from fedtune.yaml_text import YamlError, documents
 
-__all__ = ["Stage", "check", "documents", "renamed", "stages_of"]
+__all__ = ["Stage", "check", "renamed", "stages_of"]
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source")
 
@@ -25,31 +24,16 @@ class Stage(NamedTuple):
     needs: frozenset[str]
 
 
-def documents(text: str, origin: str) -> list[str]:
-    """The YAML documents in a text that are not empty, each where it stood, so that its lines keep their numbers."""
-    found: list[str] = []
-    first, lines, filled = 0, 0, False
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.DocumentStartEvent) and event.start_mark is not None:
-                begin, filled = event.start_mark, False
-                first, lines = begin.index - begin.column, begin.line
-            elif isinstance(event, yaml.DocumentEndEvent) and event.end_mark is not None:
-                found += ["\n" * lines + text[first : event.end_mark.index]] if filled else []
-            elif not (isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0]):
-                filled = True
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
-    return found or [text]
-
-
 def stages_of(text: str, origin: str, overrides: Sequence[str] = ()) -> list[Stage]:
     """The merges of a text, each after those it needs; the last makes the result, and has the overrides.
 
     That is the one without a name, or where all have one the last. RecipeError when none can be first, when two have
     one name, or when the result is not clear.
     """
-    texts = documents(text, origin)
+    try:
+        texts = documents(text)
+    except YamlError as error:
+        raise RecipeError(f"{origin} {error}") from error
     if len(texts) == 1:
         return [Stage(settled(MergeConfig, texts[0], origin, "merge", overrides), text, frozenset())]
     configs = [settled(MergeConfig, one, origin, "merge") for one in texts]
