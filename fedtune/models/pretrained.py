@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.models.preprocessor import FILE, from_settings
+from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.quiet import quiet
 from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
@@ -85,6 +85,7 @@ def preprocessor(model: Model, location: str) -> Preprocessor:
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
             return _by_size(getattr(config, "image_size", None))
         found = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    check_known(found, model.source)
     return from_settings(found.to_dict(), model.source)
 
 
