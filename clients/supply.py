@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from fedtune import data
@@ -52,7 +51,7 @@ def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
     return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.labels, rows)}
 
 
-def _counts(train: Dataset, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
+def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
     if not labels:
         return {}
     counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())

@@ -12,6 +12,7 @@ from PIL import Image as Picture
 
 from fedtune import data
 from fedtune.data.decode import Unreadable, decode
+from fedtune.data.loaded import as_table
 from fedtune.errors import DataError
 from fedtune.pictures import Preprocessor
 from tests.data_examples import a_recipe
@@ -66,9 +67,9 @@ def test_a_picture_is_turned_upright_as_its_camera_noted() -> None:
     assert decode({"bytes": content.getvalue(), "path": None}, "x")[..., 0].tolist() == [[0], [255]]
 
 
-def pictures(paths: list[str]) -> Dataset:
+def pictures(paths: list[str]) -> data.Table:
     features = Features({"image": Image(), "label": Value("int64")})
-    return Dataset.from_dict({"image": paths, "label": [0] * len(paths)}, features=features)
+    return as_table(Dataset.from_dict({"image": paths, "label": [0] * len(paths)}, features=features))
 
 
 def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
@@ -82,14 +83,16 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_picture_without_a_path_is_named_by_its_row() -> None:
     good = stored(Picture.new("L", (4, 4)))
-    features = pictures([]).features
-    found = Dataset.from_dict({"image": [good, {"bytes": b"oops", "path": None}], "label": [0, 0]}, features=features)
+    features = Features({"image": Image(), "label": Value("int64")})
+    found = as_table(
+        Dataset.from_dict({"image": [good, {"bytes": b"oops", "path": None}], "label": [0, 0]}, features=features)
+    )
     with pytest.raises(DataError, match=r"^the picture in row 2 cannot be read as a picture"):
         data.encode(found, a_recipe("task=image-classification"), Preprocessor())
 
 
 def test_sixteen_bit_arrays_are_scaled_too() -> None:
     features = Features({"image": Array2D((2, 3), "uint16"), "label": Value("int64")})
-    found = Dataset.from_dict({"image": [LEVELS], "label": [0]}, features=features)
+    found = as_table(Dataset.from_dict({"image": [LEVELS], "label": [0]}, features=features))
     batch = data.encode(found, a_recipe("task=image-classification"), Preprocessor(side=3, resample="nearest"))
     assert torch.equal(batch.pixels[0, 0], torch.tensor([[0, 3, 200], [0, 1, 255]], dtype=torch.uint8))  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 from fedtune import data
+from fedtune.data.loaded import as_table
 from fedtune.errors import DataError
 from tests.data_examples import a_recipe, labelled
 
@@ -18,11 +19,11 @@ KINDS = [
 ]
 
 
-def split(train: Dataset, kind: str, *overrides: str, clients: int = 4) -> list[np.ndarray]:
+def split(train: data.Table, kind: str, *overrides: str, clients: int = 4) -> list[np.ndarray]:
     return data.split(a_recipe(f"data.split={kind}", *overrides, clients=clients), train)
 
 
-def column(train: Dataset, name: str, clients: list[np.ndarray]) -> list[list[object]]:
+def column(train: data.Table, name: str, clients: list[np.ndarray]) -> list[list[object]]:
     values = train[name][:]
     return [[values[row] for row in rows] for rows in clients]
 
@@ -56,7 +57,7 @@ def test_iid_gives_even_shares_of_examples_and_labels() -> None:
 
 
 def test_iid_evens_out_groups_of_different_sizes() -> None:
-    train = Dataset.from_dict({"text": ["x"] * 500, "group": [str(int(row**0.5)) for row in range(500)]})
+    train = as_table(Dataset.from_dict({"text": ["x"] * 500, "group": [str(int(row**0.5)) for row in range(500)]}))
     sizes = [len(rows) for rows in split(train, "{kind: iid}")]
     assert max(sizes) - min(sizes) <= 2 * 22 + 1  # the largest group has 2 * 22 - 1 examples
 
@@ -89,7 +90,7 @@ def test_a_natural_split_gives_each_value_its_own_clients() -> None:
 
 
 def test_a_natural_split_keeps_values_whole_where_clients_are_fewer() -> None:
-    train = Dataset.from_dict({"text": list("abcdefghij"), "author": list("aaaabbbccd")})
+    train = as_table(Dataset.from_dict({"text": list("abcdefghij"), "author": list("aaaabbbccd")}))
     owned = split(train, "{kind: natural, by: author}", clients=2)
     assert column(train, "author", owned) == [list("aaaacc"), list("bbbd")]
 
@@ -123,7 +124,7 @@ def test_shards_leave_each_client_few_labels() -> None:
 @pytest.mark.parametrize("kind", ["dirichlet", "equal-dirichlet", "shards"])
 def test_a_split_by_labels_needs_labels(kind: str) -> None:
     with pytest.raises(DataError, match=r"goes by labels.*use iid, size or natural"):
-        split(Dataset.from_dict({"text": list("abcdefgh")}), f"{{kind: {kind}}}")
+        split(as_table(Dataset.from_dict({"text": list("abcdefgh")})), f"{{kind: {kind}}}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,6 +135,6 @@ def test_a_client_without_example_is_refused(kind: str) -> None:
 
 
 def test_the_majority_label_stands_for_a_group() -> None:
-    train = Dataset.from_dict({"text": ["x"] * 6, "label": [0, 1, 1, 1, 0, 0], "group": list("aaabbb")})
+    train = as_table(Dataset.from_dict({"text": ["x"] * 6, "label": [0, 1, 1, 1, 0, 0], "group": list("aaabbb")}))
     owned = split(train, "{kind: shards, per_client: 1}", clients=2)
     assert sorted(column(train, "group", owned)) == [list("aaa"), list("bbb")]

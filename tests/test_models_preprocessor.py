@@ -13,6 +13,7 @@ from PIL import Image as Picture
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from fedtune import data, models
+from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
 from fedtune.pictures import Preprocessor
@@ -86,7 +87,7 @@ def a_folder(path: Path, settings: dict[str, Any]) -> Path:
 
 def read_by(preprocessor: Preprocessor, pictures: list[Picture.Image]) -> NDArray[np.float32]:
     features = Features({"image": Image(), "label": Value("int64")})
-    held = Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features)
+    held = as_table(Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features))
     encoded = data.encode(held, a_recipe(IMAGES), preprocessor)
     return encoded.batch(range(len(pictures)))["pixel_values"].numpy()
 
@@ -129,7 +130,9 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
     source, pictures = f"model.source=path:{tmp_path / 'model'}", f"data.source=folder:{tmp_path / 'pictures'}"
     shop = workshop(a_recipe(IMAGES, source, pictures, "train.image=null").model_dump_json())
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "model")
-    expected = theirs(list(shop.corpus.train["image"]), return_tensors="np")["pixel_values"]
+    expected = theirs([picture["path"] for picture in shop.corpus.train.pictures()], return_tensors="np")[
+        "pixel_values"
+    ]
     assert shop.recipe.model.preprocessor is not None
     found = shop.train.batch(range(len(shop.train)))["pixel_values"]
     assert_alike(found.numpy(), expected, shop.recipe.model.preprocessor)

@@ -38,18 +38,18 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[Score]]) 
     _console().print(table)
 
 
-def show_run(run: RunRecord, rounds: Rounds) -> None:
-    """All of a run that fits a screen."""
+def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
+    """A run in a page: its start and ``last`` rounds, all by default; what is summed up is summed over every round."""
     console = _console()
     console.print(_facts(run, rounds), "")
-    console.print(_rounds(rounds), "")
+    console.print(_rounds(rounds, last), "")
     if (name := main_metric(scores(rounds))) is not None:
         console.print(_domains(rounds, name), "")
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
     if any(record.contributions for record in rounds):
         console.print(_devices(rounds), "")
-    for line in _mishaps(rounds):
+    for line in _newest(_mishaps(rounds), last):
         console.print(line, style="yellow")
     console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
 
@@ -89,7 +89,7 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     return grid
 
 
-def _rounds(rounds: Rounds) -> Table:
+def _rounds(rounds: Rounds, last: int | None) -> Table:
     name = main_metric(scores(rounds)) or "accuracy"
     part, values = curve(rounds, name)
     table = _table(
@@ -101,7 +101,10 @@ def _rounds(rounds: Rounds) -> Table:
         "sent>",
         "time>",
     )
-    for record in rounds:
+    hidden = 0 if last is None else max(0, len(rounds) - 1 - last)
+    for place, record in enumerate([*rounds[:1], *rounds[1 + hidden :]]):
+        if hidden and place == 1:
+            table.add_row("…", f"{hidden} more: --all")
         cost = totals([record])
         merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
         loss, sent = _number(training_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
@@ -165,6 +168,12 @@ def _mishaps(rounds: Rounds) -> list[str]:
         for one in record.contributions
         if one.status != "merged" or one.reason
     ]
+
+
+def _newest(lines: Sequence[str], last: int | None) -> Sequence[str]:
+    if last is None or len(lines) <= last:
+        return lines
+    return [f"{len(lines) - last} earlier lines like these: --all", *lines[-last:]]
 
 
 def _console() -> Console:

@@ -18,11 +18,14 @@ __all__ = ["load_target"]
 def load_target(target: str, number: int | None, store: str | None) -> "tuple[Recipe, Mapping[str, Tensor], str, int]":
     """Recipe, state, run and round of a run (by id, its beginning, or ``latest``) or of a checkpoint file."""
     from fedtune import checkpoint, home
+    from fedtune.cli.exported import with_base
     from fedtune.recipe import Recipe
     from fedtune.tracking import Store
     from fedtune.tracking.pruning import with_checkpoint
 
     file = _file(target)
+    if file is not None and number is not None:
+        raise StoreError(f"{target} is the checkpoint of one round already; leave --round out, or name the run")
     reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)
@@ -31,7 +34,7 @@ def load_target(target: str, number: int | None, store: str | None) -> "tuple[Re
     record = there(run.id, rounds, number)
     assert record.checkpoint is not None
     state = checkpoint.load(file or home.runs() / record.checkpoint.path, record.checkpoint.sha256)
-    return Recipe.model_validate_json(run.recipe), state, run.id, record.number
+    return with_base(Recipe.model_validate_json(run.recipe), store), state, run.id, record.number
 
 
 def _file(target: str) -> Path | None:

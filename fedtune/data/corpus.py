@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, Image, concatenate_datasets
 
 from fedtune.data.columns import canonical
 from fedtune.data.decode import readable
 from fedtune.data.labels import encode_labels, label_by_name
 from fedtune.data.parts import divide, groups
 from fedtune.data.sources import read
+from fedtune.data.table import Pictures, Table, concatenate
 from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
@@ -29,9 +29,9 @@ class Corpus:
     modelling. ``notes`` are sentences about what was guessed, left out or will tell nothing.
     """
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    train: Table
+    validation: Table
+    test: Table
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -44,42 +44,42 @@ def load(recipe: Recipe) -> Corpus:
     if recipe.task != "causal-language-modelling":
         found, labels = encode_labels(found, source)
     divided = divide(recipe.data, found)
-    for part, dataset in divided.items():
-        _check(source, part, dataset)
+    for part, table in divided.items():
+        _check(source, part, table)
     train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
     told = (*notes, *_absent(source, divided, labels))
     return Corpus(train, divided["validation"], divided["test"], labels, told)
 
 
-def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Dataset:
+def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
     """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
     found = _labelled(recipe, labels)
-    whole = concatenate_datasets(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
+    whole = concatenate(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
     _check(recipe.data.source, part, whole)
     return whole
 
 
-def training(recipe: Recipe, labels: Sequence[str]) -> Dataset:
+def training(recipe: Recipe, labels: Sequence[str]) -> Table:
     """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
     return _labelled(recipe, labels)["train"]
 
 
-def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Dataset]:
+def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Table]:
     found, _ = _found(recipe)
     if not labels:
         return found
-    return {name: label_by_name(dataset, labels, recipe.data.source) for name, dataset in found.items()}
+    return {name: label_by_name(table, labels, recipe.data.source) for name, table in found.items()}
 
 
-def _found(recipe: Recipe) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
     source = read(recipe.data)
-    found = {part: canonical(recipe, dataset) for part, dataset in source.parts.items()}
-    if not isinstance(found["train"].features.get("image"), Image):
+    found = {part: canonical(recipe, table) for part, table in source.parts.items()}
+    if not isinstance(found["train"].kinds.get("image"), Pictures):
         return found, source.notes
     lost: list[str] = []
-    for part, dataset in found.items():
-        found[part], names = readable(dataset, skip=recipe.data.skip_unreadable)
+    for part, table in found.items():
+        found[part], names = readable(table, skip=recipe.data.skip_unreadable)
         lost += names
     if not lost:
         return found, source.notes
@@ -87,14 +87,14 @@ def _found(recipe: Recipe) -> tuple[dict[str, Dataset], tuple[str, ...]]:
     return found, (*source.notes, note)
 
 
-def _check(source: str, part: str, dataset: Dataset) -> None:
-    if not len(dataset):
+def _check(source: str, part: str, table: Table) -> None:
+    if not len(table):
         raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
-    if "domain" in dataset.column_names and (taken := RESERVED.intersection(dataset.unique("domain"))):
+    if "domain" in table.column_names and (taken := RESERVED.intersection(table.unique("domain"))):
         raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
 
 
-def _absent(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]) -> Iterator[str]:
+def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:
     """A note for each part in which a class has no example."""
     for part in ("train", "test") if labels else ():
         counts = np.bincount(divided[part]["label"][:], minlength=len(labels))
@@ -105,7 +105,7 @@ def _absent(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]
             yield f"{source}: the {part} part has no example of class {absent[0]!r}{several}; {means}"
 
 
-def _limited(recipe: Recipe, train: Dataset, limit: int) -> Dataset:
+def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
     """Whole groups in an order drawn from the seed, as many as fit."""
     group = groups(train)
     sizes = np.bincount(group)

@@ -1,35 +1,31 @@
 """A stored picture as bytes of red, green and blue; what cannot be read is told by the picture's name."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
-from datasets import Dataset, Image
 from numpy.typing import NDArray
 
+from fedtune.data.table import Table
 from fedtune.errors import DataError
 
-__all__ = ["Unreadable", "decode", "named", "readable", "stored"]
+if TYPE_CHECKING:
+    import PIL.Image
+
+__all__ = ["Unreadable", "decode", "named", "readable"]
 
 Bytes = NDArray[np.uint8]
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _MOST_SIXTEEN = 65535
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, PIL.Image.DecompressionBombError)
-"""What Pillow raises for files that are damaged, too large or none of its formats."""
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
+"""What Pillow raises for files that are damaged or none of its formats."""
 
 
 class Unreadable(DataError):  # noqa: N818
     """A picture that cannot be decoded."""
-
-
-def stored(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
-    """Each picture as ``datasets`` keeps it: ``path`` and ``bytes``, one of which may be missing."""
-    yield from dataset.cast_column("image", Image(decode=False))["image"]
 
 
 def named(picture: Mapping[str, Any], row: int) -> str:
@@ -42,25 +38,28 @@ def decode(picture: Mapping[str, Any], name: str) -> Bytes:
 
     Deeper greys, of 16 bits, are scaled to 8.
     """
+    import PIL.Image  # what holds no encoded pictures does without
+    import PIL.ImageOps
+
     try:
         content = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
         with PIL.Image.open(io.BytesIO(content)) as opened:
             return _rgb(PIL.ImageOps.exif_transpose(opened))
-    except _BROKEN as error:
+    except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
         reason = "it is none of the known formats" if isinstance(error, PIL.UnidentifiedImageError) else _said(error)
         raise Unreadable(
             f"{name} cannot be read as a picture ({reason}); mend or remove the picture, or set data.skip_unreadable"
         ) from error
 
 
-def readable(dataset: Dataset, *, skip: bool) -> tuple[Dataset, list[str]]:
+def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
     """The pictures that are there, and with ``skip`` can be decoded, and the names of those left out.
 
     Without ``skip`` none is left out: Unreadable names the first file that is missing.
     """
     kept: list[int] = []
     lost: list[str] = []
-    for row, picture in enumerate(stored(dataset)):
+    for row, picture in enumerate(table.pictures()):
         name = named(picture, row)
         missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
         if missing and not skip:
@@ -69,7 +68,7 @@ def readable(dataset: Dataset, *, skip: bool) -> tuple[Dataset, list[str]]:
             lost.append(name)
         else:
             kept.append(row)
-    return dataset.select(kept) if lost else dataset, lost
+    return table.select(kept) if lost else table, lost
 
 
 def _decodes(picture: Mapping[str, Any], name: str) -> bool:
@@ -84,7 +83,7 @@ def _said(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
 
 
-def _rgb(image: PIL.Image.Image) -> Bytes:
+def _rgb(image: "PIL.Image.Image") -> Bytes:
     if image.mode in (*_SIXTEEN, "I"):
         grey = _eight_bits(np.asarray(image).astype(np.int64))
         return np.repeat(grey[..., None], 3, axis=2)

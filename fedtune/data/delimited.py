@@ -1,15 +1,16 @@
 """Text files as tables: rows of fields between delimiters, or a line per example."""
 
 import csv
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
+import numpy as np
 
+from fedtune.data.column import Column, Values, objects
 from fedtune.data.encoding import decoded
 from fedtune.errors import DataError
 
@@ -18,12 +19,11 @@ __all__ = ["MISSING", "lines", "table"]
 DELIMITERS = (",", ";", "\t", "|")
 MISSING = frozenset({"na", "n/a", "nan", "null", "none", "#n/a", "?", "-"})
 """Words that stand for no value among numbers, and only there."""
-_LONGEST_BLOCK = 1 << 28
 
 
 def table(
     path: Path, delimiter: str | None, encoding: str | None, wanted: Sequence[str], label: str
-) -> tuple[pa.Table, str]:
+) -> tuple[dict[str, Column], str]:
     """A table of strings as they are written; only the column ``label`` holds numbers where all its fields are some.
 
     An empty field is null, and nothing else is. The delimiter is by default the one that makes the heading name most
@@ -37,27 +37,27 @@ def table(
     by = delimiter or told or _delimiter(text, wanted, path)
     heading = _heading(text, by, path)
     found = _parsed(text, by, heading, path)
+    columns: dict[str, Column] = {name: Values(objects(fields)) for name, fields in found.items()}
     if label in heading:
-        number = heading.index(label)
-        found = found.set_column(number, label, _as_numbers(found[label], path, label))
-    return found, guessed
+        columns[label] = _as_numbers(found[label], path, label)
+    return columns, guessed
 
 
-def lines(path: Path, encoding: str | None) -> tuple[pa.Table, str]:
+def lines(path: Path, encoding: str | None) -> tuple[dict[str, Column], str]:
     """A row for each line that is not blank, in a column ``text``."""
     text, guessed = decoded(_content(path), encoding, str(path))
     kept = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    return pa.table({"text": pa.array(kept, pa.string())}), guessed
+    return {"text": Values(objects(kept))}, guessed
 
 
 def _content(path: Path) -> bytes:
     """The file's bytes, unpacked where its ending says that it is compressed."""
     try:
-        with pa.input_stream(path, compression="detect") as stream:
-            content: bytes = stream.read()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}; mend the file") from error
-    return content
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        raise DataError(f"{path} cannot be read: {reason}; mend the file") from error
 
 
 def _told_delimiter(text: str) -> tuple[str, str | None]:
@@ -88,53 +88,46 @@ def _first_row(text: str, delimiter: str, path: Path) -> list[str]:
         raise DataError(f"{path} has no heading: {error}; mend the file") from error
 
 
-def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> pa.Table:
-    wrong: list[pyarrow.csv.InvalidRow] = []
-
-    def refuse(row: pyarrow.csv.InvalidRow) -> str:
-        wrong.append(row)
-        return "skip"
-
-    content = text.encode()
+def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[str, list[str | None]]:
+    """The fields of each column as they are written; an empty one is None."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    found: list[list[str | None]] = [[] for _ in heading]
     try:
-        found = pyarrow.csv.read_csv(
-            io.BytesIO(content),
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=min(len(content) + 1, _LONGEST_BLOCK)),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse),
-            pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(heading, pa.string()), strings_can_be_null=True, null_values=[""]
-            ),
-        )
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} cannot be read as csv: {reason}; mend the file") from error
-    if wrong:
-        one = wrong[0]
-        raise DataError(
-            f"{path}: row {one.number - 1} has {one.actual_columns} fields, the heading {one.expected_columns}; put "
-            "fields that hold the delimiter in quotes and close them, or set data.delimiter"
-        )
-    return found
+        rows = (row for row in reader if row)
+        next(rows)
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(heading):
+                raise DataError(
+                    f"{path}: row {number} has {len(row)} fields, the heading {len(heading)}; put fields that hold the "
+                    "delimiter in quotes and close them, or set data.delimiter"
+                )
+            for fields, field in zip(found, row, strict=True):
+                fields.append(field or None)
+    except csv.Error as error:
+        number = len(found[0]) + 1
+        raise DataError(f"{path}: row {number} cannot be read as csv ({error}); close and double its quotes") from error
+    return dict(zip(heading, found, strict=True))
 
 
-def _as_numbers(column: pa.ChunkedArray, path: Path, label: str) -> pa.ChunkedArray:
+def _as_numbers(fields: list[str | None], path: Path, label: str) -> Column:
     """Whole or real numbers where all fields are some; a code such as 007 stays text, without blanks around it."""
-    column = pc.utf8_trim_whitespace(column)
-    column = pc.if_else(pc.equal(column, ""), None, column)
-    values = [value for value in pc.unique(column).to_pylist() if value is not None]
+    fields = [None if field is None else field.strip() or None for field in fields]
+    values = {value for value in fields if value is not None}
     numbers = [value for value in values if _is_number(value)]
-    gaps = [value for value in values if value.casefold() in MISSING]
+    gaps = {value for value in values if value.casefold() in MISSING}
     if numbers and gaps and len(numbers) + len(gaps) == len(values):
-        row = pc.index(column, pa.scalar(gaps[0])).as_py() + 1
+        row = next(row for row, value in enumerate(fields, 1) if value in gaps)
         raise DataError(
             f"{path}: row {row} has no value in column {label!r}, only a word for none among numbers; "
             "fill it or drop the row"
         )
     if not numbers or len(numbers) < len(values):
-        return column
-    if all(value.lstrip("+-").isdecimal() for value in values):
-        return column.cast(pa.int64())
-    return column.cast(pa.float64())
+        return Values(objects(fields))
+    kind = int if all(value.lstrip("+-").isdecimal() for value in values) else float
+    if None in fields:
+        return Values(objects(None if value is None else kind(value) for value in fields))
+    return Values(np.array([kind(value) for value in fields if value is not None], np.int64 if kind is int else float))
 
 
 def _is_number(text: str) -> bool:

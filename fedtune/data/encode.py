@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from fedtune.data.pixels import Images, pixels
+from fedtune.data.table import Table
 from fedtune.errors import ModelError
 from fedtune.pictures import Preprocessor
 from fedtune.recipe import Recipe
@@ -38,17 +38,17 @@ class Encoded(Protocol):
         """The model's inputs for some examples, ``labels`` among them."""
 
 
-def encode(dataset: Dataset, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None") -> Encoded:
+def encode(table: Table, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None") -> Encoded:
     """Tokenise texts, cut to ``train.length``; decode pictures as the model reads them: ``models.reader(recipe)``."""
-    domains = list(dataset["domain"]) if "domain" in dataset.column_names else None
-    labels = torch.tensor(dataset["label"][:]) if "label" in dataset.column_names else None
+    domains = list(table["domain"]) if "domain" in table.column_names else None
+    labels = torch.tensor(table["label"][:]) if "label" in table.column_names else None
     if isinstance(reader, Preprocessor):
         assert labels is not None
-        found, fitted = pixels(dataset, reader)
+        found, fitted = pixels(table, reader)
         return Images(found, reader, labels, domains, fitted)
     if reader is None:
         raise ModelError(f"{recipe.model.source} has no tokenizer, which {recipe.task} needs; choose another model")
-    rows = _tokens(list(dataset["text"]), reader, recipe.train.length, ends=labels is None)
+    rows = _tokens(list(table["text"]), reader, recipe.train.length, ends=labels is None)
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), int(reader.pad_token_id), dtype=torch.int32)
     for padded, row in zip(ids, rows, strict=True):

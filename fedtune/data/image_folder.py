@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Image
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+import numpy as np
 
+from fedtune.data.column import Column, Values, as_picture, objects
 from fedtune.data.listing import files_in, part_named, parts_of
+from fedtune.data.table import Classes, Kind, Pictures, Table
 from fedtune.errors import DataError
 
 __all__ = ["described", "image_folder"]
 
-_ENDINGS = tuple(ImageFolder.EXTENSIONS)
 _DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -20,13 +20,13 @@ def described(folder: Path) -> bool:
     return any(file.name in _DESCRIPTIONS for file in folder.rglob("metadata.*"))
 
 
-def image_folder(folder: Path, *, parts: bool) -> dict[str, Dataset]:
+def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
     """Columns image and label, by part where ``parts`` are wanted and folders are called so.
 
     A picture's class is the folder it lies in where all lie equally deep and no two such folders share a name; else
     it is the first folder on its path.
     """
-    files = files_in(folder, _ENDINGS)
+    files = files_in(folder, _endings())
     if not files:
         raise DataError(f"{folder} holds no example; bring data")
     found = parts_of(files, folder, named=parts, by_file=False)
@@ -37,8 +37,17 @@ def image_folder(folder: Path, *, parts: bool) -> dict[str, Dataset]:
     leaf = _leaves_are_classes(list(ways.values()))
     classes = {file: way[-1 if leaf else 0] for file, way in ways.items()}
     names = sorted(set(classes.values()))
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    return {part: _dataset(of, [names.index(classes[file]) for file in of], features) for part, of in found.items()}
+    numbers = {name: number for number, name in enumerate(names)}
+    kinds: dict[str, Kind] = {"image": Pictures(), "label": Classes(tuple(names))}
+    return {part: Table(_columns(of, [numbers[classes[file]] for file in of]), kinds) for part, of in found.items()}
+
+
+def _endings() -> tuple[str, ...]:
+    """Of the files Pillow opens."""
+    import PIL.Image
+
+    PIL.Image.init()
+    return tuple(ending for ending, form in PIL.Image.EXTENSION.items() if form in PIL.Image.OPEN)
 
 
 def _way(file: Path, *, parts: bool) -> tuple[str, ...]:
@@ -53,5 +62,5 @@ def _leaves_are_classes(ways: Sequence[tuple[str, ...]]) -> bool:
     return len({len(way) for way in ways}) == 1 and all(len(same) == 1 for same in above.values())
 
 
-def _dataset(files: Sequence[Path], labels: list[int], features: Features) -> Dataset:
-    return Dataset.from_dict({"image": [str(file) for file in files], "label": labels}, features=features)
+def _columns(files: Sequence[Path], labels: list[int]) -> dict[str, Column]:
+    return {"image": Values(objects(map(as_picture, files))), "label": Values(np.array(labels, np.int64))}

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.data.decode import decode, named, stored
+from fedtune.data.decode import decode, named
+from fedtune.data.table import Pictures, Table
 from fedtune.pictures import Preprocessor
 
 __all__ = ["Images", "pixels"]
@@ -37,16 +37,16 @@ class Images:
         return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
 
 
-def pixels(dataset: Dataset, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
+def pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
     """uint8 [n, c, h, w], and whether they have the size the model reads; small ones of one size stay as they are.
 
     Raises Unreadable for a picture that cannot be decoded.
     """
-    if not isinstance(dataset.features["image"], Image):
-        return _arrays(dataset).unsqueeze(1), False
+    if not isinstance(table.kinds["image"], Pictures):
+        return _arrays(table).unsqueeze(1), False
     kept: list[Tensor] = []
     fitted: list[bool] = []
-    for row, picture in enumerate(stored(dataset)):
+    for row, picture in enumerate(table.pictures()):
         image = torch.from_numpy(decode(picture, named(picture, row)).copy()).permute(2, 0, 1)
         fitted.append(max(image.shape) > preprocessor.side)
         kept.append(_rounded(image, preprocessor) if fitted[-1] else image)
@@ -61,11 +61,9 @@ def _rounded(image: Tensor, preprocessor: Preprocessor) -> Tensor:
     return _fit(image[None].float(), preprocessor)[0].round().byte()
 
 
-def _arrays(dataset: Dataset) -> Tensor:
-    """uint8 [n, h, w] of a column of arrays, taken from its buffer as it lies there; 16 bits are scaled to 8."""
-    column = dataset.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
-    flat = column.storage.flatten().flatten().to_numpy()
-    grey = flat.reshape(len(dataset), *dataset.features["image"].shape)
+def _arrays(table: Table) -> Tensor:
+    """uint8 [n, h, w] of a column of arrays, 16 bits are scaled to 8."""
+    grey = table.greys()
     return torch.from_numpy(np.round(grey / 257).astype(np.uint8) if grey.dtype == np.uint16 else grey.copy())
 
 

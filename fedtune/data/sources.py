@@ -1,35 +1,20 @@
-"""Where examples come from: every source ends as ``datasets`` tables named train, validation and test."""
+"""Where examples come from: every source ends as tables named train, validation and test."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from logging import CRITICAL
 from pathlib import Path
 
 import numpy as np
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Value,
-    are_progress_bars_disabled,
-    load_dataset,
-    load_from_disk,
-)
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.table import InMemoryTable
-from datasets.utils import disable_progress_bars, enable_progress_bars, logging
-from huggingface_hub.utils import logging as hub_logging
 
 from fedtune.data import images, sentiment
-from fedtune.data.columns import table_of
 from fedtune.data.image_folder import described, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.split_column import by_column
+from fedtune.data.table import Table
 from fedtune.data.text_files import text_files, with_places
 from fedtune.errors import DataError, SourceError
 from fedtune.examples import Data
 from fedtune.explain import nearest
-from fedtune.home import cache
 
 __all__ = ["Found", "read"]
 
@@ -38,7 +23,7 @@ __all__ = ["Found", "read"]
 class Found:
     """What a source holds: its parts, and sentences on what was taken for granted."""
 
-    parts: dict[str, Dataset]
+    parts: dict[str, Table]
     notes: tuple[str, ...] = ()
 
 
@@ -67,14 +52,9 @@ def read(data: Data) -> Found:
 
 
 def _hub(name: str, _data: Data) -> Found:
-    identity, _, configuration = name.partition(":")
-    try:
-        with _quiet():
-            return Found(_dict(load_dataset(identity, configuration or None)))
-    except DatasetNotFoundError as error:
-        raise SourceError(f"the hub has no data set {identity!r}, or it is gated; check the id or log in") from error
-    except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
-        raise SourceError(f"cannot load hub:{name}: {_first_line(error)}; check the id and the network") from error
+    from fedtune.data.loaded import from_hub  # half a second and 100 MB
+
+    return Found(from_hub(name))
 
 
 def _there(name: str) -> Path:
@@ -92,59 +72,42 @@ def _delimited(kind: str) -> Callable[[str, Data], Found]:
 
 
 def _local(builder: str, *endings: str) -> Callable[[str, Data], Found]:
-    """Files that ``datasets`` reads; those of a folder by the parts they are named after."""
+    """Files that ``tables`` reads; those of a folder by the parts they are named after."""
 
     def read_path(name: str, data: Data) -> Found:
+        from fedtune.data.loaded import from_files
+
         path = _there(name)
         files = files_in(path, endings)
         if not files:
             raise DataError(f"{path} holds no file that ends in {' or '.join(endings)}; bring data")
         parts = parts_of(files, path, named=data.columns.split is not False)
-        found = _loaded(path, builder, data_files={part: list(map(str, of)) for part, of in parts.items()})
-        return Found({part: _placed(dataset, data, path) for part, dataset in found.parts.items()})
+        found = from_files(path, builder, data_files={part: list(map(str, of)) for part, of in parts.items()})
+        return Found({part: _placed(table, data, path) for part, table in found.items()})
 
     return read_path
 
 
-def _placed(dataset: Dataset, data: Data, path: Path) -> Dataset:
+def _placed(table: Table, data: Data, path: Path) -> Table:
     column, folder = data.columns.image, path if path.is_dir() else path.parent
-    if dataset.features.get(column) != Value("string"):
-        return dataset
-    return Dataset(InMemoryTable(with_places(table_of(dataset), column, folder)))
-
-
-def _loaded(path: Path, builder: str, **where: object) -> Found:
-    try:
-        with _quiet():
-            return Found(_dict(load_dataset(builder, cache_dir=str(cache() / "datasets"), **where)))
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(_unreadable(path, builder, _first_line(error.__cause__ or error))) from error
+    return table if column in table.kinds else Table(with_places(table.columns, column, folder), table.kinds)
 
 
 def _folder(name: str, data: Data) -> Found:
     path = _there(name)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; name the folder that holds a folder of pictures for each class")
-    if described(path):
-        return _loaded(path, "imagefolder", data_dir=str(path))
-    return Found(image_folder(path, parts=data.columns.split is not False))
+    if not described(path):
+        return Found(image_folder(path, parts=data.columns.split is not False))
+    from fedtune.data.loaded import from_files
+
+    return Found(from_files(path, "imagefolder", data_dir=str(path)))
 
 
 def _disk(name: str, _data: Data) -> Found:
-    """What ``save_to_disk`` of ``datasets`` wrote: one data set, or several by part."""
-    path = _there(name)
-    try:
-        with _quiet():
-            found = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is no data set that save_to_disk wrote: {_first_line(error)}; check it") from error
-    return Found(_dict(found) if isinstance(found, DatasetDict) else {"train": found})
+    from fedtune.data.loaded import from_disk
 
-
-def _unreadable(path: Path, builder: str, reason: str) -> str:
-    if "corresponds to no data" in reason or "No columns to parse" in reason:
-        return f"{path} holds no example; bring data"
-    return f"{path} cannot be read as {builder}: {reason}; mend the file"
+    return Found(from_disk(_there(name)))
 
 
 def _sample(name: str, _data: Data) -> Found:
@@ -152,46 +115,18 @@ def _sample(name: str, _data: Data) -> Found:
     if sample not in _SAMPLES:
         raise SourceError(f"there is no sample data {sample!r}; {nearest(sample, list(_SAMPLES))}")
     found = _SAMPLES[sample]()
-    return Found({part: _of_domain(sample, dataset, domain) for part, dataset in found.items()} if domain else found)
+    return Found({part: _of_domain(sample, table, domain) for part, table in found.items()} if domain else found)
 
 
-def _of_domain(sample: str, dataset: Dataset, domain: str) -> Dataset:
-    known = dataset.unique("domain") if "domain" in dataset.column_names else []
+def _of_domain(sample: str, table: Table, domain: str) -> Table:
+    known = table.unique("domain") if "domain" in table.column_names else []
     if domain not in known:
         told = nearest(domain, known) if known else "leave it out"
         raise SourceError(f"sample:{sample} has no domain {domain!r}; {told}")
-    return dataset.select(np.flatnonzero(np.asarray(dataset["domain"][:]) == domain))
+    return table.select(np.flatnonzero(np.asarray(table["domain"][:]) == domain))
 
 
-def _dict(loaded: DatasetDict) -> dict[str, Dataset]:
-    return {str(part): dataset for part, dataset in loaded.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and retry notes; errors still come through."""
-    disabled, verbosity, hub_verbosity = (
-        are_progress_bars_disabled(),
-        logging.get_verbosity(),
-        hub_logging.get_verbosity(),
-    )
-    disable_progress_bars()
-    logging.set_verbosity(CRITICAL)
-    hub_logging.set_verbosity(CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if not disabled:
-            enable_progress_bars()
-
-
-_SAMPLES: dict[str, Callable[[], dict[str, Dataset]]] = {
+_SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "digits": images.digits,
     "fashion-mnist": images.fashion_mnist,
     "films": sentiment.films,

@@ -6,13 +6,13 @@ Each kind of split maps groups to the client that owns them: [groups] -> [groups
 import heapq
 
 import numpy as np
-from datasets import Dataset
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fedtune.data.by_class import by_class
 from fedtune.data.columns import split_column
 from fedtune.data.parts import groups
+from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.recipe import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
 from fedtune.seeds import derive
@@ -22,7 +22,7 @@ __all__ = ["split"]
 Ints = NDArray[np.int64]
 
 
-def split(recipe: Recipe, train: Dataset) -> list[Ints]:
+def split(recipe: Recipe, train: Table) -> list[Ints]:
     """The sorted row numbers of each client; DataError when a client would have none."""
     group = groups(train)
     rng = np.random.default_rng(derive(recipe.seed, "split"))
@@ -32,7 +32,7 @@ def split(recipe: Recipe, train: Dataset) -> list[Ints]:
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
 
 
-def _owners(recipe: Recipe, train: Dataset, group: Ints, rng: Generator) -> Ints:
+def _owners(recipe: Recipe, train: Table, group: Ints, rng: Generator) -> Ints:
     kind, clients, sizes = recipe.data.split, recipe.clients, np.bincount(group)
     match kind:
         case Iid():
@@ -64,7 +64,7 @@ def _check(recipe: Recipe, counts: Ints) -> None:
         )
 
 
-def _labels(train: Dataset, kind: str) -> Ints:
+def _labels(train: Table, kind: str) -> Ints:
     if "label" not in train.column_names:
         raise DataError(f"the split {kind!r} goes by labels, but these examples have none; use iid, size or natural")
     return np.asarray(train["label"][:])

@@ -1,13 +1,12 @@
 """Sources of plain text: csv files and their kin, or files with an example a line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import pyarrow as pa
-from datasets import Dataset
-from datasets.table import InMemoryTable
-
+from fedtune.data.column import Column, Values, joined, objects
 from fedtune.data.delimited import lines, table
 from fedtune.data.listing import files_in, parts_of
+from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.examples import Data
 
@@ -16,7 +15,7 @@ __all__ = ["text_files", "with_places"]
 _ENDINGS = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "text": (".txt", ".text", ".txt.gz")}
 
 
-def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The parts in a file or a folder of files of a kind, and what was guessed of their encoding."""
     files = files_in(path, _ENDINGS[kind])
     if not files:
@@ -28,10 +27,10 @@ def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Dataset], t
     ]
     parts = parts_of(files, path, named=data.columns.split is not False)
     joined = {part: _joined([(file, read[file][0]) for file in of]) for part, of in parts.items()}
-    return {part: Dataset(InMemoryTable(found)) for part, found in joined.items()}, tuple(notes[:1])
+    return {part: Table(found) for part, found in joined.items()}, tuple(notes[:1])
 
 
-def _read(kind: str, file: Path, data: Data) -> tuple[pa.Table, str]:
+def _read(kind: str, file: Path, data: Data) -> tuple[dict[str, Column], str]:
     if kind == "text":
         return lines(file, data.encoding)
     columns = data.columns
@@ -40,28 +39,27 @@ def _read(kind: str, file: Path, data: Data) -> tuple[pa.Table, str]:
     return with_places(found, columns.image, file.parent), guessed
 
 
-def with_places(found: pa.Table, column: str, folder: Path) -> pa.Table:
+def with_places(found: Mapping[str, Column], column: str, folder: Path) -> dict[str, Column]:
     """Paths of pictures in ``column`` that are relative, as seen from the folder of the file that lists them."""
-    if column not in found.column_names or not pa.types.is_string(found.schema.field(column).type):
-        return found
+    paths = found[column].values() if column in found else []
+    if not any(isinstance(path, str) for path in paths):
+        return dict(found)
     folder = folder.absolute()
-    paths = [None if path is None else str(folder / path) for path in found[column].to_pylist()]
-    return found.set_column(found.column_names.index(column), column, pa.chunked_array([pa.array(paths, pa.string())]))
+    placed = (str(folder / path) if isinstance(path, str) else path for path in paths)
+    return {**found, column: Values(objects(placed))}
 
 
-def _joined(tables: list[tuple[Path, pa.Table]]) -> pa.Table:
+def _joined(tables: list[tuple[Path, dict[str, Column]]]) -> dict[str, Column]:
     """The rows of several files one after another; DataError when one lacks a column of the first."""
     [(first, start), *others] = tables
     for file, other in others:
-        if set(other.column_names) != set(start.column_names):
-            odd = sorted(set(other.column_names) ^ set(start.column_names))[0]
+        if other.keys() != start.keys():
+            odd = sorted(other.keys() ^ start.keys())[0]
             raise DataError(f"{file} and {first} differ in the column {odd!r}; give all files the same columns")
-    same = [start, *(other.select(start.column_names) for _, other in others)]
-    kinds = {name: {one.schema.field(name).type for one in same} for name in start.column_names}
-    return pa.concat_tables([_as_text(one, kinds) for one in same])
+    return {name: _alike([found[name] for _, found in tables]) for name in start}
 
 
-def _as_text(found: pa.Table, kinds: dict[str, set[pa.DataType]]) -> pa.Table:
+def _alike(columns: list[Column]) -> Column:
     """Columns that hold numbers in some files only, as text in all."""
-    fields = [pa.field(name, pa.string() if len(kinds[name]) > 1 else found.schema.field(name).type) for name in kinds]
-    return found.cast(pa.schema(fields))
+    numbers = {type(column[0]) for column in columns if len(column)}
+    return joined(columns if len(numbers) < 2 else [column.texts() for column in columns])

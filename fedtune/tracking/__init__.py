@@ -1,6 +1,7 @@
 """The run store: what every run did, in tables any SQL database keeps."""
 
 from fedtune.tracking.access import Access
+from fedtune.tracking.database import default_url, file_url
 from fedtune.tracking.lock import alive, claim
 from fedtune.tracking.records import (
     AuditRecord,
@@ -13,7 +14,7 @@ from fedtune.tracking.records import (
     RunRecord,
     Seat,
 )
-from fedtune.tracking.store import Store
+from fedtune.tracking.store import Store, new_run_id
 
 __all__ = [
     "Access",
@@ -29,4 +30,7 @@ __all__ = [
     "Store",
     "alive",
     "claim",
+    "default_url",
+    "file_url",
+    "new_run_id",
 ]

@@ -1,12 +1,12 @@
 """A run as JSON: the stable schema that docs/runs-schema.md describes."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fedtune import home
+from fedtune.json_text import json_text as text
 from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import privacy
@@ -34,11 +34,6 @@ def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = 
     }
 
 
-def text(value: Any) -> str:
-    """JSON text; what is not a finite number becomes null, since JSON has no word for it."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-
-
 def _checkpoint(number: int, checkpoint: CheckpointRecord) -> dict[str, Any]:
     return {"round": number} | asdict(checkpoint) | {"path": str(home.runs() / checkpoint.path)}
 
@@ -53,11 +48,3 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "client_scores": [asdict(score) for score in record.client_scores],
         "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

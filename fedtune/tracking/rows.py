@@ -31,14 +31,17 @@ def of_children(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 
 
-def read_rounds(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[RoundRecord]]:
-    """The rounds of several runs in order: contributions by client, metrics by part, domain and name."""
-    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids)
-    metrics = _below(connection, tables.metrics, MetricRecord, run_ids)
-    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids)
-    client_scores = _below(connection, tables.client_scores, ClientScore, run_ids)
+def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1) -> dict[str, list[RoundRecord]]:
+    """The rounds of several runs in order, from the one behind ``after`` on.
+
+    Contributions are by client, metrics by part, domain and name.
+    """
+    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids, after)
+    metrics = _below(connection, tables.metrics, MetricRecord, run_ids, after)
+    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
+    client_scores = _below(connection, tables.client_scores, ClientScore, run_ids, after)
     found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
-    for row in _select(connection, tables.rounds, run_ids):
+    for row in _select(connection, tables.rounds, run_ids, after):
         run_id = row.pop("run_id")
         key = (run_id, row["number"])
         checkpoint = next(iter(checkpoints[key]), None)
@@ -85,14 +88,15 @@ def _record(record: type[Child], row: Mapping[Any, Any]) -> Child:
 
 
 def _below(
-    connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str]
+    connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str], after: int
 ) -> defaultdict[Key, list[Child]]:
     found: defaultdict[Key, list[Child]] = defaultdict(list)
-    for row in _select(connection, table, run_ids):
+    for row in _select(connection, table, run_ids, after):
         found[row["run_id"], row["round"]].append(_record(record, row))
     return found
 
 
-def _select(connection: Connection, table: Table, run_ids: Sequence[str]) -> list[Row]:
-    wanted = select(table).where(table.c.run_id.in_(run_ids)).order_by(*table.primary_key.columns)
+def _select(connection: Connection, table: Table, run_ids: Sequence[str], after: int) -> list[Row]:
+    number = table.c.number if table is tables.rounds else table.c.round
+    wanted = select(table).where(table.c.run_id.in_(run_ids), number > after).order_by(*table.primary_key.columns)
     return [dict(row) for row in connection.execute(wanted).mappings()]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,18 +75,24 @@ def score(
     batch: int,
     task: Task,
     techniques: Sequence[Technique] = (),
+    rows: Sequence[int] | None = None,
+    told: Callable[[int], None] = lambda _: None,
     *,
     metrics: Sequence[str] = (),
 ) -> list[Score]:
     """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain.
 
-    ``metrics`` are further ones by name. What techniques measure meanwhile is added for all examples together.
+    ``rows`` are the examples to score, all by default. ``told`` is called with the number scored so far, after every
+    batch. ``metrics`` are further ones by name. What techniques measure meanwhile is added for all examples together.
     """
     model.eval()
     tallies: dict[str, _Tally] = defaultdict(lambda: _Tally(keeps=bool(metrics)))
+    order = _order(data, rows)
     with watch(techniques, model) as figures:
-        for index, row in _predictions(model, data, _order(data), batch, task, techniques):
+        for done, (index, row) in enumerate(_predictions(model, data, order, batch, task, techniques), 1):
             tallies["all"].add(row)
+            if done % batch == 0 or done == len(order):
+                told(done)
             if data.domains is not None:
                 tallies[data.domains[index]].add(row)
         watched = [Score("all", name, value) for name, value in figures().items()]
@@ -120,11 +126,12 @@ def _predictions(
         yield from zip(chosen, _predict(model, inputs, task), strict=True)
 
 
-def _order(data: Encoded) -> list[int]:
+def _order(data: Encoded, rows: Sequence[int] | None) -> list[int]:
     """Short texts first, so that a batch holds little padding."""
+    chosen = list(range(len(data)) if rows is None else rows)
     if data.lengths is None:
-        return list(range(len(data)))
-    return torch.argsort(data.lengths, stable=True).tolist()
+        return chosen
+    return [chosen[place] for place in torch.argsort(data.lengths[chosen], stable=True).tolist()]
 
 
 def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[_Row]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from datasets import Dataset
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -115,7 +114,7 @@ class Workshop:
             for name in [*self.shared, *self.own]:
                 tensors[name].data = tensors[name].data.clone()
 
-    def _encode(self, examples: Dataset) -> data.Encoded:
+    def _encode(self, examples: data.Table) -> data.Encoded:
         return data.encode(examples, self.recipe, models.reader(self.recipe))
 
 
