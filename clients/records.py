@@ -1,10 +1,11 @@
 """What an order and an answer look like inside Flower's messages; light: a device's own process imports it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-__all__ = ["answer", "order", "state"]
+__all__ = ["answer", "order", "state", "state_file"]
 
 
 def order(content: RecordDict) -> dict[str, str | int]:
@@ -15,6 +16,12 @@ def order(content: RecordDict) -> dict[str, str | int]:
 def state(content: RecordDict) -> bytes:
     """The shared state in a message, as safetensors."""
     return content.array_records["state"]["safetensors"].data
+
+
+def state_file(content: RecordDict) -> Path | None:
+    """Where a simulation's server left the shared state on the disk that both use; a device never looks."""
+    record = content.config_records.get("state_file")
+    return None if record is None else Path(str(record["path"]))
 
 
 def answer(deltas: bytes, report: Mapping[str, float]) -> RecordDict:

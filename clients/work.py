@@ -9,21 +9,30 @@ from clients import own_tensors
 from clients.private import private, withheld
 from fedtune.contribution import Order, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
+from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, shapes, train
 
 __all__ = ["work"]
 
 
 def work(
-    order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], folder: Path, micro: int | None = None
+    order: Order,
+    payload: bytes | Path,
+    shop: Workshop,
+    rows: NDArray[np.int64],
+    folder: Path,
+    micro: int | None = None,
 ) -> tuple[bytes, Report]:
     """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
+
+    A payload that is a file is read tensor by tensor, so that no copy of the state is held.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time.
     """
     part = shop.of(order.client)
-    state = from_wire(unpack(payload), shapes(part.model))
+    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
+    state = from_wire(sent, shapes(part.model))
     own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
     outcome = train(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro

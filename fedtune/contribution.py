@@ -12,8 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ContributionError
+from fedtune.packing import pack
 
-__all__ = ["Contribution", "Form", "Order", "OwnScore", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
+__all__ = [
+    "Contribution",
+    "Form",
+    "Order",
+    "OwnScore",
+    "Pair",
+    "Report",
+    "Sent",
+    "check",
+    "pack",
+    "pieces",
+    "unpack",
+]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
@@ -141,11 +154,6 @@ def _rows(file: Any, name: str, start: int, stop: int) -> Tensor:
     piece = file.get_slice(name)
     rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
     return rows
-
-
-def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as one safetensors payload; every precision, bfloat16 too, keeps its bits."""
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def unpack(payload: bytes) -> dict[str, Tensor]:

@@ -22,11 +22,15 @@ _REMOTE_POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Crew:
-    """Node and name of each client, by its number, and seconds between two looks for replies."""
+    """Node and name of each client, by its number, and seconds between two looks for replies.
+
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation.
+    """
 
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    shares_disk: bool = False
 
 
 def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
@@ -36,7 +40,8 @@ def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float 
     """
     if not seats:
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
-        return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
+        names = [recipe.device_of(client).name for client in range(recipe.clients)]
+        return Crew(nodes, names, shares_disk=bool(getattr(grid, "shares_disk", False)))
     wanted = [int(seat.node) for seat in seats]
     _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
     return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS)

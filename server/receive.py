@@ -28,7 +28,7 @@ def receive(
     limit: str = "federation.max_norm",
 ) -> tuple[ContributionRecord, Contribution | None]:
     """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key."""
-    bytes_down = len(part.payload)
+    bytes_down = part.size
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"

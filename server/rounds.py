@@ -22,6 +22,7 @@ from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
+from fedtune.stored_state import StoredState
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, read_state
 from server import scoring
@@ -81,7 +82,8 @@ def _spool(run: str, number: int) -> Iterator[Path]:
 def _resumed(done: Sequence[RoundRecord]) -> State:
     """The state of the last checkpoint among the committed rounds, verified."""
     last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
-    return checkpoint.load(home.runs() / last.path, last.sha256)
+    checkpoint.load(home.runs() / last.path, last.sha256)
+    return StoredState(home.runs() / last.path)
 
 
 def _start(shop: Workshop, store: Store, run: str) -> State:
@@ -89,8 +91,7 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     started = time.perf_counter()
     state = read_state(shop.model, shop.shared)
     metrics = scoring.validation(shop, state, 0)
-    _commit(store, run, 0, state, started, (), metrics)
-    return state
+    return _commit(store, run, 0, state, started, (), metrics)
 
 
 def _round(
@@ -108,8 +109,7 @@ def _round(
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spending.after(("failed" if short else "completed", records))
-    _commit(store, run, number, state, started, records, metrics, short)
-    return state
+    return _commit(store, run, number, state, started, records, metrics, short)
 
 
 def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
@@ -139,12 +139,13 @@ def _gather(
     shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    parts, federation = Parts(shop, state, number), shop.recipe.federation
+    folder = spool if crew.shares_disk else None
+    parts, federation = Parts(shop, state, number, folder), shop.recipe.federation
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun)
+        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
         return _messages(shop, run, crew, clients, sent)
 
     tell(RoundStarted(number, asking.begin(number)))
@@ -158,7 +159,7 @@ def _gather(
             contributions.append(sent)
         tell(Answered(number, records[client]))
     for client, reason in asking.silent(records).items():
-        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
+        records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     return [records[client] for client in sorted(records)], ordered
@@ -176,7 +177,7 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
 
 def _earlier(run: str, number: int) -> State:
     """The state that an earlier round began with."""
-    return checkpoint.load(home.runs() / _checkpoint_path(run, number - 1))
+    return StoredState(home.runs() / _checkpoint_path(run, number - 1))
 
 
 def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
@@ -197,7 +198,7 @@ def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[Metr
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
     metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
     if number == shop.recipe.federation.rounds:
-        start = checkpoint.load(home.runs() / _checkpoint_path(run, 0))
+        start = StoredState(home.runs() / _checkpoint_path(run, 0))
         metrics += scoring.test(shop, start, state)
     return metrics
 
@@ -215,8 +216,8 @@ def _commit(
     records: Sequence[ContributionRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
-) -> None:
-    """Put the checkpoint on disk, then the whole round into the store in one transaction."""
+) -> State:
+    """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
     sha256 = checkpoint.save(home.runs() / path, state)
     saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.runs() / path).stat().st_size)
@@ -231,3 +232,4 @@ def _commit(
     )
     store.commit_round(run, record)
     tell(RoundEnded(record))
+    return StoredState(home.runs() / path)

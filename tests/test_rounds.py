@@ -25,7 +25,7 @@ from fedtune.simulation.workers import Answer, InTurn
 from server.parts import Part
 from server.receive import receive
 from server.selection import sample
-from tests.federations import Ended, Spoil, execute, order_of, outcome, spoilt, trivial, words
+from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1
 REPORT = asdict(
@@ -208,7 +208,7 @@ def test_only_what_is_trained_travels_and_every_byte_is_counted(home: Path, tmp_
     up: dict[tuple[int, int], bytes] = {}
 
     def note(message: Message, reply: Message) -> Message:
-        down[order_of(message)] = bytes(message.content.array_records["state"]["safetensors"].data)
+        down[order_of(message)] = sent_state(message)
         up[order_of(message)] = payload_of(reply)
         return reply
 
