@@ -7,10 +7,12 @@ from pydantic import ByteSize, Field, field_validator, model_serializer, model_v
 
 from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
+from fedtune.keeping import Checkpoints, Keep
 from fedtune.pictures import Preprocessor
 from fedtune.section import Section
 
 __all__ = [
+    "Checkpoints",
     "Columns",
     "Data",
     "DeviceClass",
@@ -19,6 +21,7 @@ __all__ = [
     "Evaluation",
     "Federation",
     "Iid",
+    "Keep",
     "Late",
     "Model",
     "Natural",
@@ -168,6 +171,7 @@ class Evaluation(Section):
     )
     batch: int = Field(64, ge=1)
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
+    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
 
 
 class Privacy(Section):
@@ -191,6 +195,7 @@ class Recipe(Section):
     federation: Federation
     merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
     privacy: Privacy | None = None
     seed: int = Field(0, ge=0)
 

@@ -23,18 +23,21 @@ from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.stored_state import StoredState
-from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking.pruning import remove_pruned, with_checkpoint
 from fedtune.training import Workshop, read_state
 from server import scoring
 from server.accounting import Spending
 from server.asking import Asking
-from server.crew import Crew, assemble
+from server.crew import Crew
 from server.evidence import evidence
 from server.exchange import messages_for
-from server.own_scores import own_scores
+from server.own_scores import client_scores, own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
+from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
+from server.roster import Roster
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -50,13 +53,20 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     first = done[-1].number + 1 if done else 1
     tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     _sweep(run)
-    state = _resumed(done) if done else _start(shop, store, run)
-    seats = store.access.seats(run)
-    crew = assemble(grid, recipe, seats)
-    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    remove_pruned(done)
+    state = _resumed(run, done) if done else _start(shop, store, run)
+    prune_checkpoints(store, run, recipe)
+    roster = Roster(store, run, recipe, grid)
+    crew = roster.assemble()
+    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     spending = Spending(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, spending, state, number)
+        ended: State | None = None
+        while ended is None:
+            crew = roster.refreshed(crew, asking)
+            ended = _round(shop, store, run, crew, asking, spending, state, number)
+        state = ended
+        prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -79,9 +89,10 @@ def _spool(run: str, number: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resumed(done: Sequence[RoundRecord]) -> State:
+def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
+    last = with_checkpoint(run, done).checkpoint
+    assert last is not None
     checkpoint.load(home.runs() / last.path, last.sha256)
     return StoredState(home.runs() / last.path)
 
@@ -96,12 +107,14 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 def _round(
     shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
-) -> State:
-    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
+) -> State | None:
+    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, state, number, spool)
         short = _shortage(records, shop.recipe)
+        if short and {record.client for record in records} & set(crew.removed()):
+            return None
         figures: tuple[MetricRecord, ...] = ()
         if not short:
             state, figures = _merged(shop, state, run, number, contributions)
@@ -109,7 +122,8 @@ def _round(
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spending.after(("failed" if short else "completed", records))
-    return _commit(store, run, number, state, started, records, metrics, short)
+    told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    return _commit(store, run, number, state, started, records, metrics, short, told)
 
 
 def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
@@ -158,7 +172,7 @@ def _gather(
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client, reason in asking.silent(records).items():
+    for client, reason in crew.explained(asking.silent(records)).items():
         records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
@@ -216,6 +230,7 @@ def _commit(
     records: Sequence[ContributionRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
+    told: tuple[ClientScore, ...] = (),
 ) -> State:
     """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
@@ -229,6 +244,7 @@ def _commit(
         contributions=tuple(records),
         metrics=metrics,
         checkpoint=saved,
+        client_scores=told,
     )
     store.commit_round(run, record)
     tell(RoundEnded(record))

@@ -61,5 +61,8 @@ def _scores(shop: Workshop, state: State, part: str, called: str, rows: list[int
         tell(Scoring(called, done, total))
 
     told(0)
-    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques, rows, told)
+    settings = recipe.evaluation
+    scores = score(
+        shop.model, examples, settings.batch, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
+    )
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)

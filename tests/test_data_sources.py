@@ -96,6 +96,21 @@ def test_another_delimiter_can_be_named(tmp_path: Path) -> None:
     assert len(everything(loaded(text_file(tmp_path / "a.csv", rows, "text:label"), "data.delimiter=':'"))) == 60
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", "\n\n"])
+@pytest.mark.parametrize("first", ["", "sep=;\n", "\n"])
+def test_ends_of_lines_and_a_spreadsheets_first_line_are_understood(tmp_path: Path, newline: str, first: str) -> None:
+    rows = newline.join(["text;label", *[f"a, {row};{row % 2}" for row in range(60)]])
+    (tmp_path / "a.csv").write_bytes((first + rows).encode())
+    assert sorted(everything(loaded(tmp_path / "a.csv"))) == sorted(f"a, {row}" for row in range(60))
+
+
+def test_blanks_around_a_class_name_do_not_count(tmp_path: Path) -> None:
+    rows = [f"t{row},{[' yes', 'yes ', 'no'][row % 3]}" for row in range(90)]
+    assert loaded(text_file(tmp_path / "a.csv", rows)).labels == ("no", "yes")
+    with pytest.raises(DataError, match="row 91 has no value in column 'label'"):
+        loaded(text_file(tmp_path / "b.csv", [*rows, "x,  "]))
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -174,6 +189,12 @@ def test_a_split_column_that_is_none_is_refused(
     rows = [f"t{row},{row // 2 % 2},{words[row % 2]}" for row in range(60)]
     with pytest.raises(DataError, match=sentence):
         loaded(text_file(tmp_path / "a.csv", rows, "text,label,split"), *overrides)
+
+
+def test_a_source_without_a_row_to_train_on_is_refused(tmp_path: Path) -> None:
+    path = text_file(tmp_path / "a.csv", [f"t{row},{row % 2},test" for row in range(60)], "text,label,split")
+    with pytest.raises(DataError, match="has rows for test only; bring some to train on"):
+        loaded(path)
 
 
 def test_a_column_called_split_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def evaluate(
     examples = getattr(shop, part or "validation") if source is None else shop.other(source, _columns(columns))
     told = source or part or "validation"
     load_state(shop.model, state)
-    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
+    settings = recipe.evaluation
+    scores = score(shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics)
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json_text({"run": run, "round": at, "data": told, "metrics": figures}))

@@ -129,8 +129,8 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
     """Runs as tables for other programs.
 
-    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics and checkpoints, joined
-    by run_id and round; json makes one file.
+    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics, client scores and
+    checkpoints, joined by run_id and round; json makes one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """

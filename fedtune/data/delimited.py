@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ def table(
     text, guessed = decoded(_content(path), encoding, str(path))
     if not text.strip():
         raise DataError(f"{path} holds no example; bring data")
-    by = delimiter or _delimiter(text, wanted)
+    text, told = _told_delimiter(text)
+    by = delimiter or told or _delimiter(text, wanted, path)
     heading = _heading(text, by, path)
     found = _parsed(text, by, heading, path)
     columns: dict[str, Column] = {name: Values(objects(fields)) for name, fields in found.items()}
@@ -58,19 +60,32 @@ def _content(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {reason}; mend the file") from error
 
 
-def _delimiter(text: str, wanted: Sequence[str]) -> str:
+def _told_delimiter(text: str) -> tuple[str, str | None]:
+    """The text without a first line such as ``sep=;``, which spreadsheets write, and what that line says."""
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=(.)\r?", first)
+    return (rest, told[1]) if told else (text, None)
+
+
+def _delimiter(text: str, wanted: Sequence[str], path: Path) -> str:
     """The delimiter whose heading has most of the wanted columns; the first of several, and of none."""
-    headings = {by: next(csv.reader(io.StringIO(text[: 1 << 16]), delimiter=by), []) for by in DELIMITERS}
+    headings = {by: _first_row(text[: 1 << 16], by, path) for by in DELIMITERS}
     return max(DELIMITERS, key=lambda by: len({name.strip() for name in headings[by]} & set(wanted)))
 
 
 def _heading(text: str, delimiter: str, path: Path) -> list[str]:
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
-    heading = next((row for row in rows if row), [])
+    heading = _first_row(text, delimiter, path)
     twice = [name for name in heading if name and heading.count(name) > 1]
     if twice:
         raise DataError(f"{path} has two columns called {twice[0]!r}; rename one")
     return heading
+
+
+def _first_row(text: str, delimiter: str, path: Path) -> list[str]:
+    try:
+        return next((row for row in csv.reader(io.StringIO(text, newline=None), delimiter=delimiter) if row), [])
+    except csv.Error as error:
+        raise DataError(f"{path} has no heading: {error}; mend the file") from error
 
 
 def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[str, list[str | None]]:
@@ -96,10 +111,11 @@ def _parsed(text: str, delimiter: str, heading: list[str], path: Path) -> dict[s
 
 
 def _as_numbers(fields: list[str | None], path: Path, label: str) -> Column:
-    """Whole or real numbers where all fields are some; a code such as 007 stays text."""
+    """Whole or real numbers where all fields are some; a code such as 007 stays text, without blanks around it."""
+    fields = [None if field is None else field.strip() or None for field in fields]
     values = {value for value in fields if value is not None}
     numbers = [value for value in values if _is_number(value)]
-    gaps = {value for value in values if value.strip().casefold() in MISSING}
+    gaps = {value for value in values if value.casefold() in MISSING}
     if numbers and gaps and len(numbers) + len(gaps) == len(values):
         row = next(row for row, value in enumerate(fields, 1) if value in gaps)
         raise DataError(
@@ -108,14 +124,14 @@ def _as_numbers(fields: list[str | None], path: Path, label: str) -> Column:
         )
     if not numbers or len(numbers) < len(values):
         return Values(objects(fields))
-    kind = int if all(value.strip().lstrip("+-").isdecimal() for value in values) else float
+    kind = int if all(value.lstrip("+-").isdecimal() for value in values) else float
     if None in fields:
         return Values(objects(None if value is None else kind(value) for value in fields))
     return Values(np.array([kind(value) for value in fields if value is not None], np.int64 if kind is int else float))
 
 
 def _is_number(text: str) -> bool:
-    bare = text.strip().lstrip("+-")
+    bare = text.lstrip("+-")
     if bare.isdecimal():
         return bare.isascii() and (bare == "0" or not bare.startswith("0")) and len(bare) < 19
     try:

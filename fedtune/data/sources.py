@@ -45,6 +45,8 @@ def read(data: Data) -> Found:
         told = ", ".join(map(str, found.parts))
         raise DataError(f"{data.source} has no part named train, only {told}; choose another source")
     if not len(parts["train"]):
+        if len(parts) > 1:
+            raise DataError(f"{data.source} has rows for {' and '.join(list(parts)[1:])} only; bring some to train on")
         raise DataError(f"{data.source} holds no example; bring data")
     return Found(parts, found.notes)
 

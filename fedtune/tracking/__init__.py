@@ -6,6 +6,7 @@ from fedtune.tracking.lock import alive, claim
 from fedtune.tracking.records import (
     AuditRecord,
     CheckpointRecord,
+    ClientScore,
     ContributionRecord,
     DeviceRecord,
     MetricRecord,
@@ -19,6 +20,7 @@ __all__ = [
     "Access",
     "AuditRecord",
     "CheckpointRecord",
+    "ClientScore",
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",

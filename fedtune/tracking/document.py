@@ -7,6 +7,7 @@ from typing import Any
 
 from fedtune import home
 from fedtune.json_text import json_text as text
+from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import privacy
 
@@ -25,7 +26,12 @@ def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = 
     }
     if not detailed:
         return found
-    return found | {"privacy": privacy(run, rounds), "rounds": [_round(record) for record in rounds]}
+    clients = [asdict(one) for one in spreads(rounds)]
+    return found | {
+        "privacy": privacy(run, rounds),
+        "clients": clients,
+        "rounds": [_round(record) for record in rounds],
+    }
 
 
 def _checkpoint(number: int, checkpoint: CheckpointRecord) -> dict[str, Any]:
@@ -39,5 +45,6 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "reason": record.reason,
         "seconds": record.seconds,
         "contributions": [asdict(contribution) for contribution in record.contributions],
+        "client_scores": [asdict(score) for score in record.client_scores],
         "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
     }

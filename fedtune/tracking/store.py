@@ -156,6 +156,21 @@ class Store:
         with reader(self._engine) as connection:
             return rows.read_newest_scores(connection)
 
+    def checkpoint_scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
+        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
+        with reader(self._engine) as connection:
+            return rows.read_checkpoint_scores(connection, run_id)
+
+    def mark_pruned(self, run_id: str, numbers: Sequence[int]) -> list[str]:
+        """Record that the checkpoints of these rounds are gone; returns their paths."""
+        table = tables.checkpoints
+        these = table.c.run_id == run_id, table.c.round.in_(numbers)
+        if not numbers:
+            return []
+        with writer(self._engine) as connection:
+            connection.execute(update(table).where(*these), {"pruned": True})
+            return list(connection.execute(select(table.c.path).where(*these)).scalars())
+
     def delete(self, run_id: str) -> None:
         """Remove a run and every row below it; its files are the caller's."""
         with writer(self._engine) as connection:

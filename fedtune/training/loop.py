@@ -29,7 +29,7 @@ from fedtune.techniques import (
     trained,
 )
 from fedtune.techniques import own as own_names
-from fedtune.training.evaluate import score_own
+from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
 from fedtune.training.masters import masters_of, stepper
 from fedtune.training.micro import cut, shares
@@ -49,13 +49,15 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 class Outcome:
     """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
 
-    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out.
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
+    ``trained_score`` that of the model it trained.
     """
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
     own: dict[str, Tensor]
     own_score: OwnScore
+    trained_score: OwnScore
     examples: int
     loss: float
     seconds: float
@@ -92,7 +94,7 @@ def train(
     start = Start(model, names, own, state)
     masters = masters_of(model, start)
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = score_own(model, data, held.tolist(), recipe.train.batch, recipe.task, techniques)
+        own_score = score_held_out(model, data, held, recipe, techniques)
         seed = derive(recipe.seed, number, client, "activity")
         told = tell_activity(model, techniques, data, indices, recipe, names, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
@@ -105,8 +107,10 @@ def train(
         delta = start.deltas({**tensors_of(model), **masters}, names)
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
         extras = {**told, **answer(techniques, model, number, backward)}
+        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
-    return Outcome(delta, extras, kept, own_score, examples, loss, seconds, saved_bytes, peak_rss())
+    scores = own_score, trained_score
+    return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
 
 
 def _backward(

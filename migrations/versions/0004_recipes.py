@@ -1,4 +1,4 @@
-"""Stored recipes keep their meaning: the split that dirichlet named, and how pictures were read."""
+"""Stored recipes keep their meaning: the split that dirichlet named, how pictures were read, that checkpoints stay."""
 
 import json
 from typing import Any
@@ -37,7 +37,9 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
-    changed = dict(recipe)
+    if not recipe.get("data"):
+        return recipe
+    changed = {**recipe, "checkpoints": recipe.get("checkpoints", {"keep": "all"})}
     data, model, train = (recipe.get(key) or {} for key in ("data", "model", "train"))
     split = data.get("split") or {}
     if split.get("kind") == "dirichlet":
