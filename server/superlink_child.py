@@ -7,9 +7,12 @@ of standard input.
 import argparse
 import os
 import signal
+<<<<<<< HEAD
 import socket
 import subprocess
 import sys
+=======
+>>>>>>> operate
 import threading
 import time
 from pathlib import Path
@@ -79,7 +82,7 @@ def _listening(path: Path) -> socket.socket:
 
 def _end_with_parent() -> None:
     """The parent holds the other end of standard input, and never writes."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)
     os._exit(1)

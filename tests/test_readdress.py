@@ -89,6 +89,14 @@ def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, te
     assert yaml.safe_load(settings(place))["deadline"] == 60
 
 
+def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHome) -> None:
+    text = "listen: &where '0.0.0.0:1'\nnames: [old.example]\nstore: *where\n"
+    (place.folder / "server.yaml").write_text(text)
+    done = init("--listen", "0.0.0.0:2")
+    assert "cannot be changed in place; change listen and names in it" in str(done.exception)
+    assert settings(place) == text
+
+
 class Time(BaseHTTPRequestHandler):
     """Answers every request with the time."""
 
