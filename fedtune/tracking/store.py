@@ -122,6 +122,11 @@ class Store:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
         return [_as_it_is(run) for run in found]
 
+    def record_recipe(self, run_id: str, recipe: str) -> None:
+        """Record a run's recipe, as JSON text, with what was read from its model written out."""
+        with writer(self._engine) as connection:
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"recipe": recipe})
+
     def explain(self, run_id: str, reason: str) -> None:
         """Say why a run that has not ended waits."""
         with writer(self._engine) as connection:
