@@ -22,6 +22,7 @@ from clients.patience import pause
 from clients.persistence import RECOVERED, Persistence
 from fedtune import answers
 from fedtune.errors import StoreError
+from fedtune.protocol_codes import Problem, parse_problem
 
 __all__ = ["Node"]
 
@@ -113,7 +114,8 @@ class Node:
         try:
             task = self._until_done(partial(self._fleet.fetch, order))
         except (KeyError, TypeError) as error:
-            return Frame({"kind": "failed", "reason": f"the order cannot be read ({error!r}); update the device"})
+            problem = Problem("order-unreadable")
+            return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
         self._note("training", round=task.order["round"])
         answer = self._keeper.ask(Frame(dict(task.order), task.payload))
         answer.header["seconds"] = time.monotonic() - started
@@ -127,7 +129,7 @@ class Node:
             self._say(f"round {number}: trained {said['report']['examples']} examples in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
-            self._say(f"round {number}: {kind}: {said['reason']}")
+            self._say(f"round {number}: {kind}: {said['detail']}")
 
     def _send(self, order: bytes, answer: Frame) -> None:
         said = answer.header
@@ -135,7 +137,10 @@ class Node:
             self._fleet.answer(order, answer.payload, said["report"], said["seconds"])
         else:
             code, beginning = _REFUSALS[said["kind"]]
-            self._fleet.refuse(order, code, beginning + said["reason"])
+            problem = parse_problem(str(said.get("problem"))) or Problem(
+                "code-failed"
+            )  # an answer kept by an older one
+            self._fleet.refuse(order, code, beginning + problem.text)
 
     def _introduce(self, holding: dict[str, Any] | None) -> None:
         """Tell the server what is here when that is new; it can do without."""

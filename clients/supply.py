@@ -9,7 +9,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from fedtune import data
-from fedtune.contribution import Order
+from fedtune.contribution import FEWEST, Order
 from fedtune.errors import DataError
 from fedtune.recipe import Columns, Data, Recipe
 from fedtune.training import Workshop, build_model, discard, workshop
@@ -45,7 +45,9 @@ class Supply:
 def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
     """What the operator may know of a device's data: how many examples, and how many of each class.
 
-    Nothing where the device adds noise to what it sends, since it does not trust the operator with counts either.
+    Classes with fewer than :data:`fedtune.contribution.FEWEST` examples are left out: a count of one or two points at
+    single examples. Nothing where the device adds noise to what it sends, since it does not trust the operator with
+    counts either.
     """
     if shop.recipe.privacy is not None and shop.recipe.privacy.where == "client":
         return {}
@@ -56,7 +58,7 @@ def _counts(train: Dataset, labels: tuple[str, ...], rows: Rows) -> dict[str, in
     if not labels:
         return {}
     counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
-    return {name: counted[number] for number, name in enumerate(labels)}
+    return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
 
 
 def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:

@@ -1,5 +1,6 @@
 """One client's round as a function of what it is sent: in a simulation and on a device alike."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from clients import own_tensors
 from clients.private import private, withheld
-from fedtune.contribution import Order, Report, pack, unpack
+from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.training import Workshop, shapes, train
 
@@ -20,7 +21,7 @@ def work(
     """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
-    through the model at a time.
+    through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
     part = shop.of(order.client)
     state = from_wire(unpack(payload), shapes(part.model))
@@ -30,8 +31,11 @@ def work(
     )
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
-    cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
-    report = Report(*cost, *outcome.own_score, micro_batch=micro or 0)
+    held_out = int(part.recipe.evaluation.own * len(rows))
+    loss = outcome.loss if len(rows) - held_out >= FEWEST else math.nan
+    own_score = outcome.own_score if held_out >= FEWEST else OwnScore()
+    cost = outcome.examples, loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
+    report = Report(*cost, *own_score, micro_batch=micro or 0)
     deltas, privacy = compact(outcome.delta, masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extras}), report

@@ -13,12 +13,28 @@ from torch import Tensor
 
 from fedtune.errors import ContributionError
 
-__all__ = ["Contribution", "Form", "Order", "OwnScore", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
+__all__ = [
+    "FEWEST",
+    "Contribution",
+    "Form",
+    "Order",
+    "OwnScore",
+    "Pair",
+    "Report",
+    "Sent",
+    "check",
+    "pack",
+    "pieces",
+    "unpack",
+]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
 """Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
 
+
+FEWEST = 5
+"""A figure over fewer examples of a device than these stays there: it would tell of single examples."""
 
 Sent = Literal["tensors", "one factor", "pairs", "pairs and base"]
 """What clients train: tensors that are merged one by one; one factor of low-rank pairs at a time, the other being
@@ -78,6 +94,8 @@ _NOTHING_HELD_OUT = OwnScore()
 @dataclass(frozen=True)
 class Report:
     """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
+
+    ``loss`` is NaN where the client keeps it to itself.
 
     Three are the score of the model it received on what it held out. ``micro_batch`` is the most examples that went
     through the model at a time where its memory could not hold the whole batch; 0 where it could.

@@ -1,5 +1,6 @@
 """What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from fedtune.training.told_activity import asked_activity
 __all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
+_BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
+_HEADER, _HEADER_ENTRY = 1024, 256
+"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,18 @@ class Part:
     payload: bytes
     expected: Mapping[str, tuple[int, ...]]
     extras: Mapping[str, Form]
+
+    @property
+    def values(self) -> int:
+        """How many values the deltas of an update have together."""
+        return sum(math.prod(shape) for shape in self.expected.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """The size that no update of this round exceeds: its tensors, and a generous header that names them."""
+        forms = {name: Form(shape) for name, shape in self.expected.items()} | dict(self.extras)
+        values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
+        return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
 
 
 def part_of(shop: Workshop, part: Workshop, state: State, number: int) -> Part:

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,19 +19,23 @@ from torch import Tensor
 from fedtune import checkpoint, home, merging, techniques
 from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
-from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.training import Workshop, load_state, read_state, score
+from fedtune.training.model_counts import check_model_counts
+from fedtune.untrusted import clean_text
 from server.accounting import spent
 from server.asking import Asking
 from server.crew import Crew, assemble
+from server.declared import most_examples
 from server.evidence import evidence
 from server.exchange import messages_for
+from server.norm_bound import NormBound
 from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.receive import aged, missing, receive
+from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -46,14 +49,16 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
+    check_model_counts(recipe, merging.choose(recipe.merge))
     tell(RunStarted(run, first, recipe.federation.rounds))
     _sweep(run)
     state = _resumed(done) if done else _start(shop, store, run)
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
     asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    bound = NormBound(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, state, number)
+        state = _round(shop, store, run, crew, asking, bound, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -91,20 +96,27 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
     return state
 
 
-def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int) -> State:
+def _round(
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, bound: NormBound, state: State, number: int
+) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
-        records, contributions = _gather(shop, run, crew, asking, state, number, spool)
-        short = _shortage(records, shop.recipe)
+        records, contributions = _gather(shop, store, run, crew, asking, bound, state, number, spool)
+        short = shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
-            state, figures = _merged(shop, state, run, number, contributions)
-        else:
-            records = [_unused(record) for record in records]
+            try:
+                merged, figures = _merged(shop, state, run, number, contributions)
+                state = require_finite(merged)
+            except MERGE_ERRORS as error:
+                short = with_refusals(f"the merge failed: {clean_text(error)}", records)
+        if short:
+            records = unused(records)
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
     metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
+    bound.remember(records)
     return state
 
 
@@ -127,7 +139,15 @@ def _merged(
 
 
 def _gather(
-    shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
+    shop: Workshop,
+    store: Store,
+    run: str,
+    crew: Crew,
+    asking: Asking,
+    bound: NormBound,
+    state: State,
+    number: int,
+    spool: Path,
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
     parts, federation = Parts(shop, state, number), shop.recipe.federation
@@ -142,7 +162,7 @@ def _gather(
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
         most, limit = norm_limit(shop.recipe, part.expected.values())
-        received = receive(reply, client, device, part, most, spool, limit)
+        received = receive(reply, client, device, part, most, spool, limit, most_examples(shop, store, run, client))
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
@@ -152,7 +172,7 @@ def _gather(
         records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
-    return [records[client] for client in sorted(records)], ordered
+    return bound.kept([records[client] for client in sorted(records)], ordered, lambda client: parts.of(client).values)
 
 
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
@@ -168,20 +188,6 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
 def _earlier(run: str, number: int) -> State:
     """The state that an earlier round began with."""
     return checkpoint.load(home.runs() / _checkpoint_path(run, number - 1))
-
-
-def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
-    """Why a round fails, or nothing."""
-    usable = sum(record.status == "merged" for record in records)
-    if usable >= recipe.federation.quorum:
-        return ""
-    reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
-    return f"{usable} usable contributions, quorum {recipe.federation.quorum}; {'; '.join(reasons[:3])}"
-
-
-def _unused(record: ContributionRecord) -> ContributionRecord:
-    """What could have been merged, had the round got enough of it."""
-    return replace(record, status="unused", reason="the round failed") if record.status == "merged" else record
 
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:

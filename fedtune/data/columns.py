@@ -67,11 +67,17 @@ def _named(recipe: Recipe, present: list[str]) -> Named:
 def _column(source: str, dataset: Dataset, key: str, column: str) -> Any:
     if column not in dataset.column_names:
         hint = nearest(column, dataset.column_names)
-        raise DataError(f"{source} has no column {column!r}, which {key} names; {hint}")
+        raise DataError(
+            f"{source} has no column {column!r}, which {key} names; {hint}", code="data-columns", counts={"columns": 1}
+        )
     stored = dataset.data.table[column]
     if stored.null_count:
         row = pc.index(stored.is_null(), pa.scalar(True)).as_py() + 1
-        raise DataError(f"{source}: row {row} has no value in column {column!r}; fill it or drop the row")
+        raise DataError(
+            f"{source}: row {row} has no value in column {column!r}; fill it or drop the row",
+            code="data-values",
+            counts={"rows": stored.null_count},
+        )
     return stored
 
 

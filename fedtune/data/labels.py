@@ -69,7 +69,15 @@ def label_by_name(dataset: Dataset, labels: Sequence[str], source: str) -> Datas
     names = [_name(value, feature, labels) for value in values]
     unknown = [name for name in names if name not in labels]
     if unknown:
-        raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
+        strange = pa.array(
+            [value for value, name in zip(values, names, strict=True) if name not in labels], column.type
+        )
+        rows = len(column) - pc.index_in(column, value_set=strange).null_count
+        raise DataError(
+            f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}",
+            code="unknown-labels",
+            counts={"rows": rows},
+        )
     numbers = pa.array([labels.index(name) for name in names], pa.int64())
     placed = numbers.take(pc.index_in(column, value_set=pa.array(values, column.type)).combine_chunks())
     columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": placed}

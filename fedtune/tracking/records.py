@@ -1,5 +1,6 @@
 """What the store keeps, as frozen values: a run, its rounds, and what each round brought."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -29,6 +30,8 @@ class MetricRecord:
 class ContributionRecord:
     """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes.
 
+    ``loss`` is NaN where the client keeps it to itself.
+
     ``staleness`` counts the rounds since the state it began with; None where rounds wait for their own answers only.
     """
 
@@ -45,6 +48,11 @@ class ContributionRecord:
     norm: float
     loss: float
     staleness: int | None = None
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether the loss was told. Older runs kept a withheld one as 0 with examples 1."""
+        return not math.isnan(self.loss) and (self.loss != 0 or self.examples != 1)
 
 
 @dataclass(frozen=True, kw_only=True)
