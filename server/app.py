@@ -8,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import FedtuneError, StoreError
 from fedtune.tracking import Store, claim
 from fedtune.training import discard, workshop
+from server.guarded_grid import guarded
 from server.lifeline import end_with_keeper
 from server.rounds import coordinate
 
@@ -23,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     end_with_keeper()
     with claim(config["run"]), Store.open(config["store"]) as store:
-        carry(grid, store, config["run"])
+        carry(guarded(grid), store, config["run"])
 
 
 def carry(grid: Grid, store: Store, run: str) -> None:

@@ -10,9 +10,10 @@ from fedtune.recipe import Recipe
 from server.exchange import replies
 from server.selection import sample
 
-__all__ = ["NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
+__all__ = ["DEVICE_REMOVED", "NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
 
 NO_REPLY_IN_TIME = "no reply before the deadline"
+DEVICE_REMOVED = "its device was removed from the server; enroll one under its name, or start a new run"
 NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
 
 Send = Callable[[Sequence[int], int], Mapping[int, Message]]
@@ -51,18 +52,24 @@ class Together(Asking):
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
         self._number = 0
         self._clients: list[int] = []
+        self._removed: set[int] = set()
 
     def begin(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
+        self._removed = set()
         self._number, self._clients = number, sample(self._recipe, number, self._among, last)
         return len(self._clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Whatever comes before the deadline."""
         messages = send(self._clients, self._number)
-        return replies(self._grid, messages, self._recipe.federation.deadline, self._poll)
+        return replies(self._grid, messages, self._recipe.federation.deadline, self._poll, self._removed.add)
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
-        return {client: NO_REPLY_IN_TIME for client in self._clients if client not in answered}
+        return {
+            client: DEVICE_REMOVED if client in self._removed else NO_REPLY_IN_TIME
+            for client in self._clients
+            if client not in answered
+        }

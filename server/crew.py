@@ -1,7 +1,7 @@
 """Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.tracking import Seat
+from server.guarded_grid import GuardedGrid
 
 __all__ = ["Crew", "assemble"]
 
@@ -20,13 +21,21 @@ _LOOK_SECONDS = 0.2
 _REMOTE_POLL_SECONDS = 0.2
 
 
+def _any_size(most: int) -> None:
+    """A grid inside this process holds replies in memory already; they are measured when they are received."""
+
+
 @dataclass(frozen=True)
 class Crew:
-    """Node and name of each client, by its number, and seconds between two looks for replies."""
+    """Node and name of each client, by its number, and seconds between two looks for replies.
+
+    ``expect`` is told the most bytes that a reply may have.
+    """
 
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    expect: Callable[[int], None] = _any_size
 
 
 def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
@@ -39,7 +48,8 @@ def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float 
         return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
     wanted = [int(seat.node) for seat in seats]
     _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
-    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS)
+    expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
+    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS, expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

@@ -4,6 +4,7 @@ What: an update's size is the root mean square of its values, so that device cla
 adapters of different ranks and masked weights compare. One above ``federation.norm_bound`` times the median is refused.
 Updates of zeros do not count for the median. Where fewer than three clients sent one, the last that earlier rounds
 merged count too; while there is nothing to compare with, nothing is refused.
+The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
 Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
 Avoid when: the recipe asks for privacy, whose clip bounds each update; there it is off, since whether one client counts
 would depend on the others.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
-from fedtune.answers import DECLINED
+from fedtune.answers import DECLINED, REFUSED
 from fedtune.contribution import Contribution, check
 from fedtune.errors import ContributionError
 from fedtune.federation import Late
@@ -16,6 +16,9 @@ from fedtune.tracking import ContributionRecord
 from fedtune.untrusted import clean_text
 from server.parts import Part
 from server.reports import MOST_EXAMPLES, read_report
+
+_LONGEST_REASON = 400
+"""Characters that are kept of why an update is refused: it may quote names that its device chose."""
 
 __all__ = ["aged", "missing", "receive"]
 
@@ -46,7 +49,7 @@ def receive(
         norm = check(path, part.expected, part.extras, max_norm, limit)
     except ContributionError as error:
         path.unlink(missing_ok=True)
-        return _absent(client, device, "refused", str(error), bytes_down), None
+        return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None
     record = ContributionRecord(
         client=client,
         device=device,
@@ -77,6 +80,8 @@ def aged(
 def _error(error: Error) -> tuple[str, str]:
     """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
     told = error.reason or ""
+    if error.code == REFUSED:
+        return "refused", clean_text(told)
     status = "declined" if told.startswith(DECLINED) else "error"
     reason = told.removeprefix(DECLINED)
     if problem := parse_problem(reason):

@@ -178,6 +178,7 @@ def _gather(
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
+    crew.expect(max((parts.of(client).most_bytes for client in clients), default=0))
     found: dict[int, Message] = {}
     for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
         own = [client for client in clients if parts.of(client).payload is payload]

@@ -50,7 +50,7 @@ def test_by_default_an_update_out_of_proportion_is_refused_and_named(home: Path,
     ended = execute(recipe, spoilt(spoil, {1}), run="attacked")
     assert statuses(ended) == [["merged", "refused", "merged", "merged"]] * 2
     bad = ended.rounds[1].contributions[1]
-    assert "times as large as the median of the cohort's, and federation.norm_bound allows 30 times" in bad.reason
+    assert "times as large as the median of the cohort's, and federation.norm_bound allows 50 times" in bad.reason
     assert (bad.examples, bad.norm > 0, bad.bytes_up > 0) == (0, True, True)
 
     def raising(message: Message, reply: Message) -> Message:
