@@ -136,9 +136,10 @@ class GuardedGrid(Grid):
         """Replies that are here whole; whatever is wrong with one is an error in its place."""
         asked = set(message_ids)
         self._forget_all_but(asked)
-        replies = [self._early(number) for number in sorted(asked & self._lost.keys())]
+        early = asked & self._lost.keys()
+        replies = [self._early(number) for number in sorted(early)]
         answer = self._grid._runtime_client.PullMessages(
-            PullAppMessagesRequest(message_ids=sorted(asked - self._arriving.keys()))
+            PullAppMessagesRequest(message_ids=sorted(asked - early - self._arriving.keys()))
         )
         for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             metadata = message_from_proto(proto).metadata

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry, inflate_object_from_contents
 
@@ -41,7 +42,7 @@ def _expanded(content: bytes, contents: Mapping[str, bytes]) -> int:
     if kind != "Array":
         return 0
     listed = json.loads(get_object_body(content, inflatable_class_registry[kind]))["arraychunk_ids"]
-    sizes = [len(contents[child]) for child in children]
+    sizes = [len(contents[child]) - contents[child].index(HEAD_BODY_DIVIDER) - 1 for child in children]
     return sum(sizes[place] for place in listed)
 
 
