@@ -10,11 +10,22 @@ from fedtune.recipe import Recipe
 from server.exchange import replies
 from server.selection import sample
 
-__all__ = ["DEVICE_REMOVED", "NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
+__all__ = [
+    "DEVICE_REMOVED",
+    "DROPPED_OUT",
+    "NOT_NEEDED",
+    "NO_REPLY_IN_ROUNDS",
+    "NO_REPLY_IN_TIME",
+    "Asking",
+    "Send",
+    "Together",
+]
 
 NO_REPLY_IN_TIME = "no reply before the deadline"
 DEVICE_REMOVED = "its device was removed from the server; enroll one under its name, or start a new run"
 NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
+DROPPED_OUT = "it dropped out before it replied"
+NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
 Send = Callable[[Sequence[int], int], Mapping[int, Message]]
 """Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with."""
@@ -35,13 +46,22 @@ class Asking(ABC):
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """The clients that count as missing, given those that answered, and why."""
 
+    def shut_out(self, clients: Collection[int]) -> None:  # noqa: B027 - a simulation has no devices to shut out
+        """Ask none of these clients from now on, and again those that were shut out before and are not among them."""
+
     def staleness(self, client: int) -> int | None:
         """How many rounds before this one an answer was begun; None where no answer can be late."""
         return None
 
+    def seconds(self) -> float | None:
+        """How long the round took in simulated time; None on real devices, and where no speeds are known."""
+        return None
+
 
 class Together(Asking):
-    """A round's clients all begin with it; who is not done by the deadline is missing.
+    """Real devices that all begin with the round; who is not done by the deadline is missing.
+
+    With ``federation.take_first`` the round ends with so many usable answers.
 
     ``among`` are the clients that may be asked; ``last`` gives the last round each was asked in.
     """
@@ -50,26 +70,35 @@ class Together(Asking):
         self, grid: Grid, recipe: Recipe, among: Sequence[int], poll: float, last: Callable[[], Mapping[int, int]]
     ) -> None:
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
-        self._number = 0
+        self._number, self._enough = 0, False
         self._clients: list[int] = []
         self._removed: set[int] = set()
+        self._out: Collection[int] = ()
+
+    def shut_out(self, clients: Collection[int]) -> None:
+        """They are left out of the sample."""
+        self._out = clients
 
     def begin(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
         self._removed = set()
-        self._number, self._clients = number, sample(self._recipe, number, self._among, last)
+        among = [client for client in self._among if client not in self._out] if self._out else self._among
+        self._number, self._clients = number, sample(self._recipe, number, among, last)
         return len(self._clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """Whatever comes before the deadline."""
+        """Whatever comes before the deadline, until there are enough."""
+        federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
-        return replies(self._grid, messages, self._recipe.federation.deadline, self._poll, self._removed.add)
+        for client, reply in replies(self._grid, messages, federation.deadline, self._poll, self._removed.add):
+            yield client, reply
+            if federation.take_first is not None and usable() >= federation.take_first:
+                self._enough = True
+                return
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
-        return {
-            client: DEVICE_REMOVED if client in self._removed else NO_REPLY_IN_TIME
-            for client in self._clients
-            if client not in answered
-        }
+        reason = NOT_NEEDED if self._enough else NO_REPLY_IN_TIME
+        asked = [client for client in self._clients if client not in answered]
+        return {client: DEVICE_REMOVED if client in self._removed else reason for client in asked}

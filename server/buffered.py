@@ -44,6 +44,10 @@ class Buffered(Asking):
         self._arrived = deque(answer for answer in self._arrived if answer[0] not in self._lost)
         return self._buffer
 
+    def shut_out(self, clients: Collection[int]) -> None:
+        """Who is at work may finish."""
+        self._desk.shut_out(clients)
+
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
         end = time.monotonic() + self._deadline

@@ -3,7 +3,7 @@
 It knows no clock: the same book is kept for real devices and for a simulation's timetable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fedtune.federation import Late
 from fedtune.recipe import Recipe
@@ -25,6 +25,11 @@ class Desk:
         self.number = 0
         self._order: list[int] = []
         self._heard: set[int] = set()
+        self._out: Collection[int] = ()
+
+    def shut_out(self, clients: Collection[int]) -> None:
+        """Ask none of these from now on."""
+        self._out = clients
 
     def begin(self, number: int, last: Mapping[int, int]) -> list[int]:
         """Turn to round ``number``; the clients that are given up, since their answers would be too old for it."""
@@ -39,7 +44,8 @@ class Desk:
     def next(self) -> list[int]:
         """Clients to ask now, so that enough are at work; they count as working on this round from now on."""
         room = asked_per_round(self._recipe, self._among) - len(self._since)
-        free = [client for client in self._order if client not in self._since and client not in self._heard]
+        busy = self._since.keys() | self._heard | set(self._out)
+        free = [client for client in self._order if client not in busy]
         chosen = free[: max(0, room)]
         self._since |= dict.fromkeys(chosen, self.number)
         return chosen

@@ -66,9 +66,11 @@ def _operator_routes(guard: Guard, operating: Operating) -> list[Route]:
         route("GET", "runs/{run}", operating.run),
         route("POST", "runs/{run}/stop", operating.stop),
         route("POST", "runs/{run}/resume", operating.resume),
+        route("POST", "runs/{run}/rollback", operating.rollback),
         route("GET", "devices", operating.devices),
         route("DELETE", "devices/{device}", operating.remove),
         route("POST", "devices/{device}/tags", operating.tag),
+        route("POST", "devices/{device}/release", operating.release),
         route("POST", "tokens", operating.token),
         route("GET", "audit", operating.lines),
     ]

@@ -27,15 +27,14 @@ from fedtune.untrusted import clean_text
 from server.accounting import spent
 from server.asking import Asking
 from server.crew import Crew, assemble
-from server.declared import most_examples
 from server.evidence import evidence
 from server.exchange import messages_for
-from server.norm_bound import NormBound
 from server.own_scores import own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.receive import aged, missing, receive
 from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
+from server.safeguards import Safeguards
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -56,9 +55,10 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     seats = store.access.seats(run)
     crew = assemble(grid, recipe, seats)
     asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
-    bound = NormBound(recipe, done)
+    guards = Safeguards(shop, store, run, seats, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, bound, state, number)
+        asking.shut_out(guards.shut_out())
+        state = _round(shop, store, run, crew, asking, guards, state, number)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -97,12 +97,12 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 
 def _round(
-    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, bound: NormBound, state: State, number: int
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, guards: Safeguards, state: State, number: int
 ) -> State:
     """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
-        records, contributions = _gather(shop, store, run, crew, asking, bound, state, number, spool)
+        records, contributions = _gather(shop, run, crew, asking, guards, state, number, spool)
         short = shortage(records, shop.recipe)
         figures: tuple[MetricRecord, ...] = ()
         if not short:
@@ -113,11 +113,16 @@ def _round(
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:
             records = unused(records)
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
-    bound.remember(records)
+    guards.committed(records)
     return state
+
+
+def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
+    seconds = asking.seconds()
+    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
@@ -140,11 +145,10 @@ def _merged(
 
 def _gather(
     shop: Workshop,
-    store: Store,
     run: str,
     crew: Crew,
     asking: Asking,
-    bound: NormBound,
+    guards: Safeguards,
     state: State,
     number: int,
     spool: Path,
@@ -162,7 +166,7 @@ def _gather(
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
         most, limit = norm_limit(shop.recipe, part.expected.values())
-        received = receive(reply, client, device, part, most, spool, limit, most_examples(shop, store, run, client))
+        received = receive(reply, client, device, part, most, spool, limit, guards.examples(client))
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
@@ -172,7 +176,8 @@ def _gather(
         records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
-    return bound.kept([records[client] for client in sorted(records)], ordered, lambda client: parts.of(client).values)
+    told = [records[client] for client in sorted(records)]
+    return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
 
 
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:

@@ -19,11 +19,12 @@ from fedtune.tracking import Store, schema, upgrade
 from fedtune.tracking.tables import metadata
 from tests.store_examples import fill
 
-ADD_NOTE = '''"""Add a note to runs."""
+THIS, NEXT = schema.HEAD, f"{int(schema.HEAD) + 1:04}"
+ADD_NOTE = f'''"""Add a note to runs."""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0004", "0003"
+revision, down_revision = "{NEXT}", "{THIS}"
 
 
 def upgrade() -> None:
@@ -51,13 +52,13 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, the code is one release on: its schema has revision 0004."""
+    """Inside, the code is one release on: its schema has the next revision."""
     folder = tmp_path / "migrations"
     shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0004_add_note.py").write_text(ADD_NOTE)
+    (folder / "versions" / f"{NEXT}_add_note.py").write_text(ADD_NOTE)
     with monkeypatch.context() as patched:
         patched.setattr(migrations, "__file__", str(folder / "__init__.py"))
-        patched.setattr(schema, "HEAD", "0004")
+        patched.setattr(schema, "HEAD", NEXT)
         yield patched
 
 
@@ -154,7 +155,7 @@ def test_down_and_up_again_keeps_the_rows(path: Path, request: pytest.FixtureReq
     engine = create_engine(f"sqlite:///{path}")
     for step, there in ((command.downgrade, False), (command.upgrade, True)):
         with engine.begin() as connection:
-            step(upgrade.settings(connection), "0004" if there else "0003")
+            step(upgrade.settings(connection), NEXT if there else THIS)
         assert ("note" in columns(path, "runs")) == there
     engine.dispose()
     with Store.open() as store:
@@ -165,19 +166,19 @@ def test_a_database_newer_than_the_code_is_refused_naming_both_revisions(path: P
     Store.open().close()
     next_release.undo()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"at revision 0004, .* only up to 0003; upgrade fedtune"):
+    with pytest.raises(StoreError, match=rf"at revision {NEXT}, .* only up to {THIS}; upgrade fedtune"):
         Store.open()
     assert path.read_bytes() == before
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(path: Path, next_release: Any, tmp_path: Path) -> None:
-    next_release.setattr(schema, "HEAD", "0003")
-    script = tmp_path / "migrations" / "versions" / "0004_add_note.py"
+    next_release.setattr(schema, "HEAD", THIS)
+    script = tmp_path / "migrations" / "versions" / f"{NEXT}_add_note.py"
     script.rename(tmp_path / "later.py")
     with Store.open() as store:
         recorded = fill(store)
     script.write_text(ADD_NOTE.replace("\n\n\ndef downgrade", '\n    raise RuntimeError("planted")\n\n\ndef downgrade'))
-    next_release.setattr(schema, "HEAD", "0004")
+    next_release.setattr(schema, "HEAD", NEXT)
     with pytest.raises(RuntimeError, match="planted"):
         Store.open()
     assert "note" not in columns(path, "runs")

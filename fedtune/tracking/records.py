@@ -18,7 +18,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number; ``part``: train, merge, own, validation, test, test-before, privacy; ``domain``: one or ``all``."""
+    """One number of a ``part``: train, merge, own, validation, test, test-before, privacy or simulation.
+
+    ``domain`` is one of the data's, or ``all``.
+    """
 
     part: str
     domain: str
@@ -107,7 +110,8 @@ class Seat:
 class DeviceRecord:
     """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON.
 
-    ``tags`` are the operators', in order; the profile is the device's own word.
+    ``tags`` are the operators', in order; the profile is the device's own word. ``quarantined`` says why it gets no
+    orders, where that is so.
     """
 
     name: str
@@ -117,6 +121,7 @@ class DeviceRecord:
     seen: datetime | None
     profile: str
     tags: tuple[str, ...] = ()
+    quarantined: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,21 @@ class Store:
             change = {"status": status, "reason": "", "finished": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
+    def forget_rounds(self, run_id: str, after: int, reason: str) -> None:
+        """Remove the rounds of a run after number ``after`` with all they brought; it is interrupted for ``reason``.
+
+        StoreError while the run is queued, or is recorded as running for a server that would start it again.
+        """
+        change = {"status": "interrupted", "reason": reason, "finished": datetime.now(UTC)}
+        with writer(self._engine) as connection:
+            status, engine = _expect(connection, run_id), _find(connection, run_id).engine
+            if status == "queued" or (status == "running" and engine == "devices"):
+                raise StoreError(f"run {run_id} is {status}; stop it first: fedtune runs stop {run_id}")
+            for table in (*tables.CHILDREN, tables.rounds):
+                number = table.c.number if table is tables.rounds else table.c.round
+                connection.execute(delete(table).where(table.c.run_id == run_id, number > after))
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
     def run(self, reference: str) -> RunRecord:
         """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
         with reader(self._engine) as connection:

@@ -11,6 +11,8 @@ def check_model_counts(recipe: Recipe, pipeline: merging.Pipeline) -> None:
     """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
     combine, late = pipeline.combine, recipe.federation.late
     coming, key = recipe.clients_per_round, "federation.clients"
+    if recipe.federation.take_first is not None:
+        coming, key = recipe.federation.take_first, "federation.take_first"
     if late is not None:
         coming, key = late.buffer, "federation.late.buffer"
     if coming < combine.needed:
