@@ -19,13 +19,11 @@ __all__ = ["rollback"]
 def rollback(run: str, number: int, yes: bool, server: Path | None, store: str | None, as_json: bool) -> None:
     """Remove the rounds of a run after one of them, with their checkpoints, to go on from there.
 
-    A run that is being executed must be stopped first. Clients keep no earlier state of their own than for the last two
-    rounds they trained in; what a device keeps for itself begins anew beyond those.
+    Stop a run that is being executed first. Go on afterwards with fedtune simulate --resume or fedtune runs resume.
+    What devices keep for themselves exists for the last two rounds each trained in; going back further, they begin it
+    anew.
 
-    \b
-    Example:
-      fedtune runs rollback latest --round 12
-      fedtune simulate --resume latest
+    Example: fedtune runs rollback latest --round 12
     """
     import json
 
