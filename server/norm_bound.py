@@ -1,9 +1,11 @@
 """No single update may be out of all proportion: its size is compared with the median of the cohort's.
 
 What: an update's size is the root mean square of its values, so that device classes that train more or fewer tensors,
-adapters of different ranks and masked weights compare. One above ``federation.norm_bound`` times the median is refused.
-Updates of zeros do not count for the median. Where fewer than three clients sent one, the last that earlier rounds
-merged count too; while there is nothing to compare with, nothing is refused.
+adapters of different ranks and masked weights compare. One above ``federation.norm_bound`` times the yardstick is
+refused. The yardstick is the median size of the round, or of an earlier round where that was larger: once most clients
+have little left to learn, the one that still has may send what all sent at the start. Updates of zeros do not count,
+and of fewer than three updates the median is no yardstick; while there is none, nothing is refused. Each round's median
+is in the store (part ``merge``, name ``update_rms``), so that a resumed run compares with the same.
 The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
 Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
 Avoid when: the recipe asks for privacy, whose clip bounds each update; there it is off, since whether one client counts
@@ -13,46 +15,43 @@ down to it; a threshold for norms is norm thresholding (Sun et al., arXiv 1911.0
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
 from fedtune.contribution import Contribution
 from fedtune.recipe import Recipe
-from fedtune.tracking import ContributionRecord, RoundRecord
+from fedtune.tracking import ContributionRecord, MetricRecord, RoundRecord
 
-__all__ = ["NormBound", "largest_allowed"]
+__all__ = ["NormBound", "median_size", "yardstick"]
 
 _COHORT = 3
 """Of fewer updates the median is no yardstick."""
-_EARLIER = 6
-"""So many norms of earlier rounds stand in."""
+_PART, _NAME = "merge", "update_rms"
 
 
-def largest_allowed(sizes: Sequence[float], earlier: Sequence[float], factor: float) -> float:
-    """``factor`` times the median of the sizes that are not zero; infinite where there are none.
+def median_size(sizes: Iterable[float]) -> float:
+    """The median of the sizes that are not zero; 0 where there are none."""
+    return median([size for size in sizes if size > 0] or [0.0])
 
-    ``earlier`` sizes, newest first, count where there are fewer than three of this round.
+
+def yardstick(sizes: Sequence[float], earlier: float) -> float:
+    """What the ``sizes`` of a round's updates are measured by; infinite where there is nothing to measure by.
+
+    ``earlier`` is the largest median of the rounds before, 0 where there was none.
     """
-    known = [size for size in sizes if size > 0]
-    if len(known) < _COHORT:
-        known += [size for size in earlier if size > 0]
-    return factor * median(known) if known else math.inf
+    now = median_size(sizes) if sum(size > 0 for size in sizes) >= _COHORT else 0.0
+    return max(now, earlier) or math.inf
 
 
 class NormBound:
-    """The bound of one run; ``done`` are its committed rounds, so that a resumed run compares with the same."""
+    """The bound of one run; ``done`` are its committed rounds."""
 
     def __init__(self, recipe: Recipe, done: Sequence[RoundRecord]) -> None:
         self._factor = recipe.federation.norm_bound if recipe.privacy is None else None
-        self._earlier: deque[tuple[int, float]] = deque(maxlen=_EARLIER)
-        for record in done:
-            self.remember(record.contributions)
-
-    def remember(self, records: Sequence[ContributionRecord]) -> None:
-        """Take note of what a committed round merged."""
-        self._earlier.extendleft((one.client, one.norm) for one in records if one.status == "merged")
+        told = [metric.value for record in done for metric in record.metrics if _is_median(metric)]
+        self._earlier = max(told, default=0.0)
+        self._median = 0.0
 
     def kept(
         self,
@@ -64,12 +63,18 @@ class NormBound:
         if self._factor is None:
             return list(records), list(contributions)
         sizes = {one.client: _size(one.norm, values(one.client)) for one in records if one.status == "merged"}
-        few = sum(size > 0 for size in sizes.values()) < _COHORT
-        earlier = [_size(norm, values(client)) for client, norm in self._earlier] if few else []
-        most = largest_allowed(list(sizes.values()), earlier, self._factor)
-        refused = {client: size / most * self._factor for client, size in sizes.items() if size > most}
+        unit = yardstick(list(sizes.values()), self._earlier)
+        refused = {client: size / unit for client, size in sizes.items() if size > unit * self._factor}
+        self._median = median_size(size for client, size in sizes.items() if client not in refused)
         told = [self._refused(one, refused) for one in records]
         return told, [sent for sent in contributions if sent.client not in refused]
+
+    def merged(self) -> tuple[MetricRecord, ...]:
+        """The round's median size, once its updates are merged; rounds to come compare with it too."""
+        if not self._median:
+            return ()
+        self._earlier = max(self._earlier, self._median)
+        return (MetricRecord(part=_PART, domain="all", name=_NAME, value=self._median),)
 
     def _refused(self, record: ContributionRecord, refused: Mapping[int, float]) -> ContributionRecord:
         if record.client not in refused:
@@ -79,6 +84,10 @@ class NormBound:
             f"federation.norm_bound allows {self._factor:g} times; check the device, or raise the bound"
         )
         return replace(record, status="refused", reason=reason, examples=0)
+
+
+def _is_median(metric: MetricRecord) -> bool:
+    return (metric.part, metric.name) == (_PART, _NAME)
 
 
 def _size(norm: float, values: int) -> float:

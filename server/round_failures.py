@@ -12,8 +12,8 @@ from fedtune.tracking import ContributionRecord
 
 __all__ = ["MERGE_ERRORS", "require_finite", "shortage", "unused", "with_refusals"]
 
-MERGE_ERRORS = (ContributionError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-"""Updates that do not hold, or too few for the merge, or values a decomposition cannot take. Others end the run."""
+MERGE_ERRORS = (ArithmeticError, ContributionError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""Updates that do not hold, too few for the merge, or values it cannot compute with. Other errors end the run."""
 
 
 def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -109,6 +109,7 @@ def _round(
             try:
                 merged, figures = _merged(shop, state, run, number, contributions)
                 state = require_finite(merged)
+                figures += guards.bound.merged()
             except MERGE_ERRORS as error:
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:

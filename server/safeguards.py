@@ -28,7 +28,6 @@ class Safeguards:
 
     def committed(self, records: Sequence[ContributionRecord]) -> None:
         """A round has been committed."""
-        self.bound.remember(records)
         self._quarantine.judge(records)
 
     def shut_out(self) -> set[int]:

@@ -17,7 +17,7 @@ from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import Store
 from server.app import carry
-from server.norm_bound import largest_allowed
+from server.norm_bound import median_size, yardstick
 from tests.federations import Ended, Spoil, begin, execute, order_of, outcome, silent, spoilt, trivial, words
 from tests.test_buffered import deployed
 from tests.test_rounds import answer, payload_of
@@ -44,7 +44,7 @@ def statuses(ended: Ended) -> list[list[str]]:
     return [[sent.status for sent in record.contributions] for record in ended.rounds[1:]]
 
 
-@pytest.mark.parametrize("spoil", [HUGE, times(1e4), times(-100.0)], ids=["3e38", "10,000 times", "-100 times"])
+@pytest.mark.parametrize("spoil", [HUGE, times(1e4), times(-1000.0)], ids=["3e38", "10,000 times", "-1000 times"])
 def test_by_default_an_update_out_of_proportion_is_refused_and_named(home: Path, spoil: Spoil) -> None:
     recipe = trivial()
     ended = execute(recipe, spoilt(spoil, {1}), run="attacked")
@@ -138,13 +138,31 @@ def test_late_answers_are_bounded_on_devices_as_in_a_simulation(home: Path) -> N
     assert outcome("real").hashes == simulated.hashes
 
 
-def test_the_median_by_hand() -> None:
-    assert largest_allowed([1.0, 2.0, 9.0], [], 10) == 20
-    assert largest_allowed([1.0, 2.0, 4.0, 9.0], [100.0], 10) == 30
-    assert largest_allowed([0.0, 0.0, 0.0, 5.0], [], 10) == 50
-    assert largest_allowed([7.0, 0.0], [1.0, 1.0, 0.0], 10) == 10
-    assert largest_allowed([0.0, 0.0], [], 10) == math.inf
-    assert largest_allowed([], [], 10) == math.inf
+def test_the_yardstick_by_hand() -> None:
+    assert yardstick([1.0, 2.0, 9.0], 0.0) == 2
+    assert yardstick([1.0, 2.0, 4.0, 9.0], 0.0) == 3
+    assert yardstick([1.0, 2.0, 9.0], 5.0) == 5
+    assert yardstick([0.0, 0.0, 0.0, 5.0], 0.0) == math.inf
+    assert yardstick([7.0, 0.0], 1.0) == 1
+    assert yardstick([7.0, 8.0], 0.0) == yardstick([0.0, 0.0], 0.0) == yardstick([], 0.0) == math.inf
+    assert median_size([0.0, 3.0, 1.0]) == 2
+    assert median_size([]) == median_size([0.0]) == 0
+
+
+def test_a_client_that_still_has_much_to_learn_when_the_others_have_little_is_no_outlier(home: Path) -> None:
+    """Three clients all but stop after the first round; the fourth goes on as all began."""
+    recipe = trivial("federation.rounds=3")
+    ended = execute(recipe, spoilt(times(1e-6), {0, 1, 2}, rounds={2, 3}))
+    assert statuses(ended) == [["merged"] * 4] * 3
+
+
+def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
+    ended = execute(trivial())
+    for record in ended.rounds[1:]:
+        told = [metric.value for metric in record.metrics if metric.name == "update_rms"]
+        values = 784 * 10 + 10
+        norms = sorted(sent.norm for sent in record.contributions)
+        assert told == [pytest.approx((norms[1] + norms[2]) / 2 / math.sqrt(values))]
 
 
 def test_a_round_s_line_names_who_was_refused(home: Path) -> None:
