@@ -5,7 +5,7 @@ adapters of different ranks and masked weights compare. One above ``federation.n
 refused. The yardstick is the median size of the round, or of an earlier round where that was larger: once most clients
 have little left to learn, the one that still has may send what all sent at the start. Updates of zeros do not count,
 and of fewer than three updates the median is no yardstick; while there is none, nothing is refused. Each round's median
-is in the store (part ``merge``, name ``update_rms``), so that a resumed run compares with the same.
+is in the store (part ``updates``, name ``median_rms``), so that a resumed run compares with the same.
 The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
 Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
 Avoid when: the recipe asks for privacy, whose clip bounds each update; there it is off, since whether one client counts
@@ -27,7 +27,7 @@ __all__ = ["NormBound", "median_size", "yardstick"]
 
 _COHORT = 3
 """Of fewer updates the median is no yardstick."""
-_PART, _NAME = "merge", "update_rms"
+_PART, _NAME = "updates", "median_rms"
 
 
 def median_size(sizes: Iterable[float]) -> float:

@@ -159,7 +159,7 @@ def test_a_client_that_still_has_much_to_learn_when_the_others_have_little_is_no
 def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
     ended = execute(trivial())
     for record in ended.rounds[1:]:
-        told = [metric.value for metric in record.metrics if metric.name == "update_rms"]
+        told = [metric.value for metric in record.metrics if metric.name == "median_rms"]
         values = 784 * 10 + 10
         norms = sorted(sent.norm for sent in record.contributions)
         assert told == [pytest.approx((norms[1] + norms[2]) / 2 / math.sqrt(values))]

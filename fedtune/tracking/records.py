@@ -18,7 +18,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number of a ``part``: train, merge, own, validation, test, test-before, privacy or simulation.
+    """One number of a ``part``: train, merge, updates, own, validation, test, test-before, privacy or simulation.
 
     ``domain`` is one of the data's, or ``all``.
     """
