@@ -95,7 +95,11 @@ class Node:
     def _carry_out(self, order: bytes) -> None:
         self._last_order = time.monotonic()
         try:
-            answer = self._kept_answer() or self._train(order)
+            answer = self._kept_answer()
+            if answer is None:
+                answer = self._train(order)
+            elif isinstance(holding := answer.header.get("holding"), dict):
+                self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
             self._until_done(partial(self._send, order, answer))
         except GoneError as error:
             self._say(f"an order was dropped: {error}")

@@ -57,12 +57,16 @@ class Pair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum."""
+    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum.
+
+    Real numbers that are sums of sizes or counts are never ``negative``.
+    """
 
     shape: Shape
     dtype: str = "F32"
     below: int = 0
     total: int | None = None
+    negative: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,8 @@ def _check_extra(file: Any, name: str, form: Form) -> None:
     tensor: Tensor = file.get_tensor(name)
     if not bool(tensor.isfinite().all()):
         raise ContributionError(f"{name} holds values that are not finite")
+    if not form.negative and bool((tensor < 0).any()):
+        raise ContributionError(f"{name} holds negative numbers")
     if not tensor.is_floating_point() and any(not 0 <= number < form.below for number in _range(tensor)):
         raise ContributionError(f"{name} holds numbers outside 0 to {form.below - 1}")
     if form.total is not None and int(tensor.sum()) != form.total:

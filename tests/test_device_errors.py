@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from clients import app as apps
 from clients.channel import Frame
+from clients.device_home import DeviceHome
 from clients.node import Node
 from clients.problems import problem_of
 from clients.trainer import _Trainer
@@ -79,6 +81,25 @@ def test_an_error_about_the_data_tells_a_code_and_counts_only(text_order: Frame,
     for hidden in (SECRET, "4711", "private-name", str(tmp_path)):
         assert hidden not in leaving
     assert answer.header["detail"], "the device's own log has the details"
+
+
+def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_path: Path) -> None:
+    done: list[object] = []
+
+    class Fleet:
+        def answer(self, order: bytes, payload: bytes, report: object, seconds: float) -> None:
+            done.append("answered")
+
+    home = DeviceHome(tmp_path / "device")
+    holding = {"examples": 12, "labels": {}}
+    header = {"kind": "trained", "report": {}, "holding": holding, "seconds": 1.0}
+    home.hold("answer", Frame(header, b"deltas").encode())
+    clock: Any = type("Clock", (), {"set": print})()
+    fleet: Any = Fleet()
+    keeper: Any = None
+    node = Node(home, fleet, keeper, clock, done.append, print)
+    node._carry_out(b"order")
+    assert done == [holding, "answered"]
 
 
 def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp_path: Path) -> None:
