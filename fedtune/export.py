@@ -73,8 +73,7 @@ def _save_adapter(adapter: PeftConfig, state: Mapping[str, Tensor], folder: Path
 def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
-    for technique in chosen:
-        technique.fold(model)
+    techniques.fold(chosen, model)
     models.save(model, labels, folder)
     if recipe.task != "image-classification":
         models.tokenizer(recipe.model).save_pretrained(folder)

@@ -15,7 +15,7 @@ __all__ = ["SENTENCES", "Problem", "parse_problem"]
 SENTENCES: Mapping[str, str] = {
     "code-failed": "training raised an error",
     "data-columns": "its data lack {columns} of the columns that the recipe names",
-    "data-values": "{rows} of its examples have no value in a column that the recipe names",
+    "data-values": "some of its examples have no value in a column that the recipe names",
     "data-unfit": "its data do not fit the recipe",
     "disk-failed": "its disk cannot be read or written",
     "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",

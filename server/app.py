@@ -1,6 +1,7 @@
 """The Flower ServerApp: opens the run a context names and carries it to its end."""
 
 import os
+from contextlib import nullcontext
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -10,6 +11,7 @@ from fedtune.tracking import Store, claim
 from fedtune.training import discard, workshop
 from server.guarded_grid import guarded
 from server.lifeline import end_with_keeper
+from server.logs import recorded
 from server.rounds import coordinate
 
 __all__ = ["app"]
@@ -24,7 +26,9 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     end_with_keeper()
     with claim(config["run"]), Store.open(config["store"]) as store:
-        carry(guarded(grid), store, config["run"])
+        deployed = bool(store.access.seats(config["run"]))  # a simulation's process has a terminal of its own
+        with recorded(config["run"]) if deployed else nullcontext():
+            carry(guarded(grid), store, config["run"])
 
 
 def carry(grid: Grid, store: Store, run: str) -> None:

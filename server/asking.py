@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
 from server.exchange import replies
-from server.selection import sample
+from server.selection import asked_per_round, sample
 
 __all__ = [
     "DEVICE_REMOVED",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 NO_REPLY_IN_TIME = "no reply before the deadline"
-DEVICE_REMOVED = "its device was removed from the server; enroll one under its name, or start a new run"
+DEVICE_REMOVED = "its device was removed from the server"
 NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
 DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
@@ -33,6 +33,10 @@ Send = Callable[[Sequence[int], int], Mapping[int, Message]]
 
 class Asking(ABC):
     """One round after the other: ``begin``, then ``replies`` to their end, then ``silent``."""
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Ask nobody but these clients from now on; what ``moved`` ones were asked is lost. Called between rounds."""
+        return
 
     @abstractmethod
     def begin(self, number: int) -> int:
@@ -45,9 +49,6 @@ class Asking(ABC):
     @abstractmethod
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """The clients that count as missing, given those that answered, and why."""
-
-    def shut_out(self, clients: Collection[int]) -> None:  # noqa: B027 - a simulation has no devices to shut out
-        """Ask none of these clients from now on, and again those that were shut out before and are not among them."""
 
     def staleness(self, client: int) -> int | None:
         """How many rounds before this one an answer was begun; None where no answer can be late."""
@@ -70,21 +71,21 @@ class Together(Asking):
         self, grid: Grid, recipe: Recipe, among: Sequence[int], poll: float, last: Callable[[], Mapping[int, int]]
     ) -> None:
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
+        self._count = asked_per_round(recipe, among)
         self._number, self._enough = 0, False
         self._clients: list[int] = []
         self._removed: set[int] = set()
-        self._out: Collection[int] = ()
 
-    def shut_out(self, clients: Collection[int]) -> None:
-        """They are left out of the sample."""
-        self._out = clients
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Sample among these; as many as before, as far as there are as many."""
+        self._among = clients
 
     def begin(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
         self._removed = set()
-        among = [client for client in self._among if client not in self._out] if self._out else self._among
-        self._number, self._clients = number, sample(self._recipe, number, among, last)
+        count = min(self._count, len(self._among))
+        self._number, self._clients = number, sample(self._recipe, number, self._among, last, count)
         return len(self._clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:

@@ -6,7 +6,7 @@ round. The order of arrival is real, so two such runs do not end with the same b
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -35,18 +35,19 @@ class Buffered(Asking):
         self._arrived: deque[tuple[int, Message]] = deque()
         self._staleness: dict[int, int] = {}
         self._lost: dict[int, str] = {}
+        self._moved: list[int] = []
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Ask these; of those that are away for good, or another device by now, no answer is waited for."""
+        self._moved = self._desk.admit(clients, moved)
 
     def begin(self, number: int) -> int:
         """Give up on clients that are too far behind."""
-        self._staleness = {}
-        self._lost = dict.fromkeys(self._desk.begin(number, self._last()), NO_REPLY_IN_ROUNDS)
+        given_up, moved = self._desk.begin(number, self._last()), self._moved
+        self._staleness, self._lost, self._moved = {}, dict.fromkeys([*given_up, *moved], NO_REPLY_IN_ROUNDS), []
         self._sent = {message: client for message, client in self._sent.items() if client not in self._lost}
         self._arrived = deque(answer for answer in self._arrived if answer[0] not in self._lost)
         return self._buffer
-
-    def shut_out(self, clients: Collection[int]) -> None:
-        """Who is at work may finish."""
-        self._desk.shut_out(clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
@@ -84,7 +85,7 @@ class Buffered(Asking):
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that were given up or have no device any more; those still at work are not missing."""
-        return dict(self._lost)
+        return {client: reason for client, reason in self._lost.items() if client not in answered}
 
     def staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""

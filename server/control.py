@@ -74,7 +74,7 @@ class Control:
         with _reached():
             answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):
-            raise ServerError("Flower's SuperLink did not take the run; see superlink.log in the server's home")
+            raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
         return int(answer.run_id)
 
     def run(self, number: int) -> FlowerRun:

@@ -1,7 +1,7 @@
 """Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.tracking import Seat
+from server.asking import DEVICE_REMOVED
 from server.guarded_grid import GuardedGrid
 
 __all__ = ["Crew", "assemble"]
@@ -29,27 +30,46 @@ def _any_size(most: int) -> None:
 class Crew:
     """Node and name of each client, by its number, and seconds between two looks for replies.
 
-    ``expect`` is told the most bytes that a reply may have.
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``expect`` is told the
+    most bytes that a reply may have.
     """
 
     nodes: Sequence[int]
     names: Sequence[str]
     poll: float = 0.01
+    shares_disk: bool = False
+    removed: Callable[[], Collection[int]] = tuple
+    """Clients whose device is shut out now; asked where a round misses answers."""
     expect: Callable[[int], None] = _any_size
 
+    def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
+        """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
+        gone = set(self.removed()) if silent else set()
+        return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
 
-def assemble(grid: Grid, recipe: Recipe, seats: Sequence[Seat], patience: float = _PATIENCE) -> Crew:
+
+def assemble(
+    grid: Grid,
+    recipe: Recipe,
+    seats: Sequence[Seat],
+    patience: float = _PATIENCE,
+    removed: Callable[[], Collection[int]] = tuple,
+) -> Crew:
     """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
 
-    Without seats, every node of the grid is a client. With them, devices that are away join when they come back.
+    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
+    those of the clients ``removed`` tells are not waited for.
     """
     if not seats:
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
-        return Crew(nodes, [recipe.device_of(client).name for client in range(recipe.clients)])
-    wanted = [int(seat.node) for seat in seats]
-    _wait(grid, set(wanted), len(wanted), recipe.federation.quorum, patience)
+        names = [recipe.device_of(client).name for client in range(recipe.clients)]
+        return Crew(nodes, names, shares_disk=bool(getattr(grid, "shares_disk", False)))
+    gone = set(removed())
+    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
+    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
-    return Crew(wanted, [seat.device for seat in seats], _REMOTE_POLL_SECONDS, expect)
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, expect=expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

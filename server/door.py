@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,6 +18,8 @@ from fedtune.tracking.document import text
 from server.enrolment import Enrolment
 from server.forward import Forward, limited
 from server.guard import Guard, address
+from server.log_routes import log_routes
+from server.logs import Logs
 from server.operating import Operating
 from server.refusal import Audit, RefusedError
 
@@ -28,7 +31,14 @@ _BODY = 1 << 20
 
 
 def door(
-    guard: Guard, audit: Audit, forward: Forward, enrolment: Enrolment, operating: Operating, ca: str
+    guard: Guard,
+    audit: Audit,
+    forward: Forward,
+    enrolment: Enrolment,
+    operating: Operating,
+    ca: str,
+    healthy: Callable[[], bool],
+    logs: Logs,
 ) -> Starlette:
     """The application that listens where others can reach it."""
 
@@ -42,10 +52,17 @@ def door(
     routes = [
         Route("/v1/fleet/{path:path}", forward.pass_on, methods=["POST"]),
         Route("/fedtune/ca", lambda _: PlainTextResponse(ca), methods=["GET"]),
+        Route("/health", lambda _: _health(healthy()), methods=["GET"]),
+        *log_routes(partial(_for_operators, guard), operating.store, logs),
         *_device_routes(enrolment),
         *_operator_routes(guard, operating),
     ]
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+
+def _health(well: bool) -> Response:
+    """For whoever watches the server, hence without a key and without a reason; the log tells more."""
+    return _json({"status": "ok"} if well else {"status": "starting"}, 200 if well else 503)
 
 
 def _device_routes(enrolment: Enrolment) -> list[Route]:

@@ -14,12 +14,13 @@ from starlette.requests import Request
 
 from fedtune.errors import ServerError, StoreError
 from fedtune.tracking import Access
+from fedtune.untrusted import clean_text
 from server.control import Control
 from server.guard import Guard, address
 from server.refusal import Audit, RefusedError
 from server.secret import digest
 
-__all__ = ["Enrolment"]
+__all__ = ["Enrolment", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PROFILE_BYTES = 1 << 16
@@ -56,8 +57,7 @@ class Enrolment:
         return {"node_id": str(node), "name": meant or name, "ca": self.ca}
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
-        if not _NAME.fullmatch(name):
-            raise RefusedError(400, f"{name!r} is no name for a device; use small letters, digits, '.', '_' and '-'")
+        check_name(name)
         if self.access.device(name) is not None:
             raise RefusedError(409, f"there is a device {name!r} already; choose another name or have it removed")
         node = self.control().register(key.encode(), name)
@@ -73,6 +73,13 @@ class Enrolment:
             raise RefusedError(400, "a profile is a JSON object of at most 64 KiB", name)
         self.access.profile_device(name, told)
         return {"name": name}
+
+
+def check_name(name: str) -> None:
+    """RefusedError for a name that no device can have."""
+    if not _NAME.fullmatch(name):
+        rule = "use at most 64 small letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+        raise RefusedError(400, f"{clean_text(name)!r} is no name for a device; {rule}")
 
 
 def _text(sent: Any, field: str) -> str:

@@ -15,9 +15,11 @@ from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.document import document
 from server.accounting import require_accountant
 from server.control import Control
+from server.enrolment import check_name
 from server.guard import Guard
 from server.manager import Manager
 from server.presence import Presence
+from server.recipe_check import RecipeCheck
 from server.refusal import Audit, RefusedError
 from server.secret import digest, new_secret, token_text
 
@@ -39,6 +41,7 @@ class Operating:
     control: Callable[[], Control]
     url: str
     ca: str
+    check: RecipeCheck
 
     def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -47,7 +50,7 @@ class Operating:
         except ValidationError as error:
             raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
         require_accountant(recipe)
-        run = self.manager.submit(recipe)
+        run = self.manager.submit(self.check.whole(recipe))
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}
 
@@ -59,7 +62,7 @@ class Operating:
         """One run with its rounds after number ``after``, and who is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
-        rounds = [record for record in self.store.rounds(run.id) if record.number > after]
+        rounds = self.store.rounds(run.id, after)
         seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
         return document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
 
@@ -159,6 +162,8 @@ def _token_request(sent: Any) -> tuple[str, float, list[str]]:
     name, hours = given.get("name", ""), given.get("hours", _HOURS)
     if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 365:
         raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
+    if name:
+        check_name(name)
     return name, float(hours), _tags(given.get("tags", []))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Error, Message
 
 from fedtune.answers import DECLINED, REFUSED
-from fedtune.contribution import Contribution, check
+from fedtune.contribution import Contribution
 from fedtune.errors import ContributionError
 from fedtune.federation import Late
 from fedtune.files import write
@@ -14,6 +14,7 @@ from fedtune.merging import staleness_scale
 from fedtune.protocol_codes import parse_problem
 from fedtune.tracking import ContributionRecord
 from fedtune.untrusted import clean_text
+from fedtune.update_checks import check
 from server.parts import Part
 from server.reports import MOST_EXAMPLES, read_report
 
@@ -38,7 +39,7 @@ def receive(
     ``most_examples`` is what the client can have trained on in the round. Nothing of a payload that is larger than the
     round expects is read or written.
     """
-    bytes_down = len(part.payload)
+    bytes_down = part.size
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
@@ -64,7 +65,10 @@ def receive(
         norm=norm,
         loss=report.loss,
     )
-    return record, Contribution(client, report.examples, path, report.own)
+    return record, Contribution(client, report.examples, path, report.own, report.trained)
+
+
+_LISTS = ("own_more", "own_after")
 
 
 def aged(

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any
 
 from flwr.app import MetricRecord
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedtune.contribution import Report
 from fedtune.errors import ContributionError
@@ -18,6 +18,7 @@ MOST_EXAMPLES = 10**9
 _MOST_BYTES = 2**50
 _MOST_SECONDS = 10.0**7
 _MOST_LOSS = 1e30
+_MOST_FIGURES = 64
 
 
 def _not_infinite(value: float) -> float:
@@ -44,6 +45,15 @@ class _Bounded(BaseModel):
     own_loss: float = Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
     own_accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
     micro_batch: int = Field(ge=0, le=MOST_EXAMPLES)
+    own_more: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    own_after: list[_Loss] = Field(max_length=_MOST_FIGURES)
+
+    @field_validator("own_after")
+    @classmethod
+    def _whole(cls, figures: list[float]) -> list[float]:
+        if len(figures) == 1:
+            raise ValueError("it holds a loss and an accuracy at least, or nothing")
+        return figures
 
 
 def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> Report:

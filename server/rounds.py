@@ -5,10 +5,8 @@ random number is derived from the seed and the place it is used.
 """
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +18,26 @@ from fedtune import checkpoint, home, merging, techniques
 from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.sparse import compact, masks, spread_out
-from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
-from fedtune.training import Workshop, load_state, read_state, score
+from fedtune.stored_state import StoredState
+from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking.pruning import remove_pruned, with_checkpoint
+from fedtune.training import Workshop, read_state
 from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
-from server.accounting import spent
+from server import scoring
 from server.asking import Asking
-from server.crew import Crew, assemble
+from server.crew import Crew
 from server.evidence import evidence
 from server.exchange import messages_for
-from server.own_scores import own_scores
+from server.own_scores import client_scores, own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
+from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
+from server.roster import Roster
 from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from server.safeguards import Safeguards
+from server.spool import spooling, sweep
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -49,61 +52,52 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
     check_model_counts(recipe, merging.choose(recipe.merge))
-    tell(RunStarted(run, first, recipe.federation.rounds))
-    _sweep(run)
-    state = _resumed(done) if done else _start(shop, store, run)
-    seats = store.access.seats(run)
-    crew = assemble(grid, recipe, seats)
-    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
-    guards = Safeguards(shop, store, run, seats, done)
+    tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
+    sweep(run)
+    remove_pruned(done)
+    state = _resumed(run, done) if done else _start(shop, store, run)
+    prune_checkpoints(store, run, recipe)
+    roster = Roster(store, run, recipe, grid)
+    crew = roster.assemble()
+    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
+    guards = Safeguards(shop, store, run, done)
     for number in range(first, recipe.federation.rounds + 1):
-        asking.shut_out(guards.shut_out())
-        state = _round(shop, store, run, crew, asking, guards, state, number)
+        ended: State | None = None
+        while ended is None:
+            crew = roster.refreshed(crew, asking)
+            ended = _round(shop, store, run, crew, asking, guards, state, number)
+        state = ended
+        prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
 
-def _sweep(run: str) -> None:
-    """Remove what a killed process left of its round: contributions and files that were not written to the end."""
-    for spool in (home.runs() / run).glob("*.spool"):
-        shutil.rmtree(spool)
-    for beside in (home.runs() / run).rglob(".*.part"):
-        beside.unlink()
-
-
-@contextmanager
-def _spool(run: str, number: int) -> Iterator[Path]:
-    """A folder for the contributions of a round, gone when the block ends, however it does."""
-    folder = home.runs() / run / f"round-{number:04d}.spool"
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _resumed(done: Sequence[RoundRecord]) -> State:
+def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
-    return checkpoint.load(home.runs() / last.path, last.sha256)
+    last = with_checkpoint(run, done).checkpoint
+    assert last is not None
+    checkpoint.load(home.runs() / last.path, last.sha256)
+    return StoredState(home.runs() / last.path)
 
 
 def _start(shop: Workshop, store: Store, run: str) -> State:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = read_state(shop.model, shop.shared)
-    metrics = _scores(shop, state, "validation", "validation")
-    _commit(store, run, 0, state, started, (), metrics)
-    return state
+    metrics = scoring.validation(shop, state, 0)
+    return _commit(store, run, 0, state, started, (), metrics)
 
 
 def _round(
     shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, guards: Safeguards, state: State, number: int
-) -> State:
-    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
+) -> State | None:
+    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
-    with _spool(run, number) as spool:
+    with spooling(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, guards, state, number, spool)
         short = shortage(records, shop.recipe)
+        if short and {record.client for record in records} & set(crew.removed()):
+            return None
         figures: tuple[MetricRecord, ...] = ()
         if not short:
             try:
@@ -115,8 +109,9 @@ def _round(
         if short:
             records = unused(records)
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
-    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
-    _commit(store, run, number, state, started, records, metrics, short)
+    metrics += guards.spending.after(("failed" if short else "completed", records))
+    told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    state = _commit(store, run, number, state, started, records, metrics, short, told)
     guards.committed(records)
     return state
 
@@ -155,12 +150,13 @@ def _gather(
     spool: Path,
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    parts, federation = Parts(shop, state, number), shop.recipe.federation
+    folder = spool if crew.shares_disk else None
+    parts, federation = Parts(shop, state, number, folder), shop.recipe.federation
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun)
+        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
         return _messages(shop, run, crew, clients, sent)
 
     tell(RoundStarted(number, asking.begin(number)))
@@ -173,8 +169,8 @@ def _gather(
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client, reason in asking.silent(records).items():
-        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
+    for client, reason in crew.explained(asking.silent(records)).items():
+        records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
@@ -194,28 +190,16 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
 
 def _earlier(run: str, number: int) -> State:
     """The state that an earlier round began with."""
-    return checkpoint.load(home.runs() / _checkpoint_path(run, number - 1))
+    return StoredState(home.runs() / _checkpoint_path(run, number - 1))
 
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
-    rounds = shop.recipe.federation.rounds
-    metrics: tuple[MetricRecord, ...] = ()
-    if number % shop.recipe.evaluation.every == 0 or number == rounds:
-        metrics += _scores(shop, state, "validation", "validation")
-    if number == rounds:
-        start = checkpoint.load(home.runs() / _checkpoint_path(run, 0))
-        metrics += _scores(shop, start, "test", "test-before") + _scores(shop, state, "test", "test")
+    metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
+    if number == shop.recipe.federation.rounds:
+        start = StoredState(home.runs() / _checkpoint_path(run, 0))
+        metrics += scoring.test(shop, start, state)
     return metrics
-
-
-def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
-    if shop.own:  # the state alone is no model
-        return ()
-    load_state(shop.model, state)
-    examples = getattr(shop, part)
-    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
 def _checkpoint_path(run: str, number: int) -> str:
@@ -231,8 +215,9 @@ def _commit(
     records: Sequence[ContributionRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
-) -> None:
-    """Put the checkpoint on disk, then the whole round into the store in one transaction."""
+    told: tuple[ClientScore, ...] = (),
+) -> State:
+    """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
     sha256 = checkpoint.save(home.runs() / path, state)
     saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.runs() / path).stat().st_size)
@@ -244,6 +229,8 @@ def _commit(
         contributions=tuple(records),
         metrics=metrics,
         checkpoint=saved,
+        client_scores=told,
     )
     store.commit_round(run, record)
     tell(RoundEnded(record))
+    return StoredState(home.runs() / path)

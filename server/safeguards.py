@@ -1,10 +1,10 @@
-"""What keeps one client from harming a run: bounds on its updates, and quarantine for a device that keeps failing."""
+"""What keeps one client from harming a run, or from being harmed: bounds, quarantine, and what was told so far."""
 
 from collections.abc import Sequence
 
-from fedtune.errors import RoundError
-from fedtune.tracking import ContributionRecord, RoundRecord, Seat, Store
+from fedtune.tracking import ContributionRecord, RoundRecord, Store
 from fedtune.training import Workshop
+from server.accounting import Spending
 from server.declared import most_examples
 from server.norm_bound import NormBound
 from server.quarantine import Quarantine
@@ -15,12 +15,11 @@ __all__ = ["Safeguards"]
 class Safeguards:
     """Those of one run; ``done`` are its committed rounds, which a resumed run goes on from."""
 
-    def __init__(
-        self, shop: Workshop, store: Store, run: str, seats: Sequence[Seat], done: Sequence[RoundRecord]
-    ) -> None:
+    def __init__(self, shop: Workshop, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
         self._shop, self._store, self._run = shop, store, run
         self.bound = NormBound(shop.recipe, done)
-        self._quarantine = Quarantine(store.access, seats, done)
+        self.spending = Spending(shop.recipe, done)
+        self._quarantine = Quarantine(store.access, run, done)
 
     def examples(self, client: int) -> int:
         """The most examples that a client's report may count."""
@@ -29,15 +28,3 @@ class Safeguards:
     def committed(self, records: Sequence[ContributionRecord]) -> None:
         """A round has been committed."""
         self._quarantine.judge(records)
-
-    def shut_out(self) -> set[int]:
-        """The clients that are not to be asked now; RoundError when too few others are left for a round."""
-        recipe = self._shop.recipe
-        out = self._quarantine.clients()
-        if out and recipe.clients - len(out) < recipe.federation.quorum:
-            names = ", ".join(self._quarantine.names(out))
-            raise RoundError(
-                f"quarantine leaves {recipe.clients - len(out)} clients, fewer than federation.quorum "
-                f"{recipe.federation.quorum}: look after {names}, then fedtune server release, then runs resume"
-            )
-        return out

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +13,10 @@ import psutil
 
 from fedtune.errors import ServerError
 from server.control import Control
-from server.flower_process import end_group, environment, free_port, last_line, path
+from server.flower_process import end_group, environment, free_port, path
 from server.home import ServerHome
 from server.lifeline import lifeline
+from server.logs import Log, pumped
 
 __all__ = ["SuperLink"]
 
@@ -22,6 +24,11 @@ _START_SECONDS = 90.0
 _END_SECONDS = 2.0
 """Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
 _HOST = "127.0.0.1"
+_QUIET = {"FLWR_LOG_LEVEL": "WARNING", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+"""Unless the server's environment says otherwise. Flower tells of every call, several lines a second while a run goes
+on, and looks once a second for a run to begin."""
+_DATABASE = "sqlite:///superlink.sqlite"
+"""In the folder it is started in: Flower puts a path into a URL as it is, where ``%``, ``?`` and ``#`` mean more."""
 
 
 class SuperLink:
@@ -32,6 +39,8 @@ class SuperLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._family: set[psutil.Process] = set()
         self._control: Control | None = None
+        self._log = Log(self.log)
+        self._pump: threading.Thread | None = None
         self.port = 0
         self.generation = 0
 
@@ -52,16 +61,16 @@ class SuperLink:
             raise ServerError("Flower's commands are not installed beside this Python; pip install fedtune again")
         self.port = free_port()
         self._home.flower.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "server.superlink_child", *self._options()],
-                env=environment(self._home.flower) | lifeline(),
-                cwd=self._home.flower,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "server.superlink_child", *self._options()],
+            env=_QUIET | environment(self._home.flower) | lifeline(),
+            cwd=self._home.flower,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._pump = pumped(self._process, self._log)
         self._wait(self._process)
         self._control = Control(self.address, self._home.ca.read_bytes())
         self.generation += 1
@@ -71,12 +80,12 @@ class SuperLink:
             *("--host", _HOST, "--port", str(self.port)),
             *("--ssl-ca-certfile", str(self._home.ca), "--ssl-certfile", str(self._home.certificate)),
             *("--ssl-keyfile", str(self._home.key), "--enable-supernode-auth"),
-            *("--database", str(self._home.flower / "superlink.sqlite"), "--disable-runtime-dependency-installation"),
+            *("--database", _DATABASE, "--disable-runtime-dependency-installation"),
         ]
 
     @property
     def log(self) -> Path:
-        """What it and its children print; the newest start's."""
+        """What it and its children print, of every start."""
         return self._home.flower / "superlink.log"
 
     def alive(self) -> bool:
@@ -108,6 +117,9 @@ class SuperLink:
                 process.kill()
         psutil.wait_procs(self._family, timeout=5)
         self._family.clear()
+        if self._pump is not None:
+            self._pump.join(_END_SECONDS)  # its last words are what tells why it ended
+        self._log.close()
         self._process = None
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
@@ -118,4 +130,5 @@ class SuperLink:
                     return
             time.sleep(0.1)
         self.end()
-        raise ServerError(f"Flower's SuperLink did not start: {last_line(self.log)}; see {self.log}")
+        last = self._log.tail(1) or ["it printed nothing"]
+        raise ServerError(f"Flower's SuperLink did not start: {last[0]}; see {self.log}")

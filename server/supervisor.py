@@ -9,7 +9,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 
 import uvicorn
 from starlette.applications import Starlette
@@ -18,14 +19,17 @@ from fedtune import home
 from fedtune.errors import FedtuneError, ServerError
 from fedtune.tracking import Store
 from fedtune.tracking.lock import held
+from server.certificates import Certificates, ending
 from server.door import door
 from server.enrolment import Enrolment
 from server.forward import Forward
 from server.guard import Guard
 from server.home import ServerHome
+from server.logs import Log, Logs
 from server.manager import Manager
 from server.operating import Operating
 from server.presence import Presence
+from server.recipe_check import RecipeCheck
 from server.refusal import Audit
 from server.superlink import SuperLink
 from server.tls import telling
@@ -39,22 +43,53 @@ def up(place: ServerHome) -> None:
     """Serve until a signal; ServerError when it cannot begin."""
     if place.settings.store:
         os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
-    place.renew()
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), held(place.lock, 0.5, f"the server in {place.folder} is up already"):
-        _serve(place)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
+    lock = held(place.lock, 0.5, f"the server in {place.folder} is up already")
+    with suppress(KeyboardInterrupt), lock, Log(place.folder / "server.log") as log:
+        place.renew()
+        _serve(place, _Telling(log))
 
 
-def _serve(place: ServerHome) -> None:
-    with _listening(place) as listener, Store.open() as store, _superlink(place) as superlink:
+class _Telling:
+    """Says a sentence in the terminal and in the server's log, once until another one is said."""
+
+    def __init__(self, log: Log) -> None:
+        self._log, self._said = log, ""
+
+    def __call__(self, sentence: str) -> None:
+        if sentence != self._said:
+            self._log.write(sentence)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"fedtune server: {sentence}", file=sys.stderr, flush=True)
+        self._said = sentence
+
+    def well(self) -> None:
+        """Whatever was said before is over; said again, it is news."""
+        self._said = ""
+
+
+def _serve(place: ServerHome, say: _Telling) -> None:
+    with (
+        _listening(place) as listener,
+        Store.open() as store,
+        _superlink(place) as superlink,
+        closing(RecipeCheck()) as check,
+    ):
         presence = Presence(lambda: superlink.control().online())
         manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
         audit = Audit(store.access)
-        config = _config(_door(place, store, superlink, manager, presence, audit), place, audit)
-        with _kept_going(superlink, manager):
-            print(f"fedtune server at {place.settings.url()}", flush=True)
+        healthy = Health()
+        config = _config(_door(place, store, superlink, manager, presence, audit, healthy, check), place, audit)
+        assert config.ssl is not None
+        keeper = _Keeper(superlink, manager, Certificates(place, config.ssl, say), healthy, say)
+        with _kept_going(keeper):
+            say(f"up at {place.settings.url()}")
+            for sentence in ending(place):
+                say(sentence)
             uvicorn.Server(config).run([listener])
+    say("stopped")
 
 
 @contextmanager
@@ -80,13 +115,20 @@ def _superlink(place: ServerHome) -> Iterator[SuperLink]:
 
 
 def _door(
-    place: ServerHome, store: Store, superlink: SuperLink, manager: Manager, presence: Presence, audit: Audit
+    place: ServerHome,
+    store: Store,
+    superlink: SuperLink,
+    manager: Manager,
+    presence: Presence,
+    audit: Audit,
+    health: "Health",
+    check: RecipeCheck,
 ) -> Starlette:
     guard, ca = Guard(store.access), place.ca.read_text()
     forward = Forward(guard, audit, presence, lambda: superlink.address, ca.encode(), place.settings.body_limit)
     enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
-    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca)
-    return door(guard, audit, forward, enrolment, operating, ca)
+    operating = Operating(store, manager, presence, guard, audit, superlink.control, place.settings.url(), ca, check)
+    return door(guard, audit, forward, enrolment, operating, ca, health.told, Logs(place.folder))
 
 
 def _config(app: Starlette, place: ServerHome, audit: Audit) -> uvicorn.Config:
@@ -118,30 +160,55 @@ def _in_background(audit: Audit) -> Callable[[ssl.SSLError], None]:
 
 
 @contextmanager
-def _kept_going(superlink: SuperLink, manager: Manager) -> Iterator[None]:
-    ending = threading.Event()
-    keeper = threading.Thread(target=_keep_going, args=(superlink, manager, ending), name="keeper")
-    keeper.start()
+def _kept_going(keeper: "_Keeper") -> Iterator[None]:
+    over = threading.Event()
+    thread = threading.Thread(target=keeper.keep_going, args=(over,), name="keeper")
+    thread.start()
     try:
         yield
     finally:
-        ending.set()
-        keeper.join()
+        over.set()
+        thread.join()
 
 
-def _keep_going(superlink: SuperLink, manager: Manager, ending: threading.Event) -> None:
-    """Start the SuperLink again when it died and look after the runs; what goes wrong is said once, and tried again."""
-    said = ""
-    while not ending.wait(_TICK_SECONDS):
-        try:
-            if not superlink.alive():
-                print("fedtune server: the SuperLink ended; it is started again", file=sys.stderr, flush=True)
-                superlink.end()
-                superlink.start()
-            manager.tick()
-            said = ""
-        except Exception as error:  # whatever it is, the door stays open and the next tick tries again
-            told = str(error) if isinstance(error, FedtuneError) else traceback.format_exc()
-            if told != said:
-                print(f"fedtune server: {told}", file=sys.stderr, flush=True)
-            said = told
+@dataclass
+class Health:
+    """Whether what the door stands before works: ``in_order`` is how the last look ended."""
+
+    in_order: bool = True
+
+    def told(self) -> bool:
+        """How the last look ended."""
+        return self.in_order
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Looks after the SuperLink, the runs and the certificates while the server is up."""
+
+    superlink: SuperLink
+    manager: Manager
+    certificates: Certificates
+    health: Health
+    say: _Telling
+
+    def keep_going(self, over: threading.Event) -> None:
+        """Look after everything every moment; what goes wrong is said once, and tried again."""
+        while not over.wait(_TICK_SECONDS):
+            try:
+                self._look()
+                self.health.in_order = True
+                self.say.well()
+            except Exception as error:  # whatever it is, the door stays open and the next tick tries again
+                self.health.in_order = False
+                self.say(str(error) if isinstance(error, FedtuneError) else traceback.format_exc())
+
+    def _look(self) -> None:
+        self.certificates.look()
+        due = self.certificates.superlink_is_due(self.manager.idle)
+        if due or not self.superlink.alive():
+            self.health.in_order = False
+            self.say("the SuperLink " + ("gets the new certificate" if due else "ended") + "; it is started again")
+            self.superlink.end()
+            self.superlink.start()
+        self.manager.tick()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Contribution, Form, check, pack, unpack
+from fedtune.contribution import Contribution, Form, pack, unpack
 from fedtune.errors import ContributionError
+from fedtune.update_checks import check
 
 EXPECTED = {"a": (2, 3), "b": ()}
 

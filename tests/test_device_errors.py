@@ -65,7 +65,7 @@ HOSTILE: Mapping[str, tuple[tuple[str, ...], str]] = {
     "labels that are the text itself": (("text,label", f"{SECRET},{SECRET}", "fine,1"), "unknown-labels rows=2"),
     "one label of many": (("text,label", "good,good", f"bad,{SECRET}", f"so,{SECRET}"), "unknown-labels rows=2"),
     "a column that is missing": ((f"{SECRET},label", "a,good"), "data-columns columns=1"),
-    "rows without a label": (("text,label", f"{SECRET},", "b,good"), "data-values rows=1"),
+    "rows without a label": (("text,label", f"{SECRET},", "b,good"), "data-values"),
     "an empty file": ((f"{SECRET},label",), "data-unfit"),
 }
 

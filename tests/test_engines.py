@@ -14,11 +14,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.app import train_round
-from fedtune import home as homes
 from fedtune.recipe import Recipe
 from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool
-from fedtune.tracking import Store
+from fedtune.tracking import Store, default_url
 from fedtune.training import Workshop, workshop
 from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
 
@@ -48,7 +47,7 @@ def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_flower(recipe, "flower", homes.store_url())
+        run_flower(recipe, "flower", default_url())
     flower = outcome("flower")
     assert flower.run.status == "completed"
     assert flower.hashes == in_turn.hashes

@@ -1,13 +1,13 @@
 """A device whose updates are refused again and again is asked no more until an operator releases it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from clients.app import app
-from fedtune.errors import RoundError, StoreError
+from fedtune.errors import StoreError
 from fedtune.recipe import Recipe, Select
 from fedtune.tracking import Store
 from server.app import carry
@@ -68,23 +68,26 @@ def test_errors_and_silence_are_no_fault_of_this_kind(home: Path) -> None:
         assert not any(device.quarantined for device in store.access.devices())
 
 
-def test_a_run_that_quarantine_leaves_too_few_for_says_whom_to_look_after_and_goes_on_after_a_release(
-    home: Path,
+def test_a_run_that_quarantine_leaves_too_few_for_waits_and_says_whom_to_look_after(
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No round is burnt, and the run goes on once an operator has released the device."""
     recipe = trivial("federation.rounds=5", "train.steps=1", "federation.quorum=4")
+    said: list[str] = []
     with Store.open() as store:
         enrolled(store)
-        with pytest.raises(RoundError, match=r"quarantine leaves 3 clients, fewer than federation\.quorum 4"):
-            deployed(store, recipe, spoilt(HUGE, {1}))
-        stopped = outcome("run-1")
-        assert "dev-1, then fedtune server release" in stopped.run.reason
-        assert len(stopped.rounds) == 1 + REFUSALS, "no round is burnt"
-        assert store.access.release_device("dev-1")
-        assert not store.access.release_device("dev-1")
-        store.reopen("run-1")
-        with silent():
-            carry(TickingGrid(4, app, lambda *_: 1.0), store, "run-1")
-    assert [record.status for record in outcome("run-1").rounds[4:]] == ["completed"] * 2
+
+        def release(seconds: float) -> None:
+            said.append(store.run("run-1").reason)
+            assert store.access.release_device("dev-1")
+            assert not store.access.release_device("dev-1")
+
+        monkeypatch.setattr("server.roster.time", SimpleNamespace(sleep=release))
+        ended = deployed(store, recipe, spoilt(HUGE, {1}, rounds={1, 2, 3}))
+    assert [record.status for record in ended.rounds[1:]] == ["failed"] * REFUSALS + ["completed"] * 2
+    assert len(said) == 1
+    assert said[0].startswith("waits: dev-1 is quarantined, and too few devices are left for federation.quorum 4")
+    assert "fedtune server release dev-1" in said[0]
 
 
 def test_a_released_device_is_on_probation_until_an_update_counts(home: Path) -> None:
@@ -92,11 +95,10 @@ def test_a_released_device_is_on_probation_until_an_update_counts(home: Path) ->
         enrolled(store)
         first = deployed(store, trivial("federation.rounds=3", "train.steps=1"), spoilt(HUGE, {1}))
         store.access.release_device("dev-1")
-        again = Quarantine(store.access, store.access.seats("run-1"), first.rounds)
-        assert again.clients() == set()
+        again = Quarantine(store.access, "run-1", first.rounds)
+        assert not store.access.devices()[1].quarantined
         again.judge(first.rounds[-1].contributions)
-        assert again.clients() == {1}
-        assert again.names({1}) == ["dev-1"]
+        assert store.access.devices()[1].quarantined
 
 
 def test_a_device_that_is_not_enrolled_cannot_be_released(home: Path) -> None:

@@ -20,7 +20,8 @@ from server.reports import read_report
 from tests.federations import execute, spoilt, trivial
 from tests.test_rounds import answer, payload_of
 
-GOOD = asdict(Report(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25))
+LISTS = {"own_more": [0.5], "own_after": [0.25, 1.0, 0.5]}
+GOOD = asdict(Report(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25)) | LISTS
 NAN, INF = math.nan, math.inf
 
 
@@ -36,7 +37,9 @@ NAN, INF = math.nan, math.inf
         *(("own_accuracy", value) for value in (NAN, -0.1, 1.5)),
         *(("own_predictions", value) for value in (-1, 10**18, 2.0)),
         *(("micro_batch", value) for value in (-1, 10**18, NAN)),
-        *((name, [1, 2]) for name in GOOD),
+        *((name, [1, 2]) for name in GOOD if name not in LISTS),
+        *((name, value) for name in LISTS for value in (1.0, [INF, 1.0], [1e300, 0.5], [0.5] * 65)),
+        ("own_after", [0.5]),
     ],
 )
 def test_a_report_with_a_field_out_of_its_bounds_is_refused_by_name(field: str, value: Any) -> None:

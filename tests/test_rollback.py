@@ -23,7 +23,7 @@ def files() -> list[str]:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_run_rolled_back_and_resumed_ends_with_the_bits_it_had(home: Path, number: int) -> None:
-    recipe = trivial("federation.rounds=4", "train.steps=1")
+    recipe = trivial("federation.rounds=4", "train.steps=1", "checkpoints.keep=all")
     whole = execute(recipe)
     with Store.open() as store:
         assert rollback(store, "run-1", number) == 4 - number
@@ -40,6 +40,12 @@ def test_a_run_rolled_back_and_resumed_ends_with_the_bits_it_had(home: Path, num
     assert [record.metrics for record in outcome("run-1").rounds] == [record.metrics for record in whole.rounds]
 
 
+def test_a_round_whose_checkpoint_was_pruned_is_refused_and_the_others_are_named(home: Path) -> None:
+    execute(trivial("federation.rounds=5", "train.steps=1", "checkpoints={keep: {last: 1, best: false, every: null}}"))
+    with Store.open() as store, pytest.raises(StoreError, match=r"was pruned, .* are those of rounds 0 and 5"):
+        rollback(store, "run-1", 3)
+
+
 def test_going_back_to_the_newest_round_changes_nothing(home: Path) -> None:
     before = execute(trivial())
     with Store.open() as store:
@@ -50,7 +56,10 @@ def test_going_back_to_the_newest_round_changes_nothing(home: Path) -> None:
 def test_a_round_that_is_not_there_or_whose_checkpoint_is_damaged_is_refused(home: Path) -> None:
     before = execute(trivial())
     with Store.open() as store:
-        with pytest.raises(StoreError, match="has no round 7; its rounds are 0 to 2"):
+        with pytest.raises(
+            StoreError,
+            match=r"has not recorded a checkpoint of round 7; its checkpoints are those of rounds 0, 1 and 2",
+        ):
             rollback(store, "run-1", 7)
         (homes.runs() / "run-1" / "round-0001.safetensors").write_bytes(b"damaged")
         with pytest.raises(StoreError, match="is not a safetensors checkpoint"):
@@ -70,7 +79,10 @@ def test_a_run_that_is_executed_queued_or_kept_by_a_server_must_be_stopped_first
         with pytest.raises(StoreError, match="is queued; stop it first: fedtune runs stop run-1"):
             rollback(store, "run-1", 1)
         run = begin(store, trivial(), "served", engine="devices")
-        with pytest.raises(StoreError, match="no round 1; its rounds are none yet"):
+        with pytest.raises(StoreError, match="run served is running; stop it first"):
+            rollback(store, run, 1)
+        store.finish(run, "interrupted")
+        with pytest.raises(StoreError, match="has not recorded a checkpoint of round 1; it has no checkpoint at all"):
             rollback(store, run, 1)
     assert len(outcome("run-1").rounds) == 3
 

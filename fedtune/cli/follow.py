@@ -10,7 +10,7 @@ from fedtune.errors import RoundError
 
 __all__ = ["follow"]
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _WORKING = ("queued", "running")
 
 

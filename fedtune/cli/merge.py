@@ -188,7 +188,7 @@ def _tell(
     for sentence in warned:
         click.echo(f"warning: {sentence}", err=True)
     if asked.as_json:
-        import json
+        from fedtune.json_text import json_text
 
         document = {
             "method": prepared.steps.combine.name,
@@ -199,7 +199,7 @@ def _tell(
             "scores": {name: [one._asdict() for one in figures] for name, figures in scores.items()},
             "warnings": list(warned),
         }
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json_text(document))
         return
     from fedtune.cli.merge_view import show_scores
 

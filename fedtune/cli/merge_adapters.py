@@ -25,10 +25,10 @@ def merge_adapters(
     modules = write(folders, output, unit, weights or None, Cut(rank, energy))
     error = overall_error(modules)
     if as_json:
-        import json
+        from fedtune.json_text import json_text
 
         told = [{"module": one.module, "rank": one.rank, "error": one.error} for one in modules]
-        click.echo(json.dumps({"path": str(output.absolute()), "error": error, "modules": told}, indent=2))
+        click.echo(json_text({"path": str(output.absolute()), "error": error, "modules": told}))
         return
     worst = max(modules, key=lambda one: one.error)
     ranks = sorted({one.rank for one in modules})

@@ -9,11 +9,11 @@ __all__ = ["columns", "numbers", "size", "unit"]
 
 def unit(text: str) -> Any:
     """A step by its name, or with its settings in YAML."""
-    import yaml
+    from fedtune.yaml_text import YamlError, load
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return load(text)
+    except YamlError as error:
         raise click.UsageError(f"{text!r} is no step; write it as aim or 'aim: {{omega: 0.3}}'") from error
 
 

@@ -45,9 +45,8 @@ def score_folder(folder: Path, task: Task, source: str, columns: Mapping[str, st
     recipe = _recipe(folder, task, Data(source=source, columns=Columns.model_validate(columns)))
     labels = _labels(folder, task)
     examples = data.everything(recipe, labels, part)
-    tokenizer = None if task == "image-classification" else models.tokenizer(recipe.model)
     model = models.load(recipe.model, task, labels, seed=0)
-    return score(model, data.encode(examples, recipe, tokenizer), _BATCH, task)
+    return score(model, data.encode(examples, recipe, models.reader(recipe)), _BATCH, task)
 
 
 def gather(prepared: Merge, task: Task | None, source: str | None, column: str | None, runs: Exporter) -> Evidence:

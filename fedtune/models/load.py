@@ -13,9 +13,10 @@ from torch import nn
 from fedtune.models import own
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.sources import resolve
-from fedtune.recipe import Model, Task
+from fedtune.pictures import Preprocessor
+from fedtune.recipe import Model, Recipe, Task
 
-__all__ = ["load", "save", "tokenizer"]
+__all__ = ["load", "preprocessor", "reader", "save", "settled", "tokenizer"]
 
 
 def load(
@@ -39,6 +40,34 @@ def tokenizer(model: Model) -> Any:
     from fedtune.models import pretrained
 
     return pretrained.tokenizer(model, resolve(model.source))
+
+
+def preprocessor(model: Model) -> Preprocessor:
+    """How the model reads pictures: as the recipe records it, else as its folder says."""
+    if model.preprocessor is not None:
+        return model.preprocessor
+    location = resolve(model.source)
+    if own.is_own(location):
+        return own.preprocessor(Path(location), model.source)
+    from fedtune.models import pretrained
+
+    return pretrained.preprocessor(model, location)
+
+
+def reader(recipe: Recipe) -> Any:
+    """What turns examples into the model's inputs: its ``Preprocessor`` at ``train.image`` pixels, or its tokenizer."""
+    if recipe.task != "image-classification":
+        return tokenizer(recipe.model)
+    return preprocessor(recipe.model).scaled_to(recipe.train.image)
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with the model's way of reading pictures written out, so that all who get it read them alike."""
+    if recipe.task != "image-classification":
+        return recipe
+    read: Preprocessor = reader(recipe)
+    train = recipe.train.model_copy(update={"image": read.side})
+    return recipe.model_copy(update={"train": train, "model": recipe.model.model_copy(update={"preprocessor": read})})
 
 
 def save(model: nn.Module, labels: Sequence[str], folder: Path) -> None:

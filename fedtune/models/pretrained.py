@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -18,12 +19,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from fedtune.errors import ModelError, SourceError
+from fedtune.models.preprocessor import FILE, from_settings
 from fedtune.models.quiet import quiet
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
 
-__all__ = ["load", "save", "tokenizer"]
+__all__ = ["load", "preprocessor", "save", "tokenizer"]
 
 _AUTO: dict[Task, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
@@ -69,6 +73,30 @@ def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
     if loaded.pad_token is None:
         raise ModelError(f"{model.source} has a tokenizer with neither padding nor end token; choose another model")
     return loaded
+
+
+def preprocessor(model: Model, location: str) -> Preprocessor:
+    """How the model reads pictures, by its ``preprocessor_config.json``; without one only its image size is known.
+
+    Raises ModelError when its file cannot be followed.
+    """
+    with _explained(model.source), quiet():
+        if not _has(location, FILE):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            return _by_size(getattr(config, "image_size", None))
+        found = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    return from_settings(found.to_dict(), model.source)
+
+
+def _has(location: str, file: str) -> bool:
+    found = cached_file(location, file, _raise_exceptions_for_missing_entries=False)
+    return found is not None
+
+
+def _by_size(size: Any) -> Preprocessor:
+    """The defaults, at the size of pictures that a configuration tells."""
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return Preprocessor(side=sides.pop()) if len(sides) == 1 else Preprocessor()
 
 
 def _head(labels: Sequence[str]) -> dict[str, Any]:

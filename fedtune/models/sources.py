@@ -6,10 +6,11 @@ from pathlib import Path
 
 from fedtune.errors import SourceError
 from fedtune.explain import nearest
+from fedtune.home import cache
 from fedtune.models import convert
 from fedtune.samples import PACKAGES, fetch
 
-__all__ = ["resolve"]
+__all__ = ["is_made", "resolve", "run_folder"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -18,8 +19,29 @@ def resolve(source: str) -> str:
     """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing."""
     kind, _, name = source.partition(":")
     if kind not in _KINDS or not name:
-        raise SourceError(f"model.source is {source!r}; write hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
+        raise SourceError(f"model.source is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID")
     return _KINDS[kind](name)
+
+
+def run_folder(reference: str) -> Path:
+    """Where the result of ``RUN@ROUND`` lies as a whole model once it is made; the cache keeps it."""
+    return cache() / "exported" / reference.replace("@", "-").replace("/", "_")
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a folder holds a model."""
+    return (folder / "config.json").is_file()
+
+
+def _run(reference: str) -> str:
+    """Only commands that know the run store make such a base; whatever else loads the recipe finds it here."""
+    folder = run_folder(reference)
+    if "@" not in reference or not is_made(folder):
+        raise SourceError(
+            f"model.source is run:{reference}, which is not at hand here; start with fedtune simulate, or export it "
+            "and name the folder: path:FOLDER"
+        )
+    return str(folder)
 
 
 def _folder(name: str) -> str:
@@ -68,4 +90,4 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "smollm2": lambda: _from_gguf(_file("smollm2")),
     **{name: partial(convert.untrained, name) for name in convert.UNTRAINED},
 }
-_KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample}
+_KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample, "run": _run}

@@ -43,7 +43,8 @@ def _write_app(where: Path, port: int, config: Mapping[str, str]) -> None:
     """A thin Flower app that names the installed one, its settings, and the address of our SuperLink."""
     for name, content in thin_app.files().items():
         write(where / "app" / name, content)
-    write(where / "run.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()).encode())
+    settings = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items())
+    write(where / "run.toml", settings.encode())
     address = f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     write(where / "home" / "config.toml", address.encode())
 
@@ -84,12 +85,12 @@ def _submit(where: Path, recipe: Recipe, run: str, store: str, settings: Mapping
     options = ["--federation-config", resources, "--run-config", str(where / "run.toml"), "--stream"]
     log = where / "run.log"
     with log.open("wb") as file, Store.open(store) as opened:
-        first = len(opened.rounds(run))
-        tell(RunStarted(run, max(1, first), recipe.federation.rounds))
+        last = max((record.number for record in opened.rounds(run)), default=-1)
+        tell(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
         command = ["flwr", "run", str(where / "app"), "own", *options]
         process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
         try:
-            _follow(process, opened, run, first)
+            _follow(process, opened, run, last)
         finally:
             process.kill()
             process.wait()
@@ -102,13 +103,12 @@ def _submit(where: Path, recipe: Recipe, run: str, store: str, settings: Mapping
         raise RoundError(f"Flower's engine ended without completing the run: {reason}")
 
 
-def _follow(process: subprocess.Popen[bytes], store: Store, run: str, seen: int) -> None:
+def _follow(process: subprocess.Popen[bytes], store: Store, run: str, last: int) -> None:
     while True:
         ended = process.poll() is not None
-        rounds = store.rounds(run)
-        for record in rounds[seen:]:
+        for record in store.rounds(run, last):
             tell(RoundEnded(record))
-        seen = len(rounds)
+            last = record.number
         if ended:
             return
         time.sleep(_POLL_SECONDS)

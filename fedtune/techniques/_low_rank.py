@@ -93,7 +93,7 @@ class LowRank(Technique):
         config.inference_mode = True
         return config
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
         for name, layer in _adapted(model):
             plain = expanded(layer.get_base_layer())

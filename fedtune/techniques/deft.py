@@ -100,7 +100,7 @@ class Deft(Technique):
         """Not with another activation function or weighted MLPs."""
         return not self.relu and self.skip is None
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""
         weights = _weights(model)
         detach(model, (Probe, MlpWeight, WeightTerms))

@@ -160,7 +160,7 @@ class DynamicPruning(Technique):
         """Weights are zeroed."""
         return False
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Take the masks off; the weights are zero where they were. Normalised weights need theirs to be folded."""
         for _, layer, _ in list(_masked(model)):
             if not is_normalised(layer):

@@ -97,7 +97,7 @@ class Meft(Technique):
         """The factor stays in the network."""
         return False
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Make the model save itself with the code of its two streams."""
         from fedtune.techniques._meft_in_transformers import ship
 

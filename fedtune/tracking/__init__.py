@@ -1,10 +1,12 @@
 """The run store: what every run did, in tables any SQL database keeps."""
 
 from fedtune.tracking.access import Access
+from fedtune.tracking.database import default_url, file_url
 from fedtune.tracking.lock import alive, claim
 from fedtune.tracking.records import (
     AuditRecord,
     CheckpointRecord,
+    ClientScore,
     ContributionRecord,
     DeviceRecord,
     MetricRecord,
@@ -12,12 +14,13 @@ from fedtune.tracking.records import (
     RunRecord,
     Seat,
 )
-from fedtune.tracking.store import Store
+from fedtune.tracking.store import Store, new_run_id
 
 __all__ = [
     "Access",
     "AuditRecord",
     "CheckpointRecord",
+    "ClientScore",
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
@@ -27,4 +30,7 @@ __all__ = [
     "Store",
     "alive",
     "claim",
+    "default_url",
+    "file_url",
+    "new_run_id",
 ]

@@ -21,13 +21,14 @@ class Access:
         self._engine = engine
 
     def add_device(self, *, name: str, node: str, public_key: str, tags: Sequence[str] = ()) -> None:
-        """Enrol a device; StoreError when the name is taken."""
+        """Enrol a device, which takes the places that one of its name had in runs; StoreError when there is one."""
         said = {"name": name, "node": node, "public_key": public_key, "profile": "{}"}
         row = said | {"enrolled": datetime.now(UTC), "tags": _in_order(tags)}
         with writer(self._engine) as connection:
             if _device(connection, name) is not None:
                 raise StoreError(f"there is a device {name!r} already; remove it first or choose another name")
             connection.execute(insert(tables.devices), row)
+            connection.execute(update(tables.seats).where(tables.seats.c.device == name), {"node": node})
 
     def devices(self) -> list[DeviceRecord]:
         """Every enrolled device, by name."""

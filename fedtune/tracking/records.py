@@ -7,6 +7,7 @@ from datetime import datetime
 __all__ = [
     "AuditRecord",
     "CheckpointRecord",
+    "ClientScore",
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
@@ -59,12 +60,27 @@ class ContributionRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientScore:
+    """One figure of one client in a round, on what it held out: ``before`` or ``after`` it trained (``moment``)."""
+
+    client: int
+    moment: str
+    name: str
+    value: float
+    predictions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint on disk: ``path`` relative to the runs folder, ``sha256`` over its tensors, size in bytes."""
+    """A checkpoint: ``path`` relative to the runs folder, ``sha256`` over its tensors, size in bytes.
+
+    One that was ``pruned`` is no longer on disk.
+    """
 
     path: str
     sha256: str
     bytes: int
+    pruned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +94,7 @@ class RoundRecord:
     contributions: tuple[ContributionRecord, ...]
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
+    client_scores: tuple[ClientScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,21 @@ from contextlib import suppress
 from fedtune import checkpoint, home
 from fedtune.errors import StoreError
 from fedtune.tracking.lock import claim
+from fedtune.tracking.pruning import with_checkpoint
 from fedtune.tracking.records import RoundRecord
 from fedtune.tracking.store import Store
 
 __all__ = ["rollback"]
+
+_SERVED = "devices"
+"""The engine of runs that a server carries on, which starts them again when their process is gone."""
 
 
 def rollback(store: Store, reference: str, number: int) -> int:
     """Remove the rounds of a run after round ``number``, rows first and then their checkpoints; how many they were.
 
     The run counts as interrupted afterwards. StoreError, and nothing changed, when the run is being executed, has no
-    such round or no sound checkpoint of it, or has privacy: what its rounds told cannot be untold, so it must stay
+    sound checkpoint of that round, or has privacy: what its rounds told cannot be untold, so it must stay
     counted.
     """
     run = store.run(reference)
@@ -24,25 +28,19 @@ def rollback(store: Store, reference: str, number: int) -> int:
         raise StoreError(
             f"run {run.id} has privacy: what its rounds told of clients stays told and counted; start a new run instead"
         )
+    recorded = next((found.status for found in store.unfinished(run.engine) if found.id == run.id), "")
+    if recorded == "queued" or (recorded and run.engine == _SERVED):
+        raise StoreError(f"run {run.id} is {recorded}; stop it first: fedtune runs stop {run.id}")
     with claim(run.id):
         rounds = store.rounds(run.id)
-        target = next((record for record in rounds if record.number == number), None)
-        if target is None:
-            last = rounds[-1].number if rounds else None
-            there = "none yet" if last is None else f"0 to {last}"
-            raise StoreError(f"run {run.id} has no round {number}; its rounds are {there}")
-        _check_sound(run.id, target)
+        target = with_checkpoint(run.id, rounds, number).checkpoint
+        assert target is not None
+        checkpoint.load(home.runs() / target.path, target.sha256)
         later = [record for record in rounds if record.number > number]
         if later:
             store.forget_rounds(run.id, number, f"rolled back to round {number}; {len(later)} rounds removed")
             _remove_checkpoints(later)
     return len(later)
-
-
-def _check_sound(run_id: str, record: RoundRecord) -> None:
-    if record.checkpoint is None:
-        raise StoreError(f"round {record.number} of run {run_id} has no checkpoint; choose another round")
-    checkpoint.load(home.runs() / record.checkpoint.path, record.checkpoint.sha256)
 
 
 def _remove_checkpoints(records: list[RoundRecord]) -> None:

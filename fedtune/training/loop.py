@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
-from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
 from fedtune.techniques import (
@@ -29,11 +29,13 @@ from fedtune.techniques import (
     trained,
 )
 from fedtune.techniques import own as own_names
-from fedtune.training.evaluate import score_own
+from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
+from fedtune.training.masters import masters_of, stepper
 from fedtune.training.micro import cut, shares
-from fedtune.training.optimiser import Stepper, make_optimiser, rate
-from fedtune.training.state import load_state, read_state
+from fedtune.training.optimiser import Stepper, rate
+from fedtune.training.start import Start
+from fedtune.training.state import load_state, read_state, tensors_of
 from fedtune.training.told_activity import tell_activity
 
 IntArray = NDArray[np.int64]
@@ -47,13 +49,15 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 class Outcome:
     """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
 
-    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out.
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
+    ``trained_score`` that of the model it trained.
     """
 
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
     own: dict[str, Tensor]
     own_score: OwnScore
+    trained_score: OwnScore
     examples: int
     loss: float
     seconds: float
@@ -83,21 +87,30 @@ def train(
     started = time.perf_counter()
     reset_peak_rss()
     indices, held = held_out(indices, recipe.evaluation.own, derive(recipe.seed, client, "own"))
-    load_state(model, {**state, **own})
+    load_state(model, state)
+    load_state(model, own)
     begin_round(techniques, model, number)
-    before = read_state(model, trained(model))
+    names = trained(model)
+    start = Start(model, names, own, state)
+    masters = masters_of(model, start)
     with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = score_own(model, data, held.tolist(), recipe.train.batch, recipe.task, techniques)
+        own_score = score_held_out(model, data, held, recipe, techniques)
         seed = derive(recipe.seed, number, client, "activity")
-        told = tell_activity(model, techniques, data, indices, recipe, before, seed)
+        told = tell_activity(model, techniques, data, indices, recipe, names, seed)
         torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
-        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client, micro)
-        after, kept = read_state(model, before), read_state(model, own)
-        delta = {name: after[name] - before[name] for name in before}
+        release_freed()
+        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client, micro, masters)
+        release_freed()
+        kept = {
+            name: masters[name].detach() if name in masters else one for name, one in read_state(model, own).items()
+        }
+        delta = start.deltas({**tensors_of(model), **masters}, names)
         backward = partial(_backward, model, techniques, data, indices, recipe, number)
         extras = {**told, **answer(techniques, model, number, backward)}
+        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
-    return Outcome(delta, extras, kept, own_score, examples, loss, seconds, saved_bytes, peak_rss())
+    scores = own_score, trained_score
+    return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
 
 
 def _backward(
@@ -119,13 +132,14 @@ def _run(
     number: int,
     client: int,
     micro: int | None,
+    masters: Mapping[str, nn.Parameter],
 ) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
     settings = recipe.train
     steps = total_steps(len(indices), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed midway may have left gradients
-    optimiser = make_optimiser(settings, parameters)
+    optimiser = stepper(settings, model, masters)
     train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
     lengths = data.lengths if settings.by_length else None

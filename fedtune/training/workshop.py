@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from datasets import Dataset
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -115,10 +114,8 @@ class Workshop:
             for name in [*self.shared, *self.own]:
                 tensors[name].data = tensors[name].data.clone()
 
-    def _encode(self, examples: Dataset) -> data.Encoded:
-        texts = self.recipe.task != "image-classification"
-        tokenizer = models.tokenizer(self.recipe.model) if texts else None
-        return data.encode(examples, self.recipe, tokenizer)
+    def _encode(self, examples: data.Table) -> data.Encoded:
+        return data.encode(examples, self.recipe, models.reader(self.recipe))
 
 
 _built: dict[str, Workshop] = {}
@@ -127,7 +124,9 @@ _built: dict[str, Workshop] = {}
 def workshop(recipe: str) -> Workshop:
     """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
     if recipe not in _built:
-        adopt(_build(recipe))
+        shop = _build(recipe)
+        adopt(shop)
+        _built[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
     return _built[recipe]
 
 
@@ -144,7 +143,7 @@ def discard() -> None:
 
 def _build(recipe: str) -> Workshop:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parsed = Recipe.model_validate_json(recipe)
+    parsed = models.settled(Recipe.model_validate_json(recipe))
     corpus = data.load(parsed)
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
