@@ -30,8 +30,8 @@ def _any_size(most: int) -> None:
 class Crew:
     """Node and name of each client, by its number, and seconds between two looks for replies.
 
-    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``expect`` is told the
-    most bytes that a reply may have.
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
+    devices. ``expect`` is told the most bytes that a reply may have.
     """
 
     nodes: Sequence[int]
@@ -40,6 +40,7 @@ class Crew:
     shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
+    deployed: bool = False
     expect: Callable[[int], None] = _any_size
 
     def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
@@ -69,7 +70,7 @@ def assemble(
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
-    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, expect=expect)
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

@@ -23,7 +23,7 @@ class Audit:
 
 def operating(store: Store, audit: Audit, manager: Any = None) -> Operating:
     others: Any = None
-    return Operating(store, manager, others, others, cast("Any", audit), others, "", "", others)
+    return Operating(store, manager, others, others, cast("Any", audit), others, others)
 
 
 def asking(**path: str) -> Request:
