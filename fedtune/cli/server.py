@@ -128,6 +128,19 @@ def devices(
 @server.command()
 @click.argument("device")
 @server_option
+def release(device: str, server: Path | None) -> None:
+    """Let a device that was quarantined take part again; fedtune server devices says why it was.
+
+    Example: fedtune server release kitchen-pi
+    """
+    with connect(server) as connection:
+        released = connection.ask("POST", f"devices/{device}/release")["released"]
+    click.echo(f"released: {device}" if released else f"{device} was not quarantined")
+
+
+@server.command()
+@click.argument("device")
+@server_option
 def remove(device: str, server: Path | None) -> None:
     """Shut a device out: its key is worthless from now on.
 

@@ -55,6 +55,8 @@ def _time(key: str) -> Callable[[Row], str]:
 
 
 def _state(device: Row) -> str:
+    if device.get("quarantined"):
+        return f"quarantined: {device['quarantined']}"
     return "connected" if device["online"] else "away"
 
 
