@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.files import write
 from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, Place
+from fedtune.fusion.adapter_tokens import copy_tokenizer
 from fedtune.fusion.layout import fits, too_large
 from fedtune.merging._factors import Factors
 
@@ -35,8 +36,9 @@ def write_adapter(
     places: Mapping[str, Place],
     factors: Mapping[str, Factors],
     whole: Mapping[str, Tensor],
+    tokens: Path | None,
 ) -> None:
-    """Write the folder; its configuration comes last, without which it is no adapter. One rounding to the precision."""
+    """Write the folder, with the tokenizer in ``tokens`` if there is one; its configuration comes last, without which it is no adapter. One rounding to the precision."""
     dtype, tensors = adapters[0].dtype, dict(whole)
     for module, made in factors.items():
         place = places[module]
@@ -45,6 +47,8 @@ def write_adapter(
         tensors[place.b] = _cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
     payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     write(out / TENSORS, payload)
+    if tokens is not None:
+        copy_tokenizer(tokens, out)
     write(out / CONFIG, (json.dumps(merged_config(adapters, factors), indent=2) + "\n").encode())
 
 
