@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.fusion.adapter_file import AdapterFile
-from fedtune.fusion.adapter_folder import write_adapter
+from fedtune.fusion.adapter_folder import cast, write_adapter
 from fedtune.fusion.adapter_tokens import common_tokens
 from fedtune.fusion.products import Products
 from fedtune.fusion.starts import RESIDUAL
@@ -171,7 +171,7 @@ def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) 
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for one, weight in having:
         mean += one.read(name).double() * (weight / total)
-    return mean.to(first.dtype)
+    return cast(name, mean, first.dtype)
 
 
 def _check_alike(adapters: Sequence[AdapterFile]) -> None:
