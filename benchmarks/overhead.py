@@ -24,7 +24,7 @@ from fedtune.simulation import resolve, run_local
 from fedtune.techniques import begin_round, trained
 from fedtune.tracking import Store, file_url
 from fedtune.training import Workshop, adopt, load_state, processor_threads, read_state, score, workshop
-from fedtune.training.loop import batches
+from fedtune.training.order import batches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 OVERRIDES = [

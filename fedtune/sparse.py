@@ -62,9 +62,14 @@ def to_wire(state: Tensors) -> Tensors:
 def from_wire(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """The state ``to_wire`` was given; ``shapes`` are those of its masked weights, at least.
 
-    Raises ContributionError when a mask does not fit its weight.
+    Raises ContributionError when a mask does not fit its weight, or belongs to none.
     """
-    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in masks(tensors).items()}
+    packed = masks(tensors)
+    if unknown := sorted(packed.keys() - shapes.keys()):
+        raise ContributionError(
+            f"there is a mask of {unknown[0]}, which is no weight of this model; send its own state"
+        )
+    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in packed.items()}
     if not found:
         return tensors
     for name, mask in found.items():

@@ -10,15 +10,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fedtune import techniques
+from fedtune.errors import ContributionError, DataError
 from fedtune.recipe import Recipe, Task, Unit
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
-from fedtune.training import Outcome, load_state, processor_threads, read_state, score, train
+from fedtune.training import Outcome, load_state, processor_threads, read_state, score, step_loss, train
 from fedtune.training.masters import masters_of
+from fedtune.training.order import batches
 from fedtune.training.start import Start
-from tests.tiny import VOCABULARY, a_training_recipe, bert, few_texts
+from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 
 TEXT: Task = "sequence-classification"
+LANGUAGE: Task = "causal-language-modelling"
 
 
 def prepared(model: nn.Module, technique: str = "full") -> tuple[tuple[Technique, ...], dict[str, Tensor]]:
@@ -174,6 +177,67 @@ def test_saved_bytes_fall_with_techniques_that_keep_less() -> None:
         for name in ("full", "full+checkpointing", "classifier")
     )
     assert head < checkpointed < full
+
+
+def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
+    """The readable twin: the model holds the rounded copies, each gradient moves the copies."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).bfloat16()
+    chosen, rounded = prepared(model)
+    state = {name: tensor + 1e-5 for name, tensor in rounded.items()}
+    recipe = a_training_recipe(optimiser="sgd", lr=1e-4, clip=None, schedule="constant", steps=3, batch=12)
+    found = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    model.train()
+    for batch in batches(INDICES, 12, 3, derive(recipe.seed, 1, 0, "order")):
+        load_state(model, copies)
+        model.zero_grad()
+        step_loss(model, few_texts().batch(batch)).backward()
+        for name, copy in copies.items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            copy.add_(gradient.float(), alpha=-1e-4)
+    assert all(torch.equal(found[name], copies[name] - state[name]) for name in found)
+    still = [name for name in found if torch.equal(copies[name].bfloat16(), state[name].bfloat16())]
+    assert any(found[name].any() for name in still), "some move by less than bfloat16 can tell"
+
+
+def test_a_round_that_moves_nothing_is_told() -> None:
+    model = bert()
+    chosen, state = prepared(model)
+    recipe = a_training_recipe(optimiser="sgd", lr=1e-60)
+    with pytest.warns(UserWarning, match="client 4 moved nothing in round 1: no gradient arrives, or train.lr is lost"):
+        still = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 4)
+    assert not any(delta.any() for delta in still.delta.values())
+
+
+def _short_texts(rows: list[list[int]]) -> FewTexts:
+    return FewTexts(rows=rows, labels=None, domains=None, lengths=torch.tensor([len(row) for row in rows]))
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
+    """A language model predicts nothing of them; 0 x nan must not reach the client's loss."""
+    texts = _short_texts([[5], [6, 7, 8], [9], [4, 3]])
+    chosen = techniques.choose([Unit(name="full")])
+    model = llama()
+    state = read_state(model, techniques.apply(chosen, model, LANGUAGE, 0))
+    recipe = a_training_recipe(batch=4, steps=2).model_copy(update={"task": LANGUAGE})
+    found = train(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro=micro)
+    assert math.isfinite(found.loss)
+    assert all(delta.isfinite().all() for delta in found.delta.values())
+    load_state(model, state)
+    several = train(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
+    assert math.isfinite(several.loss)
+    with pytest.raises(DataError, match="no example of the client has a second token"):
+        train(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
+
+
+def test_tensors_of_another_client_are_refused() -> None:
+    model = bert()
+    chosen, state = prepared(model)
+    other = {"bert.pooler.dense.bias": torch.zeros(16)}
+    with pytest.raises(ContributionError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
+        train(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, own=other)
 
 
 def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:

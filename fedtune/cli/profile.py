@@ -122,7 +122,7 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
 
 def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[Case]":
     """What to measure; whatever can be refused is refused here, before the first step."""
-    from fedtune import data, profile
+    from fedtune import data, models, profile
     from fedtune.contribution import pack
     from fedtune.models.sources import resolve
 
@@ -131,7 +131,7 @@ def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: 
     if random:
         labels = () if recipe.task == "causal-language-modelling" else ("no", "yes")
         return profile.cases(recipe, asked, labels, None, check)
-    corpus = data.load(recipe)
+    corpus = data.load(recipe, models.class_names(recipe.model, recipe.task))
     batch = pack(profile.first_batch(recipe, corpus))
     return profile.cases(recipe, asked, corpus.labels, batch, check)
 

@@ -19,6 +19,8 @@ __all__ = ["Corpus", "everything", "load", "training"]
 
 RESERVED = frozenset({"all", "mean"})
 """What scores over several domains are called."""
+LONGEST_DOMAIN = 255
+"""Characters of a domain's name that every database keeps."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,16 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-def load(recipe: Recipe) -> Corpus:
-    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable."""
+def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+
+    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    """
     source = recipe.data.source
     found, notes = _found(recipe)
     labels: tuple[str, ...] = ()
     if recipe.task != "causal-language-modelling":
-        found, labels = encode_labels(found, source)
+        found, labels = encode_labels(found, source, known)
     divided = divide(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
@@ -90,8 +95,19 @@ def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
 def _check(source: str, part: str, table: Table) -> None:
     if not len(table):
         raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
-    if "domain" in table.column_names and (taken := RESERVED.intersection(table.unique("domain"))):
+    if "domain" in table.column_names:
+        _check_domains(source, table.unique("domain"))
+
+
+def _check_domains(source: str, domains: Sequence[str]) -> None:
+    """Scores are told by them."""
+    if taken := RESERVED.intersection(domains):
         raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
+    if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
+        raise DataError(
+            f"{source}: the name of domain {longest[:40]!r}... has {len(longest)} characters, and {LONGEST_DOMAIN} are "
+            "kept; shorten it, or name another column"
+        )
 
 
 def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:

@@ -15,8 +15,13 @@ __all__ = ["encode_labels", "label_by_name"]
 MOST_REAL_VALUES = 20
 
 
-def encode_labels(found: Mapping[str, Table], source: str) -> tuple[dict[str, Table], tuple[str, ...]]:
-    """Labels as class numbers, and the class names in that order; DataError when they are no classes."""
+def encode_labels(
+    found: Mapping[str, Table], source: str, known: Sequence[str] = ()
+) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """Labels as class numbers, and the class names in that order; DataError when they are no classes.
+
+    Where they are those ``known``, whatever their case, they keep that order: it is the order of a trained head.
+    """
     kind = found["train"].kinds.get("label")
     if isinstance(kind, Classes):
         values, names = list(range(len(kind.names))), kind.names
@@ -24,9 +29,19 @@ def encode_labels(found: Mapping[str, Table], source: str) -> tuple[dict[str, Ta
         values = _values(found, source)
         names = tuple(str(value) for value in values)
         _check_single(names, source)
+    if order := _order(names, known):
+        values, names = [values[at] for at in order], tuple(names[at] for at in order)
     if len(names) < 2:
         raise DataError(f"{source} has only the class {names[0]!r}; classification needs two or more")
     return {part: _number(table, values, f"{source}, {part} part") for part, table in found.items()}, names
+
+
+def _order(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Where each known name stands among ``names``; nothing unless they are the same."""
+    folded = [name.casefold().strip() for name in names]
+    wanted = [name.casefold().strip() for name in known]
+    same = len(set(folded)) == len(names) and sorted(folded) == sorted(wanted)
+    return [folded.index(name) for name in wanted] if same else []
 
 
 def _values(found: Mapping[str, Table], source: str) -> list[Any]:

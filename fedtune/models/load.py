@@ -16,7 +16,7 @@ from fedtune.models.sources import resolve
 from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Recipe, Task
 
-__all__ = ["load", "preprocessor", "reader", "save", "settled", "tokenizer"]
+__all__ = ["class_names", "load", "preprocessor", "reader", "save", "save_config", "settled", "tokenizer"]
 
 
 def load(
@@ -33,6 +33,16 @@ def load(
     from fedtune.models import pretrained
 
     return pretrained.load(model, location, task, labels, seed=seed, quantisation=quantisation)
+
+
+def class_names(model: Model, task: Task) -> tuple[str, ...]:
+    """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
+    location = resolve(model.source)
+    if task == "causal-language-modelling" or own.is_own(location):
+        return ()
+    from fedtune.models import pretrained
+
+    return pretrained.class_names(model, location)
 
 
 def tokenizer(model: Model) -> Any:
@@ -75,3 +85,10 @@ def save(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
     from fedtune.models import pretrained
 
     pretrained.save(own.for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder)
+
+
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Write the configuration of a model that transformers loaded: class names and padding id among the rest."""
+    from fedtune.models import pretrained
+
+    pretrained.save_config(model, folder)

@@ -120,6 +120,13 @@ class Technique(Named):
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 
+    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor] | None:
+        """Frozen parameters, by the names they were loaded under, as they are with what was learned beside them.
+
+        ``drawn`` are those that no base holds; None when an adapter cannot carry them.
+        """
+        return None if drawn else {}
+
     @final
     def fold(self, model: nn.Module) -> None:
         """Write what was learned into plain layers, so that the model needs nothing of this technique."""

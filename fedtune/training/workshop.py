@@ -19,6 +19,7 @@ from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
 from fedtune.training.parts import check_part
 from fedtune.training.private import require_private
+from fedtune.training.readable import require_readable
 from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -115,7 +116,10 @@ class Workshop:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.Encoded:
-        return data.encode(examples, self.recipe, models.reader(self.recipe))
+        reader = models.reader(self.recipe)
+        encoded = data.encode(examples, self.recipe, reader)
+        require_readable(self.model, encoded, self.recipe, reader)
+        return encoded
 
 
 _built: dict[str, Workshop] = {}
@@ -144,7 +148,7 @@ def discard() -> None:
 def _build(recipe: str) -> Workshop:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = models.settled(Recipe.model_validate_json(recipe))
-    corpus = data.load(parsed)
+    corpus = data.load(parsed, models.class_names(parsed.model, parsed.task))
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
     require_private(parsed, model, chosen, shared)
