@@ -1,6 +1,5 @@
 """How many connections there may be, and how long each may take for what."""
 
-import select
 import socket
 import threading
 import time
@@ -165,6 +164,14 @@ def answer(caller: socket.socket, end: bytes) -> bytes:
     return came
 
 
+def until(told: Told, why: str) -> None:
+    """Wait until a connection is waited for because of that."""
+    end = time.monotonic() + 20
+    while not any(one.why == why for one in list(told.connections._open.values())):
+        assert time.monotonic() < end, "no connection is"
+        time.sleep(0.05)
+
+
 def sweep(told: Told, now: float) -> None:
     time.sleep(0.6)  # what was sent is dealt with by another thread
     told.now = now
@@ -194,6 +201,7 @@ def test_a_body_has_to_get_on_and_a_slow_line_is_not_cut() -> None:
     with web() as told:
         stuck, slow = dialled(told), dialled(told)
         stuck.sendall(HEAD + b"\r\n01234")
+        until(told, "sent its body too slowly")
         slow.sendall(HEAD.replace(b"10\r", b"60000\r") + b"\r\n" + b"x" * 50_000)
         sweep(told, 29.0)
         assert told.lines == []
@@ -208,7 +216,7 @@ def test_an_answer_that_is_not_read_is_cut() -> None:
     with web() as told:
         deaf = dialled(told)
         deaf.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert select.select([deaf], [], [], 10)[0], "it has begun to answer"
+        until(told, "did not read its answer")
         sweep(told, 61.0)
         assert told.lines == [("127.0.0.1", "did not read its answer")]
 
