@@ -209,14 +209,23 @@ def test_sce_is_the_twin(name: str, share: float) -> None:
     )
 
 
-def test_each_model_is_held_one_piece_at_a_time() -> None:
-    """Reads are of pieces in order, none larger, by every pass of a selection."""
+@pytest.mark.parametrize(("name", "passes"), [("ties", 3), ("breadcrumbs", 5), ("sce", 5)])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_piece(
+    name: str, passes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads are of pieces in order, none larger, by every pass of a selection; the merge is the same."""
     shape, asked = (1000, 900), list[tuple[int, int]]()
-    values = Held({"w": torch.randn(shape, generator=torch.Generator().manual_seed(0))})
+    values = a_model(0, {"w": shape})["w"]
+    monkeypatch.setattr("fedtune.merging._held._BUDGET", 2 * 4 * values.numel() - (not fits))
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         asked.append((start, stop))
-        return values(name, start, stop)
+        return values[start:stop]
 
-    list(a_step("ties", {"density": 0.2}).combine("w", shape, [Operand(rows, 1.0)]))
-    assert asked == 3 * list(pieces(shape))
+    step = a_step(name, {"select_topk": 0.2} if name == "sce" else {"density": 0.2})
+    other = Operand(Held({"w": values.flip(0)}), 1.0)
+    found = torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other])))
+    assert asked == (1 if fits else passes) * list(pieces(shape))
+    monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 40 if not fits else 0)
+    assert torch.equal(found, torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other]))))

@@ -32,6 +32,7 @@ class Ties(TaskVectors):
     name: ClassVar[str] = "ties"
     elect: ClassVar[bool] = True
     picks: ClassVar[bool] = True
+    rereads: ClassVar[bool] = True
     density: Density = 0.2
     normalise: Normalise = True
 
