@@ -2,11 +2,11 @@
 
 Handwritten digits (8x8), logistic regression, eight simulated devices of which two train at a fifth of the speed;
 shards of two classes each, so that the slow ones hold what few others do. Time is simulated, by the same draws for
-every arm (``server.timetable.duration``): ``wait`` takes as long as the slowest of a round; ``deadline`` ends a round
-after 1.5 times a fast device's time and drops who is late; ``buffer`` commits every four answers with weights
-(1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated time. Per arm and seed:
-validation accuracy over that time, test accuracy at its end, and how many rounds and answers were made. Real seconds
-play no part, so the figures repeat. One rate for all arms, chosen for none.
+every arm (``server.simulated_time``): ``wait`` takes as long as the slowest of a round; ``deadline`` ends a round
+after 1.5 times a fast device's time and drops who is late (``federation.deadline``); ``buffer`` commits every four
+answers with weights (1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated time. Per
+arm and seed: validation accuracy over that time, test accuracy at its end, and how many rounds and answers were made.
+Real seconds play no part, so the figures repeat. One rate for all arms, chosen for none.
 
 Run: python -m benchmarks.asynchronous [--seeds 0 1 2] [--seconds 10000]
 """
@@ -20,11 +20,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-
 from benchmarks.report import save
-from clients.app import train_round
+from clients.app import app
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
 from fedtune.simulation import resolve
@@ -33,14 +30,15 @@ from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store
 from fedtune.training import workshop
 from server.app import carry
-from server.timetable import duration, timetable
+from server.simulated_time import duration
+from server.timetable import timetable
 
 RECIPE = """
 name: asynchronous
 task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits", split: {kind: shards, per_client: 2}}
-devices: [{name: fast, count: 6}, {name: slow, count: 2, speed: 0.2}]
+devices: [{name: fast, count: 6, speed: 1}, {name: slow, count: 2, speed: 0.2}]
 train: {techniques: [full], optimiser: sgd, lr: 0.03, schedule: constant, batch: 10, image: 28, steps: 10}
 federation: {rounds: 1}
 """
@@ -52,11 +50,10 @@ MARKS = 6
 
 
 class Arm(NamedTuple):
-    """A recipe, when each of its rounds ends, and who is too late in which round."""
+    """A recipe, and when each of its rounds ends."""
 
     recipe: Recipe
     ends: Sequence[float]
-    dropped: frozenset[tuple[int, int]] = frozenset()
 
 
 def main() -> None:
@@ -85,9 +82,10 @@ def arm(name: str, seed: int, seconds: float) -> Arm:
         ends = list(accumulate(length(most, number, name) for number in range(1, most.federation.rounds + 1)))
     done = sum(end <= seconds for end in ends)
     assert 0 < done < len(ends)
-    late = "" if most.federation.late is None else f"federation.late={LATE[name]}"
-    chosen = recipe(seed, done, *([late] if late else []))
-    return Arm(chosen, ends[:done], too_late(chosen) if name == "deadline" else frozenset())
+    own = {name: f"federation.late={late}" for name, late in LATE.items()} | {
+        "deadline": f"federation.deadline={DEADLINE}"
+    }
+    return Arm(recipe(seed, done, *([own[name]] if name in own else [])), ends[:done])
 
 
 def recipe(seed: int, rounds: int, *overrides: str) -> Recipe:
@@ -98,11 +96,6 @@ def length(made: Recipe, number: int, name: str) -> float:
     """Simulated seconds of a round that waits for all, or for those before the deadline."""
     slowest = max(duration(made, 0, client, number) for client in range(made.clients))
     return slowest if name == "wait" else min(slowest, DEADLINE)
-
-
-def too_late(made: Recipe) -> frozenset[tuple[int, int]]:
-    rounds, clients = range(1, made.federation.rounds + 1), range(made.clients)
-    return frozenset((n, c) for n in rounds for c in clients if duration(made, 0, c, n) > DEADLINE)
 
 
 def measured(made: Arm, seconds: float) -> dict[str, Any]:
@@ -139,22 +132,8 @@ def run(store: Store, made: Arm) -> list[RoundRecord]:
         engine="local",
         rounds_planned=whole.federation.rounds,
     )
-    carry(LocalGrid(whole.clients, InTurn(client(made.dropped))), store, "run")
+    carry(LocalGrid(whole.clients, InTurn(app)), store, "run")
     return store.rounds("run")
-
-
-def client(dropped: frozenset[tuple[int, int]]) -> ClientApp:
-    """The real one, but whoever is too late fails: its answer is not merged."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        order = message.content.config_records["order"]
-        if (order["round"], order["client"]) in dropped:
-            raise TimeoutError("after the deadline")
-        return train_round(message, context)
-
-    return app
 
 
 def metric(record: RoundRecord, part: str) -> float:

@@ -40,7 +40,12 @@ class Federation(Section):
     fraction: float = Field(1.0, gt=0, le=1)
     clients: int | None = Field(None, ge=1, description="so many clients a round, in place of a fraction")
     quorum: int = Field(1, ge=1, description="usable contributions a round needs")
-    deadline: float | None = Field(None, gt=0, description="seconds a round waits for replies")
+    deadline: float | None = Field(
+        None, gt=0, description="seconds a round waits for replies; simulated seconds in a simulation"
+    )
+    take_first: int | None = Field(
+        None, ge=1, description="a round ends with so many usable replies: ask more clients, take the first"
+    )
     max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
     select: Select = Select()
     late: Late | None = Field(None, description="late answers are merged too; without it they are dropped")
@@ -49,4 +54,14 @@ class Federation(Section):
     def _quorum_fits_buffer(self) -> Self:
         if self.late is not None and self.quorum > self.late.buffer:
             raise ValueError(f"quorum is {self.quorum}, but late.buffer ends a round with {self.late.buffer} answers")
+        return self
+
+    @model_validator(mode="after")
+    def _take_first_fits(self) -> Self:
+        if self.take_first is None:
+            return self
+        if self.late is not None:
+            raise ValueError("take_first and late exclude each other: late.buffer says how many replies end a round")
+        if self.quorum > self.take_first:
+            raise ValueError(f"quorum is {self.quorum}, but take_first ends a round with {self.take_first} replies")
         return self

@@ -87,7 +87,11 @@ class DeviceClass(Section):
     batch: int | None = Field(None, ge=1, description="in place of train.batch")
     dtype: Dtype | None = Field(None, description="in place of model.dtype")
     tags: list[Tag] = Field([], description="what federation.select goes by in a simulation")
-    speed: float = Field(1.0, gt=0, description="examples a second; orders what is late in a simulation, nothing else")
+    speed: float | None = Field(
+        None, gt=0, description="examples a second in a simulation's time; without it a deadline is never missed"
+    )
+    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of a simulated duration")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a simulated client never answers a round")
 
     @field_validator("techniques", mode="before")
     @classmethod
@@ -210,11 +214,25 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _dropout_ends(self) -> Self:
+        dropping = [device.name for device in self.devices if device.dropout]
+        if dropping and self.federation.deadline is None:
+            raise ValueError(
+                f"devices: {dropping[0]} has a dropout, and without federation.deadline a round would wait for ever"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         if self.clients_per_round > self.clients:
             raise ValueError(f"federation.clients is {self.clients_per_round}, but devices has only {self.clients}")
         if self.federation.quorum > self.clients_per_round:
             raise ValueError(f"federation.quorum is above the {self.clients_per_round} clients sampled each round")
+        if self.federation.take_first is not None and self.federation.take_first > self.clients_per_round:
+            raise ValueError(
+                f"federation.take_first is {self.federation.take_first}, above the {self.clients_per_round} clients "
+                "sampled each round"
+            )
         if self.federation.late is not None and self.federation.late.buffer > self.clients:
             raise ValueError(
                 f"federation.late.buffer is {self.federation.late.buffer}, above the {self.clients} clients"

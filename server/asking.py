@@ -10,10 +10,12 @@ from fedtune.recipe import Recipe
 from server.exchange import replies
 from server.selection import sample
 
-__all__ = ["NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
+__all__ = ["DROPPED_OUT", "NOT_NEEDED", "NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
 
 NO_REPLY_IN_TIME = "no reply before the deadline"
 NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
+DROPPED_OUT = "it dropped out before it replied"
+NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
 Send = Callable[[Sequence[int], int], Mapping[int, Message]]
 """Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with."""
@@ -38,9 +40,15 @@ class Asking(ABC):
         """How many rounds before this one an answer was begun; None where no answer can be late."""
         return None
 
+    def seconds(self) -> float | None:
+        """How long the round took in simulated time; None on real devices, and where no speeds are known."""
+        return None
+
 
 class Together(Asking):
-    """A round's clients all begin with it; who is not done by the deadline is missing.
+    """Real devices that all begin with the round; who is not done by the deadline is missing.
+
+    With ``federation.take_first`` the round ends with so many usable answers.
 
     ``among`` are the clients that may be asked; ``last`` gives the last round each was asked in.
     """
@@ -49,7 +57,7 @@ class Together(Asking):
         self, grid: Grid, recipe: Recipe, among: Sequence[int], poll: float, last: Callable[[], Mapping[int, int]]
     ) -> None:
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
-        self._number = 0
+        self._number, self._enough = 0, False
         self._clients: list[int] = []
 
     def begin(self, number: int) -> int:
@@ -59,10 +67,16 @@ class Together(Asking):
         return len(self._clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
-        """Whatever comes before the deadline."""
+        """Whatever comes before the deadline, until there are enough."""
+        federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
-        return replies(self._grid, messages, self._recipe.federation.deadline, self._poll)
+        for client, reply in replies(self._grid, messages, federation.deadline, self._poll):
+            yield client, reply
+            if federation.take_first is not None and usable() >= federation.take_first:
+                self._enough = True
+                return
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
-        return {client: NO_REPLY_IN_TIME for client in self._clients if client not in answered}
+        reason = NOT_NEEDED if self._enough else NO_REPLY_IN_TIME
+        return {client: reason for client in self._clients if client not in answered}

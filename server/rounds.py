@@ -102,10 +102,15 @@ def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, s
             state, figures = _merged(shop, state, run, number, contributions)
         else:
             records = [_unused(record) for record in records]
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
     _commit(store, run, number, state, started, records, metrics, short)
     return state
+
+
+def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
+    seconds = asking.seconds()
+    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(

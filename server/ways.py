@@ -10,6 +10,7 @@ from server.buffered import Buffered
 from server.crew import Crew
 from server.desk import Desk
 from server.selection import candidates, check_simulated
+from server.simulated_time import Simulated
 from server.timetable import ByTimetable, timetable
 
 __all__ = ["way_of_asking"]
@@ -23,10 +24,12 @@ def way_of_asking(
     if not seated:
         check_simulated(recipe)
     among = range(recipe.clients) if seated else candidates(recipe)
-    if federation.late is None:
-        return Together(grid, recipe, among, crew.poll, last)
-    if seated:
+    if seated and federation.late is not None:
         desk = Desk(recipe, among, federation.late)
         return Buffered(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
+    if seated:
+        return Together(grid, recipe, among, crew.poll, last)
     sizes = [len(rows) for rows in shop.clients]
-    return ByTimetable(grid, timetable(recipe, among, sizes, federation.late), federation.deadline, crew.poll)
+    if federation.late is not None:
+        return ByTimetable(grid, timetable(recipe, among, sizes, federation.late), crew.poll)
+    return Simulated(grid, recipe, among, sizes, crew.poll, last)

@@ -234,7 +234,7 @@ def test_the_timetable_is_bounded_and_slow_classes_come_later_and_less_often() -
         "federation.rounds=60",
     )
     assert recipe.federation.late is not None
-    planned = timetable(recipe, range(8), [100] * 8, recipe.federation.late)
+    planned = list(timetable(recipe, range(8), [100] * 8, recipe.federation.late))
     taus = [(number - begun, client) for number, one in enumerate(planned, 1) for client, begun in one.begun.items()]
     assert all(len(one.begun) == 4 for one in planned)
     assert max(tau for tau, _ in taus) <= 6

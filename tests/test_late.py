@@ -1,11 +1,9 @@
 """The settings of late answers: what they mean in figures, and what they are refused with."""
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message
 
 from fedtune.cli.runs_view import show_run
 from fedtune.contribution import Contribution, pack
@@ -15,7 +13,7 @@ from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
 from fedtune.simulation import resolve
 from fedtune.tracking import Store
-from tests.federations import WORDS, execute, spoilt, trivial
+from tests.federations import WORDS, trivial
 from tests.store_examples import a_contribution, a_round, start
 
 
@@ -76,16 +74,6 @@ def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not() -> None:
 def test_settings_that_do_not_hold_are_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         trivial(*overrides)
-
-
-def test_a_client_that_overruns_the_deadline_in_turn_is_missing(home: Path) -> None:
-    def tarry(message: Message, reply: Message) -> Message:
-        time.sleep(4)
-        return reply
-
-    ended = execute(trivial("federation.deadline=4", "federation.rounds=1"), spoilt(tarry, {2}))
-    statuses = [found.status for found in ended.rounds[1].contributions]
-    assert statuses == ["merged", "merged", "missing", "missing"]
 
 
 def test_lateness_is_shown_where_there_can_be_any(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number; ``part``: train, merge, own, validation, test, test-before, privacy; ``domain``: one or ``all``."""
+    """One number of a ``part``: train, merge, own, validation, test, test-before, privacy or simulation.
+
+    ``domain`` is one of the data's, or ``all``.
+    """
 
     part: str
     domain: str
