@@ -93,7 +93,7 @@ def test_two_equal_models_give_that_model_to_the_last_bit() -> None:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_an_election_is_that_of_fractions(kind: str, weights: str, normalise: bool) -> None:
     parts, given = deltas(kind, size=4000), WEIGHTS[weights]
-    trimmed = [cut(lambda part=part: [part], 2000).keep()(part) for part in parts]  # type: ignore[misc]
+    trimmed = [cut(lambda part=part: [part], 2000, len(part)).keep()(part) for part in parts]  # type: ignore[misc]
     found, wanted = elected_sum(trimmed, given, normalise), elected(trimmed, given, normalise)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=5 * UNIT, atol=0)
@@ -119,12 +119,14 @@ def largest_by_topk(values: Tensor, keep: int) -> Tensor:
     return values.abs().flatten().topk(keep).values[-1]
 
 
+@pytest.mark.parametrize("way", ["partitioned", "counted"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", [1, 17, 10_000, 19_999, 20_000])
-def test_the_threshold_is_that_of_topk(kind: str, keep: int) -> None:
+def test_the_threshold_is_that_of_topk(kind: str, keep: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.merging._select._SHORT", 20_000 if way == "partitioned" else 19_999)
     [values] = deltas(kind, 1)
     stream: Callable[[], Sequence[Tensor]] = lambda: values.split(3000)  # noqa: E731
-    found, equal = cut(stream, keep), int((values.abs() == largest_by_topk(values, keep)).sum())
+    found, equal = cut(stream, keep, len(values)), int((values.abs() == largest_by_topk(values, keep)).sum())
     above = int((values.abs() > largest_by_topk(values, keep)).sum())
     assert found.threshold == float(largest_by_topk(values, keep))
     assert (found.ties, found.whole) == (keep - above, keep - above == equal)

@@ -18,6 +18,13 @@ from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
 WEIGHTS = [0.5, 0.3, 0.2]
 
 
+@pytest.fixture(params=["partitioned", "counted"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short streams are partitioned, long ones counted."""
+    if request.param == "counted":
+        monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
+
+
 def stream(values: Tensor, piece: int) -> Iterator[Tensor]:
     for start in range(0, len(values), piece):
         yield values[start : start + piece, None]
@@ -49,13 +56,13 @@ def hard_values() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", hard_values())
 @pytest.mark.parametrize("keep", [1, 2, 99, 250, 499])
-def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int) -> None:
+def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None) -> None:
     values = hard_values()[name]
     assert torch.equal(kept(values, keep), by_sorting(values, keep))
 
 
 @pytest.mark.parametrize("name", hard_values())
-def test_a_band_is_the_middle_of_a_stable_sort(name: str) -> None:
+def test_a_band_is_the_middle_of_a_stable_sort(name: str, way: None) -> None:
     values = hard_values()[name]
     found = torch.cat(list(between(lambda: stream(values, 11), 40, 300, len(values))))[:, 0]
     order = values.abs().argsort(descending=True, stable=True)
@@ -63,7 +70,7 @@ def test_a_band_is_the_middle_of_a_stable_sort(name: str) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_zeros_are_kept_last_and_infinities_first() -> None:
+def test_zeros_are_kept_last_and_infinities_first(way: None) -> None:
     values = torch.tensor([0.0, -math.inf, 1.0, -0.0, math.inf])
     assert kept(values, 2).tolist() == [1, 4]
 
@@ -218,6 +225,7 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
     shape, asked = (1000, 900), list[tuple[int, int]]()
     values = a_model(0, {"w": shape})["w"]
     monkeypatch.setattr("fedtune.merging._held._BUDGET", 2 * 4 * values.numel() - (not fits))
+    monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         asked.append((start, stop))

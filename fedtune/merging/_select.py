@@ -1,7 +1,8 @@
 """The k largest of a stream by magnitude, ties in order of appearance, without sorting or holding it.
 
 Magnitudes of fp32 order like their bits. One pass counts the upper 16 of the 31 bits, a second one the lower 15 of
-those in the one bin where the k-th falls: the threshold is exact, with 2^16 counters whatever the length.
+those in the one bin where the k-th falls: the threshold is exact, with 2^16 counters whatever the length. A short
+stream's magnitudes are held instead, and partitioned: one pass, and less than half of the time.
 """
 
 import math
@@ -17,6 +18,8 @@ __all__ = ["Cut", "between", "count_kept", "cut", "largest"]
 
 Stream = Callable[[], Iterable[Tensor]]
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
+_SHORT = 1 << 20
+"""Entries whose magnitudes are held: four megabytes."""
 _LOWER = 15
 _UPPER_MASK, _LOWER_MASK = (1 << 16) - 1, (1 << _LOWER) - 1
 
@@ -82,7 +85,7 @@ def largest(stream: Stream, keep: int, size: int) -> Iterator[Tensor]:
     """The stream of ``size`` entries with all but its ``keep`` largest set to zero; no piece is held between two."""
     if keep >= size:
         return iter(stream())
-    return map(cut(stream, keep).keep(), stream())
+    return map(cut(stream, keep, size).keep(), stream())
 
 
 def between(stream: Stream, first: int, last: int, size: int) -> Iterator[Tensor]:
@@ -90,7 +93,7 @@ def between(stream: Stream, first: int, last: int, size: int) -> Iterator[Tensor
     found = largest(stream, last, size)
     if not first:
         return found
-    inside = cut(stream, first).inside()
+    inside = cut(stream, first, size).inside()
 
     def keep_outside(piece: Tensor) -> Tensor:
         return piece * ~inside(piece)
@@ -98,10 +101,25 @@ def between(stream: Stream, first: int, last: int, size: int) -> Iterator[Tensor
     return map(keep_outside, found)
 
 
-def cut(stream: Stream, keep: int) -> Cut:
-    """Where the ``keep`` largest of a stream end; none of it is above a cut at infinity."""
+def cut(stream: Stream, keep: int, size: int) -> Cut:
+    """Where the ``keep`` largest of a stream of ``size`` entries end; none of it is above a cut at infinity."""
     if keep == 0:
         return Cut(math.inf, 0, whole=False)
+    return _partitioned(stream(), keep, size) if size <= _SHORT else _counted(stream, keep)
+
+
+def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> Cut:
+    magnitudes, done = np.empty(size, dtype=np.float32), 0
+    for piece in pieces:
+        np.abs(piece.view(-1).numpy(), out=magnitudes[done : done + piece.numel()])
+        done += piece.numel()
+    magnitudes.partition(size - keep)
+    smallest = magnitudes[size - keep]
+    ties = keep - int(np.count_nonzero(magnitudes[size - keep :] > smallest))
+    return Cut(float(smallest), ties, whole=int(np.count_nonzero(magnitudes == smallest)) == ties)
+
+
+def _counted(stream: Stream, keep: int) -> Cut:
     upper, above, _ = _bin(_counts((_upper(piece) for piece in stream()), _UPPER_MASK + 1), keep)
     lower, beyond, equal = _bin(_counts((_lower(piece, upper) for piece in stream()), _LOWER_MASK + 1), keep - above)
     bits, ties = torch.tensor((upper << _LOWER) | lower, dtype=torch.int32), keep - above - beyond

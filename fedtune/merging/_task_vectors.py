@@ -72,8 +72,8 @@ def plain_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool
 def elected_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """The sum of the entries w_i x_i that have the sign of their whole sum, a tie being positive.
 
-    With ``normalise`` over the sum of these entries' weights. In ``precision_for`` the number of models, but for the
-    votes, which are counted in double precision; where all models weigh the same, x_i are, so that ties stay ties.
+    With ``normalise`` over the sum of these entries' weights. In ``precision_for`` the number of models. Votes w_i x_i
+    are counted in double precision; where all models weigh the same x_i are, so that ties stay ties.
     """
     whole = torch.empty(parts[0].shape, dtype=precision_for(len(parts)))
     factor = 1.0
@@ -88,7 +88,8 @@ def elected_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bo
 def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """As ``elected_sum``: with e = +1 or -1 for the sign that won, an entry counts where e w_i x_i > 0."""
     kind = precision_for(len(parts))
-    elected = sum_terms(zip(parts, weights, strict=True), torch.float64).sign_().to(kind).add_(0.5).sign_()
+    votes = kind if weights[0] == 1 and len(set(weights)) == 1 else torch.float64  # x_i alone lose nothing in fp32
+    elected = sum_terms(zip(parts, weights, strict=True), votes).sign_().to(kind).add_(0.5).sign_()
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for part, weight in zip(parts, weights, strict=True):
         taken = (part * elected).mul_(math.copysign(1.0, weight)).clamp_min_(0)

@@ -59,9 +59,10 @@ class Sce(Combine):
         """The stacks with entries of small variance at zero."""
         if self.select_topk == 1:
             return stacks
-        differing = sum(int(_variance(stack).count_nonzero()) for stack in stacks())
+        sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_variance, stacks())]
+        differing, size = (sum(numbers) for numbers in zip(*sizes, strict=True)) if sizes else (0, 0)
         keep = count_kept(self.select_topk, differing)
-        return partial(_chosen, cut(lambda: map(_variance, stacks()), keep), stacks)
+        return partial(_chosen, cut(lambda: map(_variance, stacks()), keep, size), stacks)
 
 
 def _stacks(name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
