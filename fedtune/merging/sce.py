@@ -3,8 +3,8 @@
 What: select the share ``select_topk`` of entries with the largest variance over models; calculate one coefficient per
   tensor and model, the mean of its squared selected entries over their sum; erase entries against the sign of
   sum_i x_i, and average the rest by coefficient. The models' weights are not used.
-Memory: one piece per model and 2^16 counters; each delta is read five times when selecting, else twice,
-  and those of a small tensor once.
+Memory: one piece per model and 4 MB; each delta is read four or five times when selecting, else twice, and those of
+  a tensor that fits 16 MB over all models once.
 Use when: fine-tunes of one base from different sources are to be fused without choosing weights.
 Avoid when: one model's delta is much larger for no good reason (a higher learning rate): it takes over.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
