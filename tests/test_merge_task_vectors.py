@@ -11,7 +11,7 @@ from fedtune import contribution
 from fedtune.contribution import pieces
 from fedtune.errors import RecipeError
 from fedtune.merging import Operand
-from fedtune.merging._select import between, count_kept, largest
+from fedtune.merging._select import between, count_kept, cut, largest
 from fedtune.merging._task_vectors import elected_sum
 from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
 
@@ -51,6 +51,7 @@ def hard_values() -> dict[str, Tensor]:
         "tiny": normal * 1e-42,
         "huge": normal * 1e37,
         "bfloat16": normal.bfloat16().float(),
+        "mostly zero": normal * (torch.arange(500) % 50 == 0),
     }
 
 
@@ -58,7 +59,12 @@ def hard_values() -> dict[str, Tensor]:
 @pytest.mark.parametrize("keep", [1, 2, 99, 250, 499])
 def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None) -> None:
     values = hard_values()[name]
-    assert torch.equal(kept(values, keep), by_sorting(values, keep))
+    wanted = by_sorting(values, keep)
+    assert torch.equal(kept(values, keep), wanted[values[wanted] != 0])
+    chosen = torch.cat(
+        [mask(piece) for mask in [cut(lambda: stream(values, 7), keep, 500).inside()] for piece in stream(values, 7)]
+    )
+    assert torch.equal(chosen[:, 0].nonzero()[:, 0], wanted)
 
 
 @pytest.mark.parametrize("name", hard_values())

@@ -50,7 +50,7 @@ class Cut(NamedTuple):
         below = float(torch.nextafter(torch.tensor(self.threshold), torch.zeros(())))
 
         def kept(piece: Tensor) -> Tensor:
-            if self.whole:
+            if self.whole or not self.threshold:  # zeros that are in or out are zeros
                 return F.hardshrink(piece, below)
             found = F.hardshrink(piece, self.threshold)
             places = tied(piece)
