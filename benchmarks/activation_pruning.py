@@ -202,8 +202,7 @@ def a_recipe(model: str, task: str, source: str, units: Sequence[Unit], **train:
 
 def a_batch(recipe: Recipe) -> Tensors:
     """The first training examples; of texts, those that fill the length."""
-    tokenizer = models.tokenizer(recipe.model) if recipe.task == "sequence-classification" else None
-    encoded = data.encode(data.load(recipe).train, recipe, tokenizer)
+    encoded = data.encode(data.load(recipe).train, recipe, models.reader(recipe))
     if encoded.lengths is None:
         return encoded.batch(list(range(recipe.train.batch)))
     long = (encoded.lengths >= recipe.train.length).nonzero()[:, 0].tolist()

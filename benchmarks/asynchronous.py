@@ -39,7 +39,7 @@ task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits", split: {kind: shards, per_client: 2}}
 devices: [{name: fast, count: 6, speed: 1}, {name: slow, count: 2, speed: 0.2}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, schedule: constant, batch: 10, image: 28, steps: 10}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, steps: 10}
 federation: {rounds: 1}
 """
 FAST = 100.0

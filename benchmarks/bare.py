@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.training import Workshop
-from fedtune.training.loop import batches
+from fedtune.training.order import batches
 
 __all__ = ["bare_loop"]
 

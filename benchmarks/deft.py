@@ -33,7 +33,7 @@ from fedtune.techniques import begin_step
 from fedtune.techniques._probe import calibrate
 from fedtune.techniques.deft import probes
 from fedtune.training import Workshop, discard, score, step_loss, train_mode, workshop
-from fedtune.training.loop import batches
+from fedtune.training.order import batches
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINILM = ["train.batch=16", "train.lr=1e-3", "train.length=40", "evaluation.batch=128"]

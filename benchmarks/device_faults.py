@@ -30,7 +30,7 @@ from benchmarks.scratch_database import Database
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
-from fedtune.tracking import Store
+from fedtune.tracking import Store, file_url
 
 DATABASE = "PostgreSQL"
 DEVICES, DEADLINE = 3, 120
@@ -48,7 +48,7 @@ task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 150}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 150}}
 federation: {{rounds: {rounds}, quorum: {DEVICES}, deadline: {deadline}}}
 """
 
@@ -125,7 +125,7 @@ def disturbed(
 ) -> list[Kill]:
     """Kill the victim in every phase; what came of it. A new run is begun when one has failed a round, or has ended."""
     kills: list[Kill] = []
-    url = kept.url if kept else f"sqlite:///{made.server.home}/store.sqlite"
+    url = kept.url if kept else file_url(made.server.home / "store.sqlite")
     with Store.open(url) as store:
         while phases := (PHASES * KILLS[victim])[len(kills) :]:
             watch = Watch(made, store, made.submit(recipe))

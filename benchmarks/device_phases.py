@@ -25,7 +25,7 @@ task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {NODES}}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 1}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 1}}
 federation: {{rounds: {ROUNDS}, quorum: {NODES}, deadline: 120}}
 evaluation: {{every: {ROUNDS}}}
 """

@@ -28,7 +28,7 @@ task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits"}
 devices: [{count: 4}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, schedule: constant, batch: 10, image: 28, epochs: 1}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, epochs: 1}
 federation: {rounds: 3}
 """,
     "flute": """
@@ -37,7 +37,7 @@ task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:mnist-5k", parts: {validation: 0.1, test: 0.1}}
 devices: [{count: 1000}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, schedule: constant, batch: 10, image: 28, epochs: 1}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, epochs: 1}
 federation: {rounds: 100, clients: 10}
 evaluation: {every: 20}
 """,

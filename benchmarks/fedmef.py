@@ -1,4 +1,6 @@
-"""Claims about FedMef, on the recipe's federation (20 clients, Dirichlet 0.5), Fashion-MNIST where it is installed.
+"""Claims about FedMef, on the recipe's federation (20 clients of equal size, label shares from Dirichlet 0.5).
+
+Fashion-MNIST is used where it is installed.
 
 Arms: dense averaging, a fixed random mask, dynamic pruning alone, with extrusion, FedDST, and all of FedMef at several
 shares of pruned activations; those without ``normalise`` have batch norms whose statistics are merged. Strength and
@@ -32,7 +34,7 @@ from fedtune import merging, techniques
 from fedtune.contribution import Contribution, pack
 from fedtune.data.sources import read as read_data
 from fedtune.errors import SourceError
-from fedtune.recipe import Recipe
+from fedtune.recipe import Data, Recipe
 from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.sparse import compact, masks, spread_out, to_wire
@@ -92,7 +94,7 @@ def main() -> None:
 
 def data_source() -> str:
     try:
-        read_data("sample:fashion-mnist")
+        read_data(Data(source="sample:fashion-mnist"))
     except SourceError:
         return "sample:mnist-5k"
     return "sample:fashion-mnist"

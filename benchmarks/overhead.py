@@ -22,9 +22,9 @@ from fedtune.recipe_file import read
 from fedtune.seeds import derive
 from fedtune.simulation import resolve, run_local
 from fedtune.techniques import begin_round, trained
-from fedtune.tracking import Store
+from fedtune.tracking import Store, file_url
 from fedtune.training import Workshop, adopt, load_state, processor_threads, read_state, score, workshop
-from fedtune.training.loop import batches
+from fedtune.training.order import batches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 OVERRIDES = [
@@ -64,7 +64,7 @@ def engine_run(shop: Workshop, run: str) -> None:
     """The whole run, store and checkpoints included, in a folder of its own; the model is built already, for both."""
     adopt(shop)
     with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/store.sqlite"
+        url = file_url(Path(folder) / "store.sqlite")
         with Store.open(url) as store:
             recipe = shop.recipe
             store.create_run(

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,9 +87,8 @@ def main() -> None:
 def clothes() -> dict[str, Pictures]:
     found = {}
     for part, rows in images.fashion_mnist().items():
-        columns = rows.with_format("numpy")[:]
-        pixels = torch.from_numpy(np.asarray(columns["image"])).float().unsqueeze(1) / 255
-        found[part] = Pictures((pixels - 0.2860) / 0.3530, torch.from_numpy(np.asarray(columns["label"])))
+        pixels = torch.from_numpy(rows.greys()).float().unsqueeze(1) / 255
+        found[part] = Pictures((pixels - 0.2860) / 0.3530, torch.tensor(rows["label"]))
     return found
 
 

@@ -22,5 +22,6 @@ def train_round(message: Message, _: Context) -> Message:
     order = Order(**records.order(message.content))  # type: ignore[arg-type]
     shop = workshop(order.recipe)
     own = home.runs() / order.run / "own" / f"client-{order.client:06d}"
-    deltas, report = work(order, records.state(message.content), shop, shop.clients[order.client], own)
+    state = records.state_file(message.content) or records.state(message.content)
+    deltas, report = work(order, state, shop, shop.clients[order.client], own)
     return Message(records.answer(deltas, asdict(report)), reply_to=message)

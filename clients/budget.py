@@ -19,6 +19,7 @@ __all__ = ["Need", "fitting", "need"]
 _PER_TRAINED = {"sgd": 4.0, "adamw": 6.0}
 _PER_TRAINED_8BIT = 4.5
 """Values held for each trained one: gradient, before, after and delta, and the optimiser's moments."""
+_PER_MOMENTUM = 1.0
 
 
 class Need(NamedTuple):
@@ -60,7 +61,7 @@ def need(shop: Workshop, rows: NDArray[np.int64], number: int) -> Need:
     model, settings = shop.model, shop.recipe.train
     begin_round(shop.techniques, model, number)
     tensors = read_state(model, trained(model)).values()
-    per_trained = _PER_TRAINED.get(settings.optimiser, _PER_TRAINED_8BIT)
+    per_trained = _PER_TRAINED.get(settings.optimiser, _PER_TRAINED_8BIT) + (settings.momentum > 0) * _PER_MOMENTUM
     added = sum(tensor.numel() * 4 for tensor in tensors) * per_trained
     one, two = (_kept(shop, _longest(shop, rows, count), number) for count in (1, 2))
     return Need(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from fedtune.errors import DeviceError
 from fedtune.files import write, writing
 
 __all__ = ["DeviceHome", "Identity"]
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DeviceHome:
     def identity(self) -> Identity:
         """Who this device is; DeviceError when it is nobody yet."""
         try:
-            return Identity(**json.loads((self.folder / "identity.json").read_text()))
+            return _identity(json.loads((self.folder / "identity.json").read_text()))
         except FileNotFoundError as error:
             raise DeviceError(f"{self.folder} holds no device; enrol first: fedtune device enroll URL") from error
         except (ValueError, TypeError) as error:
@@ -112,26 +115,34 @@ class DeviceHome:
     def noted(self) -> dict[str, Any]:
         """The last note, if there is one that can be read."""
         try:
-            state: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+            state = json.loads((self.folder / "status.json").read_text())
         except (OSError, ValueError):
             return {}
-        return state
+        return state if isinstance(state, dict) else {}
 
     def hold(self, what: str, content: bytes) -> None:
         """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
-        write(self.folder / what, content)
+        write(self.folder / what, hashlib.sha256(content).digest() + content)
 
     def held(self, what: str) -> bytes | None:
-        """The order or the answer that was in hand when the last process ended."""
-        try:
-            return (self.folder / what).read_bytes()
-        except FileNotFoundError:
-            return None
+        """The order or the answer that was in hand when the last process ended; None when it is not whole any more.
 
-    def release(self) -> None:
-        """The order has been answered."""
-        for what in ("answer", "order"):  # an answer is never left behind for the next order
-            (self.folder / what).unlink(missing_ok=True)
+        A message that is not held is handed out again by the server, so a damaged file costs time and nothing else.
+        """
+        try:
+            kept = (self.folder / what).read_bytes()
+        except OSError:
+            return None
+        digest, content = kept[:_DIGEST], kept[_DIGEST:]
+        return content if hashlib.sha256(content).digest() == digest else None
+
+    def release(self) -> bool:
+        """Let go of the order in hand and of its answer; whether there was one."""
+        kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
+        found = any(path.exists() for path in kept)
+        for path in kept:
+            path.unlink(missing_ok=True)
+        return found
 
     def own(self, run: str) -> Path:
         """Where what the device keeps for itself in a run rests; a run's name comes from outside, hence the hash."""
@@ -140,3 +151,15 @@ class DeviceHome:
     def forget(self) -> None:
         """Be nobody again."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _identity(told: Any) -> Identity:
+    """An identity from its file; ValueError or TypeError when that is damaged."""
+    found = Identity(**told)
+    for value, kind in ((found.url, str), (found.name, str), (found.node, int), (found.ca, str)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}")
+    if not found.url.startswith("https://"):
+        raise ValueError(f"{found.url} is no https:// address")
+    ssl.PEM_cert_to_DER_cert(found.ca)
+    return found

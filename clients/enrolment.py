@@ -6,16 +6,22 @@ import json
 import re
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 
+import httpx
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from clients.device_home import DeviceHome, Identity
-from clients.server_calls import authority_of, enrol
+from clients.persistence import unreachable
+from clients.server_calls import NonsenseError, authority_of, enrol, server_time, trusting
 from fedtune.errors import DeviceError
+from fedtune.untrusted import clean_text
 
-__all__ = ["Token", "enrol_device"]
+__all__ = ["Token", "authority_ends", "ending", "enrol_device", "move_device"]
 
+_SOON_SECONDS = 180 * 86_400.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -54,6 +60,37 @@ def enrol_device(home: DeviceHome, url: str | None, token: Token, name: str | No
         home.forget()
         raise
     return identity
+
+
+def move_device(home: DeviceHome, url: str) -> Identity:
+    """Keep another address of the same server; DeviceError when it is another server or cannot be reached there."""
+    identity, where = home.identity(), url.rstrip("/")
+    if home.joined:
+        raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
+    if not where.startswith("https://"):
+        raise DeviceError(f"{url} is no https:// address; write e.g. https://192.168.1.20:8443")
+    try:
+        server_time(where, trusting(identity.ca))  # whoever answers holds a certificate of this device's own authority
+    except httpx.RequestError as error:
+        raise DeviceError(f"{where}: {unreachable(error)}") from error
+    except (httpx.HTTPStatusError, httpx.InvalidURL, NonsenseError) as error:
+        raise DeviceError(f"{where} is no fedtune server: {clean_text(error)}; check the address") from error
+    moved = replace(identity, url=where)
+    home.keep(moved)
+    return moved
+
+
+def authority_ends(identity: Identity) -> datetime:
+    """When the server's authority, and with it this enrolment, ends."""
+    return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
+
+
+def ending(identity: Identity, now: float) -> str:
+    """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
+    until = authority_ends(identity)
+    if until.timestamp() > now + _SOON_SECONDS:
+        return ""
+    return f"the server's authority ends on {until:%d %b %Y}; before that, leave and enrol again with a new token"
 
 
 def _own_name() -> str:

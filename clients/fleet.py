@@ -9,7 +9,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,8 +33,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.message import DecodeError
 
 from clients import records
+from clients.server_calls import NonsenseError
 from fedtune.answers import HELD
 
 __all__ = ["GRACE_SECONDS", "Fleet", "GoneError", "Task", "signed_headers"]
@@ -91,8 +93,23 @@ class _Holding:
         return call_next(context)
 
 
+class _Client(FleetHttpClient):
+    """Flower's, which raises a bare ValueError for an answer it cannot read."""
+
+    def _unary_unary(self, **call: Any) -> Any:
+        try:
+            return super()._unary_unary(**call)
+        except ValueError as error:
+            if isinstance(error.__cause__, DecodeError):
+                raise NonsenseError("the answer is no message of Flower's") from error
+            raise
+
+
 class Fleet:
-    """Calls of one registered node. Raises httpx's errors for what may pass, GoneError for what will not."""
+    """Calls of one registered node.
+
+    Raises httpx's errors for what may pass, NonsenseError for an answer that is none, GoneError for what will not pass.
+    """
 
     def __init__(
         self, address: str, ca: str, key: ec.EllipticCurvePrivateKey, node: int, now: Callable[[], float]
@@ -100,7 +117,7 @@ class Fleet:
         self._node = Node(node_id=node)
         self._holding = _Holding()
         interceptors: list[ProtobufClientInterceptor] = [_Signer(key, now), self._holding]
-        self._client = FleetHttpClient.from_server_address(address, False, ca.encode(), interceptors)
+        self._client = _Client.from_server_address(address, False, ca.encode(), interceptors)
 
     def beat(self) -> None:
         """Be online for the next ``GRACE_SECONDS``."""
@@ -113,7 +130,11 @@ class Fleet:
     def claim(self) -> bytes | None:
         """Take the next message, if there is one; the server hands it out until ``holds`` is called with it."""
         response = self._client.PullMessages(PullMessagesRequest(node=self._node))
-        return response.SerializeToString() if response.messages_list else None
+        if not response.messages_list:
+            return None
+        claim: bytes = response.SerializeToString()
+        _opened(claim)
+        return claim
 
     def holds(self, claim: bytes) -> None:
         """A message that was taken is on the disk."""
@@ -125,7 +146,8 @@ class Fleet:
         wanted = [one.object_id for one in iterate_object_tree(tree)]
         contents = {name: self._object(message.metadata.run_id, name) for name in dict.fromkeys(wanted)}
         whole = inflate_object_from_contents(tree.object_id, contents)
-        assert isinstance(whole, Message)
+        if not isinstance(whole, Message):
+            raise TypeError(f"the server sent a {type(whole).__name__} in place of a message")
         return Task(message.metadata, records.order(whole.content), records.state(whole.content))
 
     def _object(self, run: int, name: str) -> bytes:
@@ -181,8 +203,12 @@ class Fleet:
 
 
 def _opened(claim: bytes) -> tuple[Message, ObjectTree]:
-    response = PullMessagesResponse.FromString(claim)
-    return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+    """The message in a claim; NonsenseError when it is none, whatever Flower raises then."""
+    try:
+        response = PullMessagesResponse.FromString(claim)
+        return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+    except Exception as error:
+        raise NonsenseError("the message cannot be opened") from error
 
 
 def _wanted(call: Callable[[Request], Response], request: Request) -> Response:

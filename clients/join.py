@@ -8,24 +8,26 @@ from typing import Any
 from clients.clock import ServerClock
 from clients.device_home import DeviceHome
 from clients.device_profile import describe
+from clients.enrolment import ending
 from clients.fleet import Fleet, signed_headers
 from clients.keeper import Keeper
 from clients.node import Node
 from clients.server_calls import send_profile, server_time, trusting
 from fedtune.errors import DataError
 
-__all__ = ["check_source", "join"]
+__all__ = ["FILES", "check_source", "join"]
 
-_FILES = ("csv", "jsonl", "parquet", "folder")
+FILES = ("csv", "jsonl", "parquet", "folder")
+"""Sources that name a path."""
 _KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or part:NUMBER"
 
 
 def check_source(source: str) -> None:
     """DataError when ``--data`` cannot be what the trainer will read, long before it tries."""
     kind, _, name = source.partition(":")
-    if kind not in (*_FILES, "sample", "part") or not name:
+    if kind not in (*FILES, "sample", "part") or not name:
         raise DataError(f"--data is {source!r}; write {_KINDS}")
-    if kind in _FILES and not Path(name).expanduser().exists():
+    if kind in FILES and not Path(name).expanduser().exists():
         raise DataError(f"there is no {name}, which --data names; check the path")
     if kind == "part" and not name.isdecimal():
         raise DataError(f"--data is {source!r}; parts are numbered: part:0, part:1, ...")
@@ -45,6 +47,8 @@ def join(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[
     address = identity.url.removeprefix("https://")
     with home.claimed():
         fleet = Fleet(address, identity.ca, key, identity.node, clock.now)
+        if sentence := ending(identity, clock.now()):
+            say(sentence)
         try:
             Node(home, fleet, Keeper(source, budget, idle), clock, tell, say).run()
         finally:

@@ -20,6 +20,7 @@ from clients.fleet import Fleet, GoneError
 from clients.keeper import Keeper
 from clients.patience import pause
 from clients.persistence import RECOVERED, Persistence
+from clients.server_calls import NonsenseError
 from fedtune import answers
 from fedtune.errors import StoreError
 
@@ -49,6 +50,7 @@ class Node:
         self._until_done = Persistence(self._meet, clock.set).until_done
         self._tell, self._say = tell, say
         self._told: dict[str, Any] | None = None
+        self._noted: dict[str, Any] = {}
         self._last_order = 0.0
 
     def run(self) -> None:
@@ -64,13 +66,12 @@ class Node:
         finally:
             self._keeper.close()
             if self._home.held("order") is None:  # with one, being away for a moment must not look like leaving
-                with suppress(httpx.HTTPError):
+                with suppress(httpx.HTTPError, NonsenseError):
                     self._fleet.leave()
             self._note("stopped")
 
     def _work(self) -> None:
-        if (order := self._home.held("order")) is not None:
-            self._fleet.holds(order)
+        if (order := self._order_in_hand()) is not None:
             self._carry_out(order)
         while True:
             self._note("online")
@@ -80,6 +81,17 @@ class Node:
             else:
                 self._keeper.rest()
                 time.sleep(pause(time.monotonic() - self._last_order))
+
+    def _order_in_hand(self) -> bytes | None:
+        """The order that a process before this one did not finish; what is damaged of it is dropped."""
+        order = self._home.held("order")
+        if order is not None:
+            with suppress(NonsenseError):
+                self._fleet.holds(order)
+                return order
+        if self._home.release():
+            self._say("the order in hand was damaged and is dropped; the server hands it out again")
+        return None
 
     def _newest(self, order: bytes) -> bytes:
         """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
@@ -112,7 +124,7 @@ class Node:
         started = time.monotonic()
         try:
             task = self._until_done(partial(self._fleet.fetch, order))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             return Frame({"kind": "failed", "reason": f"the order cannot be read ({error!r}); update the device"})
         self._note("training", round=task.order["round"])
         answer = self._keeper.ask(Frame(dict(task.order), task.payload))
@@ -152,8 +164,13 @@ class Node:
             self._say(f"{error}; going on without")
 
     def _note(self, state: str, **more: Any) -> None:
+        """What this device does now, on its disk when that is new: nobody needs to be told again and again."""
+        note = {"state": state, "trainer": self._keeper.pid, **more}
+        if note == self._noted:
+            return
         with suppress(OSError):
-            self._home.note({"state": state, "trainer": self._keeper.pid, **more})
+            self._home.note(note)
+            self._noted = note
 
     def _meet(self, trouble: str) -> None:
         """A trouble, or its end."""
@@ -174,5 +191,5 @@ class Node:
 
     def _beat(self, over: threading.Event) -> None:
         while not over.wait(_BEAT_SECONDS):
-            with suppress(httpx.HTTPError, ValueError):
+            with suppress(httpx.HTTPError, NonsenseError):
                 self._fleet.beat()

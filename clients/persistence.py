@@ -1,5 +1,6 @@
 """Calls that are made until they succeed: whatever happens to the server or the line, a device tries again."""
 
+import ssl
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,8 +8,10 @@ from typing import TypeVar
 import httpx
 
 from clients.patience import Backoff
+from clients.server_calls import NonsenseError
+from fedtune.untrusted import clean_text
 
-__all__ = ["RECOVERED", "Persistence"]
+__all__ = ["RECOVERED", "Persistence", "unreachable"]
 
 Result = TypeVar("Result")
 RECOVERED = "the server answers again"
@@ -32,8 +35,10 @@ class Persistence:
                 self._have(_refusal(error.response))
                 if error.response.status_code == _STRANGER:
                     self._try_clock()
-            except (httpx.TransportError, ValueError):  # ValueError: what came back is not what the protocol says
-                self._have("the server cannot be reached")
+            except httpx.RequestError as error:
+                self._have(unreachable(error))
+            except NonsenseError:
+                self._have("the server answers something else than fedtune; check its address and both versions")
             else:
                 self._be_rid()
                 return result
@@ -42,7 +47,7 @@ class Persistence:
     def _try_clock(self) -> None:
         try:
             self._reset_clock()
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, NonsenseError):
             return
 
     def _have(self, trouble: str) -> None:
@@ -56,9 +61,22 @@ class Persistence:
         self.trouble = ""
 
 
+def unreachable(error: BaseException) -> str:
+    """Why there is no connection, where trying again will not help by itself: a certificate that does not hold."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return "the server cannot be reached"
+    return (
+        f"the server's certificate does not hold ({clean_text(cause.verify_message, 120)}); on the server: fedtune "
+        "server init --name NAME, then fedtune server up again"
+    )
+
+
 def _refusal(response: httpx.Response) -> str:
     if response.status_code == _STRANGER:
         return "the server does not know this device: it was removed, or another server is there now"
     if response.is_server_error:
         return f"the server has trouble of its own (HTTP {response.status_code})"
-    return f"the server refuses (HTTP {response.status_code}): {response.text[:200]}"
+    return f"the server refuses (HTTP {response.status_code}): {clean_text(response.text)}"

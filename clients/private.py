@@ -34,4 +34,5 @@ def private(
 
 def withheld(report: Report) -> Report:
     """What a client with noise of its own says beside it: what its work cost, but neither its examples nor its loss."""
-    return replace(report, examples=1, loss=0.0, own_predictions=0, own_loss=0.0, own_accuracy=0.0)
+    bare = replace(report, own_predictions=0, own_loss=0.0, own_accuracy=0.0, own_more=(), own_after=())
+    return replace(bare, examples=1, loss=0.0)

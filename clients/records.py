@@ -1,10 +1,11 @@
 """What an order and an answer look like inside Flower's messages; light: a device's own process imports it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-__all__ = ["answer", "order", "state"]
+__all__ = ["answer", "order", "state", "state_file"]
 
 
 def order(content: RecordDict) -> dict[str, str | int]:
@@ -17,7 +18,16 @@ def state(content: RecordDict) -> bytes:
     return content.array_records["state"]["safetensors"].data
 
 
-def answer(deltas: bytes, report: Mapping[str, float]) -> RecordDict:
-    """Deltas, as safetensors, and a report."""
+def state_file(content: RecordDict) -> Path | None:
+    """Where a simulation's server left the shared state on the disk that both use; a device never looks."""
+    record = content.config_records.get("state_file")
+    return None if record is None else Path(str(record["path"]))
+
+
+def answer(deltas: bytes, report: Mapping[str, float | Sequence[float]]) -> RecordDict:
+    """Deltas, as safetensors, and a report, of numbers and of lists of real ones."""
+    fields: dict[str, int | float | list[int] | list[float]] = {
+        name: list(figure) if isinstance(figure, Sequence) else figure for name, figure in report.items()
+    }
     array = Array(dtype="uint8", shape=(len(deltas),), stype="safetensors", data=deltas)
-    return RecordDict({"delta": ArrayRecord({"safetensors": array}), "report": MetricRecord(dict(report))})
+    return RecordDict({"delta": ArrayRecord({"safetensors": array}), "report": MetricRecord(fields)})

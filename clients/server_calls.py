@@ -8,9 +8,15 @@ import httpx
 
 from fedtune.errors import DeviceError
 
-__all__ = ["authority_of", "enrol", "send_profile", "server_time", "trusting"]
+__all__ = ["NonsenseError", "authority_of", "enrol", "send_profile", "server_time", "trusting"]
 
 _SECONDS = 20.0
+_LAST_SECOND = 253_402_300_799.0
+"""The last second of the year 9999, beyond which a time is no date."""
+
+
+class NonsenseError(Exception):
+    """A server's answer is not what the protocol says: another program answers, or another version."""
 
 
 def trusting(ca: str) -> ssl.SSLContext:
@@ -35,9 +41,15 @@ def enrol(url: str, ca: str, request: Mapping[str, str]) -> dict[str, Any]:
 
 
 def server_time(url: str, context: ssl.SSLContext) -> float:
-    """Seconds since 1970 on the server; httpx's errors when it cannot be reached."""
-    response = httpx.get(f"{url}/fedtune/time", verify=context, timeout=_SECONDS)
-    return float(response.raise_for_status().json()["unix"])
+    """Seconds since 1970 on the server; httpx's errors when it cannot be reached, NonsenseError for no time."""
+    response = httpx.get(f"{url}/fedtune/time", verify=context, timeout=_SECONDS).raise_for_status()
+    try:
+        unix = float(response.json()["unix"])
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise NonsenseError(f"{url} does not tell the time") from error
+    if not 0.0 <= unix <= _LAST_SECOND:
+        raise NonsenseError(f"{url} tells a time that is no date")
+    return unix
 
 
 def send_profile(url: str, context: ssl.SSLContext, headers: Mapping[str, str], profile: Mapping[str, Any]) -> None:

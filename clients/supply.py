@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from fedtune import data
@@ -52,7 +51,7 @@ def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
     return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.labels, rows)}
 
 
-def _counts(train: Dataset, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
+def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
     if not labels:
         return {}
     counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
@@ -68,11 +67,12 @@ def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[Workshop, Rows]:
-    """All examples of the source train: columns are called as in the recipe, which says no more about them."""
-    columns = recipe.data.columns.model_dump(include={"text", "image", "label"})
-    chosen = Data(source=source, columns=Columns.model_validate(columns))
+    """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
+    columns = recipe.data.columns.model_dump(include={"text", "image", "label", "split"})
+    skip = recipe.data.skip_unreadable
+    chosen = Data(source=source, columns=Columns.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})
-    examples = data.everything(recipe, labels)
+    examples = data.training(recipe, labels)
     nothing = examples.select([])
     corpus = data.Corpus(examples, nothing, nothing, labels)
     model, techniques, shared = build_model(recipe, labels)

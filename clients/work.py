@@ -1,29 +1,39 @@
 """One client's round as a function of what it is sent: in a simulation and on a device alike."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clients import own_tensors
 from clients.private import private, withheld
-from fedtune.contribution import Order, Report, pack, unpack
+from fedtune.contribution import Order, OwnScore, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
+from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, shapes, train
 
 __all__ = ["work"]
 
 
 def work(
-    order: Order, payload: bytes, shop: Workshop, rows: NDArray[np.int64], folder: Path, micro: int | None = None
+    order: Order,
+    payload: bytes | Path,
+    shop: Workshop,
+    rows: NDArray[np.int64],
+    folder: Path,
+    micro: int | None = None,
 ) -> tuple[bytes, Report]:
     """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
+
+    A payload that is a file is read tensor by tensor, so that no copy of the state is held.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time.
     """
     part = shop.of(order.client)
-    state = from_wire(unpack(payload), shapes(part.model))
+    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
+    state = from_wire(sent, shapes(part.model))
     own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
     outcome = train(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
@@ -31,9 +41,17 @@ def work(
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
     cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
-    report = Report(*cost, *outcome.own_score, micro_batch=micro or 0)
+    report = Report(*cost, micro_batch=micro or 0, **_told(outcome.own_score, outcome.trained_score))
     deltas, privacy = compact(outcome.delta, masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extras}), report
     sent = private(deltas, outcome.extras, privacy, order, folder)
     return pack(sent), withheld(report) if privacy.where == "client" else report
+
+
+def _told(before: OwnScore, after: OwnScore) -> dict[str, Any]:
+    """Fields of a report; with nothing held out there is nothing to tell."""
+    if not before.predictions:
+        return {}
+    first = {"own_predictions": before.predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
+    return {**first, "own_more": list(before.more), "own_after": [after.loss, after.accuracy, *after.more]}

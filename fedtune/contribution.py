@@ -1,7 +1,7 @@
 """What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,8 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ContributionError
+from fedtune.packing import pack
 
-__all__ = ["Contribution", "Form", "Order", "OwnScore", "Pair", "Report", "Sent", "check", "pack", "pieces", "unpack"]
+__all__ = [
+    "Contribution",
+    "Form",
+    "Order",
+    "OwnScore",
+    "Pair",
+    "Report",
+    "Sent",
+    "check",
+    "pack",
+    "pieces",
+    "unpack",
+]
 
 Shape = tuple[int, ...]
 _PIECE = 1 << 18
@@ -65,11 +78,15 @@ class Order:
 
 
 class OwnScore(NamedTuple):
-    """A model on what a client held out: predictions, mean loss and accuracy; zeros when it held out nothing."""
+    """A model on what a client held out: predictions, mean loss and accuracy; zeros when it held out nothing.
+
+    ``more`` are the recipe's further metrics in its order.
+    """
 
     predictions: int = 0
     loss: float = 0.0
     accuracy: float = 0.0
+    more: tuple[float, ...] = ()
 
 
 _NOTHING_HELD_OUT = OwnScore()
@@ -80,7 +97,9 @@ class Report:
     """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
 
     Three are the score of the model it received on what it held out. ``micro_batch`` is the most examples that went
-    through the model at a time where its memory could not hold the whole batch; 0 where it could.
+    through the model at a time where its memory could not hold the whole batch; 0 where it could. ``own_more`` are the
+    recipe's further metrics of that score; ``own_after`` is loss, accuracy and these of the model it trained, on the
+    same examples; both are empty where nothing was held out.
     """
 
     examples: int
@@ -92,11 +111,21 @@ class Report:
     own_loss: float = 0.0
     own_accuracy: float = 0.0
     micro_batch: int = 0
+    own_more: Sequence[float] = ()
+    own_after: Sequence[float] = ()
+
+    @property
+    def trained(self) -> OwnScore:
+        """The score of the model as the client trained it."""
+        if not self.own_after:
+            return OwnScore()
+        loss, accuracy, *more = self.own_after
+        return OwnScore(self.own_predictions, loss, accuracy, tuple(more))
 
     @property
     def own(self) -> OwnScore:
         """The three as one."""
-        return OwnScore(self.own_predictions, self.own_loss, self.own_accuracy)
+        return OwnScore(self.own_predictions, self.own_loss, self.own_accuracy, tuple(self.own_more))
 
 
 @dataclass(frozen=True)
@@ -107,6 +136,7 @@ class Contribution:
     examples: int
     path: Path
     own: OwnScore = _NOTHING_HELD_OUT
+    trained: OwnScore = _NOTHING_HELD_OUT
     scale: float = 1.0
 
     def names(self) -> set[str]:
@@ -141,11 +171,6 @@ def _rows(file: Any, name: str, start: int, stop: int) -> Tensor:
     piece = file.get_slice(name)
     rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
     return rows
-
-
-def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as one safetensors payload; every precision, bfloat16 too, keeps its bits."""
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def unpack(payload: bytes) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedtune.section import Section
 
-__all__ = ["Columns", "Data", "Dirichlet", "Iid", "Natural", "Parts", "Shards", "Size", "Split"]
+__all__ = ["Columns", "Data", "Dirichlet", "EqualDirichlet", "Iid", "Natural", "Parts", "Shards", "Size", "Split"]
 
 
 class Columns(Section):
@@ -17,6 +17,9 @@ class Columns(Section):
     label: str = "label"
     group: str | None = Field(None, description="examples that share it are never split apart")
     domain: str | None = Field(None, description="results are also reported per value of it")
+    split: str | Literal[False] | None = Field(
+        None, description="says train, validation or test of each row; by default one called split; false: nothing does"
+    )
 
 
 class Parts(Section):
@@ -39,9 +42,21 @@ class Iid(Section):
 
 
 class Dirichlet(Section):
-    """Each client draws its own label proportions from Dirichlet(alpha); small alpha, skewed clients."""
+    """Each class is shared out over the clients in proportions drawn from Dirichlet(alpha): labels and sizes differ.
+
+    As Flower, NIID-Bench (arXiv 2102.02079) and PFLlib draw it; drawn again until no client falls short.
+    """
 
     kind: Literal["dirichlet"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    min_examples: int = Field(1, ge=1)
+    balance: bool = Field(True, description="who has an even share of all examples gets none of the next class")
+
+
+class EqualDirichlet(Section):
+    """Each client draws label proportions of its own from Dirichlet(alpha), and all get equally many examples."""
+
+    kind: Literal["equal-dirichlet"] = "equal-dirichlet"
     alpha: float = Field(0.5, gt=0)
     min_examples: int = Field(1, ge=1)
 
@@ -67,14 +82,28 @@ class Shards(Section):
     per_client: int = Field(2, ge=1)
 
 
-Split = Annotated[Iid | Dirichlet | Natural | Size | Shards, Field(discriminator="kind")]
+Split = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
 
 
 class Data(Section):
     """Where the examples come from and how they are split over clients."""
 
-    source: str = Field(description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH or sample:NAME")
+    source: str = Field(
+        description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
+    )
     columns: Columns = Columns()
     parts: Parts = Parts()
     split: Split = Iid()
     limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
+    encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")
+    skip_unreadable: bool = Field(False, description="leave out pictures that cannot be read, and say how many")
+
+    @field_validator("encoding")
+    @classmethod
+    def _of_text(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except (LookupError, UnicodeError) as error:
+            raise ValueError(f"{value!r} is no encoding of text; write e.g. cp1252") from error
+        return value

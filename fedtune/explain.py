@@ -9,6 +9,9 @@ from pydantic_core import ErrorDetails
 
 __all__ = ["Location", "explain", "nearest"]
 
+_LONGEST = 200
+"""Characters that a message shows of a value."""
+
 Location = tuple[str | int, ...]
 """Keys and list positions from the root to a setting."""
 
@@ -63,7 +66,14 @@ def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "it should be a mapping of keys to values"
     subject, should, rule = message.partition(" should ")
-    return f"{key} is {detail['input']!r}, but must {rule}" if should else f"{key} is {detail['input']!r}: {subject}"
+    found = _short(detail["input"])
+    return f"{key} is {found}, but must {rule}" if should else f"{key} is {found}: {subject}"
+
+
+def _short(value: Any) -> str:
+    """A value as it is written in Python; a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

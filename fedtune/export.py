@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
+from fedtune.models.preprocessor import save as save_preprocessor
 from fedtune.models.sources import resolve
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
 from fedtune.training import build_model, load_state
 
-__all__ = ["Format", "export", "remark"]
+__all__ = ["Format", "export", "remark", "write"]
 
 Format = Literal["adapter", "full"]
 
@@ -31,19 +32,28 @@ def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Form
     ``card`` becomes the folder's README, with the remark below it. Raises ModelError when an adapter is asked for that
     PEFT cannot carry, and StoreError when the folder exists already.
     """
-    labels = data.load(recipe).labels
+    return write(
+        recipe, data.load(recipe, models.class_names(recipe.model, recipe.task)).labels, state, folder, form, card
+    )
+
+
+def write(
+    recipe: Recipe, labels: Sequence[str], state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str
+) -> Format:
+    """What ``export`` does, for a model whose class names are known."""
     model, chosen, _ = build_model(recipe, labels)
     load_state(model, state)
-    adapter = _adapter(model, chosen, recipe) if form != "full" else None
-    if form == "adapter" and adapter is None:
+    carried = _carried(model, chosen, recipe, state) if form != "full" else None
+    if form == "adapter" and carried is None:
         raise ModelError(f"{_joined(chosen)} trains what no PEFT adapter can carry; export with --format full")
     with _new_folder(folder) as beside:
-        if adapter is not None:
-            _save_adapter(adapter, state, beside)
+        if carried is not None:
+            _save_adapter(*carried, model, recipe, beside)
         else:
             _save_full(model, chosen, recipe, labels, beside)
-        (beside / "README.md").write_text(card + remark(recipe), encoding="utf-8")
-    return "full" if adapter is None else "adapter"
+        said = card + remark(recipe) + ("" if carried is None else _adapter_remark(recipe, labels))
+        (beside / "README.md").write_text(said, encoding="utf-8")
+    return "full" if carried is None else "adapter"
 
 
 def remark(recipe: Recipe) -> str:
@@ -53,31 +63,75 @@ def remark(recipe: Recipe) -> str:
     return ""
 
 
-def _adapter(model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe) -> PeftConfig | None:
-    """The adapter's configuration if it holds all that is trained, and plain transformers can load the base."""
+def _carried(
+    model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, state: Mapping[str, Tensor]
+) -> tuple[PeftConfig, dict[str, Tensor]] | None:
+    """An adapter's configuration and tensors, if they hold all that the base has not, and plain transformers loads it.
+
+    What was drawn for want of weights, such as a pooler, goes with the adapter: nobody else would draw the same.
+    """
     trains = [technique for technique in chosen if technique.trains]
     kept = all(technique.keeps_base() for technique in chosen)
     carried = len(trains) == 1 and kept and isinstance(model, PreTrainedModel)
     adapter = trains[0].adapter(model, recipe.task) if carried else None
-    if adapter is not None:
-        adapter.base_model_name_or_path = resolve(recipe.model.source)
-    return adapter
+    if adapter is None:
+        return None
+    drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])
+    if drawn is None:
+        return None
+    whole = sorted({name.rpartition(".")[0] for name in drawn})
+    inside = tuple(f"{name}." for name in whole)
+    adapter.target_modules = {name for name in adapter.target_modules if name not in whole}
+    adapter.modules_to_save = sorted([*(adapter.modules_to_save or []), *whole]) or None
+    adapter.base_model_name_or_path = resolve(recipe.model.source)
+    return adapter, {**{name: tensor for name, tensor in state.items() if not name.startswith(inside)}, **drawn}
 
 
-def _save_adapter(adapter: PeftConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+def _save_adapter(
+    adapter: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module, recipe: Recipe, folder: Path
+) -> None:
     adapter.save_pretrained(folder)
-    tensors = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
+    if recipe.task != "causal-language-modelling":
+        models.save_config(model, folder)
+        _save_reader(recipe, folder)
+
+
+def _adapter_remark(recipe: Recipe, labels: Sequence[str]) -> str:
+    """How a classifier's adapter is loaded: class names and padding id are those of the configuration beside it."""
+    if not labels:
+        return ""
+    kind = "AutoModelForImageClassification" if recipe.task == "image-classification" else _TEXT_CLASS
+    return (
+        f"\nClasses: {', '.join(labels)}. Load the base with the configuration in this folder, then the adapter:\n\n"
+        "```python\n"
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {kind}\n\n"
+        'config = AutoConfig.from_pretrained("THIS FOLDER")\n'
+        f'base = {kind}.from_pretrained("{resolve(recipe.model.source)}", config=config)\n'
+        'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n'
+        "```\n"
+    )
+
+
+_TEXT_CLASS = "AutoModelForSequenceClassification"
 
 
 def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
-    for technique in chosen:
-        technique.fold(model)
+    techniques.fold(chosen, model)
     models.save(model, labels, folder)
-    if recipe.task != "image-classification":
-        models.tokenizer(recipe.model).save_pretrained(folder)
+    _save_reader(recipe, folder)
+
+
+def _save_reader(recipe: Recipe, folder: Path) -> None:
+    """What turns texts or pictures into the model's inputs, as the recipe has it."""
+    reader = models.reader(recipe)
+    if recipe.task == "image-classification":
+        save_preprocessor(reader, folder)
+    else:
+        reader.save_pretrained(folder)
 
 
 def _joined(chosen: tuple[Technique, ...]) -> str:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache", "home", "runs", "store_url"]
+__all__ = ["cache", "home", "runs"]
 
 
 def home() -> Path:
@@ -13,14 +13,10 @@ def home() -> Path:
 
 def cache() -> Path:
     """Fetched models and data, addressed by the SHA-256 of what they were made from."""
-    return Path(os.environ["FEDTUNE_CACHE"]).absolute() if "FEDTUNE_CACHE" in os.environ else home() / "cache"
+    given = os.environ.get("FEDTUNE_CACHE")
+    return home() / "cache" if given is None else Path(given).expanduser().absolute()
 
 
 def runs() -> Path:
     """One folder per run: its checkpoints, its picture and the contributions of the round in flight."""
     return home() / "runs"
-
-
-def store_url() -> str:
-    """The SQLAlchemy URL of the default store."""
-    return os.environ.get("FEDTUNE_STORE", f"sqlite:///{home() / 'store.sqlite'}")

@@ -5,22 +5,28 @@ from typing import Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_serializer, model_validator
 
-from fedtune.examples import Columns, Data, Dirichlet, Iid, Natural, Parts, Shards, Size, Split
+from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
 from fedtune.federation import Federation, Late, Select, Tag
+from fedtune.keeping import Checkpoints, Keep
+from fedtune.pictures import Preprocessor
 from fedtune.section import Section
 
 __all__ = [
+    "Checkpoints",
     "Columns",
     "Data",
     "DeviceClass",
     "Dirichlet",
+    "EqualDirichlet",
     "Evaluation",
     "Federation",
     "Iid",
+    "Keep",
     "Late",
     "Model",
     "Natural",
     "Parts",
+    "Preprocessor",
     "Privacy",
     "Recipe",
     "Section",
@@ -67,8 +73,9 @@ def split_joined(value: Any) -> Any:
 class Model(Section):
     """The pretrained model everything is a delta to."""
 
-    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE or sample:NAME")
+    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
     dtype: Dtype = "float32"
+    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
 
 
 _OWN = ("techniques", "batch", "dtype")
@@ -116,11 +123,15 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of all steps")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd; it begins at nothing in every round")
+    nesterov: bool = Field(False, description="sgd with Nesterov's momentum")
+    clip: float | None = Field(
+        1.0, gt=0, description="largest gradient norm; not with sgd, where nothing is clipped unless this is given"
+    )
     batch: int = Field(16, ge=1)
     length: int = Field(128, ge=2, description="tokens a text is cut to")
     by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
-    image: int = Field(96, ge=8, description="side in pixels an image is scaled to")
+    image: int | None = Field(None, ge=8, description="side in pixels an image is scaled to; by default the model's")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
@@ -129,6 +140,20 @@ class Train(Section):
     @classmethod
     def _split_joined_techniques(cls, value: Any) -> Any:
         return split_joined(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
+        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "clip" not in value
+        return {**value, "clip": None} if plain else value
+
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> Self:
+        if self.optimiser != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are settings of sgd, but optimiser is {self.optimiser}; drop them")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum, e.g. momentum: 0.9")
+        return self
 
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:
@@ -141,8 +166,12 @@ class Evaluation(Section):
     """Validation after every so many rounds; the test part is scored once, at the end."""
 
     every: int = Field(1, ge=1)
+    examples: int | None = Field(
+        None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
+    )
     batch: int = Field(64, ge=1)
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
+    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
 
 
 class Privacy(Section):
@@ -166,6 +195,7 @@ class Recipe(Section):
     federation: Federation
     merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
     privacy: Privacy | None = None
     seed: int = Field(0, ge=0)
 

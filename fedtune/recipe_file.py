@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedtune.errors import RecipeError
 from fedtune.explain import Location, explain
 from fedtune.recipe import Recipe
+from fedtune.yaml_text import YamlError, load, load_with_lines
 
 __all__ = ["override", "parse", "read", "settled", "text_of"]
 
@@ -38,10 +38,9 @@ def text_of(path: Path, what: str) -> str:
 def settled(kind: type[Settings], text: str, origin: str, what: str, overrides: Sequence[str] = ()) -> Settings:
     """A YAML text as settings, with overrides applied; RecipeError names ``origin``, line and key."""
     try:
-        value = yaml.safe_load(text)
-        numbers = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except _NOT_YAML as error:
-        raise RecipeError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+        value, numbers = load_with_lines(text)
+    except YamlError as error:
+        raise RecipeError(f"{origin} {error}") from error
     if not isinstance(value, dict):
         shown = ", ".join(list(kind.model_fields)[:4])
         raise RecipeError(f"{origin} holds no {what}: it must be a mapping with keys such as {shown}")
@@ -50,9 +49,6 @@ def settled(kind: type[Settings], text: str, origin: str, what: str, overrides: 
         return kind.model_validate(value)
     except ValidationError as error:
         raise RecipeError(explain(error, kind, origin, numbers, overridden)) from error
-
-
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # also a date that is none, an alias inside itself
 
 
 def _reason(error: Exception) -> str:
@@ -66,9 +62,9 @@ def override(value: dict[str, Any], item: str) -> Location:
     if not equals or not all(path):
         raise RecipeError(f"--set {item}: write it as key.key=value, e.g. train.lr=1e-3")
     try:
-        setting = yaml.safe_load(text)
-    except _NOT_YAML as error:
-        raise RecipeError(f"--set {item}: the value is not YAML") from error
+        setting = load(text)
+    except YamlError as error:
+        raise RecipeError(f"--set {item}: the value {error}") from error
     here: Any = value
     for position, key in enumerate(path[:-1]):
         here = here.setdefault(key, {}) if isinstance(here, dict) else None
@@ -76,18 +72,3 @@ def override(value: dict[str, Any], item: str) -> Location:
             raise RecipeError(f"--set {item}: {'.'.join(path[: position + 1])} has no keys below it")
     here[path[-1]] = setting
     return path
-
-
-def _lines(node: yaml.Node | None, at: Location = ()) -> dict[Location, int]:
-    """Line of every key and list item of a YAML document, counted from 1."""
-    if isinstance(node, yaml.MappingNode):
-        pairs = [(key.value, key, child) for key, child in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        pairs = [(index, child, child) for index, child in enumerate(node.value)]
-    else:
-        return {}
-    found: dict[Location, int] = {}
-    for key, marked, child in pairs:
-        found[(*at, key)] = marked.start_mark.line + 1
-        found |= _lines(child, (*at, key))
-    return found

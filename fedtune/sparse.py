@@ -20,8 +20,8 @@ Tensors = Mapping[str, Tensor]
 
 def masks(state: Tensors) -> dict[str, Tensor]:
     """The mask of each masked weight, by the weight's name."""
-    named = {_sibling(name, _WEIGHT): mask for name, mask in state.items() if name.rpartition(".")[2] == _MASK}
-    return {name: mask for name, mask in named.items() if name in state}
+    named = {_sibling(name, _WEIGHT): name for name in state if name.rpartition(".")[2] == _MASK}
+    return {weight: state[mask] for weight, mask in named.items() if weight in state}
 
 
 def mask_name(weight: str) -> str:
@@ -50,19 +50,28 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return dense
 
 
-def to_wire(state: Tensors) -> dict[str, Tensor]:
-    """Active values, and each mask as one bit per weight, deflated where that is shorter."""
+def to_wire(state: Tensors) -> Tensors:
+    """Active values, and each mask as one bit per weight, deflated where that is shorter; the rest as it is."""
     found = masks(state)
+    if not found:
+        return state
     bits = {mask_name(name): _packed(mask) for name, mask in found.items()}
     return {**compact(state, found), **bits}
 
 
-def from_wire(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def from_wire(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """The state ``to_wire`` was given; ``shapes`` are those of its masked weights, at least.
 
-    Raises ContributionError when a mask does not fit its weight.
+    Raises ContributionError when a mask does not fit its weight, or belongs to none.
     """
-    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in masks(tensors).items()}
+    packed = masks(tensors)
+    if unknown := sorted(packed.keys() - shapes.keys()):
+        raise ContributionError(
+            f"there is a mask of {unknown[0]}, which is no weight of this model; send its own state"
+        )
+    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in packed.items()}
+    if not found:
+        return tensors
     for name, mask in found.items():
         if int(mask.sum()) != tensors[name].numel():
             raise ContributionError(f"{name} has {tensors[name].numel()} values, its mask {int(mask.sum())}; resend it")

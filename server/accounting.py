@@ -13,9 +13,9 @@ from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyCon
 
 from fedtune.errors import RecipeError
 from fedtune.recipe import Privacy, Recipe
-from fedtune.tracking import ContributionRecord, MetricRecord, Store
+from fedtune.tracking import ContributionRecord, MetricRecord, RoundRecord
 
-__all__ = ["Asked", "epsilon", "releases", "require_accountant", "spent"]
+__all__ = ["Asked", "Spending", "charged", "epsilon", "require_accountant"]
 
 
 Asked = tuple[str, Sequence[ContributionRecord]]
@@ -28,24 +28,37 @@ def require_accountant(recipe: Recipe) -> None:
         raise RecipeError("privacy: its accountant is not installed; pip install 'fedtune[privacy]', or drop privacy")
 
 
-def spent(recipe: Recipe, store: Store, run: str, asked: Asked) -> tuple[MetricRecord, ...]:
-    """Epsilon after the rounds a run has committed and one that it is about to; nothing without privacy."""
-    if recipe.privacy is None:
-        return ()
-    rounds = [(record.status, record.contributions) for record in store.rounds(run)]
-    value = epsilon(recipe, releases(recipe.privacy, [*rounds, asked]))
-    return (MetricRecord(part="privacy", domain="all", name="epsilon", value=value),)
+class Spending:
+    """What a run has told of its clients, round after round; ``done`` are the rounds it has committed."""
+
+    def __init__(self, recipe: Recipe, done: Iterable[RoundRecord]) -> None:
+        self._recipe = recipe
+        self._charged: Counter[int] = Counter()
+        for record in done:
+            self._charge((record.status, record.contributions))
+
+    def after(self, asked: Asked) -> tuple[MetricRecord, ...]:
+        """Epsilon with one more round, which is about to be committed; nothing without privacy."""
+        if self._recipe.privacy is None:
+            return ()
+        self._charge(asked)
+        value = epsilon(self._recipe, max(self._charged.values(), default=0))
+        return (MetricRecord(part="privacy", domain="all", name="epsilon", value=value),)
+
+    def _charge(self, asked: Asked) -> None:
+        if self._recipe.privacy is not None:
+            self._charged.update(charged(self._recipe.privacy, asked))
 
 
-def releases(privacy: Privacy, rounds: Iterable[Asked]) -> int:
-    """Of how many releases the most charged client is part.
+def charged(privacy: Privacy, asked: Asked) -> Counter[int]:
+    """The clients that one round charges with a release.
 
     With the server's noise a round releases its new weights, and a failed one nothing. With the clients' own, what was
     sent is out, whatever became of the round, and of clients that fell silent it must be assumed; only those that
     declined before they trained are not charged.
     """
-    charged = Counter(one.client for status, asked in rounds for one in asked if _out(privacy, status, one))
-    return max(charged.values(), default=0)
+    status, contributions = asked
+    return Counter(one.client for one in contributions if _out(privacy, status, one))
 
 
 def _out(privacy: Privacy, status: str, sent: ContributionRecord) -> bool:

@@ -1,6 +1,7 @@
 """The Flower ServerApp: opens the run a context names and carries it to its end."""
 
 import os
+from contextlib import nullcontext
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -9,6 +10,7 @@ from fedtune.errors import FedtuneError, StoreError
 from fedtune.tracking import Store, claim
 from fedtune.training import discard, workshop
 from server.lifeline import end_with_keeper
+from server.logs import recorded
 from server.rounds import coordinate
 
 __all__ = ["app"]
@@ -23,13 +25,17 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     end_with_keeper()
     with claim(config["run"]), Store.open(config["store"]) as store:
-        carry(grid, store, config["run"])
+        deployed = bool(store.access.seats(config["run"]))  # a simulation's process has a terminal of its own
+        with recorded(config["run"]) if deployed else nullcontext():
+            carry(grid, store, config["run"])
 
 
 def carry(grid: Grid, store: Store, run: str) -> None:
     """Coordinate a run and record how it ended."""
     try:
-        coordinate(grid, workshop(store.run(run).recipe), store, run)
+        shop = workshop(store.run(run).recipe)
+        store.record_recipe(run, shop.recipe.model_dump_json())
+        coordinate(grid, shop, store, run)
     except KeyboardInterrupt:
         store.finish(run, "interrupted", "stopped by the user")
         raise

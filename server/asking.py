@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
 from server.exchange import replies
-from server.selection import sample
+from server.selection import asked_per_round, sample
 
 __all__ = ["DROPPED_OUT", "NOT_NEEDED", "NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
 
@@ -23,6 +23,10 @@ Send = Callable[[Sequence[int], int], Mapping[int, Message]]
 
 class Asking(ABC):
     """One round after the other: ``begin``, then ``replies`` to their end, then ``silent``."""
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Ask nobody but these clients from now on; what ``moved`` ones were asked is lost. Called between rounds."""
+        return
 
     @abstractmethod
     def begin(self, number: int) -> int:
@@ -57,13 +61,19 @@ class Together(Asking):
         self, grid: Grid, recipe: Recipe, among: Sequence[int], poll: float, last: Callable[[], Mapping[int, int]]
     ) -> None:
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
+        self._count = asked_per_round(recipe, among)
         self._number, self._enough = 0, False
         self._clients: list[int] = []
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Sample among these; as many as before, as far as there are as many."""
+        self._among = clients
 
     def begin(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
-        self._number, self._clients = number, sample(self._recipe, number, self._among, last)
+        count = min(self._count, len(self._among))
+        self._number, self._clients = number, sample(self._recipe, number, self._among, last, count)
         return len(self._clients)
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:

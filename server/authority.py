@@ -13,10 +13,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import ServerError
 
-__all__ = ["authority", "certificate", "covers", "fingerprint", "new_key"]
+__all__ = ["authority", "certificate", "covers", "ends", "ends_soon", "fingerprint", "new_key"]
 
 _ALWAYS = ("localhost", "127.0.0.1", "::1")
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 397
+_SOON = timedelta(days=180)
 _BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
 """A device whose clock is behind must find the certificate valid, or it could never ask the server for the time."""
 
@@ -44,7 +45,7 @@ def certificate(authority_key: bytes, authority_certificate: bytes, key: bytes, 
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune server")])
     alternatives = x509.SubjectAlternativeName([_general(name) for name in dict.fromkeys([*names, *_ALWAYS])])
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-    builder = _builder(subject, issuer.subject, private.public_key(), _SERVER_DAYS)
+    builder = _builder(subject, issuer.subject, private.public_key(), _SERVER_DAYS, issuer.not_valid_after_utc)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(alternatives, critical=False).add_extension(usage, critical=False)
     return _signed(builder, _private(authority_key))
@@ -55,6 +56,17 @@ def covers(pem: bytes, names: Iterable[str], until: datetime) -> bool:
     found = x509.load_pem_x509_certificate(pem)
     known = set(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     return known >= {_general(name) for name in names} and found.not_valid_after_utc > until
+
+
+def ends(pem: bytes) -> datetime:
+    """When a certificate ends."""
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+
+
+def ends_soon(ca: str) -> datetime | None:
+    """When an authority ends, if that is within half a year."""
+    until = ends(ca.encode())
+    return until if until < datetime.now(UTC) + _SOON else None
 
 
 def fingerprint(pem: str) -> str:
@@ -82,13 +94,13 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, latest: datetime | None = None
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+    until = datetime.now(UTC) + timedelta(days=days)
     names = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
     dated = names.serial_number(x509.random_serial_number()).not_valid_before(_BEGIN)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key)
-    return dated.not_valid_after(now + timedelta(days=days)).add_extension(identifier, critical=False)
+    return dated.not_valid_after(min(until, latest or until)).add_extension(identifier, critical=False)
 
 
 def _signed(builder: x509.CertificateBuilder, issuer: ec.EllipticCurvePrivateKey) -> bytes:

@@ -6,7 +6,7 @@ round. The order of arrival is real, so two such runs do not end with the same b
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -35,10 +35,16 @@ class Buffered(Asking):
         self._arrived: deque[tuple[int, Message]] = deque()
         self._staleness: dict[int, int] = {}
         self._lost: list[int] = []
+        self._moved: list[int] = []
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
+        """Ask these; of those that are away for good, or another device by now, no answer is waited for."""
+        self._moved = self._desk.admit(clients, moved)
 
     def begin(self, number: int) -> int:
         """Give up on clients that are too far behind."""
-        self._staleness, self._lost = {}, self._desk.begin(number, self._last())
+        given_up, moved = self._desk.begin(number, self._last()), self._moved
+        self._staleness, self._lost, self._moved = {}, [*given_up, *moved], []
         lost = set(self._lost)
         self._sent = {message: client for message, client in self._sent.items() if client not in lost}
         self._arrived = deque(answer for answer in self._arrived if answer[0] not in lost)
@@ -78,7 +84,7 @@ class Buffered(Asking):
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that were given up; those still at work are not missing."""
-        return dict.fromkeys(self._lost, NO_REPLY_IN_ROUNDS)
+        return {client: NO_REPLY_IN_ROUNDS for client in self._lost if client not in answered}
 
     def staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""

@@ -3,7 +3,7 @@
 It knows no clock: the same book is kept for real devices and for a simulation's timetable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fedtune.federation import Late
 from fedtune.recipe import Recipe
@@ -21,10 +21,19 @@ class Desk:
 
     def __init__(self, recipe: Recipe, among: Sequence[int], late: Late) -> None:
         self._recipe, self._among, self._late = recipe, among, late
+        self._count = asked_per_round(recipe, among)
         self._since: dict[int, int] = {}
         self.number = 0
         self._order: list[int] = []
         self._heard: set[int] = set()
+
+    def admit(self, clients: Sequence[int], moved: Collection[int]) -> list[int]:
+        """Ask nobody but these from now on; those whose work is lost, as they are none of these or have ``moved``."""
+        self._among = clients
+        lost = sorted(client for client in self._since if client in moved or client not in clients)
+        for client in lost:
+            del self._since[client]
+        return lost
 
     def begin(self, number: int, last: Mapping[int, int]) -> list[int]:
         """Turn to round ``number``; the clients that are given up, since their answers would be too old for it."""
@@ -38,7 +47,7 @@ class Desk:
 
     def next(self) -> list[int]:
         """Clients to ask now, so that enough are at work; they count as working on this round from now on."""
-        room = asked_per_round(self._recipe, self._among) - len(self._since)
+        room = self._count - len(self._since)
         free = [client for client in self._order if client not in self._since and client not in self._heard]
         chosen = free[: max(0, room)]
         self._since |= dict.fromkeys(chosen, self.number)

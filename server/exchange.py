@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -13,19 +14,25 @@ __all__ = ["messages_for", "replies"]
 
 
 def messages_for(
-    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes, labels: str, run: str
+    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes | Path, labels: str, run: str
 ) -> dict[int, Message]:
     """One training message per client; client i lives on the i-th node. All share one copy of the state."""
-    state = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
+    state = _state(payload)
     return {
         client: Message(
-            RecordDict({"state": state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels, run)))}),
+            RecordDict({**state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels, run)))}),
             nodes[client],
             MessageType.TRAIN,
             group_id=str(number),
         )
         for client in clients
     }
+
+
+def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:
+    if isinstance(payload, Path):
+        return {"state_file": ConfigRecord({"path": str(payload)})}
+    return {"state": ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})}
 
 
 def replies(

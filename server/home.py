@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedtune import home
 from fedtune.errors import ServerError
 from fedtune.explain import explain
 from fedtune.files import write
+from fedtune.yaml_text import YamlError, load
 from server import authority
 
-__all__ = ["ServerHome", "Settings", "create", "open_home"]
+__all__ = ["ServerHome", "Settings", "checked", "create", "exists", "open_home"]
 
 _SETTINGS = """\
 # fedtune server. Changes take effect at the next `fedtune server up`.
@@ -33,8 +33,12 @@ deadline: 3600
 
 # Largest body of one request from a device, in bytes; Flower cuts arrays into pieces of 5 MiB.
 body_limit: 67108864
+
+# Connections one address may have open at a time; devices behind one router share its address.
+connections: 256
 """
-_RENEW = timedelta(days=30)
+_RENEW = timedelta(days=60)
+"""Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
 
 
 class Settings(BaseModel):
@@ -47,6 +51,7 @@ class Settings(BaseModel):
     store: str | None = None
     deadline: float = Field(3600, gt=0)
     body_limit: int = Field(1 << 26, ge=1 << 20)
+    connections: int = Field(256, ge=1)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -106,25 +111,32 @@ class ServerHome:
         """The content of an operator's file."""
         return json.dumps({"url": self.settings.url(), "ca": self.ca.read_text(), "key": key}, indent=2).encode()
 
-    def renew(self, *, force: bool = False) -> None:
-        """Make the server's certificate anew where it ends soon or is for other names."""
-        soon = datetime.now(UTC) + _RENEW
+    def renew(self, *, force: bool = False) -> bool:
+        """Make the server's certificate anew where it ends soon or is for other names; whether that was so."""
+        soon = min(datetime.now(UTC) + _RENEW, authority.ends(self.ca.read_bytes()) - timedelta(seconds=1))
         if not force and authority.covers(self.certificate.read_bytes(), self.settings.names, soon):
-            return
+            return False
         signed = authority.certificate(
             self.ca_key.read_bytes(), self.ca.read_bytes(), self.key.read_bytes(), self.settings.names
         )
         write(self.certificate, signed)
+        return True
+
+
+def exists() -> bool:
+    """Whether there is a server home on this machine."""
+    return (home.home() / "server" / "server.yaml").exists()
 
 
 def create(names: list[str], listen: str) -> ServerHome:
     """A new server home; ServerError when there is one already."""
     folder = home.home() / "server"
-    if (folder / "server.yaml").exists():
+    if exists():
         raise ServerError(
-            f"{folder} is a server's home already; edit server.yaml in it, or choose another FEDTUNE_HOME"
+            f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
+            "or choose another FEDTUNE_HOME"
         )
-    settings = _valid({"names": names, "listen": listen}, "the options")
+    settings = checked({"names": names, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write(made.ca_key, authority.new_key())
@@ -141,15 +153,18 @@ def open_home() -> ServerHome:
     folder = home.home() / "server"
     path = folder / "server.yaml"
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ServerError(f"there is no server in {folder}; make one with fedtune server init") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ServerError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return ServerHome(folder, _valid(read if isinstance(read, dict) else {}, str(path)))
+    except UnicodeDecodeError as error:
+        raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
+    except YamlError as error:
+        raise ServerError(f"{path} {error}") from error
+    return ServerHome(folder, checked(read if isinstance(read, dict) else {}, str(path)))
 
 
-def _valid(values: dict[str, object], origin: str) -> Settings:
+def checked(values: dict[str, object], origin: str) -> Settings:
+    """The settings; ServerError for one that does not hold."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

@@ -1,13 +1,12 @@
 """Carries submitted runs to their end, one at a time: started when devices are there, started again when they die."""
 
-import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
-from fedtune.tracking import RunRecord, Store, alive
+from fedtune.tracking import RunRecord, Store, alive, new_run_id
 from server.presence import Presence
 from server.seating import seated
 from server.selection import check_enrolled, qualifies
@@ -57,7 +56,7 @@ class Manager:
         check_enrolled(recipe, self._store.access.devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
-        run = f"{recipe.name[:57]}-{secrets.token_hex(3)}"
+        run = new_run_id(recipe.name)
         self._store.create_run(
             id=run,
             name=recipe.name,
@@ -82,13 +81,17 @@ class Manager:
         run = self._own(reference)
         if run.status in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status} already; follow it with fedtune runs watch {run.id}")
-        self._store.reopen(run.id, "queued")
-        self._trouble.pop(run.id, None)
+        self._store.reopen(run.id, "queued")  # the next tick sees it; what it counts is its own
         return run.id
 
     def planned(self, run: RunRecord) -> RunRecord:
         """A run as it is recorded: one between two starts is running, not interrupted."""
         return next((found for found in self._store.unfinished(ENGINE) if found.id == run.id), run)
+
+    def run_of(self, number: int) -> str | None:
+        """The run that is carried out now under a number of the SuperLink's."""
+        attempt = self._attempt
+        return attempt.run if attempt is not None and attempt.number == number else None
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""
@@ -105,7 +108,7 @@ class Manager:
 
     def _begin(self) -> _Attempt | None:
         for run in self._store.unfinished(ENGINE):
-            if alive(run.id) or self._resting(run.id):
+            if alive(run.id) or self._resting(run):
                 continue
             lacking = self._seat(run)
             if not lacking:
@@ -114,8 +117,9 @@ class Manager:
                 self._store.explain(run.id, lacking)
         return None
 
-    def _resting(self, run: str) -> bool:
-        return run in self._trouble and time.monotonic() < self._trouble[run].rest_until
+    def _resting(self, run: RunRecord) -> bool:
+        waits = run.status == "running" and run.id in self._trouble  # an operator who queues it again waits no longer
+        return waits and time.monotonic() < self._trouble[run.id].rest_until
 
     def _seat(self, run: RunRecord) -> str:
         """Give devices their places in a run; what is lacking, or nothing."""
@@ -132,10 +136,14 @@ class Manager:
 
     def _start(self, run: RunRecord) -> _Attempt:
         if run.status == "queued":
-            self._store.reopen(run.id)
+            self._begin_anew(run)
         number = self._superlink.control().start({"run": run.id, "store": "", "home": str(self._home)})
-        self._trouble.setdefault(run.id, _Trouble(run.rounds_completed))
         return _Attempt(run.id, number, self._superlink.generation)
+
+    def _begin_anew(self, run: RunRecord) -> None:
+        """A queued run is a running one from now on, and its earlier failures are forgotten."""
+        self._store.reopen(run.id)
+        self._trouble.pop(run.id, None)
 
     def _follow(self, attempt: _Attempt) -> _Attempt | None:
         working = alive(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
@@ -145,6 +153,10 @@ class Manager:
                 self._superlink.control().stop(attempt.number)
             self._trouble.pop(attempt.run, None)
             return None
+        if (
+            run.status == "queued"
+        ):  # stopped and resumed since the last tick: its process never heard of it, and goes on
+            self._begin_anew(run)
         cause = self._loss(attempt, working)
         if not cause:
             attempt.seen |= working
@@ -168,7 +180,7 @@ class Manager:
     def _give_up_attempt(self, attempt: _Attempt, run: RunRecord, cause: str) -> None:
         if attempt.generation == self._superlink.generation:
             self._superlink.control().stop(attempt.number)
-        trouble = self._trouble[run.id]
+        trouble = self._trouble.get(run.id, _Trouble(run.rounds_completed))
         starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
         if starts >= _ATTEMPTS:
             self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")

@@ -1,11 +1,11 @@
-"""How good a round found the model on what clients held out: one figure over the predictions of all of them."""
+"""How good a round found the model on what clients held out: over all of them, and client by client."""
 
 from collections.abc import Sequence
 
 from fedtune.contribution import Contribution
-from fedtune.tracking import MetricRecord
+from fedtune.tracking import ClientScore, MetricRecord
 
-__all__ = ["own_scores"]
+__all__ = ["client_scores", "own_scores"]
 
 
 def own_scores(contributions: Sequence[Contribution]) -> tuple[MetricRecord, ...]:
@@ -19,3 +19,22 @@ def own_scores(contributions: Sequence[Contribution]) -> tuple[MetricRecord, ...
         "loss": sum(score.predictions * score.loss for score in scores) / total,
     }
     return tuple(MetricRecord(part="own", domain="all", name=name, value=value) for name, value in means.items())
+
+
+def client_scores(contributions: Sequence[Contribution], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
+    """Each client's figures before and after it trained; ``metrics`` are the names of those beyond loss and accuracy.
+
+    A client that held nothing out has none.
+    """
+    found = []
+    for one in contributions:
+        for moment, score in (("before", one.own), ("after", one.trained)):
+            if score.predictions:
+                figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(
+                    zip(metrics, score.more, strict=False)
+                )
+                found += [
+                    ClientScore(client=one.client, moment=moment, name=name, value=value, predictions=score.predictions)
+                    for name, value in figures.items()
+                ]
+    return tuple(found)

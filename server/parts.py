@@ -1,52 +1,86 @@
 """What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
-from fedtune import merging, techniques
+from fedtune import checkpoint, merging, techniques
 from fedtune.contribution import Contribution, Form, Pair, pack, unpack
 from fedtune.files import write
 from fedtune.sparse import to_wire
+from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, received, shapes, trained_in
 from fedtune.training.told_activity import asked_activity
 
 __all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
+_HEADER, _WIDEST, _REST = 256, 8, 1 << 18
+"""Bytes for a tensor's name and place, of a value at most, and beside all tensors: the report, Flower's own records."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One class's ``payload`` down, and the shapes and forms of what must come up."""
+    """One class's ``payload`` down, or its file, and the shapes and forms of what must come up."""
 
-    payload: bytes
+    payload: bytes | Path
     expected: Mapping[str, tuple[int, ...]]
     extras: Mapping[str, Form]
 
+    @property
+    def most(self) -> int:
+        """Bytes at most of a reply: fp32 deltas, what is asked beside them, and the rest."""
+        deltas = sum(4 * math.prod(shape) + _HEADER + len(name) for name, shape in self.expected.items())
+        extras = sum(_WIDEST * math.prod(form.shape) + _HEADER + len(name) for name, form in self.extras.items())
+        return deltas + extras + _REST
 
-def part_of(shop: Workshop, part: Workshop, state: State, number: int) -> Part:
-    """Of round ``number``, for clients that train with ``part``, which may be the whole workshop itself."""
+    @property
+    def size(self) -> int:
+        """Bytes that a client of the class is sent."""
+        return self.payload.stat().st_size if isinstance(self.payload, Path) else len(self.payload)
+
+
+def part_of(shop: Workshop, part: Workshop, state: State, number: int, folder: Path | None = None) -> Part:
+    """Of round ``number``, for clients that train with ``part``, which may be the whole workshop itself.
+
+    With ``folder`` the payload is a file: the checkpoint itself where that is what the class is sent, else one there.
+    """
     wire = to_wire(state if part is shop else _narrowed(shop, part, state))
     expected = {name: tuple(wire[name].shape) for name in trained_in(part, number)}
     extras = techniques.asked(part.techniques, part.model, number)
-    return Part(pack(wire), expected, extras | asked_activity(part.model, part.recipe, expected))
+    payload = pack(wire) if folder is None else _file(wire, folder)
+    return Part(payload, expected, extras | asked_activity(part.model, part.recipe, expected))
+
+
+def _file(wire: State, folder: Path) -> Path:
+    """The file of a state, written under its digest unless it is on disk as it is."""
+    if isinstance(wire, StoredState):
+        return wire.path
+    path = folder / f"state-{checkpoint.digest(wire)}.safetensors"
+    if not path.exists():
+        checkpoint.save(path, wire)
+    return path
 
 
 class Parts:
-    """What each client is sent and asked for in round ``number``; clients of one device class share it."""
+    """What each client is sent and asked for in round ``number``; clients of one device class share it.
 
-    def __init__(self, shop: Workshop, state: State, number: int) -> None:
+    With ``folder``, which server and clients must both see, it is sent as the name of a file.
+    """
+
+    def __init__(self, shop: Workshop, state: State, number: int, folder: Path | None = None) -> None:
         self.number = number
-        self._shop, self._state = shop, state
+        self._shop, self._state, self._folder = shop, state, folder
         self._made: dict[int, Part] = {}
 
     def of(self, client: int) -> Part:
         """A client's, made when the first of its class is asked for."""
         part = self._shop.of(client)
         if id(part) not in self._made:
-            self._made[id(part)] = part_of(self._shop, part, self._state, self.number)
+            self._made[id(part)] = part_of(self._shop, part, self._state, self.number, self._folder)
         return self._made[id(part)]
 
 

@@ -28,7 +28,7 @@ def receive(
     limit: str = "federation.max_norm",
 ) -> tuple[ContributionRecord, Contribution | None]:
     """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key."""
-    bytes_down = len(part.payload)
+    bytes_down = part.size
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
@@ -53,7 +53,10 @@ def receive(
         norm=norm,
         loss=report.loss,
     )
-    return record, Contribution(client, report.examples, path, report.own)
+    return record, Contribution(client, report.examples, path, report.own, report.trained)
+
+
+_LISTS = ("own_more", "own_after")
 
 
 def aged(
@@ -108,15 +111,17 @@ def _report(record: MetricRecord | None) -> Report:
     if record is None or record.keys() != {field.name for field in fields(Report)}:
         raise ContributionError("the reply carries no report that fits; update the client")
     report = Report(**record)  # type: ignore[arg-type]
-    strange = [name for name, figure in record.items() if not isinstance(figure, int | float)]
+    strange = [name for name, figure in record.items() if isinstance(figure, list) != (name in _LISTS)]
     if strange:
-        raise ContributionError(f"its report gives {strange[0]} as a list; update the client")
+        raise ContributionError(f"its report gives {strange[0]} as a list, or no list for one; update the client")
     if not isinstance(report.examples, int) or report.examples < 1:
         raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
     if not isinstance(report.own_predictions, int) or report.own_predictions < 0:
         raise ContributionError(f"it counts {report.own_predictions} held-out predictions; update the client")
     if not isinstance(report.micro_batch, int) or report.micro_batch < 0:
         raise ContributionError(f"it counts micro-batches of {report.micro_batch}; update the client")
+    if any(math.isinf(figure) for figure in (*report.own_more, *report.own_after)) or len(report.own_after) == 1:
+        raise ContributionError("its scores on held-out examples are none; check its data, or update the client")
     if not math.isfinite(report.own_loss) or not 0 <= report.own_accuracy <= 1:
         raise ContributionError("its score on held-out examples is none; check its data, or update the client")
     return report

@@ -22,17 +22,23 @@ from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
-from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
-from fedtune.training import Workshop, load_state, read_state, score
-from server.accounting import spent
+from fedtune.stored_state import StoredState
+from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking.pruning import remove_pruned, with_checkpoint
+from fedtune.training import Workshop, read_state
+from server import scoring
+from server.accounting import Spending
 from server.asking import Asking
-from server.crew import Crew, assemble
+from server.crew import Crew
 from server.evidence import evidence
 from server.exchange import messages_for
-from server.own_scores import own_scores
+from server.own_scores import client_scores, own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
+from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
+from server.reply_limit import allow
+from server.roster import Roster
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -46,14 +52,22 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
-    tell(RunStarted(run, first, recipe.federation.rounds))
+    tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     _sweep(run)
-    state = _resumed(done) if done else _start(shop, store, run)
-    seats = store.access.seats(run)
-    crew = assemble(grid, recipe, seats)
-    asking = way_of_asking(grid, shop, crew, bool(seats), partial(store.last_asked, run))
+    remove_pruned(done)
+    state = _resumed(run, done) if done else _start(shop, store, run)
+    prune_checkpoints(store, run, recipe)
+    roster = Roster(store, run, recipe, grid)
+    crew = roster.assemble()
+    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
+    spending = Spending(recipe, done)
     for number in range(first, recipe.federation.rounds + 1):
-        state = _round(shop, store, run, crew, asking, state, number)
+        ended: State | None = None
+        while ended is None:
+            crew = roster.refreshed(crew, asking)
+            ended = _round(shop, store, run, crew, asking, spending, state, number)
+        state = ended
+        prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
@@ -76,36 +90,41 @@ def _spool(run: str, number: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resumed(done: Sequence[RoundRecord]) -> State:
+def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = next(record.checkpoint for record in reversed(done) if record.checkpoint is not None)
-    return checkpoint.load(home.runs() / last.path, last.sha256)
+    last = with_checkpoint(run, done).checkpoint
+    assert last is not None
+    checkpoint.load(home.runs() / last.path, last.sha256)
+    return StoredState(home.runs() / last.path)
 
 
 def _start(shop: Workshop, store: Store, run: str) -> State:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
     state = read_state(shop.model, shop.shared)
-    metrics = _scores(shop, state, "validation", "validation")
-    _commit(store, run, 0, state, started, (), metrics)
-    return state
+    metrics = scoring.validation(shop, state, 0)
+    return _commit(store, run, 0, state, started, (), metrics)
 
 
-def _round(shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, state: State, number: int) -> State:
-    """One round, from sampling to its commit; returns the next state, which is the old one if the round failed."""
+def _round(
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
+) -> State | None:
+    """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with _spool(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, state, number, spool)
         short = _shortage(records, shop.recipe)
+        if short and {record.client for record in records} & set(crew.removed()):
+            return None
         figures: tuple[MetricRecord, ...] = ()
         if not short:
             state, figures = _merged(shop, state, run, number, contributions)
         else:
             records = [_unused(record) for record in records]
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
-    metrics += spent(shop.recipe, store, run, ("failed" if short else "completed", records))
-    _commit(store, run, number, state, started, records, metrics, short)
-    return state
+    metrics += spending.after(("failed" if short else "completed", records))
+    told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    return _commit(store, run, number, state, started, records, metrics, short, told)
 
 
 def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
@@ -135,12 +154,13 @@ def _gather(
     shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    parts, federation = Parts(shop, state, number), shop.recipe.federation
+    folder = spool if crew.shares_disk else None
+    parts, federation = Parts(shop, state, number, folder), shop.recipe.federation
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun)
+        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
         return _messages(shop, run, crew, clients, sent)
 
     tell(RoundStarted(number, asking.begin(number)))
@@ -153,8 +173,8 @@ def _gather(
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
-    for client, reason in asking.silent(records).items():
-        records[client] = missing(client, crew.names[client], len(parts.of(client).payload), reason)
+    for client, reason in crew.explained(asking.silent(records)).items():
+        records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     return [records[client] for client in sorted(records)], ordered
@@ -164,6 +184,8 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
     found: dict[int, Message] = {}
+    if crew.deployed:
+        allow(home.runs() / run, max(parts.of(client).most for client in clients))
     for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
         own = [client for client in clients if parts.of(client).payload is payload]
         found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)
@@ -172,7 +194,7 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
 
 def _earlier(run: str, number: int) -> State:
     """The state that an earlier round began with."""
-    return checkpoint.load(home.runs() / _checkpoint_path(run, number - 1))
+    return StoredState(home.runs() / _checkpoint_path(run, number - 1))
 
 
 def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
@@ -191,23 +213,11 @@ def _unused(record: ContributionRecord) -> ContributionRecord:
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
-    rounds = shop.recipe.federation.rounds
-    metrics: tuple[MetricRecord, ...] = ()
-    if number % shop.recipe.evaluation.every == 0 or number == rounds:
-        metrics += _scores(shop, state, "validation", "validation")
-    if number == rounds:
-        start = checkpoint.load(home.runs() / _checkpoint_path(run, 0))
-        metrics += _scores(shop, start, "test", "test-before") + _scores(shop, state, "test", "test")
+    metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
+    if number == shop.recipe.federation.rounds:
+        start = StoredState(home.runs() / _checkpoint_path(run, 0))
+        metrics += scoring.test(shop, start, state)
     return metrics
-
-
-def _scores(shop: Workshop, state: State, part: str, called: str) -> tuple[MetricRecord, ...]:
-    if shop.own:  # the state alone is no model
-        return ()
-    load_state(shop.model, state)
-    examples = getattr(shop, part)
-    scores = score(shop.model, examples, shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
 
 
 def _checkpoint_path(run: str, number: int) -> str:
@@ -223,8 +233,9 @@ def _commit(
     records: Sequence[ContributionRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
-) -> None:
-    """Put the checkpoint on disk, then the whole round into the store in one transaction."""
+    told: tuple[ClientScore, ...] = (),
+) -> State:
+    """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
     sha256 = checkpoint.save(home.runs() / path, state)
     saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.runs() / path).stat().st_size)
@@ -236,6 +247,8 @@ def _commit(
         contributions=tuple(records),
         metrics=metrics,
         checkpoint=saved,
+        client_scores=told,
     )
     store.commit_round(run, record)
     tell(RoundEnded(record))
+    return StoredState(home.runs() / path)

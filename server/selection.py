@@ -51,7 +51,12 @@ def check_simulated(recipe: Recipe) -> None:
 
 
 def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
-    """RecipeError when a recipe that selects finds too few among a server's devices, connected or not."""
+    """RecipeError for a base devices cannot have, or when a recipe selects and too few devices are enrolled for it."""
+    if recipe.model.source.startswith("run:"):
+        raise RecipeError(
+            f"model.source is {recipe.model.source}, and devices have no run store; export it, put the folder on every "
+            "device and name it: path:FOLDER"
+        )
     select = recipe.federation.select
     found = sum(qualifies(select, device) for device in devices)
     if select.restricts and found < recipe.clients:
@@ -61,13 +66,20 @@ def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
         )
 
 
-def sample(recipe: Recipe, number: int, among: Sequence[int] | None = None, last: Mapping[int, int] = {}) -> list[int]:
+def sample(
+    recipe: Recipe,
+    number: int,
+    among: Sequence[int] | None = None,
+    last: Mapping[int, int] = {},
+    asked: int | None = None,
+) -> list[int]:
     """The clients of round ``number`` in ascending order, ``among`` those that qualify, by default all.
 
-    ``last`` says for each client which round last asked it; only ``prefer: longest-ago`` looks at it.
+    ``last`` says for each client which round last asked it; only ``prefer: longest-ago`` looks at it. ``asked`` is how
+    many, by default as the recipe says.
     """
     there = range(recipe.clients) if among is None else among
-    count = asked_per_round(recipe, there)
+    count = asked_per_round(recipe, there) if asked is None else asked
     if recipe.federation.select.prefer == "longest-ago":
         return sorted(ranked(recipe, number, there, last)[:count])
     random = np.random.default_rng(derive(recipe.seed, number, "sample"))

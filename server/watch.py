@@ -1,8 +1,8 @@
 """What the round loop tells whoever watches: events as they happen, a line per round unless a watcher is set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedtune.tracking import ContributionRecord, RoundRecord
 from fedtune.tracking.summary import training_loss
@@ -13,6 +13,7 @@ __all__ = [
     "RoundEnded",
     "RoundStarted",
     "RunStarted",
+    "Scoring",
     "headline",
     "summary",
     "tell",
@@ -27,6 +28,8 @@ class RunStarted:
     run: str
     first: int
     rounds: int
+    scoring: Mapping[int, int] = field(default_factory=dict)
+    """Examples that are scored after each round from ``first`` on (and at the start, 0); empty when not known."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,22 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """``done`` of ``total`` examples of a part have been scored."""
+
+    part: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class RoundEnded:
     """A round has been committed."""
 
     record: RoundRecord
 
 
-Event = RunStarted | RoundStarted | Answered | RoundEnded
+Event = RunStarted | RoundStarted | Answered | Scoring | RoundEnded
 
 
 def headline(event: RunStarted) -> str:

@@ -1,13 +1,16 @@
 """Small recipes and data sets the tests of the data room share."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
 
+from fedtune.data import Table, Values
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
 
-__all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled"]
+__all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled", "rows_of"]
 
 ROWS = [f"text {row},{'no' if row % 2 else 'yes'},author {row % 20}" for row in range(200)]
 
@@ -26,17 +29,22 @@ def a_recipe(*overrides: str, clients: int = 4) -> Recipe:
     return parse(TEXT, "example", [f"devices=[{{name: phone, count: {clients}}}]", *overrides])
 
 
-def labelled(examples: int, classes: int = 2, group_size: int = 1) -> Dataset:
+def labelled(examples: int, classes: int = 2, group_size: int = 1) -> Table:
     """Examples with labels in turn; so many neighbours share a group and, in threes, a domain."""
     rows = range(examples)
-    return Dataset.from_dict(
-        {
-            "text": [f"text {row}" for row in rows],
-            "label": [row // group_size % classes for row in rows],
-            "group": [f"g{row // group_size:04}" for row in rows],
-            "domain": ["abc"[row // group_size % 3] for row in rows],
-        }
-    )
+    columns = {
+        "text": [f"text {row}" for row in rows],
+        "label": [row // group_size % classes for row in rows],
+        "group": [f"g{row // group_size:04}" for row in rows],
+        "domain": ["abc"[row // group_size % 3] for row in rows],
+    }
+    return Table({name: Values(np.array(values)) for name, values in columns.items()})
+
+
+def rows_of(table: Table) -> Iterator[dict[str, Any]]:
+    """The rows as Python has them."""
+    columns = [table[name] for name in table.column_names]
+    yield from (dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def csv_file(path: Path, heading: str, *rows: str) -> str:

@@ -13,6 +13,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from clients import records
 from clients.app import train_round
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
@@ -32,6 +33,7 @@ __all__ = [
     "execute",
     "order_of",
     "outcome",
+    "sent_state",
     "silent",
     "spoilt",
     "tiny_bert",
@@ -45,7 +47,7 @@ task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits"}
 devices: [{name: toy, count: 4, memory: 64MB}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, batch: 10, image: 28, steps: 2}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 2}
 federation: {rounds: 2}
 """
 WORDS = """
@@ -145,6 +147,12 @@ def order_of(message: Message) -> tuple[int, int]:
     assert isinstance(number, int)
     assert isinstance(client, int)
     return number, client
+
+
+def sent_state(message: Message) -> bytes:
+    """The shared state a client is sent, whether the message carries it or names its file."""
+    file = records.state_file(message.content)
+    return records.state(message.content) if file is None else file.read_bytes()
 
 
 Spoil = Callable[[Message, Message], Message]

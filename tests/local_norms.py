@@ -14,7 +14,7 @@ _RECIPE = """
 name: local-norms
 task: image-classification
 model: {{source: "path:{folder}/net"}}
-data: {{source: "sample:digits", limit: 200, split: {{kind: dirichlet, alpha: 0.3, min_examples: 20}}}}
+data: {{source: "sample:digits", limit: 200, split: {{kind: equal-dirichlet, alpha: 0.3, min_examples: 20}}}}
 devices: [{{count: 3}}]
 train: {{techniques: [full, live-norm: {{local: true}}], lr: 0.01, batch: 10, image: 16, steps: 3}}
 federation: {{rounds: 3}}

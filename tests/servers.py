@@ -23,6 +23,7 @@ from fedtune.cli.connection import Connection, connect
 from fedtune.tracking import AuditRecord, Store
 from server.flower_process import free_port
 from server.home import ServerHome, create
+from server.logs import Logs
 from server.operators import add
 
 __all__ = ["FEDTUNE", "Device", "Knocker", "Server", "ended", "joined", "serving", "until_up"]
@@ -60,7 +61,7 @@ class Server:
 
     def audit(self) -> list[AuditRecord]:
         with Store.open() as store:
-            return store.access.audit()
+            return store.access.audit.lines()
 
     def refused(self, words: str) -> bool:
         """Whether the audit tells, within a moment, of a refusal with these words."""
@@ -227,6 +228,6 @@ def ended(server: Server, run: str, seconds: float = 120.0) -> dict[str, Any]:
         if found["status"] not in ("queued", "running"):
             return found
         if time.monotonic() > end:
-            log = (server.place.flower / "superlink.log").read_text(errors="replace")[-4000:]
+            log = "\n".join(Logs(server.place.folder).server(50))
             raise AssertionError(f"run is {found['status']}: {found['reason']}\n{server.log.read_text()}\n{log}")
         time.sleep(0.25)

@@ -75,7 +75,6 @@ VERDICTS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(40)]
     [
         (None, (), "there is no {folder}/a.csv; check data.source"),
         ([], (), "{folder}/a.csv holds no example; bring data"),
-        ([*VERDICTS, "rare,maybe"], (), "has no example of class 'maybe'; raise data.parts.test or drop it"),
         (VERDICTS, ("devices=[{{count: 200}}]",), "use fewer devices, more data or another data.split"),
         ([f"t {row},{row / 7}" for row in range(99)], (), "99 different real numbers as labels; cut them"),
         (VERDICTS, ('model.source="sample:logistic"',), "which does not do sequence-classification; choose another"),
@@ -145,7 +144,7 @@ def test_a_wrong_word_is_one_sentence_and_leaves_no_trace(
         (["simulat"], "No such command 'simulat'"),
         (["simulate"], "name either a RECIPE or a run with --resume"),
         (["simulate", "a.yaml", "--resume", "latest"], "name either a RECIPE or a run with --resume"),
-        (["simulate", "--resume", "latest", "--set", "seed=1"], "a resumed run keeps its recipe"),
+        (["simulate", "--resume", "latest", "--set", "seed=1"], "a run that goes on keeps its recipe"),
         (["simulate", "a.yaml", "--engine", "ray"], "'ray' is not one of 'local', 'flower'"),
         (["simulate", "a.yaml", "--workers", "0"], "0 is not in the range x>=1"),
         (["export", "latest"], "Missing option '-o'"),
@@ -273,7 +272,9 @@ def test_a_run_another_process_executes_is_not_resumed(home: Path, refused: Refu
 
 def test_a_round_that_is_not_there_is_named(home: Path, refused: Refusal) -> None:
     interrupted()
-    assert "run run-1 has not a round 7; see: fedtune runs show run-1" in refused("evaluate", "latest", "--round", "7")
+    assert "run run-1 has not recorded a checkpoint of round 7; its checkpoints are those of rounds 0 and 1" in refused(
+        "evaluate", "latest", "--round", "7"
+    )
 
 
 def test_an_existing_folder_is_not_exported_into(home: Path, refused: Refusal, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedtune.tracking import RoundRecord, Store
 from server import timetable as timetables
 from server.app import carry
 from server.timetable import timetable
-from tests.federations import begin, execute, order_of, outcome, silent, spoilt, trivial
+from tests.federations import begin, execute, order_of, outcome, sent_state, silent, spoilt, trivial
 from tests.ticking import NEVER, TickingGrid, seat
 
 Takes = Callable[[int, int], float]
@@ -72,7 +72,7 @@ def test_a_late_delta_to_its_own_start_is_scaled_and_added(
     began: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def keep(message: Message, reply: Message) -> Message:
-        began[order_of(message)] = unpack(bytes(message.content.array_records["state"]["safetensors"].data))
+        began[order_of(message)] = unpack(sent_state(message))
         sent[order_of(message)] = unpack(bytes(reply.content.array_records["delta"]["safetensors"].data))
         return reply
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.runs import runs
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim
+from fedtune.tracking import Store, claim, rows
 from tests.store_examples import a_contribution, a_round, fill, start
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def test_plot_draws_into_the_run_or_where_it_is_told(home: Path, tmp_path: Path)
 @pytest.mark.parametrize("format_", ["csv", "parquet"])
 def test_export_writes_a_folder_of_tables(tmp_path: Path, format_: str) -> None:
     paths = parsed("export", "film", "tweets", "--format", format_, "-o", "out")["paths"]
-    names = ("checkpoints", "contributions", "metrics", "rounds", "runs")
+    names = ("checkpoints", "client_scores", "contributions", "metrics", "rounds", "runs")
     assert paths == [str(tmp_path / "out" / f"{name}.{format_}") for name in names]
 
 
@@ -177,3 +177,56 @@ def test_list_starts_without_anything_heavy_and_survives_a_dumb_terminal(monkeyp
     assert done.stdout.isascii()
     assert "\x1b" not in done.stdout
     assert "tweets-3c4d" in done.stdout
+
+
+def many_rounds(count: int, **changes: Any) -> None:
+    with Store.open() as store:
+        start(store, "long-1a2b", rounds_planned=count)
+        for number in range(count + 1):
+            store.commit_round("long-1a2b", a_round(number, **(changes if number else {})))
+
+
+def test_a_run_of_many_rounds_shows_a_page_and_more_when_asked() -> None:
+    many_rounds(60)
+    page = printed("show", "long")
+    assert len(page.splitlines()) < 60
+    numbers = [int(line.split()[0]) for line in page.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]
+    assert numbers == [0, *range(31, 61)]
+    assert "30 more: --all" in page
+    shorter = printed("show", "long", "--last", "2").splitlines()
+    assert [line.split()[0] for line in shorter if "completed" in line] == ["0", "59", "60"]
+    whole = printed("show", "long", "--all")
+    assert "more: --all" not in whole
+    assert [line.split()[0] for line in whole.splitlines() if "completed" in line] == [str(n) for n in range(61)]
+    sums = [line for line in page.splitlines() if line.startswith(("sent ", "phone "))]
+    assert sums == [line for line in whole.splitlines() if line.startswith(("sent ", "phone "))]
+    assert len(parsed("show", "long")["rounds"]) == 61
+
+
+def test_a_page_holds_the_newest_mishaps_only() -> None:
+    many_rounds(40, contributions=(a_contribution(0, status="missing", reason="no reply"),))
+    lines = printed("show", "long", "--last", "5").splitlines()
+    told = [line for line in lines if line.startswith("round ") and "missing" in line]
+    assert [line.split(",")[0] for line in told] == [f"round {number}" for number in range(36, 41)]
+    assert "35 earlier lines like these: --all" in lines
+    assert len([line for line in printed("show", "long", "--all").splitlines() if "missing" in line]) == 40
+
+
+def test_rounds_after_a_number_are_all_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    many_rounds(5)
+    read: list[Any] = []
+    made = rows._record
+
+    def counted(record: type[Any], row: Any) -> Any:
+        read.append(row)
+        return made(record, row)
+
+    monkeypatch.setattr(rows, "_record", counted)
+    with Store.open() as store:
+        every, newest = store.rounds("long-1a2b"), store.rounds("long-1a2b", 4)
+        read.clear()
+        assert store.rounds("long-1a2b", after=4) == newest == every[5:]
+        assert {row["round"] for row in read} == {5}
+        read.clear()
+        assert store.rounds("long-1a2b", after=5) == []
+        assert not read

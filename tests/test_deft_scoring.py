@@ -1,10 +1,11 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import OPTForCausalLM, PreTrainedModel
 
 from fedtune import techniques
@@ -14,7 +15,7 @@ from fedtune.techniques.deft import probes
 from fedtune.training import score
 from tests.deft_models import opt, relu_bert, relu_llama
 from tests.deft_twin import activations, deft
-from tests.technique_steps import LANGUAGE, TEXT, logits
+from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits
 from tests.tiny import bert, few_texts, llama, texts
 
 
@@ -152,3 +153,32 @@ def test_figures_of_a_plain_model_name_no_threshold_and_no_gate() -> None:
     model = bert()
     found = _scored(model, _applied(model), batch=12)
     assert {name for name in found if "density" in name} == {"density", "density_padded"}
+
+
+class TwoStacks(nn.Module):
+    """Two lists of blocks at the top of a model, as some checkpoints have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+        self.first, self.second = (nn.ModuleList([block]) for block in blocks)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        x = pixel_values
+        for block in (*self.first, *self.second):
+            x = x + block(x)
+        return SimpleNamespace(logits=self.head(x), loss=None)
+
+
+def test_two_lists_of_blocks_at_the_top_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model = TwoStacks()
+    chosen = deft("full")
+    techniques.apply(chosen, model, IMAGES, 0)
+    techniques.begin_round(chosen, model, 1)
+    with techniques.watch(chosen, model) as figures, torch.no_grad():
+        model.eval()(torch.randn(5, 4))
+        found = figures()
+    assert set(found) == {f"{name}_{stack}" for name in ("density", "density_padded") for stack in ("first", "second")}
+    assert found["density_first"] != found["density_second"]

@@ -1,10 +1,10 @@
 """What a device's own process may import and how it behaves towards a server that misbehaves, without a server."""
 
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -19,9 +19,12 @@ from clients.clock import ServerClock
 from clients.device_home import DeviceHome, Identity
 from clients.patience import Backoff, pause
 from clients.persistence import RECOVERED, Persistence
+from clients.server_calls import NonsenseError, server_time
 from fedtune.cli.device import device
 from fedtune.errors import DeviceError
+from server import authority
 
+CA = authority.authority(authority.new_key()).decode()
 REQUEST = httpx.Request("POST", "https://server/")
 
 
@@ -48,7 +51,7 @@ def _raising(*errors: Exception) -> Callable[[], str]:
 def _identity(home: Path) -> DeviceHome:
     place = DeviceHome()
     place.make_key()
-    place.keep(Identity("https://127.0.0.1:1", "pi", 7, "PEM"))
+    place.keep(Identity("https://127.0.0.1:1", "pi", 7, CA))
     return place
 
 
@@ -83,9 +86,43 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
     assert clocks == [1], "a stranger's clock may be wrong"
 
 
-def test_what_is_not_about_the_line_comes_through() -> None:
-    with pytest.raises(KeyError):
-        Persistence(print, lambda: None).until_done(_raising(KeyError("order")))
+@pytest.mark.parametrize("error", [KeyError("order"), ValueError("a fault of ours"), TypeError("x")])
+def test_what_is_not_about_the_line_comes_through(error: Exception) -> None:
+    said: list[str] = []
+    with pytest.raises(type(error)):
+        Persistence(said.append, lambda: None).until_done(_raising(error))
+    assert said == []
+
+
+def test_an_answer_that_is_none_of_the_protocol_is_told_as_what_it_is() -> None:
+    said: list[str] = []
+    persistence = Persistence(said.append, lambda: None)
+    assert persistence.until_done(_raising(NonsenseError("no message"), httpx.TooManyRedirects("x"))) == "done"
+    assert said[0] == (
+        "the server answers something else than fedtune; check its address and both versions; "
+        "trying again until it works"
+    )
+
+
+def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
+    refused = ssl.SSLCertVerificationError("certificate verify failed")
+    refused.verify_message = "certificate has expired"
+    error = httpx.ConnectError("failed")
+    error.__cause__ = OSError()
+    error.__cause__.__context__ = refused
+    said: list[str] = []
+    assert Persistence(said.append, lambda: None).until_done(_raising(error)) == "done"
+    assert said[0].startswith(
+        "the server's certificate does not hold (certificate has expired); on the server: fedtune"
+    )
+
+
+@pytest.mark.parametrize("told", ["{}", "[]", "nothing", '{"unix": "late"}', '{"unix": 1e300}', '{"unix": -5}',
+                                  '{"unix": NaN}', '{"unix": null}'])  # fmt: skip
+def test_a_time_that_is_none_is_no_time(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, text=told, request=REQUEST))
+    with pytest.raises(NonsenseError):
+        server_time("https://server", ssl.create_default_context())
 
 
 def test_waits_grow_to_a_limit_and_differ() -> None:
@@ -153,30 +190,20 @@ def test_one_process_is_a_device_at_a_time(home: Path) -> None:
 def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     place = _identity(home)
     place.note({"state": "online", "trainer": None})
-    shown = CliRunner().invoke(device, ["status", "--json"], catch_exceptions=False).output
-    assert '"state": "not joined"' in shown
-    assert '"name": "pi"' in shown
+    shown = CliRunner().invoke(device, ["status", "--json"], catch_exceptions=False)
+    assert '"state": "not joined"' in shown.output
+    assert '"name": "pi"' in shown.output
+    assert shown.exit_code == 1, "a script sees it too"
     with place.claimed():
-        assert "online" in CliRunner().invoke(device, ["status"], catch_exceptions=False).output
+        shown = CliRunner().invoke(device, ["status"], catch_exceptions=False)
+        assert "online" in shown.output
+        assert shown.exit_code == 0
         with pytest.raises(DeviceError, match="stop that process first"):
             CliRunner().invoke(device, ["leave"], catch_exceptions=False)
     CliRunner().invoke(device, ["leave"], catch_exceptions=False)
     assert not place.folder.exists()
     with pytest.raises(DeviceError, match="enrol first"):
         CliRunner().invoke(device, ["status"], catch_exceptions=False)
-
-
-def test_a_package_keeps_a_device_joined_with_its_options(home: Path, tmp_path: Path) -> None:
-    options = ["--data", "csv:/data/my reviews.csv", "--memory", "512MB", "-o", str(tmp_path)]
-    CliRunner().invoke(device, ["package", *options], catch_exceptions=False)
-    unit = (tmp_path / "fedtune-device.service").read_text()
-    assert "device join --data 'csv:/data/my reviews.csv' --memory 512000000" in unit
-    assert "Restart=always" in unit
-    assert f"Environment=FEDTUNE_HOME={home}" in unit
-    docker = (tmp_path / "Dockerfile").read_text()
-    assert '"--data", "csv:/data/my reviews.csv", "--memory", "512000000"]' in docker
-    assert "pip install --no-cache-dir --no-deps -r requirements.txt" in docker
-    assert f"\nfedtune=={version('fedtune')}\n" in (tmp_path / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize(

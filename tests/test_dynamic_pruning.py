@@ -27,11 +27,12 @@ from fedtune.techniques._layer_density import active_counts
 from fedtune.techniques._mask_moves import moved
 from fedtune.techniques._places import spread
 from fedtune.tracking import Store, claim
-from fedtune.training import read_state
+from fedtune.training import read_state, step_loss, train
 from server.app import carry
 from server.watch import Event, RoundStarted, watcher
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
 from tests.test_rounds import with_deltas
+from tests.tiny import a_training_recipe, bert, few_texts
 
 SETTINGS = "train.techniques=[{name: dynamic-pruning, settings: {density: 0.2, every: 1, until: 10, share: 0.5}}]"
 
@@ -194,6 +195,30 @@ def test_a_client_sends_its_largest_inactive_gradients_and_keeps_none() -> None:
     spread_out = spread("2.wake", found.tensors, told, layer.weight.numel())
     largest = layer.weight.grad.masked_fill(layer.get_buffer("mask") == 1, 0).flatten()
     assert torch.equal(spread_out, torch.where(largest.abs() >= inactive[count - 1], largest.bfloat16().double(), 0.0))
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> None:
+    """A device that cannot hold a whole batch cannot hold it for its answer either; the gradients add up."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    chosen, shared = applied(model, density=0.6, every=1)
+    seen: list[int] = []
+    layer = "bert.encoder.layer.0.intermediate.dense"
+    model.register_forward_hook(lambda _, __, out: seen.append(len(out.logits)))
+    recipe = a_training_recipe(batch=8, steps=1, optimiser="sgd")
+    state = read_state(model, shared)
+    extras = train(model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro=micro).extras
+    assert max(seen) == (micro or 8)
+    model.zero_grad()
+    model.eval()
+    step_loss(model, few_texts().batch(range(8))).backward()
+    gradient = model.get_parameter(f"{layer}.weight").grad
+    assert gradient is not None
+    inactive = gradient[model.get_buffer(f"{layer}.mask") == 0]
+    told = extras[f"{layer}.wake_gradient"].float()
+    assert told.numel() > 0
+    largest = inactive.abs().topk(told.numel()).values.sort().values
+    torch.testing.assert_close(told.abs().sort().values, largest, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(("number", "moves"), [(1, False), (2, True), (3, False), (4, True), (6, False)])

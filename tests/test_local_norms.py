@@ -24,10 +24,10 @@ from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool
 from fedtune.sparse import to_wire
 from fedtune.techniques import own
-from fedtune.tracking import Store
+from fedtune.tracking import Store, default_url
 from fedtune.training import read_state, workshop
 from server.own_scores import own_scores
-from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt
+from tests.federations import Ended, begin, execute, order_of, outcome, sent_state, silent, spoilt
 from tests.kills import start
 from tests.local_norms import local_norms, text
 
@@ -60,7 +60,7 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
     sent: dict[tuple[int, int], tuple[bytes, bytes]] = {}
 
     def note(message: Message, reply: Message) -> Message:
-        down = message.content.array_records["state"]["safetensors"].data
+        down = sent_state(message)
         sent[order_of(message)] = bytes(down), bytes(reply.content.array_records["delta"]["safetensors"].data)
         return reply
 
@@ -155,7 +155,7 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_flower(recipe, "flower", homes.store_url())
+        run_flower(recipe, "flower", default_url())
     assert outcome("flower").hashes == alone.hashes
     assert everything("flower") == everything("alone")
 

@@ -100,7 +100,10 @@ def test_pairs_at_pointwise_convolutions_fold_too() -> None:
     torch.manual_seed(0)
     model = Pointwise()
     [lora] = chosen("lora", rank=2)
-    names = techniques.apply([lora], model, IMAGES, 0)
+    with pytest.warns(
+        UserWarning, match=r"lora puts no pair beside 60% of the weights of Pointwise.* convolutions, such"
+    ):
+        names = techniques.apply([lora], model, IMAGES, 0)
     assert names == ["head.bias", "head.weight", "point.lora_A.default.weight", "point.lora_B.default.weight"]
     shake(model, names)
     pixels = torch.randn(3, 4, 5, 5)

@@ -1,6 +1,8 @@
 """Batches cut for want of memory: the same mean, the same gradients, and how small a device must cut them."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from clients import budget
-from clients.budget import Need, fitting
+from clients.budget import Need, fitting, need
 from fedtune.errors import BudgetError
+from fedtune.recipe import Train
 from fedtune.training import Workshop, discard, read_state, train, workshop
 from fedtune.training.micro import cut, shares
+from fedtune.training.optimiser import _Wrapped, make_optimiser
 from tests.federations import trivial, words
 
 
@@ -81,3 +85,45 @@ def test_norms_that_follow_the_batch_keep_it_whole(monkeypatch: pytest.MonkeyPat
     shop = _shop(trivial().model_dump_json())
     with pytest.raises(BudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
         fitting(shop, np.arange(50), 1, 150_000_000)
+
+
+def held_by(optimiser: object) -> int:
+    """Bytes of all tensors an optimiser keeps between steps, but for counters."""
+    found: list[torch.Tensor] = []
+
+    def look(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        for child in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            look(child)
+
+    state = optimiser.optimiser.state if isinstance(optimiser, _Wrapped) else vars(optimiser)
+    for name, value in state.items():
+        if name not in ("_parameters", "_settings"):
+            look(value)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found if tensor.numel() > 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adamw"}, {"optimiser": "adamw8bit"}],
+)
+def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Four values, which are gradient, before, after and delta, and all the optimiser keeps."""
+    train = Train.model_validate({"steps": 1, **settings})
+    weight = torch.nn.Parameter(torch.ones(256, 1024))
+    weight.grad = torch.ones_like(weight)
+    optimiser = make_optimiser(train, [weight])
+    optimiser.step(0.1)
+    per_value = 4 + held_by(optimiser) / (4 * weight.numel())
+    shop = _shop(trivial().model_dump_json())
+    shop.recipe = shop.recipe.model_copy(update={"train": train})
+    monkeypatch.setattr(budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000_000))
+    trained = sum(parameter.numel() for parameter in shop.model.parameters())
+    found = need(shop, np.arange(20), 1)
+    assert found.example == 1000
+    assert found.fixed == pytest.approx(5_000_000 + 4 * trained * per_value, rel=0.01)
+    assert trained == 7850

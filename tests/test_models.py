@@ -157,8 +157,8 @@ def test_weights_cut_short_are_refused(encoder: Path) -> None:
         ("path:/no/such/folder", "is no model folder"),
         ("gguf:/no/such/file", "there is no file /no/such/file"),
         ("sample:minlm", "did you mean 'minilm'"),
-        ("minilm", "write hub:ID, path:FOLDER, gguf:FILE or sample:NAME"),
-        ("hub:", "write hub:ID, path:FOLDER, gguf:FILE or sample:NAME"),
+        ("minilm", "write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID"),
+        ("hub:", "write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID"),
     ],
 )
 def test_a_source_that_is_not_there_is_one_sentence(source: str, sentence: str) -> None:

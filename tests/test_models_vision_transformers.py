@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from fedtune import models
-from fedtune.data.encode import Images
+from fedtune.data.pixels import Images
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model
 from fedtune.training import build_model, read_state, train
 from tests.data_examples import a_recipe
@@ -75,7 +76,7 @@ def saved(build: Callable[[], PreTrainedModel], folder: Path) -> PreTrainedModel
 def some_pictures() -> Images:
     random = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=random, dtype=torch.uint8)
-    return Images(pixels, 32, torch.tensor([0, 3, 6, 3]), None)
+    return Images(pixels, Preprocessor(side=32), torch.tensor([0, 3, 6, 3]), None)
 
 
 def by_hand(model: nn.Module, batch: dict[str, Tensor], lr: float) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 import subprocess
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fedtune.recipe import Optimiser, Train
@@ -99,3 +100,52 @@ def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize(("momentum", "nesterov", "decay"), [(0.0, False, 0.0), (0.9, False, 0.01), (0.5, True, 0.01)])
+def test_sgd_is_torchs_own_step_for_step(momentum: float, nesterov: bool, decay: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.ParameterList([torch.ones(3, 2), torch.full((4,), 2.0)]) for _ in range(2))
+    settings = {"steps": 1, "optimiser": "sgd", "momentum": momentum, "nesterov": nesterov, "weight_decay": decay}
+    optimiser = make_optimiser(Train.model_validate(settings), list(ours))
+    reference = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    for step in range(4):
+        for both in (ours, theirs):
+            both[0].grad = torch.linspace(-1, 1, 6).reshape(3, 2) * (step + 1)
+            both[1].grad = None if step == 1 else torch.ones(4)  # one that has no gradient for a step
+        reference.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimiser.step(0.1 / (step + 1))
+        reference.step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "clip"),
+    [
+        ({}, 1.0),
+        ({"optimiser": "adamw"}, 1.0),
+        ({"optimiser": "sgd"}, None),
+        ({"optimiser": "sgd", "clip": 1.0}, 1.0),
+        ({"optimiser": "sgd", "clip": None}, None),
+        ({"optimiser": "adamw", "clip": None}, None),
+    ],
+)
+def test_plain_sgd_clips_nothing_unless_it_is_asked_to(settings: dict[str, Any], clip: float | None) -> None:
+    train = Train.model_validate({"steps": 1, **settings})
+    assert train.clip == clip
+    assert Train.model_validate_json(train.model_dump_json()) == train
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"momentum": 0.9}, "momentum and nesterov are settings of sgd, but optimiser is adamw"),
+        ({"optimiser": "lion8bit", "nesterov": True}, "are settings of sgd, but optimiser is lion8bit"),
+        ({"optimiser": "sgd", "nesterov": True}, "nesterov needs a momentum"),
+        ({"optimiser": "sgd", "momentum": 1.0}, "less than 1"),
+    ],
+)
+def test_momentum_where_there_is_none_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Train.model_validate({"steps": 1, **settings})

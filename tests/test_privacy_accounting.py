@@ -1,7 +1,10 @@
 """Epsilon: Flower's accountant beside the Gaussian mechanism in closed form, and what is charged to whom."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scipy.optimize import brentq
@@ -9,11 +12,12 @@ from scipy.stats import norm
 
 from fedtune.errors import RecipeError
 from fedtune.recipe import Privacy
-from fedtune.tracking import ContributionRecord
+from fedtune.tracking import ContributionRecord, RoundRecord, Store
 from server import accounting
-from server.accounting import epsilon, releases, require_accountant
-from tests.federations import trivial
-from tests.store_examples import a_contribution
+from server.accounting import Asked, Spending, charged, epsilon, require_accountant
+from tests.federations import execute, trivial
+from tests.private_federations import private
+from tests.store_examples import a_contribution, a_round
 
 DELTA = 1e-5
 
@@ -56,7 +60,11 @@ def asked(*statuses: str, first: int = 0) -> list[ContributionRecord]:
     return [replace(a_contribution(0), client=first + place, status=status) for place, status in enumerate(statuses)]
 
 
-ROUNDS = [
+def releases(privacy: Privacy, rounds: Sequence[Asked]) -> int:
+    return max(sum((charged(privacy, one) for one in rounds), Counter()).values(), default=0)
+
+
+ROUNDS: list[Asked] = [
     ("completed", []),
     ("completed", asked("merged", "merged")),
     ("failed", asked("unused", "missing")),
@@ -83,3 +91,31 @@ def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch
     require_accountant(trivial())
     with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
         require_accountant(trivial("privacy.clip=1", "privacy.noise=1"))
+
+
+@pytest.mark.parametrize("where", ["server", "client"])
+def test_epsilon_after_each_round_is_that_of_all_rounds_so_far(where: str) -> None:
+    recipe = trivial("privacy.clip=1", "privacy.noise=2", f"privacy.where={where}")
+    assert recipe.privacy is not None
+    spending = Spending(recipe, [])
+    for number in range(len(ROUNDS)):
+        [told] = spending.after(ROUNDS[number])
+        assert told.value == epsilon(recipe, releases(recipe.privacy, ROUNDS[: number + 1]))
+    done = [a_round(number, status=status, contributions=tuple(sent)) for number, (status, sent) in enumerate(ROUNDS)]
+    [resumed] = Spending(recipe, done[:3]).after(ROUNDS[3])
+    assert resumed.value == epsilon(recipe, releases(recipe.privacy, ROUNDS[:4]))
+    assert Spending(trivial(), done).after(ROUNDS[3]) == ()
+
+
+def test_a_run_reads_its_earlier_rounds_no_oftener_the_more_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    rounds = Store.rounds
+
+    def counted(store: Store, run_id: str, after: int = -1) -> list[RoundRecord]:
+        read.append(run_id)
+        return rounds(store, run_id, after)
+
+    monkeypatch.setattr(Store, "rounds", counted)
+    for count in (2, 6):
+        execute(private("server", f"federation.rounds={count}", "train.steps=1"), run=f"run-{count}")
+    assert read.count("run-2") == read.count("run-6")

@@ -17,7 +17,7 @@ from torch import Tensor
 from clients.app import app
 from fedtune import checkpoint, merging
 from fedtune import home as homes
-from fedtune.contribution import Contribution, Report, pack, unpack
+from fedtune.contribution import Contribution, OwnScore, Report, pack, unpack
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.simulation.flower_private import be_node, number_message
@@ -25,11 +25,22 @@ from fedtune.simulation.workers import Answer, InTurn
 from server.parts import Part
 from server.receive import receive
 from server.selection import sample
-from tests.federations import Ended, Spoil, execute, order_of, outcome, spoilt, trivial, words
+from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1
 REPORT = asdict(
-    Report(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25, own_accuracy=0.75)
+    Report(
+        5,
+        0.5,
+        seconds=1.0,
+        saved_bytes=10,
+        peak_rss=20,
+        own_predictions=4,
+        own_loss=0.25,
+        own_accuracy=0.75,
+        own_more=[0.5],
+        own_after=[0.125, 1.0, 0.625],
+    )
 )
 
 
@@ -84,6 +95,13 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "no held-out examples at all": (with_report(REPORT | {"own_predictions": -1}), "refused", "it counts -1 held-out"),
     "an accuracy above 1": (with_report(REPORT | {"own_accuracy": 1.5}), "refused", "its score on held-out examples"),
     "a loss that is none": (with_report(REPORT | {"own_loss": float("nan")}), "refused", "its score on held-out"),
+    "an infinite score": (
+        with_report(REPORT | {"own_after": [float("inf"), 1.0]}),
+        "refused",
+        "its scores on held-out",
+    ),
+    "half a score": (with_report(REPORT | {"own_after": [0.5]}), "refused", "its scores on held-out"),
+    "a figure for a list": (with_report(REPORT | {"own_more": 0.5}), "refused", "gives own_more"),
     "half an example": (with_report(REPORT | {"examples": 0.5}), "refused", "it counts 0.5 examples"),
 }
 
@@ -208,7 +226,7 @@ def test_only_what_is_trained_travels_and_every_byte_is_counted(home: Path, tmp_
     up: dict[tuple[int, int], bytes] = {}
 
     def note(message: Message, reply: Message) -> Message:
-        down[order_of(message)] = bytes(message.content.array_records["state"]["safetensors"].data)
+        down[order_of(message)] = sent_state(message)
         up[order_of(message)] = payload_of(reply)
         return reply
 
@@ -279,7 +297,8 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "staleness": None,
         **{name: value for name, value in REPORT.items() if not name.startswith(("own", "micro"))},
     }
-    assert sent.own == (4, 0.25, 0.75)
+    assert sent.own == OwnScore(4, 0.25, 0.75, (0.5,))
+    assert sent.trained == OwnScore(4, 0.125, 1.0, (0.625,))
     reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
     record, _ = receive(reply, 7, "phone", Part(b"", shapes, {}), None, tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")

@@ -208,3 +208,68 @@ def test_a_pending_run_is_not_waited_for_when_nobody_will_start_it(store: Store,
     work.tick()
     assert superlink.ended == 1
     assert store.run(run).reason == "the SuperLink did not start the run; goes on at round 1"
+
+
+class Working(Hopeless):
+    """A SuperLink whose runs work until they are let fall."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works, self.stopped = True, 0
+
+    def run(self, _: int) -> FlowerRun:
+        return FlowerRun("running", "", "") if self.works else FlowerRun("finished", "failed", "it fell over")
+
+    def stop(self, _: int) -> None:
+        self.stopped += 1
+
+
+def test_a_run_that_is_stopped_and_resumed_between_two_ticks_goes_on_and_may_fail_later(
+    store: Store, home: Path
+) -> None:
+    superlink = Working()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    work.stop(run)
+    work.resume(run)
+    work.tick()
+    assert store.unfinished("devices")[0].status == "running"
+    assert (superlink.started, superlink.stopped) == (1, 0), "its process goes on"
+    superlink.works = False
+    for _ in range(3):
+        work.tick()
+    assert store.run(run).reason == "it fell over; goes on at round 1"
+
+
+def test_a_run_that_is_stopped_and_resumed_while_its_process_dies_is_started_again(store: Store, home: Path) -> None:
+    superlink = Working()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    work.stop(run)
+    work.resume(run)
+    superlink.works = False
+    work.tick()
+    superlink.works = True
+    assert store.run(run).reason == "it fell over; goes on at round 1"
+    work._trouble[run].rest_until = 0.0
+    work.tick()
+    work.tick()
+    assert superlink.started == 2
+
+
+def test_a_run_that_is_resumed_does_not_wait_for_the_rest_of_its_last_failure(store: Store, home: Path) -> None:
+    superlink = Hopeless()
+    work = managed(store, superlink, home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    work.tick()
+    work.tick()
+    assert superlink.started == 1
+    work.stop(run)
+    work.resume(run)
+    work.tick()
+    assert superlink.started == 2

@@ -25,7 +25,7 @@ task: sequence-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 1}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.1, batch: 32, length: 128, steps: 1}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.1, clip: 1.0, batch: 32, length: 128, steps: 1}}
 federation: {{rounds: 1}}
 """
 

@@ -50,6 +50,12 @@ def test_a_mask_costs_a_bit_per_weight_and_less_where_it_deflates() -> None:
         assert bits.numel() <= math.ceil(at_most * 80_000 / 8)
 
 
+def test_a_mask_of_no_weight_of_the_model_is_refused() -> None:
+    state = {**a_state(0.3), "b.weight": torch.ones(2), "b.mask": torch.ones(2, dtype=torch.uint8)}
+    with pytest.raises(ContributionError, match=r"there is a mask of b\.weight, which is no weight of this model"):
+        from_wire(to_wire(state), SHAPES)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [

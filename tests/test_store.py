@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim
+from fedtune.tracking import Store, claim, new_run_id
 from tests.store_examples import a_contribution, a_metric, a_round, fill, start
 
 
@@ -210,3 +210,19 @@ def test_closing_the_store_leaves_one_whole_file(store: Store, tmp_path: Path) -
     store.close()
     beside = {path.name for path in (tmp_path / "home").iterdir()}
     assert beside == {"store.sqlite", "store.sqlite.lock"}
+
+
+@pytest.mark.parametrize("length", [1, 20, 57, 58, 64])
+def test_the_id_of_a_run_fits_its_column_however_long_the_recipes_name_is(length: int) -> None:
+    name = "n" * length
+    one, other = new_run_id(name), new_run_id(name)
+    assert one != other
+    assert len(one) <= 64
+    assert one[:-7] == name[:57]
+
+
+def test_an_id_that_only_sqlite_would_take_is_refused(home: Path) -> None:
+    with Store.open() as store:
+        start(store, "r" * 64)
+        with pytest.raises(StoreError, match=r"has 65 characters; choose one of at most 64"):
+            start(store, "r" * 65)

@@ -113,6 +113,7 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
         "path": str(tmp_path / "runs" / "a" / "round-3"),
         "sha256": f"{3:064x}",
         "bytes": 10**10 + 3,
+        "pruned": False,
     }
     assert found["metrics"][0] == {"round": 0, "part": "validation", "domain": "all", "name": "accuracy", "value": 0.55}
     assert len(found["metrics"]) == 4 * 3
@@ -145,6 +146,7 @@ def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_pat
         "rounds": 6,
         "contributions": 3 * 3 + 3,
         "metrics": 6 * 3,
+        "client_scores": 0,
         "checkpoints": 6,
     }
     assert tables["contributions"].to_pylist()[4] == {"run_id": "film-1a2b", "round": 2} | asdict(a_contribution(1))
@@ -169,7 +171,14 @@ def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
 
 def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_path: Path) -> None:
     written = export([(recorded[0][0], [])], "parquet", tmp_path / "out")
-    assert [path.stem for path in written] == ["checkpoints", "contributions", "metrics", "rounds", "runs"]
+    assert [path.stem for path in written] == [
+        "checkpoints",
+        "client_scores",
+        "contributions",
+        "metrics",
+        "rounds",
+        "runs",
+    ]
     assert "loss" in pyarrow.parquet.read_table(tmp_path / "out" / "contributions.parquet").column_names
 
 

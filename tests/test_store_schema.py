@@ -1,5 +1,7 @@
 """The schema's history: migrations and tables agree, old databases open, newer ones are refused."""
 
+import hashlib
+import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -14,16 +16,21 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect
 
 import migrations
+from fedtune import data
 from fedtune.errors import StoreError
+from fedtune.pictures import Preprocessor
+from fedtune.recipe import EqualDirichlet, Recipe
 from fedtune.tracking import Store, schema, upgrade
 from fedtune.tracking.tables import metadata
 from tests.store_examples import fill
 
-ADD_NOTE = '''"""Add a note to runs."""
+HEAD = schema.HEAD
+NEXT = f"{int(HEAD) + 1:04}"
+ADD_NOTE = f'''"""Add a note to runs."""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0004", "0003"
+revision, down_revision = "{NEXT}", "{HEAD}"
 
 
 def upgrade() -> None:
@@ -51,13 +58,13 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, the code is one release on: its schema has revision 0004."""
+    """Inside, the code is one release on: its schema has one revision more."""
     folder = tmp_path / "migrations"
     shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0004_add_note.py").write_text(ADD_NOTE)
+    (folder / "versions" / f"{NEXT}_add_note.py").write_text(ADD_NOTE)
     with monkeypatch.context() as patched:
         patched.setattr(migrations, "__file__", str(folder / "__init__.py"))
-        patched.setattr(schema, "HEAD", "0004")
+        patched.setattr(schema, "HEAD", NEXT)
         yield patched
 
 
@@ -137,6 +144,38 @@ def test_a_database_of_the_first_schema_opens_with_its_rows_and_takes_a_servers(
         assert [device.name for device in store.access.devices()] == ["dev"]
 
 
+def test_recipes_of_old_runs_keep_their_split_and_how_they_read_pictures(path: Path) -> None:
+    """A run begun before ``dirichlet`` meant unequal sizes resumes with the split and the pixels it had."""
+    old = """
+    {"name":"old","task":"image-classification","model":{"source":"sample:logistic","dtype":"float32"},
+    "data":{"source":"sample:digits","columns":{"text":"text","image":"image","label":"label","group":null,
+    "domain":null},"parts":{"validation":0.1,"test":0.2},"split":{"kind":"dirichlet","alpha":0.5,"min_examples":1},
+    "limit":null},"devices":[{"name":"phone","count":4,"memory":512000000}],"train":{"steps":1,"image":28},
+    "federation":{"rounds":1},"seed":3}"""
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        command.upgrade(upgrade.settings(connection), "0003")
+        for name, text in {"old": old, "odd": "[]", "new": "{}"}.items():
+            values = (name, name, "interrupted", "", text, 3, "local", "2026-01-01 00:00:00", None, 1)
+            connection.exec_driver_sql(f"INSERT INTO runs VALUES ({', '.join('?' * 10)})", values)
+    engine.dispose()
+    with Store.open() as store:
+        recipe = Recipe.model_validate_json(store.run("old").recipe)
+        assert (store.run("odd").recipe, store.run("new").recipe) == ("[]", "{}")
+    assert recipe.data.split == EqualDirichlet(alpha=0.5)
+    assert recipe.model.preprocessor == Preprocessor(side=28)
+    corpus = data.load(recipe)
+    assert digest(data.split(recipe, corpus.train)) == OLD_SPLIT
+
+
+OLD_SPLIT = "650783778d386e597b2bb4712b66bd97035a51dd5cc7a0a40d13f3a24ed843ff"
+"""Of the clients' rows under that recipe, as they were before the kind had its new name."""
+
+
+def digest(rows: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([own.tolist() for own in rows]).encode()).hexdigest()
+
+
 def test_an_old_database_opens_after_an_upgrade_with_its_rows(path: Path, request: pytest.FixtureRequest) -> None:
     with Store.open() as store:
         recorded = fill(store)
@@ -154,7 +193,7 @@ def test_down_and_up_again_keeps_the_rows(path: Path, request: pytest.FixtureReq
     engine = create_engine(f"sqlite:///{path}")
     for step, there in ((command.downgrade, False), (command.upgrade, True)):
         with engine.begin() as connection:
-            step(upgrade.settings(connection), "0004" if there else "0003")
+            step(upgrade.settings(connection), NEXT if there else HEAD)
         assert ("note" in columns(path, "runs")) == there
     engine.dispose()
     with Store.open() as store:
@@ -165,19 +204,19 @@ def test_a_database_newer_than_the_code_is_refused_naming_both_revisions(path: P
     Store.open().close()
     next_release.undo()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"at revision 0004, .* only up to 0003; upgrade fedtune"):
+    with pytest.raises(StoreError, match=f"at revision {NEXT}, .* only up to {HEAD}; upgrade fedtune"):
         Store.open()
     assert path.read_bytes() == before
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(path: Path, next_release: Any, tmp_path: Path) -> None:
-    next_release.setattr(schema, "HEAD", "0003")
-    script = tmp_path / "migrations" / "versions" / "0004_add_note.py"
+    next_release.setattr(schema, "HEAD", HEAD)
+    script = tmp_path / "migrations" / "versions" / f"{NEXT}_add_note.py"
     script.rename(tmp_path / "later.py")
     with Store.open() as store:
         recorded = fill(store)
     script.write_text(ADD_NOTE.replace("\n\n\ndef downgrade", '\n    raise RuntimeError("planted")\n\n\ndef downgrade'))
-    next_release.setattr(schema, "HEAD", "0004")
+    next_release.setattr(schema, "HEAD", NEXT)
     with pytest.raises(RuntimeError, match="planted"):
         Store.open()
     assert "note" not in columns(path, "runs")

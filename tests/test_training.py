@@ -10,13 +10,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fedtune import techniques
+from fedtune.errors import ContributionError, DataError
 from fedtune.recipe import Recipe, Task, Unit
 from fedtune.seeds import derive
 from fedtune.techniques import Technique
-from fedtune.training import Outcome, load_state, processor_threads, read_state, score, train
-from tests.tiny import VOCABULARY, a_training_recipe, bert, few_texts
+from fedtune.training import Outcome, load_state, processor_threads, read_state, score, step_loss, train
+from fedtune.training.masters import masters_of
+from fedtune.training.order import batches
+from fedtune.training.start import Start
+from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 
 TEXT: Task = "sequence-classification"
+LANGUAGE: Task = "causal-language-modelling"
 
 
 def prepared(model: nn.Module, technique: str = "full") -> tuple[tuple[Technique, ...], dict[str, Tensor]]:
@@ -174,19 +179,125 @@ def test_saved_bytes_fall_with_techniques_that_keep_less() -> None:
     assert head < checkpointed < full
 
 
-def test_a_bfloat16_delta_is_relative_to_the_rounded_start() -> None:
-    model = bert().bfloat16()
+def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
+    """The readable twin: the model holds the rounded copies, each gradient moves the copies."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).bfloat16()
     chosen, rounded = prepared(model)
-    between = {name: tensor + 1e-5 for name, tensor in rounded.items()}
-    still = train(model, chosen, between, few_texts(), INDICES, a_training_recipe(optimiser="sgd", lr=1e-30), 1, 0)
-    assert all(not delta.any() for delta in still.delta.values())
-    moved = train(model, chosen, between, few_texts(), INDICES, a_training_recipe(lr=1e-2), 1, 0)
-    assert {delta.dtype for delta in moved.delta.values()} == {torch.float32}
-    ends = read_state(model, moved.delta)
-    load_state(model, between)
-    starts = read_state(model, moved.delta)
-    assert all(torch.equal(moved.delta[name], ends[name] - starts[name]) for name in ends)
-    assert any(delta.any() for delta in moved.delta.values())
+    state = {name: tensor + 1e-5 for name, tensor in rounded.items()}
+    recipe = a_training_recipe(optimiser="sgd", lr=1e-4, clip=None, schedule="constant", steps=3, batch=12)
+    found = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    model.train()
+    for batch in batches(INDICES, 12, 3, derive(recipe.seed, 1, 0, "order")):
+        load_state(model, copies)
+        model.zero_grad()
+        step_loss(model, few_texts().batch(batch)).backward()
+        for name, copy in copies.items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            copy.add_(gradient.float(), alpha=-1e-4)
+    assert all(torch.equal(found[name], copies[name] - state[name]) for name in found)
+    still = [name for name in found if torch.equal(copies[name].bfloat16(), state[name].bfloat16())]
+    assert any(found[name].any() for name in still), "some move by less than bfloat16 can tell"
+
+
+def test_a_round_that_moves_nothing_is_told() -> None:
+    model = bert()
+    chosen, state = prepared(model)
+    recipe = a_training_recipe(optimiser="sgd", lr=1e-60)
+    with pytest.warns(UserWarning, match="client 4 moved nothing in round 1: no gradient arrives, or train.lr is lost"):
+        still = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 4)
+    assert not any(delta.any() for delta in still.delta.values())
+
+
+def _short_texts(rows: list[list[int]]) -> FewTexts:
+    return FewTexts(rows=rows, labels=None, domains=None, lengths=torch.tensor([len(row) for row in rows]))
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
+    """A language model predicts nothing of them; 0 x nan must not reach the client's loss."""
+    texts = _short_texts([[5], [6, 7, 8], [9], [4, 3]])
+    chosen = techniques.choose([Unit(name="full")])
+    model = llama()
+    state = read_state(model, techniques.apply(chosen, model, LANGUAGE, 0))
+    recipe = a_training_recipe(batch=4, steps=2).model_copy(update={"task": LANGUAGE})
+    found = train(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro=micro)
+    assert math.isfinite(found.loss)
+    assert all(delta.isfinite().all() for delta in found.delta.values())
+    load_state(model, state)
+    several = train(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
+    assert math.isfinite(several.loss)
+    with pytest.raises(DataError, match="no example of the client has a second token"):
+        train(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
+
+
+def test_tensors_of_another_client_are_refused() -> None:
+    model = bert()
+    chosen, state = prepared(model)
+    other = {"bert.pooler.dense.bias": torch.zeros(16)}
+    with pytest.raises(ContributionError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
+        train(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, own=other)
+
+
+def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
+    """A slow twin: AdamW on fp32 copies, whose rounding the model computes with."""
+    model, recipe = bert().bfloat16(), a_training_recipe(epochs=1, lr=1e-5)
+    chosen, rounded = prepared(model)
+    received = {name: tensor + 1e-5 for name, tensor in rounded.items()}
+    outcome = train(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)
+    moved = twin_with_masters(bert().bfloat16(), received, recipe)
+    assert all(torch.equal(outcome.delta[name], moved[name]) for name in moved)
+    assert {delta.dtype for delta in outcome.delta.values()} == {torch.float32}
+    load_state(model, received)
+    starts = read_state(model, received)
+    ends = {name: (received[name] + delta).bfloat16().float() for name, delta in outcome.delta.items()}
+    unseen = [name for name in ends if torch.equal(ends[name], starts[name]) and bool(outcome.delta[name].any())]
+    assert unseen  # tensors that bfloat16 alone would not have moved at all
+
+
+def twin_with_masters(model: PreTrainedModel, received: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    load_state(model, received)
+    masters = {name: received[name].clone() for name, _ in model.named_parameters()}
+    optimiser = torch.optim.AdamW(masters.values(), weight_decay=recipe.train.weight_decay)
+    order = np.random.default_rng(derive(recipe.seed, 1, 1, "order")).permutation(INDICES)
+    torch.manual_seed(derive(recipe.seed, 1, 1, "dropout"))
+    model.train()
+    steps = -(-len(order) // recipe.train.batch)
+    for step in range(steps):
+        chosen = order[step * recipe.train.batch : (step + 1) * recipe.train.batch]
+        model(**few_texts().batch(chosen.tolist())).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or 1e9)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            masters[name].grad = parameter.grad.float()
+            parameter.grad = None
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.train.lr * (1 - step / steps / recipe.federation.rounds)
+        optimiser.step()
+        load_state(model, masters)
+    return {name: masters[name] - received[name] for name in masters}
+
+
+def test_fp32_training_makes_no_masters() -> None:
+    model = bert()
+    chosen, state = prepared(model)
+    assert masters_of(model, Start(model, list(state), state)) == {}
+    assert chosen
+
+
+def test_what_a_technique_changed_as_the_round_began_is_no_part_of_the_delta() -> None:
+    model = bert()
+    _, state = prepared(model)
+    load_state(model, state)
+    name = "classifier.weight"
+    model.get_parameter(name).data[0, 0] += 1.0  # a technique did this in begin_round
+    start = Start(model, list(state), state)
+    deltas = start.deltas(dict(model.named_parameters()), list(state))
+    assert not any(delta.any() for delta in deltas.values())
+    model.get_parameter(name).data[0, 1] += 0.5
+    [delta] = start.deltas(dict(model.named_parameters()), [name]).values()
+    assert [tuple(place) for place in delta.nonzero().tolist()] == [(0, 1)]
 
 
 def test_the_state_is_a_copy_in_single_precision() -> None:

@@ -35,7 +35,7 @@ class Connection:
         import httpx
 
         trust = ssl.create_default_context(cadata=ca)
-        self._url = url
+        self.url = url
         headers = {"Authorization": f"Bearer {key}"}
         self._client = httpx.Client(base_url=url, verify=trust, headers=headers, timeout=60.0)
 
@@ -53,12 +53,12 @@ class Connection:
             answer = self._client.request(method, f"/fedtune/{path}", json=sent)
         except httpx.HTTPError as error:
             raise ServerError(
-                f"cannot reach the server at {self._url} ({error}); is fedtune server up there?"
+                f"cannot reach the server at {self.url} ({error}); is fedtune server up there?"
             ) from error
         try:
             told = answer.json()
         except ValueError as error:
-            raise ServerError(f"{self._url} answers with something else than fedtune; check the address") from error
+            raise ServerError(f"{self.url} answers with something else than fedtune; check the address") from error
         if answer.is_error:
             raise ServerError(str(told.get("error", f"the server says {answer.status_code}")))
         return told

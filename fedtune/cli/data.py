@@ -42,19 +42,22 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
     summary = library.summary(wanted, corpus, library.split(wanted, corpus.train))
     path = picture or home() / "pictures" / f"{wanted.name}-split.png"
     draw(summary, path)
+    for note in corpus.notes:
+        click.echo(f"warning: {note}", err=True)
     _print(summary, path, as_json)
 
 
 def _print(summary: "Summary", path: Path, as_json: bool) -> None:
-    import json
     from dataclasses import asdict
 
     from rich.console import Console
 
+    from fedtune.json_text import json_text
+
     if as_json:
-        click.echo(json.dumps({**asdict(summary), "picture": str(path)}))
+        click.echo(json_text({**asdict(summary), "picture": str(path)}))
         return
-    Console().print(_table(summary))
+    Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MOST_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"picture: {path}")

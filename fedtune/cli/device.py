@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,46 @@ def device() -> None:
 
 @device.command()
 @click.argument("url", required=False)
-@click.option("--token", envvar="FEDTUNE_TOKEN", required=True, help='From the operator; "-" reads it from a pipe.')
+@click.option(
+    "--token",
+    envvar="FEDTUNE_TOKEN",
+    default="-",
+    show_default=True,
+    help='From the operator; "-" reads it from a pipe, and asks for it in a terminal.',
+)
 @click.option("--name", help="What the server calls this device.  [default: the host's name, or the token's]")
 def enroll(url: str | None, token: str, name: str | None) -> None:
-    """Become a device of the server at URL, once, with a one-time token.
+    """Become a device of the server at URL, once, with a one-time token; the token holds the address too.
 
-    Example: fedtune device enroll https://server:8443 --token TOKEN
+    Example: fedtune device enroll --token -
     """
     from clients.device_home import DeviceHome
     from clients.enrolment import Token, enrol_device
 
-    text = sys.stdin.readline() if token == "-" else token
+    text = _typed() if token == "-" else token
     identity = enrol_device(DeviceHome(), url, Token.read(text), name)
     click.echo(f"enrolled as {identity.name} at {identity.url}\ntry next  fedtune device join --data csv:FILE")
+
+
+def _typed() -> str:
+    """One line from standard input; a terminal asks for it and does not show it."""
+    if sys.stdin.isatty():
+        return str(click.prompt("token", hide_input=True, err=True))
+    return sys.stdin.readline()
+
+
+@device.command()
+@click.argument("url")
+def move(url: str) -> None:
+    """Reach the same server at another address from now on; key and name stay.
+
+    Example: fedtune device move https://192.168.1.20:8443
+    """
+    from clients.device_home import DeviceHome
+    from clients.enrolment import move_device
+
+    identity = move_device(DeviceHome(), url)
+    click.echo(f"{identity.name} reaches its server at {identity.url}\ntry next  fedtune device join --data csv:FILE")
 
 
 @device.command()
@@ -68,38 +96,43 @@ def join(source: str, memory: int | None, idle: float) -> None:
     Example:
       fedtune device join --data csv:reviews.csv --memory 512MB
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the device stays
     import psutil
 
     from clients.device_home import DeviceHome
     from clients.join import join as take_part
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     take_part(DeviceHome(), source, memory or psutil.virtual_memory().total, idle * 60, _say)
 
 
 def _say(sentence: str) -> None:
     from datetime import datetime
 
-    click.echo(f"{datetime.now():%H:%M:%S} {sentence}", err=True)
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(f"{datetime.now():%H:%M:%S} {sentence}", err=True)
 
 
 @device.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def status(as_json: bool) -> None:
-    """Who this device is, and what it is doing.
+    """Who this device is, and what it is doing; ends with code 1 when it is not joined.
 
     Example: fedtune device status
     """
-    import json
-
     from clients.device_home import DeviceHome
+    from clients.enrolment import authority_ends
+    from fedtune.json_text import json_text
 
     home = DeviceHome()
-    identity = home.identity()
-    noted = home.noted() if home.joined else {"state": "not joined"}
-    found = {"name": identity.name, "server": identity.url, "node": identity.node, **noted}
-    shown = [f"{key:8}  {value}" for key, value in found.items() if value is not None]
-    click.echo(json.dumps(found) if as_json else "\n".join(shown))
+    identity, joined = home.identity(), home.joined
+    noted = home.noted() if joined else {"state": "not joined"}
+    ends = f"{authority_ends(identity):%Y-%m-%d}"
+    found = {"name": identity.name, "server": identity.url, "node": identity.node, "enrolled until": ends, **noted}
+    shown = [f"{key:14}  {value}" for key, value in found.items() if value is not None]
+    click.echo(json_text(found) if as_json else "\n".join(shown))
+    if not joined:
+        raise click.exceptions.Exit(1)
 
 
 @device.command()
@@ -123,14 +156,15 @@ def leave() -> None:
 @device.command()
 @_data
 @_memory
+@click.option("--user", help="Whom the systemd unit runs as; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
-def package(source: str, memory: int | None, output: Path) -> None:
-    """Write a systemd unit and a Dockerfile that keep this device joined, and the requirements of a thin install.
+def package(source: str, memory: int | None, user: str | None, output: Path) -> None:
+    """Write a systemd unit and a Dockerfile that keep this device joined, and a thin install with fedtune's own wheel.
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
     from clients.package import package as write_files
+    from fedtune.systemd import service_user
 
-    options = ["--data", source, *(["--memory", f"{memory}"] if memory else [])]
-    for path in write_files(output, options):
+    for path in write_files(output, source, memory, service_user(user)):
         click.echo(path)

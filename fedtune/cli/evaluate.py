@@ -1,9 +1,10 @@
 """``fedtune evaluate``: score what a run learned on any data source."""
 
-import json
 from typing import TYPE_CHECKING
 
 import click
+
+from fedtune.json_text import json_text
 
 if TYPE_CHECKING:
     from fedtune.training import Score
@@ -16,7 +17,7 @@ __all__ = ["evaluate"]
 @click.option("--round", "number", type=click.IntRange(0), help="Round to score; 0 is the start.  [default: the last]")
 @click.option("--data", "source", metavar="SOURCE", help="Another source: all of its examples are scored.")
 @click.option("--columns", metavar="KEY=NAME,...", help="Its columns, e.g. text=review,label=stars.")
-@click.option("--part", type=click.Choice(["validation", "test"]), default="validation", show_default=True)
+@click.option("--part", type=click.Choice(["validation", "test"]), help="Of its own data.  [default: validation]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def evaluate(
@@ -24,7 +25,7 @@ def evaluate(
     number: int | None,
     source: str | None,
     columns: str | None,
-    part: str,
+    part: str | None,
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -41,20 +42,26 @@ def evaluate(
     from fedtune.errors import ModelError
     from fedtune.training import load_state, score, workshop
 
+    if source is not None and part is not None:
+        raise click.UsageError("--part is a part of the run's own data, and all of --data is scored; leave one out")
+    if source is None and columns is not None:
+        raise click.UsageError("--columns are those of --data; name that too, e.g. --data csv:reviews.csv")
     recipe, state, run, at = load_target(target, number, store)
     shop = workshop(recipe.model_dump_json())
     if shop.own:
         raise ModelError(
             f"run {run} kept a part of its model on the devices; see its part own: fedtune runs show {run}"
         )
-    examples = getattr(shop, part) if source is None else shop.other(source, _columns(columns))
+    examples = getattr(shop, part or "validation") if source is None else shop.other(source, _columns(columns))
+    told = source or part or "validation"
     load_state(shop.model, state)
-    scores = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
+    settings = recipe.evaluation
+    scores = score(shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics)
     if as_json:
         figures = [found._asdict() for found in scores]
-        click.echo(json.dumps({"run": run, "round": at, "data": source or part, "metrics": figures}, indent=2))
+        click.echo(json_text({"run": run, "round": at, "data": told, "metrics": figures}))
     else:
-        _show(scores, f"{run}, round {at}, on {source or part} ({len(examples)} examples)")
+        _show(scores, f"{run}, round {at}, on {told} ({len(examples)} examples)")
 
 
 def _columns(text: str | None) -> dict[str, str]:
@@ -75,4 +82,4 @@ def _show(scores: "list[Score]", title: str) -> None:
     for domain in dict.fromkeys(found.domain for found in scores):
         figures = {found.name: f"{found.value:.4f}" for found in scores if found.domain == domain}
         table.add_row(domain, *(figures.get(name, "") for name in names))
-    Console().print(table)
+    Console(markup=False).print(table)

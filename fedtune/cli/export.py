@@ -1,9 +1,10 @@
 """``fedtune export``: a run's result for plain transformers or peft."""
 
-import json
 from pathlib import Path
 
 import click
+
+from fedtune.json_text import json_text
 
 __all__ = ["export"]
 
@@ -33,7 +34,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
     card = _card(recipe.model_dump_json(indent=2), run, at) + _private(run, at, store)
     form = write(recipe, state, output, form, card)  # type: ignore[arg-type]
     if as_json:
-        click.echo(json.dumps({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
+        click.echo(json_text({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
     else:
         click.echo(f"{output}: {form} of run {run}, round {at}")
         click.echo(remark(recipe), nl=False)

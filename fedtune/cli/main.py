@@ -8,6 +8,7 @@ import sys
 import click
 
 from fedtune.errors import FedtuneError
+from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
 
@@ -97,8 +98,9 @@ def _lacking(error: ModuleNotFoundError) -> str:
 
 
 def _be_quiet() -> None:
-    """No telemetry, no update checks, no progress bars but ours."""
+    """No telemetry, no update checks, no progress bars but ours; children do not import from the working folder."""
     for name, value in {
+        "PYTHONSAFEPATH": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -110,7 +112,7 @@ def _be_quiet() -> None:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"fedtune: {sentence}", err=True)
+    click.echo(f"fedtune: {clean_lines(sentence)}", err=True)  # it may quote what somebody else said
     return 2
 
 

@@ -1,9 +1,10 @@
 """``fedtune methods``: the techniques and merge steps there are, and their cards."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import click
+
+from fedtune.json_text import json_text
 
 __all__ = ["methods"]
 
@@ -33,7 +34,7 @@ def methods(name: str | None, as_json: bool) -> None:
         if name in (None, found)
     ]
     if as_json:
-        click.echo(json.dumps(rows if name is None else rows[0], indent=2))
+        click.echo(json_text(rows if name is None else rows[0]))
     elif name is not None:
         _show_card(rows[0])
     else:
@@ -48,7 +49,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
     for row in rows:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
-    Console().print(table)
+    Console(markup=False).print(table)
     click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
 
 

@@ -59,15 +59,18 @@ def profile(
         check_suffix(output)
     found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
     rows = _measured(found)
-    _show(wanted, rows, random=path is None, output=output, as_json=as_json)
+    from fedtune import models
+
+    _show(models.settled(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
+    from fedtune.cli.exported import with_base
     from fedtune.recipe_file import parse, read
 
     if path is not None and model is None and task is None:
-        return read(path, overrides)
+        return with_base(read(path, overrides), None)
     if path is not None or model is None or task is None:
         raise click.UsageError("name either a RECIPE or --model with --task, e.g. recipes/sentiment.yaml")
     import yaml
@@ -75,7 +78,7 @@ def _recipe(path: Path | None, model: str | None, task: str | None, overrides: S
     train = {"steps": 1, "batch": 16, "length": 128}
     made_up = {"name": _name(model), "task": task, "model": {"source": model}, "data": {"source": "random"}}
     text = yaml.safe_dump({**made_up, "devices": [{"count": 1}], "train": train, "federation": {"rounds": 1}})
-    return parse(text, "--model", overrides)
+    return with_base(parse(text, "--model", overrides), None)
 
 
 def _name(model: str) -> str:
@@ -92,13 +95,12 @@ def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]
         from fedtune.profile import every
 
         return every()
-    import yaml
-
     from fedtune.errors import RecipeError
+    from fedtune.yaml_text import YamlError, load
 
     try:
-        items = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
+        items = load(f"[{text}]")
+    except YamlError as error:
         raise RecipeError(f"--techniques {text}: write it as a,b,c+d") from error
     return [_units(recipe, item) for item in items]
 
@@ -120,7 +122,7 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
 
 def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[Case]":
     """What to measure; whatever can be refused is refused here, before the first step."""
-    from fedtune import data, profile
+    from fedtune import data, models, profile
     from fedtune.contribution import pack
     from fedtune.models.sources import resolve
 
@@ -129,7 +131,7 @@ def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: 
     if random:
         labels = () if recipe.task == "causal-language-modelling" else ("no", "yes")
         return profile.cases(recipe, asked, labels, None, check)
-    corpus = data.load(recipe)
+    corpus = data.load(recipe, models.class_names(recipe.model, recipe.task))
     batch = pack(profile.first_batch(recipe, corpus))
     return profile.cases(recipe, asked, corpus.labels, batch, check)
 
@@ -149,17 +151,16 @@ def _measured(cases: "Sequence[Case]") -> "list[Row]":
 
 def _show(recipe: "Recipe", rows: "list[Row]", *, random: bool, output: Path | None, as_json: bool) -> None:
     """The table and the picture, or JSON; code 2 when nothing could run."""
-    import json
-
     from fedtune.cli.profile_view import as_objects, show, title
     from fedtune.home import home
+    from fedtune.json_text import json_text
     from fedtune.profile import Failed
     from fedtune.profile.picture import picture
 
     heading = title(recipe, random)
     path = output or home() / "pictures" / f"{recipe.name}-profile.png"
     if as_json:
-        click.echo(json.dumps(as_objects(rows), indent=2))
+        click.echo(json_text(as_objects(rows)))
     else:
         show(rows, heading)
     if output is not None or not as_json:

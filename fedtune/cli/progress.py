@@ -1,21 +1,24 @@
 """What a person sees while a run goes on: a live line in a terminal, one plain line per round elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, headline, summary, watcher
+from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, Scoring, headline, summary, watcher
 
-__all__ = ["watching"]
+__all__ = ["Clock", "watching"]
+
+_QUIET_SECONDS = 10.0
+"""Without a terminal a long scoring prints a line so often."""
 
 
 @contextmanager
 def watching(rounds: int) -> Iterator[None]:
     """Show the events of a run of so many rounds on standard error while the block runs."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     live = console.is_terminal and not console.is_dumb_terminal
     with _live(console, rounds) if live else _plain(console, rounds) as show:
         token = watcher.set(show)
@@ -25,43 +28,87 @@ def watching(rounds: int) -> Iterator[None]:
             watcher.reset(token)
 
 
-class _Clock:
-    """Seconds left, from the rounds seen so far; round 0 is measured apart since it trains nothing."""
+class Clock:
+    """Seconds left, from what rounds and scored examples have taken so far; the two are told apart.
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-        self._started = time.monotonic()
-        self._first: int | None = None
+    ``now`` gives seconds of a clock that never goes back.
+    """
 
-    def start(self, first: int) -> None:
-        self._first = first
-        self._started = time.monotonic()
+    def __init__(self, rounds: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._rounds, self._now = rounds, now
+        self._mark = now()
+        self._number = 0
+        self._ended, self._training = 0, 0.0
+        self._scored, self._scoring = 0, 0.0
+        self._ahead: Mapping[int, int] = {}
+        self._done = 0
 
-    def left(self, number: int) -> str:
-        done = number - (self._first or 1) + 1
-        left = round((time.monotonic() - self._started) / done * (self._rounds - number))
-        return f"{left // 60}:{left % 60:02} left"
+    def see(self, event: Event) -> None:
+        """Take note of an event that happens now."""
+        passed, self._mark = self._now() - self._mark, self._now()
+        if isinstance(event, Scoring) and event.done:
+            self._scoring += passed
+            self._scored += event.done - self._done
+        else:
+            self._training += passed
+        match event:
+            case RunStarted():
+                self._ahead, self._number, self._training = event.scoring, event.first - 1, 0.0
+            case Scoring():
+                self._done = event.done
+            case RoundEnded():
+                self._end(event.record.number)
+
+    def _end(self, number: int) -> None:
+        self._number = number
+        self._ahead = {later: examples for later, examples in self._ahead.items() if later > number}
+        if number:
+            self._ended += 1
+        else:
+            self._training = 0.0  # before the first round nothing is trained
+
+    def left(self) -> str:
+        """Minutes and seconds until the run ends, with the scoring that is to come; nothing before the first round."""
+        if not self._ended:
+            return ""
+        seconds = self._training / self._ended * (self._rounds - self._number)
+        seconds += sum(self._ahead.values()) * self._scoring / max(1, self._scored)
+        return f"{round(seconds) // 60}:{round(seconds) % 60:02} left"
 
 
 @contextmanager
 def _plain(console: Console, rounds: int) -> Iterator[Callable[[Event], None]]:
-    clock = _Clock(rounds)
+    clock = Clock(rounds)
+    said = time.monotonic()
 
     def show(event: Event) -> None:
-        if isinstance(event, RunStarted):
-            clock.start(event.first)
-            print(headline(event), file=console.file, flush=True)
-        elif isinstance(event, RoundEnded):
-            number = event.record.number
-            line = f"round {number}/{rounds}  {summary(event.record)}" + (f"  {clock.left(number)}" if number else "")
+        nonlocal said
+        clock.see(event)
+        line = _line(event, clock, rounds)
+        if isinstance(event, Scoring) and time.monotonic() - said < _QUIET_SECONDS:
+            return
+        if line:
             print(line, file=console.file, flush=True)
+            said = time.monotonic()
 
     yield show
 
 
+def _line(event: Event, clock: Clock, rounds: int) -> str:
+    match event:
+        case RunStarted():
+            return headline(event)
+        case Scoring():
+            return f"scoring {event.part}  {event.done}/{event.total}"
+        case RoundEnded():
+            left = clock.left()
+            return f"round {event.record.number}/{rounds}  {summary(event.record)}" + (f"  {left}" if left else "")
+    return ""
+
+
 @contextmanager
 def _live(console: Console, rounds: int) -> Iterator[Callable[[Event], None]]:
-    clock = _Clock(rounds)
+    clock = Clock(rounds)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -76,18 +123,21 @@ def _live(console: Console, rounds: int) -> Iterator[Callable[[Event], None]]:
         yield lambda event: _update(bars, round_bar, client_bar, clock, event)
 
 
-def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: _Clock, event: Event) -> None:
+def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock, event: Event) -> None:
+    clock.see(event)
     match event:
         case RunStarted():
-            clock.start(event.first)
             bars.update(round_bar, completed=event.first - 1, note="")
         case RoundStarted():
-            bars.reset(client_bar, total=event.clients, visible=True, note="")
+            bars.reset(client_bar, total=event.clients, visible=True, description="clients", note="")
         case Answered():
             bars.update(client_bar, advance=1, note=_answer(event))
+        case Scoring():
+            scoring = f"scoring {event.part}"
+            bars.update(client_bar, total=event.total, completed=event.done, visible=True, description=scoring, note="")
         case RoundEnded():
             number = event.record.number
-            bars.update(round_bar, completed=number, note=clock.left(number) if number else "")
+            bars.update(round_bar, completed=number, note=clock.left())
             bars.console.print(f"round {number}  {summary(event.record)}", highlight=False)
 
 

@@ -14,7 +14,7 @@ __all__ = ["DomainRow", "domain_rows", "show_rows"]
 
 @dataclass(frozen=True)
 class DomainRow:
-    """Test figure before and after training, and bytes both ways and peak saved bytes of the domain's clients."""
+    """Test figure before and after training; bytes both ways, peak saved bytes and peak memory of its clients."""
 
     domain: str
     before: float
@@ -22,6 +22,7 @@ class DomainRow:
     bytes_up: int
     bytes_down: int
     saved_bytes: int
+    peak_rss: int
 
 
 def domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
@@ -43,6 +44,7 @@ def _row(domain: str, before: float, after: float, sent: Sequence[ContributionRe
         sum(s.bytes_up for s in sent),
         sum(s.bytes_down for s in sent),
         max((s.saved_bytes for s in sent), default=0),
+        max((s.peak_rss for s in sent), default=0),
     )
 
 
@@ -56,3 +58,7 @@ def show_rows(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
         sizes = [f"{size / 1e6:.2f} MB" for size in (row.bytes_up, row.bytes_down, row.saved_bytes)]
         table.add_row(row.domain, *figures, *sizes)
     console.print(table)
+    process = max((row.peak_rss for row in rows), default=0)
+    console.print(
+        f"peak saved: activations kept for the backward pass; a client's process held {process / 1e6:.0f} MB in all"
+    )

@@ -56,9 +56,11 @@ def list_(store: str | None, as_json: bool) -> None:
 
 @runs.command()
 @_one
+@click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Show so many of the last rounds.")
+@click.option("--all", "every", is_flag=True, help="Show every round.")
 @_shared
-def show(run: str, store: str | None, as_json: bool) -> None:
-    """One run: its rounds, its result by domain, its clients.
+def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> None:
+    """One run: its last rounds, its result by domain, its clients. With --json always every round.
 
     Example: fedtune runs show latest
     """
@@ -70,7 +72,7 @@ def show(run: str, store: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(document.text(document.document(found, rounds, detailed=True)))
     else:
-        runs_view.show_run(found, rounds)
+        runs_view.show_run(found, rounds, None if every else last)
 
 
 @runs.command()
@@ -127,8 +129,8 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
     """Runs as tables for other programs.
 
-    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics and checkpoints, joined
-    by run_id and round; json makes one file.
+    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics, client scores and
+    checkpoints, joined by run_id and round; json makes one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """

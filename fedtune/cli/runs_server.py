@@ -1,6 +1,5 @@
 """The commands of ``fedtune runs`` that ask a server: follow, stop and resume what was submitted to it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from fedtune.cli.connection import connect, server_option
+from fedtune.json_text import json_text
 
 __all__ = ["resume", "stop", "watch"]
 
@@ -32,7 +32,7 @@ def watch(run: str, server: Path | None, as_json: bool) -> None:
     with connect(server) as connection:
         last = follow(connection, run, quiet=as_json)
         if as_json:
-            click.echo(json.dumps(connection.ask("GET", f"runs/{last['id']}"), indent=2))
+            click.echo(json_text(connection.ask("GET", f"runs/{last['id']}")))
 
 
 @click.command()
@@ -44,7 +44,7 @@ def stop(run: str, server: Path | None, as_json: bool) -> None:
     """
     with connect(server) as connection:
         told = connection.ask("POST", f"runs/{run}/stop")
-    click.echo(json.dumps(told) if as_json else f"stopped: {told['run']}")
+    click.echo(json_text(told) if as_json else f"stopped: {told['run']}")
 
 
 @click.command()
@@ -56,4 +56,4 @@ def resume(run: str, server: Path | None, as_json: bool) -> None:
     """
     with connect(server) as connection:
         told = connection.ask("POST", f"runs/{run}/resume")
-    click.echo(json.dumps(told) if as_json else f"queued: {told['run']}")
+    click.echo(json_text(told) if as_json else f"queued: {told['run']}")

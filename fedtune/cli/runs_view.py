@@ -13,13 +13,17 @@ from rich.text import Text
 
 from fedtune.cli.private import sentence
 from fedtune.tracking import ContributionRecord, RoundRecord, RunRecord
+from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
+from fedtune.untrusted import clean_text
 
 __all__ = ["show_comparison", "show_list", "show_run"]
 
 Rounds = Sequence[RoundRecord]
 Recorded = Sequence[tuple[RunRecord, Rounds]]
 
+_REASON = 500
+"""Characters of a reason that are shown: devices gave some of them."""
 _COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
@@ -37,16 +41,18 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[Score]]) 
     _console().print(table)
 
 
-def show_run(run: RunRecord, rounds: Rounds) -> None:
-    """All of a run that fits a screen."""
+def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
+    """A run in a page: its start and ``last`` rounds, all by default; what is summed up is summed over every round."""
     console = _console()
     console.print(_facts(run, rounds), "")
-    console.print(_rounds(rounds), "")
+    console.print(_rounds(rounds, last), "")
     if (name := main_metric(scores(rounds))) is not None:
         console.print(_domains(rounds, name), "")
+    if any(record.client_scores for record in rounds):
+        console.print(_clients(rounds), "")
     if any(record.contributions for record in rounds):
         console.print(_devices(rounds), "")
-    for line in _mishaps(rounds):
+    for line in _newest(_mishaps(rounds), last):
         console.print(line, style="yellow")
     console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
 
@@ -72,19 +78,23 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", Text(run.id, "bold"))
     grid.add_row("recipe", run.name)
-    grid.add_row("status", Text.assemble(_status(run.status), f": {run.reason}" if run.reason else ""))
+    grid.add_row(
+        "status", Text.assemble(_status(run.status), f": {clean_text(run.reason, _REASON)}" if run.reason else "")
+    )
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
     grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
     if private := sentence(run, rounds):
         grid.add_row("privacy", private)
-    checkpoints = [record.checkpoint for record in rounds if record.checkpoint]
-    if checkpoints:
-        grid.add_row("checkpoint", Text(checkpoints[-1].path, overflow="fold"))
+    kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
+    if kept and kept[-1].checkpoint:
+        pruned = sum(record.checkpoint is not None for record in rounds) - len(kept)
+        others = f" (rounds kept: {', '.join(str(record.number) for record in kept)})" if pruned else ""
+        grid.add_row("checkpoint", Text(kept[-1].checkpoint.path + others, overflow="fold"))
     return grid
 
 
-def _rounds(rounds: Rounds) -> Table:
+def _rounds(rounds: Rounds, last: int | None) -> Table:
     name = main_metric(scores(rounds)) or "accuracy"
     part, values = curve(rounds, name)
     table = _table(
@@ -96,7 +106,10 @@ def _rounds(rounds: Rounds) -> Table:
         "sent>",
         "time>",
     )
-    for record in rounds:
+    hidden = 0 if last is None else max(0, len(rounds) - 1 - last)
+    for place, record in enumerate([*rounds[:1], *rounds[1 + hidden :]]):
+        if hidden and place == 1:
+            table.add_row("…", f"{hidden} more: --all")
         cost = totals([record])
         merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
         loss, sent = _number(training_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
@@ -109,7 +122,21 @@ def _domains(rounds: Rounds, name: str) -> Table:
     table = _table("domain", "part", f"{name} before>", "after>")
     for part in ("validation", "own", "test"):
         for domain, (before, after) in before_and_after(rounds, part, name).items():
-            table.add_row(domain, part, _number(before), _number(after), style="bold" if domain == "all" else "")
+            table.add_row(
+                clean_text(domain), part, _number(before), _number(after), style="bold" if domain == "all" else ""
+            )
+    return table
+
+
+def _clients(rounds: Rounds) -> Table:
+    """How evenly the last round that clients scored serves them, on what each held out."""
+    found = spreads(rounds)
+    last = max(one.round for one in found)
+    table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
+    for one in (one for one in found if one.round == last):
+        moment = f"{one.moment} training"
+        figures = map(_number, (one.mean, one.deviation, one.worst_tenth))
+        table.add_row(one.name, moment, str(one.clients), *figures)
     return table
 
 
@@ -121,7 +148,7 @@ def _devices(rounds: Rounds) -> Table:
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
-            device,
+            clean_text(device),
             str(len({one.client for one in own})),
             f"{sum(one.status == 'merged' for one in own)}/{len(own)}",
             str(sum(one.examples for one in own)),
@@ -141,13 +168,22 @@ def _staleness(contributions: Sequence[ContributionRecord]) -> str:
 
 def _mishaps(rounds: Rounds) -> list[str]:
     """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
-    lines = [f"round {record.number} failed: {record.reason}" for record in rounds if record.status == "failed"]
+    lines = [
+        f"round {one.number} failed: {clean_text(one.reason, _REASON)}" for one in rounds if one.status == "failed"
+    ]
     return lines + [
-        f"round {record.number}, client {one.client} ({one.device}): {one.status}, {one.reason or 'no reason given'}"
+        f"round {record.number}, client {one.client} ({clean_text(one.device)}): {one.status}, "
+        f"{clean_text(one.reason, _REASON) or 'no reason given'}"
         for record in rounds
         for one in record.contributions
         if one.status != "merged" or one.reason
     ]
+
+
+def _newest(lines: Sequence[str], last: int | None) -> Sequence[str]:
+    if last is None or len(lines) <= last:
+        return lines
+    return [f"{len(lines) - last} earlier lines like these: --all", *lines[-last:]]
 
 
 def _console() -> Console:

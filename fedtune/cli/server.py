@@ -1,21 +1,18 @@
-"""``fedtune server``: make a server's home, keep the server up, let devices and operators in and out."""
+"""``fedtune server``: make a server's home, keep the server up, let devices in and out."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from fedtune.cli import server_view
+from fedtune.cli import server_access, server_view
 from fedtune.cli.connection import connect, server_option
+from fedtune.cli.server_view import json_option, shown
+from fedtune.untrusted import clean_lines
 
 __all__ = ["server"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _as_json(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+_LISTEN = "127.0.0.1:8443"
+_LONGEST_LOG = 2_000_000
 
 
 @click.group()
@@ -23,25 +20,44 @@ def server() -> None:
     """A server that real devices join; its home is $FEDTUNE_HOME/server."""
 
 
+for _command in (server_access.audit, server_access.operator, server_access.operators, server_access.tokens):
+    server.add_command(_command)
+
+
 @server.command()
 @click.option("--name", "names", multiple=True, metavar="NAME", help="A host name or address devices will use.")
-@click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8443", show_default=True)
-def init(names: tuple[str, ...], listen: str) -> None:
+@click.option("--listen", metavar="HOST:PORT", help=f"Where to listen.  [default: {_LISTEN}]")
+def init(names: tuple[str, ...], listen: str | None) -> None:
     """Make a server's home: an authority, a certificate, keys, settings.
+
+    Again with --name or --listen it changes those of the server that is there, after its address has changed; devices,
+    keys and runs stay.
 
     \b
     Example:
       fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
     """
     from fedtune.tracking import Store
-    from server.home import create
+    from server.home import create, exists
     from server.operators import add
+    from server.readdress import readdress
 
-    made = create(list(names) or ["localhost"], listen)
+    if exists() and (names or listen):
+        _readdressed(readdress(list(names), listen))
+        return
+    made = create(list(names) or ["localhost"], listen or _LISTEN)
     with Store.open(made.settings.store) as store:
         add(made, store.access, "local", made.operator)
     click.echo(f"made      {made.folder}")
     click.echo(f"settings  {made.folder / 'server.yaml'}")
+    click.echo("try next  fedtune server up")
+
+
+def _readdressed(url: str) -> None:
+    click.echo(f"the server is {url} from its next start on; its authority, keys, devices and runs stay")
+    click.echo("on devices that reach it by an address it no longer has:")
+    click.echo(f"          fedtune device move {url}")
+    click.echo("operators elsewhere need a file made anew: fedtune server operator NAME -o FILE")
     click.echo("try next  fedtune server up")
 
 
@@ -51,10 +67,25 @@ def up() -> None:
 
     Example: fedtune server up
     """
+    click.echo("fedtune server: starting; Ctrl-C ends it", err=True)
     from server.home import open_home
     from server.supervisor import up as serve
 
     serve(open_home())
+
+
+@server.command()
+@click.option("--user", help="Whom the unit runs as; not root.  [default: you]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
+def package(user: str | None, output: Path) -> None:
+    """Write a systemd unit that keeps this server up.
+
+    Example: fedtune server package -o deploy
+    """
+    from fedtune.systemd import service_user
+    from server.package import package as write_unit
+
+    click.echo(write_unit(output, service_user(user)))
 
 
 @server.command()
@@ -75,7 +106,7 @@ def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -
 @click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
 @click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
 @server_option
-@_as_json
+@json_option
 def devices(
     added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
 ) -> None:
@@ -91,7 +122,7 @@ def devices(
             for device, tag in pairs:
                 connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.ask("GET", "devices")["devices"]
-    _shown(found, server_view.DEVICES, as_json)
+    shown(found, server_view.DEVICES, as_json)
 
 
 @server.command()
@@ -103,12 +134,13 @@ def remove(device: str, server: Path | None) -> None:
     Example: fedtune server remove kitchen-pi
     """
     with connect(server) as connection:
-        click.echo(f"removed: {connection.ask('DELETE', f'devices/{device}')['device']}")
+        removed = connection.ask("DELETE", f"devices/{device}")["device"]
+    click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
 
 
 @server.command()
 @server_option
-@_as_json
+@json_option
 def runs(server: Path | None, as_json: bool) -> None:
     """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
 
@@ -116,44 +148,29 @@ def runs(server: Path | None, as_json: bool) -> None:
     """
     with connect(server) as connection:
         found = connection.ask("GET", "runs")["runs"]
-    _shown(found, server_view.RUNS, as_json)
+    shown(found, server_view.RUNS, as_json)
 
 
 @server.command()
+@click.argument("run", metavar="[RUN]", default="")
+@click.option("-n", "--lines", type=click.IntRange(1, 5000), default=200, show_default=True, help="Newest lines.")
 @server_option
-@_as_json
-def audit(server: Path | None, as_json: bool) -> None:
-    """What was refused and what was done, newest first.
+@json_option
+def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
+    """What the server and Flower below it printed, or the process that coordinates RUN; oldest of the newest first.
 
-    Example: fedtune server audit
+    \b
+    Example:
+      fedtune server logs
+      fedtune server logs latest -n 50
     """
+    import json
+    from urllib.parse import quote
+
+    path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
     with connect(server) as connection:
-        found = connection.ask("GET", "audit")["audit"]
-    _shown(found, server_view.AUDIT, as_json)
-
-
-@server.command()
-@click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A file to hand to the operator.")
-def operator(name: str, output: Path) -> None:
-    """Make an operator's file: whoever holds it submits runs and lets devices in. An earlier one is worthless then.
-
-    Example: fedtune server operator ada -o ada.json
-    """
-    from fedtune.tracking import Store
-    from server.home import open_home
-    from server.operators import add
-
-    place = open_home()
-    with Store.open(place.settings.store) as store:
-        add(place, store.access, name, output)
-    click.echo(f"written: {output}, to be kept like a password")
-
-
-def _shown(rows: Sequence[server_view.Row], columns: server_view.Columns, as_json: bool) -> None:
-    if as_json:
-        import json
-
-        click.echo(json.dumps(rows, indent=2))
+        found = connection.ask("GET", f"{path}?lines={lines}")
+    if as_json or found["lines"]:
+        click.echo(json.dumps(found, indent=2) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:
-        server_view.show(rows, columns)
+        click.echo("nothing was printed yet", err=True)

@@ -19,6 +19,8 @@ __all__ = ["simulate"]
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
 @click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
+@click.option("--extend", "extended", metavar="RUN", help="Go on with a run past its end, up to --rounds.")
+@click.option("--rounds", type=click.IntRange(1), help="With --extend: how many rounds the run has in all.")
 @click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]"
@@ -30,6 +32,8 @@ def simulate(
     overrides: tuple[str, ...],
     techniques: str | None,
     resumed: str | None,
+    extended: str | None,
+    rounds: int | None,
     engine: str,
     workers: int | None,
     store: str | None,
@@ -42,21 +46,26 @@ def simulate(
       fedtune simulate recipes/sentiment.yaml
       fedtune simulate recipes/sentiment.yaml --techniques lora+checkpointing --set train.lr=1e-3
       fedtune simulate --resume latest
+      fedtune simulate --extend latest --rounds 32
     """
-    from fedtune import home
-    from fedtune.tracking import Store
+    from fedtune.cli.exported import with_base
+    from fedtune.tracking import Store, default_url
 
-    if (recipe is None) == (resumed is None):
-        raise click.UsageError("name either a RECIPE or a run with --resume, e.g. recipes/sentiment.yaml")
-    if resumed is not None and (overrides or techniques):
-        raise click.UsageError("a resumed run keeps its recipe; leave --set and --techniques out")
+    if sum(given is not None for given in (recipe, resumed, extended)) != 1:
+        raise click.UsageError("name either a RECIPE or a run with --resume or --extend, e.g. recipes/sentiment.yaml")
+    if recipe is None and (overrides or techniques):
+        raise click.UsageError("a run that goes on keeps its recipe; leave --set and --techniques out")
+    if (extended is None) != (rounds is None):
+        raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    url = store or home.store_url()
+    url = store or default_url()
     with Store.open(url) as opened:
         if recipe is not None:
-            run, shop = _begin(opened, _resolved(recipe, added), engine)
+            run, shop = _begin(opened, with_base(_resolved(recipe, added), url, new=True), engine)
+        elif rounds is not None:
+            run, shop = _extend(opened, str(extended), rounds, url)
         else:
-            run, shop = _reopen(opened, str(resumed))
+            run, shop = _reopen(opened, str(resumed), url)
         _execute(shop, run, url, opened.run(run).engine, workers)
         _show(opened, shop, run, as_json)
 
@@ -73,17 +82,16 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:
     """Build everything first, so that what cannot run leaves no trace in the store."""
-    import secrets
-
+    from fedtune.tracking import new_run_id
     from server.accounting import require_accountant
 
     require_accountant(recipe)
     shop = _workshop(recipe)
-    run = f"{recipe.name}-{secrets.token_hex(3)}"
+    run = new_run_id(recipe.name)
     store.create_run(
         id=run,
         name=recipe.name,
-        recipe=recipe.model_dump_json(),
+        recipe=shop.recipe.model_dump_json(),
         seed=recipe.seed,
         engine=engine,
         rounds_planned=recipe.federation.rounds,
@@ -91,12 +99,39 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Worksho
     return run, shop
 
 
-def _reopen(store: "Store", reference: str) -> tuple[str, "Workshop"]:
+def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "Workshop"]:
+    from fedtune.cli.exported import with_base
     from fedtune.recipe import Recipe
 
     found = store.run(reference)
-    shop = _workshop(Recipe.model_validate_json(found.recipe))
+    shop = _workshop(with_base(Recipe.model_validate_json(found.recipe), url))
     store.reopen(found.id)
+    return found.id, shop
+
+
+def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "Workshop"]:
+    """More rounds for a run of this machine, which go on from its last one."""
+    from fedtune.cli.exported import with_base
+    from fedtune.errors import StoreError
+    from fedtune.recipe import Recipe
+    from fedtune.tracking import claim
+    from fedtune.training.optimiser import rate
+
+    found = store.run(reference)
+    recipe = with_base(Recipe.model_validate_json(found.recipe), url)
+    if found.engine not in ("local", "flower"):
+        raise StoreError(f"run {found.id} is a server's; submit a recipe that begins with its export instead")
+    if rounds <= found.rounds_planned:
+        raise StoreError(f"run {found.id} has {found.rounds_planned} rounds; --rounds counts them too, so name more")
+    federation = recipe.federation.model_copy(update={"rounds": rounds})
+    longer = recipe.model_copy(update={"federation": federation})
+    shop = _workshop(longer)
+    with claim(found.id):
+        store.extend(found.id, longer.model_dump_json(), rounds)
+    if recipe.train.schedule != "constant":
+        factor = rate(longer.train, found.rounds_planned / rounds)
+        said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.schedule} schedule is that of {rounds} rounds now: {said}", err=True)
     return found.id, shop
 
 
@@ -107,6 +142,8 @@ def _workshop(recipe: "Recipe") -> "Workshop":
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
     shop = workshop(recipe.model_dump_json())
     _ = shop.clients, shop.train, shop.validation, shop.test
+    for note in shop.corpus.notes:
+        click.echo(f"warning: {note}", err=True)
     return shop
 
 
@@ -128,11 +165,10 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     """The table, the picture and what to try next; or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
-        import json
-
+        from fedtune.json_text import json_text
         from fedtune.tracking.document import document
 
-        click.echo(json.dumps(document(record, rounds), indent=2))
+        click.echo(json_text(document(record, rounds)))
         return
     from rich.console import Console
 
@@ -142,7 +178,7 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     from fedtune.tracking.plot import plot
 
     figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
-    console = Console()
+    console = Console(markup=False)
     console.print()
     if rows := domain_rows(rounds, shop.domain_of_client, figure):  # none where the server has no whole model to score
         show_rows(rows, figure, console)

@@ -26,14 +26,15 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
 
     from fedtune.cli.follow import follow
     from fedtune.recipe_file import read
-    from fedtune.simulation.resolve import resolve
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    whole = resolve(read(recipe, added))
+    chosen = read(recipe, added)  # what its techniques and merge steps allow is checked by the server
     with connect(server) as connection:
-        run = connection.ask("POST", "runs", {"recipe": json.loads(whole.model_dump_json())})["run"]
+        click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
+        run = connection.ask("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
+        click.echo(f"run       {run}")
         if watch:
+            click.echo("watching it; Ctrl-C ends the watching, not the run", err=True)
             follow(connection, run)
             return
-    click.echo(f"run       {run}")
     click.echo(f"try next  fedtune runs watch {run}")

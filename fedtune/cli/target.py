@@ -1,6 +1,6 @@
 """What ``evaluate`` and ``export`` take: a run, or one of a run's checkpoint files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +18,23 @@ __all__ = ["load_target"]
 def load_target(target: str, number: int | None, store: str | None) -> "tuple[Recipe, Mapping[str, Tensor], str, int]":
     """Recipe, state, run and round of a run (by id, its beginning, or ``latest``) or of a checkpoint file."""
     from fedtune import checkpoint, home
+    from fedtune.cli.exported import with_base
     from fedtune.recipe import Recipe
     from fedtune.tracking import Store
+    from fedtune.tracking.pruning import with_checkpoint
 
     file = _file(target)
+    if file is not None and number is not None:
+        raise StoreError(f"{target} is the checkpoint of one round already; leave --round out, or name the run")
     reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)
-        record = _round(opened.rounds(run.id), run.id, number)
+        rounds = opened.rounds(run.id)
+    there = with_checkpoint if file is None else _recorded  # a file may be a copy of one that was pruned
+    record = there(run.id, rounds, number)
     assert record.checkpoint is not None
     state = checkpoint.load(file or home.runs() / record.checkpoint.path, record.checkpoint.sha256)
-    return Recipe.model_validate_json(run.recipe), state, run.id, record.number
+    return with_base(Recipe.model_validate_json(run.recipe), store), state, run.id, record.number
 
 
 def _file(target: str) -> Path | None:
@@ -51,9 +57,8 @@ def _named(file: Path) -> tuple[str, int]:
     return file.absolute().parent.name, int(digits)
 
 
-def _round(rounds: "list[RoundRecord]", run: str, number: int | None) -> "RoundRecord":
-    kept = [record for record in rounds if record.checkpoint is not None and number in (None, record.number)]
-    if not kept:
-        wanted = "a checkpoint" if number is None else f"a round {number}"
-        raise StoreError(f"run {run} has not {wanted}; see: fedtune runs show {run}")
-    return kept[-1]
+def _recorded(run: str, rounds: "Sequence[RoundRecord]", number: int | None) -> "RoundRecord":
+    found = [record for record in rounds if record.checkpoint is not None and record.number == number]
+    if not found:
+        raise StoreError(f"run {run} has not recorded a round {number}; see: fedtune runs show {run}")
+    return found[0]

@@ -1,23 +1,26 @@
 """The examples of a recipe in canonical columns and three parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 
 from fedtune.data.columns import canonical
+from fedtune.data.decode import readable
 from fedtune.data.labels import encode_labels, label_by_name
 from fedtune.data.parts import divide, groups
 from fedtune.data.sources import read
+from fedtune.data.table import Pictures, Table, concatenate
 from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive
 
-__all__ = ["Corpus", "everything", "load"]
+__all__ = ["Corpus", "everything", "load", "training"]
 
 RESERVED = frozenset({"all", "mean"})
 """What scores over several domains are called."""
+LONGEST_DOMAIN = 255
+"""Characters of a domain's name that every database keeps."""
 
 
 @dataclass(frozen=True)
@@ -25,51 +28,100 @@ class Corpus:
     """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
 
     A natural split by a further column keeps that column under its own name. ``labels`` is empty for causal language
-    modelling.
+    modelling. ``notes`` are sentences about what was guessed, left out or will tell nothing.
     """
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    train: Table
+    validation: Table
+    test: Table
     labels: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def load(recipe: Recipe) -> Corpus:
-    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable."""
-    found = {part: canonical(recipe, dataset) for part, dataset in read(recipe.data.source).items()}
+def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+
+    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    """
+    source = recipe.data.source
+    found, notes = _found(recipe)
     labels: tuple[str, ...] = ()
     if recipe.task != "causal-language-modelling":
-        found, labels = encode_labels(found, recipe.data.source)
+        found, labels = encode_labels(found, source, known)
     divided = divide(recipe.data, found)
-    _check(recipe.data.source, divided, labels)
+    for part, table in divided.items():
+        _check(source, part, table)
     train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
-    return Corpus(train, divided["validation"], divided["test"], labels)
+    told = (*notes, *_absent(source, divided, labels))
+    return Corpus(train, divided["validation"], divided["test"], labels, told)
 
 
-def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Dataset:
+def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
     """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
-    source = recipe.data.source
-    found = {name: canonical(recipe, dataset) for name, dataset in read(source).items()}
-    if labels:
-        found = {name: label_by_name(dataset, labels, source) for name, dataset in found.items()}
-    return concatenate_datasets(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
+    found = _labelled(recipe, labels)
+    whole = concatenate(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
+    _check(recipe.data.source, part, whole)
+    return whole
 
 
-def _check(source: str, divided: Mapping[str, Dataset], labels: tuple[str, ...]) -> None:
-    for part, dataset in divided.items():
-        if not len(dataset):
-            raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
-        if "domain" in dataset.column_names and (taken := RESERVED.intersection(dataset.unique("domain"))):
-            raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
+def training(recipe: Recipe, labels: Sequence[str]) -> Table:
+    """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
+    return _labelled(recipe, labels)["train"]
+
+
+def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Table]:
+    found, _ = _found(recipe)
     if not labels:
-        return
-    counts = np.bincount(divided["test"]["label"][:], minlength=len(labels))
-    if not counts.all():
-        absent = labels[int(counts.argmin())]
-        raise DataError(f"{source}: the test part has no example of class {absent!r}; raise data.parts.test or drop it")
+        return found
+    return {name: label_by_name(table, labels, recipe.data.source) for name, table in found.items()}
 
 
-def _limited(recipe: Recipe, train: Dataset, limit: int) -> Dataset:
+def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
+    source = read(recipe.data)
+    found = {part: canonical(recipe, table) for part, table in source.parts.items()}
+    if not isinstance(found["train"].kinds.get("image"), Pictures):
+        return found, source.notes
+    lost: list[str] = []
+    for part, table in found.items():
+        found[part], names = readable(table, skip=recipe.data.skip_unreadable)
+        lost += names
+    if not lost:
+        return found, source.notes
+    note = f"{recipe.data.source}: {len(lost)} pictures cannot be read and are left out, among them {lost[0]}"
+    return found, (*source.notes, note)
+
+
+def _check(source: str, part: str, table: Table) -> None:
+    if not len(table):
+        raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
+    if "domain" in table.column_names:
+        _check_domains(source, table.unique("domain"))
+
+
+def _check_domains(source: str, domains: Sequence[str]) -> None:
+    """Scores are told by them."""
+    if taken := RESERVED.intersection(domains):
+        raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
+    if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
+        raise DataError(
+            f"{source}: the name of domain {longest[:40]!r}... has {len(longest)} characters, and {LONGEST_DOMAIN} are "
+            "kept; shorten it, or name another column"
+        )
+
+
+def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:
+    """A note for each part in which a class has no example."""
+    for part in ("train", "test") if labels else ():
+        counts = np.bincount(divided[part]["label"][:], minlength=len(labels))
+        absent = [label for label, count in zip(labels, counts, strict=True) if not count]
+        if absent:
+            several = f" and of {len(absent) - 1} more classes" if len(absent) > 1 else ""
+            means = "nothing is learned of it" if part == "train" else "its score tells nothing of it"
+            yield f"{source}: the {part} part has no example of class {absent[0]!r}{several}; {means}"
+
+
+def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
     """Whole groups in an order drawn from the seed, as many as fit."""
     group = groups(train)
     sizes = np.bincount(group)

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
-from datasets import Dataset, Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedtune.errors import DataError, ModelError
+from fedtune.data.pixels import Images, pixels
+from fedtune.data.table import Table
+from fedtune.errors import ModelError
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,18 +38,19 @@ class Encoded(Protocol):
         """The model's inputs for some examples, ``labels`` among them."""
 
 
-def encode(dataset: Dataset, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None") -> Encoded:
-    """Tokenise texts, cut to ``train.length``; decode images, given out ``train.image`` pixels wide and high."""
-    domains = list(dataset["domain"]) if "domain" in dataset.column_names else None
-    labels = torch.tensor(dataset["label"][:]) if "label" in dataset.column_names else None
-    if recipe.task == "image-classification":
+def encode(table: Table, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None") -> Encoded:
+    """Tokenise texts, cut to ``train.length``; decode pictures as the model reads them: ``models.reader(recipe)``."""
+    domains = list(table["domain"]) if "domain" in table.column_names else None
+    labels = torch.tensor(table["label"][:]) if "label" in table.column_names else None
+    if isinstance(reader, Preprocessor):
         assert labels is not None
-        return Images(_pixels(dataset, recipe.train.image), recipe.train.image, labels, domains)
-    if tokenizer is None:
+        found, fitted = pixels(table, reader)
+        return Images(found, reader, labels, domains, fitted)
+    if reader is None:
         raise ModelError(f"{recipe.model.source} has no tokenizer, which {recipe.task} needs; choose another model")
-    rows = _tokens(list(dataset["text"]), tokenizer, recipe.train.length, ends=labels is None)
+    rows = _tokens(list(table["text"]), reader, recipe.train.length, ends=labels is None)
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), int(tokenizer.pad_token_id), dtype=torch.int32)
+    ids = torch.full((len(rows), int(lengths.max())), int(reader.pad_token_id), dtype=torch.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = torch.tensor(row, dtype=torch.int32)
     return Texts(ids, lengths, labels, domains)
@@ -78,26 +79,6 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
-@dataclass(frozen=True)
-class Images:
-    """Pixels uint8 [n, 1 or 3, h, w]."""
-
-    pixels: Tensor
-    side: int
-    labels: Tensor
-    domains: list[str] | None
-    lengths: None = None
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """pixel_values float32 [k, 3, side, side], scaled as (pixel - 127) / 128; labels [k]."""
-        rows = torch.as_tensor(indices)
-        scaled = (_resize(self.pixels[rows].float(), self.side) - 127) / 128
-        return {"pixel_values": scaled.expand(-1, 3, -1, -1), "labels": self.labels[rows]}
-
-
 def _tokens(texts: list[str], tokenizer: "PreTrainedTokenizerBase", length: int, *, ends: bool) -> list[list[int]]:
     """Token ids of each text, one at least; with ``ends`` a text that is not cut carries the end token."""
     rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
@@ -107,35 +88,3 @@ def _tokens(texts: list[str], tokenizer: "PreTrainedTokenizerBase", length: int,
     if last is not None:
         rows = [[*row, int(last)][:length] for row in rows]
     return [row or [int(tokenizer.pad_token_id)] for row in rows]
-
-
-def _pixels(dataset: Dataset, side: int) -> Tensor:
-    """uint8 [n, c, h, w]: as they are when all have one size of at most ``side``, else scaled now."""
-    if not isinstance(dataset.features["image"], Image):
-        return _arrays(dataset).unsqueeze(1)
-    try:
-        decoded = [_channels_first(image) for image in dataset["image"]]
-    except OSError as error:
-        raise DataError(f"{error}; mend or remove the picture") from error
-    [first, *others] = {image.shape for image in decoded}
-    if others or max(first) > side:
-        decoded = [_resize(image[None].float(), side)[0].round().byte() for image in decoded]
-    return torch.stack(decoded)
-
-
-def _arrays(dataset: Dataset) -> Tensor:
-    """uint8 [n, h, w] of a column of arrays, taken from its buffer as it lies there."""
-    column = dataset.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
-    flat = column.storage.flatten().flatten().to_numpy()
-    return torch.from_numpy(flat.reshape(len(dataset), *dataset.features["image"].shape).copy())
-
-
-def _channels_first(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _resize(pixels: Tensor, side: int) -> Tensor:
-    """float [n, c, h, w] -> [n, c, side, side]."""
-    if pixels.shape[-2:] == (side, side):
-        return pixels
-    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)

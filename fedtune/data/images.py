@@ -6,10 +6,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow.csv
-from datasets import Array2D, ClassLabel, Dataset, Features, Value
 from numpy.typing import NDArray
 
+from fedtune.data.column import Values
+from fedtune.data.table import Classes, Greys, Kind, Table
 from fedtune.errors import ChecksumError, SourceError
 from fedtune.samples import PACKAGES, fetch
 
@@ -35,22 +35,21 @@ FASHION_SHA256 = {
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
 }
 """Of the files unpacked: distributions pack them anew, under gzip headings of their own."""
-_NUMBER = Value("int64")
 
 
-def mnist_5k() -> dict[str, Dataset]:
+def mnist_5k() -> dict[str, Table]:
     """5000 digits of MNIST, 28 x 28, 500 of each class."""
     table = _csv(fetch("mnist-5k") / PACKAGES["mnist-5k"].members[0])
-    return {"train": _dataset(table[:, :-1].reshape(-1, 28, 28), table[:, -1])}
+    return {"train": _table(table[:, :-1].reshape(-1, 28, 28), table[:, -1])}
 
 
-def digits() -> dict[str, Dataset]:
+def digits() -> dict[str, Table]:
     """1797 digits, 8 x 8: the 17 shades of grey are stretched to 0..255."""
     table = _csv(fetch("digits") / "digits.csv.gz")
-    return {"train": _dataset((table[:, :-1] * 255 / 16).round().reshape(-1, 8, 8), table[:, -1])}
+    return {"train": _table((table[:, :-1] * 255 / 16).round().reshape(-1, 8, 8), table[:, -1])}
 
 
-def fashion_mnist() -> dict[str, Dataset]:
+def fashion_mnist() -> dict[str, Table]:
     """70,000 pictures of clothes, 28 x 28, with the published training and test parts.
 
     Raises SourceError when a file is absent or damaged, ChecksumError when it is not what was published.
@@ -61,16 +60,16 @@ def fashion_mnist() -> dict[str, Dataset]:
 
 def _csv(path: Path) -> NDArray[np.float64]:
     """Rows of numbers without a heading, gzipped."""
-    options = pyarrow.csv.ReadOptions(autogenerate_column_names=True)
-    table = pyarrow.csv.read_csv(path, read_options=options)
-    return np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
+    text = gzip.decompress(path.read_bytes()).decode("ascii")
+    width = text.partition("\n")[0].count(",") + 1
+    return np.fromstring(text.replace("\n", ","), np.float64, sep=",").reshape(-1, width)
 
 
-def _clothes(folder: Path, prefix: str) -> Dataset:
+def _clothes(folder: Path, prefix: str) -> Table:
     """The IDX format: a heading of 16 bytes before images, of 8 before labels, then unsigned bytes."""
     images = np.frombuffer(_published(folder, f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_published(folder, f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8)
-    return _dataset(images.reshape(-1, 28, 28), labels, ClassLabel(names=list(CLOTHES)))
+    return _table(images.reshape(-1, 28, 28), labels, Classes(CLOTHES))
 
 
 def _published(folder: Path, name: str) -> bytes:
@@ -85,6 +84,7 @@ def _published(folder: Path, name: str) -> bytes:
     return content
 
 
-def _dataset(images: NDArray[np.generic], labels: NDArray[np.generic], label: ClassLabel | Value = _NUMBER) -> Dataset:
-    features = Features({"image": Array2D(images.shape[1:], "uint8"), "label": label})
-    return Dataset.from_dict({"image": images.astype(np.uint8), "label": labels.astype(np.int64)}, features=features)
+def _table(images: NDArray[np.generic], labels: NDArray[np.generic], names: Classes | None = None) -> Table:
+    columns = {"image": Values(images.astype(np.uint8)), "label": Values(labels.astype(np.int64))}
+    kinds: dict[str, Kind] = {"image": Greys()}
+    return Table(columns, kinds if names is None else {**kinds, "label": names})

@@ -1,13 +1,13 @@
 """Class names and numbers: the same for every part of the data."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Value
+import numpy as np
 
-from fedtune.data.columns import assemble
+from fedtune.data.column import Column, Values
+from fedtune.data.table import Classes, Kind, Table
 from fedtune.errors import DataError
 
 __all__ = ["encode_labels", "label_by_name"]
@@ -15,26 +15,42 @@ __all__ = ["encode_labels", "label_by_name"]
 MOST_REAL_VALUES = 20
 
 
-def encode_labels(found: Mapping[str, Dataset], source: str) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Labels as class numbers, and the class names in that order; DataError when they are no classes."""
-    feature = found["train"].features["label"]
-    if isinstance(feature, ClassLabel):
-        values, names = list(range(len(feature.names))), tuple(feature.names)
+def encode_labels(
+    found: Mapping[str, Table], source: str, known: Sequence[str] = ()
+) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """Labels as class numbers, and the class names in that order; DataError when they are no classes.
+
+    Where they are those ``known``, whatever their case, they keep that order: it is the order of a trained head.
+    """
+    kind = found["train"].kinds.get("label")
+    if isinstance(kind, Classes):
+        values, names = list(range(len(kind.names))), kind.names
     else:
         values = _values(found, source)
         names = tuple(str(value) for value in values)
+        _check_single(names, source)
+    if order := _order(names, known):
+        values, names = [values[at] for at in order], tuple(names[at] for at in order)
     if len(names) < 2:
         raise DataError(f"{source} has only the class {names[0]!r}; classification needs two or more")
-    return {part: _number(dataset, values, f"{source}, {part} part") for part, dataset in found.items()}, names
+    return {part: _number(table, values, f"{source}, {part} part") for part, table in found.items()}, names
 
 
-def _values(found: Mapping[str, Dataset], source: str) -> list[Any]:
+def _order(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Where each known name stands among ``names``; nothing unless they are the same."""
+    folded = [name.casefold().strip() for name in names]
+    wanted = [name.casefold().strip() for name in known]
+    same = len(set(folded)) == len(names) and sorted(folded) == sorted(wanted)
+    return [folded.index(name) for name in wanted] if same else []
+
+
+def _values(found: Mapping[str, Table], source: str) -> list[Any]:
     """All label values in order; whole real numbers are class numbers."""
-    columns = [dataset.data.table["label"] for dataset in found.values()]
-    kind = columns[0].type
-    _check_type(kind, source)
-    values = sorted({value for column in columns for value in pc.unique(column).to_pylist()})
-    if not pa.types.is_floating(kind):
+    columns = [table.column("label") for table in found.values()]
+    for column in columns:
+        _check_type(column, source)
+    values = sorted({value for column in columns for value in column.unique()})
+    if not all(isinstance(value, float) for value in values):
         return values
     if all(value.is_integer() for value in values):
         return [int(value) for value in values]
@@ -43,42 +59,51 @@ def _values(found: Mapping[str, Dataset], source: str) -> list[Any]:
     return values
 
 
-def _check_type(kind: Any, source: str) -> None:
-    if pa.types.is_nested(kind):
-        raise DataError(f"{source} has labels of type {kind}; one class name or number per example is needed")
+def _check_type(column: Column, source: str) -> None:
+    if column.nested:
+        raise DataError(f"{source} has labels of type {column.nested}; one class name or number per example is needed")
 
 
-def _number(dataset: Dataset, values: list[Any], where: str) -> Dataset:
-    column = dataset.data.table["label"]
-    known = pa.array(values).cast(column.type)
-    numbers = pc.index_in(column, value_set=known)
-    if numbers.null_count:
-        unknown = pc.unique(column.filter(numbers.is_null())).to_pylist()[0]
+def _check_single(names: Sequence[str], source: str) -> None:
+    """Refuse labels that are lists of classes: made of other labels, or the same list in another order."""
+    known, lists = set(names), set()
+    for name in names:
+        parts = [part.strip() for part in re.split(r"[,;|]", name)]
+        kind = tuple(sorted(parts))
+        if len(parts) > 1 and (all(part in known for part in parts) or kind in lists):
+            raise DataError(
+                f"{source}: labels such as {name!r} name several classes at once, but an example has one here; keep "
+                "one per row, or rename the class if it is one"
+            )
+        lists.add(kind)
+
+
+def _number(table: Table, values: list[Any], where: str) -> Table:
+    numbers = {value: number for number, value in enumerate(values)}
+    found = table["label"]
+    unknown = next((value for value in found if value not in numbers), None)
+    if unknown is not None:
         raise DataError(
             f"{where}: the label {unknown!r} is none of the {len(values)} classes; are these examples labelled?"
         )
-    columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": numbers.cast(pa.int64())}
-    return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
+    return table.with_column("label", Values(np.array([numbers[value] for value in found], np.int64)))
 
 
-def label_by_name(dataset: Dataset, labels: Sequence[str], source: str) -> Dataset:
+def label_by_name(table: Table, labels: Sequence[str], source: str) -> Table:
     """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
-    column, feature = dataset.data.table["label"], dataset.features["label"]
-    _check_type(column.type, source)
-    values = pc.unique(column).to_pylist()
-    names = [_name(value, feature, labels) for value in values]
-    unknown = [name for name in names if name not in labels]
+    column, kind = table.column("label"), table.kinds.get("label")
+    _check_type(column, source)
+    names = {value: _name(value, kind, labels) for value in column.unique()}
+    unknown = [name for name in names.values() if name not in labels]
     if unknown:
         raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
-    numbers = pa.array([labels.index(name) for name in names], pa.int64())
-    placed = numbers.take(pc.index_in(column, value_set=pa.array(values, column.type)).combine_chunks())
-    columns = {name: dataset.data.table[name] for name in dataset.column_names} | {"label": placed}
-    return assemble(columns, dict(dataset.features) | {"label": Value("int64")})
+    numbers = {value: labels.index(name) for value, name in names.items()}
+    return table.with_column("label", Values(np.array([numbers[value] for value in column.values()], np.int64)))
 
 
-def _name(value: Any, feature: Any, labels: Sequence[str]) -> str:
+def _name(value: Any, kind: Kind | None, labels: Sequence[str]) -> str:
     """A label as a class name; a whole real number may stand for a class number."""
-    if isinstance(feature, ClassLabel) and value >= 0:
-        return str(feature.names[value])
+    if isinstance(kind, Classes) and value >= 0:
+        return kind.names[int(value)]
     whole = isinstance(value, float) and value.is_integer() and str(value) not in labels
     return str(int(value) if whole else value)

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Image
 from numpy.typing import NDArray
 
+from fedtune.data.table import Pictures, Table
 from fedtune.recipe import Data
 
 __all__ = ["divide", "groups"]
 
 
-def divide(data: Data, found: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def divide(data: Data, found: Mapping[str, Table]) -> dict[str, Table]:
     """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
     divided, start = dict(found), 0.0
     shares = {"test": data.parts.test, "validation": data.parts.validation}
@@ -29,16 +29,16 @@ def divide(data: Data, found: Mapping[str, Dataset]) -> dict[str, Dataset]:
     return divided
 
 
-def groups(dataset: Dataset) -> NDArray[np.int64]:
+def groups(table: Table) -> NDArray[np.int64]:
     """The group of each row, numbered from 0; a row is its own group where the data has none."""
-    if "group" not in dataset.column_names:
-        return np.arange(len(dataset))
-    return np.unique(np.asarray(dataset["group"][:]), return_inverse=True)[1].astype(np.int64)
+    if "group" not in table.column_names:
+        return np.arange(len(table))
+    return np.unique(np.asarray(table["group"][:]), return_inverse=True)[1].astype(np.int64)
 
 
-def _places(dataset: Dataset) -> NDArray[np.float64]:
+def _places(table: Table) -> NDArray[np.float64]:
     """A number in [0, 1) per row from its group, or else from its content, so that copies of a row stay together."""
-    contents = (group.encode() for group in dataset["group"]) if "group" in dataset.column_names else _contents(dataset)
+    contents = (group.encode() for group in table["group"]) if "group" in table.column_names else _contents(table)
     return np.array([_place(content) for content in contents])
 
 
@@ -46,11 +46,11 @@ def _place(content: bytes) -> float:
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
-def _contents(dataset: Dataset) -> Iterator[bytes]:
-    if "text" in dataset.column_names:
-        yield from (text.encode() for text in dataset["text"])
-    elif isinstance(dataset.features["image"], Image):
-        for stored in dataset.cast_column("image", Image(decode=False))["image"]:
+def _contents(table: Table) -> Iterator[bytes]:
+    if "text" in table.column_names:
+        yield from (text.encode() for text in table["text"])
+    elif isinstance(table.kinds["image"], Pictures):
+        for stored in table.pictures():
             yield stored["bytes"] or Path(stored["path"]).read_bytes()
     else:
-        yield from (image.tobytes() for image in dataset.with_format("numpy", dtype=np.uint8)[:]["image"])
+        yield from (image.tobytes() for image in table.greys().astype(np.uint8))

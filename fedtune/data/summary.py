@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from fedtune.data.corpus import Corpus
 from fedtune.data.parts import groups
+from fedtune.data.table import Table
 from fedtune.recipe import Natural, Recipe
 
 __all__ = ["Holding", "Summary", "summary"]
@@ -62,7 +62,7 @@ def _parts(corpus: Corpus) -> dict[str, int]:
 
 def _values(corpus: Corpus, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
     """What is counted, its names, and the number of the name of each training row."""
-    train: Dataset = corpus.train
+    train: Table = corpus.train
     if "domain" in train.column_names and (prefers_domains or not corpus.labels):
         names, numbers = np.unique(np.asarray(train["domain"][:]), return_inverse=True)
         return "domain", tuple(names.tolist()), numbers

@@ -1,6 +1,7 @@
 """The peak resident memory of this process. It never falls by itself: whatever is compared needs a process each."""
 
 import resource
+import sys
 from pathlib import Path
 
 __all__ = ["peak_rss", "reset_peak_rss"]
@@ -17,7 +18,11 @@ def reset_peak_rss() -> None:
 
 def peak_rss() -> int:
     """Bytes of the process's high-water mark since the last reset, or since its start."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    marks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return marks[0] if marks else _peak_since_start()  # some kernels and sandboxes leave the line out
+
+
+def _peak_since_start() -> int:
+    """What ``getrusage`` says: bytes on macOS, kilobytes elsewhere."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -13,12 +13,14 @@ from torch import Tensor
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.kinds import KINDS
+from fedtune.models.preprocessor import FILE, from_settings
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["for_transformers", "is_own", "load", "save", "save_untrained"]
+__all__ = ["for_transformers", "is_own", "load", "preprocessor", "save", "save_untrained"]
 
 _MODEL_TYPE = "fedtune-image-classifier"
 _INSIDE = "model."
@@ -54,6 +56,17 @@ def load(
         _fill(loaded, _tensors(folder, model.source), model.source)
     loaded.to(getattr(torch, model.dtype)).eval()
     return loaded
+
+
+def preprocessor(folder: Path, source: str) -> Preprocessor:
+    """How the model in ``folder`` reads pictures; ModelError when its file cannot be followed."""
+    file = folder / FILE
+    if not file.is_file():
+        return Preprocessor()
+    try:
+        return from_settings(dict(json.loads(file.read_text(encoding="utf-8"))), source)
+    except (OSError, TypeError, ValueError) as error:
+        raise ModelError(f"{source}: its {FILE} is damaged; fetch it again") from error
 
 
 def save(model: ImageClassifier, folder: Path) -> None:

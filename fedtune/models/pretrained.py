@@ -1,15 +1,15 @@
 """Models and tokenizers that transformers loads."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -18,12 +18,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
-from fedtune.errors import ModelError, SourceError
+from fedtune.errors import FedtuneError, ModelError
+from fedtune.models.ends import end_texts
+from fedtune.models.explained import explained
+from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.quiet import quiet
+from fedtune.models.read_past import read_past
+from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
 
-__all__ = ["load", "save", "tokenizer"]
+__all__ = ["class_names", "load", "preprocessor", "save", "save_config", "tokenizer"]
 
 _AUTO: dict[Task, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
@@ -36,46 +42,109 @@ def load(
     model: Model, location: str, task: Task, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
-    with _explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False, **_head(labels))
+    with explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
-        settings = {}
+        _check_head(model, task, config)
+        for name, value in _head(labels).items():
+            setattr(config, name, value)
         if quantisation is not None:
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
-            settings = {"quantization_config": quantisation, "device_map": "cpu"}
-        torch.manual_seed(seed)
-        loaded, info = _AUTO[task].from_pretrained(
-            location,
-            config=config,
-            dtype=getattr(torch, model.dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **settings,
-        )
+        loaded, info = _loaded(model, location, task, config, seed, quantisation)
+        if quantisation is not None and (drawn := _owners(info["missing_keys"])):
+            quantisation.llm_int8_skip_modules += drawn  # there is nothing to quantise
+            loaded, info = _loaded(model, location, task, config, seed, quantisation)
     _check_weights(model, task, loaded, info)
+    vars(loaded)["drawn"] = sorted(info["missing_keys"])
     if task != "image-classification":
-        _prepare_text_model(loaded, model, location)
-    return loaded  # type: ignore[no-any-return]
+        _prepare_text_model(loaded, model, location, task)
+    return loaded
+
+
+def _loaded(
+    model: Model, location: str, task: Task, config: PretrainedConfig, seed: int, quantisation: Any | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers found of its weights; what it did not find is drawn from the seed."""
+    torch.manual_seed(seed)
+    four_bits = {} if quantisation is None else {"quantization_config": quantisation, "device_map": "cpu"}
+    found: tuple[PreTrainedModel, dict[str, Any]] = _AUTO[task].from_pretrained(
+        location,
+        config=config,
+        dtype=getattr(torch, model.dtype),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **four_bits,
+    )
+    return found
+
+
+def _owners(drawn: Iterable[str]) -> list[str]:
+    """The layers that hold drawn parameters inside the backbone."""
+    return sorted({name.rpartition(".")[0] for name in drawn if ".pooler." in name})
+
+
+def class_names(model: Model, location: str) -> tuple[str, ...]:
+    """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
+    with explained(model.source), quiet():
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
+    numbered = all(name == f"LABEL_{number}" for number, name in named.items())
+    return () if numbered else tuple(named.values())
 
 
 def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
-    with _explained(model.source), quiet():
+    with explained(model.source), quiet():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if len(loaded.get_vocab().keys() - set(loaded.all_special_tokens)) < _FEWEST_WORDS:
+        raise ModelError(
+            f"{model.source} has a tokenizer that knows no words; put the tokenizer's files into the model's folder"
+        )
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     if loaded.pad_token is None:
         raise ModelError(f"{model.source} has a tokenizer with neither padding nor end token; choose another model")
+    if config.is_encoder_decoder:
+        end_texts(loaded, model.source)
     return loaded
+
+
+_FEWEST_WORDS = 2
+"""transformers makes a tokenizer of special tokens, and at most one more, for a folder that has none."""
+
+
+def preprocessor(model: Model, location: str) -> Preprocessor:
+    """How the model reads pictures, by its ``preprocessor_config.json``; without one only its image size is known.
+
+    Raises ModelError when its file cannot be followed.
+    """
+    with explained(model.source), quiet():
+        if not _has(location, FILE):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            return _by_size(getattr(config, "image_size", None))
+        found = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    check_known(found, model.source)
+    return from_settings(found.to_dict(), model.source)
+
+
+def _has(location: str, file: str) -> bool:
+    found = cached_file(location, file, _raise_exceptions_for_missing_entries=False)
+    return found is not None
+
+
+def _by_size(size: Any) -> Preprocessor:
+    """The defaults, at the size of pictures that a configuration tells."""
+    sides = {size} if isinstance(size, int) else set(size or ())
+    return Preprocessor(side=sides.pop()) if len(sides) == 1 else Preprocessor()
 
 
 def _head(labels: Sequence[str]) -> dict[str, Any]:
     if not labels:
         return {}
     return {
-        "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "single_label_classification",
@@ -83,15 +152,31 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _head_layers(task: Task, config: PretrainedConfig) -> list[str]:
-    """What lies behind the backbone and is not quantised: transformers itself overlooks a new head with a bias."""
+    """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
+    layers whose weights are read as they lie.
+    """
     with torch.device("meta"):
         skeleton = _AUTO[task].from_config(config)
-    return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+    behind = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+    return [*behind, *read_past(skeleton)]
 
 
 def _check_family(model: Model, task: Task, config: PretrainedConfig) -> None:
     if type(config) not in _AUTO[task]._model_mapping:
         raise ModelError(f"{model.source} is a {config.model_type} model, which does not do {task}; choose another")
+
+
+def _check_head(model: Model, task: Task, config: PretrainedConfig) -> None:
+    """A head for several labels at once, or for a number, would be trained as another than it is."""
+    if task == "causal-language-modelling":
+        return
+    kind = {"multi_label_classification": "several labels per example", "regression": "a number per example"}
+    made_for = kind.get(str(config.problem_type)) or (kind["regression"] if config.num_labels == 1 else None)
+    if made_for is not None:
+        raise ModelError(
+            f"{model.source} is made for {made_for}, but {task} trains one class per example; choose another model, or "
+            "take problem_type, id2label and label2id out of its config.json to give it a new head"
+        )
 
 
 def _check_weights(model: Model, task: Task, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -121,40 +206,27 @@ def save(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str) -> None:
-    """No key-value cache while training; a decoder finds the last word of a padded text by its padding id."""
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Write a model's configuration alone, without how it was quantised."""
+    config: Any = copy(model.config)
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(folder)
+
+
+def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, task: Task) -> None:
+    """No key-value cache while training; a decoder finds the last word of a padded text by its padding id.
+
+    That is the tokenizer's, which pads the texts, whatever the configuration says.
+    """
     loaded.config.use_cache = False
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = tokenizer(model, location).pad_token_id
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what transformers raises for a source it cannot load into one sentence."""
+    known = loaded.config.pad_token_id
+    if known is not None and task != "sequence-classification":
+        return
     try:
-        yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
-        raise SourceError(f"cannot load {source}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong and the mend, by the first error of the chain that says it."""
-    chain: list[BaseException] = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
-        chain.append(before)
-    kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
-    for kind, reason in _REASONS.items():
-        if kind in kinds:
-            return reason
-    return " ".join(str(error).split("\n")[0].split()).rstrip(".:")
-
-
-_REASONS = {
-    "GatedRepoError": "it is gated; ask for access on its page and log in with `hf auth login`",
-    "RepositoryNotFoundError": "the hub has no such model, or it is private; check the id",
-    "RevisionNotFoundError": "the hub has no such revision; check the id",
-    "LocalEntryNotFoundError": "the hub cannot be reached and the cache does not have it; check the network",
-    "OfflineModeIsEnabled": "the hub is switched off by HF_HUB_OFFLINE and the cache does not have it; go online",
-    "ConnectError": "the hub cannot be reached; check the network",
-    "SafetensorError": "a weight file is cut short or damaged; fetch it again",
-}
+        padding = tokenizer(model, location).pad_token_id
+    except FedtuneError:  # whoever encodes texts is told
+        if known is None:
+            raise
+        return
+    for config in (loaded.config, loaded.config.get_text_config()):
+        config.pad_token_id = padding

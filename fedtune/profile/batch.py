@@ -21,9 +21,10 @@ def first_batch(recipe: Recipe, corpus: data.Corpus) -> dict[str, Tensor]:
     if len(corpus.train) < settings.batch:
         raise DataError(f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch")
     first = corpus.train.select(range(settings.batch))
-    tokenizer = None if recipe.task == "image-classification" else models.tokenizer(recipe.model)
-    batch = data.encode(first, recipe, tokenizer).batch(range(settings.batch))
-    return batch if tokenizer is None else _padded(batch, settings.length, int(tokenizer.pad_token_id))
+    reader = models.reader(recipe)
+    batch = data.encode(first, recipe, reader).batch(range(settings.batch))
+    texts = recipe.task != "image-classification"
+    return _padded(batch, settings.length, int(reader.pad_token_id)) if texts else batch
 
 
 def _padded(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
@@ -41,7 +42,8 @@ def random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str, Ten
     settings = recipe.train
     answers = torch.randint(max(labels, 1), (settings.batch,), generator=random)
     if recipe.task == "image-classification":
-        pixels = torch.randn(settings.batch, 3, settings.image, settings.image, generator=random)
+        side = models.reader(recipe).side
+        pixels = torch.randn(settings.batch, 3, side, side, generator=random)
         return {"pixel_values": pixels, "labels": answers}
     config: Any = model.config
     _check_length(config, settings.length)

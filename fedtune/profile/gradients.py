@@ -14,6 +14,7 @@ from fedtune.training import build_model, load_state, step_loss, train_mode
 __all__ = ["gradient_error"]
 
 Tensors = Mapping[str, Tensor]
+_ROUNDING = 2.0**-20
 
 
 def gradient_error(
@@ -66,12 +67,15 @@ def _difference(found: Tensors, wanted: Tensors) -> float:
 
 
 def _relative(name: str, found: Tensor, wanted: Tensor, scale: float) -> float:
-    """Relative to the gradient's own largest entry, or where all of it is zero to ``scale``."""
+    """Relative to the gradient's own largest entry, but to no less than what rounding leaves of ``scale``.
+
+    A bias that a softmax cancels has gradients that are nothing but rounding.
+    """
     if torch.equal(found, wanted):
         return 0.0
     if not (bool(found.isfinite().all()) and bool(wanted.isfinite().all())):
         raise ModelError(f"the gradient of {name} is not finite; lower train.lr")
-    return _largest(found.double() - wanted.double()) / (_largest(wanted) or scale or 1.0)
+    return _largest(found.double() - wanted.double()) / (max(_largest(wanted), _ROUNDING * scale) or 1.0)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -21,6 +21,9 @@ _CLIENT_FAILED = 2
 class LocalGrid(Grid):
     """Nodes 2, 3, ... whose ClientApp is run by ``workers``."""
 
+    shares_disk = True
+    """Clients see the server's files, so that the shared state need not travel."""
+
     def __init__(self, nodes: int, workers: Workers) -> None:
         be_node(_SERVER)
         self._workers = workers

@@ -8,6 +8,7 @@ from fedtune.errors import RecipeError
 from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
 from fedtune.registry import Named
 from fedtune.techniques import Technique
+from fedtune.training.metrics import check_metrics
 from fedtune.training.private import check_private
 
 __all__ = ["resolve"]
@@ -27,6 +28,7 @@ def resolve(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     check_private(recipe, pipeline)
+    check_metrics(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.late is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)

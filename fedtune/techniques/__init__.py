@@ -11,6 +11,7 @@ from fedtune.errors import RecipeError
 from fedtune.recipe import Task, Unit
 from fedtune.registry import build
 from fedtune.techniques._live_norm import LiveNorm, own, statistics
+from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import Answer, Moment, Technique
 from fedtune.techniques._terms import collecting
 
@@ -27,6 +28,7 @@ __all__ = [
     "begin_step",
     "choose",
     "collecting",
+    "fold",
     "own",
     "pairs",
     "revise",
@@ -51,7 +53,11 @@ def choose(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Tech
 
 
 def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
-    """Freeze the model, let each technique rewrite it, and return the names of all that may be trained."""
+    """Freeze the model, let each technique rewrite it, and return the names of all that may be trained.
+
+    The model is left ready for round 1. Where its layers have changed, ``save_pretrained`` refuses until ``fold``.
+    """
+    plain = set(model.state_dict())
     model.requires_grad_(False)
     for technique in techniques:
         technique.apply(model, task, seed)
@@ -61,7 +67,16 @@ def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: i
         shared.update(trained(model))
     for technique in techniques:
         shared.update(technique.held(model))
+    begin_round(techniques, model, 1)
+    if set(model.state_dict()) != plain:
+        refuse_saving(model, [one.name for one in techniques if type(one)._fold is not Technique._fold])
     return sorted(shared)
+
+
+def fold(techniques: Sequence[Technique], model: nn.Module) -> None:
+    """Write what was learned into plain layers, which ``save_pretrained`` can save."""
+    for technique in techniques:
+        technique.fold(model)
 
 
 def begin_round(techniques: Sequence[Technique], model: nn.Module, number: int) -> None:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.techniques._halves import Call, Parts, attention_half, bound, feed_half, without_cache
 
-__all__ = ["Run", "find_stack", "in_training", "parts_of", "probe"]
+__all__ = ["UNRUN", "Run", "find_stack", "in_training", "parts_of", "probe", "said"]
+
+UNRUN = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What models raise when they, or parts of them, are run otherwise than they were made for."""
 
 Run = tuple[Tensor, list[Call]]
 """What the first block of a stack is given, and what each block is called with beside it."""
@@ -44,8 +47,10 @@ def probe(model: nn.Module, stack: str) -> Run:
     try:
         with in_training(model):
             getattr(model, "base_model", model)(**_inputs(model))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be tried out by meft ({error}); leave meft out") from error
+    except UNRUN as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be tried out by meft ({said(error)}); leave meft out"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -89,12 +94,15 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
 
 def parts_of(name: str, block: nn.Module, hidden: Tensor, call: Call) -> Parts:
     """How a block computes; ModelError names it and says what does not fit. It is run on ``hidden`` and ``call``."""
-    ran, wanted = _watched(block, list(_pieces(block, hidden.shape[-1])), hidden, call)
-    parts = _grammar(block, ran, hidden.shape[-1])
-    if isinstance(parts, str):
-        raise _misfit(name, block, parts)
-    with in_training(block):
-        found = feed_half(block, parts, attention_half(block, parts, hidden, call))
+    try:
+        ran, wanted = _watched(block, list(_pieces(block, hidden.shape[-1])), hidden, call)
+        parts = _grammar(block, ran, hidden.shape[-1])
+        if isinstance(parts, str):
+            raise _misfit(name, block, parts)
+        with in_training(block):
+            found = feed_half(block, parts, attention_half(block, parts, hidden, call))
+    except UNRUN as error:
+        raise _misfit(name, block, f"cannot be run half by half ({said(error)})") from error
     if not _close(found, wanted):
         raise _misfit(name, block, "combines attention and feed-forward part in another way")
     return parts
@@ -102,6 +110,11 @@ def parts_of(name: str, block: nn.Module, hidden: Tensor, call: Call) -> Parts:
 
 def _misfit(name: str, block: nn.Module, why: str) -> ModelError:
     return ModelError(f"meft does not fit: {name} ({type(block).__name__}) {why}; take checkpointing instead")
+
+
+def said(error: BaseException) -> str:
+    """An error of a model in a few words."""
+    return " ".join(str(error).split("\n")[0].split()).rstrip(".:") or type(error).__name__
 
 
 def _pieces(module: nn.Module, width: int, prefix: str = "") -> Iterator[str]:

@@ -5,9 +5,10 @@ at a time while the other is common to all clients, so that the mean of the trai
 products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. Where both are trained, a merge of pairs has to see to it.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -15,12 +16,14 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.contribution import Pair, Sent
 from fedtune.errors import ModelError
+from fedtune.models.read_past import read_past
 from fedtune.recipe import Task
+from fedtune.techniques._left_out import asks_for_shapes, left_out
 from fedtune.techniques._technique import Technique, head_names, require
 
 __all__ = ["LowRank", "expanded", "linear_names"]
@@ -51,10 +54,14 @@ class LowRank(Technique):
             target_modules=targets,
             fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
+        if self.targets == "all-linear" and (left := left_out(model, targets, head)):
+            warnings.warn(f"{self.name} {left}", stacklevel=2)
         _keep_four_bit_layout(model)
         with _gradients_kept_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
+        for _, layer in _adapted(model):
+            _show_shape(layer)
         require(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
         self._freeze(model, "A", self.exact == "freeze-a")
 
@@ -85,8 +92,13 @@ class LowRank(Technique):
         """The weights beside the pairs change when they are shared."""
         return self.exact != "remainder"
 
-    def adapter(self, model: nn.Module, task: Task) -> PeftConfig:
-        """The configuration the layers were made with, and the head as a module saved whole."""
+    def adapter(self, model: nn.Module, task: Task) -> PeftConfig | None:
+        """The configuration the layers were made with, and the head as a module saved whole.
+
+        None for a model that asks a layer for its shape, which PEFT's own layers do not tell.
+        """
+        if asks_for_shapes(model):
+            return None
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
         config = configurations["default"]
         config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
@@ -94,16 +106,29 @@ class LowRank(Technique):
         config.inference_mode = True
         return config
 
-    def fold(self, model: nn.Module) -> None:
+    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor]:
+        """Weights with the products added."""
+        found = {}
+        for name in drawn:
+            owner, _, last = name.rpartition(".")
+            layer: Any = model.get_submodule(owner)
+            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            value = base.get_parameter(last).detach()
+            added = isinstance(layer, LoraLayer) and last == "weight"
+            found[name] = value + layer.get_delta_weight("default") if added else value.clone()
+        return found
+
+    def _fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
         for name, layer in _adapted(model):
-            plain = expanded(layer.get_base_layer())
+            base = layer.get_base_layer()
+            plain = expanded(base)
             with torch.no_grad():
                 plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
-            model.set_submodule(name, plain)
+            model.set_submodule(name, _as_it_was(plain, base))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
-                model.set_submodule(name, expanded(layer))
+                model.set_submodule(name, _as_it_was(expanded(layer), layer))
 
     def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
         parameters = dict(model.named_parameters())
@@ -113,7 +138,7 @@ class LowRank(Technique):
 
 def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear"] | list[str]) -> list[str]:
     """Names of the linear layers (point-wise convolutions among them) that carry an adapter; never the head."""
-    excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model)}
+    excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model), *read_past(model)}
     linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
     chosen = linear if targets == "all-linear" else [n for n in linear if n.endswith(tuple(targets))]
     if not chosen:
@@ -129,6 +154,25 @@ def expanded(layer: nn.Module) -> nn.Module:
     plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
     plain.bias = layer.bias
     return plain
+
+
+def _as_it_was(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
+    """A layer of the class that was quantised: GPT-2's hold their weights transposed."""
+    if not isinstance(plain, nn.Linear) or getattr(four_bit, "source_cls", None) is not Conv1D:
+        return plain
+    made = Conv1D(plain.out_features, plain.in_features)
+    made.weight = nn.Parameter(plain.weight.detach().T.contiguous(), requires_grad=False)
+    if plain.bias is not None:
+        made.bias = plain.bias
+    return made
+
+
+def _show_shape(layer: LoraLayer) -> None:
+    """Some models ask a convolution for its shape before they run it, to pad its input."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Conv2d):
+        for name in ("kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(layer, name, getattr(base, name))
 
 
 def _keep_four_bit_layout(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ No configuration of transformers can say what the blocks compute here, so this f
 weights. The model type is one of its own: without that flag loading is refused rather than done wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict
 from functools import cache
@@ -32,6 +32,7 @@ def ship(model: Any, plan: Plan) -> None:
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
     model.config.meft = asdict(plan)
     model.__class__ = _class(_PREFIX + type(model).__name__)
+    model._weight_conversions = []  # the weights go under the names they have here: a new type has no older ones
     type(model.config).register_for_auto_class()
     type(model).register_for_auto_class(auto_class)
 
@@ -41,18 +42,26 @@ def _class(name: str) -> type[Any]:
     base = getattr(transformers, name.removeprefix(_PREFIX))
     if issubclass(base, transformers.PretrainedConfig):
         return type(name, (base,), {"__module__": __name__, "model_type": f"meft-{base.model_type}", "meft": {}})
-    settings = {"__module__": __name__, "config_class": _class(_PREFIX + base.config_class.__name__), "__init__": _init}
+    settings = {
+        "__module__": __name__,
+        "config_class": _class(_PREFIX + base.config_class.__name__),
+        "__init__": _initialiser(base),
+    }
     return type(name, (base,), settings)
 
 
-def _init(self: Any, config: Any, *others: Any, **settings: Any) -> None:
+def _initialiser(base: type[Any]) -> Callable[..., None]:
     """The plain model, which looks its parts up by the configuration's class, then its blocks coupled."""
-    held = copy(config)
-    held.__class__ = getattr(transformers, type(config).__name__.removeprefix(_PREFIX))
-    super(type(self), self).__init__(held, *others, **settings)
-    self.config.__class__ = type(config)
-    found: Mapping[str, Any] = config.meft
-    attach(self, Plan.from_json(found), plain)
+
+    def initialise(self: Any, config: Any, *others: Any, **settings: Any) -> None:
+        held = copy(config)
+        held.__class__ = getattr(transformers, type(config).__name__.removeprefix(_PREFIX))
+        base.__init__(self, held, *others, **settings)
+        self.config.__class__ = type(config)
+        found: Mapping[str, Any] = config.meft
+        attach(self, Plan.from_json(found), plain)
+
+    return initialise
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ No configuration of transformers can say so. This file therefore travels with th
 is refused. It needs nothing but torch and transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,7 @@ def drop(model: Any, auto_class: str, skipped: Sequence[Sequence[str]]) -> None:
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
     model.config.skipped_mlps = [list(names) for names in skipped]
     model.__class__ = _class(_PREFIX + type(model).__name__)
+    model._weight_conversions = []  # the weights go under the names they have here: a new type has no older ones
     type(model.config).register_for_auto_class()
     type(model).register_for_auto_class(auto_class)
 
@@ -51,13 +52,20 @@ def _class(name: str) -> type[Any]:
     base = getattr(transformers, name.removeprefix(_PREFIX))
     if issubclass(base, transformers.PretrainedConfig):
         return type(name, (base,), {"__module__": __name__, "model_type": f"skipping-{base.model_type}"})
-    settings = {"__module__": __name__, "config_class": _class(_PREFIX + base.config_class.__name__), "__init__": _init}
+    settings = {
+        "__module__": __name__,
+        "config_class": _class(_PREFIX + base.config_class.__name__),
+        "__init__": _initialiser(base),
+    }
     return type(name, (base,), settings)
 
 
-def _init(self: Any, config: Any, *others: Any, **settings: Any) -> None:
-    super(type(self), self).__init__(config, *others, **settings)
-    without(self, config.skipped_mlps)
+def _initialiser(base: type[Any]) -> Callable[..., None]:
+    def initialise(self: Any, config: Any, *others: Any, **settings: Any) -> None:
+        base.__init__(self, config, *others, **settings)
+        without(self, config.skipped_mlps)
+
+    return initialise
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from fedtune.contribution import Form, Pair, Sent
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
 from fedtune.registry import Named
+from fedtune.techniques._saving import allow_saving
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -119,8 +120,21 @@ class Technique(Named):
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 
+    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor] | None:
+        """Frozen parameters, by the names they were loaded under, as they are with what was learned beside them.
+
+        ``drawn`` are those that no base holds; None when an adapter cannot carry them.
+        """
+        return None if drawn else {}
+
+    @final
     def fold(self, model: nn.Module) -> None:
         """Write what was learned into plain layers, so that the model needs nothing of this technique."""
+        self._fold(model)
+        allow_saving(model, self.name)
+
+    def _fold(self, model: nn.Module) -> None:
+        """What ``fold`` does; a technique that leaves layers plain has nothing to do."""
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -102,7 +102,7 @@ class ActivationPruning(Technique):
         """Not without its batch norms."""
         return not self.normalise
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Let layers be plain again."""
         detach(model)
         denormalise(model)

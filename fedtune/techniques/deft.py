@@ -100,7 +100,7 @@ class Deft(Technique):
         """Not with another activation function or weighted MLPs."""
         return not self.relu and self.skip is None
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""
         weights = _weights(model)
         detach(model, (Probe, MlpWeight, WeightTerms))
@@ -132,7 +132,7 @@ def _densities(made: Sequence[Probe], tallies: Sequence[Tally]) -> dict[str, flo
     stacks = list(dict.fromkeys(probe.mlp.stack for probe in made))
     figures: dict[str, float] = {}
     for stack in stacks:
-        suffix = f"_{stack.split('.')[-2]}" if len(stacks) > 1 else ""
+        suffix = f"_{_called(stack, stacks)}" if len(stacks) > 1 else ""
         of = [tally for probe, tally in zip(made, tallies, strict=True) if probe.mlp.stack == stack]
         shares = {
             "density": [tally.nonzero / max(1, tally.entries) for tally in of],
@@ -142,6 +142,13 @@ def _densities(made: Sequence[Probe], tallies: Sequence[Tally]) -> dict[str, flo
         }
         figures |= {f"{name}{suffix}": sum(share) / len(share) for name, share in shares.items() if share}
     return figures
+
+
+def _called(stack: str, stacks: Sequence[str]) -> str:
+    """What a stack of blocks is called among several: what holds it, or its own name where that tells none apart."""
+    owners = [name.split(".")[-2] if "." in name else "" for name in stacks]
+    owner = owners[stacks.index(stack)]
+    return owner if owner and owners.count(owner) == 1 else stack.replace(".", "_")
 
 
 def _swap(model: nn.Module, mlps: Sequence[Mlp]) -> None:

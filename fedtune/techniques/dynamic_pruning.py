@@ -25,7 +25,6 @@ its mask midway through a round and the server averages each weight over its hol
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -119,24 +118,18 @@ class DynamicPruning(Technique):
         return asked
 
     def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
-        """The largest gradients at inactive places, taken as each layer's arrives, so that one is there at a time."""
+        """The largest gradients at inactive places; ``backward`` may add them up over parts of its batch."""
         if not self._moves(number):
             return {}
         if self.by == "clients":
             return _moves_of(model)
         found: dict[str, Tensor] = {}
         model.zero_grad()
-        hooks = [
-            layer.weight.register_post_accumulate_grad_hook(
-                partial(_note, found, name, mask, self._count(mask, number))
-            )
-            for name, layer, mask in _masked(model)
-        ]
         try:
             backward()
+            for name, layer, mask in _masked(model):
+                found |= _largest_inactive(name, layer.weight, mask, self._count(mask, number))
         finally:
-            for hook in hooks:
-                hook.remove()
             model.zero_grad()
         return found
 
@@ -160,7 +153,7 @@ class DynamicPruning(Technique):
         """Weights are zeroed."""
         return False
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Take the masks off; the weights are zero where they were. Normalised weights need theirs to be folded."""
         for _, layer, _ in list(_masked(model)):
             if not is_normalised(layer):
@@ -210,10 +203,10 @@ def _moves_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _note(found: dict[str, Tensor], name: str, mask: Tensor, count: int, weight: Tensor) -> None:
-    """Keep the largest inactive entries of a gradient that has just arrived, and let go of the rest."""
-    assert weight.grad is not None
-    gradient, weight.grad = weight.grad.flatten(), None
+def _largest_inactive(name: str, weight: Tensor, mask: Tensor, count: int) -> dict[str, Tensor]:
+    """The largest inactive entries of a gradient, of which the rest is let go; zeros where none arrived."""
+    gradient = torch.zeros(weight.numel(), dtype=weight.dtype) if weight.grad is None else weight.grad.flatten()
+    weight.grad = None
     places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices.sort().values
-    found |= pack_places(f"{name}.wake", places, mask.numel())
-    found[f"{name}.wake_gradient"] = gradient[places].bfloat16()
+    kept = gradient[places].bfloat16()
+    return {**pack_places(f"{name}.wake", places, mask.numel()), f"{name}.wake_gradient": kept}

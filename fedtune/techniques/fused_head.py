@@ -60,7 +60,7 @@ class FusedHead(Technique):
     def stored(self) -> None:
         """The plain head gives the same gradients."""
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Put the plain output layer back."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LateHead):

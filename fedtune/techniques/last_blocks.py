@@ -64,7 +64,7 @@ class LastBlocks(Technique):
         if self.micro_batch is not None:
             run_apart(model, found.before, self.micro_batch, keep=False)
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Put plain norms back around what was learned."""
         restore(model)
 

@@ -53,7 +53,7 @@ class LiveNorms(Technique):
         """When they are local."""
         return self.local
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Plain norms again."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LiveNorm):

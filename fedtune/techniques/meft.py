@@ -34,7 +34,7 @@ from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.recipe import Task
-from fedtune.techniques._blocks import Run, find_stack, in_training, parts_of, probe
+from fedtune.techniques._blocks import UNRUN, Run, find_stack, in_training, parts_of, probe, said
 from fedtune.techniques._couplings import COUPLINGS, Plan
 from fedtune.techniques._reversible import reversible
 from fedtune.techniques._technique import Technique, head_names, require
@@ -87,7 +87,7 @@ class Meft(Technique):
         made = attach(model, plan, plain if self.stored_activations else reversible)
         _draw(made, seed)
         if self.mode == "exact":
-            made.plan = replace(plan, grid=self.bits - _range(model, made, run), cuts=self._cuts(len(parts)))
+            made.plan = replace(plan, grid=self.bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
         vars(model)["meft"] = made
         require(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
         if task != "causal-language-modelling":
@@ -97,7 +97,7 @@ class Meft(Technique):
         """The factor stays in the network."""
         return False
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Make the model save itself with the code of its two streams."""
         from fedtune.techniques._meft_in_transformers import ship
 
@@ -134,6 +134,15 @@ def _draw(stack: Stack, seed: int) -> None:
             if name.endswith("weight"):
                 drawn.normal_(0, 0.02, generator=random)
             parameter.data.copy_(drawn)
+
+
+def _measured(model: nn.Module, stack: Stack, run: Run) -> int:
+    """The range, where the coupled blocks run at all."""
+    try:
+        return _range(model, stack, run)
+    except UNRUN as error:
+        name = type(model).__name__
+        raise ModelError(f"{name} does not run as two streams ({said(error)}); leave meft out") from error
 
 
 def _range(model: nn.Module, stack: Stack, run: Run) -> int:

@@ -88,7 +88,7 @@ class Mobiletl(Technique):
         """The same network, every activation stored and no gradient approximated."""
         return self.model_copy(update={"stored_activations": True})
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""
         restore(model)
 

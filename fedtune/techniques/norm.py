@@ -55,6 +55,6 @@ class Norm(Technique):
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""
         restore(model)

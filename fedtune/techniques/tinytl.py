@@ -73,7 +73,7 @@ class Tinytl(Technique):
         """The branches stay."""
         return False
 
-    def fold(self, model: nn.Module) -> None:
+    def _fold(self, model: nn.Module) -> None:
         """There is no plain net that computes this."""
         raise ModelError(f"tinytl adds branches that a plain {type(model).__name__} has not; evaluate the run instead")
 

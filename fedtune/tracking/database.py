@@ -1,5 +1,6 @@
 """A database that is safe to share: how it is opened, how it locks, and what its errors mean in words."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
+from fedtune import home
 from fedtune.errors import StoreError
 
-__all__ = ["connect", "explained", "file_of", "reader", "writer"]
+__all__ = ["connect", "default_url", "explained", "file_of", "file_url", "reader", "writer"]
 
 _PATIENCE = "30"  # seconds SQLite waits for another process's transaction; ?timeout= in the URL says otherwise
 _BEGIN = "fedtune_begin"
@@ -25,6 +27,16 @@ _MEANING = {
     sqlite3.SQLITE_CORRUPT: "is damaged; restore it from a copy or choose another with --store",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk is full or failing; free some space or check it",
 }
+
+
+def default_url() -> str:
+    """The SQLAlchemy URL of the default store: ``$FEDTUNE_STORE``, or a file in fedtune's home."""
+    return os.environ.get("FEDTUNE_STORE") or file_url(home.home() / "store.sqlite")
+
+
+def file_url(path: Path) -> str:
+    """The URL of a SQLite file; ``%``, ``?`` and ``#``, which mean something in a URL, are escaped."""
+    return URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
 def connect(url: str) -> Engine:

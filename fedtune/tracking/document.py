@@ -1,12 +1,13 @@
 """A run as JSON: the stable schema that docs/runs-schema.md describes."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fedtune import home
+from fedtune.json_text import json_text as text
+from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import privacy
 
@@ -25,12 +26,12 @@ def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = 
     }
     if not detailed:
         return found
-    return found | {"privacy": privacy(run, rounds), "rounds": [_round(record) for record in rounds]}
-
-
-def text(value: Any) -> str:
-    """JSON text; what is not a finite number becomes null, since JSON has no word for it."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    clients = [asdict(one) for one in spreads(rounds)]
+    return found | {
+        "privacy": privacy(run, rounds),
+        "clients": clients,
+        "rounds": [_round(record) for record in rounds],
+    }
 
 
 def _checkpoint(number: int, checkpoint: CheckpointRecord) -> dict[str, Any]:
@@ -44,13 +45,6 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "reason": record.reason,
         "seconds": record.seconds,
         "contributions": [asdict(contribution) for contribution in record.contributions],
+        "client_scores": [asdict(score) for score in record.client_scores],
         "checkpoint": _checkpoint(record.number, record.checkpoint) if record.checkpoint else None,
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

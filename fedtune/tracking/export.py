@@ -15,7 +15,14 @@ import pyarrow.parquet
 from fedtune import files
 from fedtune.errors import StoreError
 from fedtune.tracking import document
-from fedtune.tracking.records import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.records import (
+    CheckpointRecord,
+    ClientScore,
+    ContributionRecord,
+    MetricRecord,
+    RoundRecord,
+    RunRecord,
+)
 
 __all__ = ["FORMATS", "export"]
 
@@ -31,6 +38,7 @@ _TYPES: Mapping[Any, pa.DataType] = {
     int | None: pa.int64(),
     float: pa.float64(),
     str: pa.string(),
+    bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     datetime | None: pa.timestamp("us", tz="UTC"),
 }
@@ -42,8 +50,8 @@ def export(recorded: Recorded, format: str, path: Path) -> list[Path]:  # noqa: 
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, contributions, metrics and checkpoints, joined by ``run_id`` and ``round``. StoreError when the folder is
-    there already or cannot be written; nothing is left half-written.
+    rounds, contributions, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
+    the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
         documents = [document.document(run, rounds, detailed=True) for run, rounds in recorded]
@@ -69,13 +77,14 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
 
 
 def tables(recorded: Recorded) -> dict[str, pa.Table]:
-    """The five tables, each row with the keys that join it."""
+    """The six tables, each row with the keys that join it."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
         "rounds": _table(_RUN, RoundRecord, [{"run_id": run_id, **_own(record)} for run_id, record in every]),
         "contributions": _table(_ROUND, ContributionRecord, _children(every, lambda record: record.contributions)),
         "metrics": _table(_ROUND, MetricRecord, _children(every, lambda record: record.metrics)),
+        "client_scores": _table(_ROUND, ClientScore, _children(every, lambda record: record.client_scores)),
         "checkpoints": _table(
             _ROUND, CheckpointRecord, _children(every, lambda record: filter(None, [record.checkpoint]))
         ),

@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fedtune import files
 from fedtune.errors import StoreError
+from fedtune.tracking.plot_clients import draw_clients
 from fedtune.tracking.records import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import curve, domains, main_metric, scores, series, totals, training_loss
 
@@ -36,17 +37,20 @@ def plot(runs: Recorded, path: Path) -> None:
 
 
 def _figure(runs: Recorded) -> Figure:
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    quality, learning, traffic, memory = figure.subplots(2, 2).flat
+    told = any(record.client_scores for _, rounds in runs for record in rounds)
+    figure = Figure(figsize=(11, 11 if told else 7.5), layout="constrained")
+    quality, learning, traffic, memory, *of_clients = figure.subplots(3 if told else 2, 2).flat
     _draw_quality(quality, runs)
     _draw_learning(learning, runs)
     _draw_traffic(traffic, runs)
     _draw_memory(memory, runs)
-    for axes in (quality, learning, traffic):
+    for axes, moment in zip(of_clients, ("before", "after"), strict=False):
+        draw_clients(axes, _coloured(runs), moment)
+    for axes in (quality, learning, traffic, *of_clients):
         axes.set_xlim(-0.2, max(record.number for _, rounds in runs for record in rounds) + 0.2)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (quality, learning, traffic, memory):
+    for axes in (quality, learning, traffic, memory, *of_clients):
         _tidy(axes)
     figure.suptitle(_title(runs), x=0.01, ha="left", fontsize=14, fontweight="bold")
     return figure

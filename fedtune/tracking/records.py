@@ -6,12 +6,15 @@ from datetime import datetime
 __all__ = [
     "AuditRecord",
     "CheckpointRecord",
+    "ClientScore",
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
+    "OperatorRecord",
     "RoundRecord",
     "RunRecord",
     "Seat",
+    "TokenRecord",
 ]
 
 
@@ -51,12 +54,27 @@ class ContributionRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientScore:
+    """One figure of one client in a round, on what it held out: ``before`` or ``after`` it trained (``moment``)."""
+
+    client: int
+    moment: str
+    name: str
+    value: float
+    predictions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint on disk: ``path`` relative to the runs folder, ``sha256`` over its tensors, size in bytes."""
+    """A checkpoint: ``path`` relative to the runs folder, ``sha256`` over its tensors, size in bytes.
+
+    One that was ``pruned`` is no longer on disk.
+    """
 
     path: str
     sha256: str
     bytes: int
+    pruned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,7 @@ class RoundRecord:
     contributions: tuple[ContributionRecord, ...]
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
+    client_scores: tuple[ClientScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +135,36 @@ class DeviceRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence."""
+    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence.
 
+    The same happened ``times`` times from ``at`` to ``last``. Lines are numbered as they come.
+    """
+
+    id: int
     at: datetime
     kind: str
     who: str
     what: str
+    times: int
+    last: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRecord:
+    """An operator and the SHA-256 of the key they show; ``role`` is read, submit or admin."""
+
+    name: str
+    sha256: str
+    created: datetime
+    role: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """An enrolment token that was not spent: the SHA-256 of its secret, and whom it is for, if for one device only."""
+
+    sha256: str
+    device: str
+    created: datetime
+    expires: datetime
+    tags: tuple[str, ...]

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Table, and_, func, select
 
 from fedtune.tracking import tables
-from fedtune.tracking.records import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord
+from fedtune.tracking.records import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord
 
-__all__ = ["of_children", "of_round", "read_newest_scores", "read_rounds"]
+__all__ = ["of_children", "of_round", "read_checkpoint_scores", "read_newest_scores", "read_rounds"]
 
-Child = TypeVar("Child", ContributionRecord, MetricRecord, CheckpointRecord)
+Child = TypeVar("Child", ContributionRecord, MetricRecord, CheckpointRecord, ClientScore)
 Row = dict[str, Any]
 Key = tuple[str, int]
 
@@ -27,23 +27,31 @@ def of_children(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]
     """The rows below a round, by table; tables without a row are left out."""
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
-    groups = zip(tables.CHILDREN, (record.contributions, record.metrics, checkpoint), strict=True)
+    groups = zip(tables.CHILDREN, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True)
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 
 
-def read_rounds(connection: Connection, run_ids: Sequence[str]) -> dict[str, list[RoundRecord]]:
-    """The rounds of several runs in order: contributions by client, metrics by part, domain and name."""
-    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids)
-    metrics = _below(connection, tables.metrics, MetricRecord, run_ids)
-    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids)
+def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1) -> dict[str, list[RoundRecord]]:
+    """The rounds of several runs in order, from the one behind ``after`` on.
+
+    Contributions are by client, metrics by part, domain and name.
+    """
+    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids, after)
+    metrics = _below(connection, tables.metrics, MetricRecord, run_ids, after)
+    checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
+    client_scores = _below(connection, tables.client_scores, ClientScore, run_ids, after)
     found: dict[str, list[RoundRecord]] = {run_id: [] for run_id in run_ids}
-    for row in _select(connection, tables.rounds, run_ids):
+    for row in _select(connection, tables.rounds, run_ids, after):
         run_id = row.pop("run_id")
         key = (run_id, row["number"])
         checkpoint = next(iter(checkpoints[key]), None)
         found[run_id].append(
             RoundRecord(
-                **row, contributions=tuple(contributions[key]), metrics=tuple(metrics[key]), checkpoint=checkpoint
+                **row,
+                contributions=tuple(contributions[key]),
+                metrics=tuple(metrics[key]),
+                checkpoint=checkpoint,
+                client_scores=tuple(client_scores[key]),
             )
         )
     return found
@@ -62,19 +70,33 @@ def read_newest_scores(connection: Connection) -> dict[str, list[tuple[int, Metr
     return found
 
 
+def read_checkpoint_scores(connection: Connection, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
+    """By round whose checkpoint is on disk: its held-out figures over all domains, by part and name."""
+    table, metric = tables.checkpoints.c, tables.metrics.c
+    there = select(table.round).where(table.run_id == run_id, table.pruned.isnot(True))
+    found: dict[int, dict[tuple[str, str], float]] = {number: {} for number in connection.execute(there).scalars()}
+    scored = select(metric.round, metric.part, metric.name, metric.value).where(
+        metric.run_id == run_id, metric.domain == "all", metric.part != "train", metric.round.in_(there)
+    )
+    for row in connection.execute(scored).mappings():
+        found[row["round"]][row["part"], row["name"]] = row["value"]
+    return found
+
+
 def _record(record: type[Child], row: Mapping[Any, Any]) -> Child:
     return record(**{field.name: row[field.name] for field in fields(record)})
 
 
 def _below(
-    connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str]
+    connection: Connection, table: Table, record: type[Child], run_ids: Sequence[str], after: int
 ) -> defaultdict[Key, list[Child]]:
     found: defaultdict[Key, list[Child]] = defaultdict(list)
-    for row in _select(connection, table, run_ids):
+    for row in _select(connection, table, run_ids, after):
         found[row["run_id"], row["round"]].append(_record(record, row))
     return found
 
 
-def _select(connection: Connection, table: Table, run_ids: Sequence[str]) -> list[Row]:
-    wanted = select(table).where(table.c.run_id.in_(run_ids)).order_by(*table.primary_key.columns)
+def _select(connection: Connection, table: Table, run_ids: Sequence[str], after: int) -> list[Row]:
+    number = table.c.number if table is tables.rounds else table.c.round
+    wanted = select(table).where(table.c.run_id.in_(run_ids), number > after).order_by(*table.primary_key.columns)
     return [dict(row) for row in connection.execute(wanted).mappings()]

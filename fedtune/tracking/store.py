@@ -1,6 +1,7 @@
 """The run store: a round is written in one transaction, after its checkpoint is safely on disk."""
 
 import difflib
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -8,15 +9,24 @@ from typing import Self
 
 from sqlalchemy import Connection, Engine, Select, delete, func, insert, select, update
 
-from fedtune import home
 from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema, tables
 from fedtune.tracking.access import Access
-from fedtune.tracking.database import connect, reader, writer
+from fedtune.tracking.compaction import shrink
+from fedtune.tracking.database import connect, default_url, file_of, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
-__all__ = ["Store"]
+__all__ = ["Store", "new_run_id"]
+
+
+_LONGEST_ID = 64  # of the column; SQLite alone would take more
+
+
+def new_run_id(name: str) -> str:
+    """An id for a run of a recipe called ``name``: the name, cut where it is long, and six random digits."""
+    ending = f"-{secrets.token_hex(3)}"
+    return name[: _LONGEST_ID - len(ending)] + ending
 
 
 class Store:
@@ -28,8 +38,8 @@ class Store:
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
-        """The store at a SQLAlchemy URL, by default ``fedtune.home.store_url()``; created or upgraded when needed."""
-        store = cls(connect(url or home.store_url()))
+        """The store at a SQLAlchemy URL, by default ``default_url()``; created or upgraded when needed."""
+        store = cls(connect(url or default_url()))
         try:
             schema.prepare(store._engine)
         except BaseException:
@@ -63,6 +73,8 @@ class Store:
         with writer(self._engine) as connection:
             if _status(connection, id) is not None:
                 raise StoreError(f"there is a run {id} already; choose another id")
+            if len(id) > _LONGEST_ID:
+                raise StoreError(f"the run id {id} has {len(id)} characters; choose one of at most {_LONGEST_ID}")
             state = {"status": status, "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
             connection.execute(insert(tables.runs), row | state)
 
@@ -91,6 +103,13 @@ class Store:
             change = {"status": status, "reason": "", "finished": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
+    def extend(self, run_id: str, recipe: str, rounds: int) -> None:
+        """Make a run that has ended a running one with more rounds to do, which ``recipe`` (JSON text) counts too."""
+        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished": None}
+        with writer(self._engine) as connection:
+            _expect(connection, run_id)
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
     def run(self, reference: str) -> RunRecord:
         """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
         with reader(self._engine) as connection:
@@ -102,6 +121,11 @@ class Store:
         with reader(self._engine) as connection:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
         return [_as_it_is(run) for run in found]
+
+    def record_recipe(self, run_id: str, recipe: str) -> None:
+        """Record a run's recipe, as JSON text, with what was read from its model written out."""
+        with writer(self._engine) as connection:
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"recipe": recipe})
 
     def explain(self, run_id: str, reason: str) -> None:
         """Say why a run that has not ended waits."""
@@ -115,9 +139,10 @@ class Store:
             found = [RunRecord(**row) for row in connection.execute(_newest_first().where(*wanted)).mappings()]
         return found[::-1]
 
-    def rounds(self, run_id: str) -> list[RoundRecord]:
-        """The rounds of a run in order."""
-        return self.rounds_of([run_id])[run_id]
+    def rounds(self, run_id: str, after: int = -1) -> list[RoundRecord]:
+        """The rounds of a run in order: those with a number above ``after``, and no others are read."""
+        with reader(self._engine) as connection:
+            return rows.read_rounds(connection, [run_id], after)[run_id]
 
     def rounds_of(self, run_ids: Iterable[str]) -> dict[str, list[RoundRecord]]:
         """The rounds of several runs, with the same few queries however many there are."""
@@ -137,11 +162,34 @@ class Store:
         with reader(self._engine) as connection:
             return rows.read_newest_scores(connection)
 
+    def checkpoint_scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
+        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
+        with reader(self._engine) as connection:
+            return rows.read_checkpoint_scores(connection, run_id)
+
+    def mark_pruned(self, run_id: str, numbers: Sequence[int]) -> list[str]:
+        """Record that the checkpoints of these rounds are gone; returns their paths."""
+        table = tables.checkpoints
+        these = table.c.run_id == run_id, table.c.round.in_(numbers)
+        if not numbers:
+            return []
+        with writer(self._engine) as connection:
+            connection.execute(update(table).where(*these), {"pruned": True})
+            return list(connection.execute(select(table.c.path).where(*these)).scalars())
+
     def delete(self, run_id: str) -> None:
         """Remove a run and every row below it; its files are the caller's."""
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(delete(tables.runs).where(tables.runs.c.id == run_id))
+        self.compact()
+
+    def compact(self) -> None:
+        """Give back what is free in the database's file; a database server does that by itself."""
+        path = file_of(self._engine.url)
+        if path is not None:
+            self._engine.dispose()  # a connection of ours would keep others from it
+            shrink(path)
 
 
 _completed = (

@@ -1,30 +1,25 @@
 """The tables of the newest schema: a run's rows hang below it and leave with it; a server's stand beside."""
 
-import math
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Column,
-    DateTime,
-    Double,
     ForeignKeyConstraint,
     Integer,
     MetaData,
     String,
     Table,
     Text,
-    TypeDecorator,
 )
+
+from fedtune.tracking.column_types import Flag, Measured, Utc, Words
 
 __all__ = [
     "CHILDREN",
-    "Measured",
-    "Utc",
-    "Words",
     "audit",
     "checkpoints",
+    "client_scores",
     "contributions",
     "devices",
     "metadata",
@@ -35,51 +30,6 @@ __all__ = [
     "seats",
     "tokens",
 ]
-
-
-class Utc(TypeDecorator[datetime]):
-    """A moment, kept and returned in UTC also where the database knows no time zones."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
-        """To UTC."""
-        return value and value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        """From UTC, marked as such."""
-        return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
-
-
-class Measured(TypeDecorator[float]):
-    """A float whose "not a number" survives in every database: SQLite has none and keeps it as NULL."""
-
-    impl = Double
-    cache_ok = True
-
-    def process_bind_param(self, value: float | None, dialect: Any) -> float | None:
-        """A plain float also where NumPy's came in, which SQLite would keep as raw bytes."""
-        return None if value is None else float(value)
-
-    def process_result_value(self, value: float | None, dialect: Any) -> float:
-        """NULL becomes NaN."""
-        return math.nan if value is None else value
-
-
-class Words(TypeDecorator[tuple[str, ...]]):
-    """Words without blanks, in one text; rows from before the column have none."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: tuple[str, ...] | None, dialect: Any) -> str | None:
-        """Joined by blanks."""
-        return " ".join(value) if value else None
-
-    def process_result_value(self, value: str | None, dialect: Any) -> tuple[str, ...]:
-        """Apart again."""
-        return tuple((value or "").split())
 
 
 metadata = MetaData(
@@ -162,9 +112,21 @@ checkpoints = Table(
     Column("path", Text, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("bytes", BigInteger, nullable=False),
+    Column("pruned", Flag),
 )
 
-CHILDREN = (contributions, metrics, checkpoints)
+client_scores = Table(
+    "client_scores",
+    metadata,
+    *_of_round(),
+    Column("client", Integer, primary_key=True),
+    Column("moment", String(8), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("value", Measured),
+    Column("predictions", BigInteger, nullable=False),
+)
+
+CHILDREN = (contributions, metrics, checkpoints, client_scores)
 
 seats = Table(
     "seats",
@@ -205,6 +167,7 @@ operators = Table(
     Column("name", String(64), primary_key=True),
     Column("sha256", String(64), nullable=False),
     Column("created", Utc, nullable=False),
+    Column("role", String(16)),
 )
 
 audit = Table(
@@ -215,4 +178,7 @@ audit = Table(
     Column("kind", String(16), nullable=False),
     Column("who", String(128), nullable=False),
     Column("what", Text, nullable=False),
+    Column("source", String(128), index=True),
+    Column("times", Integer),
+    Column("last", Utc),
 )

@@ -1,7 +1,8 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
 from fedtune.training.evaluate import Score, score
-from fedtune.training.loop import Outcome, processor_threads, step_loss, total_steps, train, train_mode, update
+from fedtune.training.loop import Outcome, processor_threads, step_loss, train, train_mode, update
+from fedtune.training.order import total_steps
 from fedtune.training.parts import received, trained_in
 from fedtune.training.state import load_state, read_state, shapes
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop

@@ -86,8 +86,9 @@ def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
     recipe = _recipe(chosen, model, task if pictures else "causal-language-modelling")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.everything(recipe, ())
-    blank = found.select_columns("image" if pictures else "text").add_column("label", [0] * len(found))
-    return data.encode(blank, recipe, None if pictures else models.tokenizer(model))
+    labels = data.Values(np.zeros(len(found), np.int64))
+    blank = found.only(["image" if pictures else "text"]).with_column("label", labels)
+    return data.encode(blank, recipe, models.reader(recipe))
 
 
 def _recipe(chosen: Data, model: Model, task: Task) -> Recipe:

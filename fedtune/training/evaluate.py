@@ -2,20 +2,23 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
-from fedtune.recipe import Task
+from fedtune.recipe import Recipe, Task
 from fedtune.techniques import Technique, begin_step, watch
+from fedtune.training.metrics import measure
 
-__all__ = ["Score", "score", "score_own"]
+__all__ = ["Score", "score", "score_held_out"]
 
 
 class Score(NamedTuple):
@@ -26,52 +29,91 @@ class Score(NamedTuple):
     value: float
 
 
+class _Row(NamedTuple):
+    """Predictions, correct ones and summed loss of an example; probabilities [classes] and the label, if it has one."""
+
+    predictions: int
+    correct: int
+    loss: float
+    probabilities: Tensor | None = None
+    label: int = -1
+
+
 @dataclass
 class _Tally:
-    """Sums over predictions: texts or images count once, language models count once per token."""
+    """Sums over predictions: texts or images count once, language models count once per token.
+
+    Where it ``keeps`` them, probabilities and labels too, for metrics that are no sums.
+    """
 
     count: int = 0
     correct: int = 0
     loss: float = 0.0
+    keeps: bool = False
+    probabilities: list[Tensor] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
 
-    def add(self, count: int, correct: int, loss: float) -> None:
-        self.count += count
-        self.correct += correct
-        self.loss += loss
+    def add(self, row: _Row) -> None:
+        self.count += row.predictions
+        self.correct += row.correct
+        self.loss += row.loss
+        if self.keeps and row.probabilities is not None:
+            self.probabilities.append(row.probabilities)
+            self.labels.append(row.label)
+
+    def measure(self, metrics: Sequence[str]) -> dict[str, float]:
+        """Further metrics by name."""
+        if not (metrics and self.labels):
+            return dict.fromkeys(metrics, math.nan)
+        return measure(metrics, torch.stack(self.probabilities).double().numpy(), np.array(self.labels))
 
 
 @torch.no_grad()
-def score(model: nn.Module, data: Encoded, batch: int, task: Task, techniques: Sequence[Technique] = ()) -> list[Score]:
+def score(
+    model: nn.Module,
+    data: Encoded,
+    batch: int,
+    task: Task,
+    techniques: Sequence[Technique] = (),
+    rows: Sequence[int] | None = None,
+    told: Callable[[int], None] = lambda _: None,
+    *,
+    metrics: Sequence[str] = (),
+) -> list[Score]:
     """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain.
 
-    What techniques measure meanwhile is added for all examples together.
+    ``rows`` are the examples to score, all by default. ``told`` is called with the number scored so far, after every
+    batch. ``metrics`` are further ones by name. What techniques measure meanwhile is added for all examples together.
     """
     model.eval()
-    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally(keeps=bool(metrics)))
+    order = _order(data, rows)
     with watch(techniques, model) as figures:
-        for index, row in _predictions(model, data, _order(data), batch, task, techniques):
-            tallies["all"].add(*row)
+        for done, (index, row) in enumerate(_predictions(model, data, order, batch, task, techniques), 1):
+            tallies["all"].add(row)
+            if done % batch == 0 or done == len(order):
+                told(done)
             if data.domains is not None:
-                tallies[data.domains[index]].add(*row)
+                tallies[data.domains[index]].add(row)
         watched = [Score("all", name, value) for name, value in figures().items()]
-    return [*_figures(tallies, task), *watched]
+    return [*_figures(tallies, task, metrics), *watched]
 
 
 @torch.no_grad()
-def score_own(
-    model: nn.Module, data: Encoded, rows: Sequence[int], batch: int, task: Task, techniques: Sequence[Technique] = ()
+def score_held_out(
+    model: nn.Module, data: Encoded, held: NDArray[np.int64], recipe: Recipe, techniques: Sequence[Technique] = ()
 ) -> OwnScore:
-    """The score on some rows, over all of them together."""
+    """The score on the rows a client holds out, over all of them together; zeros, and nothing done, without any."""
+    metrics, rows = recipe.evaluation.metrics, held.tolist()
+    if not rows:
+        return OwnScore()
     model.eval()
-    tally = _Tally()
-    for _, row in _predictions(model, data, rows, batch, task, techniques):
-        tally.add(*row)
+    tally = _Tally(keeps=bool(metrics))
+    for _, row in _predictions(model, data, rows, recipe.train.batch, recipe.task, techniques):
+        tally.add(row)
     predictions = max(1, tally.count)
-    return OwnScore(tally.count, tally.loss / predictions, tally.correct / predictions)
-
-
-_Row = tuple[int, int, float]
-"""Predictions, correct ones and summed loss of an example."""
+    more = tuple(tally.measure(metrics).values())
+    return OwnScore(tally.count, tally.loss / predictions, tally.correct / predictions, more)
 
 
 def _predictions(
@@ -84,11 +126,12 @@ def _predictions(
         yield from zip(chosen, _predict(model, inputs, task), strict=True)
 
 
-def _order(data: Encoded) -> list[int]:
+def _order(data: Encoded, rows: Sequence[int] | None) -> list[int]:
     """Short texts first, so that a batch holds little padding."""
+    chosen = list(range(len(data)) if rows is None else rows)
     if data.lengths is None:
-        return list(range(len(data)))
-    return torch.argsort(data.lengths, stable=True).tolist()
+        return chosen
+    return [chosen[place] for place in torch.argsort(data.lengths[chosen], stable=True).tolist()]
 
 
 def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[_Row]:
@@ -101,12 +144,15 @@ def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[
     else:
         logits, labels = logits[:, None], labels[:, None]
     counted = labels != -100
+    classes = [None] * len(labels) if task == "causal-language-modelling" else logits[:, 0].softmax(-1)
+    first = labels[:, 0].tolist()
     loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     correct = (logits.argmax(-1) == labels) & counted
-    return list(zip(counted.sum(1).tolist(), correct.sum(1).tolist(), (loss * counted).sum(1).tolist(), strict=True))
+    sums = counted.sum(1).tolist(), correct.sum(1).tolist(), (loss * counted).sum(1).tolist()
+    return [_Row(*row) for row in zip(*sums, classes, first, strict=True)]
 
 
-def _figures(tallies: dict[str, _Tally], task: Task) -> Iterator[Score]:
+def _figures(tallies: dict[str, _Tally], task: Task, metrics: Sequence[str]) -> Iterator[Score]:
     accuracies = []
     for domain, tally in sorted(tallies.items()):
         loss = tally.loss / max(1, tally.count)
@@ -115,6 +161,8 @@ def _figures(tallies: dict[str, _Tally], task: Task) -> Iterator[Score]:
         yield Score(domain, "loss", loss)
         if task == "causal-language-modelling":
             yield Score(domain, "perplexity", math.exp(min(loss, 700.0)))
+        for name, value in tally.measure(metrics).items():
+            yield Score(domain, name, value)
         if domain != "all":
             accuracies.append(accuracy)
     if accuracies:

@@ -32,7 +32,7 @@ def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> Stepper:
     if settings.optimiser == "adamw":
         return _AdamW(parameters, settings.weight_decay)
     if settings.optimiser == "sgd":
-        return _Sgd(parameters, settings.weight_decay)
+        return _Sgd(parameters, settings)
     kind = pkgutil.resolve_name(_BITSANDBYTES[settings.optimiser])
     return _Wrapped(kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay))
 
@@ -46,26 +46,29 @@ _BITSANDBYTES: dict[Optimiser, str] = {
 
 
 class _Sgd:
-    """torch.optim.SGD without momentum."""
+    """torch.optim.SGD without dampening."""
 
-    def __init__(self, parameters: Sequence[Parameter], weight_decay: float) -> None:
-        self._parameters, self._weight_decay = parameters, weight_decay
+    def __init__(self, parameters: Sequence[Parameter], settings: Train) -> None:
+        self._parameters, self._settings = parameters, settings
+        self._buffers: dict[Parameter, Tensor | None] = {}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One step at the given learning rate."""
-        moved: list[Tensor] = [parameter for parameter in self._parameters if parameter.grad is not None]
+        moved = [parameter for parameter in self._parameters if parameter.grad is not None]
+        buffers = [self._buffers.get(parameter) for parameter in moved]
         sgd(
-            moved,
+            list(moved),
             _gradients(moved),
-            [None] * len(moved),
-            weight_decay=self._weight_decay,
-            momentum=0.0,
+            buffers,
+            weight_decay=self._settings.weight_decay,
+            momentum=self._settings.momentum,
             lr=lr,
             dampening=0.0,
-            nesterov=False,
+            nesterov=self._settings.nesterov,
             maximize=False,
         )
+        self._buffers |= dict(zip(moved, buffers, strict=True))  # sgd puts the momenta of a first step into the list
 
 
 class _AdamW:

@@ -5,13 +5,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_state", "read_state", "shapes", "tensors_of"]
+__all__ = ["load_state", "precise", "read_state", "shapes", "tensors_of"]
 
 
 def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the named tensors, in fp32 but for integers."""
     tensors = tensors_of(model)
     return {name: _copy(tensors[name].detach()) for name in names}
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """A tensor in the precision of the shared state, fp32 but for integers; no copy where it is that already."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _copy(tensor: Tensor) -> Tensor:

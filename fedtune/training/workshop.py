@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from datasets import Dataset
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from fedtune.techniques import Technique
 from fedtune.training.activity import require_scaled
 from fedtune.training.parts import check_part
 from fedtune.training.private import require_private
+from fedtune.training.readable import require_readable
 from fedtune.training.state import read_state, tensors_of
 
 __all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
@@ -115,10 +115,11 @@ class Workshop:
             for name in [*self.shared, *self.own]:
                 tensors[name].data = tensors[name].data.clone()
 
-    def _encode(self, examples: Dataset) -> data.Encoded:
-        texts = self.recipe.task != "image-classification"
-        tokenizer = models.tokenizer(self.recipe.model) if texts else None
-        return data.encode(examples, self.recipe, tokenizer)
+    def _encode(self, examples: data.Table) -> data.Encoded:
+        reader = models.reader(self.recipe)
+        encoded = data.encode(examples, self.recipe, reader)
+        require_readable(self.model, encoded, self.recipe, reader)
+        return encoded
 
 
 _built: dict[str, Workshop] = {}
@@ -127,7 +128,9 @@ _built: dict[str, Workshop] = {}
 def workshop(recipe: str) -> Workshop:
     """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
     if recipe not in _built:
-        adopt(_build(recipe))
+        shop = _build(recipe)
+        adopt(shop)
+        _built[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
     return _built[recipe]
 
 
@@ -144,8 +147,8 @@ def discard() -> None:
 
 def _build(recipe: str) -> Workshop:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parsed = Recipe.model_validate_json(recipe)
-    corpus = data.load(parsed)
+    parsed = models.settled(Recipe.model_validate_json(recipe))
+    corpus = data.load(parsed, models.class_names(parsed.model, parsed.task))
     model, chosen, shared = build_model(parsed, corpus.labels)
     require_scaled(merging.choose(parsed.merge).steps, model, shared)
     require_private(parsed, model, chosen, shared)

@@ -1,0 +1,66 @@
+"""One architecture on the bench: its folder, its examples, and recipes for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Picture
+
+from benchmarks.architecture_settings import PIXELS
+from benchmarks.architecture_zoo import LABELS, text, write
+from fedtune import data, models
+from fedtune.data import Encoded
+from fedtune.data.loaded import as_table
+from fedtune.recipe import Recipe, Task
+from fedtune.recipe_file import parse
+
+__all__ = ["Bench", "recipe_for"]
+
+_RECIPE = """
+name: architectures
+task: {task}
+model: {{source: "path:{folder}"}}
+data: {{source: "sample:nothing"}}
+devices: [{{count: 1}}]
+train: {{lr: 0.01, batch: 4, length: 16, image: {pixels}, steps: 2}}
+federation: {{rounds: 2}}
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An architecture's folder, and its examples as a run encodes them."""
+
+    name: str
+    task: Task
+    folder: Path
+    examples: Encoded
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, if any."""
+        return () if self.task == "causal-language-modelling" else LABELS
+
+    @classmethod
+    def of(cls, name: str, folder: Path) -> "Bench":
+        """Save the model and encode eight examples."""
+        task = write(name, folder)
+        recipe = recipe_for(task, folder)
+        return cls(name, task, folder, data.encode(_examples(task), recipe, models.reader(recipe)))
+
+
+def recipe_for(task: Task, folder: Path, *overrides: str) -> Recipe:
+    return parse(_RECIPE.format(task=task, folder=folder, pixels=PIXELS), "architectures", overrides)
+
+
+def _examples(task: Task) -> data.Table:
+    if task != "image-classification":
+        columns: dict[str, Any] = {"text": [text(row) for row in range(8)]}
+        labelled = {} if task == "causal-language-modelling" else {"label": [row % len(LABELS) for row in range(8)]}
+        return as_table(Dataset.from_dict(columns | labelled))
+    random = np.random.default_rng(0)
+    pictures = [Picture.fromarray(random.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)) for _ in range(8)]
+    columns = {"image": pictures, "label": [row % len(LABELS) for row in range(8)]}
+    return as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")})))

@@ -1,0 +1,76 @@
+"""A column as ``datasets`` keeps it: arrow chunks, which may lie on the disk and be mapped from there."""
+
+from typing import Any, final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fedtune.data.column import Column, Rows
+
+__all__ = ["Arrow"]
+
+
+@final
+class Arrow(Column):
+    """Chunks, and which of their rows are meant; nothing is copied until it is asked for."""
+
+    def __init__(self, chunks: pa.ChunkedArray, rows: Rows | None = None) -> None:
+        self._chunks, self._rows = chunks, rows
+
+    def __len__(self) -> int:
+        return len(self._chunks) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return self._chunks[row if self._rows is None else int(self._rows[row])].as_py()
+
+    def take(self, rows: Rows) -> "Arrow":
+        """Some rows."""
+        return Arrow(self._chunks, rows if self._rows is None else self._rows[rows])
+
+    def _settled(self) -> pa.ChunkedArray:
+        return self._chunks if self._rows is None else self._chunks.take(pa.array(self._rows))
+
+    def values(self) -> list[Any]:
+        """All of them."""
+        found: list[Any] = self._settled().to_pylist()
+        return found
+
+    def missing(self) -> int | None:
+        """Without making Python's values of those that are there."""
+        settled = self._settled()
+        return pc.index(settled.is_null(), pa.scalar(True)).as_py() if settled.null_count else None
+
+    def texts(self) -> "Arrow":
+        """As arrow writes them."""
+        if self.nested:
+            raise TypeError(f"{self.nested} is no text")
+        try:
+            return Arrow(self._settled().cast(pa.string()))
+        except pa.ArrowException as error:
+            raise TypeError(str(error)) from error
+
+    def pictures(self) -> "Arrow":
+        """By the columns' own buffers."""
+        return Arrow(pa.chunked_array([_pictures(chunk) for chunk in self._chunks.chunks], _PICTURE), self._rows)
+
+    @property
+    def nested(self) -> str:
+        """Arrow's name of the type."""
+        return str(self._chunks.type) if pa.types.is_nested(self._chunks.type) else ""
+
+
+_PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def _pictures(chunk: pa.Array) -> pa.StructArray:
+    kind, count = chunk.type, len(chunk)
+    nothing = {"bytes": pa.nulls(count, pa.binary()), "path": pa.nulls(count, pa.string())}
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        found = {**nothing, "path": chunk.cast(pa.string())}
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        found = {**nothing, "bytes": chunk.cast(pa.binary())}
+    elif pa.types.is_struct(kind) and {one.name for one in kind} & set(nothing):
+        found = nothing | {one.name: chunk.field(one.name) for one in kind if one.name in nothing}
+    else:
+        raise TypeError(f"{kind} is no picture")
+    return pa.StructArray.from_arrays(list(found.values()), list(found))

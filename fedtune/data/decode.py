@@ -1,0 +1,99 @@
+"""A stored picture as bytes of red, green and blue; what cannot be read is told by the picture's name."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.table import Table
+from fedtune.errors import DataError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+__all__ = ["Unreadable", "decode", "named", "readable"]
+
+Bytes = NDArray[np.uint8]
+
+_SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_MOST_SIXTEEN = 65535
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError)
+"""What Pillow raises for files that are damaged or none of its formats."""
+
+
+class Unreadable(DataError):  # noqa: N818
+    """A picture that cannot be decoded."""
+
+
+def named(picture: Mapping[str, Any], row: int) -> str:
+    """What a picture is called in messages: its path, or its row counted from 1."""
+    return str(picture["path"]) if picture.get("path") else f"the picture in row {row + 1}"
+
+
+def decode(picture: Mapping[str, Any], name: str) -> Bytes:
+    """uint8 [height, width, 3], turned upright as its camera noted; Unreadable names a picture that cannot be read.
+
+    Deeper greys, of 16 bits, are scaled to 8.
+    """
+    import PIL.Image  # what holds no encoded pictures does without
+    import PIL.ImageOps
+
+    try:
+        content = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+        with PIL.Image.open(io.BytesIO(content)) as opened:
+            return _rgb(PIL.ImageOps.exif_transpose(opened))
+    except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
+        reason = "it is none of the known formats" if isinstance(error, PIL.UnidentifiedImageError) else _said(error)
+        raise Unreadable(
+            f"{name} cannot be read as a picture ({reason}); mend or remove the picture, or set data.skip_unreadable"
+        ) from error
+
+
+def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
+    """The pictures that are there, and with ``skip`` can be decoded, and the names of those left out.
+
+    Without ``skip`` none is left out: Unreadable names the first file that is missing.
+    """
+    kept: list[int] = []
+    lost: list[str] = []
+    for row, picture in enumerate(table.pictures()):
+        name = named(picture, row)
+        missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
+        if missing and not skip:
+            raise Unreadable(f"there is no picture {name}; check data.columns.image, or set data.skip_unreadable")
+        if missing or (skip and not _decodes(picture, name)):
+            lost.append(name)
+        else:
+            kept.append(row)
+    return table.select(kept) if lost else table, lost
+
+
+def _decodes(picture: Mapping[str, Any], name: str) -> bool:
+    try:
+        decode(picture, name)
+    except Unreadable:
+        return False
+    return True
+
+
+def _said(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
+
+
+def _rgb(image: "PIL.Image.Image") -> Bytes:
+    if image.mode in (*_SIXTEEN, "I"):
+        grey = _eight_bits(np.asarray(image).astype(np.int64))
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("its pixels are real numbers whose range is not told; save it with 8 or 16 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+def _eight_bits(grey: NDArray[np.int64]) -> Bytes:
+    """0 to 65535 as 0 to 255."""
+    if grey.min() < 0 or grey.max() > _MOST_SIXTEEN:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
+    return np.round(grey / 257).astype(np.uint8)

@@ -1,0 +1,66 @@
+"""A folder of pictures with a folder for each class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.data.column import Column, Values, as_picture, objects
+from fedtune.data.listing import files_in, part_named, parts_of
+from fedtune.data.table import Classes, Kind, Pictures, Table
+from fedtune.errors import DataError
+
+__all__ = ["described", "image_folder"]
+
+_DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def described(folder: Path) -> bool:
+    """Whether a table in the folder says which picture is what, as ``datasets`` reads it."""
+    return any(file.name in _DESCRIPTIONS for file in folder.rglob("metadata.*"))
+
+
+def image_folder(folder: Path, *, parts: bool) -> dict[str, Table]:
+    """Columns image and label, by part where ``parts`` are wanted and folders are called so.
+
+    A picture's class is the folder it lies in where all lie equally deep and no two such folders share a name; else
+    it is the first folder on its path.
+    """
+    files = files_in(folder, _endings())
+    if not files:
+        raise DataError(f"{folder} holds no example; bring data")
+    found = parts_of(files, folder, named=parts, by_file=False)
+    ways = {file: _way(file.relative_to(folder), parts=parts) for file in files}
+    flat = next((file for file in files if not ways[file]), None)
+    if flat is not None:
+        raise DataError(f"{flat} lies in no folder of a class; put each picture into one called as its class")
+    leaf = _leaves_are_classes(list(ways.values()))
+    classes = {file: way[-1 if leaf else 0] for file, way in ways.items()}
+    names = sorted(set(classes.values()))
+    numbers = {name: number for number, name in enumerate(names)}
+    kinds: dict[str, Kind] = {"image": Pictures(), "label": Classes(tuple(names))}
+    return {part: Table(_columns(of, [numbers[classes[file]] for file in of]), kinds) for part, of in found.items()}
+
+
+def _endings() -> tuple[str, ...]:
+    """Of the files Pillow opens."""
+    import PIL.Image
+
+    PIL.Image.init()
+    return tuple(ending for ending, form in PIL.Image.EXTENSION.items() if form in PIL.Image.OPEN)
+
+
+def _way(file: Path, *, parts: bool) -> tuple[str, ...]:
+    """The folders above a picture, without those that name a part."""
+    return tuple(name for name in file.parts[:-1] if not (parts and part_named(name)))
+
+
+def _leaves_are_classes(ways: Sequence[tuple[str, ...]]) -> bool:
+    above: dict[str, set[tuple[str, ...]]] = {}
+    for way in ways:
+        above.setdefault(way[-1], set()).add(way)
+    return len({len(way) for way in ways}) == 1 and all(len(same) == 1 for same in above.values())
+
+
+def _columns(files: Sequence[Path], labels: list[int]) -> dict[str, Column]:
+    return {"image": Values(objects(map(as_picture, files))), "label": Values(np.array(labels, np.int64))}

@@ -1,0 +1,59 @@
+"""The files of a folder, by the part of the data their names say: train, validation or test."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fedtune.errors import DataError
+
+__all__ = ["PARTS", "files_in", "part_named", "parts_of"]
+
+PARTS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"train", "training"}),
+    "validation": frozenset({"validation", "valid", "dev", "val"}),
+    "test": frozenset({"test", "testing", "eval", "evaluation"}),
+}
+"""Parts and what they are also called, as on the hub."""
+
+
+def part_named(word: str) -> str | None:
+    """The part that a word means, if it means one."""
+    return next((part for part, words in PARTS.items() if word.strip().casefold() in words), None)
+
+
+def files_in(path: Path, endings: Sequence[str]) -> list[Path]:
+    """A file itself, or all files below a folder with one of the endings, by path; hidden ones are left out."""
+    if not path.is_dir():
+        return [path]
+    found = (file for file in path.rglob("*") if file.name.lower().endswith(tuple(endings)) and file.is_file())
+    return sorted((file for file in found if not _hidden(file.relative_to(path))), key=str)
+
+
+def parts_of(files: Sequence[Path], folder: Path, *, named: bool, by_file: bool = True) -> dict[str, list[Path]]:
+    """Files by part; all are ``train`` where no name says otherwise, or names are not to be followed.
+
+    A part is a word of a folder's name, or with ``by_file`` of a file's. DataError when names of some files say one
+    and those of others do not, since what was held out would then be trained on.
+    """
+    if not named or len(files) == 1:
+        return {"train": list(files)}
+    told = {file: _part(file.relative_to(folder), by_file=by_file) for file in files}
+    if not any(told.values()):
+        return {"train": list(files)}
+    without = next((file for file in files if told[file] is None), None)
+    if without is not None:
+        raise DataError(
+            f"{folder}: the name of {without.relative_to(folder)} says neither train, validation nor test, as those "
+            "beside it do; rename it, move it away, or set data.columns.split: false to take all files together"
+        )
+    return {part: of for part in PARTS if (of := [file for file in files if told[file] == part])}
+
+
+def _part(file: Path, *, by_file: bool) -> str | None:
+    folders = (part_named(name) for name in file.parts[:-1])
+    words: Iterable[str] = re.split(r"[\W\d_]+", file.name) if by_file else ()
+    return next((part for part in (*folders, *map(part_named, words)) if part is not None), None)
+
+
+def _hidden(file: Path) -> bool:
+    return any(name.startswith((".", "__")) for name in file.parts)

@@ -1,0 +1,119 @@
+"""Sources that ``datasets`` reads: the hub, files of its builders, and what it saved to a disk."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import (
+    Array2D,
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    are_progress_bars_disabled,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import disable_progress_bars, enable_progress_bars, logging
+from huggingface_hub.utils import logging as hub_logging
+
+from fedtune.data.arrow import Arrow
+from fedtune.data.column import Column, Values
+from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
+from fedtune.errors import DataError, SourceError
+from fedtune.home import cache
+
+__all__ = ["as_table", "from_disk", "from_files", "from_hub"]
+
+
+def from_hub(name: str) -> dict[str, Table]:
+    """The parts of a data set on the hub, ``ID`` or ``ID:CONFIGURATION``."""
+    identity, _, configuration = name.partition(":")
+    try:
+        with _quiet():
+            return _tables(load_dataset(identity, configuration or None))
+    except DatasetNotFoundError as error:
+        raise SourceError(f"the hub has no data set {identity!r}, or it is gated; check the id or log in") from error
+    except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"cannot load hub:{name}: {_first_line(error)}; check the id and the network") from error
+
+
+def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
+    """What a builder of ``datasets`` makes of files; ``path`` is what messages name."""
+    try:
+        with _quiet():
+            return _tables(load_dataset(builder, cache_dir=str(cache() / "datasets"), **where))
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise DataError(_unreadable(path, builder, _first_line(error.__cause__ or error))) from error
+
+
+def from_disk(path: Path) -> dict[str, Table]:
+    """What ``save_to_disk`` of ``datasets`` wrote: one data set, or several by part."""
+    try:
+        with _quiet():
+            found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no data set that save_to_disk wrote: {_first_line(error)}; check it") from error
+    return _tables(found) if isinstance(found, DatasetDict) else {"train": as_table(found)}
+
+
+def as_table(dataset: Dataset) -> Table:
+    """The columns of a data set, as they lie on the disk where they are mapped from it, and what they hold."""
+    stored: pa.Table = dataset.data.table if dataset._indices is None else dataset.with_format("arrow")[:]
+    columns = {name: _plain(stored[name], dataset.features[name]) for name in stored.column_names}
+    kinds = {name: _kind(feature) for name, feature in dataset.features.items()}
+    return Table(columns, {name: kind for name, kind in kinds.items() if kind is not None})
+
+
+def _kind(feature: Any) -> Kind | None:
+    if isinstance(feature, Image):
+        return Pictures()
+    if isinstance(feature, Array2D):
+        return Greys()
+    return Classes(tuple(feature.names)) if isinstance(feature, ClassLabel) else None
+
+
+def _plain(column: pa.ChunkedArray, feature: Any) -> Column:
+    """A column without the types that ``datasets`` adds to arrow's."""
+    if not isinstance(feature, Array2D):
+        return Arrow(column)
+    flat = column.combine_chunks().storage.flatten().flatten().to_numpy()
+    return Values(flat.reshape(len(column), *feature.shape).copy())
+
+
+def _tables(loaded: Mapping[Any, Dataset]) -> dict[str, Table]:
+    return {str(part): as_table(dataset) for part, dataset in loaded.items()}
+
+
+def _unreadable(path: Path, builder: str, reason: str) -> str:
+    if "corresponds to no data" in reason or "No columns to parse" in reason:
+        return f"{path} holds no example; bring data"
+    return f"{path} cannot be read as {builder}: {reason}; mend the file"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and retry notes; errors still come through."""
+    disabled, verbosity, hub_verbosity = (
+        are_progress_bars_disabled(),
+        logging.get_verbosity(),
+        hub_logging.get_verbosity(),
+    )
+    disable_progress_bars()
+    logging.set_verbosity(CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if not disabled:
+            enable_progress_bars()

@@ -1,0 +1,114 @@
+"""Pictures as pixels ready to be batched, and what a preprocessor does to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedtune.data.decode import decode, named
+from fedtune.data.table import Pictures, Table
+from fedtune.pictures import Preprocessor
+
+__all__ = ["Images", "pixels"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels uint8 [n, 1 or 3, h, w], and how the model reads them; ``fitted`` when they have its size already."""
+
+    pixels: Tensor
+    preprocessor: Preprocessor
+    labels: Tensor
+    domains: list[str] | None
+    fitted: bool = False
+    lengths: None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """pixel_values float32 [k, 3, side, side], scaled as the preprocessor says; labels [k]."""
+        rows = torch.as_tensor(indices)
+        chosen = self.pixels[rows].float()
+        sized = chosen if self.fitted else _fit(chosen, self.preprocessor)
+        return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
+
+
+def pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
+    """uint8 [n, c, h, w], and whether they have the size the model reads; small ones of one size stay as they are.
+
+    Raises Unreadable for a picture that cannot be decoded.
+    """
+    if not isinstance(table.kinds["image"], Pictures):
+        return _arrays(table).unsqueeze(1), False
+    kept: list[Tensor] = []
+    fitted: list[bool] = []
+    for row, picture in enumerate(table.pictures()):
+        image = torch.from_numpy(decode(picture, named(picture, row)).copy()).permute(2, 0, 1)
+        fitted.append(max(image.shape) > preprocessor.side)
+        kept.append(_rounded(image, preprocessor) if fitted[-1] else image)
+    if not any(fitted) and len({image.shape for image in kept}) == 1:
+        return torch.stack(kept), False
+    pairs = zip(kept, fitted, strict=True)
+    return torch.stack([image if done else _rounded(image, preprocessor) for image, done in pairs]), True
+
+
+def _rounded(image: Tensor, preprocessor: Preprocessor) -> Tensor:
+    """uint8 [c, h, w] -> uint8 [c, side, side]."""
+    return _fit(image[None].float(), preprocessor)[0].round().byte()
+
+
+def _arrays(table: Table) -> Tensor:
+    """uint8 [n, h, w] of a column of arrays, 16 bits are scaled to 8."""
+    grey = table.greys()
+    return torch.from_numpy(np.round(grey / 257).astype(np.uint8) if grey.dtype == np.uint16 else grey.copy())
+
+
+def _fit(images: Tensor, preprocessor: Preprocessor) -> Tensor:
+    """float [n, c, h, w] of 0 to 255 -> [n, c, side, side]: resized, and the middle cut out."""
+    height, width = images.shape[-2:]
+    edge = preprocessor.edge or preprocessor.side
+    shape = (edge, edge) if preprocessor.resize == "both" else _shortest(height, width, edge)
+    return _middle(_resize(images, shape, preprocessor), preprocessor.side)
+
+
+def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:
+    """Height and width with proportions kept."""
+    if height <= width:
+        return edge, max(1, edge * width // height)
+    return max(1, edge * height // width), edge
+
+
+def _resize(images: Tensor, shape: tuple[int, int], preprocessor: Preprocessor) -> Tensor:
+    if images.shape[-2:] == shape:
+        return images
+    if preprocessor.resample == "nearest":
+        return F.interpolate(images, size=shape, mode="nearest-exact")
+    if preprocessor.resample == "bicubic":  # torch and Pillow clip what overshoots in whole numbers alike
+        return F.interpolate(images.round().byte(), size=shape, mode="bicubic", antialias=True).float()
+    return F.interpolate(images, size=shape, mode="bilinear", antialias=True)
+
+
+def _middle(images: Tensor, side: int) -> Tensor:
+    """The middle ``side`` x ``side`` pixels; what is smaller gets a black margin."""
+    height, width = images.shape[-2:]
+    if (height, width) == (side, side):
+        return images
+    top, left = (height - side) // 2, (width - side) // 2
+    return F.pad(images, (-left, side - width + left, -top, side - height + top))
+
+
+def _normal(images: Tensor, preprocessor: Preprocessor) -> Tensor:
+    """[n, 1 or 3, h, w] of 0 to 255 -> [n, 3, h, w]."""
+    mean, std = _channels(preprocessor.mean), _channels(preprocessor.std)
+    ordered = images.flip(1) if preprocessor.channels == "bgr" else images
+    scaled = ordered if preprocessor.scale == 1.0 else ordered * preprocessor.scale
+    return ((scaled - mean) / std).expand(-1, 3, -1, -1)
+
+
+def _channels(values: tuple[float, float, float]) -> Tensor:
+    """[1, 1, 1] where all channels are alike, so that a grey picture stays one channel in memory; else [3, 1, 1]."""
+    return torch.tensor(values[:1] if len(set(values)) == 1 else values).reshape(-1, 1, 1)

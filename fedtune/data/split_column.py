@@ -1,0 +1,40 @@
+"""A column that says which part of the data a row belongs to."""
+
+import numpy as np
+
+from fedtune.data.listing import part_named
+from fedtune.data.table import Table
+from fedtune.errors import DataError
+from fedtune.examples import Data
+from fedtune.explain import nearest
+
+__all__ = ["by_column"]
+
+_USUAL = "split"
+
+
+def by_column(table: Table, data: Data) -> dict[str, Table]:
+    """The parts that ``columns.split`` names, or a column called split whose every word names a part; else all train.
+
+    DataError when a named column is missing or says something else, or only a part of its words name parts.
+    """
+    chosen = data.columns.split
+    if chosen is False or (chosen is None and _USUAL not in table.column_names):
+        return {"train": table}
+    column = chosen or _USUAL
+    if column not in table.column_names:
+        hint = nearest(column, table.column_names)
+        raise DataError(f"{data.source} has no column {column!r}, which data.columns.split names; {hint}")
+    words = table[column][:]
+    part_of = {word: part_named(word) if isinstance(word, str) else None for word in set(words)}
+    named = [word for word, part in part_of.items() if part is not None]
+    if not named and chosen is None:
+        return {"train": table}
+    if len(named) < len(part_of):
+        row = next(row for row, word in enumerate(words, 1) if part_of[word] is None)
+        raise DataError(
+            f"{data.source}: row {row} says neither train, validation nor test in column {column!r}, as others do; "
+            "mend the row, or set data.columns.split: false to take all rows together"
+        )
+    found = np.array([part_of[word] for word in words])
+    return {part: table.select(np.flatnonzero(found == part)) for part in ("train", *sorted({*found} - {"train"}))}

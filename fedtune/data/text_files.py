@@ -1,0 +1,65 @@
+"""Sources of plain text: csv files and their kin, or files with an example a line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedtune.data.column import Column, Values, joined, objects
+from fedtune.data.delimited import lines, table
+from fedtune.data.listing import files_in, parts_of
+from fedtune.data.table import Table
+from fedtune.errors import DataError
+from fedtune.examples import Data
+
+__all__ = ["text_files", "with_places"]
+
+_ENDINGS = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "text": (".txt", ".text", ".txt.gz")}
+
+
+def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The parts in a file or a folder of files of a kind, and what was guessed of their encoding."""
+    files = files_in(path, _ENDINGS[kind])
+    if not files:
+        raise DataError(f"{path} holds no file that ends in {' or '.join(_ENDINGS[kind])}; bring data")
+    read = {file: _read(kind, file, data) for file in files}
+    guessed = [file for file in files if read[file][1]]
+    notes = [
+        f"{file} is no UTF-8 and was read as {read[file][1]}; set data.encoding if that is wrong" for file in guessed
+    ]
+    parts = parts_of(files, path, named=data.columns.split is not False)
+    joined = {part: _joined([(file, read[file][0]) for file in of]) for part, of in parts.items()}
+    return {part: Table(found) for part, found in joined.items()}, tuple(notes[:1])
+
+
+def _read(kind: str, file: Path, data: Data) -> tuple[dict[str, Column], str]:
+    if kind == "text":
+        return lines(file, data.encoding)
+    columns = data.columns
+    wanted = [name for name in (columns.text, columns.image, columns.label, columns.group, columns.domain) if name]
+    found, guessed = table(file, data.delimiter, data.encoding, wanted, columns.label)
+    return with_places(found, columns.image, file.parent), guessed
+
+
+def with_places(found: Mapping[str, Column], column: str, folder: Path) -> dict[str, Column]:
+    """Paths of pictures in ``column`` that are relative, as seen from the folder of the file that lists them."""
+    paths = found[column].values() if column in found else []
+    if not any(isinstance(path, str) for path in paths):
+        return dict(found)
+    folder = folder.absolute()
+    placed = (str(folder / path) if isinstance(path, str) else path for path in paths)
+    return {**found, column: Values(objects(placed))}
+
+
+def _joined(tables: list[tuple[Path, dict[str, Column]]]) -> dict[str, Column]:
+    """The rows of several files one after another; DataError when one lacks a column of the first."""
+    [(first, start), *others] = tables
+    for file, other in others:
+        if other.keys() != start.keys():
+            odd = sorted(other.keys() ^ start.keys())[0]
+            raise DataError(f"{file} and {first} differ in the column {odd!r}; give all files the same columns")
+    return {name: _alike([found[name] for _, found in tables]) for name in start}
+
+
+def _alike(columns: list[Column]) -> Column:
+    """Columns that hold numbers in some files only, as text in all."""
+    numbers = {type(column[0]) for column in columns if len(column)}
+    return joined(columns if len(numbers) < 2 else [column.texts() for column in columns])

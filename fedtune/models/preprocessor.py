@@ -1,0 +1,189 @@
+"""``preprocessor_config.json`` of a model's folder: what it says about pictures, read and written."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedtune.errors import ModelError
+from fedtune.explain import explain
+from fedtune.files import write
+from fedtune.pictures import Preprocessor, Resample
+
+__all__ = ["FILE", "check_known", "from_settings", "save", "settings_of"]
+
+FILE = "preprocessor_config.json"
+Settings = Mapping[str, Any]
+_BLACK, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+_RESAMPLE: dict[int, Resample] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of what torch offers too."""
+_FIRST_WARPED = 384
+"""From this side on ConvNeXT's preprocessor cuts nothing out."""
+
+
+def from_settings(settings: Settings, source: str) -> Preprocessor:
+    """What the settings of a transformers image processor, all of them, do to a picture.
+
+    Raises ModelError for what is not square or is resized by a rule that is not known here.
+    """
+    kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
+    scale, offset = _scale(settings)
+    mean, std = _normal(settings, kind)
+    found = {
+        **_sizes(settings, kind, source),
+        "resample": _resample(settings, source),
+        "channels": "bgr" if settings.get("do_flip_channel_order") else "rgb",
+        "scale": scale,
+        "mean": _triple([part + offset for part in mean], source),
+        "std": _triple(std, source),
+    }
+    try:
+        return Preprocessor.model_validate(found)
+    except ValidationError as error:
+        raise ModelError(explain(error, Preprocessor, f"{source}, {FILE}")) from error
+
+
+_MEND = "set model.preprocessor to what it needs"
+
+
+def check_known(processor: object, source: str) -> None:
+    """ModelError for an image processor of transformers with steps of its own that are not known here."""
+    kind = type(processor)
+    name = kind.__name__.removesuffix("Pil").removesuffix("Fast")
+    own = [step for step in _STEPS if not _owner(kind, step).startswith("transformers.image_processing_")]
+    if own and name not in _KNOWN:
+        raise ModelError(f"{source}: {name} does more than resize, cut out and normalise pictures; {_MEND}")
+
+
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "_preprocess")
+_KNOWN = frozenset(
+    f"{name}ImageProcessor"
+    for name in ("Beit", "ConvNext", "EfficientNet", "Levit", "MobileNetV2", "MobileViT", "PoolFormer", "Segformer")
+)
+"""Image processors whose own steps are followed here, or are for labels that are pictures."""
+
+
+def _owner(kind: type, step: str) -> str:
+    """The module of the class that a step comes from."""
+    return next((base.__module__ for base in kind.__mro__ if step in vars(base)), "")
+
+
+def _sizes(settings: Settings, kind: str, source: str) -> dict[str, Any]:
+    """``side``, ``edge`` and ``resize``."""
+    edge, shortest = _edge(settings, source)
+    side = _square(settings["crop_size"], source) if settings.get("do_center_crop") else edge
+    if not settings.get("do_resize", True):
+        raise ModelError(f"{source}: its preprocessor resizes no picture, but a batch needs one size; {_MEND}")
+    if kind in _EDGE:
+        edge, shortest = _EDGE[kind](edge, settings, shortest)
+    return {"side": side, "edge": edge if edge != side else None, "resize": "shortest" if shortest else "both"}
+
+
+def _convnext(edge: int, settings: Settings, _: bool) -> tuple[int, bool]:
+    shrinks = edge < _FIRST_WARPED
+    return (int(edge / (settings.get("crop_pct") or 224 / 256)) if shrinks else edge), shrinks
+
+
+def _poolformer(edge: int, settings: Settings, shortest: bool) -> tuple[int, bool]:
+    share = settings.get("crop_pct")
+    return (edge, shortest) if share is None else (int(edge / share), True)
+
+
+def _levit(edge: int, _: Settings, shortest: bool) -> tuple[int, bool]:
+    return (int(256 / 224 * edge) if shortest else edge), shortest
+
+
+_EDGE: dict[str, Callable[[int, Settings, bool], tuple[int, bool]]] = {
+    "ConvNextImageProcessor": _convnext,
+    "LevitImageProcessor": _levit,
+    "PoolFormerImageProcessor": _poolformer,
+}
+"""Image processors that resize to another edge than their size says: edge, settings, shortest -> edge, shortest."""
+
+
+def _edge(settings: Settings, source: str) -> tuple[int, bool]:
+    """The wanted length, and whether it is the shortest edge's."""
+    size = settings.get("size") or {}
+    if isinstance(size, Mapping) and size.get("shortest_edge") and not size.get("longest_edge"):
+        return int(size["shortest_edge"]), True
+    return _square(size, source), False
+
+
+def _square(size: Any, source: str) -> int:
+    sides = {size.get("height"), size.get("width")} if isinstance(size, Mapping) else {size}
+    [side] = sides if len(sides) == 1 else [None]
+    if not isinstance(side, int):
+        raise ModelError(f"{source}: its preprocessor gives pictures of size {size}, which is no square; {_MEND}")
+    return side
+
+
+def _resample(settings: Settings, source: str) -> Resample:
+    number = int(settings.get("resample", 2))
+    if number not in _RESAMPLE:
+        offered = ", ".join(f"{name} ({key})" for key, name in _RESAMPLE.items())
+        raise ModelError(f"{source}: its preprocessor resamples by filter {number}, but only {offered} are; {_MEND}")
+    return _RESAMPLE[number]
+
+
+def _scale(settings: Settings) -> tuple[float, float]:
+    """What a pixel is multiplied by, and what is then taken away."""
+    if settings.get("do_rescale") is False:
+        return 1.0, 0.0
+    return float(settings.get("rescale_factor", 1 / 255)), 1.0 if settings.get("rescale_offset") else 0.0
+
+
+def _normal(settings: Settings, kind: str) -> tuple[Any, Any]:
+    """Mean and deviation; MobileViT's processor never normalises, EfficientNet's may divide twice."""
+    normalises = bool(settings.get("do_normalize")) and kind != "MobileViTImageProcessor"
+    mean, std = settings.get("image_mean") or _BLACK, settings.get("image_std") or _ONE
+    first = (mean, std) if normalises else (_BLACK, _ONE)
+    if kind != "EfficientNetImageProcessor" or not settings.get("include_top"):
+        return first
+    return first[0], [one * other for one, other in zip(first[1], std, strict=True)]
+
+
+def _triple(values: Any, source: str) -> tuple[float, float, float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != 3:
+        raise ModelError(f"{source}: its preprocessor normalises {len(numbers)} channels in place of three; {_MEND}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def settings_of(preprocessor: Preprocessor) -> dict[str, Any]:
+    """The same as settings of a transformers image processor."""
+    edge = preprocessor.edge or preprocessor.side
+    cuts = edge != preprocessor.side or preprocessor.resize == "shortest"
+    size = {"shortest_edge": edge} if preprocessor.resize == "shortest" else {"height": edge, "width": edge}
+    return {
+        "image_processor_type": _processor(preprocessor, cuts=cuts),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": next(number for number, name in _RESAMPLE.items() if name == preprocessor.resample),
+        "do_center_crop": cuts,
+        "crop_size": {"height": preprocessor.side, "width": preprocessor.side},
+        "do_rescale": True,
+        "rescale_factor": preprocessor.scale,
+        "do_normalize": True,
+        "image_mean": list(preprocessor.mean),
+        "image_std": list(preprocessor.std),
+    } | ({"do_flip_channel_order": True} if preprocessor.channels == "bgr" else {})
+
+
+def _processor(preprocessor: Preprocessor, *, cuts: bool) -> str:
+    """A class of transformers that does all of it, in its older versions too."""
+    if preprocessor.channels == "bgr":
+        plain = preprocessor.mean == _BLACK and preprocessor.std == _ONE
+        if not plain:
+            raise ModelError("no image processor of transformers both reverses the channels and normalises them")
+        return "MobileViTImageProcessor"
+    if not cuts:
+        return "ViTImageProcessor"
+    return "BitImageProcessor" if preprocessor.resize == "shortest" else "DeiTImageProcessor"
+
+
+def save(preprocessor: Preprocessor, folder: Path) -> None:
+    """Write it into a model's folder, for ``AutoImageProcessor``."""
+    write(folder / FILE, (json.dumps(settings_of(preprocessor), indent=2) + "\n").encode())

@@ -1,0 +1,51 @@
+"""How evenly a round serves its clients: the spread of what each scored on its own held-out examples."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtune.tracking.records import RoundRecord
+
+__all__ = ["Spread", "spreads"]
+
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """One figure of a round over its clients, each counting alike; ``worst_tenth`` is the mean of that part of them."""
+
+    round: int
+    moment: str
+    name: str
+    clients: int
+    mean: float
+    deviation: float
+    worst_tenth: float
+
+
+def spreads(rounds: Sequence[RoundRecord]) -> list[Spread]:
+    """By round, then ``before`` and ``after`` local training, then name; clients whose figure is NaN do not count."""
+    found: dict[tuple[int, str, str], list[float]] = defaultdict(list)
+    for record in rounds:
+        for one in record.client_scores:
+            if not math.isnan(one.value):
+                found[record.number, one.moment, one.name].append(one.value)
+    ordered = sorted(found, key=lambda key: (key[0], key[1] != "before", key[2]))
+    return [_spread(key, found[key]) for key in ordered]
+
+
+def _spread(key: tuple[int, str, str], values: list[float]) -> Spread:
+    number, moment, name = key
+    mean = math.fsum(values) / len(values)
+    tenth = sorted(values, reverse=name in _LOWER_IS_BETTER)[: math.ceil(len(values) / 10)]
+    return Spread(
+        round=number,
+        moment=moment,
+        name=name,
+        clients=len(values),
+        mean=mean,
+        deviation=math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)),
+        worst_tenth=math.fsum(tenth) / len(tenth),
+    )

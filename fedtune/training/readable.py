@@ -1,0 +1,114 @@
+"""Can the model read the examples as they are encoded? What would fail midway, or train on nothing, is refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.data import Encoded
+from fedtune.errors import DataError, ModelError
+from fedtune.recipe import Recipe
+
+__all__ = ["require_readable"]
+
+_MOST_UNKNOWN = 0.5
+_NEAR = 8
+"""Some models read a few tokens less than their configuration says."""
+_BROKEN = (IndexError, RuntimeError, ValueError)
+
+
+def require_readable(model: nn.Module, examples: Encoded, recipe: Recipe, tokenizer: Any = None) -> None:
+    """ModelError or DataError for tokens, texts or pictures that do not fit the model; examples of its own task."""
+    if not len(examples):
+        return
+    if examples.lengths is None:
+        _require_side(model, examples, recipe)
+        return
+    ids = examples.batch([int(examples.lengths.argmax())])["input_ids"]
+    _require_rows(model, examples, recipe)
+    _require_words(examples, tokenizer, recipe)
+    _require_positions(model, ids, recipe)
+
+
+def _require_rows(model: nn.Module, examples: Encoded, recipe: Recipe) -> None:
+    able: Any = model
+    rows: int = able.get_input_embeddings().num_embeddings
+    largest = max(int(batch["input_ids"].max()) for batch in _batches(examples))
+    if largest >= rows:
+        raise ModelError(
+            f"{recipe.model.source}: its tokenizer has a token number {largest}, but its embedding only {rows} rows; "
+            "take the tokenizer the model was made with, or resize the embedding"
+        )
+
+
+def _require_words(examples: Encoded, tokenizer: Any, recipe: Recipe) -> None:
+    """A tokenizer that is not the text's, or not the model's, makes unknown tokens of all words, or nothing."""
+    if tokenizer is None:
+        return
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    unknown = -1 if tokenizer.unk_token_id in (None, tokenizer.eos_token_id) else int(tokenizer.unk_token_id)
+    words = strange = 0
+    for batch in _batches(examples):
+        ids = batch["input_ids"][batch["attention_mask"].bool()]
+        strange += int((ids == unknown).sum())
+        words += int((~torch.isin(ids, special)).sum())
+    if strange > _MOST_UNKNOWN * (words + strange) or not words:
+        told = f"knows {words} of the {words + strange} words and signs" if strange else "makes no tokens"
+        raise DataError(
+            f"{recipe.model.source}: its tokenizer {told} of the examples, which nothing could be learned from; take "
+            "a model for their language, with its tokenizer's files"
+        )
+
+
+def _batches(examples: Encoded) -> Sequence[dict[str, Tensor]]:
+    size = 1024
+    return [examples.batch(range(at, min(at + size, len(examples)))) for at in range(0, len(examples), size)]
+
+
+def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:
+    longest = ids.shape[1]
+    told = _told_positions(model)
+    if told is None or longest <= told - _NEAR or _reads(model, {"input_ids": ids}) is None:
+        return
+    able, unable = 0, longest
+    while unable - able > 1:
+        middle = (able + unable) // 2
+        able, unable = (middle, unable) if _reads(model, {"input_ids": ids[:, :middle]}) is None else (able, middle)
+    raise ModelError(
+        f"{recipe.model.source} reads at most {able} tokens, but a text has {longest} after the cut to train.length "
+        f"{recipe.train.length}; set train.length to {able}"
+    )
+
+
+def _told_positions(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    names = ("max_position_embeddings", "n_positions")
+    found = [getattr(config.get_text_config(), name, None) for name in names]
+    return min((number for number in found if isinstance(number, int) and number > 0), default=None)
+
+
+def _require_side(model: nn.Module, examples: Encoded, recipe: Recipe) -> None:
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    pixels = examples.batch([0])["pixel_values"]
+    if size is None or size == pixels.shape[-1]:
+        return
+    if (why := _reads(model, {"pixel_values": pixels.to(next(model.parameters()).dtype)})) is not None:
+        raise ModelError(
+            f"{recipe.model.source} reads no pictures of {pixels.shape[-1]} pixels ({why}); mend train.image"
+        )
+
+
+def _reads(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """What goes wrong when the model is run on one example; None when nothing does."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**inputs)
+    except _BROKEN as error:
+        return " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    finally:
+        model.train(training)
+    return None

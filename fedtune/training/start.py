@@ -1,0 +1,36 @@
+"""The trained tensors as a round begins, without a copy of the model: most of them are in what was received."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.training.state import precise, read_state, tensors_of
+
+__all__ = ["Start"]
+
+
+class Start:
+    """What training in a round begins with, in fp32, looked up by name.
+
+    ``received`` are the mappings the model was loaded from; the first that has a name counts. Copied are only those
+    ``names`` that a technique has changed since.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *received: Mapping[str, Tensor]) -> None:
+        self._received = received
+        tensors = tensors_of(model)
+        self._changed = read_state(model, [name for name in names if not self._holds(name, tensors[name])])
+
+    def _holds(self, name: str, tensor: Tensor) -> bool:
+        return any(name in each and torch.equal(tensor, each[name].to(tensor.dtype)) for each in self._received)
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in each for each in (self._changed, *self._received))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(each[name] for each in (self._changed, *self._received) if name in each)
+
+    def deltas(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Trained minus this, in fp32, one after the other; ``names`` are those it was made for, or fewer."""
+        return {name: precise(tensors[name].detach()) - self[name] for name in names}

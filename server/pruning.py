@@ -1,0 +1,16 @@
+"""Checkpoints of a run that need not stay once its newest round is committed."""
+
+from fedtune.recipe import Recipe
+from fedtune.tracking import Store
+from fedtune.tracking.pruning import prune
+
+__all__ = ["prune_checkpoints"]
+
+
+def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
+    """Remove checkpoints that need not stay; those that late answers may still begin with must."""
+    keep, late = recipe.checkpoints.keep, recipe.federation.late
+    if keep == "all":
+        return
+    last = keep.last if late is None else max(keep.last, late.oldest + 2)
+    prune(store, run, keep.model_copy(update={"last": last}))

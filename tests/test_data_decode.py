@@ -1,0 +1,98 @@
+"""Pictures of every depth and kind become bytes of red, green and blue, or are refused by name."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array2D, Dataset, Features, Image, Value
+from PIL import Image as Picture
+
+from fedtune import data
+from fedtune.data.decode import Unreadable, decode
+from fedtune.data.loaded import as_table
+from fedtune.errors import DataError
+from fedtune.pictures import Preprocessor
+from tests.data_examples import a_recipe
+
+LEVELS = np.array([[0, 257 * 3, 257 * 200], [128, 129, 65535]], np.uint16)
+
+
+def stored(image: Picture.Image, form: str = "PNG") -> dict[str, Any]:
+    content = io.BytesIO()
+    image.save(content, form)
+    return {"bytes": content.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bit_greys_are_scaled_to_eight(form: str) -> None:
+    found = decode(stored(Picture.fromarray(LEVELS), form), "x")
+    assert found[..., 0].tolist() == [[0, 3, 200], [0, 1, 255]]
+    assert (found == found[..., :1]).all()
+
+
+def test_a_sixteen_bit_picture_in_a_whole_numbers_mode_is_scaled_too() -> None:
+    found = decode(stored(Picture.fromarray(LEVELS.astype(np.int32)), "TIFF"), "x")
+    assert found[..., 0].tolist() == [[0, 3, 200], [0, 1, 255]]
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (Picture.fromarray(np.array([[0, 70000]], np.int32)), "more than 16 bits"),
+        (Picture.fromarray(np.array([[0.0, 1.0]], np.float32)), "real numbers whose range is not told"),
+    ],
+)
+def test_a_picture_of_unknown_range_is_refused_by_name(image: Picture.Image, sentence: str) -> None:
+    with pytest.raises(Unreadable, match=rf"^scan\.tif cannot be read as a picture \(.*{sentence}"):
+        decode(stored(image, "TIFF"), "scan.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_other_kind_of_picture_becomes_three_channels(mode: str) -> None:
+    image = Picture.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+    found = decode(stored(image, "TIFF"), "x")
+    assert found.shape == (4, 5, 3)
+    assert found.min() >= 254
+
+
+def test_a_picture_is_turned_upright_as_its_camera_noted() -> None:
+    image = Picture.fromarray(np.array([[0, 255]], np.uint8))
+    exif = Picture.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    image.save(content, "PNG", exif=exif)
+    assert decode({"bytes": content.getvalue(), "path": None}, "x")[..., 0].tolist() == [[0], [255]]
+
+
+def pictures(paths: list[str]) -> data.Table:
+    features = Features({"image": Image(), "label": Value("int64")})
+    return as_table(Dataset.from_dict({"image": paths, "label": [0] * len(paths)}, features=features))
+
+
+def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Picture.fromarray(noise).save(tmp_path / "good.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:900])
+    found = pictures([str(tmp_path / "good.jpg"), str(tmp_path / "cut.jpg")])
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be read as a picture \(.*truncated.*data\.skip_unreadable"):
+        data.encode(found, a_recipe("task=image-classification"), Preprocessor())
+
+
+def test_a_damaged_picture_without_a_path_is_named_by_its_row() -> None:
+    good = stored(Picture.new("L", (4, 4)))
+    features = Features({"image": Image(), "label": Value("int64")})
+    found = as_table(
+        Dataset.from_dict({"image": [good, {"bytes": b"oops", "path": None}], "label": [0, 0]}, features=features)
+    )
+    with pytest.raises(DataError, match=r"^the picture in row 2 cannot be read as a picture"):
+        data.encode(found, a_recipe("task=image-classification"), Preprocessor())
+
+
+def test_sixteen_bit_arrays_are_scaled_too() -> None:
+    features = Features({"image": Array2D((2, 3), "uint16"), "label": Value("int64")})
+    found = as_table(Dataset.from_dict({"image": [LEVELS], "label": [0]}, features=features))
+    batch = data.encode(found, a_recipe("task=image-classification"), Preprocessor(side=3, resample="nearest"))
+    assert torch.equal(batch.pixels[0, 0], torch.tensor([[0, 3, 200], [0, 1, 255]], dtype=torch.uint8))  # type: ignore[attr-defined]

@@ -1,0 +1,54 @@
+"""Full fine-tuning holds the model, its gradients and two moments, and no further copy of the model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import re, sys, threading, time
+from pathlib import Path
+
+from tests.federations import execute, tiny_bert, words
+from fedtune.training import discard
+
+SETTINGS = ("train.techniques=[full]", "train.schedule=constant", "train.steps=1", "devices=[{count: 2}]")
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+def watch():
+    while not over.is_set():
+        peaks.append(anonymous())
+        time.sleep(0.003)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    execute(words(folder / "small", *SETTINGS), run="small")  # imports what a run needs
+    recipe = words(folder / "wide", *SETTINGS)
+    tiny_bert(folder / "wide" / "bert", 1024)
+    discard()
+    base, peaks, over = anonymous(), [], threading.Event()
+    watching = threading.Thread(target=watch)
+    watching.start()
+    execute(recipe, run="wide")
+    over.set()
+    watching.join()
+    size = (folder / "wide" / "bert" / "model.safetensors").stat().st_size
+    print((max(peaks) - base) / size)
+"""
+
+
+def test_full_fine_tuning_holds_four_copies_of_the_model_and_half_a_one(tmp_path: Path, home: Path) -> None:
+    script = tmp_path / "measure.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env={"PYTHONPATH": str(root), "FEDTUNE_HOME": str(home), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    copies = float(done.stdout.splitlines()[-1])
+    assert 3.9 < copies < 4.5  # weights, gradients and two moments; the merge and the payloads never hold as much

@@ -1,0 +1,44 @@
+"""What ``--json`` prints is JSON that every reader takes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import fedtune
+from fedtune.cli.main import cli
+from fedtune.json_text import json_text
+from tests.federations import TRIVIAL
+
+
+def strict(text: str) -> object:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_null_at_any_depth() -> None:
+    told = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "ü": "NaN"}
+    assert strict(json_text(told)) == {"a": [1.5, None, [None, {"b": None}]], "ü": "NaN"}
+
+
+def test_every_command_prints_by_it() -> None:
+    folder = Path(fedtune.__file__).parent / "cli"
+    assert [path.name for path in folder.glob("*.py") if "json.dumps(" in path.read_text()] == []
+
+
+def test_a_score_that_is_no_number_is_null(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune import training
+    from fedtune.training import Score
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TRIVIAL, encoding="utf-8")
+    CliRunner().invoke(cli, ["simulate", str(path), "--workers", "1", "--json"], catch_exceptions=False)
+    monkeypatch.setattr(training, "score", lambda *_: [Score("all", "loss", math.nan)])
+    done = CliRunner().invoke(cli, ["evaluate", "latest", "--json"], catch_exceptions=False)
+    told = strict(done.stdout)
+    assert isinstance(told, dict)
+    assert told["metrics"] == [{"domain": "all", "name": "loss", "value": None}]

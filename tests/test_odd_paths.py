@@ -1,0 +1,94 @@
+"""A home whose name means something in a URL, a configuration parser or a shell is used as it is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from alembic import command
+from click.testing import CliRunner
+from sqlalchemy import create_engine
+
+import migrations
+from fedtune.cli.main import cli
+from fedtune.home import cache
+from fedtune.tracking import Store, default_url, file_url, schema, upgrade
+from server.home import create
+from server.superlink import SuperLink
+from tests.federations import TRIVIAL
+from tests.store_examples import fill
+
+ODD = ["a%20b", "a?b=1", "a#b", "a b", "%(here)s", "100%", "ünï-🙂", "a&b;c", "a+b@c:8", "a'b\"c", "a[1]*"]
+
+
+@pytest.fixture(params=ODD)
+def odd(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / str(request.param)
+    monkeypatch.setenv("FEDTUNE_HOME", str(home))
+    monkeypatch.delenv("FEDTUNE_STORE", raising=False)
+    return home
+
+
+def test_the_store_lies_in_the_home_of_that_name_and_nowhere_else(odd: Path) -> None:
+    with Store.open() as store:
+        recorded = fill(store)
+    assert [path.name for path in odd.parent.iterdir()] == [odd.name]
+    assert (odd / "store.sqlite").is_file()
+    with Store.open(default_url()) as store:
+        assert store.rounds("film-1a2b") == recorded
+
+
+def test_an_old_store_there_is_upgraded(odd: Path) -> None:
+    odd.mkdir()
+    engine = create_engine(file_url(odd / "store.sqlite"))
+    with engine.begin() as connection:
+        command.upgrade(upgrade.settings(connection), "0001")
+    engine.dispose()
+    with Store.open() as store:
+        assert store.runs() == []
+    with engine.connect() as connection:
+        assert schema.revision(connection) == schema.HEAD
+    engine.dispose()
+    assert [path.name for path in odd.parent.iterdir()] == [odd.name]
+
+
+def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = odd / "migrations"
+    shutil.copytree(Path(migrations.__file__).parent, installed, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(migrations, "__file__", str(installed / "__init__.py"))
+    with create_engine("sqlite://").connect() as connection:
+        command.upgrade(upgrade.settings(connection), "head")
+        assert schema.revision(connection) == schema.HEAD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ["a%20b?c=1#d"], indirect=True)
+def test_flower_opens_its_own_database_in_a_servers_home_of_that_name(odd: Path) -> None:
+    superlink = SuperLink(create(["localhost"], "127.0.0.1:8443").flower)
+    try:
+        superlink.start()
+        assert superlink.control().online() == set()
+    finally:
+        superlink.close()
+    found = [path.name for path in (odd / "server" / "flower").glob("*.sqlite")]
+    assert found == ["superlink.sqlite"]
+    assert [path.name for path in odd.parent.iterdir()] == [odd.name]
+
+
+def test_a_federation_runs_and_is_exported_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "a%20b?c=1#d ü"
+    monkeypatch.setenv("FEDTUNE_HOME", str(home))
+    (tmp_path / "recipe.yaml").write_text(TRIVIAL, encoding="utf-8")
+    for words in (["simulate", str(tmp_path / "recipe.yaml"), "--workers", "1"], ["runs", "plot", "latest"]):
+        done = CliRunner().invoke(cli, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    shown = json.loads(CliRunner().invoke(cli, ["runs", "show", "latest", "--json"]).output)
+    assert Path(shown["checkpoint"]["path"]).is_relative_to(home)
+    assert Path(shown["checkpoint"]["path"]).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [home.name]
+
+
+def test_a_cache_below_the_users_home_may_be_written_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somebody")
+    monkeypatch.setenv("FEDTUNE_CACHE", "~/kept")
+    assert cache() == Path("/somebody/kept")

@@ -1,0 +1,180 @@
+"""What keeps a device joined and a server up: units that systemd reads as meant, and an install that needs no index."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from clients.wheel import write_wheel
+from fedtune.cli.main import cli
+from fedtune.errors import DataError, FedtuneError
+from fedtune.systemd import service
+from server.home import create
+
+ODD = ["plain", "two words", "100%", "%h $HOME ${x}", "a;b #c", "dash - dash", "é 漢"]
+
+
+def packaged(folder: Path, source: str, *options: str) -> Result:
+    return CliRunner().invoke(cli, ["device", "package", "--data", source, "--user", "pi", "-o", str(folder), *options])
+
+
+def values(unit: str, key: str) -> list[str]:
+    return [line.partition("=")[2] for line in unit.splitlines() if line.startswith(f"{key}=")]
+
+
+def read_words(text: str, *, variables: bool = False) -> list[str]:
+    """Words of a unit's line, by systemd.syntax(7): quotes and backslashes first, then specifiers and variables."""
+    words: list[str] = []
+    word, quote, escaped = "", "", False
+    for character in text + " ":
+        if escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = True
+        elif quote:
+            quote, word = ("", word) if character == quote else (quote, word + character)
+        elif character == '"':
+            quote = character
+        elif character == " ":
+            words, word = ([*words, word] if word else words), ""
+        else:
+            word += character
+    assert not quote
+    for read in words:
+        assert "%" not in read.replace("%%", ""), "a specifier"
+        assert not variables or "$" not in read.replace("$$", ""), "a variable"
+    words = [read.replace("%%", "%") for read in words]
+    return [read.replace("$$", "$") for read in words] if variables else words
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_unit_says_what_was_meant_whatever_the_paths_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    home, data = tmp_path / f"home {name}", tmp_path / name
+    data.mkdir()
+    (data / "reviews.csv").write_text("text,label\na,b\n")
+    monkeypatch.setenv("FEDTUNE_HOME", str(home))
+    monkeypatch.chdir(data)
+    done = packaged(tmp_path / "out", "csv:reviews.csv", "--memory", "512MB")
+    assert done.exit_code == 0, done.output
+    unit = (tmp_path / "out" / "fedtune-device.service").read_text()
+    source = f"csv:{data}/reviews.csv"
+    command = [
+        str(Path(sys.executable).parent / "fedtune"),
+        "device",
+        "join",
+        "--data",
+        source,
+        "--memory",
+        "512000000",
+    ]
+    [line] = values(unit, "ExecStart")
+    assert read_words(line, variables=True) == command
+    assert [read_words(line) for line in values(unit, "Environment")] == [[f"FEDTUNE_HOME={home}"]]
+    assert [read_words(line) for line in values(unit, "ReadWritePaths")] == [[str(home)]]
+    assert values(unit, "User") == ["pi"]
+    docker = (tmp_path / "out" / "Dockerfile").read_text()
+    [started] = [line.removeprefix("CMD ") for line in docker.splitlines() if line.startswith("CMD ")]
+    assert json.loads(started) == ["fedtune", *command[1:]]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_itself_finds_nothing_wrong_with_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home 100% of it"))
+    create(["localhost"], "127.0.0.1:8443")
+    assert packaged(tmp_path / "out", "part:0").exit_code == 0
+    made = CliRunner().invoke(cli, ["server", "package", "--user", "daemon", "-o", str(tmp_path / "out")])
+    assert made.exit_code == 0, made.output
+    for unit in (tmp_path / "out").glob("*.service"):
+        unit.write_text(unit.read_text().replace("User=pi", "User=daemon"))
+        done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+        told = [line for line in done.stderr.splitlines() if unit.name in line]
+        assert not told, told
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_finds_a_program_whose_folder_has_an_odd_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "EPS%3AHello $x y"
+    folder.mkdir()
+    shutil.copy("/bin/true", folder / "fedtune")
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    unit = tmp_path / "odd.service"
+    unit.write_text(service("odd", "odd", ["join", "--data", "csv:/a %h/$b"], "daemon", tmp_path / "100% $home"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert unit.name not in done.stderr
+
+
+def test_no_service_is_root_s_and_a_user_without_a_home_needs_one_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*argv: str) -> str:
+        done = CliRunner().invoke(cli, [*argv, "-o", str(tmp_path / "out")])
+        assert isinstance(done.exception, FedtuneError)
+        assert not (tmp_path / "out").exists(), "nothing half-written"
+        return str(done.exception)
+
+    for command in (["device", "package", "--data", "part:0"], ["server", "package"]):
+        assert "does not run as root; name the user" in refused(*command, "--user", "root")
+        assert "write the name of a user" in refused(*command, "--user", "a b\nExecStart=/bin/sh")
+    assert "there is no server in" in refused("server", "package", "--user", "pi")
+    monkeypatch.delenv("FEDTUNE_HOME")
+    assert "set FEDTUNE_HOME" in refused("device", "package", "--data", "part:0", "--user", "nobody-is-called-so")
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / 'a"quote'))
+    assert "rename it" in refused("device", "package", "--data", "part:0", "--user", "pi")
+
+
+def test_data_that_is_not_there_is_told_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    done = packaged(tmp_path / "out", "csv:nowhere.csv")
+    assert isinstance(done.exception, DataError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_token_is_on_a_command_line_and_the_container_is_not_root(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "my reviews.csv").write_text("text,label\na,b\n")
+    packaged(tmp_path, f"csv:{tmp_path}/my reviews.csv")
+    docker = (tmp_path / "Dockerfile").read_text()
+    assert "--token TOKEN" not in docker
+    assert "docker run -it --rm -v fedtune:/var/lib/fedtune fedtune-device fedtune device enroll --token -" in docker
+    assert f"-v '{tmp_path}/my reviews.csv:{tmp_path}/my reviews.csv:ro'" in docker, "it is where --data says"
+    assert "\nUSER fedtune\n" in docker
+    assert f"COPY requirements.txt fedtune-{version('fedtune')}-py3-none-any.whl ./" in docker
+
+
+def test_the_list_names_what_an_ordinary_index_has_and_fedtune_from_the_wheel_beside_it(
+    home: Path, tmp_path: Path
+) -> None:
+    packaged(tmp_path, "part:0")
+    lines = [line for line in (tmp_path / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    wheel = f"./fedtune-{version('fedtune')}-py3-none-any.whl"
+    assert wheel in lines
+    assert (tmp_path / wheel).exists()
+    assert not [line for line in lines if "+" in line or line.startswith("fedtune==")]
+    torch = [line for line in lines if line.startswith("torch==")]
+    assert torch == [
+        f'torch=={version("torch").partition("+")[0]}; platform_machine != "aarch64"',
+        'torch==2.10.0; platform_machine == "aarch64"',
+    ]
+
+
+def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path) -> None:
+    wheel, again = write_wheel(tmp_path), write_wheel(tmp_path / "again")
+    assert wheel.read_bytes() == again.read_bytes()
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "there")]
+    done = subprocess.run([*pip, "--quiet", f"./{wheel.name}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    script = "import fedtune, clients.node, server.home, migrations; print(fedtune.__file__)"
+    first = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
+    shown = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=first)
+    assert shown.stdout.strip() == str(tmp_path / "there" / "fedtune" / "__init__.py"), shown.stderr
+    assert (tmp_path / "there" / "bin" / "fedtune").exists()
+    assert (tmp_path / "there" / "migrations" / "script.py.mako").exists()
+    with zipfile.ZipFile(wheel) as opened:
+        assert not [name for name in opened.namelist() if "__pycache__" in name or ".." in name or name[0] == "/"]

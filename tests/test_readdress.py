@@ -1,0 +1,169 @@
+"""A server whose address has changed, and the devices that go with it."""
+
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from clients.device_home import DeviceHome, Identity
+from clients.enrolment import move_device
+from fedtune.cli.device import device
+from fedtune.cli.main import cli
+from fedtune.errors import DeviceError, FedtuneError
+from fedtune.tracking import Store
+from server import authority
+from server.home import ServerHome, create, open_home
+from server.operators import add
+from server.secret import digest
+
+
+def init(*options: str) -> Result:
+    return CliRunner().invoke(cli, ["server", "init", *options])
+
+
+def settings(place: ServerHome) -> str:
+    return (place.folder / "server.yaml").read_text()
+
+
+@pytest.fixture
+def place(home: Path) -> ServerHome:
+    assert init("--name", "old.example", "--listen", "0.0.0.0:8443").exit_code == 0
+    return open_home()
+
+
+def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> None:
+    kept = {path: path.read_bytes() for path in (place.ca, place.ca_key, place.key)}
+    key, before = json.loads(place.operator.read_text())["key"], settings(place)
+    done = init("--name", "new.example", "--name", "10.0.0.7", "--listen", "0.0.0.0:9443")
+    assert done.exit_code == 0, done.output
+    assert "fedtune device move https://new.example:9443" in done.output
+    moved = open_home()
+    assert moved.settings.names == ["new.example", "10.0.0.7", "old.example"]
+    assert moved.settings.url() == "https://new.example:9443"
+    assert {path: path.read_bytes() for path in kept} == kept
+    told = json.loads(moved.operator.read_text())
+    assert (told["url"], told["key"]) == ("https://new.example:9443", key)
+    with Store.open() as store:
+        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", digest(key))]
+    changed = [line for line in settings(moved).splitlines() if line not in before.splitlines()]
+    assert changed == ['listen: "0.0.0.0:9443"', 'names: ["new.example", "10.0.0.7", "old.example"]']
+    assert settings(moved).count("#") == before.count("#"), "comments stay"
+
+
+def test_init_again_without_an_address_or_with_one_that_is_none_changes_nothing(place: ServerHome) -> None:
+    before = {path: path.read_bytes() for path in place.folder.iterdir() if path.is_file()}
+    for options, words in (
+        ((), "is a server's home already; change its address with --name or --listen"),
+        (("--name", "a" * 300), "neither a host name nor an address"),
+        (("--listen", "nowhere"), "listen is 'nowhere'"),
+    ):
+        done = init(*options)
+        assert isinstance(done.exception, FedtuneError)
+        assert words in str(done.exception)
+    assert {path: path.read_bytes() for path in place.folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names:\n  - old.example\n  - other.example   # the second\n\n# how long\ndeadline: 60\nlisten: 0.0.0.0:1\n",
+        "listen: '0.0.0.0:1'\nnames: [old.example,\n  other.example]\ndeadline: 60",
+        "deadline: 60\nnames: [old.example, other.example]",
+        "# all defaults but one\ndeadline: 60\n",
+    ],
+)
+def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, text: str) -> None:
+    (place.folder / "server.yaml").write_text(text)
+    before = open_home().settings
+    assert init("--name", "new.example").exit_code == 0
+    now = open_home().settings
+    assert now == before.model_copy(update={"names": ["new.example", *before.names]})
+    assert settings(place).count("#") == text.count("#")
+    assert yaml.safe_load(settings(place))["deadline"] == 60
+
+
+def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHome) -> None:
+    text = "listen: &where '0.0.0.0:1'\nnames: [old.example]\nstore: *where\n"
+    (place.folder / "server.yaml").write_text(text)
+    done = init("--listen", "0.0.0.0:2")
+    assert "cannot be changed in place; change listen and names in it" in str(done.exception)
+    assert settings(place) == text
+
+
+class Time(BaseHTTPRequestHandler):
+    """Answers every request with the time."""
+
+    def do_GET(self) -> None:
+        body = b'{"unix": 1700000000.0}' if self.path == "/fedtune/time" else b"{}"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+@contextmanager
+def answering(place: ServerHome) -> Iterator[int]:
+    """The port of a server that shows the home's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(place.certificate, place.key)
+    with HTTPServer(("127.0.0.1", 0), Time) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def moving(place: ServerHome) -> DeviceHome:
+    made = DeviceHome()
+    made.keep(Identity("https://old.example:8443", "pi", 7, place.ca.read_text()))
+    return made
+
+
+def test_a_device_moves_with_its_server_and_keeps_who_it_is(place: ServerHome, moving: DeviceHome) -> None:
+    with answering(place) as port:
+        done = CliRunner().invoke(device, ["move", f"https://localhost:{port}/"], catch_exceptions=False)
+    assert f"pi reaches its server at https://localhost:{port}\n" in done.output
+    assert moving.identity() == Identity(f"https://localhost:{port}", "pi", 7, place.ca.read_text())
+
+
+def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certificate_is_not_for(
+    place: ServerHome, moving: DeviceHome, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = moving.identity()
+    with pytest.raises(DeviceError, match="no https:// address"):
+        move_device(moving, "localhost:8443")
+    with pytest.raises(DeviceError, match="cannot be reached"):
+        move_device(moving, "https://localhost:1")
+    monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
+    other = create(["localhost"], "127.0.0.1:8443")
+    with answering(other) as port, pytest.raises(DeviceError, match="certificate does not hold"):
+        move_device(moving, f"https://localhost:{port}")
+    with moving.claimed(), pytest.raises(DeviceError, match="stop that process first"):
+        move_device(moving, "https://localhost:1")
+    assert moving.identity() == before
+
+
+def test_an_operators_file_of_this_machine_is_made_for_the_new_address_only_if_there_is_one(place: ServerHome) -> None:
+    place.operator.unlink()
+    assert init("--name", "new.example").exit_code == 0
+    assert not place.operator.exists()
+    with Store.open() as store:
+        add(open_home(), store.access, "local", place.operator)
+    assert json.loads(place.operator.read_text())["url"] == "https://new.example:8443"
+    assert authority.covers(place.certificate.read_bytes(), ["new.example", "old.example"], authority.ends(
+        place.certificate.read_bytes()).replace(year=2000))  # fmt: skip

@@ -1,0 +1,39 @@
+"""The README's first sequence with devices works as it is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clients.channel import Frame
+from clients.keeper import Keeper
+from fedtune.cli.device import _Bytes
+from fedtune.contribution import pack
+from fedtune.recipe_file import read
+from fedtune.simulation import resolve
+from fedtune.sparse import to_wire
+from fedtune.training import discard, read_state, workshop
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+JOIN = re.compile(r"^fedtune device join --data (\S+) --memory (\S+)", re.MULTILINE)
+SUBMIT = re.compile(r"^fedtune submit (\S+) --watch", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_device_joined_as_the_readme_says_trains_the_recipe_it_submits(home: Path) -> None:
+    [(source, allowed)], [recipe_file] = JOIN.findall(README), SUBMIT.findall(README)
+    recipe = resolve(read(ROOT / recipe_file, ["train.steps=1"]))
+    memory = _Bytes().convert(allowed, None, None)
+    assert recipe.clients == 4, "as many devices as the README says"
+    assert memory >= max(device.memory for device in recipe.devices)
+    text = recipe.model_dump_json()
+    shop = workshop(text)
+    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    discard()
+    keeper = Keeper(source, memory, 60.0)
+    try:
+        answer = keeper.ask(Frame({"recipe": text, "round": 1, "client": 0, "labels": "[]", "run": "run"}, payload))
+    finally:
+        keeper.close()
+    assert answer.header["kind"] == "trained", answer.header
