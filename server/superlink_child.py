@@ -7,12 +7,8 @@ of standard input.
 import argparse
 import os
 import signal
-<<<<<<< HEAD
 import socket
 import subprocess
-import sys
-=======
->>>>>>> operate
 import threading
 import time
 from pathlib import Path
