@@ -48,8 +48,10 @@ def fitting(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int, h
             return None if size == batch else size
     whole = "even one example at a time" if may_cut else "as its batch norms need whole batches"
     raise BudgetError(
-        f"a step needs about {_megabytes(needed.of(sizes[-1]))} of memory, {whole}, and this device allows "
-        f"{_megabytes(budget)}"
+        f"a step needs about {_megabytes(needed.of(sizes[-1]))} MB of memory, {whole}, and this device allows "
+        f"{_megabytes(budget)} MB",
+        code="memory-step",
+        counts={"needed_mb": _megabytes(needed.of(sizes[-1])), "allowed_mb": _megabytes(budget)},
     )
 
 
@@ -86,5 +88,5 @@ def _kept(shop: Workshop, chosen: list[int], number: int) -> int:
     return meter.peak
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
+def _megabytes(count: int) -> int:
+    return round(count / 1e6)
