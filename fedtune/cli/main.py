@@ -4,6 +4,9 @@ import gc
 import importlib
 import os
 import sys
+import warnings
+from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -12,6 +15,7 @@ from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
 
+_PACKAGE = Path(__file__).parents[1]
 _COMMANDS = {
     "data": ("data:data", "Look at the examples of a recipe and how they are split."),
     "device": ("device:device", "Make this machine a server's device, and keep it one."),
@@ -61,6 +65,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
     _be_quiet()
+    warnings.showwarning = _warn
     gc.set_threshold(50_000, 20, 20)  # imports make a hundred thousand objects and no garbage: half a second
     try:
         sys.exit(_run())
@@ -109,6 +114,22 @@ def _be_quiet() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    _: str | None = None,
+) -> None:
+    """A warning of fedtune's own as one sentence; of others as Python shows it."""
+    own = category is UserWarning and _PACKAGE in Path(filename).parents
+    text = (
+        f"fedtune: {clean_lines(str(message))}" if own else warnings.formatwarning(message, category, filename, lineno)
+    )
+    click.echo(text.rstrip("\n"), file=file or sys.stderr)
 
 
 def _refuse(sentence: str) -> int:
