@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fedtune import models, techniques
 from fedtune.recipe import Model, Task
+from fedtune.registry import card, settings
 from fedtune.techniques import begin_round, trained
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, logits, shake, shared
 from tests.tiny import bert, llama, texts
@@ -192,3 +193,9 @@ def test_qlora_stores_weights_in_a_seventh_of_the_bytes(four_bit: PreTrainedMode
     assert isinstance(layer, Linear4bit)
     assert layer.weight.nbytes == 64 * 128 // 2
     assert chosen("lora")[0].quantisation() is None
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_the_card_says_that_one_factor_a_round_wants_a_higher_rate(name: str) -> None:
+    assert "about three times the" in " ".join(card("fedtune.techniques", name).split())
+    assert "3x the usual rate" in " ".join(settings("fedtune.techniques", name))
