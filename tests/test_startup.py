@@ -32,17 +32,8 @@ TABLES = {"datasets", "huggingface_hub", "pandas", "pyarrow"}
 MODELS = {"bitsandbytes", "peft", "tokenizers", "torch._dynamo", "transformers"}
 TEXT_ONLY = {"alembic", "bitsandbytes", "datasets", "gguf", "matplotlib", "pandas", "peft", "pyarrow"}
 """What a model of texts in a csv file does without."""
-SERVING = {
-    "alembic",
-    "fastapi",
-    "flwr.server.superlink.linkstate",
-    "gguf",
-    "matplotlib",
-    "scipy",
-    "sklearn",
-    "starlette",
-    "uvicorn",
-}
+SERVING = {"alembic", "fastapi", "flwr.server.superlink.linkstate", "gguf", "starlette", "uvicorn"}
+OTHERS = {"PIL", "matplotlib", "scipy", "sklearn"}
 
 
 def imported(script: str, folder: Path) -> set[str]:
