@@ -122,13 +122,12 @@ def _warn(
     filename: str,
     lineno: int,
     file: TextIO | None = None,
-    _: str | None = None,
+    line: str | None = None,
 ) -> None:
     """A warning of fedtune's own as one sentence; of others as Python shows it."""
     own = category is UserWarning and _PACKAGE in Path(filename).parents
-    text = (
-        f"fedtune: {clean_lines(str(message))}" if own else warnings.formatwarning(message, category, filename, lineno)
-    )
+    shown = warnings.formatwarning(message, category, filename, lineno, line)
+    text = f"fedtune: {clean_lines(str(message))}" if own else shown
     click.echo(text.rstrip("\n"), file=file or sys.stderr)
 
 
