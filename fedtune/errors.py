@@ -21,6 +21,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FedtuneError",
+    "FedtuneWarning",
     "ModelError",
     "RecipeError",
     "RoundError",
@@ -32,6 +33,10 @@ __all__ = [
 
 class FedtuneError(Exception):
     """The root: the command line prints its message and ends with code 2."""
+
+
+class FedtuneWarning(UserWarning):
+    """What goes on but should be known: one sentence, as an error is."""
 
 
 class RecipeError(FedtuneError):

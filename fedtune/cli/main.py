@@ -4,10 +4,12 @@ import gc
 import importlib
 import os
 import sys
+import warnings
+from typing import Any
 
 import click
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, FedtuneWarning
 
 __all__ = ["cli", "main"]
 
@@ -24,6 +26,9 @@ _COMMANDS = {
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
 }
+
+
+_FORMAT = warnings.formatwarning
 
 
 class _Lazy(click.Group):
@@ -60,6 +65,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
     _be_quiet()
+    warnings.formatwarning = _said
     gc.set_threshold(50_000, 20, 20)  # imports make a hundred thousand objects and no garbage: half a second
     try:
         sys.exit(_run())
@@ -94,6 +100,13 @@ def _lacking(error: ModuleNotFoundError) -> str:
     if sentence is None:
         raise error
     return sentence
+
+
+def _said(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
+    if issubclass(category, FedtuneWarning):
+        return f"fedtune: {message}\n"
+    return _FORMAT(message, category, *place)
 
 
 def _be_quiet() -> None:

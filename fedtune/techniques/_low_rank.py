@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.contribution import Pair, Sent
-from fedtune.errors import ModelError
+from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
 from fedtune.recipe import Task
 from fedtune.techniques._left_out import asks_for_shapes, left_out
@@ -54,7 +54,7 @@ class LowRank(Technique):
             fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
         if self.targets == "all-linear" and (left := left_out(model, targets, head)):
-            warnings.warn(f"{self.name} {left}", stacklevel=2)
+            warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
         with _gradients_kept_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
