@@ -5,7 +5,6 @@ import importlib
 import os
 import sys
 import warnings
-from typing import Any
 
 import click
 
@@ -102,11 +101,11 @@ def _lacking(error: ModuleNotFoundError) -> str:
     return sentence
 
 
-def _said(message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
     if issubclass(category, FedtuneWarning):
         return f"fedtune: {message}\n"
-    return _FORMAT(message, category, *place)
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 def _be_quiet() -> None:
