@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo devices-demo test test-devices check bench
+.PHONY: demo devices-demo test test-devices test-attacks check bench
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test: .venv/ready
 
 test-devices: .venv/ready
 	$(BIN)/python -m pytest -m deployed
+
+test-attacks: .venv/ready
+	$(BIN)/python -m tests.attacks
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

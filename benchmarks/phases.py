@@ -15,8 +15,8 @@ PHASES = ("sending", "training", "returning", "merging", "committing")
 VICTIMS = {
     "device": "device join",
     "trainer": "clients.trainer",
-    "ServerApp": "flwr-serverapp",
-    "SuperExec": "flower-superexec",
+    "ServerApp": "server.flower_app_child",
+    "SuperExec": "server.superexec_child",
     "SuperLink": "server.superlink_child",
     "door": "server up",
 }

@@ -5,13 +5,13 @@ Nothing here imports torch.
 
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 
 import psutil
 
 from clients.channel import Channel, Frame
+from fedtune.child import environment, isolated
 from fedtune.errors import BudgetError
 
 __all__ = ["Keeper"]
@@ -97,8 +97,10 @@ class Keeper:
             self.close()
             ours, theirs = socket.socketpair()
             numbers = str(self._budget), str(self._halvings)
-            command = [sys.executable, "-m", "clients.trainer", str(theirs.fileno()), self._source, *numbers]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+            command = isolated("clients.trainer", str(theirs.fileno()), self._source, *numbers)
+            self._process = subprocess.Popen(
+                command, env=environment(), stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]
+            )
             theirs.close()
             self._channel = Channel(ours)
         return self._channel, psutil.Process(self._process.pid)

@@ -1,6 +1,6 @@
 """The resident trainer of a device: a process that imports torch once and keeps model and data warm.
 
-``python -m clients.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an inherited
+``python -P -m clients.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an inherited
 socket, and says in between that a round fits its memory and begins. It runs nothing but what is installed, and ends
 with the process that started it, whose end of standard input it holds.
 """

@@ -2,7 +2,7 @@
 
 from fedtune.errors import ServerError
 
-__all__ = ["LONGEST", "clean_text", "require_clean"]
+__all__ = ["LONGEST", "clean_lines", "clean_text", "require_clean"]
 
 LONGEST = 200
 """Characters that are kept of a text from outside, unless the caller says otherwise."""
@@ -17,6 +17,13 @@ def clean_text(value: object, longest: int = LONGEST) -> str:
     """
     text = value if isinstance(value, str) else str(value)
     shown = "".join(_visible(character) for character in text[: longest + 1])
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def clean_lines(value: object, longest: int = 20 * LONGEST) -> str:
+    """``value`` as :func:`clean_text` shows it, but for its line ends, which stay; for a message of several lines."""
+    text = value if isinstance(value, str) else str(value)
+    shown = "\n".join(clean_text(line, longest) for line in text[: longest + 1].splitlines())
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from fedtune.explain import Location
 
-__all__ = ["YamlError", "load", "load_with_lines"]
+__all__ = ["YamlError", "documents", "load", "load_with_lines"]
 
 _LONGEST = 1 << 18
 """Characters of a document: PyYAML reads about 100,000 a second."""
@@ -25,8 +25,7 @@ def load(text: str) -> Any:
 
 def load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
     """The value, and the line (from 1) of every key and list item; YamlError for no YAML, or too much of it."""
-    if len(text) > _LONGEST:
-        raise YamlError(f"holds {len(text)} characters, and {_LONGEST} are allowed; write less")
+    _check_length(text)
     try:
         return _read(yaml.SafeLoader(text))
     except YamlError:
@@ -35,6 +34,33 @@ def load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
         raise YamlError("is not YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # also a date that is none
         raise YamlError(f"is not YAML: {' '.join(str(error).split())}") from error
+
+
+def documents(text: str) -> list[str]:
+    """The documents in a text that are not empty, each where it stood, so that its lines keep their numbers.
+
+    A text without one is itself the only one; YamlError for no YAML, or too much of it.
+    """
+    _check_length(text)
+    found: list[str] = []
+    first, lines, filled = 0, 0, False
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.DocumentStartEvent) and event.start_mark is not None:
+                begin, filled = event.start_mark, False
+                first, lines = begin.index - begin.column, begin.line
+            elif isinstance(event, yaml.DocumentEndEvent) and event.end_mark is not None:
+                found += ["\n" * lines + text[first : event.end_mark.index]] if filled else []
+            elif not (isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0]):
+                filled = True
+    except yaml.YAMLError as error:
+        raise YamlError(f"is not YAML: {' '.join(str(error).split())}") from error
+    return found or [text]
+
+
+def _check_length(text: str) -> None:
+    if len(text) > _LONGEST:
+        raise YamlError(f"holds {len(text)} characters, and {_LONGEST} are allowed; write less")
 
 
 def _read(loader: yaml.SafeLoader) -> tuple[Any, dict[Location, int]]:

@@ -33,7 +33,9 @@ def main(grid: Grid, context: Context) -> None:
 def carry(grid: Grid, store: Store, run: str) -> None:
     """Coordinate a run and record how it ended."""
     try:
-        coordinate(grid, workshop(store.run(run).recipe), store, run)
+        shop = workshop(store.run(run).recipe)
+        store.record_recipe(run, shop.recipe.model_dump_json())
+        coordinate(grid, shop, store, run)
     except KeyboardInterrupt:
         store.finish(run, "interrupted", "stopped by the user")
         raise

@@ -3,7 +3,7 @@
 import ssl
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 
 from fedtune.errors import FedtuneError
 from server import authority
@@ -12,7 +12,6 @@ from server.home import ServerHome
 __all__ = ["Certificates", "ending"]
 
 _LOOK_SECONDS = 43_200.0
-_LAST_DAY = 86_400.0
 
 
 class Certificates:
@@ -21,7 +20,6 @@ class Certificates:
     def __init__(self, place: ServerHome, context: ssl.SSLContext, say: Callable[[str], None]) -> None:
         self._place, self._context, self._say = place, context, say
         self._looked = time.monotonic()
-        self._stale_until: datetime | None = None
 
     def look(self) -> None:
         """Twice a day: renew what ends soon, take it into use at the door, and tell of an end that nobody can move."""
@@ -40,23 +38,10 @@ class Certificates:
             return
         if renewed:
             self._context.load_cert_chain(self._place.certificate, self._place.key)
-            self._stale_until = authority.ends(before)
             until = _day(authority.ends(self._place.certificate.read_bytes()))
             self._say(f"the server's certificate was made anew; it is good until {until}")
         for sentence in ending(self._place):
             self._say(sentence)
-
-    def superlink_is_due(self, idle: bool) -> bool:
-        """Whether the SuperLink, which still shows the certificate from before, is to be started again now: while no
-        run is carried out, or on the last day of that certificate. True once for each renewal.
-        """
-        if self._stale_until is None:
-            return False
-        last_day = (self._stale_until - datetime.now(UTC)).total_seconds() < _LAST_DAY
-        if idle or last_day:
-            self._stale_until = None
-            return True
-        return False
 
 
 def ending(place: ServerHome) -> list[str]:

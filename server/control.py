@@ -1,13 +1,13 @@
 """The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41).
 
-It asks nobody for a key, so the SuperLink that serves it listens on the loopback address only.
+It asks nobody for a key, so the SuperLink that serves it listens on a socket that only its owner can open.
 """
 
 import hashlib
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from flwr.cli.build import build_fab_from_files
@@ -20,6 +20,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.federation_config_pb2 import SimulationConfig
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -27,6 +28,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 
 from fedtune.errors import ServerError
 from server import thin_app
+from server.flower_socket import ADDRESS, reroute
 
 __all__ = ["Again", "Control", "FlowerRun"]
 
@@ -52,25 +54,26 @@ class Again:
 
 
 class Control:
-    """A connection to the SuperLink at an address; every method raises ServerError when it cannot be reached."""
+    """A connection to the SuperLink at a socket; every method raises ServerError when it cannot be reached."""
 
-    def __init__(self, address: str, ca: bytes) -> None:
-        trust = ssl.create_default_context(cadata=ca.decode("ascii"))
+    def __init__(self, socket: Path) -> None:
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="fedtune"),
             Again(),
         ]
-        self._client = ControlHttpClient(f"https://{address}", interceptors=interceptors, verify=trust)
+        self._client = ControlHttpClient(f"http://{ADDRESS}", interceptors=interceptors)
+        reroute(self._client, socket)
 
     def close(self) -> None:
         """Let go of the connection."""
         self._client.close()
 
-    def start(self, settings: dict[str, str]) -> int:
-        """Start a run of fedtune's app with these settings; its number."""
+    def start(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
+        """Start a run of fedtune's app with these settings, on devices or on ``simulated`` ones; its number."""
         content, _ = build_fab_from_files(thin_app.files())
         fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(settings)))
+        config = user_config_to_proto(dict(settings))
+        request = StartRunRequest(fab=fab, override_config=config, override_federation_config=simulated)
         with _reached():
             answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):

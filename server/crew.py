@@ -25,7 +25,8 @@ _REMOVED = "its device was removed from the server"
 class Crew:
     """Node and name of each client, by its number, and seconds between two looks for replies.
 
-    With ``shares_disk`` clients read the server's files: they are processes of one simulation.
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
+    devices.
     """
 
     nodes: Sequence[int]
@@ -34,6 +35,7 @@ class Crew:
     shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
+    deployed: bool = False
 
     def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
         """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
@@ -61,7 +63,7 @@ def assemble(
     wanted = {int(seat.node) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
-    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed)
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

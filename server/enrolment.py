@@ -1,6 +1,5 @@
 """What devices ask fedtune's server itself: to be enrolled, what time it is, and to keep their profile."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +16,13 @@ from fedtune.tracking import Access
 from fedtune.untrusted import clean_text
 from server.control import Control
 from server.guard import Guard, address
+from server.profile import read_profile
 from server.refusal import Audit, RefusedError
 from server.secret import digest
 
 __all__ = ["Enrolment", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_PROFILE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ class Enrolment:
     def profile(self, request: Request, sent: Any) -> dict[str, Any]:
         """Keep what a device says of itself: counts and sizes, never examples."""
         name = self.guard.signed_device(request)
-        told = json.dumps(sent)
-        if not isinstance(sent, dict) or len(told) > _PROFILE_BYTES:
-            raise RefusedError(400, "a profile is a JSON object of at most 64 KiB", name)
-        self.access.profile_device(name, told)
+        self.access.profile_device(name, read_profile(sent, name))
         return {"name": name}
 
 
@@ -94,7 +90,7 @@ def _pem(text: str) -> str:
     try:
         key = serialization.load_ssh_public_key(text.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise RefusedError(400, f"the device's key is no OpenSSH public key ({error}); enroll again") from error
+        raise RefusedError(400, "the device's key is no OpenSSH public key; enroll again") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise RefusedError(400, "the device's key is not an EC P-384 key; enroll again with fedtune device enroll")
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()

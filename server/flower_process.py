@@ -1,4 +1,4 @@
-"""Flower's commands as child processes: what they find in their environment, where they listen, how they end."""
+"""Flower's processes as children: what they find in their environment, how they end."""
 
 import os
 import signal
@@ -8,20 +8,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["end_group", "environment", "free_port", "last_line", "path"]
+from fedtune import child
 
-
-def path() -> str:
-    """The commands beside this interpreter first."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+__all__ = ["end_group", "environment", "free_port"]
 
 
 def environment(flower_home: Path) -> dict[str, str]:
-    """Nothing is looked up, reported or installed; children find the packages this process finds."""
+    """Nothing is looked up, reported or installed; the commands beside this interpreter are found first."""
     return {
-        **os.environ,
-        "PATH": path(),
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        **child.environment(),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(flower_home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -46,9 +42,3 @@ def end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def last_line(log: Path) -> str:
-    """What a child printed last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"

@@ -15,6 +15,7 @@ from flwr.supercore.primitives.asymmetric import verify_signature
 from starlette.requests import Request
 
 from fedtune.tracking import Access
+from server.operators import Role, allows
 from server.refusal import RefusedError
 from server.secret import digest
 
@@ -31,17 +32,24 @@ class Guard:
         self._lock = Lock()
         self._keys: dict[str, str] = {}
 
-    def operator(self, request: Request) -> str:
-        """The name of the operator whose key a request shows; RefusedError otherwise."""
+    def operator(self, request: Request, needed: Role) -> str:
+        """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
         header = request.headers.get("authorization", "")
         shown = digest(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
-        found = [name for name, known in self._access.operators().items() if hmac.compare_digest(known, shown)]
+        found = [one for one in self._access.operators() if hmac.compare_digest(one.sha256, shown)]
         if not found:
             claim = "a key that is not known" if shown else "no operator key"
             raise RefusedError(
                 401, f"{request.url.path} needs an operator's key and got {claim}; see fedtune submit --help"
             )
-        return found[0]
+        if not allows(found[0].role, needed):
+            raise RefusedError(
+                403,
+                f"operator {found[0].name} has the role {found[0].role}, and {request.url.path} needs {needed}; ask an "
+                "admin for another key",
+                found[0].name,
+            )
+        return found[0].name
 
     def device(self, request: Request) -> str:
         """The name of the enrolled device whose key a request names; RefusedError otherwise.

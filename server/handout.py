@@ -27,7 +27,7 @@ class Handout:
 
     def answered(self, device: str, held: str | None) -> None:
         """A device has answered the message it holds."""
-        if self._handed.get(device, ("", b""))[0] == held:
+        if device in self._handed and self._handed[device][0] == held:
             del self._handed[device]
 
 

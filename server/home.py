@@ -33,6 +33,9 @@ deadline: 3600
 
 # Largest body of one request from a device, in bytes; Flower cuts arrays into pieces of 5 MiB.
 body_limit: 67108864
+
+# Connections one address may have open at a time; devices behind one router share its address.
+connections: 256
 """
 _RENEW = timedelta(days=60)
 """Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
@@ -48,6 +51,7 @@ class Settings(BaseModel):
     store: str | None = None
     deadline: float = Field(3600, gt=0)
     body_limit: int = Field(1 << 26, ge=1 << 20)
+    connections: int = Field(256, ge=1)
 
     @property
     def address(self) -> tuple[str, int]:

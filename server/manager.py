@@ -88,10 +88,10 @@ class Manager:
         """A run as it is recorded: one between two starts is running, not interrupted."""
         return next((found for found in self._store.unfinished(ENGINE) if found.id == run.id), run)
 
-    @property
-    def idle(self) -> bool:
-        """Whether no run is being carried out now."""
-        return self._attempt is None
+    def run_of(self, number: int) -> str | None:
+        """The run that is carried out now under a number of the SuperLink's."""
+        attempt = self._attempt
+        return attempt.run if attempt is not None and attempt.number == number else None
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""

@@ -1,32 +1,28 @@
-"""What operators ask: runs submitted, listed, followed, stopped, resumed; devices and tokens; the audit."""
+"""What operators ask: runs submitted, listed, followed, stopped, resumed; devices seen, tagged, removed."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 
-from fedtune.errors import ServerError
 from fedtune.explain import explain
-from fedtune.recipe import Recipe, Tag
+from fedtune.recipe import Recipe
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.document import document
 from server.accounting import require_accountant
 from server.control import Control
-from server.enrolment import check_name
 from server.guard import Guard
+from server.letting_in import read_tags
 from server.manager import Manager
 from server.presence import Presence
 from server.recipe_check import RecipeCheck
 from server.refusal import Audit, RefusedError
-from server.secret import digest, new_secret, token_text
 
 __all__ = ["Operating", "device_document"]
-
-_HOURS = 24.0
-_TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,6 @@ class Operating:
     guard: Guard
     audit: Audit
     control: Callable[[], Control]
-    url: str
-    ca: str
     check: RecipeCheck
 
     def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
@@ -87,7 +81,7 @@ class Operating:
     def tag(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Give a device tags and take others from it."""
         name, given = request.path_params["device"], sent if isinstance(sent, dict) else {}
-        tags = self.store.access.tag_device(name, _tags(given.get("add", [])), _tags(given.get("remove", [])))
+        tags = self.store.access.tag_device(name, read_tags(given.get("add", [])), read_tags(given.get("remove", [])))
         self.audit.done(who, f"device {name} is tagged {', '.join(tags) or 'with nothing'}")
         return {"device": name, "tags": tags}
 
@@ -101,19 +95,6 @@ class Operating:
         self.guard.forget()
         self.audit.done(who, f"device {found.name} removed")
         return {"device": found.name}
-
-    def token(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
-        """A one-time enrolment token."""
-        name, hours, tags = _token_request(sent)
-        secret = new_secret()
-        self.store.access.add_token(digest(secret), name, hours, tags)
-        tagged = f", tagged {', '.join(tags)}" if tags else ""
-        self.audit.done(who, f"token made for {name or 'any device'}{tagged}")
-        return {"token": token_text(self.url, self.ca, secret)}
-
-    def lines(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
-        """The newest lines of the audit."""
-        return {"audit": [asdict(line) | {"at": line.at.isoformat()} for line in self.store.access.audit()]}
 
     def _as_planned(self, run: RunRecord) -> RunRecord:
         """A run between two attempts is not interrupted: this server carries it on."""
@@ -133,26 +114,6 @@ def device_document(found: DeviceRecord, online: bool) -> dict[str, Any]:
 
 
 def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ServerError(f"after={text} is not a round's number") from error
-
-
-def _token_request(sent: Any) -> tuple[str, float, list[str]]:
-    given = sent if isinstance(sent, dict) else {}
-    name, hours = given.get("name", ""), given.get("hours", _HOURS)
-    if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 365:
-        raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
-    if name:
-        check_name(name)
-    return name, float(hours), _tags(given.get("tags", []))
-
-
-def _tags(sent: Any) -> list[str]:
-    try:
-        return _TAGS.validate_python(sent)
-    except ValidationError as error:
-        raise RefusedError(
-            400, f"{sent!r} are no tags; use small letters, digits, '.', '_' and '-', 32 at most"
-        ) from error
+    if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        raise RefusedError(400, f"after={text[:40]} is not a round's number; leave it out, or give a whole number")
+    return int(text)

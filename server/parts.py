@@ -1,5 +1,6 @@
 """What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from fedtune.training.told_activity import asked_activity
 __all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
+_HEADER, _WIDEST, _REST = 256, 8, 1 << 18
+"""Bytes for a tensor's name and place, of a value at most, and beside all tensors: the report, Flower's own records."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class Part:
     payload: bytes | Path
     expected: Mapping[str, tuple[int, ...]]
     extras: Mapping[str, Form]
+
+    @property
+    def most(self) -> int:
+        """Bytes at most of a reply: fp32 deltas, what is asked beside them, and the rest."""
+        deltas = sum(4 * math.prod(shape) + _HEADER + len(name) for name, shape in self.expected.items())
+        extras = sum(_WIDEST * math.prod(form.shape) + _HEADER + len(name) for name, form in self.extras.items())
+        return deltas + extras + _REST
 
     @property
     def size(self) -> int:

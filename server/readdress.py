@@ -9,7 +9,8 @@ import yaml
 
 from fedtune.errors import ServerError
 from fedtune.files import write
-from server.home import ServerHome, checked, open_home
+from fedtune.yaml_text import YamlError, load
+from server.home import ServerHome, Settings, checked, open_home
 
 __all__ = ["readdress"]
 
@@ -27,14 +28,18 @@ def readdress(names: list[str], listen: str | None) -> str:
     }
     told = before.model_dump() | wanted
     moved = replace(place, settings=checked(told, "the options"))
+    path = place.folder / "server.yaml"
+    text = _rewritten(path, wanted)
+    if not _says(text, moved.settings):  # an anchor that something else refers to, for one
+        raise ServerError(f"{path} is written in a way that cannot be changed in place; change listen and names in it")
     moved.renew()  # refuses what is no name, before anything else is written
-    _rewrite(place.folder / "server.yaml", wanted)
+    write(path, text.encode())
     _rename(moved)
     return moved.settings.url()
 
 
-def _rewrite(path: Path, wanted: Mapping[str, object]) -> None:
-    """Put values into a YAML file and leave the rest of it, comments too, as it is."""
+def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
+    """The text of a YAML file with other values; the rest of it, comments too, is as it was."""
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
@@ -44,7 +49,15 @@ def _rewrite(path: Path, wanted: Mapping[str, object]) -> None:
     for start, end, value in sorted(spans, key=lambda span: -span[0]):
         text = f"{text[:start]}{json.dumps(value)}{text[end:]}"
     lacking = [f"{key}: {json.dumps(value)}\n" for key, value in wanted.items() if key not in found]
-    write(path, (text if text.endswith("\n") or not lacking else text + "\n").encode() + "".join(lacking).encode())
+    return (text if text.endswith("\n") or not lacking else text + "\n") + "".join(lacking)
+
+
+def _says(text: str, settings: Settings) -> bool:
+    """Whether a YAML text means just these settings."""
+    try:
+        return checked(load(text), "server.yaml") == settings
+    except (YamlError, ServerError):
+        return False
 
 
 def _end(node: yaml.Node) -> int:

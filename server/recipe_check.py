@@ -3,18 +3,18 @@
 import json
 import select
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from typing import Any
 
+from fedtune.child import environment, isolated
 from fedtune.errors import RecipeError, ServerError
 from fedtune.recipe import Recipe
 
 __all__ = ["RecipeCheck"]
 
 _PATIENCE = 120.0
-_COMMAND = (sys.executable, "-m", "fedtune.simulation.checking")
+_COMMAND = tuple(isolated("fedtune.simulation.checking"))
 
 
 class RecipeCheck:
@@ -65,7 +65,12 @@ class RecipeCheck:
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+                self._command,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
         return self._process
 

@@ -37,6 +37,7 @@ from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
+from server.reply_limit import allow
 from server.roster import Roster
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
@@ -183,6 +184,8 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
     found: dict[int, Message] = {}
+    if crew.deployed:
+        allow(home.runs() / run, max(parts.of(client).most for client in clients))
     for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
         own = [client for client in clients if parts.of(client).payload is payload]
         found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)

@@ -1,8 +1,9 @@
-"""Flower's SuperLink as a child on a loopback port: TLS and device keys always on, started again when it dies."""
+"""Flower's SuperLink as a child on a Unix socket of ours: device keys always on, started again when it dies."""
 
+import os
 import shutil
+import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -11,10 +12,12 @@ from pathlib import Path
 import httpx
 import psutil
 
+from fedtune.child import isolated
 from fedtune.errors import ServerError
+from fedtune.tracking.compaction import shrink, trim_log
 from server.control import Control
-from server.flower_process import end_group, environment, free_port, path
-from server.home import ServerHome
+from server.flower_process import end_group, environment
+from server.flower_socket import ADDRESS, private_folder
 from server.lifeline import lifeline
 from server.logs import Log, pumped
 
@@ -23,31 +26,29 @@ __all__ = ["SuperLink"]
 _START_SECONDS = 90.0
 _END_SECONDS = 2.0
 """Flower would wait half a minute for its own clients to hang up; what is lost to a kill is nothing."""
-_HOST = "127.0.0.1"
-_QUIET = {"FLWR_LOG_LEVEL": "WARNING", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+_QUIET = {"FLWR_LOG_LEVEL": "WARNING"}
 """Unless the server's environment says otherwise. Flower tells of every call, several lines a second while a run goes
-on, and looks once a second for a run to begin."""
+on."""
 _DATABASE = "sqlite:///superlink.sqlite"
 """In the folder it is started in: Flower puts a path into a URL as it is, where ``%``, ``?`` and ``#`` mean more."""
 
 
 class SuperLink:
-    """One SuperLink at a time, on the same database; ``generation`` counts how often it was started."""
+    """One SuperLink at a time, on the same database; ``generation`` counts how often it was started.
 
-    def __init__(self, home: ServerHome) -> None:
-        self._home = home
+    ``folder`` is Flower's own home. ``simulation`` lets no devices in and runs clients on Flower's engine, in the
+    working folder, by which paths in a recipe go.
+    """
+
+    def __init__(self, folder: Path, *, simulation: bool = False) -> None:
+        self._folder, self._simulation = folder, simulation
         self._process: subprocess.Popen[bytes] | None = None
         self._family: set[psutil.Process] = set()
         self._control: Control | None = None
+        self.socket = private_folder(folder) / "superlink.sock"
         self._log = Log(self.log)
         self._pump: threading.Thread | None = None
-        self.port = 0
         self.generation = 0
-
-    @property
-    def address(self) -> str:
-        """Where it listens: host and port."""
-        return f"{_HOST}:{self.port}"
 
     def control(self) -> Control:
         """A connection to it; ServerError while it is down."""
@@ -57,14 +58,13 @@ class SuperLink:
 
     def start(self) -> None:
         """Start it and wait until it answers; ServerError when it does not."""
-        if shutil.which("flower-superexec", path=path()) is None:
-            raise ServerError("Flower's commands are not installed beside this Python; pip install fedtune again")
-        self.port = free_port()
-        self._home.flower.mkdir(mode=0o700, parents=True, exist_ok=True)
+        options = ["--simulation", os.getcwd()] if self._simulation else []
+        self.socket.unlink(missing_ok=True)
+        shrink(self._folder / "superlink.sqlite")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "server.superlink_child", *self._options()],
-            env=_QUIET | environment(self._home.flower) | lifeline(),
-            cwd=self._home.flower,
+            isolated("server.superlink_child", str(self.socket), _DATABASE, *options),
+            env=_QUIET | environment(self._folder) | lifeline(),
+            cwd=self._folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -72,21 +72,17 @@ class SuperLink:
         )
         self._pump = pumped(self._process, self._log)
         self._wait(self._process)
-        self._control = Control(self.address, self._home.ca.read_bytes())
+        self._control = Control(self.socket)
         self.generation += 1
 
-    def _options(self) -> list[str]:
-        return [
-            *("--host", _HOST, "--port", str(self.port)),
-            *("--ssl-ca-certfile", str(self._home.ca), "--ssl-certfile", str(self._home.certificate)),
-            *("--ssl-keyfile", str(self._home.key), "--enable-supernode-auth"),
-            *("--database", _DATABASE, "--disable-runtime-dependency-installation"),
-        ]
+    def trim(self) -> None:
+        """Keep the log beside its database small; to be called every moment."""
+        trim_log(self._folder / "superlink.sqlite")
 
     @property
     def log(self) -> Path:
         """What it and its children print, of every start."""
-        return self._home.flower / "superlink.log"
+        return self._folder / "superlink.log"
 
     def alive(self) -> bool:
         """Whether the process is there; remembers its children, to end them if it is killed."""
@@ -108,6 +104,8 @@ class SuperLink:
         if self._process is None:
             return
         self.alive()
+        if self._control is not None:
+            self._control.close()
         self._control = None
         end_group(self._process, _END_SECONDS)
         if self._process.stdin:
@@ -122,13 +120,29 @@ class SuperLink:
         self._log.close()
         self._process = None
 
+    def close(self) -> None:
+        """End it for good, and remove the folder of its socket where that is a temporary one."""
+        self.end()
+        if self.socket.parent != self._folder:
+            shutil.rmtree(self.socket.parent, ignore_errors=True)
+
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         until = time.monotonic() + _START_SECONDS
         while time.monotonic() < until and process.poll() is None:
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"https://{self.address}/health", verify=str(self._home.ca), timeout=2.0).is_success:
-                    return
+            if self._answers():
+                return
             time.sleep(0.1)
         self.end()
         last = self._log.tail(1) or ["it printed nothing"]
         raise ServerError(f"Flower's SuperLink did not start: {last[0]}; see {self.log}")
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+            if line.connect_ex(str(self.socket)):
+                return False
+        with (
+            suppress(httpx.HTTPError),
+            httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), timeout=2.0) as client,
+        ):
+            return client.get(f"http://{ADDRESS}/health").is_success
+        return False

@@ -1,11 +1,19 @@
 """Failed TLS connections, which no web framework tells of: plain HTTP, old protocols, an authority nobody trusts."""
 
 import ssl
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["telling"]
+__all__ = ["small_buffers", "telling"]
+
+_BUFFER = 1 << 16
+
+
+def small_buffers() -> None:
+    """Let each TLS connection hold a buffer of 64 KiB, where asyncio gives it 256: thousands may be open at a time."""
+    SSLProtocol.max_size = _BUFFER
 
 
 def telling(tell: Callable[[ssl.SSLError], None]) -> type[ssl.SSLObject]:

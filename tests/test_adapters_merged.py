@@ -1,7 +1,7 @@
 """Adapter folders made by peft, merged by their products, and read again by plain peft."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +132,28 @@ def test_a_step_does_to_products_what_it_does_to_dense_deltas(
     assert overall_error(modules) < 1e-5
 
 
+def test_an_adapter_may_have_a_density_of_its_own(tmp_path: Path) -> None:
+    folders, weights = several(tmp_path, PLAIN, {"r": 3}), [0.5, 0.5]
+    knobs = [{"density": 1.0}, {"density": 0.3}]
+    merge_adapters(folders, tmp_path / "out", step("ties", density=0.6), weights, knobs=knobs)
+    dense = [by_rows(folder) for folder in folders]
+    assert_adds(tmp_path / "out", dense_twin(step("ties", density=0.6), dense, weights, knobs), 1e-5)
+
+
 def by_rows(folder: Path) -> dict[str, Tensor]:
     """Deltas as B A makes them: of embeddings the transpose."""
     return {name: delta.T if name == "tokens" else delta.flatten(1) for name, delta in deltas(folder).items()}
 
 
-def dense_twin(made: Combine, found: list[dict[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+def dense_twin(
+    made: Combine,
+    found: list[dict[str, Tensor]],
+    weights: Sequence[float],
+    knobs: Sequence[Mapping[str, float]] | None = None,
+) -> dict[str, Tensor]:
     operands = [
-        Operand(lambda name, start, stop, own=own: own[name][start:stop].float(), weight)
-        for own, weight in zip(found, weights, strict=True)
+        Operand(lambda name, start, stop, own=own: own[name][start:stop].float(), weight, own_knobs)
+        for own, weight, own_knobs in zip(found, weights, knobs or [{}] * len(found), strict=True)
     ]
     shapes = {name: tuple(delta.shape) for name, delta in found[0].items()}
     made, operands = made.settle(shapes, operands, Evidence())  # type: ignore[assignment]

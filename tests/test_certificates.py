@@ -75,21 +75,6 @@ def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connec
     assert len(said) == 1
 
 
-def test_the_superlink_is_started_again_once_nothing_is_carried_out_or_on_the_last_day(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = create(["localhost"], "127.0.0.1:8443")
-    for days, busy in ((50, False), (0, True)):
-        age(place, monkeypatch, days)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        looking = Certificates(place, context, lambda _: None)
-        assert not looking.superlink_is_due(True)
-        looking.renew()
-        assert looking.superlink_is_due(False) is busy
-        assert looking.superlink_is_due(True) is not busy
-        assert not looking.superlink_is_due(True), "once is enough"
-
-
 def test_a_certificate_that_cannot_be_made_anew_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, said = create(["localhost"], "127.0.0.1:8443"), list[str]()
     age(place, monkeypatch, 50)

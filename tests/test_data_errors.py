@@ -90,3 +90,27 @@ def test_a_column_without_pictures_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_is_none_is_one_sentence(source: str, sentence: str) -> None:
     with pytest.raises(SourceError, match=sentence):
         data.load(a_recipe(f"data.source={source}"))
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_part_of_small_data_that_is_empty_is_refused_also_for_scoring(tmp_path: Path, part: str) -> None:
+    rows = ("one,no", "two,yes")
+    source = csv_file(tmp_path / "a.csv", "text,label", *rows)
+    recipe = a_recipe(source, "data.parts={validation: 0.001, test: 0.001}")
+    with pytest.raises(DataError, match=rf"the {part} part is empty; change data.parts or bring more data"):
+        data.everything(recipe, ("no", "yes"), part)
+    assert len(data.everything(recipe, ("no", "yes"))) == 2
+
+
+@pytest.mark.parametrize("part", ["all", "test"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("all", "a domain is called 'all', as summaries are"), ("d" * 256, "has 256 characters, and 255 are kept")],
+)
+def test_a_domain_that_scores_cannot_tell_is_refused_also_for_scoring(
+    tmp_path: Path, part: str, name: str, said: str
+) -> None:
+    rows = [f"text {row},{'no' if row % 2 else 'yes'},{name}" for row in range(60)]
+    recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,kind", *rows), "data.columns={domain: kind}")
+    with pytest.raises(DataError, match=said):
+        data.everything(recipe, ("no", "yes"), part)

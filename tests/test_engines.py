@@ -53,6 +53,35 @@ def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
     assert flower.hashes == in_turn.hashes
 
 
+_JOIN = "import ray, sys; ray.init(address=sys.argv[1]); print(ray.get(ray.remote(lambda: 'joined').remote()))"
+_BEGIN = """
+import os, subprocess, sys
+from fedtune.simulation.flower_engine import _ray_with_a_secret
+
+def joins(environment):
+    try:
+        command = [sys.executable, "-c", sys.argv[1], address]
+        return "joined" in subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return False
+
+with _ray_with_a_secret():
+    import ray  # reads its environment now
+
+    address = ray.init(include_dashboard=False, num_cpus=1, logging_level="ERROR").address_info["gcs_address"]
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    print("own", joins(dict(os.environ)), "stranger", joins(stranger))
+    ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RAY, reason="Flower's engine needs ray, which is not installed: pip install 'fedtune[ray]'")
+def test_ray_takes_work_only_from_those_who_know_the_runs_secret() -> None:
+    done = subprocess.run([sys.executable, "-c", _BEGIN, _JOIN], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["own", "True", "stranger", "False"], done.stderr
+
+
 fatal = ClientApp()
 """Its process is killed while it trains client 1 in round 1."""
 

@@ -1,8 +1,11 @@
 from typing import Any
 
 import pytest
+import torch
 
+from fedtune.errors import RecipeError
 from fedtune.fusion.methods import method
+from fedtune.merging import Operand
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,66 @@ def test_model_stock_takes_rows_when_filter_wise(said: dict[str, Any], over: str
     assert method("model_stock").step([said], "weight", 0.0).model_dump()["over"] == over
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties"])
+THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"]
+
+
+@pytest.mark.parametrize("name", THINNING)
 def test_a_schema_that_names_no_density_keeps_everything(name: str) -> None:
-    assert method(name).step([], "weight", 0.0).model_dump()["density"] == 1.0
-    assert method(name).step([{"density": 0.3}], "weight", 0.0).model_dump()["density"] == 0.3
+    chosen = method(name)
+    assert chosen.step([], "weight", 0.0).model_dump()["density"] == 1.0
+    assert chosen.own([{}], "weight", 0.0).knobs == {}
+    assert chosen.own([{}, {"density": 0.3}], "weight", 0.0).knobs == {"density": 0.3}
+
+
+@pytest.mark.parametrize("name", THINNING)
+@pytest.mark.parametrize(("density", "nothing"), [(0, True), (0.0, True), (1, False), (0.5, False)])
+def test_a_density_of_zero_keeps_nothing(name: str, density: float, nothing: bool) -> None:
+    assert method(name).own([{"density": density}], "weight", 0.0).nothing == nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("slerp", "t", 0.3),
+        ("ties", "lambda", 0.5),
+        ("ties", "scale", 0.5),
+        ("linear", "normalize", False),
+        ("linear", "normalise", False),
+        ("sce", "select_topk", 0.5),
+        ("karcher", "max_iter", 3),
+        ("model_stock", "filter_wise", True),
+        ("nuslerp", "nuslerp_flatten", False),
+    ],
+)
+def test_a_setting_of_the_whole_merge_is_none_of_one_model(name: str, key: str, value: object) -> None:
+    method(name).check({key: value}, "parameters")
+    with pytest.raises(RecipeError, match=f"the parameters of a: {key} of .* is a setting of the whole merge, not of"):
+        method(name).check({key: value}, "the parameters of a", own=True)
+
+
+@pytest.mark.parametrize("key", ["weight", "density", "gamma", "int8_mask"])
+def test_what_a_model_may_set_for_itself_is_taken(key: str) -> None:
+    method("breadcrumbs").check({key: 0.5}, "the parameters of a", own=True)
+
+
+def test_rescale_stretches_nothing_where_nothing_is_dropped() -> None:
+    method("task_arithmetic").check({"rescale": True}, "parameters")
+    assert method("task_arithmetic").step([{"rescale": True}], "weight", 0.0).model_dump()["scale"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_rescale_is_known_where_mergekit_knows_it(name: str) -> None:
+    method(name).check({"rescale": False}, "parameters")
+    method(name).step([{"rescale": False}], "weight", 0.0)
+    with pytest.raises(RecipeError, match=r"parameters: .* knows rescale only as false; leave it out$"):
+        method(name).check({"rescale": True}, "parameters")
+
+
+def test_della_without_rescaling_keeps_entries_as_they_are() -> None:
+    step = method("della_linear").step([], "weight", 0.0)
+    rows = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    operand = Operand(lambda name, start, stop: rows[start:stop], 1.0, {"density": 0.5, "rescale": False})
+    found = torch.cat(list(step.combine("weight", (7, 11), [operand])))
+    kept = found != 0
+    assert 0 < int(kept.sum()) < 77
+    assert torch.equal(found[kept], rows[kept])

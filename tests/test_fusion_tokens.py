@@ -116,10 +116,25 @@ def test_rows_can_be_taken_from_elsewhere_or_be_zero(tmp_path: Path) -> None:
     assert torch.equal(rows(out, "word9"), rows(base, "word8"))
 
 
-def test_rows_are_rounded_up_to_a_multiple(tmp_path: Path) -> None:
-    out = merged(three(tmp_path), source="union", pad_to_multiple_of=16)
-    assert tensors(out)[EMBEDDING].shape[0] == 48
-    assert not tensors(out)[EMBEDDING][VOCABULARY + 2 :].any()
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+def test_rows_are_rounded_up_to_a_multiple_with_the_mean_row(tmp_path: Path, name: str) -> None:
+    folders = three(tmp_path)
+    found = tensors(merged(folders, source="union", pad_to_multiple_of=16))[name]
+    assert found.shape[0] == 48
+    means = [tensors(folder)[name].mean(0) for folder in folders]
+    torch.testing.assert_close(found[VOCABULARY + 2 :], torch.stack(means).mean(0).expand(6, -1))
+
+
+def test_a_token_without_a_row_in_any_model_has_the_mean_row(tmp_path: Path) -> None:
+    """A tokenizer that grew without its model."""
+    base, one, _ = three(tmp_path)
+    for folder in (base, one):
+        with quiet():
+            llama(0 if folder == base else 1).save_pretrained(folder)
+    save_tokenizer(one, words(), ("<late>",))
+    out = merged([base, one], source="union")
+    mean = (tensors(base)[EMBEDDING].mean(0) + tensors(one)[EMBEDDING].mean(0)) / 2
+    torch.testing.assert_close(rows(out, "<late>"), mean)
 
 
 def test_rows_behind_the_tokens_are_not_taken_for_tokens(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model
+from fedtune.recipe import Model, Recipe
 from fedtune.training import workshop
 from tests.data_examples import a_recipe
+from tests.federations import execute, trivial
 
 IMAGES = "task=image-classification"
 LEVEL = 1.01
@@ -139,6 +140,15 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
     assert workshop(shop.recipe.model_dump_json()) is shop
 
 
+def test_a_run_records_how_it_read_pictures(home: Path) -> None:
+    recipe = trivial("train.image=null", "federation.rounds=1")
+    assert recipe.model.preprocessor is None
+    ended = execute(recipe)
+    recorded = Recipe.model_validate_json(ended.run.recipe)
+    assert recorded.model.preprocessor == Preprocessor(side=96)
+    assert recorded.train.image == 96
+
+
 def test_small_pictures_of_one_size_are_kept_small_and_read_alike(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["mobilenet"])
     theirs = AutoImageProcessor.from_pretrained(folder)
@@ -191,7 +201,10 @@ def test_a_saved_preprocessor_is_read_back_and_is_one_of_transformers(name: str,
         ({"image_std": [0.5, 0, 0.5]}, "preprocessor_config.json: std.1 is 0.0, but must be greater than 0"),
         ({"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels in place of three"),
         ({"do_resize": False}, "resizes no picture"),
-        ({"image_processor_type": "PerceiverImageProcessor"}, "cuts a picture before it resizes it"),
+        *(
+            ({"image_processor_type": f"{name}ImageProcessor"}, f"{name}ImageProcessor does more than resize, cut out")
+            for name in ("Perceiver", "TextNet", "Donut", "Siglip2", "ImageGPT")
+        ),
     ],
 )
 def test_a_preprocessor_that_cannot_be_followed_is_refused(

@@ -2,19 +2,16 @@
 
 import json
 import shutil
-import tomllib
 from pathlib import Path
 
 import pytest
 from alembic import command
 from click.testing import CliRunner
-from flwr.supercore.sql_mixin import SqlMixin
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 
 import migrations
 from fedtune.cli.main import cli
 from fedtune.home import cache
-from fedtune.simulation.flower_engine import _write_app
 from fedtune.tracking import Store, default_url, file_url, schema, upgrade
 from server.home import create
 from server.superlink import SuperLink
@@ -64,25 +61,18 @@ def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: p
         assert schema.revision(connection) == schema.HEAD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ["a%20b?c=1#d"], indirect=True)
-@pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Flower's own Alembic settings
 def test_flower_opens_its_own_database_in_a_servers_home_of_that_name(odd: Path) -> None:
-    place = create(["localhost"], "127.0.0.1:8443")
-    options = SuperLink(place)._options()
-    place.flower.mkdir()
-    flowers = SqlMixin(options[options.index("--database") + 1])
-    flowers.initialize()
-    with flowers.session() as session:
-        session.execute(text("CREATE TABLE here (a INTEGER)"))
-    assert [path.name for path in place.flower.glob("*.sqlite")] == ["superlink.sqlite"]
-    assert flowers._engine is not None
-    flowers._engine.dispose()
-
-
-def test_flowers_engine_is_told_the_home_as_it_is(odd: Path, tmp_path: Path) -> None:
-    _write_app(tmp_path / "app", 1, {"home": str(odd), "store": default_url()})
-    told = tomllib.loads((tmp_path / "app" / "run.toml").read_text(encoding="utf-8"))
-    assert told == {"home": str(odd), "store": default_url()}
+    superlink = SuperLink(create(["localhost"], "127.0.0.1:8443").flower)
+    try:
+        superlink.start()
+        assert superlink.control().online() == set()
+    finally:
+        superlink.close()
+    found = [path.name for path in (odd / "server" / "flower").glob("*.sqlite")]
+    assert found == ["superlink.sqlite"]
+    assert [path.name for path in odd.parent.iterdir()] == [odd.name]
 
 
 def test_a_federation_runs_and_is_exported_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

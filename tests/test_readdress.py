@@ -51,7 +51,7 @@ def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> N
     told = json.loads(moved.operator.read_text())
     assert (told["url"], told["key"]) == ("https://new.example:9443", key)
     with Store.open() as store:
-        assert store.access.operators() == {"local": digest(key)}
+        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", digest(key))]
     changed = [line for line in settings(moved).splitlines() if line not in before.splitlines()]
     assert changed == ['listen: "0.0.0.0:9443"', 'names: ["new.example", "10.0.0.7", "old.example"]']
     assert settings(moved).count("#") == before.count("#"), "comments stay"
@@ -87,6 +87,14 @@ def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, te
     assert now == before.model_copy(update={"names": ["new.example", *before.names]})
     assert settings(place).count("#") == text.count("#")
     assert yaml.safe_load(settings(place))["deadline"] == 60
+
+
+def test_settings_that_cannot_be_changed_in_place_are_left_alone(place: ServerHome) -> None:
+    text = "listen: &where '0.0.0.0:1'\nnames: [old.example]\nstore: *where\n"
+    (place.folder / "server.yaml").write_text(text)
+    done = init("--listen", "0.0.0.0:2")
+    assert "cannot be changed in place; change listen and names in it" in str(done.exception)
+    assert settings(place) == text
 
 
 class Time(BaseHTTPRequestHandler):

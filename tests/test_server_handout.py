@@ -46,3 +46,12 @@ def test_an_answered_message_does_not_come_again_and_an_older_answer_settles_not
     assert handout.again("one", "a") == told("b")
     handout.answered("one", "b")
     assert handout.again("one", "") is None
+
+
+def test_an_answer_to_nothing_that_was_handed_out_settles_nothing() -> None:
+    handout = Handout()
+    for held in ("", None, "a"):
+        handout.answered("one", held)
+    handout.handed("one", told("b"))
+    handout.answered("one", "")
+    assert handout.again("one", "") == told("b")

@@ -35,7 +35,7 @@ def server(folder: Path) -> Iterator[Server]:
     home.mkdir()
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FEDTUNE_HOME", str(home))
-        patched.setenv("FEDTUNE_STORE", f"sqlite:///{folder.parent}/store.sqlite")
+        patched.delenv("FEDTUNE_STORE", raising=False)
         patched.delenv("FEDTUNE_SERVER", raising=False)
         with serving(home) as served:
             yield served

@@ -57,7 +57,7 @@ def _print(summary: "Summary", path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json_text({**asdict(summary), "picture": str(path)}))
         return
-    Console().print(_table(summary))
+    Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MOST_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"picture: {path}")

@@ -82,4 +82,4 @@ def _show(scores: "list[Score]", title: str) -> None:
     for domain in dict.fromkeys(found.domain for found in scores):
         figures = {found.name: f"{found.value:.4f}" for found in scores if found.domain == domain}
         table.add_row(domain, *(figures.get(name, "") for name in names))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -7,16 +7,18 @@ import click
 
 from fedtune.cli.connection import Connection
 from fedtune.errors import RoundError
+from fedtune.untrusted import clean_text
 
 __all__ = ["follow"]
 
 _LOOK_SECONDS = 0.5
+_LONGEST_LINE = 2000
 _WORKING = ("queued", "running")
 
 
 def follow(connection: Connection, run: str, *, quiet: bool = False) -> dict[str, Any]:
     """Print what happens until a run ends, and return its newest state; RoundError when it failed."""
-    show = (lambda _: None) if quiet else click.echo
+    show = (lambda _: None) if quiet else _show
     last, said = -1, ""
     while True:
         found: dict[str, Any] = connection.ask("GET", f"runs/{run}?after={last}")
@@ -34,6 +36,11 @@ def follow(connection: Connection, run: str, *, quiet: bool = False) -> dict[str
         raise RoundError(f"run {run} failed: {found['reason']}")
     show(f"run {run} is {found['status']}" + (f": {found['reason']}" if found["reason"] else ""))
     return found
+
+
+def _show(line: str) -> None:
+    """A line that may quote what a device said."""
+    click.echo(clean_text(line, _LONGEST_LINE))
 
 
 def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import warnings
 import click
 
 from fedtune.errors import FedtuneError, FedtuneWarning
+from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
 
@@ -109,8 +110,9 @@ def _said(message: Warning | str, category: type[Warning], filename: str, lineno
 
 
 def _be_quiet() -> None:
-    """No telemetry, no update checks, no progress bars but ours."""
+    """No telemetry, no update checks, no progress bars but ours; children do not import from the working folder."""
     for name, value in {
+        "PYTHONSAFEPATH": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -122,7 +124,7 @@ def _be_quiet() -> None:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"fedtune: {sentence}", err=True)
+    click.echo(f"fedtune: {clean_lines(sentence)}", err=True)  # it may quote what somebody else said
     return 2
 
 

@@ -1,6 +1,7 @@
 """``fedtune merge --as adapter``: adapters of one base made into one adapter."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import click
 __all__ = ["merge_adapters"]
 
 
+_UNKNOWN = "how far it is from the merge, only the base can tell, which is not at hand (DoRA)"
+
+
 def merge_adapters(
     folders: Sequence[Path],
     output: Path,
     unit: Any,
     weights: Sequence[float],
+    knobs: Sequence[Mapping[str, float]],
     rank: int | None,
     energy: float | None,
     as_json: bool,
@@ -22,7 +27,7 @@ def merge_adapters(
     from fedtune.fusion.adapters import Cut, overall_error
     from fedtune.fusion.adapters import merge_adapters as write
 
-    modules = write(folders, output, unit, weights or None, Cut(rank, energy))
+    modules = write(folders, output, unit, weights or None, Cut(rank, energy), knobs=knobs)
     error = overall_error(modules)
     if as_json:
         from fedtune.json_text import json_text
@@ -30,7 +35,11 @@ def merge_adapters(
         told = [{"module": one.module, "rank": one.rank, "error": one.error} for one in modules]
         click.echo(json_text({"path": str(output.absolute()), "error": error, "modules": told}))
         return
-    worst = max(modules, key=lambda one: one.error)
     ranks = sorted({one.rank for one in modules})
-    click.echo(f"{output}: {len(modules)} modules of rank {ranks[0]} to {ranks[-1]}, relative error {error:.2e}")
+    made = f"{output}: {len(modules)} modules of rank {ranks[0]} to {ranks[-1]}"
+    if math.isnan(error):
+        click.echo(f"{made}; {_UNKNOWN}")
+        return
+    worst = max(modules, key=lambda one: one.error)
+    click.echo(f"{made}, relative error {error:.2e}")
     click.echo(f"largest error {worst.error:.2e} in {worst.module}")

@@ -1,10 +1,66 @@
 """What ``fedtune merge`` reads from single options; UsageError for what it cannot read."""
 
-from typing import Any
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-__all__ = ["columns", "numbers", "size", "unit"]
+if TYPE_CHECKING:
+    from fedtune.recipe import Task
+
+__all__ = ["Asked", "Command", "columns", "numbers", "size", "unit"]
+
+_ALIKE = 0.8
+
+
+class Command(click.Command):
+    """A command that proposes only options which are nearly those that were tried: none for mergekit's others."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """UsageError names what is nearly the same."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            near = difflib.get_close_matches(error.option_name, error.possibilities or [], cutoff=_ALIKE)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from error
+
+
+class Asked(NamedTuple):
+    """The command line."""
+
+    sources: tuple[str, ...]
+    output: Path | None
+    form: str
+    dry_run: bool
+    method: str | None
+    base: str | None
+    weights: str | None
+    settings: tuple[str, ...]
+    seed: int | None
+    align: tuple[str, ...]
+    relax: tuple[str, ...]
+    renormalise: tuple[str, ...]
+    tokenizer: str | None
+    dtype: str | None
+    rank: int | None
+    energy: float | None
+    calibrate: str | None
+    evaluate: str | None
+    part: str
+    columns: str | None
+    task: "Task | None"
+    shard_size: str
+    report: bool
+    trust_base: bool
+    store: str | None
+    as_json: bool
+
+    def export(self, reference: str) -> Path:
+        """What a run learned, kept in the cache as a whole model."""
+        from fedtune.cli.exported import exported
+
+        return exported(reference, self.store)
 
 
 def unit(text: str) -> Any:

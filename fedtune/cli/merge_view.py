@@ -24,7 +24,7 @@ _EVERY = 30.0
 @contextmanager
 def showing(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress in bytes on standard error, with the time left: a bar in a terminal, now and then a line elsewhere."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not console.is_terminal or console.is_dumb_terminal:
         yield _lines(what, total)
         return

@@ -49,7 +49,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
     for row in rows:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
-    Console().print(table)
+    Console(markup=False).print(table)
     click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
 
 

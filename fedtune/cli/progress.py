@@ -18,7 +18,7 @@ _QUIET_SECONDS = 10.0
 @contextmanager
 def watching(rounds: int) -> Iterator[None]:
     """Show the events of a run of so many rounds on standard error while the block runs."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     live = console.is_terminal and not console.is_dumb_terminal
     with _live(console, rounds) if live else _plain(console, rounds) as show:
         token = watcher.set(show)

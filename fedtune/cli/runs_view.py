@@ -15,12 +15,15 @@ from fedtune.cli.private import sentence
 from fedtune.tracking import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
+from fedtune.untrusted import clean_text
 
 __all__ = ["show_comparison", "show_list", "show_run"]
 
 Rounds = Sequence[RoundRecord]
 Recorded = Sequence[tuple[RunRecord, Rounds]]
 
+_REASON = 500
+"""Characters of a reason that are shown: devices gave some of them."""
 _COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
@@ -75,7 +78,9 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", Text(run.id, "bold"))
     grid.add_row("recipe", run.name)
-    grid.add_row("status", Text.assemble(_status(run.status), f": {run.reason}" if run.reason else ""))
+    grid.add_row(
+        "status", Text.assemble(_status(run.status), f": {clean_text(run.reason, _REASON)}" if run.reason else "")
+    )
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
     grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
@@ -117,7 +122,9 @@ def _domains(rounds: Rounds, name: str) -> Table:
     table = _table("domain", "part", f"{name} before>", "after>")
     for part in ("validation", "own", "test"):
         for domain, (before, after) in before_and_after(rounds, part, name).items():
-            table.add_row(domain, part, _number(before), _number(after), style="bold" if domain == "all" else "")
+            table.add_row(
+                clean_text(domain), part, _number(before), _number(after), style="bold" if domain == "all" else ""
+            )
     return table
 
 
@@ -141,7 +148,7 @@ def _devices(rounds: Rounds) -> Table:
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
-            device,
+            clean_text(device),
             str(len({one.client for one in own})),
             f"{sum(one.status == 'merged' for one in own)}/{len(own)}",
             str(sum(one.examples for one in own)),
@@ -161,9 +168,12 @@ def _staleness(contributions: Sequence[ContributionRecord]) -> str:
 
 def _mishaps(rounds: Rounds) -> list[str]:
     """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
-    lines = [f"round {record.number} failed: {record.reason}" for record in rounds if record.status == "failed"]
+    lines = [
+        f"round {one.number} failed: {clean_text(one.reason, _REASON)}" for one in rounds if one.status == "failed"
+    ]
     return lines + [
-        f"round {record.number}, client {one.client} ({one.device}): {one.status}, {one.reason or 'no reason given'}"
+        f"round {record.number}, client {one.client} ({clean_text(one.device)}): {one.status}, "
+        f"{clean_text(one.reason, _REASON) or 'no reason given'}"
         for record in rounds
         for one in record.contributions
         if one.status != "merged" or one.reason

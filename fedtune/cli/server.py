@@ -1,27 +1,27 @@
-"""``fedtune server``: make a server's home, keep the server up, let devices and operators in and out."""
+"""``fedtune server``: make a server's home, keep the server up, let devices in and out."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from fedtune.cli import server_view
+from fedtune.cli import server_access, server_view
 from fedtune.cli.connection import connect, server_option
+from fedtune.cli.server_view import json_option, shown
+from fedtune.untrusted import clean_lines
 
 __all__ = ["server"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 _LISTEN = "127.0.0.1:8443"
-
-
-def _as_json(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+_LONGEST_LOG = 2_000_000
 
 
 @click.group()
 def server() -> None:
     """A server that real devices join; its home is $FEDTUNE_HOME/server."""
+
+
+for _command in (server_access.audit, server_access.operator, server_access.operators, server_access.tokens):
+    server.add_command(_command)
 
 
 @server.command()
@@ -106,7 +106,7 @@ def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -
 @click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
 @click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
 @server_option
-@_as_json
+@json_option
 def devices(
     added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
 ) -> None:
@@ -122,7 +122,7 @@ def devices(
             for device, tag in pairs:
                 connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.ask("GET", "devices")["devices"]
-    _shown(found, server_view.DEVICES, as_json)
+    shown(found, server_view.DEVICES, as_json)
 
 
 @server.command()
@@ -140,7 +140,7 @@ def remove(device: str, server: Path | None) -> None:
 
 @server.command()
 @server_option
-@_as_json
+@json_option
 def runs(server: Path | None, as_json: bool) -> None:
     """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
 
@@ -148,14 +148,14 @@ def runs(server: Path | None, as_json: bool) -> None:
     """
     with connect(server) as connection:
         found = connection.ask("GET", "runs")["runs"]
-    _shown(found, server_view.RUNS, as_json)
+    shown(found, server_view.RUNS, as_json)
 
 
 @server.command()
 @click.argument("run", metavar="[RUN]", default="")
 @click.option("-n", "--lines", type=click.IntRange(1, 5000), default=200, show_default=True, help="Newest lines.")
 @server_option
-@_as_json
+@json_option
 def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     """What the server and Flower below it printed, or the process that coordinates RUN; oldest of the newest first.
 
@@ -171,46 +171,6 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     with connect(server) as connection:
         found = connection.ask("GET", f"{path}?lines={lines}")
     if as_json or found["lines"]:
-        click.echo(json.dumps(found, indent=2) if as_json else "\n".join(found["lines"]))
+        click.echo(json.dumps(found, indent=2) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:
         click.echo("nothing was printed yet", err=True)
-
-
-@server.command()
-@server_option
-@_as_json
-def audit(server: Path | None, as_json: bool) -> None:
-    """What was refused and what was done, newest first.
-
-    Example: fedtune server audit
-    """
-    with connect(server) as connection:
-        found = connection.ask("GET", "audit")["audit"]
-    _shown(found, server_view.AUDIT, as_json)
-
-
-@server.command()
-@click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A file to hand to the operator.")
-def operator(name: str, output: Path) -> None:
-    """Make an operator's file: whoever holds it submits runs and lets devices in. An earlier one is worthless then.
-
-    Example: fedtune server operator ada -o ada.json
-    """
-    from fedtune.tracking import Store
-    from server.home import open_home
-    from server.operators import add
-
-    place = open_home()
-    with Store.open(place.settings.store) as store:
-        add(place, store.access, name, output)
-    click.echo(f"written: {output}, to be kept like a password")
-
-
-def _shown(rows: Sequence[server_view.Row], columns: server_view.Columns, as_json: bool) -> None:
-    if as_json:
-        from fedtune.json_text import json_text
-
-        click.echo(json_text(rows))
-    else:
-        server_view.show(rows, columns)

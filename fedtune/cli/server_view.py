@@ -2,26 +2,48 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["AUDIT", "DEVICES", "RUNS", "Columns", "Row", "show"]
+import click
 
+from fedtune.untrusted import clean_text
+
+__all__ = ["AUDIT", "DEVICES", "OPERATORS", "RUNS", "TOKENS", "Columns", "Row", "json_option", "show", "shown"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_LONGEST_CELL = 500
 Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 """Headings, and what a row has below each."""
+
+
+def json_option(command: Command) -> Command:
+    """The option that asks for JSON."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
+
+
+def shown(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
+    """Print rows as a table, or as JSON, which escapes what does not print."""
+    if as_json:
+        import json
+
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        show(rows, columns)
 
 
 def show(rows: Sequence[Row], columns: Columns) -> None:
     """One line per row."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold")
     for heading in columns:
         table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    Console().print(table)
+    for row in rows:  # much of it was said by strangers: it is text, and no markup
+        table.add_row(*(Text(clean_text(cell(row), _LONGEST_CELL)) for cell in columns.values()))
+    Console(markup=False, highlight=False).print(table)
 
 
 def _told(key: str) -> Callable[[Row], str]:
@@ -38,7 +60,7 @@ def _state(device: Row) -> str:
 
 def _memory(device: Row) -> str:
     memory = device["profile"].get("memory")
-    return f"{memory / 1e6:.0f} MB" if isinstance(memory, int | float) else ""
+    return f"{memory // 1_000_000} MB" if isinstance(memory, int) else ""
 
 
 def _examples(device: Row) -> str:
@@ -55,6 +77,12 @@ def _rounds(run: Row) -> str:
     return f"{run['rounds_completed']}/{run['rounds_planned']}"
 
 
+def _times(line: Row) -> str:
+    """How often, where that is more than once, and when last."""
+    times = line.get("times", 1)
+    return f"{times}, last {_time('last')(line)}" if times > 1 else ""
+
+
 DEVICES: Columns = {
     "device": _told("name"),
     "state": _state,
@@ -69,4 +97,18 @@ RUNS: Columns = {
     "started": _time("created"),
     "reason": _told("reason"),
 }
-AUDIT: Columns = {"at": _time("at"), "kind": _told("kind"), "who": _told("who"), "what": _told("what")}
+OPERATORS: Columns = {"operator": _told("name"), "role": _told("role"), "since": _time("created")}
+TOKENS: Columns = {
+    "token": _told("token"),
+    "for": lambda token: token["device"] or "any device",
+    "made": _time("created"),
+    "ends": lambda token: "expired" if token["expired"] else _time("expires")(token),
+    "tags": _tags,
+}
+AUDIT: Columns = {
+    "at": _time("at"),
+    "kind": _told("kind"),
+    "who": _told("who"),
+    "what": _told("what"),
+    "times": _times,
+}

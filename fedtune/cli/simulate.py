@@ -178,7 +178,7 @@ def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
     from fedtune.tracking.plot import plot
 
     figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
-    console = Console()
+    console = Console(markup=False)
     console.print()
     if rows := domain_rows(rounds, shop.domain_of_client, figure):  # none where the server has no whole model to score
         show_rows(rows, figure, console)

@@ -19,6 +19,8 @@ __all__ = ["Corpus", "everything", "load", "training"]
 
 RESERVED = frozenset({"all", "mean"})
 """What scores over several domains are called."""
+LONGEST_DOMAIN = 255
+"""Characters of a domain's name that every database keeps."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,19 @@ def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
 def _check(source: str, part: str, table: Table) -> None:
     if not len(table):
         raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
-    if "domain" in table.column_names and (taken := RESERVED.intersection(table.unique("domain"))):
+    if "domain" in table.column_names:
+        _check_domains(source, table.unique("domain"))
+
+
+def _check_domains(source: str, domains: Sequence[str]) -> None:
+    """Scores are told by them."""
+    if taken := RESERVED.intersection(domains):
         raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
+    if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
+        raise DataError(
+            f"{source}: the name of domain {longest[:40]!r}... has {len(longest)} characters, and {LONGEST_DOMAIN} are "
+            "kept; shorten it, or name another column"
+        )
 
 
 def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:

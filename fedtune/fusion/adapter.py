@@ -15,12 +15,16 @@ from fedtune.errors import ModelError, SourceError
 from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, module_of
 from fedtune.fusion.folder import as_fp32, read_json
 from fedtune.fusion.layout import Form
-from fedtune.fusion.weights import Weights, spelt_like
+from fedtune.fusion.starts import RESIDUAL, taken_out
+from fedtune.fusion.token_names import is_embedding, is_output, output_of
+from fedtune.fusion.vocabulary import has_tokenizer
+from fedtune.fusion.weights import Weights, by_their_rest, spelt_like
 from fedtune.merging._factors import Factors
 
 __all__ = ["Adapted", "base_of"]
 
 _MAGNITUDE = ".lora_magnitude_vector"
+_BELOW = ".base_layer."
 _ASIDE = ".original_module."
 """What PEFT keeps of a module that the adapter has its own copy of."""
 
@@ -39,19 +43,37 @@ class Adapted(Weights):
     def __init__(self, folder: Path, origin: str, base: Weights) -> None:
         self._adapter = AdapterFile(folder)
         self.origin, self.folder, self.quantised = origin, base.folder, base.quantised
+        self.own_tokens = folder if has_tokenizer(folder) else base.own_tokens
         self.files = (*base.files, folder / TENSORS)
         own = dict(sorted((_in_the_base(name), name) for name in self._adapter.whole if _ASIDE not in name))
         self._magnitudes = {name.partition(_MAGNITUDE)[0]: own[name] for name in own if _MAGNITUDE in name}
         self._whole = {name: stored for name, stored in own.items() if _MAGNITUDE not in name}
         self._modules = {f"{module}.weight": module for module in self._adapter.places}
         self._base = spelt_like(base, [*self._modules, *self._whole])
+        if any(name not in self._base.forms for name in self._modules):
+            self._base = base
+            meant = by_their_rest([*self._modules, *self._whole], base.forms)
+            self._modules = {meant.get(name, name): module for name, module in self._modules.items()}
+            self._whole = {meant.get(name, name): stored for name, stored in self._whole.items()}
+        self._same: dict[str, str] = {}
         self.forms = dict(self._base.forms)
         for name, stored in self._whole.items():
             dtype = self._base.forms[name].dtype if name in self._base.forms else self._adapter.dtype
             self.forms[name] = Form(self._adapter.forms[stored], dtype)
-        self._factors = lru_cache(1)(self._adapter.factors)
+        self._untie()
+        self._factors, self._taken = lru_cache(1)(self._adapter.factors), lru_cache(1)(self._taken_out)
         for name, module in self._modules.items():
             self._check(name, module)
+        self._check_rows()
+
+    @property
+    def base(self) -> Weights:
+        """What the adapter changes, under the adapter's names."""
+        return self._base
+
+    def weight_of(self, module: str) -> str:
+        """The name in the base of the weight that a product of the adapter changes."""
+        return next(name for name, own in self._modules.items() if own == module)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base's rows with the change."""
@@ -65,9 +87,51 @@ class Adapted(Weights):
     def _before(self, name: str, start: int, stop: int) -> Tensor:
         """Rows without the product: the adapter's own where it holds the tensor whole, or else the base's."""
         if name not in self._whole:
-            return self._base.rows(name, start, stop)
+            return self._left(name, start, stop)
         whole = as_fp32(self._adapter.read(self._whole[name]))
         return whole[start:stop] if whole.dim() else whole
+
+    def _left(self, name: str, start: int, stop: int) -> Tensor:
+        """The base's rows, less what the adapter's start took out of them."""
+        rows = self._base.rows(self._same.get(name, name), start, stop)
+        if self._adapter.start not in RESIDUAL or name not in self._modules:
+            return rows
+        left = rows.double() - self._taken(name).rows(start, stop)
+        return left.to(self.forms[name].dtype).to(rows.dtype)  # rounded once, as PEFT keeps it
+
+    def _taken_out(self, name: str) -> Factors:
+        """What was taken out of a weight, in the order of its own axes."""
+        weight, module = self._base.whole(self._same.get(name, name)), self._modules[name]
+        rank = self._adapter.forms[self._adapter.places[module].a][0]
+        flipped = self._flipped(module)
+        scale = self._adapter.scale(module, rank)
+        found = taken_out(self._adapter.start, weight.T if flipped else weight, rank, scale)
+        return Factors(found.a.T, found.b.T, found.scale) if flipped else found
+
+    def _untie(self) -> None:
+        """Give the model an output of its own where the base ties it to the input and the adapter changes one of them.
+
+        So it is in PEFT: a module's own copy, and what stands beside a module, are not those of the other module.
+        """
+        output = output_of(self.folder)
+        inputs = [name for name in self._base.forms if is_embedding(name)]
+        tied = bool(read_json(self.folder / "config.json").get("tie_word_embeddings", True))
+        if output is None or output in self.forms or not inputs or not tied:
+            return
+        apart = self._has_its_own(inputs[0]) and not self._adapter.setting("ensure_weight_tying")
+        stored = self._whole.get(inputs[0], "")
+        if apart and _BELOW in stored:  # rows for more tokens, which the output has too
+            self._whole[output] = stored
+            self.forms = {**self.forms, output: self.forms[inputs[0]]}
+        elif apart or output in self._modules:
+            self._same[output] = inputs[0]
+            self.forms = {**self.forms, output: self._base.forms[inputs[0]]}
+
+    def _has_its_own(self, name: str) -> bool:
+        """Whether the adapter trained a tensor apart, beside a base that keeps its own."""
+        module = name.removesuffix(".weight")
+        copied = self._adapter.setting("modules_to_save") or ()
+        return name in self._modules or (name in self._whole and module.rpartition(".")[2] in copied)
 
     def _moved(self, name: str, module: str, start: int, stop: int) -> Tensor:
         """Rows of W + s B A, or of W + s (B A)^T where the weight is stored as [in, out]."""
@@ -80,7 +144,7 @@ class Adapted(Weights):
     def _rescaled(self, name: str, module: str, start: int, stop: int) -> Tensor:
         magnitude: Tensor = as_fp32(self._adapter.read(self._magnitudes[module])).flatten()
         if self._flipped(module):  # norms run over all rows
-            whole = self._moved(name, module, 0, self._base.forms[name].height)
+            whole = self._moved(name, module, 0, self.forms[name].height)
             columns: Tensor = magnitude / torch.linalg.vector_norm(whole, dim=0)
             return whole[start:stop] * columns
         rows = self._moved(name, module, start, stop)
@@ -90,20 +154,35 @@ class Adapted(Weights):
     def _flipped(self, module: str) -> bool:
         return self._adapter.places[module].embedding or bool(self._adapter.setting("fan_in_fan_out"))
 
+    def _check_rows(self) -> None:
+        """ModelError where the adapter brings rows for more tokens to the input than the output has, or less."""
+        heights = {name: form.height for name, form in self.forms.items() if is_embedding(name) or is_output(name)}
+        if any(name in self._whole for name in heights) and len(set(heights.values())) > 1:
+            told = ", ".join(f"{height} in {name}" for name, height in heights.items())
+            raise ModelError(
+                f"{self.origin} has another number of tokens in one layer than in another ({told}); save the adapter "
+                "with both (modules_to_save)"
+            )
+
     def _check(self, name: str, module: str) -> None:
         base, origin = self._base, self.origin
-        if name not in base.forms:
+        if name not in self.forms:
             raise ModelError(f"{origin} changes {name}, which {base.origin} does not have; name its own base")
         place = self._adapter.places[module]
+        if self._adapter.start in RESIDUAL and (place.embedding or len(self.forms[name].shape) != 2 or base.quantised):
+            raise ModelError(
+                f"{origin} has init_lora_weights {self._adapter.start} on {module}, which starts only from linear "
+                "weights that are not quantised; name its own base"
+            )
         if place.embedding and module in self._magnitudes:
             raise ModelError(f"{origin} has DoRA magnitudes for the embedding {module}; fold it with peft")
         a, b = self._adapter.forms[place.a], self._adapter.forms[place.b]
         wanted = [b[0], math.prod(a[1:])]
-        found = [base.forms[name].height, math.prod(base.forms[name].shape[1:])]
+        found = [self.forms[name].height, math.prod(self.forms[name].shape[1:])]
         if found != (wanted[::-1] if self._flipped(module) else wanted):
             raise ModelError(f"{origin} changes {name} of another shape than {base.origin} has; name its own base")
 
 
 def _in_the_base(name: str) -> str:
     """The name in the base of what an adapter holds whole; a module's own copy or its base layer is that module."""
-    return module_of(name).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    return module_of(name).replace(".modules_to_save.", ".").replace(_BELOW, ".")

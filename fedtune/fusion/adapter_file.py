@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.fusion.folder import read_json
+from fedtune.fusion.starts import check_start
 from fedtune.merging._factors import Factors
 
 __all__ = ["CONFIG", "TENSORS", "AdapterFile", "Place", "module_of"]
@@ -25,8 +26,19 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _INSIDE = "base_model.model."
 _FACTOR = re.compile(r"^(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
-_UNLIKE = ("layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora", "lora_bias")
+_UNLIKE = (
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "kasa_config",
+    "monteclora_config",
+)
 """Settings under which an adapter is more than a product per module."""
+_SOMETIMES = ("alora_invocation_tokens", "arrow_config")
+"""Settings under which an adapter acts on some tokens and not on others."""
 
 
 class Place(NamedTuple):
@@ -49,6 +61,10 @@ class AdapterFile:
         for key in _UNLIKE:
             if self.config.get(key):
                 raise ModelError(f"{folder} has {key}, which no product of two factors can carry; fold it with peft")
+        for key in _SOMETIMES:
+            if self.config.get(key):
+                raise ModelError(f"{folder} has {key}, so it acts on some tokens only and is no change of the weights")
+        self.start = check_start(self.config.get("init_lora_weights", True), str(folder))
 
     @cached_property
     def forms(self) -> dict[str, tuple[int, ...]]:

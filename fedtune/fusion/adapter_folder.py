@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from fedtune.errors import ModelError
 from fedtune.files import write
 from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, Place
+from fedtune.fusion.layout import fits, too_large
 from fedtune.merging._factors import Factors
 
 __all__ = ["merged_config", "write_adapter"]
@@ -38,11 +41,18 @@ def write_adapter(
     for module, made in factors.items():
         place = places[module]
         like = next(one.forms for one in adapters if module in one.places)
-        tensors[place.a] = made.a.reshape(-1, *like[place.a][1:]).to(dtype)
-        tensors[place.b] = made.b.reshape(*made.b.shape, *like[place.b][2:]).to(dtype)
+        tensors[place.a] = _cast(place.a, made.a.reshape(-1, *like[place.a][1:]), dtype)
+        tensors[place.b] = _cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
     payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     write(out / TENSORS, payload)
     write(out / CONFIG, (json.dumps(merged_config(adapters, factors), indent=2) + "\n").encode())
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in its precision; ModelError when that cannot hold it."""
+    if not fits(tensor, dtype):
+        raise ModelError(too_large(name, tensor, dtype, "take smaller weights"))
+    return tensor.to(dtype)
 
 
 def merged_config(adapters: Sequence[AdapterFile], factors: Mapping[str, Factors]) -> dict[str, Any]:

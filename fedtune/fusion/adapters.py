@@ -4,11 +4,11 @@ Steps that stay in the span of the products and know them by their inner product
 stock, geometric median ...) run on small cores, which have the products' lengths and angles. All others (TIES, DARE)
 look at single entries: they get the products' rows as they ask for them, and one dense module at a time is brought back
 to low rank by its SVD. Magnitudes, biases and heads are no products: they get the mean by the weights of the adapters
-that have them.
+that have them; what DoRA's magnitudes make of that, the base tells.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.fusion.adapter_file import AdapterFile
 from fedtune.fusion.adapter_folder import write_adapter
 from fedtune.fusion.products import Products
+from fedtune.fusion.starts import RESIDUAL
 from fedtune.merging import Combine, Evidence, Relax, settle
 from fedtune.merging._factors import Factors, padded
 from fedtune.merging._pairs import CombinePairs
@@ -42,7 +43,10 @@ class Cut(NamedTuple):
 
 
 class MergedModule(NamedTuple):
-    """A module of the result: its rank, and the Frobenius norms of what was cut off and of the whole."""
+    """A module of the result: its rank, and the Frobenius norms of what it misses and of the whole.
+
+    ``missed`` is NaN where only the base could tell it and is not at hand.
+    """
 
     module: str
     rank: int
@@ -51,12 +55,12 @@ class MergedModule(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative; zero where there is nothing."""
+        """Relative; zero where there is nothing, NaN where it is not known."""
         return self.missed / self.whole if self.missed else 0.0
 
 
 def overall_error(modules: Sequence[MergedModule]) -> float:
-    """Relative, over all modules together."""
+    """Relative, over all modules together; NaN where one is not known."""
     missed = math.hypot(*(one.missed for one in modules))
     return missed / math.hypot(*(one.whole for one in modules)) if missed else 0.0
 
@@ -69,11 +73,12 @@ def merge_adapters(
     cut: Cut = Cut(),  # noqa: B008 - an immutable value
     relax: Sequence[Relax] = (),
     evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
+    knobs: Sequence[Mapping[str, float]] = (),
 ) -> list[MergedModule]:
     """Merge PEFT LoRA adapters of one base into a new adapter folder; what each module lost is returned.
 
-    ``step`` is linear unless given, ``weights`` are ones. ``relax`` steps scale the columns of A by the activity of the
-    base's weights.
+    ``step`` is linear unless given, ``weights`` are ones, ``knobs`` are fields of the step that single adapters set.
+    ``relax`` steps scale the columns of A by the activity of the base's weights.
     """
     step, shares = step or Linear(), [1.0] * len(folders) if weights is None else list(weights)
     if isinstance(step, CombinePairs):
@@ -85,26 +90,46 @@ def merge_adapters(
     places = {module: place for one in reversed(adapters) for module, place in one.places.items()}
     whole = _averaged(adapters, shares)
     modules, factors = [], {}
-    for module, made in _merged(adapters, sorted(places), step, shares, cut, evidence):
+    parts = _Parts(shares, knobs or [{}] * len(shares))
+    for module, made in _merged(adapters, sorted(places), step, parts, cut, evidence):
         relaxed = _relaxed(made.factors, module, adapters, relax, evidence)
         factors[module] = padded(relaxed, max(1, relaxed.rank))
         modules.append(MergedModule(module, factors[module].rank, made.missed, made.whole))
     write_adapter(out, adapters, places, factors, whole)
-    return modules
+    return _with_magnitudes(modules, folders, out, step, parts) if adapters[0].setting("use_dora") else modules
+
+
+class _Parts(NamedTuple):
+    """Weights and knobs by adapter."""
+
+    weights: Sequence[float]
+    knobs: Sequence[Mapping[str, float]]
+
+
+def _with_magnitudes(
+    modules: Sequence[MergedModule], folders: Sequence[Path], out: Path, step: Combine, parts: _Parts
+) -> list[MergedModule]:
+    """The modules with what they miss as a whole, DoRA's magnitudes included."""
+    from fedtune.fusion.dora import missed_by_dora
+
+    found = missed_by_dora(folders, out, [one.module for one in modules], step, parts.weights, parts.knobs)
+    if found is None:
+        return [one._replace(missed=math.nan) for one in modules]
+    return [one._replace(**found[one.module]._asdict()) for one in modules]
 
 
 def _merged(
     adapters: Sequence[AdapterFile],
     modules: Sequence[str],
     step: Combine,
-    weights: Sequence[float],
+    parts: _Parts,
     cut: Cut,
     evidence: Evidence,
 ) -> Iterator[tuple[str, Reduced]]:
     """Each module's merged product as it is cut, at the scale of the first adapter that has it."""
     products = Products(adapters, small=isinstance(step, Span) and step.groups == "tensor")
     shapes = {module: products.shape(module) for module in modules}
-    step, operands = settle(step, shapes, products.operands(weights), evidence)
+    step, operands = settle(step, shapes, products.operands(parts.weights, parts.knobs), evidence)
     energy = 1.0 if cut == Cut() else cut.energy
     for module, shape in shapes.items():
         matrix = torch.cat(list(step.combine(module, shape, operands)))
@@ -150,10 +175,26 @@ def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) 
 def _check_alike(adapters: Sequence[AdapterFile]) -> None:
     """What no merge can bridge, and a module that is an embedding in one adapter alone."""
     first, *others = adapters
+    for one in adapters:
+        if one.start in RESIDUAL:
+            raise ModelError(
+                f"{one.folder} stands beside a base of which {one.start} took a part away (init_lora_weights), as no "
+                "other adapter does; merge them as models, or convert it with peft's "
+                "path_initial_model_for_weight_conversion"
+            )
     for other in others:
         for key in _AGREE:
             if first.setting(key) != other.setting(key):
                 raise ModelError(
                     f"{other.folder} has {key} {other.setting(key)}, but {first.folder} {first.setting(key)}; "
                     "give adapters of one kind"
+                )
+    kinds: dict[str, tuple[bool, Path]] = {}
+    for one in adapters:
+        for module, place in one.places.items():
+            embedding, folder = kinds.setdefault(module, (place.embedding, one.folder))
+            if embedding != place.embedding:
+                raise ModelError(
+                    f"{module} is an embedding in {folder if embedding else one.folder} and none in "
+                    f"{one.folder if embedding else folder}; give adapters of one base"
                 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.fuse import Merge, Progress
-from fedtune.fusion.pipeline import Deltas
+from fedtune.fusion.pipeline import Base, Deltas
 from fedtune.fusion.threads import one_thread
 from fedtune.fusion.vocabulary import difference, one_file, vocabulary
 from fedtune.merging import cosine_table, opposed, scale_that_keeps_length
@@ -64,7 +64,7 @@ class Comparison:
 def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Comparison:
     """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
     names = list(merge.models.tuned) or list(merge.models.by_name)
-    based = merge.base is not None
+    based = merge.models.base is not None
     sums = _Sums(len(names))
     for name, size, parts, base in _stacks(merge, names, progress):
         sums.add(name, parts, base, matrix=len(merge.models.by_name[names[0]].forms[name].shape) > 1)
@@ -120,26 +120,33 @@ class _Sums:
 
 
 def _stacks(merge: Merge, names: list[str], progress: Progress) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
-    """Each piece of the tensors that all models have and, if there is a base, it has too."""
+    """Each piece of the tensors that all models have and, if there is a base, it has too, under the models' own names.
+
+    Slices renumber layers in the result; what models differ from the base does not depend on them.
+    """
     models = [merge.models.by_name[name] for name in names]
-    whole = {name: name for name in models[0].forms}
-    readers = [Deltas(model, whole, merge.base) for model in models]
-    shared = [name for name, form in models[0].forms.items() if form.dtype.is_floating_point and _shared(merge, name)]
+    shared = {name: name for name in models[0].forms if _shared(merge, name)}
+    base = None if merge.models.base is None else Base(merge.models.by_name[merge.models.base], shared)
+    readers = [Deltas(model, shared, base) for model in models]
     done = 0
     for name in shared:
         form = models[0].forms[name]
         for start, stop in pieces(form.shape, len(models)):
             parts = torch.stack([reader(name, start, stop).flatten() for reader in readers])
-            base = None if merge.base is None else merge.base.rows(name, start, stop).flatten()
-            yield name, parts.shape[1], parts, base
+            before = None if base is None else base.rows(name, start, stop).flatten()
+            yield name, parts.shape[1], parts, before
         done += form.bytes
         progress(done)
 
 
 def _shared(merge: Merge, name: str) -> bool:
-    known = [merge.models.by_name[model].forms for model in merge.models.by_name]
-    same = all(name in forms and forms[name].shape == known[0][name].shape for forms in known)
-    return same and (merge.base is None or name in merge.base)
+    known = [model.forms.get(name) for model in merge.models.by_name.values()]
+    first = known[0]
+    return (
+        first is not None
+        and first.dtype.is_floating_point
+        and all(form and form.shape == first.shape for form in known)
+    )
 
 
 def _check_base(merge: Merge, names: list[str], norms: list[float]) -> None:
@@ -155,15 +162,15 @@ def _weights(merge: Merge, names: list[str]) -> Tensor:
     """Each model's weight where nothing is said of single tensors."""
     entries = {entry.model: entry for entry in merge.config.entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
-    weights = [merge.steps.combine.weight(layer, "", 0.0) for layer in layers]
+    weights = [merge.steps.combine.own(layer, "", 0.0).weight for layer in layers]
     return torch.tensor(weights, dtype=torch.float64)
 
 
 def _words(merge: Merge, names: list[str]) -> Iterator[Words | None]:
     """Differences of each model's own tokens to those of the first model named, or the base."""
-    folder = merge.models.first.folder
+    folder = merge.models.first.tokens
     for name in names:
-        own = merge.models.by_name[name].folder
+        own = merge.models.by_name[name].tokens
         if one_file(folder, own):
             yield Words(0, 0, 0)
             continue

@@ -1,9 +1,9 @@
 """What a merge is: mergekit's own configuration schema, and the steps it does not have."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fedtune.fusion.settings import Setting
 from fedtune.recipe import Section, Unit
@@ -11,7 +11,29 @@ from fedtune.recipe import Section, Unit
 __all__ = ["Entry", "MergeConfig", "Slice", "Source", "TokenRule", "TokenSource", "Tokenizer"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
-Parameters = dict[str, Setting]
+
+
+def reference(value: Any) -> Any:
+    """A model as one text where it is spelt out as in mergekit: {model: {path, revision}, lora: ...} or a part of that.
+
+    Anything else is left as it is, and refused by its type.
+    """
+    if not isinstance(value, dict):
+        return value
+    if value.keys() <= {"path", "revision"} and "path" in value:
+        return value["path"] if value.get("revision") is None else f"{value['path']}@{value['revision']}"
+    if "model" in value and not {key for key in value if key not in ("model", "lora") and value[key] is not None}:
+        base, lora = reference(value["model"]), reference(value.get("lora"))
+        return base if lora is None else f"{base}+{lora}"
+    return value
+
+
+def _nothing(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Reference = Annotated[str, BeforeValidator(reference)]
+Parameters = Annotated[dict[str, Setting], BeforeValidator(_nothing)]
 
 
 class Entry(Section):
@@ -19,14 +41,14 @@ class Entry(Section):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str
+    model: Reference
     parameters: Parameters = Field({})
     statistics: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+        return {"model": value} if isinstance(reference(value), str) else value
 
 
 class Source(Entry):
@@ -37,8 +59,8 @@ class Source(Entry):
     @field_validator("layer_range")
     @classmethod
     def _ascending(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= value[0] < value[1]:
-            raise ValueError("write it as [first, end] with 0 <= first < end")
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError("write it as [first, end] with 0 <= first <= end")
         return value
 
 
@@ -61,7 +83,7 @@ class TokenSource(Section):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     kind: Literal["zero", "model_token"]
-    model: str | None = None
+    model: Annotated[str | None, BeforeValidator(reference)] = None
     token: str | None = None
     token_id: int | None = Field(None, ge=0)
 
@@ -75,29 +97,30 @@ class TokenSource(Section):
 class TokenRule(Section):
     """The rows of one token in the models that lack it, or with ``force`` in all of them."""
 
-    source: str | TokenSource
+    source: Annotated[str | TokenSource | None, BeforeValidator(reference)] = None
     force: bool = False
 
 
 class Tokenizer(Section):
     """Whose tokens the result has: ``union``, ``base`` or a model's."""
 
-    source: str = "union"
-    tokens: dict[str, TokenRule] = Field({})
+    source: Reference = "union"
+    tokens: Annotated[dict[str, TokenRule], BeforeValidator(_nothing)] = Field({})
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
 class MergeConfig(Section):
-    """A merge of models, or of slices of them."""
+    """A merge of models, or of slices of them; ``name`` is what other documents of its file call the result."""
 
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
     merge_method: str = "linear"
     models: list[Entry] | None = Field(None, min_length=1)
     slices: list[Slice] | None = Field(None, min_length=1)
-    base_model: str | None = None
+    base_model: Annotated[str | None, BeforeValidator(reference)] = None
     parameters: Parameters = Field({})
     dtype: Precision | None = None
     out_dtype: Precision | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: Annotated[str | None, BeforeValidator(reference)] = None
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     align: list[Unit] = Field([])
@@ -110,10 +133,16 @@ class MergeConfig(Section):
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value
 
-    @field_validator("base_model", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return value["model"] if isinstance(value, dict) and value.keys() == {"model"} else value
+    def _one_module(cls, value: Any) -> Any:
+        """mergekit's way to merge the parts of a model apart; with one part it is the whole."""
+        if not isinstance(value, dict) or not isinstance(value.get("modules"), dict):
+            return value
+        parts = list(value["modules"].values())
+        if len(parts) != 1 or not isinstance(parts[0], dict) or parts[0].keys() & value.keys():
+            raise ValueError("modules: only one module is merged at a time; say what it has as models or slices")
+        return {**{key: found for key, found in value.items() if key != "modules"}, **parts[0]}
 
     @model_validator(mode="after")
     def _models_or_slices(self) -> Self:

@@ -8,20 +8,23 @@ import yaml
 
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
-from fedtune.recipe_file import override, settled, text_of
+from fedtune.fusion.stages import Stage, stages_of
+from fedtune.recipe_file import override, text_of
 
 __all__ = ["parse", "quick", "read"]
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> tuple[MergeConfig, str]:
-    """The configuration in a file, with ``key.key=value`` overrides, and its text; RecipeError names line and key."""
-    text = text_of(path, "the configuration")
-    return parse(text, str(path), overrides), text
+def read(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The merges in a file, mostly one, the last with ``key.key=value`` overrides; RecipeError names line and key."""
+    return stages_of(text_of(path, "the configuration"), str(path), overrides)
 
 
 def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> MergeConfig:
-    """The configuration in a YAML text; ``origin`` is what messages call it."""
-    return settled(MergeConfig, text, origin, "merge", overrides)
+    """The one configuration in a YAML text; ``origin`` is what messages call it."""
+    stages = stages_of(text, origin, overrides)
+    if len(stages) > 1:
+        raise RecipeError(f"{origin} holds {len(stages)} merges; give one")
+    return stages[0].config
 
 
 def quick(

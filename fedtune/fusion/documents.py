@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.fusion.config import MergeConfig, Source
 from fedtune.fusion.folder import read_json
 from fedtune.fusion.fuse import Merge
-from fedtune.fusion.layers import stem
 from fedtune.fusion.layout import Form
 from fedtune.fusion.models import settings_of
-from fedtune.fusion.token_rows import is_of_tokens
+from fedtune.fusion.settings_file import resliced, with_token_ids, with_vocabulary
+from fedtune.fusion.token_names import is_of_tokens, is_output
 from fedtune.fusion.weights import Weights
 
 __all__ = ["add_documents"]
@@ -29,10 +28,9 @@ _TOKENIZER = (
     "spiece.model",
     "chat_template.jinja",
 )
-_MODEL = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_MODEL = ("preprocessor_config.json", "processor_config.json", "*.py")
+_GENERATION = "generation_config.json"
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
 def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, Form]]) -> None:
@@ -43,6 +41,8 @@ def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, 
         _write_json(folder / "model.safetensors.index.json", _index(shards))
     _copy(merge.models.tokens, folder, _TOKENIZER)
     _copy(model.folder, folder, _MODEL)
+    if (model.folder / _GENERATION).is_file():
+        _write_json(folder / _GENERATION, _renumbered(merge, read_json(model.folder / _GENERATION), _GENERATION))
     if merge.models.described is not None:
         _write_json(folder / "tokenizer.json", merge.models.described)
     if (template := merge.chat_template()) is not None:
@@ -61,15 +61,13 @@ def _settings(merge: Merge, model: Weights) -> dict[str, Any]:
     forms = {target.name: target.form for target in merge.targets}
     largest = max(forms.values(), key=lambda form: form.bytes)
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = str(largest.dtype).removeprefix("torch.")
-    if settings.get("tie_word_embeddings", True) and any(name.endswith("lm_head.weight") for name in forms):
-        settings["tie_word_embeddings"] = False
-    if (rows := _token_rows(forms)) is not None and "vocab_size" in settings:
-        settings["vocab_size"] = rows
-    if merge.config.token_rule is not None:
-        own = read_json(merge.models.tokens / "config.json")
-        settings |= {key: own[key] for key in _TOKEN_IDS if key in own}
+    if any(is_output(name) for name in forms) and "scale_decoder_outputs" not in settings:
+        settings["tie_word_embeddings"] = False  # T5 takes this for another setting, and never ties what differs
+    if (rows := _token_rows(forms)) is not None:
+        settings = with_vocabulary(settings, rows)
+    settings = _renumbered(merge, settings, "config.json")
     if merge.config.slices is not None:
-        _set_layers(settings, merge.config, model)
+        settings = resliced(settings, merge.config.slices, merge.models)
     _set_labels(settings, forms)
     return settings
 
@@ -79,16 +77,9 @@ def _token_rows(forms: Mapping[str, Form]) -> int | None:
     return max(rows, default=None)
 
 
-def _set_layers(settings: dict[str, Any], config: MergeConfig, model: Weights) -> None:
-    """As many layers as the slices have, and the kind of each where the model has several."""
-    firsts: list[Source] = [part.sources[0] for part in config.slices or []]
-    numbers = [number for source in firsts for number in range(*source.layer_range)]
-    for key in _LAYERS:
-        if key in settings:
-            settings[key] = len(numbers)
-    kinds = settings.get("layer_types")
-    if isinstance(kinds, list) and stem(model.forms) is not None and max(numbers) < len(kinds):
-        settings["layer_types"] = [kinds[number] for number in numbers]
+def _renumbered(merge: Merge, settings: dict[str, Any], file: str) -> dict[str, Any]:
+    """Special tokens as the model numbers them whose tokens a rule chose."""
+    return settings if merge.config.token_rule is None else with_token_ids(settings, merge.models, file)
 
 
 def _set_labels(settings: dict[str, Any], forms: Mapping[str, Form]) -> None:

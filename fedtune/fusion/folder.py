@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def shards(folder: Path) -> tuple[Path, ...]:
     """The files that hold a folder's tensors; SourceError for pickles and for a shard the index names in vain."""
-    resolve(f"path:{folder}")
+    resolve(f"path:{folder}", "the path")
     if (folder / _INDEX).is_file():
         return _indexed(folder, read_json(folder / _INDEX))
     if (folder / _SINGLE).is_file():

@@ -3,31 +3,26 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pack, pieces
+from fedtune.contribution import pieces
 from fedtune.errors import ModelError
-from fedtune.files import write
 from fedtune.fusion.chat_templates import chat_template
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.folder import Folder
-from fedtune.fusion.layout import Form
+from fedtune.fusion.layout import Form, fits, too_large
 from fedtune.fusion.models import Models, open_models
 from fedtune.fusion.output import Output
-from fedtune.fusion.pipeline import Base, End, Steps, aligned, operands, steps
-from fedtune.fusion.plan import Target, plan
+from fedtune.fusion.pipeline import Base, Steps, aligned, operands, steps
+from fedtune.fusion.plan import Target, gradients_outside, plan
 from fedtune.fusion.sources import Exporter, no_runs
 from fedtune.fusion.threads import one_thread
-from fedtune.fusion.weights import Lazy
 from fedtune.merging import Combine, Evidence, Operand, Pipeline, merged_pieces, settle
 from fedtune.merging.mean import Mean
 
-__all__ = ["Merge", "Progress", "fill", "prepare", "renormalise"]
+__all__ = ["Merge", "Progress", "fill", "prepare", "shares_of"]
 
 Progress = Callable[[int], None]
 """Told the bytes of the result that are done."""
@@ -46,6 +41,11 @@ class Merge(NamedTuple):
     def bytes(self) -> int:
         """Bytes of the result's tensors."""
         return sum(target.form.bytes for target in self.targets)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against the merge before it is made, one sentence each."""
+        return [*self.models.warnings, *gradients_outside(self.config, self.targets)]
 
     @property
     def acts_on_deltas(self) -> bool:
@@ -70,7 +70,7 @@ class Merge(NamedTuple):
     def chat_template(self) -> str | None:
         """What the configuration asks for, as a Jinja template; RecipeError when there is no such."""
         wanted = self.config.chat_template
-        folders = [model.folder for model in self.models.by_name.values()]
+        folders = [model.tokens for model in self.models.by_name.values()]
         return None if wanted is None else chat_template(wanted, folders)
 
     def key(self) -> str:
@@ -99,7 +99,8 @@ def _rehearse(merge: Merge) -> None:
     """Let each setting of the method merge one zero, so that one that does not hold is refused before any reading."""
     seen = []
     targets = {target.name: target for target in merge.targets}
-    for name, parts in operands(merge.steps, merge.targets, merge.models, None).items():
+    combined = [target for target in merge.targets if not target.averaged]
+    for name, parts in operands(merge.steps, combined, merge.models, None).items():
         step, zeros = _step(merge, targets[name]), [part._replace(rows=_zero) for part in parts]
         told = (step, [(part.weight, dict(part.knobs)) for part in parts])
         if told not in seen:
@@ -143,7 +144,7 @@ class _Settled(NamedTuple):
 
 def _settled(merge: Merge, found: Mapping[str, Sequence[Operand]], evidence: Evidence) -> _Settled | None:
     """What whole models tell a method; None where each tensor is set by itself."""
-    first = next((target for target in merge.targets if not target.copied), None)
+    first = next((target for target in merge.targets if not target.copied and not target.averaged), None)
     if first is None:
         return None
     step = _step(merge, first)
@@ -166,13 +167,12 @@ def _rows(
         return
     step = _step(merge, target) if settled is None else settled.combine
     parts = parts if settled is None else settled.operands
-    if merge.acts_on_deltas and target.base is None:  # a head the base has not
-        step, parts = Mean(), _shares(parts)
+    if target.averaged or (merge.acts_on_deltas and target.base is None):  # a head the base has not
+        step, parts = Mean(), shares_of(parts)
     pipeline = Pipeline((), step, (), ())
     for start, stop, rows in merged_pieces(pipeline, target.name, target.form.shape, parts, evidence):
         whole = _whole(merge, target, start, stop, rows, evidence)
-        if not _finite(whole):
-            raise ModelError(_not_finite(merge, target))
+        _check_finite(merge, target, whole)
         yield start, stop, whole
 
 
@@ -185,7 +185,7 @@ def _whole(merge: Merge, target: Target, start: int, stop: int, rows: Tensor, ev
     base = merge.base.rows(target.name, start, stop)
     delta = rows.reshape(base.shape) if merge.acts_on_deltas else rows.reshape(base.shape) - base
     for step in merge.steps.relax:
-        delta = step.relax(target.name, start, delta, evidence)
+        delta = step.relax(target.base, start, delta, evidence)  # which was watched under the base's own names
     return base + delta
 
 
@@ -199,14 +199,27 @@ def _copied(merge: Merge, target: Target) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, model.rows(name, start, stop)
 
 
-def _shares(parts: Sequence[Operand]) -> list[Operand]:
+def shares_of(parts: Sequence[Operand]) -> list[Operand]:
     """Weights that sum to one; equal where they sum to zero."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=part.weight / total if total else 1 / len(parts)) for part in parts]
 
 
+def _check_finite(merge: Merge, target: Target, rows: Tensor) -> None:
+    """ModelError for rows that are not finite, or would not be in the result's precision.
+
+    The extremes are NaN where one entry is, and cost one pass.
+    """
+    if not rows.numel():
+        return
+    extremes = torch.stack(rows.aminmax())
+    if not bool(extremes.isfinite().all()):
+        raise ModelError(_not_finite(merge, target))
+    if not fits(extremes, target.form.dtype):
+        raise ModelError(too_large(target.name, extremes, target.form.dtype))
+
+
 def _finite(rows: Tensor) -> bool:
-    """Whether all are; the extremes are NaN where one entry is, and cost one pass."""
     return not rows.numel() or bool(torch.stack(rows.aminmax()).isfinite().all())
 
 
@@ -217,24 +230,3 @@ def _not_finite(merge: Merge, target: Target) -> str:
             if not _finite(model.rows(part.tensor, start, stop)):
                 return f"{model.origin}: {part.tensor} holds values that are not finite; take a sound release"
     return f"{target.name} comes out with values that are not finite; take smaller weights"
-
-
-def renormalise(merge: Merge, output: Output, parts: Sequence[Operand], evidence: Evidence) -> None:
-    """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
-    base = merge.base if merge.acts_on_deltas else None
-    ends = [(part.weight, End(merge.targets, base, part)) for part in _shares(parts)]
-    for place, step in enumerate(merge.steps.renormalise):
-        kept = _changes(output.folder, place)
-        if not kept.is_file():
-            files = tuple(sorted(output.folder.glob("*.safetensors")))
-            merged = Lazy(Folder(output.folder, str(output.folder), files))
-            write(kept, pack(step.renormalise(merged, ends, evidence)))
-        for name, tensor in safetensors.torch.load_file(kept).items():
-            output.write(name, 0, tensor.to(torch.float32))
-        output.flush()
-    for place in range(len(merge.steps.renormalise)):
-        _changes(output.folder, place).unlink()
-
-
-def _changes(folder: Path, place: int) -> Path:
-    return folder / f"renormalise-{place}.changes"

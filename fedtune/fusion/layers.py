@@ -4,7 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["Layered", "depths", "layer_of", "stem"]
+__all__ = ["Layered", "depths", "layer_of", "stacks"]
+
+_LAYER = 3
+"""Tensors of a numbered part from which on it is a layer of a stack; a step of a sequential head has two at most."""
 
 
 class Layered(NamedTuple):
@@ -28,19 +31,37 @@ def layer_of(name: str) -> Layered | None:
     return None
 
 
-def stem(names: Iterable[str]) -> str | None:
-    """What stands before the numbers of a model's layers, e.g. ``model.layers``; None when no name holds a number."""
-    counts = Counter(found.before for name in names if (found := layer_of(name)) is not None)
-    return max(counts, key=lambda before: counts[before]) if counts else None
+def stacks(names: Iterable[str]) -> list[str]:
+    """What stands before the numbers of each stack of layers, e.g. ``model.layers``, the one of most tensors first.
+
+    Encoder and decoder are two, so are the towers of a vision-language model. Where no numbered part is large enough
+    for a layer, all numbered parts count.
+    """
+    counts: dict[str, Counter[int]] = {}
+    for name in names:
+        if (found := layer_of(name)) is not None:
+            counts.setdefault(found.before, Counter())[found.number] += 1
+    large = [before for before, numbers in counts.items() if max(numbers.values()) >= _LAYER]
+    return sorted(large or counts, key=lambda before: -counts[before].total())
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
-    """From 0 at the first layer to 1 at the last; embeddings count as the first, all else outside as the last."""
+    """From 0 at the first layer of its stack to 1 at the last; embeddings count as the first, what is outside as last.
+
+    The only layer of a stack is its last.
+    """
     listed = list(names)
-    before = stem(listed)
-    layers = {name: found.number for name in listed if (found := layer_of(name)) is not None and found.before == before}
-    last = max(layers.values(), default=0)
-    return {name: layers[name] / max(1, last) if name in layers else 0.0 if _is_first(name) else 1.0 for name in listed}
+    known = set(stacks(listed))
+    layers = {name: found for name in listed if (found := layer_of(name)) is not None and found.before in known}
+    last = {before: max(one.number for one in layers.values() if one.before == before) for before in known}
+
+    def depth(name: str) -> float:
+        found = layers.get(name)
+        if found is None:
+            return 0.0 if _is_first(name) else 1.0
+        return found.number / last[found.before] if last[found.before] else 1.0
+
+    return {name: depth(name) for name in listed}
 
 
 def _is_first(name: str) -> bool:

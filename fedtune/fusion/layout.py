@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedtune.errors import SourceError
 
-__all__ = ["Form", "Place", "arrange", "places", "read_rows", "write_rows"]
+__all__ = ["Form", "Place", "arrange", "fits", "places", "read_rows", "too_large", "write_rows"]
 
 Shape = tuple[int, ...]
 
@@ -128,6 +128,21 @@ def _fill(file: IO[bytes], content: bytearray, path: Path) -> None:
         if not count:
             raise SourceError(f"{path} became shorter while it was read; fetch it again")
         done += count
+
+
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite real numbers are within what a precision can hold, up to rounding."""
+    if not dtype.is_floating_point or not values.numel():
+        return True
+    kind = torch.finfo(dtype)
+    return float(values.abs().max()) <= kind.max * (1 + kind.eps / 4)
+
+
+def too_large(name: str, values: Tensor, dtype: torch.dtype, mend: str = "choose dtype: bfloat16 or float32") -> str:
+    """The sentence about a tensor that does not fit its precision."""
+    kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    found = float(values.abs().max())
+    return f"{name} reaches {found:.6g}, but {kind} ends at {most:.6g}; {mend}"
 
 
 def write_rows(file: IO[bytes], place: Place, start: int, rows: Tensor) -> None:

@@ -14,7 +14,7 @@ from fedtune.merging import Combine
 from fedtune.recipe import Unit
 from fedtune.registry import build, names
 
-__all__ = ["Method", "method"]
+__all__ = ["Method", "Own", "method"]
 
 Acts = Literal["models", "deltas", "either"]
 
@@ -32,8 +32,23 @@ _ACTS: dict[str, Acts] = {
 }
 """What a method combines: whole models, or deltas where a base is named; all others need deltas."""
 
-_IGNORED = {"int8_mask"}
+_IGNORED = frozenset({"int8_mask"})
 """mergekit's parameter for how masks are held; none are held here."""
+
+_OWN = ("density", "gamma", "epsilon", "rescale")
+"""Fields of a step that each model may set for itself; all others are of the merge as a whole."""
+
+_IDLE = {"task-arithmetic": frozenset({"rescale"}), "multislerp": frozenset({"eps"})}
+"""mergekit's parameters that change nothing: nothing is dropped, or nothing near zero is divided by."""
+
+_PLAIN: Mapping[str, Value] = {"rescale": False}
+_FIXED: dict[str, Mapping[str, Value]] = {
+    "ties": _PLAIN,
+    "breadcrumbs": _PLAIN,
+    "breadcrumbs-ties": _PLAIN,
+    "multislerp": {"normalize_weights": True},
+}
+"""mergekit's parameters that have one value here: its default."""
 
 _SWITCHES = {
     "model-stock": frozenset({"filter_wise"}),
@@ -44,8 +59,20 @@ _DEFAULTS: dict[str, Mapping[str, Value]] = {
     "ties": {"density": 1.0},
     "dare-linear": {"density": 1.0},
     "dare-ties": {"density": 1.0},
+    "della": {"density": 1.0},
+    "della-linear": {"density": 1.0},
+    "breadcrumbs": {"density": 1.0},
+    "breadcrumbs-ties": {"density": 1.0},
 }
 """What mergekit takes where its schema says nothing; a recipe's steps have defaults of their own."""
+
+
+class Own(NamedTuple):
+    """What holds for one model's part in a tensor: weight, the step's fields it sets, and whether nothing is kept."""
+
+    weight: float
+    knobs: Mapping[str, float]
+    nothing: bool = False
 
 
 class Method(NamedTuple):
@@ -55,34 +82,59 @@ class Method(NamedTuple):
     acts: Acts
     copies: bool = False
 
-    def check(self, layer: Layer, where: str) -> None:
-        """RecipeError when some parameter means nothing to the method."""
-        allowed = {"scale"} if self.copies else {"weight", *_spellings(self.name), *_switches(self.name)}
-        for key in layer:
-            if key not in allowed | _IGNORED:
+    def check(self, layer: Layer, where: str, *, own: bool = False) -> None:
+        """RecipeError when some parameter means nothing to the method, or, with ``own``, nothing for one model."""
+        spelt = {} if self.copies else _spellings(self.name)
+        allowed = {"scale"} if self.copies else {"weight", *spelt, *_switches(self.name)}
+        fixed = _FIXED.get(self.name, {})
+        for key in (key for key in layer if key not in _ignored(self.name)):
+            if key in fixed and key not in allowed:
+                if layer[key] != fixed[key]:
+                    value = str(fixed[key]).lower()
+                    raise RecipeError(f"{where}: {self.name} knows {key} only as {value}; leave it out")
+            elif key not in allowed:
                 raise RecipeError(f"{where}: {self.name} has no parameter {key!r}; {nearest(key, sorted(allowed))}")
+            elif own and not self.copies and key != "weight" and spelt.get(key) not in _OWN:
+                raise RecipeError(
+                    f"{where}: {key} of {self.name} is a setting of the whole merge, not of one model; move it to the "
+                    "merge's parameters"
+                )
 
     def step(self, layers: Sequence[Layer], name: str, depth: float, seed: int = 0) -> Combine:
         """The combining step as it is set for one tensor; ``seed`` is for methods that draw."""
         if self.copies:
             return _built("linear", (("normalise", False),))
-        keys = sorted({key for layer in layers for key in layer} - {"weight"} - _IGNORED)
-        found = {key: lookup(key, layers, name, depth) for key in keys}
-        drawn = {"seed": seed} if "seed" in _spellings(self.name) else {}
+        spelt, fixed = _spellings(self.name), _FIXED.get(self.name, {})
+        told = {key for layer in layers for key in layer} - {"weight", *_ignored(self.name), *fixed}
+        found = {key: lookup(key, layers, name, depth) for key in sorted(told) if spelt.get(key) not in _OWN}
+        drawn = {"seed": seed} if "seed" in spelt else {}
         return _built(self.name, _settings(self.name, {**drawn, **found}))
 
-    def weight(self, layers: Sequence[Layer], name: str, depth: float) -> float:
-        """A model's weight for one tensor; 1 where nothing is said."""
-        found = lookup("scale" if self.copies else "weight", layers, name, depth)
-        return 1.0 if found is None else float(found)
+    def own(self, layers: Sequence[Layer], name: str, depth: float) -> Own:
+        """One model's part in a tensor; ``layers`` begin with its own parameters, ``name`` is the tensor's in it.
 
-    def knobs(self, own: Layer, name: str, depth: float) -> dict[str, float]:
-        """What a model sets for itself, under the names of the step's fields."""
+        mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
+        """
+        found = lookup("scale" if self.copies else "weight", layers, name, depth)
+        weight = 1.0 if found is None else _real(found, "weight")
         if self.copies:
-            return {}
-        found = {key: lookup(key, [own], name, depth) for key in own if key not in _IGNORED | {"weight"}}
-        spelt = _spellings(self.name)
-        return {spelt[key]: float(value) for key, value in found.items() if value is not None}
+            return Own(weight, {})
+        fields = [field for field in _OWN if field in _spellings(self.name)]
+        values = {field: value for field in fields if (value := lookup(field, layers, name, depth)) is not None}
+        if values.get("density") == 0:
+            return Own(weight, {}, nothing=True)
+        checked = _built(self.name, tuple({**_DEFAULTS.get(self.name, {}), **values}.items()))
+        return Own(weight, {field: getattr(checked, field) for field in values})
+
+
+def _ignored(name: str) -> frozenset[str]:
+    return _IDLE.get(name, frozenset()) | _IGNORED
+
+
+def _real(value: Value, what: str) -> float:
+    if isinstance(value, str):
+        raise RecipeError(f"parameters: {what} is {value!r}, but must be a number")
+    return float(value)
 
 
 def method(name: str) -> Method:
@@ -126,7 +178,7 @@ def _built(name: str, chosen: tuple[tuple[str, Any], ...]) -> Combine:
 
 @lru_cache
 def _spellings(name: str) -> dict[str, str]:
-    """Everything a step's fields may be called, and the field it means."""
+    """Everything a step's fields may be called, and the field that is meant."""
     fields = type(_built(name, ())).model_fields
     return {spelt: field for field, info in fields.items() for spelt in _spelt(field, info)}
 

@@ -7,36 +7,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.folder import read_json
 from fedtune.fusion.layers import layer_of
 from fedtune.fusion.layout import Form
+from fedtune.fusion.settings_alike import check_settings
 from fedtune.fusion.sources import Exporter, no_runs, open_source
-from fedtune.fusion.token_rows import is_of_tokens, retokenised
+from fedtune.fusion.token_names import is_embedding, is_of_tokens, is_output
+from fedtune.fusion.token_rows import retokenised
 from fedtune.fusion.vocabulary import difference, one_file, vocabulary
 from fedtune.fusion.weights import Weights, spelt_like
 
 __all__ = ["Models", "open_models", "settings_of"]
-
-_OUTPUT = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 
 
 class Models(NamedTuple):
     """Every model by the name the configuration has for it, the base among them where one is named.
 
     ``first`` is the one whose config.json the result has: the base, or else the first model. ``tokens`` is the folder
-    whose tokenizer it has, ``described`` its tokenizer.json where that is new, ``tied`` whether input and output
-    embeddings are one tensor.
+    whose tokenizer it has, ``numbered`` that of the config.json which has its special tokens' ids, ``described`` its
+    tokenizer.json where that is new, ``tied`` whether input and output embeddings are one tensor.
     """
 
     by_name: Mapping[str, Weights]
     base: str | None
     tokens: Path
+    numbered: Path
     described: Mapping[str, Any] | None
     tied: bool
+    warnings: Sequence[str]
 
     @property
     def first(self) -> Weights:
@@ -57,13 +61,15 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     reference = next(iter(opened.values()))
     alike = {name: spelt_like(model, reference.forms) for name, model in opened.items()}
     tied = all(_ties(model) for model in alike.values())
-    alike = {name: _Untwined(model, tied) for name, model in alike.items()}
-    tokens, described = next(iter(alike.values())).folder, None
+    outputs = [output for model in alike.values() for output in model.forms if is_output(output)]
+    alike = {name: _Untwined(model, tied, outputs) for name, model in alike.items()}
+    leader: Weights = next(iter(alike.values()))
+    described: Mapping[str, Any] | None = None
     if config.base_model is not None:
-        tokens = alike[config.base_model].folder
+        leader = alike[config.base_model]
     if config.token_rule is not None:
         base = None if config.base_model is None else alike[config.base_model]
-        changed, tokens, described = retokenised(list(alike.values()), base, config.token_rule)
+        changed, leader, described = retokenised(list(alike.values()), base, config.token_rule)
         alike = dict(zip(alike, changed, strict=True))
     else:
         _check_tokens(alike)
@@ -71,7 +77,9 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     if config.models is not None:
         _check_forms(alike, config.base_model)
     _check_precision(alike, config)
-    return Models(alike, config.base_model, tokens, described, tied)
+    based = sorted(alike.items(), key=lambda item: item[0] != config.base_model)
+    warnings = check_settings({name: model.folder for name, model in based})
+    return Models(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
 
 
 def settings_of(model: Weights) -> dict[str, Any]:
@@ -82,19 +90,19 @@ def settings_of(model: Weights) -> dict[str, Any]:
 class _Untwined(Weights):
     """A model without its output embeddings where all models tie them to the input's, with them where one does not."""
 
-    def __init__(self, model: Weights, tied: bool) -> None:
+    def __init__(self, model: Weights, tied: bool, outputs: Sequence[str]) -> None:
         self.origin, self.folder, self.files = model.origin, model.folder, model.files
-        self.quantised, self._model = model.quantised, model
-        outputs = {name for name in model.forms if name.endswith(_OUTPUT)}
+        self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
         self._same: dict[str, str] = {}
         self.forms = dict(model.forms)
+        embedding = next((name for name in model.forms if is_embedding(name)), None)
+        if embedding is None:
+            return
         if tied:
-            self.forms = {name: form for name, form in model.forms.items() if name not in outputs}
-        elif _ties(model) and not outputs:
-            [embedding] = [name for name in model.forms if is_of_tokens(name)][:1] or [""]
-            if embedding:
-                self._same["lm_head.weight"] = embedding
-                self.forms["lm_head.weight"] = model.forms[embedding]
+            self.forms = {name: form for name, form in model.forms.items() if not is_output(name)}
+        elif outputs and not any(is_output(name) for name in model.forms) and _ties(model):
+            self._same[outputs[0]] = embedding
+            self.forms[outputs[0]] = model.forms[embedding]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows, of the input embeddings where the output's are the same."""
@@ -102,10 +110,20 @@ class _Untwined(Weights):
 
 
 def _ties(model: Weights) -> bool:
-    settings = settings_of(model)
-    embedded = any(is_of_tokens(name) for name in model.forms)
-    default = not any(name.endswith(_OUTPUT) for name in model.forms)
-    return embedded and bool(settings.get("tie_word_embeddings", default))
+    """Whether the output's embeddings are the input's: not where a file has others, whatever its config.json says."""
+    embedding = next((name for name in model.forms if is_embedding(name)), None)
+    outputs = [name for name in model.forms if is_output(name)]
+    if embedding is None or not settings_of(model).get("tie_word_embeddings", not outputs):
+        return False
+    return all(_equal(model, embedding, output) for output in outputs)
+
+
+def _equal(model: Weights, one: str, other: str) -> bool:
+    """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
+    form = model.forms[one]
+    if form.shape != model.forms[other].shape:
+        return False
+    return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in pieces(form.shape))
 
 
 def _check_kinds(models: Mapping[str, Weights]) -> None:
@@ -120,9 +138,9 @@ def _check_tokens(models: Mapping[str, Weights]) -> None:
     """One after the other: a vocabulary takes many megabytes, and most are one file."""
     one, *others = models.values()
     for other in others:
-        if one_file(one.folder, other.folder):
+        if one_file(one.tokens, other.tokens):
             continue
-        first, found = vocabulary(one.folder), vocabulary(other.folder)
+        first, found = vocabulary(one.tokens), vocabulary(other.tokens)
         if first is not None and found is not None and found != first:
             more, less, moved = difference(found, first)
             raise ModelError(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import RecipeError
-from fedtune.fusion.config import Entry, MergeConfig
+from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.methods import Method, method
 from fedtune.fusion.models import Models
-from fedtune.fusion.plan import Target
+from fedtune.fusion.plan import Part, Target
 from fedtune.fusion.weights import Weights
-from fedtune.merging import Align, Evidence, Operand, Relax, Renormalise, StatisticsFile, choose
+from fedtune.merging import Align, Evidence, Operand, Relax, Renormalise, Rows, StatisticsFile, choose
 from fedtune.recipe import Unit
 
 __all__ = ["Base", "Deltas", "End", "Steps", "aligned", "operands", "steps"]
@@ -32,8 +32,9 @@ class Steps(NamedTuple):
 
 def steps(config: MergeConfig) -> Steps:
     """The steps a configuration names; RecipeError for one of the wrong kind."""
-    if config.align and config.slices is not None:
-        raise RecipeError("align matches whole models; give models in place of slices, or leave align out")
+    for what, step in {"align": config.align, "renormalise": config.renormalise}.items():
+        if step and config.slices is not None:
+            raise RecipeError(f"{what} needs whole models; give models in place of slices, or leave {what} out")
     chosen = choose([*config.align, Unit(name="mean"), *config.relax, *config.renormalise])
     return Steps(chosen.align, method(config.merge_method), chosen.relax, chosen.renormalise, chosen.needs)
 
@@ -70,6 +71,31 @@ class Deltas:
         return rows - self._base.rows(name, start, stop)
 
 
+class Nothing:
+    """The rows of a model of which nothing is kept."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self._rows(name, start, stop))
+
+
+class Renamed:
+    """What was measured on a model, under the names of the result."""
+
+    def __init__(self, measured: StatisticsFile, tensors: Mapping[str, str]) -> None:
+        self._measured, self._tensors = measured, tensors
+
+    def __contains__(self, name: object) -> bool:
+        return self._tensors.get(str(name)) in self._measured
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of what belongs to the model's own tensor."""
+        return self._measured(self._tensors[name], start, stop)
+
+
 class End(Mapping[str, Tensor]):
     """One model's whole tensors by the result's names, read when asked for: the base and its delta."""
 
@@ -95,8 +121,8 @@ class End(Mapping[str, Tensor]):
 
 def operands(chosen: Steps, targets: Sequence[Target], models: Models, base: Base | None) -> dict[str, list[Operand]]:
     """The models' parts in each tensor, weights and knobs as they are set for it."""
-    readers: dict[tuple[int, str], Deltas] = {}
-    statistics: dict[str, StatisticsFile] = {}
+    files: dict[str, StatisticsFile] = {}
+    readers: dict[tuple[int, str], tuple[Deltas, Renamed | None]] = {}
     found: dict[str, list[Operand]] = {}
     tensors = _tensors(targets)
     for target in (target for target in targets if not target.copied):
@@ -104,14 +130,19 @@ def operands(chosen: Steps, targets: Sequence[Target], models: Models, base: Bas
         for place, part in enumerate(target.parts):
             key = (place, part.entry.model)
             if key not in readers:
-                readers[key] = Deltas(models.by_name[part.entry.model], tensors[key], base)
-            path = part.entry.statistics
-            if path is not None and path not in statistics:
-                statistics[path] = StatisticsFile(Path(path))
-            found[target.name].append(
-                _operand(chosen.combine, target, part.entry, readers[key], statistics.get(path or ""))
-            )
+                rows = Deltas(models.by_name[part.entry.model], tensors[key], base)
+                readers[key] = (rows, _measured(part.entry.statistics, files, tensors[key]))
+            found[target.name].append(_operand(chosen.combine, target, part, *readers[key]))
     return found
+
+
+def _measured(path: str | None, files: dict[str, StatisticsFile], tensors: Mapping[str, str]) -> Renamed | None:
+    """A model's statistics, of which each file is opened once."""
+    if path is None:
+        return None
+    if path not in files:
+        files[path] = StatisticsFile(Path(path))
+    return Renamed(files[path], tensors)
 
 
 def _tensors(targets: Sequence[Target]) -> dict[tuple[int, str], dict[str, str]]:
@@ -123,10 +154,10 @@ def _tensors(targets: Sequence[Target]) -> dict[tuple[int, str], dict[str, str]]
     return found
 
 
-def _operand(chosen: Method, target: Target, entry: Entry, rows: Deltas, statistics: StatisticsFile | None) -> Operand:
-    layers = (entry.parameters, *target.layers)
-    weight = chosen.weight(layers, target.name, target.depth)
-    return Operand(rows, weight, chosen.knobs(entry.parameters, target.name, target.depth), statistics)
+def _operand(chosen: Method, target: Target, part: Part, rows: Deltas, statistics: Renamed | None) -> Operand:
+    """Filters of a model's parameters meet the tensor's name in that model, as in mergekit."""
+    own = chosen.own((part.entry.parameters, *target.layers), part.tensor, target.depth)
+    return Operand(Nothing(rows) if own.nothing else rows, own.weight, own.knobs, statistics)
 
 
 def aligned(

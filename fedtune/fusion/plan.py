@@ -7,13 +7,15 @@ import torch
 
 from fedtune.errors import ModelError, RecipeError
 from fedtune.fusion.config import Entry, MergeConfig, Slice, Source
-from fedtune.fusion.layers import Layered, depths, layer_of, stem
+from fedtune.fusion.layers import Layered, depths, layer_of, stacks
 from fedtune.fusion.layout import Form
 from fedtune.fusion.methods import Method, method
-from fedtune.fusion.models import Models
-from fedtune.fusion.settings import Layer
+from fedtune.fusion.models import Models, settings_of
+from fedtune.fusion.settings import Layer, over_depth
+from fedtune.fusion.settings_file import resliced
+from fedtune.fusion.weights import Weights
 
-__all__ = ["Part", "Target", "plan"]
+__all__ = ["Part", "Target", "check_parameters", "gradients_outside", "plan"]
 
 
 class Part(NamedTuple):
@@ -26,7 +28,8 @@ class Part(NamedTuple):
 class Target(NamedTuple):
     """One tensor of the result; ``base`` is what deltas are to, ``copied`` that it is taken from there as it is.
 
-    ``layers`` are the parameters that hold for all parts, the most particular first.
+    ``layers`` are the parameters that hold for all parts, the most particular first. ``averaged``: a model lacks the
+    tensor, so that those which have it are averaged.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Target(NamedTuple):
     copied: bool
     layers: tuple[Layer, ...]
     depth: float
+    averaged: bool = False
 
 
 def plan(config: MergeConfig, models: Models) -> list[Target]:
@@ -43,28 +47,56 @@ def plan(config: MergeConfig, models: Models) -> list[Target]:
     chosen = method(config.merge_method)
     if chosen.acts == "deltas" and config.base_model is None:
         raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
-    _check_parameters(config, chosen)
+    check_parameters(config, chosen)
     targets = list(_whole(config, models, chosen) if config.models is not None else _sliced(config, models, chosen))
     if chosen.copies and any(len(target.parts) != 1 for target in targets if not target.copied):
         raise RecipeError("passthrough copies one model per slice; name one source in each, or choose linear")
     return targets
 
 
-def _check_parameters(config: MergeConfig, chosen: Method) -> None:
+def gradients_outside(config: MergeConfig, targets: Sequence[Target]) -> list[str]:
+    """Whether values over the depth reach tensors behind the layers, which mergekit gives the first value."""
+    layers = [config.parameters, *(entry.parameters for entry in config.entries)]
+    layers += [part.parameters for part in config.slices or []]
+    if not any(over_depth(setting) for layer in layers for setting in layer.values()):
+        return []
+    known = set(stacks(target.name for target in targets))
+    outside = [target for target in targets if (at := layer_of(target.name)) is None or at.before not in known]
+    behind = [target.name for target in outside if target.depth == 1]
+    told = ", ".join(behind[:3]) + (" ..." if len(behind) > 3 else "")
+    if not behind:
+        return []
+    return [f"of values over the depth, {told} take the last, as behind all layers; mergekit gives them the first"]
+
+
+def check_parameters(config: MergeConfig, chosen: Method) -> None:
+    """RecipeError for a parameter that means nothing to the method, of the whole, a slice or a model."""
     chosen.check(config.parameters, "parameters")
     for part in config.slices or []:
         chosen.check(part.parameters, "a slice's parameters")
     for entry in config.entries:
-        chosen.check(entry.parameters, f"the parameters of {entry.model}")
+        chosen.check(entry.parameters, f"the parameters of {entry.model}", own=True)
 
 
 def _whole(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
     entries = _counted(config.models or [], config, chosen)
+    if config.base_model is not None and _base_counts(config, chosen, entries):
+        entries = [Entry(model=config.base_model), *entries]
     forms = next(iter(models.tuned.values()), models.first).forms
     depth = depths(forms)
     for name, form in forms.items():
-        parts = tuple(Part(entry, name) for entry in entries)
-        yield _target(config, models, name, form, parts, (config.parameters,), depth[name])
+        parts = tuple(Part(entry, name) for entry in entries if name in models.by_name[entry.model].forms)
+        target = _target(config, models, name, form, parts, (config.parameters,), depth[name])
+        yield target._replace(averaged=len(parts) < len(entries))
+
+
+def _base_counts(config: MergeConfig, chosen: Method, entries: Sequence[Entry]) -> bool:
+    """Whether the base, named only as such, is one of the models on which the method acts, as it is in mergekit."""
+    if config.base_model in [entry.model for entry in entries] or config.relax:
+        return False
+    if chosen.name == "slerp":
+        return len(entries) == 1
+    return chosen.name == "karcher" or (chosen.name == "linear" and "weight" in config.parameters)
 
 
 def _counted(entries: Sequence[Entry], config: MergeConfig, chosen: Method) -> list[Entry]:
@@ -104,10 +136,9 @@ def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
 def _sliced(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
     """Tensors before the layers from the first slice's models, those after them from the last one's."""
     slices = config.slices or []
-    forms = models.by_name[slices[0].sources[0].model].forms
-    before = stem(forms)
-    if before is None:
-        raise ModelError(f"{slices[0].sources[0].model} has no numbered layers, so it cannot be cut into slices")
+    first = models.by_name[slices[0].sources[0].model]
+    forms, before = first.forms, _stack(first)
+    resliced(settings_of(first), slices, models)  # for what it refuses
     outside = {name: depth for name, depth in depths(forms).items() if _at(name, before) is None}
     for name in (name for name, depth in outside.items() if depth == 0):
         yield _outside(config, models, chosen, slices[0], name, 0.0)
@@ -119,6 +150,19 @@ def _sliced(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Tar
             number += 1
     for name in (name for name, depth in outside.items() if depth > 0):
         yield _outside(config, models, chosen, slices[-1], name, 1.0)
+
+
+def _stack(model: Weights) -> str:
+    """What stands before the numbers of the layers that slices count; ModelError unless there is exactly one stack."""
+    found = stacks(model.forms)
+    if not found:
+        raise ModelError(f"{model.origin} has no numbered layers, so it cannot be cut into slices")
+    if len(found) > 1:
+        raise ModelError(
+            f"{model.origin} has several stacks of layers ({', '.join(sorted(found))}), and slices do not say whose "
+            "layers they count; give models in place of slices"
+        )
+    return found[0]
 
 
 def _outside(config: MergeConfig, models: Models, chosen: Method, part: Slice, name: str, depth: float) -> Target:
@@ -136,7 +180,8 @@ def _layer(
     bases = [source for source in part.sources if source.model == config.base_model]
     if chosen.acts == "deltas" and not bases:
         raise RecipeError(f"{chosen.name} needs layers of the base; name {config.base_model} in every slice's sources")
-    depth = offset / max(1, first.layer_range[1] - first.layer_range[0] - 1)
+    last = first.layer_range[1] - first.layer_range[0] - 1
+    depth = offset / last if last else 1.0
     for layered in _tensors(models, first, before, offset):
         name = layered.at(number)
         parts = tuple(Part(source, layered.at(source.layer_range[0] + offset)) for source in counted)

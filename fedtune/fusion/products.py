@@ -4,7 +4,7 @@ With Q1 and Q2 orthonormal bases of all adapters' columns and rows, D_i = Q1 M_i
 the products D_i is one among the cores M_i, whose sides are no longer than the ranks' sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,9 +45,10 @@ class Products:
         self._read = lru_cache(1)(self._factors)
         self._bases = lru_cache(1)(self._between)
 
-    def operands(self, weights: Sequence[float]) -> list[Operand]:
+    def operands(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[Operand]:
         """One per adapter."""
-        return [Operand(_Reader(self, number), weight) for number, weight in enumerate(weights)]
+        told = enumerate(zip(weights, knobs, strict=True))
+        return [Operand(_Reader(self, number), weight, own) for number, (weight, own) in told]
 
     def of(self, module: str) -> list[Factors]:
         """Each adapter's product or core."""

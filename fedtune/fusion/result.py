@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from fedtune.fusion.documents import add_documents
-from fedtune.fusion.fuse import Merge, Progress, fill, renormalise
+from fedtune.fusion.fuse import Merge, Progress, fill
+from fedtune.fusion.mend import renormalise
 from fedtune.fusion.output import opening
 from fedtune.merging import Evidence
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fedtune import data, models
 from fedtune.errors import ModelError, RecipeError
 from fedtune.fusion.config import Entry, MergeConfig
@@ -67,12 +69,25 @@ def gather(prepared: Merge, task: Task | None, source: str | None, column: str |
     with whole_folder(prepared.models.base or next(iter(prepared.models.by_name)), runs) as folder:
         model = Model(source=f"path:{folder}")
         net = models.load(model, task, _labels(folder, task), seed=0).eval()
+        if prepared.steps.renormalise:
+            _check_shapes(prepared, net.state_dict())
         batches = [] if source is None else calibration(source, model, task, column=column)
     found = activity(net, batches) if "activity" in needs else {}
-    known = {target.name for target in prepared.targets}
+    known = {target.base for target in prepared.targets if target.base} or {target.name for target in prepared.targets}
     if "activity" in needs and not found.keys() & known:
         raise ModelError(f"{_who(prepared)} finds no weight of the result in the model; name another base or task")
     return Evidence(activity=found, model=net if "model" in needs else None, batches=batches)
+
+
+def _check_shapes(prepared: Merge, state: Mapping[str, Tensor]) -> None:
+    """ModelError when the result is no state of the net that its activations are to be watched in."""
+    step = prepared.steps.renormalise[0].name
+    for target in prepared.targets:
+        if target.name in state and tuple(state[target.name].shape) != target.form.shape:
+            raise ModelError(
+                f"{step} watches the result in the net it was given, where {target.name} is "
+                f"{list(state[target.name].shape)}, not {list(target.form.shape)}; leave {step} out"
+            )
 
 
 def _who(prepared: Merge) -> str:

@@ -1,5 +1,6 @@
 """Parameters in layers: a value, a list drawn over the depth of the model, or values for some tensor names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -7,28 +8,44 @@ from pydantic import AfterValidator
 
 from fedtune.recipe import Section
 
-__all__ = ["Filtered", "Layer", "Setting", "Value", "lookup", "value_at"]
+__all__ = ["Filtered", "Layer", "Setting", "Value", "lookup", "over_depth", "value_at"]
 
 Value = bool | int | float | str
+_SCALARS = (bool, int, float, str)
+_BY_FILTER: tuple[set[str], ...] = ({"value"}, {"filter", "value"})
 
 
 class Filtered(Section):
     """A value for the tensors whose name contains ``filter``; without one, or with ``*``, for all."""
 
     filter: str | None = None
-    value: Value | list[float]
+    value: Value | list[Value]
 
 
 def _checked(setting: Any) -> Any:
-    """A value, numbers over the depth, or values by filter; ValueError for anything else."""
-    if isinstance(setting, bool | int | float | str):
-        return setting
-    if isinstance(setting, list) and setting:
-        if all(isinstance(item, int | float) for item in setting):
-            return [float(item) for item in setting]
-        if all(isinstance(item, dict) and item.keys() in ({"value"}, {"filter", "value"}) for item in setting):
-            return [Filtered(**item) for item in setting]
-    raise ValueError("write a value, a list of numbers over the depth, or a list of {filter: ..., value: ...}")
+    """A value, values over the depth, or values by filter; ValueError for anything else."""
+    if isinstance(setting, _SCALARS):
+        return _scalar(setting)
+    if isinstance(setting, dict):
+        return _checked([setting])
+    if isinstance(setting, list):
+        if all(isinstance(item, _SCALARS) for item in setting):
+            return [_scalar(item) for item in setting]
+        if all(isinstance(item, dict) and item.keys() in _BY_FILTER for item in setting):
+            return [Filtered(filter=item.get("filter"), value=_checked(item["value"])) for item in setting]
+    raise ValueError("write a value, a list of values over the depth, or a list of {filter: ..., value: ...}")
+
+
+def _scalar(value: Value) -> Value:
+    """The value; text that is a number as the number: YAML takes 5e-1, which lacks a point, for text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no number to calculate with; write a finite one")
+    return value
 
 
 Setting = Annotated[Any, AfterValidator(_checked)]
@@ -47,7 +64,7 @@ def value_at(setting: Any, name: str, depth: float) -> Value | None:
     """A setting at a tensor; ``depth`` runs from 0 at the first layer to 1 at the last."""
     if not isinstance(setting, list):
         return setting  # type: ignore[no-any-return]
-    if not any(isinstance(item, Filtered) for item in setting):
+    if not _by_filter(setting):
         return _between(setting, depth)
     for item in setting:
         if item.filter in (None, "*") or item.filter in name:
@@ -55,11 +72,26 @@ def value_at(setting: Any, name: str, depth: float) -> Value | None:
     return None
 
 
-def _between(values: Sequence[float], depth: float) -> float | None:
-    """Linear interpolation in evenly spaced values."""
+def over_depth(setting: Any) -> bool:
+    """Whether a setting changes with the depth, for some tensors at least."""
+    if not isinstance(setting, list):
+        return False
+    values = [item.value if isinstance(item, Filtered) else item for item in setting]
+    return any(isinstance(value, list) for value in values) or (len(setting) > 1 and not _by_filter(setting))
+
+
+def _by_filter(setting: Sequence[Any]) -> bool:
+    return any(isinstance(item, Filtered) for item in setting)
+
+
+def _between(values: Sequence[Value], depth: float) -> Value | None:
+    """Linear interpolation in evenly spaced numbers; of switches and words the one whose stretch begins before."""
     if not values:
         return None
     place = depth * (len(values) - 1)
     low = min(int(place), len(values) - 1)
     high = min(low + 1, len(values) - 1)
-    return values[low] + (place - low) * (values[high] - values[low])
+    one, other = values[low], values[high]
+    if isinstance(one, bool | str) or isinstance(other, bool | str):
+        return one
+    return one + (place - low) * (other - one)

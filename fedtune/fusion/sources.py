@@ -9,7 +9,7 @@ from fedtune.fusion.four_bit import FourBit, is_four_bit
 from fedtune.fusion.weights import Weights
 from fedtune.models.sources import resolve
 
-__all__ = ["Exporter", "no_runs", "open_source"]
+__all__ = ["Exporter", "no_runs", "open_base", "open_source"]
 
 Exporter = Callable[[str], Path]
 """Writes what a run of fedtune learned, named by id, to a folder of safetensors."""
@@ -43,6 +43,14 @@ def open_source(source: str, runs: Exporter = no_runs) -> Weights:
     return _stored(folder, source)
 
 
+def open_base(base: str) -> Weights:
+    """What an adapter names as its base, where it is at hand: nothing is fetched. SourceError where it is not."""
+    name = _named(base)
+    if not name.startswith("hub:"):
+        return open_source(name)
+    return _stored(_fetched(name.removeprefix("hub:"), local=True), name)
+
+
 def _kind(source: str) -> tuple[str | None, str]:
     """The kind of a source and its name; None for a folder written with its adapter."""
     kind, colon, name = source.partition(":")
@@ -66,18 +74,21 @@ def _folder(source: str) -> Path:
         return path if path.exists() else _fetched(source)
     if kind == "hub":
         return _fetched(name)
-    return Path(name).expanduser() if kind == "path" else Path(resolve(source))
+    return Path(name).expanduser() if kind == "path" else Path(resolve(source, "the model"))
 
 
-def _fetched(name: str) -> Path:
-    """A repository of the hub in its local cache, without the pickles."""
+def _fetched(name: str, *, local: bool = False) -> Path:
+    """A repository of the hub, ID or ID@REVISION, in its local cache, without the pickles."""
     from huggingface_hub import snapshot_download
 
     from fedtune.models.quiet import quiet
 
+    name, _, revision = name.partition("@")
     try:
         with quiet():
-            return Path(snapshot_download(name, allow_patterns=_WANTED))
+            return Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=_WANTED, local_files_only=local)
+            )
     except (OSError, ValueError) as error:
         raise SourceError(
             f"there is no folder {name}, and the hub does not give it ({type(error).__name__}); check the name"

@@ -1,48 +1,32 @@
 """Embeddings and output layers of models whose tokens differ, read in the order of the result's tokens.
 
-A row a model lacks is the base's; if that lacks it too, the only owner's, else the mean of the owners'.
+A row a model lacks is the base's; if that lacks it too, the only owner's, else the mean of the owners'. A row that
+nobody has is the mean of the model's own rows of the result's tokens: zeros would outscore tokens of low scores.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.config import Tokenizer, TokenSource
+from fedtune.fusion.token_names import is_of_columns, is_of_tokens, looks_like_tokens
+from fedtune.fusion.turned import Turned
 from fedtune.fusion.vocabulary import union, vocabulary
 from fedtune.fusion.weights import Weights
 
-__all__ = ["Outcome", "is_of_tokens", "retokenised"]
-
-_OF_TOKENS = (
-    "embed_tokens.weight",
-    "word_embeddings.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-    "lm_head.weight",
-    "lm_head.bias",
-    "embed_out.weight",
-    "cls.predictions.bias",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
-)
-
-
-def is_of_tokens(name: str) -> bool:
-    """Whether a tensor has one row per token."""
-    return name.endswith(_OF_TOKENS)
+__all__ = ["Outcome", "retokenised"]
 
 
 class Outcome(NamedTuple):
-    """The models with the result's tokens, the folder whose tokenizer that is, and its tokenizer.json if it is new."""
+    """The models with the result's tokens, the one whose ids they keep, and a tokenizer.json if it is new."""
 
     models: list[Weights]
-    folder: Path
+    leader: Weights
     described: dict[str, Any] | None
 
 
@@ -63,6 +47,10 @@ class _Given(NamedTuple):
 
 def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> Outcome:
     """All models read in the order of the tokens that the rule chooses; the base, if any, is one of the models."""
+    turned = {id(model): Turned(model) for model in models}
+    models, base = [turned[id(model)] for model in models], None if base is None else turned[id(base)]
+    for model in models:
+        _check_known(model)
     words = [_vocabulary(model) for model in models]
     leader = _leader(models, base, rule)
     described = None
@@ -76,12 +64,32 @@ def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer
     ]
     given = dict(_given(rule, ids, models, words))
     order = sorted(known, key=lambda one: one.weights is not base)
-    changed: list[Weights] = [_Retokenised(one, order, base is not None, height, given) for one in known]
-    return Outcome(changed, models[leader].folder, described)
+    changed: list[Weights] = [Turned(_Retokenised(one, order, base is not None, height, given)) for one in known]
+    return Outcome(changed, models[leader], described)
+
+
+def _check_known(model: Weights) -> None:
+    """ModelError unless all tensors of tokens are known, and have one row for each."""
+    rows = {form.height for name, form in model.forms.items() if _is_of_tokens(name)}
+    if len(rows) != 1:
+        raise ModelError(
+            f"{model.origin} has embeddings of {' and '.join(map(str, sorted(rows))) or 'no known'} rows, which no "
+            "tokenizer rule can put in order; leave the rule out"
+        )
+    for name, form in model.forms.items():
+        if not is_of_columns(name) and looks_like_tokens(name, form.shape, *rows):
+            raise ModelError(
+                f"{model.origin}: {name} seems to count tokens, in a way that fedtune does not know; leave the "
+                "tokenizer rule out"
+            )
+
+
+def _is_of_tokens(name: str) -> bool:
+    return is_of_tokens(name) or is_of_columns(name)
 
 
 def _vocabulary(model: Weights) -> dict[str, int]:
-    found = vocabulary(model.folder)
+    found = vocabulary(model.tokens)
     if found is None:
         raise ModelError(f"{model.origin} has no tokenizer, which the tokenizer rule needs; leave the rule out")
     return found
@@ -105,8 +113,8 @@ def _grown(models: Sequence[Weights], leader: int, words: Sequence[Mapping[str, 
     """A tokenizer of all tokens; None when the leader has them all."""
     if all(word.keys() <= words[leader].keys() for word in words):
         return None
-    others = [model.folder for place, model in enumerate(models) if place != leader]
-    return union([models[leader].folder, *others])
+    others = [model.tokens for place, model in enumerate(models) if place != leader]
+    return union([models[leader].tokens, *others])
 
 
 def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
@@ -117,7 +125,7 @@ def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _embedding_rows(model: Weights) -> int:
-    return max((form.height for name, form in model.forms.items() if is_of_tokens(name)), default=0)
+    return max((form.height for name, form in model.forms.items() if _is_of_tokens(name)), default=0)
 
 
 def _height(model: Weights, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
@@ -146,6 +154,8 @@ def _given(
         if token not in ids:
             raise ModelError(f"the tokenizer rule has rows for {token!r}, which the result does not know; remove it")
         source = told.source
+        if source is None:
+            continue
         if isinstance(source, str):
             source = TokenSource(kind="model_token", model=source, token=token)
         if source.kind == "zero":
@@ -166,16 +176,17 @@ class _Retokenised(Weights):
     ) -> None:
         weights = own.weights
         self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised = weights.quantised
+        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
+        self._means: dict[str, Tensor] = {}
         self._own, self._order, self._based, self._given = own, order, based, given
         self.forms = {
-            name: form._replace(shape=(height, *form.shape[1:])) if is_of_tokens(name) else form
+            name: form._replace(shape=(height, *form.shape[1:])) if _is_of_tokens(name) else form
             for name, form in weights.forms.items()
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows of the result's tokens."""
-        if not is_of_tokens(name):
+        if not _is_of_tokens(name):
             return self._own.weights.rows(name, start, stop)
         found = _gathered(self._own, name, start, stop)
         for row in self._special(start, stop):
@@ -199,8 +210,17 @@ class _Retokenised(Weights):
         if self._based and owners and owners[0] is self._order[0]:
             owners = owners[:1]
         if not owners:  # beyond all tokens
-            return torch.zeros(self.forms[name].shape[1:])
+            return self._mean(name)
         return torch.stack([_row(one, name, int(one.rows[row])).double() for one in owners]).mean(0).to(torch.float32)
+
+    def _mean(self, name: str) -> Tensor:
+        """The mean of the model's own rows."""
+        if name not in self._means:
+            total, form = torch.zeros(self.forms[name].shape[1:], dtype=torch.float64), self._own.weights.forms[name]
+            for start, stop in pieces(form.shape):
+                total += self._own.weights.rows(name, start, stop).double().sum(0)
+            self._means[name] = (total / form.height).to(torch.float32)
+        return self._means[name]
 
 
 def _row(one: _Known, name: str, row: int) -> Tensor:

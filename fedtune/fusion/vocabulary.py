@@ -11,11 +11,16 @@ from tokenizers import Tokenizer as Tokens
 from fedtune.errors import ModelError
 from fedtune.fusion.folder import read_json
 
-__all__ = ["difference", "one_file", "union", "vocabulary"]
+__all__ = ["difference", "has_tokenizer", "one_file", "union", "vocabulary"]
 
 _FILE = "tokenizer.json"
 _OTHER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 Vocabulary = Mapping[str, int]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in (_FILE, *_OTHER))
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -23,7 +28,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     if (folder / _FILE).is_file():
         found: dict[str, int] = Tokens.from_file(str(folder / _FILE)).get_vocab(with_added_tokens=True)
         return found
-    if any((folder / name).is_file() for name in _OTHER):
+    if has_tokenizer(folder):
         from transformers import AutoTokenizer  # seconds and a hundred megabytes, for old formats only
 
         return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())

@@ -9,21 +9,31 @@ from torch import Tensor
 
 from fedtune.fusion.layout import Form
 
-__all__ = ["Lazy", "Prefixed", "Weights", "prefix_before", "spelt_like"]
+__all__ = ["Lazy", "Prefixed", "Weights", "by_their_rest", "prefix_before", "spelt_like"]
+
+_WRAPPERS = ("model", "language_model")
+"""Parts of a name that say only how modules are nested, which transformers has changed between memory and file."""
 
 
 class Weights(ABC):
     """A model's tensors.
 
-    ``origin`` is what the user called it, ``folder`` holds config.json and the tokenizer, ``files`` are what the
-    tensors are read from, ``forms`` their names in order, ``quantised`` whether they were stored in fewer bits.
+    ``origin`` is what the user called it, ``folder`` holds config.json, ``tokens`` the tokenizer: the same folder
+    unless an adapter brings its own. ``files`` are what the tensors are read from, ``forms`` their names in order,
+    ``quantised`` whether they were stored in fewer bits.
     """
 
     origin: str
     folder: Path
+    own_tokens: Path | None = None
     files: tuple[Path, ...]
     forms: Mapping[str, Form]
     quantised: bool = False
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of the tokenizer."""
+        return self.folder if self.own_tokens is None else self.own_tokens
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -40,7 +50,7 @@ class Prefixed(Weights):
     def __init__(self, weights: Weights, put: str, take: str = "") -> None:
         self._weights, self._put, self._take = weights, put, take
         self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised = weights.quantised
+        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
         self._names = {put + name.removeprefix(take): name for name in weights.forms}
         self.forms = {name: weights.forms[own] for name, own in self._names.items()}
 
@@ -83,3 +93,19 @@ def spelt_like(weights: Weights, names: Collection[str]) -> Weights:
     if take := prefix_before(weights.forms, names):
         return Prefixed(weights, "", take)
     return weights
+
+
+def by_their_rest(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """Which of the ``known`` names each name means, where they differ in parts that only say how modules are nested.
+
+    A vision-language model is ``language_model.model.layers...`` in its file and ``model.language_model.layers...`` in
+    memory, where adapters get their names.
+    """
+    found: dict[str, list[str]] = {}
+    for name in known:
+        found.setdefault(_rest(name), []).append(name)
+    return {name: found[_rest(name)][0] for name in names if len(found.get(_rest(name), ())) == 1}
+
+
+def _rest(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

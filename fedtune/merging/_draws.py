@@ -25,8 +25,10 @@ def dropped(stream: Iterable[Tensor], density: float, random: torch.Generator) -
     return map(drop, stream)
 
 
-def ranked(stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator) -> Iterator[Tensor]:
-    """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank, and divided by it.
+def ranked(
+    stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator, *, rescale: bool = True
+) -> Iterator[Tensor]:
+    """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank and, rescaled, divided by it.
 
     p rises evenly from density - epsilon for the smallest to density + epsilon for the largest. No piece is held
     between two.
@@ -37,7 +39,8 @@ def ranked(stream: Iterable[Tensor], density: float, epsilon: float, random: tor
         place = torch.linspace(-1, 1, width) if width > 1 else torch.zeros(1)
         order = piece.abs().argsort(dim=1, stable=True)
         p = torch.empty_like(piece).scatter_(1, order, (density + epsilon * place).expand_as(piece))
-        return piece * (torch.rand(piece.shape, generator=random) < p) / p
+        kept = piece * (torch.rand(piece.shape, generator=random) < p)
+        return kept / p if rescale else kept
 
     return map(drop, stream)
 

@@ -7,8 +7,8 @@ Use when: many task vectors are to be added with one setting found on a few.
 Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
   win or lose as the product is cut into factors, so that equal products merge into different ones.
-Source: Davari, Belilovsky (arXiv 2312.06795); the defaults are mergekit's usual ones, milder than the
-  paper's. Where density and gamma do not fit together, fewer of the largest are dropped.
+Source: Davari, Belilovsky (arXiv 2312.06795); the defaults are milder than the paper's. Where density and gamma do not
+  fit together, fewer of the largest are dropped. Where `fedtune merge` is told no density it drops nothing.
 """
 
 from typing import ClassVar

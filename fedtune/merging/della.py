@@ -9,6 +9,7 @@ Adapters: refused where clients send one factor of a product (lora alternating o
   win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Deep, Bhardwaj, Poria (arXiv 2406.11617). Epsilon is half the range of p, as in mergekit; the paper's
   is all of it. Each entry is divided by its own p as published; mergekit rescales all by one ratio of L1 norms.
+  Where `fedtune merge` is told no density it drops nothing, as mergekit.
 """
 
 from typing import ClassVar

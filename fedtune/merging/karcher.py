@@ -5,6 +5,7 @@ Memory: two passes, one piece of each model; it iterates on coefficients, not on
 Use when: more than two models are to be blended as SLERP blends two. Without a base it acts on the models themselves.
 Avoid when: directions are opposite: there is no nearest point, and where their mean vanishes it falls back to linear.
 Source: Karcher (Comm. Pure Appl. Math. 30, 1977); iteration as in Afsari, Tron, Vidal (arXiv 1201.0925), unit steps.
+  `fedtune merge` takes a base that is named only as such for one of the models, as mergekit, unless it relaxes.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ class ModelStock(Span):
     """The mean times t."""
 
     name: ClassVar[str] = "model-stock"
-    fewest: ClassVar[int] = 3
+    fewest: ClassVar[int] = 2
     over: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
 
     @property

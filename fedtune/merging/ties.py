@@ -8,7 +8,8 @@ Avoid when: there are one or two models or signs agree: trimming then only loses
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
   win or lose as the product is cut into factors, so that equal products merge into different ones.
 Source: Yadav et al. (arXiv 2306.01708), algorithm 1. Trims each tensor where the paper trims the whole model, and
-  weights multiply before the election, as in mergekit; its density default is 1, the paper's 0.2 is kept here.
+  weights multiply before the election, as in mergekit; its density default is 1, which `fedtune merge` takes; a
+  round's is the paper's 0.2.
 """
 
 from collections.abc import Iterator

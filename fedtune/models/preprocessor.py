@@ -12,7 +12,7 @@ from fedtune.explain import explain
 from fedtune.files import write
 from fedtune.pictures import Preprocessor, Resample
 
-__all__ = ["FILE", "from_settings", "save", "settings_of"]
+__all__ = ["FILE", "check_known", "from_settings", "save", "settings_of"]
 
 FILE = "preprocessor_config.json"
 Settings = Mapping[str, Any]
@@ -29,8 +29,6 @@ def from_settings(settings: Settings, source: str) -> Preprocessor:
     Raises ModelError for what is not square or is resized by a rule that is not known here.
     """
     kind = str(settings.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
-    if kind in _UNLIKE:
-        raise ModelError(f"{source}: {kind} {_UNLIKE[kind]}; {_MEND}")
     scale, offset = _scale(settings)
     mean, std = _normal(settings, kind)
     found = {
@@ -48,11 +46,28 @@ def from_settings(settings: Settings, source: str) -> Preprocessor:
 
 
 _MEND = "set model.preprocessor to what it needs"
-_UNLIKE = {
-    "ImageGPTImageProcessor": "makes tokens of pictures",
-    "PerceiverImageProcessor": "cuts a picture before it resizes it",
-    "TextNetImageProcessor": "gives pictures of many sizes",
-}
+
+
+def check_known(processor: object, source: str) -> None:
+    """ModelError for an image processor of transformers with steps of its own that are not known here."""
+    kind = type(processor)
+    name = kind.__name__.removesuffix("Pil").removesuffix("Fast")
+    own = [step for step in _STEPS if not _owner(kind, step).startswith("transformers.image_processing_")]
+    if own and name not in _KNOWN:
+        raise ModelError(f"{source}: {name} does more than resize, cut out and normalise pictures; {_MEND}")
+
+
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "_preprocess")
+_KNOWN = frozenset(
+    f"{name}ImageProcessor"
+    for name in ("Beit", "ConvNext", "EfficientNet", "Levit", "MobileNetV2", "MobileViT", "PoolFormer", "Segformer")
+)
+"""Image processors whose own steps are followed here, or are for labels that are pictures."""
+
+
+def _owner(kind: type, step: str) -> str:
+    """The module of the class that a step comes from."""
+    return next((base.__module__ for base in kind.__mro__ if step in vars(base)), "")
 
 
 def _sizes(settings: Settings, kind: str, source: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
 from fedtune.models.explained import explained
-from fedtune.models.preprocessor import FILE, from_settings
+from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.quiet import quiet
 from fedtune.models.read_past import read_past
 from fedtune.pictures import Preprocessor
@@ -126,6 +126,7 @@ def preprocessor(model: Model, location: str) -> Preprocessor:
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
             return _by_size(getattr(config, "image_size", None))
         found = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+    check_known(found, model.source)
     return from_settings(found.to_dict(), model.source)
 
 

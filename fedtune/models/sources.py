@@ -15,12 +15,15 @@ __all__ = ["is_made", "resolve", "run_folder"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def resolve(source: str) -> str:
-    """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing."""
+def resolve(source: str, key: str = "model.source") -> str:
+    """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing.
+
+    ``key`` is what the user wrote the source under.
+    """
     kind, _, name = source.partition(":")
     if kind not in _KINDS or not name:
-        raise SourceError(f"model.source is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID")
-    return _KINDS[kind](name)
+        raise SourceError(f"{key} is {source!r}; write hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID")
+    return _KINDS[kind](name, key)
 
 
 def run_folder(reference: str) -> Path:
@@ -33,37 +36,41 @@ def is_made(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _run(reference: str) -> str:
+def _run(reference: str, key: str) -> str:
     """Only commands that know the run store make such a base; whatever else loads the recipe finds it here."""
     folder = run_folder(reference)
     if "@" not in reference or not is_made(folder):
         raise SourceError(
-            f"model.source is run:{reference}, which is not at hand here; start with fedtune simulate, or export it "
+            f"{key} is run:{reference}, which is not at hand here; start with fedtune simulate, or export it "
             "and name the folder: path:FOLDER"
         )
     return str(folder)
 
 
-def _folder(name: str) -> str:
+def _hub(name: str, key: str) -> str:  # noqa: ARG001 - like the others
+    return name
+
+
+def _folder(name: str, key: str) -> str:
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} is no model folder: it has no config.json; check model.source")
+        raise SourceError(f"{folder} is no model folder: it has no config.json; check {key}")
     if not any(folder.glob("*.safetensors")):
-        raise SourceError(_without_weights(folder))
+        raise SourceError(_without_weights(folder, key))
     return str(folder)
 
 
-def _without_weights(folder: Path) -> str:
+def _without_weights(folder: Path, key: str) -> str:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         return f"{folder / pickles[0]} is a pickle, which can run any code; convert it to safetensors first"
-    return f"{folder} has no *.safetensors file; check model.source"
+    return f"{folder} has no *.safetensors file; check {key}"
 
 
-def _gguf(name: str) -> str:
+def _gguf(name: str, key: str) -> str:
     file = Path(name).expanduser()
     if not file.is_file():
-        raise SourceError(f"there is no file {file}; check model.source")
+        raise SourceError(f"there is no file {file}; check {key}")
     return str(_from_gguf(file))
 
 
@@ -73,7 +80,7 @@ def _from_gguf(file: Path) -> Path:
     return from_gguf(file)
 
 
-def _sample(name: str) -> str:
+def _sample(name: str, key: str) -> str:  # noqa: ARG001 - like the others
     if name not in _SAMPLES:
         raise SourceError(f"there is no sample model {name!r}; {nearest(name, list(_SAMPLES))}")
     return str(_SAMPLES[name]())
@@ -90,4 +97,10 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "smollm2": lambda: _from_gguf(_file("smollm2")),
     **{name: partial(convert.untrained, name) for name in convert.UNTRAINED},
 }
-_KINDS: dict[str, Callable[[str], str]] = {"hub": str, "path": _folder, "gguf": _gguf, "sample": _sample, "run": _run}
+_KINDS: dict[str, Callable[[str, str], str]] = {
+    "hub": _hub,
+    "path": _folder,
+    "gguf": _gguf,
+    "sample": _sample,
+    "run": _run,
+}

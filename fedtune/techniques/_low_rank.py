@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.contribution import Pair, Sent
@@ -140,6 +141,8 @@ def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear
     excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model), *read_past(model)}
     linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
     chosen = linear if targets == "all-linear" else [n for n in linear if n.endswith(tuple(targets))]
+    if not linear:
+        raise ModelError(f"{type(model).__name__} has no plain linear layer to put a low-rank pair beside; take full")
     if not chosen:
         raise ModelError(f"no linear layer of {type(model).__name__} ends in {targets}; give endings such as query")
     return chosen
@@ -194,7 +197,13 @@ def _head(model: nn.Module, task: Task) -> list[str]:
     return [] if task == "causal-language-modelling" else head_names(model)
 
 
+_PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)
+
+
 def _is_linear(layer: nn.Module) -> bool:
+    """Whether it multiplies by its weight, no more: some kinds standardise the weight first, others are never run."""
+    if type(layer).forward not in _PLAIN or isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
     pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
     return pointwise or isinstance(layer, nn.Linear | Conv1D)
 

@@ -10,9 +10,11 @@ from fedtune.tracking.records import (
     ContributionRecord,
     DeviceRecord,
     MetricRecord,
+    OperatorRecord,
     RoundRecord,
     RunRecord,
     Seat,
+    TokenRecord,
 )
 from fedtune.tracking.store import Store, new_run_id
 
@@ -24,10 +26,12 @@ __all__ = [
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
+    "OperatorRecord",
     "RoundRecord",
     "RunRecord",
     "Seat",
     "Store",
+    "TokenRecord",
     "alive",
     "claim",
     "default_url",

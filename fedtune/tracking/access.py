@@ -1,4 +1,4 @@
-"""Who may take part: a server's devices, enrolment tokens and operators, seats in runs, and the audit of refusals."""
+"""Who may take part: a server's devices, enrolment tokens and operators and seats in runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -8,8 +8,9 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from fedtune.errors import StoreError
 from fedtune.tracking import tables
+from fedtune.tracking.audit import AuditLog
 from fedtune.tracking.database import reader, writer
-from fedtune.tracking.records import AuditRecord, DeviceRecord, Seat
+from fedtune.tracking.records import DeviceRecord, OperatorRecord, Seat, TokenRecord
 
 __all__ = ["Access"]
 
@@ -19,6 +20,7 @@ class Access:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.audit = AuditLog(engine)
 
     def add_device(self, *, name: str, node: str, public_key: str, tags: Sequence[str] = ()) -> None:
         """Enrol a device, which takes the places that one of its name had in runs; StoreError when there is one."""
@@ -98,24 +100,46 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(update(tables.tokens).where(tables.tokens.c.sha256 == sha256), {"spent": None})
 
-    def set_operator(self, name: str, sha256: str) -> None:
-        """Keep the hash of an operator's key, in place of an earlier one."""
-        row = {"name": name, "sha256": sha256, "created": datetime.now(UTC)}
+    def unspent_tokens(self) -> list[TokenRecord]:
+        """Tokens that were never used, also those that have expired, newest first."""
+        table = tables.tokens.c
+        columns = table.sha256, table.device, table.created, table.expires, table.tags
+        wanted = select(*columns).where(table.spent.is_(None)).order_by(table.created.desc(), table.sha256)
+        with reader(self._engine) as connection:
+            return [TokenRecord(**row) for row in connection.execute(wanted).mappings()]
+
+    def remove_token(self, beginning: str) -> TokenRecord:
+        """Make the unspent token worthless whose hash begins so; StoreError unless there is exactly one."""
+        found = [token for token in self.unspent_tokens() if beginning and token.sha256.startswith(beginning)]
+        if len(found) != 1:
+            what = "no" if not found else "more than one"
+            raise StoreError(f"there is {what} unspent token {beginning!r}; see them with fedtune server tokens")
+        with writer(self._engine) as connection:
+            connection.execute(delete(tables.tokens).where(tables.tokens.c.sha256 == found[0].sha256))
+        return found[0]
+
+    def set_operator(self, name: str, sha256: str, role: str = "admin") -> None:
+        """Keep the hash of an operator's key and what it lets them do, in place of an earlier one."""
+        row = {"name": name, "sha256": sha256, "created": datetime.now(UTC), "role": role}
         with writer(self._engine) as connection:
             connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
             connection.execute(insert(tables.operators), row)
 
-    def operators(self) -> dict[str, str]:
-        """Hashes of the operators' keys, by name."""
+    def operators(self) -> list[OperatorRecord]:
+        """Every operator, by name; those from before there were roles may do everything."""
         with reader(self._engine) as connection:
-            found = connection.execute(select(tables.operators)).mappings()
-            return {row["name"]: row["sha256"] for row in found}
+            found = connection.execute(select(tables.operators).order_by(tables.operators.c.name)).mappings()
+            return [OperatorRecord(**dict(row) | {"role": row["role"] or "admin"}) for row in found]
 
     def remove_operator(self, name: str) -> None:
-        """Make an operator's key worthless; StoreError when there is none of that name."""
+        """Make an operator's key worthless; StoreError when there is none of that name, or no other admin is left."""
+        known = {operator.name: operator.role for operator in self.operators()}
+        if name not in known:
+            raise StoreError(f"there is no operator {name!r}; see them with fedtune server operators")
+        if "admin" not in {role for other, role in known.items() if other != name}:
+            raise StoreError(f"operator {name!r} is the only admin; make another first: fedtune server operator")
         with writer(self._engine) as connection:
-            if not connection.execute(delete(tables.operators).where(tables.operators.c.name == name)).rowcount:
-                raise StoreError(f"there is no operator {name!r}; see them with fedtune server operators")
+            connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
 
     def seat(self, run_id: str, seats: Sequence[Seat]) -> None:
         """Record who is which client of a run, once and for all its rounds."""
@@ -128,19 +152,6 @@ class Access:
         wanted = select(table.client, table.device, table.node).where(table.run_id == run_id).order_by(table.client)
         with reader(self._engine) as connection:
             return [Seat(**row) for row in connection.execute(wanted).mappings()]
-
-    def note(self, kind: str, who: str, what: str) -> None:
-        """Write a line into the audit."""
-        row = {"at": datetime.now(UTC), "kind": kind, "who": who[:128], "what": what}
-        with writer(self._engine) as connection:
-            connection.execute(insert(tables.audit), row)
-
-    def audit(self, limit: int = 100) -> list[AuditRecord]:
-        """The newest lines of the audit, newest first."""
-        table = tables.audit.c
-        wanted = select(table.at, table.kind, table.who, table.what).order_by(table.id.desc()).limit(limit)
-        with reader(self._engine) as connection:
-            return [AuditRecord(**row) for row in connection.execute(wanted).mappings()]
 
 
 def _in_order(tags: Iterable[str]) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ __all__ = [
     "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
+    "OperatorRecord",
     "RoundRecord",
     "RunRecord",
     "Seat",
+    "TokenRecord",
 ]
 
 
@@ -133,9 +135,36 @@ class DeviceRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence."""
+    """What a server refused or did (``kind``), for whom (an address, an operator, a device), in a sentence.
 
+    The same happened ``times`` times from ``at`` to ``last``. Lines are numbered as they come.
+    """
+
+    id: int
     at: datetime
     kind: str
     who: str
     what: str
+    times: int
+    last: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorRecord:
+    """An operator and the SHA-256 of the key they show; ``role`` is read, submit or admin."""
+
+    name: str
+    sha256: str
+    created: datetime
+    role: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """An enrolment token that was not spent: the SHA-256 of its secret, and whom it is for, if for one device only."""
+
+    sha256: str
+    device: str
+    created: datetime
+    expires: datetime
+    tags: tuple[str, ...]

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, Select, delete, func, insert, select,
 from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema, tables
 from fedtune.tracking.access import Access
-from fedtune.tracking.database import connect, default_url, reader, writer
+from fedtune.tracking.compaction import shrink
+from fedtune.tracking.database import connect, default_url, file_of, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
@@ -121,6 +122,11 @@ class Store:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
         return [_as_it_is(run) for run in found]
 
+    def record_recipe(self, run_id: str, recipe: str) -> None:
+        """Record a run's recipe, as JSON text, with what was read from its model written out."""
+        with writer(self._engine) as connection:
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"recipe": recipe})
+
     def explain(self, run_id: str, reason: str) -> None:
         """Say why a run that has not ended waits."""
         with writer(self._engine) as connection:
@@ -176,6 +182,14 @@ class Store:
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(delete(tables.runs).where(tables.runs.c.id == run_id))
+        self.compact()
+
+    def compact(self) -> None:
+        """Give back what is free in the database's file; a database server does that by itself."""
+        path = file_of(self._engine.url)
+        if path is not None:
+            self._engine.dispose()  # a connection of ours would keep others from it
+            shrink(path)
 
 
 _completed = (

@@ -167,6 +167,7 @@ operators = Table(
     Column("name", String(64), primary_key=True),
     Column("sha256", String(64), nullable=False),
     Column("created", Utc, nullable=False),
+    Column("role", String(16)),
 )
 
 audit = Table(
@@ -177,4 +178,7 @@ audit = Table(
     Column("kind", String(16), nullable=False),
     Column("who", String(128), nullable=False),
     Column("what", Text, nullable=False),
+    Column("source", String(128), index=True),
+    Column("times", Integer),
+    Column("last", Utc),
 )

@@ -1,0 +1,158 @@
+"""``fedtune merge``: models compared, merged, written and scored."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fedtune.cli.merge_options import Asked, columns, size
+
+if TYPE_CHECKING:
+    from fedtune.fusion import Comparison, Merge, MergeConfig
+    from fedtune.fusion.card import Scores
+    from fedtune.fusion.stages import Stage
+
+__all__ = ["merge_stages"]
+
+
+def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
+    """The merges of a file in order; those whose results others need go into a folder beside the output."""
+    if len(stages) == 1:
+        _merge_one(asked, stages[0].config, stages[0].text)
+        return
+    if asked.output is None or asked.dry_run:
+        raise click.UsageError(f"--dry-run looks at one merge, but {asked.sources[0]} holds {len(stages)}; write them")
+    import shutil
+
+    from fedtune.errors import FedtuneError
+    from fedtune.fusion.stages import check, renamed
+
+    check(stages)
+    beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
+    made: dict[str, Path] = {}
+    try:
+        for stage in stages[:-1]:
+            made[str(stage.config.name)] = _stage(asked, renamed(stage.config, made), stage.text, beside)
+        _merge_one(asked, renamed(stages[-1].config, made), stages[-1].text)
+    except FedtuneError:  # an interruption leaves what is made for the same command to go on with
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(beside)
+
+
+def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path:
+    """The folder of one merge's result, which is there already when the same one was made before."""
+    from fedtune.fusion import prepare
+
+    key = prepare(config, asked.export).key()
+    folder = beside / f"{config.name}-{key[:12]}"
+    if not folder.exists():
+        click.echo(f"{config.name}:", err=asked.as_json)
+        _merge_one(asked._replace(output=folder, evaluate=None), config, text, told=not asked.as_json)
+    return folder
+
+
+def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = True) -> None:
+    from fedtune.cli.merge_view import showing
+    from fedtune.fusion import compare, prepare
+
+    prepared = prepare(config, asked.export)
+    shards = prepared.shards(size(asked.shard_size))
+    if asked.output is not None:
+        from fedtune.fusion.output import check_free
+
+        check_free(asked.output, shards)
+    found = None
+    if asked.report or asked.dry_run:
+        with showing("comparing", prepared.bytes) as progress:
+            found = compare(prepared, progress, trust_base=asked.trust_base)
+    if found is not None and not asked.as_json:
+        from fedtune.cli.merge_view import show_comparison
+
+        show_comparison(found)
+    scores, warned = ({}, list(prepared.warnings)) if asked.dry_run else _write(asked, prepared, text, found)
+    if told:
+        _tell(asked, prepared, found, scores, warned)
+
+
+def _write(
+    asked: Asked, prepared: "Merge", text: str, found: "Comparison | None"
+) -> "tuple[dict[str, Any], list[str]]":
+    """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
+    from fedtune import fusion
+    from fedtune.cli.merge_view import showing
+    from fedtune.files import write
+    from fedtune.fusion.card import card, hashes
+    from fedtune.fusion.result import CARD
+    from fedtune.fusion.warnings import MERGED, faint_channels, outscored
+
+    assert asked.output is not None
+    named = columns(asked.columns)
+    scores: dict[str, Any] = {}
+    for name in prepared.models.by_name if asked.evaluate else ():
+        scores[name] = _score(asked, name, named)
+    evidence = _evidence(asked, prepared, named)
+    warned = [*prepared.warnings, *faint_channels(prepared.steps.relax, evidence.activity)]
+    read = hashes(prepared)
+    with showing("merging", prepared.bytes) as progress:
+        fusion.merge(
+            prepared,
+            asked.output,
+            card(asked.output.name, prepared, text, read, found, scores, warned),
+            shard_size=size(asked.shard_size),
+            evidence=evidence,
+            progress=progress,
+        )
+    if asked.evaluate:
+        scores[MERGED] = _score(asked, f"path:{asked.output}", named)
+        warned += outscored(scores)
+        told = card(asked.output.name, prepared, text, read, found, scores, warned)
+        write(asked.output / CARD, told.encode())
+    return scores, warned
+
+
+def _evidence(asked: Asked, prepared: "Merge", columns: dict[str, str]) -> Any:
+    if not prepared.steps.needs:
+        from fedtune.merging import Evidence
+
+        return Evidence()
+    from fedtune.fusion.score import gather
+
+    kind = "image" if asked.task == "image-classification" else "text"
+    return gather(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
+
+
+def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
+    from fedtune.fusion.score import score_folder, whole_folder
+
+    if asked.task is None:
+        raise click.UsageError("--evaluate needs --task, e.g. --task sequence-classification")
+    assert asked.evaluate is not None
+    with whole_folder(source, asked.export) as folder:
+        return score_folder(folder, asked.task, asked.evaluate, columns, asked.part)
+
+
+def _tell(asked: Asked, prepared: "Merge", found: "Comparison | None", scores: "Scores", warned: Sequence[str]) -> None:
+    for sentence in warned:
+        click.echo(f"warning: {sentence}", err=True)
+    if asked.as_json:
+        from fedtune.json_text import json_text
+
+        document = {
+            "method": prepared.steps.combine.name,
+            "path": None if asked.dry_run else str(Path(str(asked.output)).absolute()),
+            "tensors": len(prepared.targets),
+            "bytes": prepared.bytes,
+            "report": None if found is None else found.document(),
+            "scores": {name: [one._asdict() for one in figures] for name, figures in scores.items()},
+            "warnings": list(warned),
+        }
+        click.echo(json_text(document))
+        return
+    from fedtune.cli.merge_view import show_scores
+
+    if scores:
+        show_scores(scores)
+    if not asked.dry_run:
+        click.echo(f"{asked.output}: {len(prepared.targets)} tensors, {prepared.bytes / 1e6:.1f} MB")

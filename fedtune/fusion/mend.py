@@ -1,0 +1,50 @@
+"""The activations of a merged folder mended, by changes to the tensors that are already written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedtune.contribution import pack
+from fedtune.errors import ModelError
+from fedtune.files import write
+from fedtune.fusion.folder import Folder
+from fedtune.fusion.fuse import Merge, shares_of
+from fedtune.fusion.layout import fits, too_large
+from fedtune.fusion.output import Output
+from fedtune.fusion.pipeline import End
+from fedtune.fusion.weights import Lazy
+from fedtune.merging import Evidence, Operand
+
+__all__ = ["renormalise"]
+
+
+def renormalise(merge: Merge, output: Output, parts: Sequence[Operand], evidence: Evidence) -> None:
+    """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
+    base = merge.base if merge.acts_on_deltas else None
+    ends = [(part.weight, End(merge.targets, base, part)) for part in shares_of(parts)]
+    for place, step in enumerate(merge.steps.renormalise):
+        kept = _changes(output.folder, place)
+        if not kept.is_file():
+            files = tuple(sorted(output.folder.glob("*.safetensors")))
+            merged = Lazy(Folder(output.folder, str(output.folder), files))
+            write(kept, pack(step.renormalise(merged, ends, evidence)))
+        for name, tensor in safetensors.torch.load_file(kept).items():
+            output.write(name, 0, _fitting(merge, name, tensor.to(torch.float32)))
+        output.flush()
+    for place in range(len(merge.steps.renormalise)):
+        _changes(output.folder, place).unlink()
+
+
+def _fitting(merge: Merge, name: str, tensor: Tensor) -> Tensor:
+    """The tensor; ModelError when it is not finite in the result's precision."""
+    dtype = next(target.form.dtype for target in merge.targets if target.name == name)
+    if not fits(tensor, dtype):
+        raise ModelError(too_large(name, tensor, dtype))
+    return tensor
+
+
+def _changes(folder: Path, place: int) -> Path:
+    return folder / f"renormalise-{place}.changes"

@@ -1,0 +1,27 @@
+"""Tensors with one column per token as tensors with one row per token, and back."""
+
+from torch import Tensor
+
+from fedtune.fusion.token_names import is_of_columns
+from fedtune.fusion.weights import Weights
+
+__all__ = ["Turned"]
+
+
+class Turned(Weights):
+    """A model with such matrices transposed; they are small and read whole."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
+        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
+        self.forms = {
+            name: form._replace(shape=form.shape[::-1]) if is_of_columns(name) else form
+            for name, form in weights.forms.items()
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows, which are columns in the model where it has columns of tokens."""
+        if not is_of_columns(name):
+            return self._weights.rows(name, start, stop)
+        return self._weights.whole(name).T[start:stop].contiguous()

@@ -1,0 +1,85 @@
+"""Signed requests are good for a while around the moment they were signed, and for nobody else."""
+
+from base64 import b64encode
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
+from starlette.requests import Request
+
+from clients.fleet import signed_headers
+from fedtune.tracking import Store
+from server import guard
+from server.guard import Guard
+from server.refusal import RefusedError
+
+MOMENT = datetime(2026, 5, 4, 12, tzinfo=UTC)
+KEY = ec.generate_private_key(ec.SECP384R1())
+
+
+@pytest.fixture
+def at_the_door(home: Path) -> Iterator[Guard]:
+    pem = KEY.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    with Store.open() as store:
+        store.access.add_device(name="dev", node="1", public_key=pem.decode())
+        yield Guard(store.access)
+
+
+def signed(**changed: str) -> Request:
+    headers = signed_headers(KEY, MOMENT.timestamp()) | changed
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw})
+
+
+def asked(door: Guard, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(guard, "now", lambda: MOMENT + timedelta(seconds=age))
+    return door.signed_device(signed())
+
+
+@pytest.mark.parametrize(
+    "age", [-SYSTEM_TIME_TOLERANCE + 0.5, 0, TIMESTAMP_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE - 0.5]
+)
+def test_a_request_is_good_within_the_window(at_the_door: Guard, age: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(at_the_door, age, monkeypatch) == "dev"
+
+
+@pytest.mark.parametrize(
+    "age",
+    [
+        -86400,
+        -SYSTEM_TIME_TOLERANCE - 0.5,
+        -SYSTEM_TIME_TOLERANCE,
+        TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE,
+        TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE + 0.5,
+        86400,
+    ],
+)
+def test_a_request_is_refused_outside_the_window(
+    at_the_door: Guard, age: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RefusedError, match=f"signed {age:.0f} s ago") as refused:
+        asked(at_the_door, age, monkeypatch)
+    assert (refused.value.status, refused.value.who) == (401, "dev")
+
+
+@pytest.mark.parametrize("moment", ["2026-05-04T12:00:01+00:00", "2026-05-04T12:00:00", "now", ""])
+def test_another_moment_than_the_signed_one_is_refused(
+    at_the_door: Guard, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "now", lambda: MOMENT)
+    with pytest.raises(RefusedError, match="not signed with the device's key"):
+        at_the_door.signed_device(signed(**{TIMESTAMP_HEADER: moment}))
+
+
+def test_another_keys_signature_is_refused(at_the_door: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "now", lambda: MOMENT)
+    others = signed_headers(ec.generate_private_key(ec.SECP384R1()), MOMENT.timestamp())
+    name = FLEET_HTTP_SIGNATURE_HEADER
+    for signature in (others[name], b64encode(b"x").decode(), "no base64", ""):
+        with pytest.raises(RefusedError, match="not signed with the device's key"):
+            at_the_door.signed_device(signed(**{name: signature}))
