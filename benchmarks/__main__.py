@@ -27,6 +27,7 @@ CLAIMS = (
     "merge_values",
     "merge_cost",
     "adapters",
+    "low_rank_default",
     "rebasin",
     "aim",
     "aim_federation",

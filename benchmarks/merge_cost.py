@@ -1,12 +1,14 @@
 """Claim: merging three SmolLM2-135M fine-tunes takes a fraction of mergekit's time and memory, however many models.
 
 Variants are the base with a random rank-8 change (3 % of a matrix's norm) and noise (2 %), bf16, on disk. Both tools
-run in processes of their own, in turn, with two threads and warm files; user + system seconds and peak resident memory
-are what the kernel says of the process (wait4), medians over REPEATS. Linear: at most 0.5x the seconds and 0.35x the
-peak; TIES at density 0.2: at most 0.35x and 0.45x. fedtune alone merges 2, 4 and 8 models too: its peak must stay flat.
-Linear sums are compared value by value in fp32.
+run their default command, fedtune's report among it, in processes of their own, in turn, pinned to one core, on warm
+files; user + system seconds and peak resident memory are what the kernel says of the process (wait4), medians over
+REPEATS. mergekit alone is spared something: its model card, which asks the hub. Linear: at most 0.5x the seconds and
+0.35x the peak; TIES at density 0.2: at most 0.35x and 0.45x. fedtune alone merges 2, 4 and 8 models too: its peak must
+stay flat. Linear sums are compared value by value in fp32. Other work on the machine slows both tools, not alike: the
+load beside each run is in the result.
 
-Run: python -m benchmarks.merge_cost --mergekit PATH-OF-mergekit-yaml [--repeats 3] [--work FOLDER]
+Run: python -m benchmarks.merge_cost --mergekit PATH-OF-mergekit-yaml [--repeats 3] [--core 0] [--work FOLDER]
 """
 
 import argparse
@@ -34,13 +36,29 @@ RANK, CHANGE, NOISE = 8, 0.03, 0.02
 GATES = {"linear": (0.5, 0.35), "ties": (0.35, 0.45)}
 _LAUNCHER = """
 import json, os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
 started = time.perf_counter()
-child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
 _, status, usage = os.wait4(child, 0)
 print(json.dumps([usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss * 1024]))
 sys.exit(os.waitstatus_to_exitcode(status) != 0)
 """
 """A process counts its parent's peak as its own until it is another program: hence a parent that holds nothing."""
+
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Not handed on: a process may run as many threads as it likes, on its one core."""
+
+
+class Tool(NamedTuple):
+    """A command that merges, with CONFIG and FOLDER where the configuration and the folder to make belong."""
+
+    command: list[str]
+    core: int
+
+    def arranged(self, config: Path, made: Path) -> list[str]:
+        """The whole command."""
+        return [{"CONFIG": str(config), "FOLDER": str(made)}.get(word, word) for word in self.command]
 
 
 class Cost(NamedTuple):
@@ -55,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mergekit", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     if not arguments.mergekit.is_file():
@@ -62,7 +81,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         work = Path(folder)
         base, models = made(work, max(FLAT))
-        tools = {"fedtune": [sys.executable, "-m", "fedtune.cli.main", "merge"], "mergekit": [str(arguments.mergekit)]}
+        ours = [sys.executable, "-m", "fedtune.cli.main", "merge", "CONFIG", "-o", "FOLDER"]
+        theirs = [str(arguments.mergekit), "CONFIG", "FOLDER", "--no-write-model-card"]
+        tools = {"fedtune": Tool(ours, arguments.core), "mergekit": Tool(theirs, arguments.core)}
         rows = [row(work, tools, method, base, models, arguments.repeats) for method in GATES]
         flat = {
             method: {
@@ -72,7 +93,13 @@ def main() -> None:
         }
         save(
             "merge_cost",
-            {"rows": rows, "fedtune_peak_by_models": flat, "linear_difference": difference(work, tools, base, models)},
+            {
+                "how": "one pinned core, default commands",
+                "commands": ["fedtune merge CONFIG -o FOLDER", " ".join(["mergekit-yaml", *theirs[1:]])],
+                "rows": rows,
+                "fedtune_peak_by_models": flat,
+                "linear_difference": difference(work, tools, base, models),
+            },
         )
 
 
@@ -124,12 +151,12 @@ def config(method: str, base: Path, models: Sequence[Path], dtype: str = "bfloat
     return settings | ({"base_model": str(base)} if method == "ties" else {})
 
 
-def run(work: Path, command: Sequence[str], settings: dict[str, Any], keep: Path | None = None) -> Cost:
+def run(work: Path, tool: Tool, settings: dict[str, Any], keep: Path | None = None) -> Cost:
     """One merge in a process of its own; what it made is removed unless ``keep`` says where to."""
     written = work / "merge.yaml"
     written.write_text(yaml.safe_dump(settings))
     made = keep or work / "merged"
-    arguments = [sys.executable, "-S", "-c", _LAUNCHER, *arranged(command, written, made)]
+    arguments = [sys.executable, "-S", "-c", _LAUNCHER, str(tool.core), *tool.arranged(written, made)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), check=False)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
@@ -138,23 +165,19 @@ def run(work: Path, command: Sequence[str], settings: dict[str, Any], keep: Path
     return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def arranged(command: Sequence[str], written: Path, made: Path) -> list[str]:
-    if len(command) > 1:
-        return [*command, str(written), "-o", str(made), "--no-report"]
-    return [*command, str(written), str(made), "--no-write-model-card", "--num-threads", "2"]
-
-
 def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    return {name: value for name, value in os.environ.items() if name not in _THREADS} | {"HF_HUB_OFFLINE": "1"}
 
 
 def row(
-    work: Path, tools: dict[str, list[str]], method: str, base: Path, models: Sequence[Path], repeats: int
+    work: Path, tools: dict[str, Tool], method: str, base: Path, models: Sequence[Path], repeats: int
 ) -> dict[str, Any]:
     """Both tools on one merge, taking turns."""
     settings = config(method, base, models[:COUNT])
     taken: dict[str, list[Cost]] = {tool: [] for tool in tools}
+    loads = []
     for _ in range(repeats):
+        loads.append(os.getloadavg()[0])
         for tool, command in tools.items():
             taken[tool].append(run(work, command, settings))
             print(method, tool, taken[tool][-1], file=sys.stderr, flush=True)
@@ -174,10 +197,12 @@ def row(
         **{tool: cost._asdict() for tool, cost in medians.items()},
         "ratios": ratios,
         "goals": goals,
+        "cpu_seconds_of_each_run": {tool: [cost.cpu_seconds for cost in costs] for tool, costs in taken.items()},
+        "load_before_each_turn": loads,
     }
 
 
-def difference(work: Path, tools: dict[str, list[str]], base: Path, models: Sequence[Path]) -> float:
+def difference(work: Path, tools: dict[str, Tool], base: Path, models: Sequence[Path]) -> float:
     """The largest difference of the two linear merges in fp32, over the largest value of each tensor."""
     made = {tool: work / f"fp32-{tool}" for tool in tools}
     for tool, command in tools.items():

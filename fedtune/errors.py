@@ -14,6 +14,8 @@ FedtuneError
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
+from collections.abc import Mapping
+
 __all__ = [
     "BudgetError",
     "ChecksumError",
@@ -32,7 +34,16 @@ __all__ = [
 
 
 class FedtuneError(Exception):
-    """The root: the command line prints its message and ends with code 2."""
+    """The root: the command line prints its message and ends with code 2.
+
+    ``code`` and ``counts`` are what a device may tell its server of the error, see :mod:`fedtune.protocol_codes`; the
+    message, which may quote the device's data, stays on the device.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "", counts: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.counts = dict(counts or {})
 
 
 class FedtuneWarning(UserWarning):

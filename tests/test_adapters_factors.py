@@ -128,6 +128,13 @@ def test_averaging_is_exact_while_one_factor_is_common(common: str) -> None:
     assert relative(dense(averaged(factors, WEIGHTS)), mean(factors, WEIGHTS)) < 1e-14
 
 
+def test_products_that_cancel_have_an_infinite_error_and_nothing_missed_has_none() -> None:
+    [one] = drawn((4,), (1.0,))
+    against = [one, Factors(-2 * one.b, one.a / 2), Factors(one.b * 0, one.a)]
+    assert averaging_error(against, (0.5, 0.5, 0.0)) == math.inf
+    assert averaging_error([one, Factors(-one.b, one.a)], (0.5, 0.5)) == 0
+
+
 @pytest.mark.parametrize("drift", [0.1, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("count", [3, 10])
 def test_averaging_factors_errs_as_independent_drifts_say(drift: float, count: int) -> None:

@@ -173,6 +173,17 @@ def test_the_errors_of_a_round_are_those_of_the_dense_products(tmp_path: Path) -
     assert figures("mean", contributions) == {}
 
 
+@pytest.mark.parametrize("step", ALL)
+def test_a_round_whose_products_cancel_is_merged_and_its_error_has_no_figure(tmp_path: Path, step: str) -> None:
+    one = {name: (4 * tensor).round() for name, tensor in DELTAS[0].items()}  # so that sums are exact
+    other = {**one, "fc.lora_B": -2 * one["fc.lora_B"], "fc.lora_A": one["fc.lora_A"] / 2}
+    zero = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
+    contributions, evidence = sent(tmp_path, [one, other], [1, 1]), Evidence(pairs=[PAIR])
+    assert "factor_error" not in errors(choose([Unit(name=step)]), zero, NAMES, contributions, evidence)
+    after = merge(choose([Unit(name=step)]), zero, NAMES, contributions, evidence)
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+
+
 def test_the_error_of_a_round_with_a_common_factor_is_zero_to_the_bit(tmp_path: Path) -> None:
     deltas = [{**delta, "fc.lora_A": torch.zeros(R, K)} for delta in DELTAS]
     assert figures("fedit", sent(tmp_path, deltas)) == {"factor_error": 0.0}

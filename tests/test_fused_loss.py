@@ -45,6 +45,26 @@ def test_loss_and_gradients_are_those_of_the_whole_for_any_chunk(chunk: int) -> 
         assert close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [1e4, -1e4, 300.0, -300.0])
+def test_logits_far_from_zero_neither_overflow_nor_vanish(shift: float, dtype: torch.dtype) -> None:
+    """All of a token's logits moved alike change neither its loss nor its gradients, of which exp(z) knows nothing."""
+    hidden, weight, bias, labels = a_head(dtype)
+    far = (bias + shift).detach().requires_grad_()
+    loss, wanted = fused(hidden, weight, far, labels), F.cross_entropy(hidden @ weight.T + far, labels)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert close(loss, wanted, tolerance)
+    found = torch.autograd.grad(loss, (hidden, weight, far))
+    for one, other in zip(found, torch.autograd.grad(wanted, (hidden, weight, far)), strict=True):
+        assert close(one, other, tolerance)
+
+
+def test_one_logit_far_above_the_others_is_a_loss_of_their_distance() -> None:
+    weight = torch.eye(3, dtype=torch.float64) * 2000
+    hidden, labels = torch.eye(3, dtype=torch.float64).requires_grad_(), torch.tensor([0, 0, 0])
+    assert fused(hidden, weight, None, labels).item() == pytest.approx(2 * 2000 / 3)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gradients_hold_against_finite_differences(with_bias: bool) -> None:
     hidden, weight, bias, labels = a_head()

@@ -54,11 +54,15 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_linear_is_the_weighted_mean_to_the_last_bit(tmp_path: Path, dtype: str) -> None:
+def test_linear_is_the_weighted_mean_to_the_last_bit_or_the_rounding_of_fp32(tmp_path: Path, dtype: str) -> None:
     _, *tuned = base_and_tuned(tmp_path)
     found = merged(a_config("linear", tuned, weights=[1, 2, 5], dtype=dtype), tmp_path / "out")
     wanted = weighted(tuned, [1 / 8, 2 / 8, 5 / 8])
-    assert all(torch.equal(found[name], one.float().to(getattr(torch, dtype))) for name, one in wanted.items())
+    for name, one in wanted.items():
+        if dtype == "float32":
+            assert float((found[name] - one).abs().max() / one.abs().max()) < 1.2e-7
+        else:
+            assert torch.equal(found[name], one.float().to(getattr(torch, dtype)))
 
 
 def test_task_arithmetic_adds_to_the_base(tmp_path: Path) -> None:

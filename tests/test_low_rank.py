@@ -12,6 +12,7 @@ from fedtune import models, techniques
 from fedtune.cli import main
 from fedtune.errors import FedtuneWarning
 from fedtune.recipe import Model, Task
+from fedtune.registry import card, settings
 from fedtune.techniques import begin_round, trained
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, logits, shake, shared
 from tests.tiny import bert, llama, texts
@@ -201,3 +202,9 @@ def test_a_warning_is_one_line_on_the_command_line() -> None:
         "fedtune: lora puts no pair\n"
     )
     assert "file.py:3: UserWarning: other" in main._said(UserWarning("other"), UserWarning, "file.py", 3, "")
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_the_card_says_that_one_factor_a_round_wants_a_higher_rate(name: str) -> None:
+    assert "about three times the" in " ".join(card("fedtune.techniques", name).split())
+    assert "3x the usual rate" in " ".join(settings("fedtune.techniques", name))

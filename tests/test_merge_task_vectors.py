@@ -11,11 +11,18 @@ from fedtune import contribution
 from fedtune.contribution import pieces
 from fedtune.errors import RecipeError
 from fedtune.merging import Operand
-from fedtune.merging._select import between, count_kept, largest
+from fedtune.merging._select import between, count_kept, cut, largest
 from fedtune.merging._task_vectors import elected_sum
 from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
 
 WEIGHTS = [0.5, 0.3, 0.2]
+
+
+@pytest.fixture(params=["partitioned", "counted"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short streams are partitioned, long ones counted."""
+    if request.param == "counted":
+        monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
 
 
 def stream(values: Tensor, piece: int) -> Iterator[Tensor]:
@@ -44,18 +51,24 @@ def hard_values() -> dict[str, Tensor]:
         "tiny": normal * 1e-42,
         "huge": normal * 1e37,
         "bfloat16": normal.bfloat16().float(),
+        "mostly zero": normal * (torch.arange(500) % 50 == 0),
     }
 
 
 @pytest.mark.parametrize("name", hard_values())
 @pytest.mark.parametrize("keep", [1, 2, 99, 250, 499])
-def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int) -> None:
+def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None) -> None:
     values = hard_values()[name]
-    assert torch.equal(kept(values, keep), by_sorting(values, keep))
+    wanted = by_sorting(values, keep)
+    assert torch.equal(kept(values, keep), wanted[values[wanted] != 0])
+    chosen = torch.cat(
+        [mask(piece) for mask in [cut(lambda: stream(values, 7), keep, 500).inside()] for piece in stream(values, 7)]
+    )
+    assert torch.equal(chosen[:, 0].nonzero()[:, 0], wanted)
 
 
 @pytest.mark.parametrize("name", hard_values())
-def test_a_band_is_the_middle_of_a_stable_sort(name: str) -> None:
+def test_a_band_is_the_middle_of_a_stable_sort(name: str, way: None) -> None:
     values = hard_values()[name]
     found = torch.cat(list(between(lambda: stream(values, 11), 40, 300, len(values))))[:, 0]
     order = values.abs().argsort(descending=True, stable=True)
@@ -63,7 +76,7 @@ def test_a_band_is_the_middle_of_a_stable_sort(name: str) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_zeros_are_kept_last_and_infinities_first() -> None:
+def test_zeros_are_kept_last_and_infinities_first(way: None) -> None:
     values = torch.tensor([0.0, -math.inf, 1.0, -0.0, math.inf])
     assert kept(values, 2).tolist() == [1, 4]
 
@@ -209,14 +222,24 @@ def test_sce_is_the_twin(name: str, share: float) -> None:
     )
 
 
-def test_each_model_is_held_one_piece_at_a_time() -> None:
-    """Reads are of pieces in order, none larger, by every pass of a selection."""
+@pytest.mark.parametrize(("name", "passes"), [("ties", 3), ("breadcrumbs", 5), ("sce", 5)])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_piece(
+    name: str, passes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads are of pieces in order, none larger, by every pass of a selection; the merge is the same."""
     shape, asked = (1000, 900), list[tuple[int, int]]()
-    values = Held({"w": torch.randn(shape, generator=torch.Generator().manual_seed(0))})
+    values = a_model(0, {"w": shape})["w"]
+    monkeypatch.setattr("fedtune.merging._held._BUDGET", 2 * 4 * values.numel() - (not fits))
+    monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         asked.append((start, stop))
-        return values(name, start, stop)
+        return values[start:stop]
 
-    list(a_step("ties", {"density": 0.2}).combine("w", shape, [Operand(rows, 1.0)]))
-    assert asked == 3 * list(pieces(shape))
+    step = a_step(name, {"select_topk": 0.2} if name == "sce" else {"density": 0.2})
+    other = Operand(Held({"w": values.flip(0)}), 1.0)
+    found = torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other])))
+    assert asked == (1 if fits else passes) * list(pieces(shape))
+    monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 40 if not fits else 0)
+    assert torch.equal(found, torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other]))))

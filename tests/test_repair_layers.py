@@ -169,6 +169,24 @@ def test_a_channel_that_does_not_vary_keeps_its_gain(step: str) -> None:
     assert float(changed["0.bias"][3]) == pytest.approx(float(wanted), abs=1e-5)
 
 
+@pytest.mark.parametrize(("size", "alive"), [(1e-5, True), (1e-6, True), (1e-11, False)])
+def test_a_faint_channel_is_mended_and_what_rounding_alone_moves_is_not(size: float, alive: bool) -> None:
+    net, merged, ends = two_ends(mlp)
+    merged["0.weight"][3] *= size
+    merged["0.bias"][3] = 0.0
+    before, wanted = moments(net, merged, ["0"])["0"].deviation[3], goal(net, ends, ["0"])["0"].deviation[3]
+    assert (float(before) > 1e-8) == alive
+    mended = merged | Rescale().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    found = moments(net, mended, ["0"])["0"].deviation[3]
+    torch.testing.assert_close(found, wanted if alive else before, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("deviation", "gain"), [(2e-8, 1e8), (1e-8, 2e8), (0.9e-8, 1.0), (0.0, 1.0)])
+def test_a_channel_lives_from_a_deviation_of_1e_8_on(deviation: float, gain: float) -> None:
+    now, wanted = (Moments(torch.zeros(1), torch.tensor([d], dtype=torch.float64)) for d in (deviation, 2.0))
+    assert float(Rescale()._change(now, wanted).gain) == pytest.approx(gain)
+
+
 def test_moments_are_those_of_all_batches_together_even_far_from_zero() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     net.load_state_dict({name: torch.full_like(t, float(t.dim() > 1)) for name, t in net.state_dict().items()})

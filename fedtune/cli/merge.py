@@ -57,6 +57,9 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
     """
     if output is None and not dry_run:
         raise click.UsageError("name the folder to make with -o, or look only with --dry-run")
+    from fedtune.memory.heap import keep_freed_memory
+
+    keep_freed_memory()
     asked = Asked(sources, output, form, dry_run, **options)
     if form == "adapter":
         _merge_adapters(asked)

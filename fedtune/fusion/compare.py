@@ -1,8 +1,9 @@
 """How the models of a merge differ, measured before anything is written: one pass over all tensors, piece by piece."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _NO_BASE = 0.9
 
 Taken over matrices: the scales of norms are near one in every net, and outweigh the rest of a small one.
 """
+_TOGETHER = 4
+"""Models whose pieces are held whole; with more of them pieces get smaller."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Co
     names = list(merge.models.tuned) or list(merge.models.by_name)
     based = merge.models.base is not None
     sums = _Sums(len(names))
-    for name, size, parts, base in _stacks(merge, names, progress):
+    for name, parts, base in _pieces(merge, names, progress):
         sums.add(name, parts, base, matrix=len(merge.models.by_name[names[0]].forms[name].shape) > 1)
-        sums.entries += size
+        sums.entries += len(parts[0])
     for place, square in enumerate(sums.gram.diagonal().tolist()):
         if not math.isfinite(square):
             raise ModelError(f"{names[place]}: {sums.broken} holds values that are not finite; take a sound release")
@@ -101,9 +104,9 @@ class _Sums:
         self.seen: dict[str, None] = {}
         self.broken = ""
 
-    def add(self, name: str, parts: Tensor, base: Tensor | None, *, matrix: bool) -> None:
-        """One piece of all models [K, n], and of the base."""
-        gram = (parts @ parts.T).double()
+    def add(self, name: str, parts: Sequence[Tensor], base: Tensor | None, *, matrix: bool) -> None:
+        """One piece [n] of each model, and of the base."""
+        gram = _products(parts)
         if not self.broken and not bool(gram.isfinite().all()):
             self.broken = name
         self.gram += gram
@@ -119,7 +122,15 @@ class _Sums:
             self.matrices += gram.diagonal()
 
 
-def _stacks(merge: Merge, names: list[str], progress: Progress) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
+def _products(parts: Sequence[Tensor]) -> Tensor:
+    """Inner products [K, K] of vectors, each summed in fp32."""
+    found = torch.empty(len(parts), len(parts), dtype=torch.float64)
+    for i, j in combinations_with_replacement(range(len(parts)), 2):
+        found[i, j] = found[j, i] = float(torch.dot(parts[i], parts[j]))
+    return found
+
+
+def _pieces(merge: Merge, names: list[str], progress: Progress) -> Iterator[tuple[str, list[Tensor], Tensor | None]]:
     """Each piece of the tensors that all models have and, if there is a base, it has too, under the models' own names.
 
     Slices renumber layers in the result; what models differ from the base does not depend on them.
@@ -131,10 +142,9 @@ def _stacks(merge: Merge, names: list[str], progress: Progress) -> Iterator[tupl
     done = 0
     for name in shared:
         form = models[0].forms[name]
-        for start, stop in pieces(form.shape, len(models)):
-            parts = torch.stack([reader(name, start, stop).flatten() for reader in readers])
-            before = None if base is None else base.rows(name, start, stop).flatten()
-            yield name, parts.shape[1], parts, before
+        for start, stop in pieces(form.shape, math.ceil(len(models) / _TOGETHER)):
+            parts = [reader(name, start, stop).flatten() for reader in readers]
+            yield name, parts, None if base is None else base.rows(name, start, stop).flatten()
         done += form.bytes
         progress(done)
 

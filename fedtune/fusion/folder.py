@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import SourceError
-from fedtune.fusion.layout import Place, places, read_rows
+from fedtune.fusion.layout import Place, Reader, places
 from fedtune.fusion.weights import Weights
 from fedtune.models.sources import resolve
 
@@ -24,6 +24,7 @@ class Folder(Weights):
     def __init__(self, folder: Path, origin: str, files: tuple[Path, ...] | None = None) -> None:
         self.origin, self.folder = origin, folder
         self.files = shards(folder) if files is None else files
+        self._reader = Reader()
         self._places: dict[str, tuple[Path, Place]] = {}
         for file in self.files:
             self._places |= {name: (file, place) for name, place in places(file).items()}
@@ -36,7 +37,7 @@ class Folder(Weights):
     def stored(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in the precision they are stored in."""
         file, place = self._places[name]
-        return read_rows(file, place, start, stop)
+        return self._reader.rows(file, place, start, stop)
 
 
 def as_fp32(tensor: Tensor) -> Tensor:

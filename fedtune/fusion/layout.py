@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedtune.errors import SourceError
 
-__all__ = ["Form", "Place", "arrange", "fits", "places", "read_rows", "too_large", "write_rows"]
+__all__ = ["Form", "Place", "Reader", "arrange", "fits", "places", "too_large", "write_rows"]
 
 Shape = tuple[int, ...]
 
@@ -104,27 +104,46 @@ def arrange(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, Place], int]:
     return head, {name: Place(form, len(head) + offsets[name]) for name, form in forms.items()}, len(head) + end
 
 
-def read_rows(path: Path, place: Place, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` as they are stored; a tensor without dimensions has the one row 0."""
-    form = place.form
-    shape = (stop - start, *form.shape[1:]) if form.shape else ()
-    content = bytearray((stop - start) * form.row_bytes)
-    if not content:
-        return torch.empty(shape, dtype=form.dtype)
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(place.offset + start * form.row_bytes)
-            _fill(file, content, path)
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}; fetch it again") from error
-    return torch.frombuffer(content, dtype=form.dtype).reshape(shape)
+class Reader:
+    """Reads rows from files of which the last one stays open: a merge reads thousands of pieces."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: IO[bytes] | None = None
+
+    def rows(self, path: Path, place: Place, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` as they are stored; a tensor without dimensions has the one row 0."""
+        form = place.form
+        shape = (stop - start, *form.shape[1:]) if form.shape else ()
+        found = torch.empty(shape, dtype=form.dtype)
+        if found.numel():
+            try:
+                file = self._opened(path)
+                file.seek(place.offset + start * form.row_bytes)
+                _fill(file, found.view(-1).view(torch.uint8).numpy().data, path)
+            except OSError as error:
+                raise SourceError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+        return found
+
+    def _opened(self, path: Path) -> IO[bytes]:
+        if self._file is None or self._path is not path:
+            self._close()
+            self._path, self._file = path, path.open("rb", buffering=0)
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    __del__ = _close
 
 
-def _fill(file: IO[bytes], content: bytearray, path: Path) -> None:
+def _fill(file: IO[bytes], content: memoryview, path: Path) -> None:
     """One read gives two gigabytes at most."""
-    view, done = memoryview(content), 0
+    done = 0
     while done < len(content):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        count = file.readinto(content[done:])  # type: ignore[attr-defined]
         if not count:
             raise SourceError(f"{path} became shorter while it was read; fetch it again")
         done += count

@@ -20,6 +20,7 @@ class Breadcrumbs(TaskVectors, ABC):
     """A band of magnitudes."""
 
     picks: ClassVar[bool] = True
+    rereads: ClassVar[bool] = True
     density: Density = 0.9
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the largest entries that is dropped")
 

@@ -1,7 +1,9 @@
 """How the models of a merge differ, as figures of their deltas and of the deltas' inner products alone."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from fedtune.merging._sphere import cosines
@@ -15,9 +17,14 @@ def cosine_table(gram: Tensor) -> list[list[float]]:
     return table
 
 
-def opposed(parts: Tensor) -> int:
-    """The number of entries of [K, n] at which two models move in opposite directions."""
-    return int(((parts.amax(0) > 0) & (parts.amin(0) < 0)).sum())
+def opposed(parts: Sequence[Tensor]) -> int:
+    """The number of entries [n] at which two models move in opposite directions."""
+    up, down = np.zeros(parts[0].shape, dtype=np.bool_), np.zeros(parts[0].shape, dtype=np.bool_)
+    for part in parts:
+        values = part.numpy()
+        up |= values > 0
+        down |= values < 0
+    return int(np.count_nonzero(up & down))
 
 
 def scale_that_keeps_length(gram: Tensor, weights: Tensor) -> float | None:

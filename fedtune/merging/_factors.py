@@ -14,7 +14,18 @@ from torch import Tensor
 
 from fedtune.contribution import pieces
 
-__all__ = ["Factors", "added", "averaged", "averaging_error", "inner", "norm", "padded", "remainder", "stacked"]
+__all__ = [
+    "Factors",
+    "added",
+    "averaged",
+    "averaging_error",
+    "inner",
+    "norm",
+    "padded",
+    "relative",
+    "remainder",
+    "stacked",
+]
 
 
 class Factors(NamedTuple):
@@ -86,9 +97,15 @@ def remainder(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def averaging_error(factors: Sequence[Factors], weights: Sequence[float]) -> float:
-    """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, or all is zero."""
-    missed, whole = norm(remainder(factors, weights)), norm(stacked(factors, weights))
-    return missed / whole if missed else 0.0
+    """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, see ``relative``."""
+    return relative(norm(remainder(factors, weights)), norm(stacked(factors, weights)))
+
+
+def relative(missed: float, whole: float) -> float:
+    """Norm of an error over that of what was wanted: zero of nothing missed, infinite where products cancel to zero."""
+    if not missed:
+        return 0.0
+    return missed / whole if whole else math.inf
 
 
 def added(weight: Tensor, factors: Factors, transposed: bool = False) -> Tensor:

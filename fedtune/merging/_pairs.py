@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.errors import RecipeError
-from fedtune.merging._factors import Factors, added, norm, padded, remainder, stacked
+from fedtune.merging._factors import Factors, added, norm, padded, relative, remainder, stacked
 from fedtune.merging._step import Combine, Evidence, Operand, Shape
 from fedtune.merging.mean import Mean
 
@@ -54,7 +54,7 @@ def merged_pairs(
 def pair_errors(
     combine: Combine, state: Tensors, names: Sequence[str], operands: Sequence[Operand], evidence: Evidence
 ) -> dict[str, float]:
-    """Relative errors over all pairs: sqrt(sum ||missed||^2 / sum ||mean of the products||^2)."""
+    """Relative errors over all pairs: sqrt(sum ||missed||^2 / sum ||mean of the products||^2); see ``relative``."""
     if not isinstance(combine, CombinePairs):
         return {}
     weights, missed, whole = [operand.weight for operand in operands], dict[str, float](), 0.0
@@ -63,7 +63,7 @@ def pair_errors(
         whole += norm(stacked(factors, weights)) ** 2
         for name, value in combine.missed(factors, weights).items():
             missed[name] = missed.get(name, 0.0) + value**2
-    return {name: math.sqrt(square / whole) if square else 0.0 for name, square in missed.items()}
+    return {name: relative(math.sqrt(square), math.sqrt(whole)) for name, square in missed.items()}
 
 
 def written(pair: Pair, factors: Factors, state: Tensors) -> dict[str, Tensor]:

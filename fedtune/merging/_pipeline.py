@@ -1,5 +1,6 @@
 """How results come together: align -> combine -> relax -> renormalise, tensor by tensor and piece by piece."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import NamedTuple
@@ -140,14 +141,15 @@ def _merge_over(
     for step in pipeline.align:
         operands = step.align(state, operands, evidence)
     shapes = {name: tuple(state[name].shape) for name in named}
-    combine, operands = settle(pipeline.combine, shapes, operands, evidence)
+    chosen = pipeline.combine  # what is settled may be another step, e.g. a sum with the coefficients that were found
+    combine, operands = settle(chosen, shapes, operands, evidence)
     pipeline = pipeline._replace(combine=combine)
     merged = dict(state)
     paired = merged_pairs(pipeline.combine, state, named, operands, evidence)
     merged |= paired
     for name in (name for name in named if name not in paired):
         merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
-        if name.endswith(_VARIANCE) and pipeline.combine.pooled:
+        if name.endswith(_VARIANCE) and chosen.pooled:
             merged[name] += _spread(name, state[name], operands)
     for mend in pipeline.renormalise:
         ends = [(operand.weight, _end(state, named, operand)) for operand in operands]
@@ -162,11 +164,14 @@ def errors(
     contributions: Sequence[Contribution],
     evidence: Evidence,
 ) -> dict[str, float]:
-    """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name."""
+    """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name.
+
+    One that is not finite is left out: beside a mean of zero no error has a size.
+    """
     figures: dict[str, float] = {}
     for named, senders in _by_senders(names, contributions):
         figures |= pair_errors(pipeline.combine, state, named, operands_of(pipeline.combine, senders), evidence)
-    return figures
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _merge_one(

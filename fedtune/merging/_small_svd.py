@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging._factors import Factors
+from fedtune.merging._factors import Factors, relative
 
 __all__ = ["Core", "Reduced", "core_of", "kept", "reduced", "split"]
 
@@ -32,7 +32,7 @@ class Reduced(NamedTuple):
     @property
     def error(self) -> float:
         """Relative; zero for a matrix of zeros."""
-        return self.missed / self.whole if self.missed else 0.0
+        return relative(self.missed, self.whole)
 
 
 def core_of(factors: Factors) -> Core:

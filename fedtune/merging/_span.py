@@ -6,7 +6,6 @@ alone, so that iterating costs nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from typing import Annotated
 
 import torch
@@ -17,6 +16,7 @@ from fedtune.contribution import pieces
 from fedtune.errors import RecipeError
 from fedtune.merging._gram import Over, flat, gram
 from fedtune.merging._step import Combine, Operand, Shape
+from fedtune.merging._sums import sum_weighted
 
 __all__ = ["Normalise", "Scale", "Span", "shares", "weights_of"]
 
@@ -41,8 +41,16 @@ class Span(Combine, ABC):
         over = self.groups if len(shape) > 1 else "tensor"
         c = self.coefficients(weights_of(operands), lambda: gram(name, shape, operands, over))
         for start, stop in pieces(shape):
-            share = c[:, start:stop, None] if over == "row" else c[:, None, :]
-            yield _sum(name, start, stop, operands, share).reshape(stop - start, *shape[1:])
+            total = _sum(name, start, stop, operands, _shares_of(c, over, start, stop))
+            yield total.float().reshape(stop - start, *shape[1:])
+
+
+def _shares_of(c: Tensor, over: Over, start: int, stop: int) -> list[float] | list[Tensor]:
+    """The models' coefficients for some rows: numbers, or what broadcasts to the rows."""
+    if over == "tensor":
+        numbers: list[float] = c[:, 0].tolist()
+        return numbers
+    return list(c[:, start:stop, None] if over == "row" else c[:, None, :])
 
 
 def weights_of(operands: Sequence[Operand]) -> Tensor:
@@ -58,9 +66,12 @@ def shares(weights: Tensor) -> Tensor:
     return weights / total
 
 
-def _sum(name: str, start: int, stop: int, operands: Sequence[Operand], share: Tensor) -> Tensor:
-    """sum_i share_i x_i of some rows, fp32; a model that counts nothing is not read."""
-    counted = [pair for pair in zip(operands, share, strict=True) if bool(pair[1].any())] or [(operands[0], share[0])]
-    terms = (flat(operand.rows(name, start, stop)).double() * c for operand, c in counted)
-    total: Tensor = reduce(Tensor.add_, terms)
-    return total.float()
+def _sum(name: str, start: int, stop: int, operands: Sequence[Operand], share: Sequence[float | Tensor]) -> Tensor:
+    """sum_i share_i x_i of some rows; a model that counts nothing is not read."""
+    counted = [pair for pair in zip(operands, share, strict=True) if _counts(pair[1])] or [(operands[0], share[0])]
+    rows = (flat(operand.rows(name, start, stop)) for operand, _ in counted)
+    return sum_weighted(rows, [c for _, c in counted])
+
+
+def _counts(share: float | Tensor) -> bool:
+    return bool(share.any()) if isinstance(share, Tensor) else share != 0

@@ -44,7 +44,7 @@ class Fisher(Combine):
             if name in statistics_of(operands[0]):
                 information = [_information(name, shape, start, stop, operand) for operand in operands]
                 weights = [w * one for w, one in zip(share, information, strict=True)]
-                total = _mean(parts, weights, total)
+                total = _mean(parts, weights, total.double())
             yield total.float().reshape(stop - start, *shape[1:])
 
 

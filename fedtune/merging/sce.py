@@ -3,7 +3,8 @@
 What: select the share ``select_topk`` of entries with the largest variance over models; calculate one coefficient per
   tensor and model, the mean of its squared selected entries over their sum; erase entries against the sign of
   sum_i x_i, and average the rest by coefficient. The models' weights are not used.
-Memory: one piece per model and 2^16 counters; each delta is read five times when selecting, else twice.
+Memory: one piece per model and 4 MB; each delta is read four or five times when selecting, else twice, and those of
+  a tensor that fits 16 MB over all models once.
 Use when: fine-tunes of one base from different sources are to be fused without choosing weights.
 Avoid when: one model's delta is much larger for no good reason (a higher learning rate): it takes over.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fedtune.contribution import pieces
 from fedtune.merging._gram import add_up, dots
+from fedtune.merging._held import held
 from fedtune.merging._select import Cut, count_kept, cut
 from fedtune.merging._step import Combine, Operand, Shape
 from fedtune.merging._task_vectors import deltas
@@ -46,7 +48,7 @@ class Sce(Combine):
 
     def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
-        select = self._selection(partial(_stacks, name, shape, operands))
+        select = self._selection(partial(_stacks, name, shape, held(name, shape, operands)))
         coefficients = _coefficients(select(), len(operands))
         chosen = select()
         for start, stop in pieces(shape):
@@ -57,9 +59,10 @@ class Sce(Combine):
         """The stacks with entries of small variance at zero."""
         if self.select_topk == 1:
             return stacks
-        differing = sum(int(_variance(stack).count_nonzero()) for stack in stacks())
+        sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_variance, stacks())]
+        differing, size = (sum(numbers) for numbers in zip(*sizes, strict=True)) if sizes else (0, 0)
         keep = count_kept(self.select_topk, differing)
-        return partial(_chosen, cut(lambda: map(_variance, stacks()), keep), stacks)
+        return partial(_chosen, cut(lambda: map(_variance, stacks()), keep, size), stacks)
 
 
 def _stacks(name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:

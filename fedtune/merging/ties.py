@@ -2,7 +2,8 @@
 
 What: keep the floor(density * n) largest |x| of each tensor; the sign of sum_i w_i x_i wins, a tie counts as plus; the
   entries of that sign are averaged by weight (summed when ``normalise`` is off), times scale.
-Memory: one piece per model and 2^16 counters; each delta is read three times.
+Memory: one piece per model and 4 MB, or 16 MB of deltas over all models; a tensor's deltas are read once where those
+  hold them, twice up to a million entries, else three times.
 Use when: several fine-tunes of one base disagree in sign on many entries, so that adding cancels what they learned.
 Avoid when: there are one or two models or signs agree: trimming then only loses. Density 0.2 suits larger models best.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
@@ -33,6 +34,7 @@ class Ties(TaskVectors):
     name: ClassVar[str] = "ties"
     elect: ClassVar[bool] = True
     picks: ClassVar[bool] = True
+    rereads: ClassVar[bool] = True
     density: Density = 0.2
     normalise: Normalise = True
 

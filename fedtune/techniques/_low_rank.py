@@ -39,8 +39,9 @@ class LowRank(Technique):
     targets: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
     exact: Literal["alternate", "freeze-a", "none", "remainder"] = Field(
         "alternate",
-        description="alternate: B in odd rounds, A in even ones (RoLoRA); freeze-a: B only (FFA-LoRA); none: both, for "
-        "merge: fedit, flexlora, hetlora; remainder: both, the base shared, for merge: fedex-lora, flora",
+        description="alternate: B in odd rounds, A in even ones (RoLoRA), with about 3x the usual rate; freeze-a: "
+        "B only (FFA-LoRA); none: both, for merge: fedit, flexlora, hetlora; remainder: both, the base shared, for "
+        "merge: fedex-lora, flora",
     )
 
     def apply(self, model: nn.Module, task: Task, seed: int) -> None:

@@ -4,7 +4,8 @@ What: y = W x + (alpha / rank) B A x with W frozen, B zero at the start; a class
 Saves: gradients and optimiser state of W, and the inputs of W that only its own gradient needs.
 Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
 Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted
-mean of what they send is the weighted mean of their products. ``exact: freeze-a`` never trains A: cheaper, less
+mean of what they send is the weighted mean of their products. Each round moves one factor alone, and wants about three
+times the learning rate that LoRA with both factors takes. ``exact: freeze-a`` never trains A: cheaper, less
 capacity. ``exact: none`` trains both, for merges of pairs: ``fedit``, ``flexlora``, ``hetlora``. ``exact: remainder``
 does too, and shares the weights beside the pairs, for merges that write into them: ``fedex-lora``, ``flora``; these
 weights go down whole each round.

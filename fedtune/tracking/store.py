@@ -19,7 +19,6 @@ from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
 __all__ = ["Store", "new_run_id"]
 
-
 _LONGEST_ID = 64  # of the column; SQLite alone would take more
 
 
@@ -101,6 +100,13 @@ class Store:
             if _expect(connection, run_id) == "completed":
                 raise StoreError(f"run {run_id} is completed; there is nothing to resume")
             change = {"status": status, "reason": "", "finished": None}
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
+    def forget_rounds(self, run_id: str, after: int, reason: str) -> None:
+        """Remove the rounds of a run after number ``after`` with all they brought; it is interrupted for ``reason``."""
+        with writer(self._engine) as connection:
+            rows.delete_rounds(connection, run_id, after)
+            change = {"status": "interrupted", "reason": reason, "finished": datetime.now(UTC)}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def extend(self, run_id: str, recipe: str, rounds: int) -> None:

@@ -1,0 +1,39 @@
+"""Deltas that are read more than once: those of a tensor that fits a budget are read once and held."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedtune.contribution import pieces
+from fedtune.merging._step import Operand, Shape
+
+__all__ = ["held"]
+
+_BUDGET = 1 << 24
+"""Bytes of all models' deltas of one tensor, in fp32."""
+
+
+class _Pieces:
+    """The pieces of one tensor's delta by their first row."""
+
+    def __init__(self) -> None:
+        self.by_start: dict[int, Tensor] = {}
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        """A piece as ``pieces`` cuts it; it must not be changed."""
+        return self.by_start[start]
+
+
+def held(name: str, shape: Shape, operands: Sequence[Operand]) -> Sequence[Operand]:
+    """The operands with the deltas of one tensor in memory, as ``pieces(shape)`` cuts them, where they fit the budget.
+
+    Each piece is read of all models before the next one, so that a base that keeps its last rows is read once.
+    """
+    if 4 * math.prod(shape) * len(operands) > _BUDGET:
+        return operands
+    found = [_Pieces() for _ in operands]
+    for start, stop in pieces(shape):
+        for own, operand in zip(found, operands, strict=True):
+            own.by_start[start] = operand.rows(name, start, stop)
+    return [operand._replace(rows=own) for own, operand in zip(found, operands, strict=True)]

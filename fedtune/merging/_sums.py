@@ -1,0 +1,64 @@
+"""Weighted sums of several models' rows, entry by entry.
+
+Up to ``_FEW`` terms are added in single precision, each with one rounding where the processor has fused
+multiply-adds: the sum is off by a unit or two in its last place, measured by its largest model, in a quarter of the
+time. Rounding adds up with the number of terms, so more of them are added in double precision. A mean of few runs
+from model to model by their distances, so that what is the same in all of them stays as it is, to the bit.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["precision_for", "sum_terms", "sum_weighted"]
+
+_FEW = 8
+_ONE = 1e-9
+"""How far from one the sum of a mean's weights may be."""
+
+
+def precision_for(count: int) -> torch.dtype:
+    """The precision in which so many terms are added."""
+    return torch.float32 if count <= _FEW else torch.float64
+
+
+def sum_weighted(parts: Iterable[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """sum_i w_i x_i of rows that are taken one at a time, in ``precision_for`` their number.
+
+    A weight is a number, or broadcasts to the rows.
+    """
+    dtype = precision_for(len(weights))
+    terms = zip(parts, weights, strict=True)
+    return _mean(terms) if dtype == torch.float32 and _are_shares(weights) else sum_terms(terms, dtype)
+
+
+def _are_shares(weights: Sequence[float | Tensor]) -> bool:
+    numbers = [weight for weight in weights if not isinstance(weight, Tensor) and weight >= 0]
+    return len(numbers) == len(weights) and math.isclose(sum(numbers), 1.0, abs_tol=_ONE)
+
+
+def _mean(terms: Iterable[tuple[Tensor, Any]]) -> Tensor:
+    """m_k = m_(k-1) + w_k / (w_1 + .. + w_k) (x_k - m_(k-1)) for positive numbers w_k that sum to one."""
+    counted = ((rows, weight) for rows, weight in terms if weight)
+    first, so_far = next(counted)
+    total = first
+    for rows, weight in counted:
+        so_far += weight
+        total = torch.lerp(total, rows, weight / so_far, out=None if total is first else total)
+    return total.clone() if total is first else total
+
+
+def sum_terms(terms: Iterable[tuple[Tensor, float | Tensor]], dtype: torch.dtype) -> Tensor:
+    """sum_i x_i c_i over pairs (x_i, c_i) of which one at a time is held; c_i is a number or broadcasts to x_i."""
+    iterator = iter(terms)
+    rows, share = next(iterator)
+    total = rows.to(dtype) * (share.to(dtype) if isinstance(share, Tensor) else share)
+    for rows, share in iterator:
+        if isinstance(share, Tensor):
+            total.addcmul_(rows.to(dtype), share.to(dtype))
+        else:
+            total.add_(rows.to(dtype), alpha=share)
+    return total
