@@ -23,6 +23,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FedtuneError",
+    "FedtuneWarning",
     "ModelError",
     "RecipeError",
     "RoundError",
@@ -43,6 +44,10 @@ class FedtuneError(Exception):
         super().__init__(message)
         self.code = code
         self.counts = dict(counts or {})
+
+
+class FedtuneWarning(UserWarning):
+    """What goes on but should be known: one sentence, as an error is."""
 
 
 class RecipeError(FedtuneError):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.federations import TRIVIAL, WORDS, words
 
 SIMULATE = """
@@ -64,14 +62,3 @@ def test_a_devices_trainer_reads_its_examples_without_them_too(home: Path, tmp_p
     order = [words(tmp_path, "train.techniques=full").model_dump_json(), '["bad", "good"]', "csv:words.csv"]
     (tmp_path / "order.json").write_text(json.dumps(order), encoding="utf-8")
     assert imported(TRAIN, tmp_path) & (TEXT_ONLY | {"sqlalchemy", "uvicorn", "starlette"}) == set()
-
-
-def test_a_warning_of_fedtunes_own_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    from fedtune.cli import main
-
-    _warn = main._warn
-    _warn(UserWarning("client 3 moved nothing"), UserWarning, str(main._PACKAGE / "training" / "loop.py"), 7)
-    _warn(UserWarning("mind this"), UserWarning, "/elsewhere/library.py", 9)
-    own, other = capsys.readouterr().err.splitlines()[:2]
-    assert own == "fedtune: client 3 moved nothing"
-    assert other == "/elsewhere/library.py:9: UserWarning: mind this"

@@ -5,17 +5,14 @@ import importlib
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import TextIO
 
 import click
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, FedtuneWarning
 from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
 
-_PACKAGE = Path(__file__).parents[1]
 _COMMANDS = {
     "data": ("data:data", "Look at the examples of a recipe and how they are split."),
     "device": ("device:device", "Make this machine a server's device, and keep it one."),
@@ -29,6 +26,9 @@ _COMMANDS = {
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
 }
+
+
+_FORMAT = warnings.formatwarning
 
 
 class _Lazy(click.Group):
@@ -65,7 +65,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
     _be_quiet()
-    warnings.showwarning = _warn
+    warnings.formatwarning = _said
     gc.set_threshold(50_000, 20, 20)  # imports make a hundred thousand objects and no garbage: half a second
     try:
         sys.exit(_run())
@@ -102,6 +102,13 @@ def _lacking(error: ModuleNotFoundError) -> str:
     return sentence
 
 
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
+    if issubclass(category, FedtuneWarning):
+        return f"fedtune: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
+
+
 def _be_quiet() -> None:
     """No telemetry, no update checks, no progress bars but ours; children do not import from the working folder."""
     for name, value in {
@@ -114,21 +121,6 @@ def _be_quiet() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A warning of fedtune's own as one sentence; of others as Python shows it."""
-    own = category is UserWarning and _PACKAGE in Path(filename).parents
-    shown = warnings.formatwarning(message, category, filename, lineno, line)
-    text = f"fedtune: {clean_lines(str(message))}" if own else shown
-    click.echo(text.rstrip("\n"), file=file or sys.stderr)
 
 
 def _refuse(sentence: str) -> int:
