@@ -105,7 +105,7 @@ def _lacking(error: ModuleNotFoundError) -> str:
 def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
     if issubclass(category, FedtuneWarning):
-        return f"fedtune: {message}\n"
+        return f"fedtune: {clean_lines(str(message))}\n"
     return _FORMAT(message, category, filename, lineno, line)
 
 
