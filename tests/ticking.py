@@ -56,5 +56,8 @@ class TickingGrid(LocalGrid):
 
 
 def seat(store: Store, run: str, clients: int) -> None:
-    """Each node of the grid is a device of the run."""
+    """Each node of the grid is an enrolled device of the run."""
+    known = {device.name for device in store.access.devices()}
+    for i in (i for i in range(clients) if f"dev-{i}" not in known):
+        store.access.add_device(name=f"dev-{i}", node=str(i + 2), public_key=f"key-{i}")
     store.access.seat(run, [Seat(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])
