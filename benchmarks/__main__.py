@@ -6,6 +6,8 @@ import sys
 CLAIMS = (
     "startup",
     "techniques",
+    "architectures",
+    "full_memory",
     "overhead",
     "server_memory",
     "engines",

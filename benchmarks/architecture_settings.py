@@ -197,4 +197,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "regnet": Architecture(
         "RegNet", IMAGES, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}
     ),
+    "bit": Architecture(
+        "Bit", IMAGES, {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 4}
+    ),
+    "levit": Architecture(
+        "Levit",
+        IMAGES,
+        {
+            "image_size": PIXELS,
+            "hidden_sizes": [16, 16, 16],
+            "num_attention_heads": [2, 2, 2],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "mlp_ratio": [2, 2, 2],
+            "attention_ratio": [2, 2, 2],
+            "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2], [""]],
+        },
+    ),
 }

@@ -7,19 +7,24 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedtune.errors import BudgetError
 from fedtune.memory import StorageMeter
+from fedtune.recipe import Train
 from fedtune.techniques import begin_round, begin_step, trained
-from fedtune.training import Workshop, processor_threads, read_state, step_loss, train_mode
+from fedtune.training import Workshop, processor_threads, shapes, step_loss, train_mode
 from fedtune.training.micro import divisible
 
 __all__ = ["Need", "fitting", "need"]
 
-_PER_TRAINED = {"sgd": 4.0, "adamw": 6.0}
-_PER_TRAINED_8BIT = 4.5
-"""Values held for each trained one: gradient, before, after and delta, and the optimiser's moments."""
-_PER_MOMENTUM = 1.0
+_MOMENTS = {"sgd": 0.0, "adamw": 2.0}
+_MOMENTS_8BIT = 0.5
+"""Values an optimiser keeps for each trained one."""
+_AFTERWARDS = 2.0
+"""Values for each trained one when training is over: the delta, and the payload made of it."""
+_ALLOCATOR = 0.5
+"""Values for each trained one that the allocator holds on to, as seen with models of many layers."""
 
 
 class Need(NamedTuple):
@@ -48,8 +53,10 @@ def fitting(shop: Workshop, rows: NDArray[np.int64], number: int, budget: int, h
             return None if size == batch else size
     whole = "even one example at a time" if may_cut else "as its batch norms need whole batches"
     raise BudgetError(
-        f"a step needs about {_megabytes(needed.of(sizes[-1]))} of memory, {whole}, and this device allows "
-        f"{_megabytes(budget)}"
+        f"a step needs about {_megabytes(needed.of(sizes[-1]))} MB of memory, {whole}, and this device allows "
+        f"{_megabytes(budget)} MB",
+        code="memory-step",
+        counts={"needed_mb": _megabytes(needed.of(sizes[-1])), "allowed_mb": _megabytes(budget)},
     )
 
 
@@ -60,11 +67,22 @@ def need(shop: Workshop, rows: NDArray[np.int64], number: int) -> Need:
     """
     model, settings = shop.model, shop.recipe.train
     begin_round(shop.techniques, model, number)
-    tensors = read_state(model, trained(model)).values()
-    per_trained = _PER_TRAINED.get(settings.optimiser, _PER_TRAINED_8BIT) + (settings.momentum > 0) * _PER_MOMENTUM
-    added = sum(tensor.numel() * 4 for tensor in tensors) * per_trained
+    count = sum(math.prod(shape) for name, shape in shapes(model).items() if name in set(trained(model)))
+    added = 4 * (count * _per_trained(settings) + _mastered(model))
     one, two = (_kept(shop, _longest(shop, rows, count), number) for count in (1, 2))
     return Need(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
+
+
+def _per_trained(settings: Train) -> float:
+    """Values of four bytes for each trained one, beside itself: while it trains its gradient and moments."""
+    moments = _MOMENTS.get(settings.optimiser, _MOMENTS_8BIT) + (settings.momentum > 0)
+    return max(1 + moments, _AFTERWARDS) + _ALLOCATOR
+
+
+def _mastered(model: nn.Module) -> int:
+    """Trained values that have an fp32 master beside them."""
+    trained_ones = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(one.numel() for one in trained_ones if one.dtype in (torch.bfloat16, torch.float16))
 
 
 def _longest(shop: Workshop, rows: NDArray[np.int64], count: int) -> list[int]:
@@ -86,5 +104,5 @@ def _kept(shop: Workshop, chosen: list[int], number: int) -> int:
     return meter.peak
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
+def _megabytes(count: int) -> int:
+    return round(count / 1e6)

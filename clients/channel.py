@@ -20,10 +20,14 @@ class Frame:
     header: dict[str, Any]
     payload: bytes = b""
 
+    def beginning(self) -> bytes:
+        """Lengths and header."""
+        header = json.dumps(self.header).encode()
+        return _LENGTHS.pack(len(header), len(self.payload)) + header
+
     def encode(self) -> bytes:
         """The frame as one string of bytes."""
-        header = json.dumps(self.header).encode()
-        return _LENGTHS.pack(len(header), len(self.payload)) + header + self.payload
+        return self.beginning() + self.payload
 
     @classmethod
     def decode(cls, content: bytes) -> "Frame":
@@ -47,7 +51,8 @@ class Channel:
     def send(self, frame: Frame) -> None:
         """Send a frame whole."""
         try:
-            self._end.sendall(frame.encode())
+            self._end.sendall(frame.beginning())
+            self._end.sendall(frame.payload)  # apart, so that a large one is not copied
         except (BrokenPipeError, ConnectionResetError) as error:
             raise EOFError("the other end is gone") from error
 

@@ -13,6 +13,7 @@ import psutil
 from clients.channel import Channel, Frame
 from fedtune.child import environment, isolated
 from fedtune.errors import BudgetError
+from fedtune.protocol_codes import Problem
 
 __all__ = ["Keeper"]
 
@@ -35,7 +36,7 @@ class Keeper:
         self._worked = 0.0
         self._recipe: object = None
         self._halvings = 0
-        self._declines = ""
+        self._declines: Problem | None = None
 
     @property
     def pid(self) -> int | None:
@@ -45,28 +46,28 @@ class Keeper:
     def ask(self, frame: Frame) -> Frame:
         """The trainer's answer, or one that says why there is none."""
         if self._recipe != frame.header.get("recipe"):
-            self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, ""
-        if self._declines:
-            return Frame({"kind": "declined", "reason": self._declines})
-        killed = 0
+            self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, None
+        if self._declines is not None:
+            return _without_update("declined", self._declines)
+        killed, problem = 0, Problem("code-failed")
         while killed < _TRIES:
             rested = self._process is not None
             try:
                 return self._exchange(frame)
             except EOFError:
-                killed, reason = killed + 1, self._ended()
+                killed, problem = killed + 1, self._ended()
             except BudgetError as error:
                 self.close()
                 if not rested:  # otherwise another recipe may have been held as well
-                    self._declines = str(error)
-                    return Frame({"kind": "declined", "reason": self._declines})
+                    self._declines = Problem(error.code, error.counts)
+                    return _without_update("declined", self._declines)
             except MemoryError:
                 self.close()
                 self._halvings += 1
                 if self._halvings > _HALVINGS:
-                    self._declines = f"training held more than the {self._allowed()} and was ended"
-                    return Frame({"kind": "died", "reason": self._declines})
-        return Frame({"kind": "died", "reason": f"the trainer {reason}, {_TRIES} times; free memory on the device"})
+                    self._declines = Problem("memory-training", self._allowed())
+                    return _without_update("died", self._declines)
+        return _without_update("died", problem)
 
     def _exchange(self, frame: Frame) -> Frame:
         """Send and wait; EOFError when the trainer dies, BudgetError or MemoryError when it holds more than it may.
@@ -78,7 +79,8 @@ class Keeper:
         try:
             answer = self._received(channel, held)
         except MemoryError as error:
-            raise BudgetError(f"holding model and data takes more than the {self._allowed()}") from error
+            allowed = self._allowed()
+            raise BudgetError("model and data need too much memory", code="memory-model", counts=allowed) from error
         if answer.header["kind"] == "fits":
             answer = self._received(channel, held)
         self._worked = time.monotonic()
@@ -124,11 +126,17 @@ class Keeper:
                 self._process.stdin.close()
         self._process = self._channel = None
 
-    def _ended(self) -> str:
+    def _ended(self) -> Problem:
         """How the trainer that is gone ended."""
         code = self._process.wait() if self._process is not None else 0
         self.close()
-        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        if code < 0:
+            return Problem("trainer-killed", {"signal": -code, "tries": _TRIES})
+        return Problem("trainer-ended", {"code": code, "tries": _TRIES})
 
-    def _allowed(self) -> str:
-        return f"{self._budget / 1e6:.0f} MB this device allows"
+    def _allowed(self) -> dict[str, int]:
+        return {"allowed_mb": round(self._budget / 1e6)}
+
+
+def _without_update(kind: str, problem: Problem) -> Frame:
+    return Frame({"kind": kind, "problem": problem.text, "detail": problem.sentence})

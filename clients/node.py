@@ -23,6 +23,7 @@ from clients.persistence import RECOVERED, Persistence
 from clients.server_calls import NonsenseError
 from fedtune import answers
 from fedtune.errors import StoreError
+from fedtune.protocol_codes import Problem, parse_problem
 
 __all__ = ["Node"]
 
@@ -106,7 +107,11 @@ class Node:
     def _carry_out(self, order: bytes) -> None:
         self._last_order = time.monotonic()
         try:
-            answer = self._kept_answer() or self._train(order)
+            answer = self._kept_answer()
+            if answer is None:
+                answer = self._train(order)
+            elif isinstance(holding := answer.header.get("holding"), dict):
+                self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
             self._until_done(partial(self._send, order, answer))
         except GoneError as error:
             self._say(f"an order was dropped: {error}")
@@ -125,7 +130,8 @@ class Node:
         try:
             task = self._until_done(partial(self._fleet.fetch, order))
         except (KeyError, TypeError, ValueError) as error:
-            return Frame({"kind": "failed", "reason": f"the order cannot be read ({error!r}); update the device"})
+            problem = Problem("order-unreadable")
+            return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
         self._note("training", round=task.order["round"])
         answer = self._keeper.ask(Frame(dict(task.order), task.payload))
         answer.header["seconds"] = time.monotonic() - started
@@ -139,7 +145,7 @@ class Node:
             self._say(f"round {number}: trained {said['report']['examples']} examples in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
-            self._say(f"round {number}: {kind}: {said['reason']}")
+            self._say(f"round {number}: {kind}: {said['detail']}")
 
     def _send(self, order: bytes, answer: Frame) -> None:
         said = answer.header
@@ -147,7 +153,10 @@ class Node:
             self._fleet.answer(order, answer.payload, said["report"], said["seconds"])
         else:
             code, beginning = _REFUSALS[said["kind"]]
-            self._fleet.refuse(order, code, beginning + said["reason"])
+            problem = parse_problem(str(said.get("problem"))) or Problem(
+                "code-failed"
+            )  # an answer kept by an older one
+            self._fleet.refuse(order, code, beginning + problem.text)
 
     def _introduce(self, holding: dict[str, Any] | None) -> None:
         """Tell the server what is here when that is new; it can do without."""

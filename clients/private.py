@@ -1,6 +1,7 @@
 """What a client does to its contribution before it leaves it, where the recipe asks for privacy."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,4 +36,4 @@ def private(
 def withheld(report: Report) -> Report:
     """What a client with noise of its own says beside it: what its work cost, but neither its examples nor its loss."""
     bare = replace(report, own_predictions=0, own_loss=0.0, own_accuracy=0.0, own_more=(), own_after=())
-    return replace(bare, examples=1, loss=0.0)
+    return replace(bare, examples=1, loss=math.nan)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune import data
-from fedtune.contribution import Order
+from fedtune.contribution import FEWEST, Order
 from fedtune.errors import DataError
 from fedtune.recipe import Columns, Data, Recipe
 from fedtune.training import Workshop, build_model, discard, workshop
@@ -44,7 +44,9 @@ class Supply:
 def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
     """What the operator may know of a device's data: how many examples, and how many of each class.
 
-    Nothing where the device adds noise to what it sends, since it does not trust the operator with counts either.
+    Classes with fewer than :data:`fedtune.contribution.FEWEST` examples are left out: a count of one or two points at
+    single examples. Nothing where the device adds noise to what it sends, since it does not trust the operator with
+    counts either.
     """
     if shop.recipe.privacy is not None and shop.recipe.privacy.where == "client":
         return {}
@@ -55,7 +57,7 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
     if not labels:
         return {}
     counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
-    return {name: counted[number] for number, name in enumerate(labels)}
+    return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
 
 
 def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:

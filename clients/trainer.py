@@ -15,6 +15,7 @@ from dataclasses import asdict
 from clients.budget import fitting
 from clients.channel import Channel, Frame
 from clients.device_home import DeviceHome
+from clients.problems import problem_of
 from clients.supply import Supply, holding
 from clients.work import work
 from fedtune.contribution import Order
@@ -44,15 +45,16 @@ class _Trainer:
         self._micro: int | None = None
 
     def answer(self, frame: Frame, fits: Callable[[], None]) -> Frame:
-        """Train, or say why not; whatever is raised ends up in the answer. ``fits`` is called just before training."""
+        """Train, or say why not. ``fits`` is called just before training.
+
+        Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
+        """
         try:
             return self._train(Order(**frame.header), frame.payload, fits)
-        except BudgetError as error:
-            return Frame({"kind": "declined", "reason": str(error)})
-        except FedtuneError as error:
-            return Frame({"kind": "failed", "reason": str(error)})
         except Exception as error:
-            return Frame({"kind": "failed", "reason": repr(error)})
+            kind = "declined" if isinstance(error, BudgetError) else "failed"
+            detail = str(error) if isinstance(error, FedtuneError) else repr(error)
+            return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
     def _train(self, order: Order, payload: bytes, fits: Callable[[], None]) -> Frame:
         shop, rows = self._supply.of(order)

@@ -1,5 +1,6 @@
 """One client's round as a function of what it is sent: in a simulation and on a device alike."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from clients import own_tensors
 from clients.private import private, withheld
-from fedtune.contribution import Order, OwnScore, Report, pack, unpack
+from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, shapes, train
@@ -29,7 +30,7 @@ def work(
     A payload that is a file is read tensor by tensor, so that no copy of the state is held.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
-    through the model at a time.
+    through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
     part = shop.of(order.client)
     sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
@@ -40,8 +41,11 @@ def work(
     )
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
-    cost = outcome.examples, outcome.loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
-    report = Report(*cost, micro_batch=micro or 0, **_told(outcome.own_score, outcome.trained_score))
+    held_out = int(part.recipe.evaluation.own * len(rows))
+    loss = outcome.loss if len(rows) - held_out >= FEWEST else math.nan
+    scores = _told(outcome.own_score, outcome.trained_score) if held_out >= FEWEST else {}
+    cost = outcome.examples, loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
+    report = Report(*cost, micro_batch=micro or 0, **scores)
     deltas, privacy = compact(outcome.delta, masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extras}), report

@@ -1,11 +1,13 @@
 """What a device tells beside deltas: codes of Flower's error replies, how a reason may begin, what it holds."""
 
-__all__ = ["DECLINED", "FAILED", "HELD", "TRAINER_DIED"]
+__all__ = ["DECLINED", "FAILED", "HELD", "REFUSED", "TRAINER_DIED"]
 
 FAILED = 2
 """Training raised; Flower's own code for that."""
 TRAINER_DIED = 8
 """The process that trained was killed; Flower's own code for that."""
+REFUSED = 1001
+"""The server's own code, in place of a reply that it did not take; Flower's end far below."""
 DECLINED = "declined: "
 """How the reason begins when a device did not fail but would not try."""
 HELD = "fedtune-held"

@@ -1,13 +1,12 @@
 """What a device sends back: one safetensors payload of deltas, checked, spooled to disk and read piece by piece."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from fedtune.errors import ContributionError
 from fedtune.packing import pack
 
 __all__ = [
+    "FEWEST",
     "Contribution",
     "Form",
     "Order",
@@ -22,7 +22,6 @@ __all__ = [
     "Pair",
     "Report",
     "Sent",
-    "check",
     "pack",
     "pieces",
     "unpack",
@@ -32,6 +31,9 @@ Shape = tuple[int, ...]
 _PIECE = 1 << 18
 """Elements of a tensor that are held at a time; larger blocks would stay in the allocator's heap after use."""
 
+
+FEWEST = 5
+"""A figure over fewer examples of a device than these stays there: it would tell of single examples."""
 
 Sent = Literal["tensors", "one factor", "pairs", "pairs and base"]
 """What clients train: tensors that are merged one by one; one factor of low-rank pairs at a time, the other being
@@ -54,12 +56,16 @@ class Pair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum."""
+    """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum.
+
+    Real numbers that are sums of sizes or counts are never ``negative``.
+    """
 
     shape: Shape
     dtype: str = "F32"
     below: int = 0
     total: int | None = None
+    negative: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ _NOTHING_HELD_OUT = OwnScore()
 @dataclass(frozen=True)
 class Report:
     """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
+
+    ``loss`` is NaN where the client keeps it to itself.
 
     Three are the score of the model it received on what it held out. ``micro_batch`` is the most examples that went
     through the model at a time where its memory could not hold the whole batch; 0 where it could. ``own_more`` are the
@@ -147,7 +155,7 @@ class Contribution:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:
-            rows = _rows(file, name, start, stop)
+            rows = rows_of(file, name, start, stop)
         return rows if self.scale == 1.0 else rows * self.scale
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -167,7 +175,8 @@ def pieces(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, height)
 
 
-def _rows(file: Any, name: str, start: int, stop: int) -> Tensor:
+def rows_of(file: Any, name: str, start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of a tensor in an open safetensors file; one without dimensions counts as one row."""
     piece = file.get_slice(name)
     rows: Tensor = piece[start:stop] if piece.get_shape() else file.get_tensor(name)
     return rows
@@ -179,69 +188,3 @@ def unpack(payload: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(payload)
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
         raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
-
-
-def check(
-    path: Path,
-    expected: Mapping[str, Shape],
-    extras: Mapping[str, Form],
-    max_norm: float | None,
-    limit: str = "federation.max_norm",
-) -> float:
-    """The L2 norm over a spooled payload's deltas, read piece by piece; ``extras`` travel beside and do not count.
-
-    ``limit`` is the recipe's key for ``max_norm``. Raises ContributionError when the payload is not safetensors or its
-    names, shapes, values or norm do not hold.
-    """
-    try:
-        with safe_open(path, "pt") as deltas:
-            _check_names(set(deltas.keys()), expected.keys() | extras.keys())
-            for name, form in extras.items():
-                _check_extra(deltas, name, form)
-            norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
-    except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
-        raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
-    if max_norm is not None and norm > max_norm:
-        raise ContributionError(f"its norm {norm:.4g} is above {limit} {max_norm:.4g}")
-    return norm
-
-
-def _check_names(sent: Set[str], expected: Set[str]) -> None:
-    missing, unknown = sorted(expected - sent), sorted(sent - expected)
-    if missing or unknown:
-        raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
-
-
-def _square(deltas: Any, name: str, shape: Shape) -> float:
-    """The squared L2 norm of a delta that holds."""
-    _check_form(deltas.get_slice(name), name, Form(shape))
-    square = sum(
-        float(torch.linalg.vector_norm(_rows(deltas, name, start, stop), dtype=torch.float64)) ** 2
-        for start, stop in pieces(shape)
-    )
-    if not math.isfinite(square):
-        raise ContributionError(f"{name} holds values that are not finite")
-    return square
-
-
-def _check_extra(file: Any, name: str, form: Form) -> None:
-    _check_form(file.get_slice(name), name, form)
-    tensor: Tensor = file.get_tensor(name)
-    if not bool(tensor.isfinite().all()):
-        raise ContributionError(f"{name} holds values that are not finite")
-    if not tensor.is_floating_point() and any(not 0 <= number < form.below for number in _range(tensor)):
-        raise ContributionError(f"{name} holds numbers outside 0 to {form.below - 1}")
-    if form.total is not None and int(tensor.sum()) != form.total:
-        raise ContributionError(f"{name} adds up to {int(tensor.sum())} in place of {form.total}")
-
-
-def _range(tensor: Tensor) -> list[int]:
-    """The least and the greatest number, where there is any."""
-    return [int(tensor.min()), int(tensor.max())] if tensor.numel() else []
-
-
-def _check_form(tensor: Any, name: str, form: Form) -> None:
-    if tuple(tensor.get_shape()) != form.shape:
-        raise ContributionError(f"{name} has shape {list(tensor.get_shape())} in place of {list(form.shape)}")
-    if tensor.get_dtype() != form.dtype:
-        raise ContributionError(f"{name} is {tensor.get_dtype()} in place of {form.dtype}")

@@ -14,6 +14,8 @@ FedtuneError
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
+from collections.abc import Mapping
+
 __all__ = [
     "BudgetError",
     "ChecksumError",
@@ -21,6 +23,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FedtuneError",
+    "FedtuneWarning",
     "ModelError",
     "RecipeError",
     "RoundError",
@@ -31,7 +34,20 @@ __all__ = [
 
 
 class FedtuneError(Exception):
-    """The root: the command line prints its message and ends with code 2."""
+    """The root: the command line prints its message and ends with code 2.
+
+    ``code`` and ``counts`` are what a device may tell its server of the error, see :mod:`fedtune.protocol_codes`; the
+    message, which may quote the device's data, stays on the device.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "", counts: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.counts = dict(counts or {})
+
+
+class FedtuneWarning(UserWarning):
+    """What goes on but should be known: one sentence, as an error is."""
 
 
 class RecipeError(FedtuneError):

@@ -84,7 +84,15 @@ def _carried(
     adapter.target_modules = {name for name in adapter.target_modules if name not in whole}
     adapter.modules_to_save = sorted([*(adapter.modules_to_save or []), *whole]) or None
     adapter.base_model_name_or_path = resolve(recipe.model.source)
-    return adapter, {**{name: tensor for name, tensor in state.items() if not name.startswith(inside)}, **drawn}
+    learned = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+    return adapter, {**_statistics(model, adapter.modules_to_save or []), **learned, **drawn}
+
+
+def _statistics(model: nn.Module, saved: Sequence[str]) -> dict[str, Tensor]:
+    """Buffers of modules that are saved whole, such as a head's batch norm; peft wants them all."""
+    inside = tuple(f"{name}." for name in saved)
+    buffers = dict(model.named_buffers()).keys() & model.state_dict().keys()
+    return {name: model.get_buffer(name) for name in sorted(buffers) if name.startswith(inside)}
 
 
 def _save_adapter(

@@ -47,6 +47,9 @@ class Federation(Section):
         None, ge=1, description="a round ends with so many usable replies: ask more clients, take the first"
     )
     max_norm: float | None = Field(None, gt=0, description="a contribution of larger L2 norm is refused")
+    norm_bound: float | None = Field(
+        50.0, gt=1, description="an update so many times as large as the cohort's median is refused; null: none is"
+    )
     select: Select = Select()
     late: Late | None = Field(None, description="late answers are merged too; without it they are dropped")
 

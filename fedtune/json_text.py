@@ -1,4 +1,8 @@
-"""Values as JSON that every reader takes: what is not a finite number becomes null, since JSON has no word for it."""
+"""Values as JSON that every reader takes, a terminal among them.
+
+What is not a finite number becomes null, since JSON has no word for it. Characters that do not print (codes of a
+terminal, direction marks, lone surrogates) are escaped, the others stay readable.
+"""
 
 import json
 import math
@@ -9,7 +13,12 @@ __all__ = ["json_text"]
 
 def json_text(value: Any) -> str:
     """JSON text, indented by two; tuples become lists."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return "".join(map(_printable, text)) if not text.replace("\n", "").isprintable() else text
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() or character == "\n" else json.dumps(character)[1:-1]
 
 
 def _finite(value: Any) -> Any:

@@ -10,9 +10,19 @@ from fedtune.recipe import Recipe
 from server.exchange import replies
 from server.selection import asked_per_round, sample
 
-__all__ = ["DROPPED_OUT", "NOT_NEEDED", "NO_REPLY_IN_ROUNDS", "NO_REPLY_IN_TIME", "Asking", "Send", "Together"]
+__all__ = [
+    "DEVICE_REMOVED",
+    "DROPPED_OUT",
+    "NOT_NEEDED",
+    "NO_REPLY_IN_ROUNDS",
+    "NO_REPLY_IN_TIME",
+    "Asking",
+    "Send",
+    "Together",
+]
 
 NO_REPLY_IN_TIME = "no reply before the deadline"
+DEVICE_REMOVED = "its device was removed from the server"
 NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
 DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
@@ -64,6 +74,7 @@ class Together(Asking):
         self._count = asked_per_round(recipe, among)
         self._number, self._enough = 0, False
         self._clients: list[int] = []
+        self._removed: set[int] = set()
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
         """Sample among these; as many as before, as far as there are as many."""
@@ -72,6 +83,7 @@ class Together(Asking):
     def begin(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
+        self._removed = set()
         count = min(self._count, len(self._among))
         self._number, self._clients = number, sample(self._recipe, number, self._among, last, count)
         return len(self._clients)
@@ -80,7 +92,7 @@ class Together(Asking):
         """Whatever comes before the deadline, until there are enough."""
         federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
-        for client, reply in replies(self._grid, messages, federation.deadline, self._poll):
+        for client, reply in replies(self._grid, messages, federation.deadline, self._poll, self._removed.add):
             yield client, reply
             if federation.take_first is not None and usable() >= federation.take_first:
                 self._enough = True
@@ -89,4 +101,5 @@ class Together(Asking):
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
         reason = NOT_NEEDED if self._enough else NO_REPLY_IN_TIME
-        return {client: reason for client in self._clients if client not in answered}
+        asked = [client for client in self._clients if client not in answered]
+        return {client: DEVICE_REMOVED if client in self._removed else reason for client in asked}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from server.asking import NO_REPLY_IN_ROUNDS, Asking, Send
+from server.asking import DEVICE_REMOVED, NO_REPLY_IN_ROUNDS, Asking, Send
 from server.desk import Desk
 
 __all__ = ["Buffered"]
@@ -34,7 +34,7 @@ class Buffered(Asking):
         self._sent: dict[str, int] = {}
         self._arrived: deque[tuple[int, Message]] = deque()
         self._staleness: dict[int, int] = {}
-        self._lost: list[int] = []
+        self._lost: dict[int, str] = {}
         self._moved: list[int] = []
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
@@ -44,10 +44,9 @@ class Buffered(Asking):
     def begin(self, number: int) -> int:
         """Give up on clients that are too far behind."""
         given_up, moved = self._desk.begin(number, self._last()), self._moved
-        self._staleness, self._lost, self._moved = {}, [*given_up, *moved], []
-        lost = set(self._lost)
-        self._sent = {message: client for message, client in self._sent.items() if client not in lost}
-        self._arrived = deque(answer for answer in self._arrived if answer[0] not in lost)
+        self._staleness, self._lost, self._moved = {}, dict.fromkeys([*given_up, *moved], NO_REPLY_IN_ROUNDS), []
+        self._sent = {message: client for message, client in self._sent.items() if client not in self._lost}
+        self._arrived = deque(answer for answer in self._arrived if answer[0] not in self._lost)
         return self._buffer
 
     def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
@@ -70,21 +69,23 @@ class Buffered(Asking):
             return
         messages = send(clients, self._desk.number)
         for client, message in zip(messages, self._grid.push_messages(messages.values()), strict=True):
-            if message is None:  # its device has been removed
+            if not message:
                 self._desk.done(client)
-                self._lost.append(client)
+                self._lost[client] = DEVICE_REMOVED
             else:
                 self._sent[message] = client
 
     def _pull(self) -> bool:
         """Whether something arrived; what arrives together may be for the next round too."""
         found = self._grid.pull_messages(list(self._sent))
-        self._arrived.extend((self._sent.pop(reply.metadata.reply_to_message_id), reply) for reply in found)
+        for reply in found:
+            if (client := self._sent.pop(reply.metadata.reply_to_message_id, None)) is not None:
+                self._arrived.append((client, reply))
         return bool(self._arrived)
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
-        """Clients that were given up; those still at work are not missing."""
-        return {client: NO_REPLY_IN_ROUNDS for client in self._lost if client not in answered}
+        """Clients that were given up or have no device any more; those still at work are not missing."""
+        return {client: reason for client, reason in self._lost.items() if client not in answered}
 
     def staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""

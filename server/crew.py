@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.tracking import Seat
+from server.asking import DEVICE_REMOVED
+from server.guarded_grid import GuardedGrid
 
 __all__ = ["Crew", "assemble"]
 
@@ -18,7 +20,10 @@ _PATIENCE_FOR_ALL = 30.0
 """Seconds until a round may begin without devices that are away."""
 _LOOK_SECONDS = 0.2
 _REMOTE_POLL_SECONDS = 0.2
-_REMOVED = "its device was removed from the server"
+
+
+def _any_size(most: int) -> None:
+    """A grid inside this process holds replies in memory already; they are measured when they are received."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Crew:
     """Node and name of each client, by its number, and seconds between two looks for replies.
 
     With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
-    devices.
+    devices. ``expect`` is told the most bytes that a reply may have.
     """
 
     nodes: Sequence[int]
@@ -36,11 +41,12 @@ class Crew:
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
     deployed: bool = False
+    expect: Callable[[int], None] = _any_size
 
     def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
         """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
         gone = set(self.removed()) if silent else set()
-        return {client: _REMOVED if client in gone else reason for client, reason in silent.items()}
+        return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
 
 
 def assemble(
@@ -63,7 +69,8 @@ def assemble(
     wanted = {int(seat.node) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
-    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True)
+    expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:

@@ -1,7 +1,7 @@
 """One exchange with clients on a Flower grid: messages out, replies as they arrive, until all are in or time is up."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,21 +36,29 @@ def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:
 
 
 def replies(
-    grid: Grid, messages: Mapping[int, Message], deadline: float | None, poll: float
+    grid: Grid,
+    messages: Mapping[int, Message],
+    deadline: float | None,
+    poll: float,
+    removed: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[int, Message]]:
     """Send the messages and yield (client, reply) in order of arrival for at most ``deadline`` seconds.
 
     What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
-    Nothing comes from a client whose message could not be sent, since its device has been removed.
+    Nothing comes from a client whose message could not be sent, since its device has been removed; ``removed`` is told
+    of it. A reply to nothing that was sent is passed over.
     """
     end = float("inf") if deadline is None else time.monotonic() + deadline
-    sent = zip(grid.push_messages(messages.values()), messages, strict=True)
-    waiting = {number: client for number, client in sent if number is not None}
+    sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
+    waiting = {number: client for number, client in sent if number}
+    for client in (client for number, client in sent if not number):
+        removed(client)
     while waiting and time.monotonic() < end:
         arrived = list(grid.pull_messages(list(waiting)))
         if time.monotonic() >= end:
             return
         for reply in arrived:
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            if (client := waiting.pop(reply.metadata.reply_to_message_id, -1)) >= 0:
+                yield client, reply
         if not arrived:
             time.sleep(poll)

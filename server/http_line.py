@@ -37,11 +37,16 @@ class _Watched(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._line is not None and not self.flow.write_paused and not self.transport.is_closing():
-            if self.cycle is None or self.cycle.response_complete:
-                self._between_requests(self._line, len(data))
-            else:
-                self._in_a_request(self._line, self.cycle, len(data))
+        self._look(len(data))
+
+    def _look(self, came: int) -> None:
+        """See what is to be waited for now that so many bytes came, or that something of ours was done."""
+        if self._line is None or self.flow.write_paused or self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self._between_requests(self._line, came)
+        else:
+            self._in_a_request(self._line, self.cycle, came)
 
     def _between_requests(self, line: Connection, came: int) -> None:
         if self.conn.their_state is h11.SEND_BODY:
@@ -73,6 +78,7 @@ class _Watched(H11Protocol):
         super().resume_writing()
         if self._line is not None:
             self._line.wait(None)
+        self._look(0)
 
     def on_response_complete(self) -> None:
         if self._line is not None and not self.flow.write_paused:
@@ -80,7 +86,8 @@ class _Watched(H11Protocol):
             due = self.lines.clock() + _REFUSED_SECONDS if refused else None
             self._line.wait(due, "went on sending a body that was refused")
             self._received = 0
-        super().on_response_complete()
+        super().on_response_complete()  # the next request may have begun to come behind the last one
+        self._look(0)
 
     def send_400_response(self, msg: str) -> None:
         if self._line is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
 from fedtune.tracking import RunRecord, Store, alive, new_run_id
+from fedtune.tracking.rollback import rollback
 from server.presence import Presence
 from server.seating import seated
 from server.selection import check_enrolled, qualifies
@@ -83,6 +84,15 @@ class Manager:
             raise StoreError(f"run {run.id} is {run.status} already; follow it with fedtune runs watch {run.id}")
         self._store.reopen(run.id, "queued")  # the next tick sees it; what it counts is its own
         return run.id
+
+    def rollback(self, reference: str, number: int) -> tuple[str, int]:
+        """Take a run back to a round; its id, and how many rounds are gone. StoreError while it is carried on."""
+        run = self._own(reference)
+        if run.status in ("queued", "running"):
+            raise StoreError(f"run {run.id} is {run.status}; stop it first: fedtune runs stop {run.id}")
+        removed = rollback(self._store, run.id, number)
+        self._trouble.pop(run.id, None)
+        return run.id, removed
 
     def planned(self, run: RunRecord) -> RunRecord:
         """A run as it is recorded: one between two starts is running, not interrupted."""

@@ -66,6 +66,15 @@ class Operating:
         self.audit.done(who, f"run {run} stopped")
         return {"run": run}
 
+    def rollback(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
+        """Take a run back to one of its rounds."""
+        number = sent.get("round") if isinstance(sent, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise RefusedError(400, "a rollback needs the number of a round, 0 or more", who)
+        run, removed = self.manager.rollback(request.path_params["run"], number)
+        self.audit.done(who, f"run {run} rolled back to round {number}; {removed} rounds removed")
+        return {"run": run, "round": number, "removed": removed}
+
     def resume(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Queue a run again that was stopped or failed."""
         run = self.manager.resume(request.path_params["run"])
@@ -84,6 +93,14 @@ class Operating:
         tags = self.store.access.tag_device(name, read_tags(given.get("add", [])), read_tags(given.get("remove", [])))
         self.audit.done(who, f"device {name} is tagged {', '.join(tags) or 'with nothing'}")
         return {"device": name, "tags": tags}
+
+    def release(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """End a device's quarantine."""
+        name = request.path_params["device"]
+        released = self.store.access.release_device(name)
+        if released:
+            self.audit.done(who, f"device {name} released from quarantine")
+        return {"device": name, "released": released}
 
     def remove(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Shut a device out for good; its key is worthless from now on."""
@@ -110,6 +127,7 @@ def device_document(found: DeviceRecord, online: bool) -> dict[str, Any]:
         "seen": found.seen.isoformat() if found.seen else None,
         "profile": json.loads(found.profile),
         "tags": found.tags,
+        "quarantined": found.quarantined,
     }
 
 

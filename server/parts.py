@@ -18,8 +18,11 @@ from fedtune.training.told_activity import asked_activity
 __all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
-_HEADER, _WIDEST, _REST = 256, 8, 1 << 18
-"""Bytes for a tensor's name and place, of a value at most, and beside all tensors: the report, Flower's own records."""
+_BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
+_HEADER, _HEADER_ENTRY, _REST = 1024, 256, 1 << 18
+"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape; and of a
+reply beside its payload: the report, Flower's own records.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,21 @@ class Part:
     extras: Mapping[str, Form]
 
     @property
+    def values(self) -> int:
+        """How many values the deltas of an update have together."""
+        return sum(math.prod(shape) for shape in self.expected.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """The size that no update of this round exceeds: its tensors, and a generous header that names them."""
+        forms = {name: Form(shape) for name, shape in self.expected.items()} | dict(self.extras)
+        values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
+        return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
+
+    @property
     def most(self) -> int:
-        """Bytes at most of a reply: fp32 deltas, what is asked beside them, and the rest."""
-        deltas = sum(4 * math.prod(shape) + _HEADER + len(name) for name, shape in self.expected.items())
-        extras = sum(_WIDEST * math.prod(form.shape) + _HEADER + len(name) for name, form in self.extras.items())
-        return deltas + extras + _REST
+        """Bytes at most of a whole reply: the update, and the rest."""
+        return self.most_bytes + _REST
 
     @property
     def size(self) -> int:

@@ -1,19 +1,25 @@
 """What becomes of a reply: a checked contribution spooled to disk, or a record of why there is none."""
 
-import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import Error, Message, MetricRecord
+from flwr.app import Error, Message
 
-from fedtune.answers import DECLINED
-from fedtune.contribution import Contribution, Report, check
+from fedtune.answers import DECLINED, REFUSED
+from fedtune.contribution import Contribution
 from fedtune.errors import ContributionError
 from fedtune.federation import Late
 from fedtune.files import write
 from fedtune.merging import staleness_scale
+from fedtune.protocol_codes import parse_problem
 from fedtune.tracking import ContributionRecord
+from fedtune.untrusted import clean_text
+from fedtune.update_checks import check
 from server.parts import Part
+from server.reports import MOST_EXAMPLES, read_report
+
+_LONGEST_REASON = 400
+"""Characters that are kept of why an update is refused: it may quote names that its device chose."""
 
 __all__ = ["aged", "missing", "receive"]
 
@@ -26,19 +32,25 @@ def receive(
     max_norm: float | None,
     spool: Path,
     limit: str = "federation.max_norm",
+    most_examples: int = MOST_EXAMPLES,
 ) -> tuple[ContributionRecord, Contribution | None]:
-    """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key."""
+    """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key.
+
+    ``most_examples`` is what the client can have trained on in the round. Nothing of a payload that is larger than the
+    round expects is read or written.
+    """
     bytes_down = part.size
     if reply.has_error():
         return _absent(client, device, *_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
     try:
-        write(path, _payload(reply))
-        report = _report(reply.content.metric_records.get("report"))
+        payload = _payload(reply, part.most_bytes)
+        report = read_report(reply.content.metric_records.get("report"), most_examples)
+        write(path, payload)
         norm = check(path, part.expected, part.extras, max_norm, limit)
     except ContributionError as error:
         path.unlink(missing_ok=True)
-        return _absent(client, device, "refused", str(error), bytes_down), None
+        return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None
     record = ContributionRecord(
         client=client,
         device=device,
@@ -71,10 +83,15 @@ def aged(
 
 def _error(error: Error) -> tuple[str, str]:
     """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
-    reason = error.reason or ""
-    if reason.startswith(DECLINED):
-        return "declined", reason.removeprefix(DECLINED)
-    return "error", f"code {error.code}: {error.reason}"
+    told = error.reason or ""
+    if error.code == REFUSED:
+        return "refused", clean_text(told)
+    status = "declined" if told.startswith(DECLINED) else "error"
+    reason = told.removeprefix(DECLINED)
+    if problem := parse_problem(reason):
+        return status, problem.remote_sentence
+    shown = clean_text(reason)
+    return status, shown if status == "declined" else f"code {error.code}: {shown}"
 
 
 def missing(client: int, device: str, bytes_down: int, reason: str) -> ContributionRecord:
@@ -99,29 +116,12 @@ def _absent(client: int, device: str, status: str, reason: str, bytes_down: int)
     )
 
 
-def _payload(reply: Message) -> bytes:
+def _payload(reply: Message, most: int) -> bytes:
     """Taken out of the reply: messages hold themselves in a cycle, and would keep it until the next collection."""
     record = reply.content.array_records.get("delta")
     if record is None or list(record) != ["safetensors"]:
         raise ContributionError("the reply carries no deltas; update the client")
-    return record.pop("safetensors").data
-
-
-def _report(record: MetricRecord | None) -> Report:
-    if record is None or record.keys() != {field.name for field in fields(Report)}:
-        raise ContributionError("the reply carries no report that fits; update the client")
-    report = Report(**record)  # type: ignore[arg-type]
-    strange = [name for name, figure in record.items() if isinstance(figure, list) != (name in _LISTS)]
-    if strange:
-        raise ContributionError(f"its report gives {strange[0]} as a list, or no list for one; update the client")
-    if not isinstance(report.examples, int) or report.examples < 1:
-        raise ContributionError(f"it counts {report.examples} examples; a contribution needs at least one")
-    if not isinstance(report.own_predictions, int) or report.own_predictions < 0:
-        raise ContributionError(f"it counts {report.own_predictions} held-out predictions; update the client")
-    if not isinstance(report.micro_batch, int) or report.micro_batch < 0:
-        raise ContributionError(f"it counts micro-batches of {report.micro_batch}; update the client")
-    if any(math.isinf(figure) for figure in (*report.own_more, *report.own_after)) or len(report.own_after) == 1:
-        raise ContributionError("its scores on held-out examples are none; check its data, or update the client")
-    if not math.isfinite(report.own_loss) or not 0 <= report.own_accuracy <= 1:
-        raise ContributionError("its score on held-out examples is none; check its data, or update the client")
-    return report
+    payload = record.pop("safetensors").data
+    if len(payload) > most:
+        raise ContributionError(f"it holds {len(payload)} bytes, and this round expects {most} at most")
+    return payload

@@ -41,13 +41,19 @@ class Roster:
         there = {(device.name, device.node) for device in self._store.access.devices()}
         return [seat.client for seat in self._seats() if (seat.device, seat.node) not in there]
 
+    def _quarantined(self) -> set[int]:
+        """The clients whose device gets no orders until an operator releases it."""
+        out = {device.name for device in self._store.access.devices() if device.quarantined}
+        return {seat.client for seat in self._seats() if seat.device in out}
+
     def wait(self) -> list[Seat]:
-        """All seats whose device is enrolled, as soon as enough of those are connected for a round."""
+        """All seats whose device may be asked, as soon as enough of those are connected for a round."""
         said = ""
         while True:
-            seats, removed = self._seats(), set(self.removed())
-            there = [seat for seat in seats if seat.client not in removed]
-            lacking = self._lacking(there, [seat for seat in seats if seat.client in removed])
+            seats, removed, out = self._seats(), set(self.removed()), self._quarantined()
+            there = [seat for seat in seats if seat.client not in removed | out]
+            gone = [seat for seat in seats if seat.client in removed]
+            lacking = self._lacking(there, gone, [seat for seat in seats if seat.client in out - removed])
             if lacking != said:
                 self._store.explain(self._run, lacking)
             if not lacking:
@@ -68,8 +74,14 @@ class Roster:
     def _seats(self) -> list[Seat]:
         return self._store.access.seats(self._run)
 
-    def _lacking(self, there: Sequence[Seat], gone: Sequence[Seat]) -> str:
+    def _lacking(self, there: Sequence[Seat], gone: Sequence[Seat], quarantined: Sequence[Seat]) -> str:
         """Why no round can succeed now, and the mend; nothing when one can."""
+        if len(there) < self._quorum and quarantined:
+            return (
+                f"waits: {_names(quarantined, 'is', 'are')} quarantined, and too few devices are left for "
+                f"federation.quorum {self._quorum}; see fedtune server devices, mend it, then fedtune server release "
+                f"{quarantined[0].device}"
+            )
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "

@@ -5,11 +5,8 @@ random number is derived from the seed and the place it is used.
 """
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +17,14 @@ from torch import Tensor
 from fedtune import checkpoint, home, merging, techniques
 from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
-from fedtune.recipe import Recipe
 from fedtune.sparse import compact, masks, spread_out
 from fedtune.stored_state import StoredState
 from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
 from fedtune.tracking.pruning import remove_pruned, with_checkpoint
 from fedtune.training import Workshop, read_state
+from fedtune.training.model_counts import check_model_counts
+from fedtune.untrusted import clean_text
 from server import scoring
-from server.accounting import Spending
 from server.asking import Asking
 from server.crew import Crew
 from server.evidence import evidence
@@ -39,6 +36,9 @@ from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
 from server.reply_limit import allow
 from server.roster import Roster
+from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
+from server.safeguards import Safeguards
+from server.spool import spooling, sweep
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
 
@@ -52,42 +52,25 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
+    check_model_counts(recipe, merging.choose(recipe.merge))
     tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
-    _sweep(run)
+    sweep(run)
     remove_pruned(done)
     state = _resumed(run, done) if done else _start(shop, store, run)
     prune_checkpoints(store, run, recipe)
     roster = Roster(store, run, recipe, grid)
     crew = roster.assemble()
     asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
-    spending = Spending(recipe, done)
+    guards = Safeguards(shop, store, run, done)
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
-            ended = _round(shop, store, run, crew, asking, spending, state, number)
+            ended = _round(shop, store, run, crew, asking, guards, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
         raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
-
-
-def _sweep(run: str) -> None:
-    """Remove what a killed process left of its round: contributions and files that were not written to the end."""
-    for spool in (home.runs() / run).glob("*.spool"):
-        shutil.rmtree(spool)
-    for beside in (home.runs() / run).rglob(".*.part"):
-        beside.unlink()
-
-
-@contextmanager
-def _spool(run: str, number: int) -> Iterator[Path]:
-    """A folder for the contributions of a round, gone when the block ends, however it does."""
-    folder = home.runs() / run / f"round-{number:04d}.spool"
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
@@ -107,24 +90,31 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 
 def _round(
-    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, spending: Spending, state: State, number: int
+    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, guards: Safeguards, state: State, number: int
 ) -> State | None:
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
-    with _spool(run, number) as spool:
-        records, contributions = _gather(shop, run, crew, asking, state, number, spool)
-        short = _shortage(records, shop.recipe)
+    with spooling(run, number) as spool:
+        records, contributions = _gather(shop, run, crew, asking, guards, state, number, spool)
+        short = shortage(records, shop.recipe)
         if short and {record.client for record in records} & set(crew.removed()):
             return None
         figures: tuple[MetricRecord, ...] = ()
         if not short:
-            state, figures = _merged(shop, state, run, number, contributions)
-        else:
-            records = [_unused(record) for record in records]
+            try:
+                merged, figures = _merged(shop, state, run, number, contributions)
+                state = require_finite(merged)
+                figures += guards.bound.merged()
+            except MERGE_ERRORS as error:
+                short = with_refusals(f"the merge failed: {clean_text(error)}", records)
+        if short:
+            records = unused(records)
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
-    metrics += spending.after(("failed" if short else "completed", records))
+    metrics += guards.spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
-    return _commit(store, run, number, state, started, records, metrics, short, told)
+    state = _commit(store, run, number, state, started, records, metrics, short, told)
+    guards.committed(records)
+    return state
 
 
 def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
@@ -151,7 +141,14 @@ def _merged(
 
 
 def _gather(
-    shop: Workshop, run: str, crew: Crew, asking: Asking, state: State, number: int, spool: Path
+    shop: Workshop,
+    run: str,
+    crew: Crew,
+    asking: Asking,
+    guards: Safeguards,
+    state: State,
+    number: int,
+    spool: Path,
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
     folder = spool if crew.shares_disk else None
@@ -167,7 +164,7 @@ def _gather(
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
         most, limit = norm_limit(shop.recipe, part.expected.values())
-        received = receive(reply, client, device, part, most, spool, limit)
+        received = receive(reply, client, device, part, most, spool, limit, guards.examples(client))
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
@@ -177,12 +174,14 @@ def _gather(
         records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
-    return [records[client] for client in sorted(records)], ordered
+    told = [records[client] for client in sorted(records)]
+    return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
 
 
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
+    crew.expect(max((parts.of(client).most_bytes for client in clients), default=0))
     found: dict[int, Message] = {}
     if crew.deployed:
         allow(home.runs() / run, max(parts.of(client).most for client in clients))
@@ -195,20 +194,6 @@ def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], part
 def _earlier(run: str, number: int) -> State:
     """The state that an earlier round began with."""
     return StoredState(home.runs() / _checkpoint_path(run, number - 1))
-
-
-def _shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
-    """Why a round fails, or nothing."""
-    usable = sum(record.status == "merged" for record in records)
-    if usable >= recipe.federation.quorum:
-        return ""
-    reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
-    return f"{usable} usable contributions, quorum {recipe.federation.quorum}; {'; '.join(reasons[:3])}"
-
-
-def _unused(record: ContributionRecord) -> ContributionRecord:
-    """What could have been merged, had the round got enough of it."""
-    return replace(record, status="unused", reason="the round failed") if record.status == "merged" else record
 
 
 def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:

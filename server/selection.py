@@ -22,7 +22,12 @@ def admits(select: Select, name: str, tags: Collection[str], memory: int) -> boo
 
 
 def qualifies(select: Select, device: DeviceRecord) -> bool:
-    """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins."""
+    """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins.
+
+    One that is quarantined may not.
+    """
+    if device.quarantined:
+        return False
     told = json.loads(device.profile).get("memory")
     return admits(select, device.name, device.tags, told if isinstance(told, int) else 0)
 

@@ -35,5 +35,5 @@ def files() -> dict[str, bytes]:
         "pyproject.toml": f"{_PROJECT}{settings}".encode(),
         "fedtune_on_flower/__init__.py": b"",
         "fedtune_on_flower/server_app.py": b'from server.app import app\n\n__all__ = ["app"]\n',
-        "fedtune_on_flower/client_app.py": b'from clients.app import app\n\n__all__ = ["app"]\n',
+        "fedtune_on_flower/client_app.py": b'from clients.app import deployed as app\n\n__all__ = ["app"]\n',
     }

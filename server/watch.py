@@ -67,6 +67,10 @@ class RoundEnded:
 Event = RunStarted | RoundStarted | Answered | Scoring | RoundEnded
 
 
+_NAMED = 5
+"""So many refused clients are named in a round's line; the store has them all."""
+
+
 def headline(event: RunStarted) -> str:
     """A run's first line."""
     return f"run {event.run}: rounds {event.first} to {event.rounds}"
@@ -76,9 +80,11 @@ def summary(record: RoundRecord) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
     merged = [sent for sent in record.contributions if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
-    if any(sent.loss for sent in merged):  # not where all withhold it
+    if any(sent.tells_loss for sent in merged):  # not where all withhold it
         words.append(f"train loss {training_loss(merged):.4f}")
     words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
+    refused = [f"{sent.device} (client {sent.client})" for sent in record.contributions if sent.status == "refused"]
+    words += [f"refused {', '.join(refused[:_NAMED])}"] if refused else []
     words.append(f"{record.seconds:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 

@@ -60,6 +60,7 @@ def applied(model: nn.Module, task: str) -> tuple[tuple[techniques.Technique, ..
     return picked, shared
 
 
+@pytest.mark.filterwarnings("ignore:lora puts no pair beside")  # the convolution over depth
 @pytest.mark.parametrize("step", EXACT)
 @pytest.mark.parametrize(("build", "task"), [(gpt2, LANGUAGE), (bert, TEXT), (Pointwise, IMAGES)])
 def test_a_real_models_folded_weights_are_the_mean_of_its_clients(

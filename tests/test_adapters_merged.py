@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from fedtune.errors import ModelError
 from fedtune.fusion.adapters import Cut, MergedModule, merge_adapters, overall_error
 from fedtune.merging import Activity, Combine, Evidence, Operand
 from fedtune.merging.aim import Aim
@@ -215,6 +216,24 @@ def test_half_precision_is_merged_in_double_and_rounded_once(tmp_path: Path) -> 
     kept = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float16}
     assert_adds(tmp_path / "out", wanted(folders, [0.5, 0.5]), 1e-3)
+
+
+@pytest.mark.parametrize("what", [".lora_B.weight", ".head."])
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path, what: str) -> None:
+    folders = several(tmp_path, {"modules_to_save": ["head"]}, {"modules_to_save": ["head"]})
+    for sign, folder in zip((1, -1), folders, strict=True):
+        path = folder / "adapter_model.safetensors"
+        found = safetensors.torch.load_file(path)
+        half = {
+            name: (tensor * (6e4 * sign / tensor.abs().max() if what in name else 1)).half()
+            for name, tensor in found.items()
+        }
+        safetensors.torch.save_file(half, path)
+    with pytest.raises(ModelError, match=r"reaches [\d.e+]+, but float16 ends at 65504; take smaller weights"):
+        merge_adapters(
+            folders, tmp_path / "out", step("task-arithmetic", scale=1e12 if "lora" in what else 1.0), [3, -2]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_aim_scales_the_columns_of_the_merged_product(tmp_path: Path) -> None:

@@ -173,6 +173,14 @@ def test_a_device_that_was_removed_is_missing(home: Path) -> None:
     rounds = deployed(late("federation.rounds=2"), gone=[2])
     statuses = [(sent.client, sent.status) for sent in rounds[1].contributions]
     assert statuses == [(0, "merged"), (1, "merged"), (2, "missing"), (3, "merged")]
+    assert rounds[1].contributions[2].reason.startswith("its device was removed from the server")
+
+
+def test_two_devices_that_were_removed_are_both_missing_also_where_rounds_wait_for_all(home: Path) -> None:
+    rounds = deployed(trivial("federation.rounds=1"), gone=[1, 2])
+    told = [(sent.status, sent.reason.partition(";")[0]) for sent in rounds[1].contributions]
+    removed = ("missing", "its device was removed from the server")
+    assert told == [("merged", ""), removed, removed, ("merged", "")]
 
 
 @pytest.fixture

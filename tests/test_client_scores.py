@@ -21,7 +21,7 @@ from fedtune.tracking import ClientScore, RoundRecord, Store
 from fedtune.tracking.client_spread import spreads
 from fedtune.training import load_state, shapes, workshop
 from fedtune.training.held_out import held_out
-from tests.federations import Ended, execute, order_of, spoilt, trivial
+from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial
 from tests.store_examples import a_round, fill, start
 
 OWN = "evaluation={own: 0.2, metrics: [f1]}"
@@ -32,8 +32,7 @@ def noted(recipe: Recipe) -> tuple[Ended, dict[tuple[int, int], tuple[bytes, byt
     sent: dict[tuple[int, int], tuple[bytes, bytes]] = {}
 
     def note(message: Message, reply: Message) -> Message:
-        down = message.content.array_records["state"]["safetensors"].data
-        sent[order_of(message)] = bytes(down), bytes(reply.content.array_records["delta"]["safetensors"].data)
+        sent[order_of(message)] = sent_state(message), bytes(reply.content.array_records["delta"]["safetensors"].data)
         return reply
 
     return execute(recipe, spoilt(note, range(recipe.clients))), sent

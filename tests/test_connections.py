@@ -164,8 +164,16 @@ def answer(caller: socket.socket, end: bytes) -> bytes:
     return came
 
 
+def until(told: Told, why: str) -> None:
+    """Wait until a connection is waited for because of that."""
+    end = time.monotonic() + 20
+    while not any(one.why == why for one in list(told.connections._open.values())):
+        assert time.monotonic() < end, "no connection is"
+        time.sleep(0.05)
+
+
 def sweep(told: Told, now: float) -> None:
-    time.sleep(0.3)  # what was sent is dealt with by another thread
+    time.sleep(0.6)  # what was sent is dealt with by another thread
     told.now = now
     told.connections.sweep()
 
@@ -193,6 +201,7 @@ def test_a_body_has_to_get_on_and_a_slow_line_is_not_cut() -> None:
     with web() as told:
         stuck, slow = dialled(told), dialled(told)
         stuck.sendall(HEAD + b"\r\n01234")
+        until(told, "sent its body too slowly")
         slow.sendall(HEAD.replace(b"10\r", b"60000\r") + b"\r\n" + b"x" * 50_000)
         sweep(told, 29.0)
         assert told.lines == []
@@ -207,6 +216,7 @@ def test_an_answer_that_is_not_read_is_cut() -> None:
     with web() as told:
         deaf = dialled(told)
         deaf.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        until(told, "did not read its answer")
         sweep(told, 61.0)
         assert told.lines == [("127.0.0.1", "did not read its answer")]
 
@@ -240,3 +250,28 @@ def test_what_is_no_http_is_told_with_its_address() -> None:
         assert [line for line, _ in zip(told.lines, range(2), strict=False)] == [
             ("127.0.0.1", "sent something that is no HTTP request, or headers too large")
         ] * 2
+
+
+@pytest.mark.parametrize(
+    ("behind", "why"),
+    [(HEAD, "sent no whole request within 15 s"), (HEAD + b"\r\n01234", "sent its body too slowly")],
+)
+def test_a_request_that_comes_behind_another_has_to_get_on_too(behind: bytes, why: str) -> None:
+    with web() as told:
+        caller = dialled(told)
+        caller.sendall(HEAD + b"\r\n0123456789" + behind)
+        assert b"200 OK" in answer(caller, b"\r\n\r\n10")
+        sweep(told, 31.0)
+        assert told.lines == [("127.0.0.1", why)]
+        assert is_cut(caller)
+
+
+def test_a_caller_that_hangs_up_at_once_is_not_counted_for_long() -> None:
+    with web(each=2) as told:
+        for _ in range(5):
+            socket.create_connection(("127.0.0.1", told.port)).close()
+            time.sleep(0.1)
+        patient = dialled(told)
+        patient.sendall(HEAD + b"\r\n0123456789")
+        assert b"200 OK" in answer(patient, b"\r\n\r\n10")
+        assert told.lines == []

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Contribution, check, pack, unpack
+from fedtune.contribution import Contribution, Form, pack, unpack
 from fedtune.errors import ContributionError
+from fedtune.update_checks import check
 
 EXPECTED = {"a": (2, 3), "b": ()}
 
@@ -109,6 +110,14 @@ def test_the_norm_of_large_values_does_not_overflow(tmp_path: Path) -> None:
 def test_what_does_not_hold_is_refused_by_name(tmp_path: Path, sent: dict[str, Tensor], sentence: str) -> None:
     with pytest.raises(ContributionError, match=sentence):
         check(spooled(tmp_path, pack(sent)), EXPECTED, {}, None)
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-30])
+def test_counts_and_sums_that_are_negative_are_refused(tmp_path: Path, value: float) -> None:
+    path = spooled(tmp_path, pack({"counts": torch.tensor([3.0, value])}))
+    assert check(path, {}, {"counts": Form((2,))}, None) == 0
+    with pytest.raises(ContributionError, match=r"^counts holds negative numbers$"):
+        check(path, {}, {"counts": Form((2,), negative=False)}, None)
 
 
 def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer(tmp_path: Path) -> None:

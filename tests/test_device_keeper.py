@@ -67,10 +67,11 @@ def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
     assert set(answer.header["holding"]["labels"]) == {str(digit) for digit in range(10)}
 
 
-def test_a_file_with_a_label_the_model_does_not_know_fails_by_name(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_file_with_a_label_the_model_does_not_know_fails(order: Frame, keepers: list[Keeper]) -> None:
     answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": '["0", "1"]'}, order.payload))
     assert answer.header["kind"] == "failed"
-    assert "does not know the label" in answer.header["reason"]
+    assert "does not know the label" in answer.header["detail"]
+    assert answer.header["problem"].startswith("unknown-labels rows=")
 
 
 def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: Frame, keepers: list[Keeper]) -> None:
@@ -79,7 +80,8 @@ def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: 
     keeper._budget = PLENTY  # so that the trainer itself must tell, and is not ended from outside
     answer = keeper.ask(order)
     assert answer.header["kind"] == "declined"
-    assert "this device allows 100 MB" in answer.header["reason"]
+    assert "this device allows 100 MB" in answer.header["detail"]
+    assert "allowed_mb=100" in answer.header["problem"]
     assert answer.payload == b""
 
 
@@ -89,7 +91,8 @@ def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepe
         declined = keeper.ask(order)
         assert declined.header == {
             "kind": "declined",
-            "reason": "holding model and data takes more than the 20 MB this device allows",
+            "problem": "memory-model allowed_mb=20",
+            "detail": "holding model and data takes more than the 20 MB this device allows",
         }
         assert keeper.pid is None
 
@@ -107,8 +110,7 @@ def test_a_trainer_that_holds_too_much_while_it_trains_is_ended_and_asked_no_mor
 
     monkeypatch.setattr(Keeper, "_received", excessive)
     died = keeper.ask(order)
-    reason = "training held more than the 4000 MB this device allows and was ended"
-    assert died.header == {"kind": "died", "reason": reason}
+    assert (died.header["kind"], died.header["problem"]) == ("died", "memory-training allowed_mb=4000")
     assert keeper._halvings == 4
     assert keeper.ask(order).header == {**died.header, "kind": "declined"}
 
@@ -146,7 +148,7 @@ def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(order: Frame
         over.set()
         killer.join()
     assert answer.header["kind"] == "died"
-    assert "killed by signal 9, 2 times" in answer.header["reason"]
+    assert "killed by signal 9, 2 times" in answer.header["detail"]
 
 
 def test_a_resting_trainer_ends_after_its_time(order: Frame, keepers: list[Keeper]) -> None:

@@ -15,6 +15,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.fusion import MergeConfig, merge, prepare
+from fedtune.fusion.adapters import merge_adapters
 from fedtune.models.quiet import quiet
 from tests.fusion_models import save, save_tokenizer, tensors, words
 from tests.test_fusion_stacks import llava
@@ -164,3 +165,34 @@ def test_an_adapter_of_a_vision_language_model_finds_its_weights(tmp_path: Path,
     assert any("vision_tower" in name for name in state)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_of_other_tokens_are_not_merged_by_the_numbers_of_their_rows(tmp_path: Path) -> None:
+    _, one = grown(tmp_path, "one", "<call>", tie=False)
+    _, two = grown(tmp_path, "two", "<think>", tie=False)
+    with pytest.raises(ModelError, match=r"two has 1 tokens that .*one lacks, lacks 1 and numbers 0 diff"):
+        merge_adapters([one, two], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_the_same_tokens_keep_their_tokenizer(tmp_path: Path) -> None:
+    base, one = grown(tmp_path, "one", "<call>", tie=False)
+    merge_adapters([one, one], tmp_path / "out")
+    with quiet():
+        assert AutoTokenizer.from_pretrained(tmp_path / "out")("<call>")["input_ids"] == [VOCABULARY]
+    found, wanted = (
+        by_fedtune(f"{base}+{folder}", tmp_path / f"{folder.name}-m") for folder in (tmp_path / "out", one)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_without_rows_of_tokens_may_have_other_tokenizers(tmp_path: Path) -> None:
+    base = save(llama(), tmp_path / "base")
+    folders = [trained(base, tmp_path / f"a{seed}", seed) for seed in (1, 2)]
+    save_tokenizer(folders[0], words())
+    save_tokenizer(folders[1], words(), ("<more>",))
+    merge_adapters(folders, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

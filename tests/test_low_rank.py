@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fedtune import models, techniques
+from fedtune.cli import main
+from fedtune.errors import FedtuneWarning
 from fedtune.recipe import Model, Task
 from fedtune.registry import card, settings
 from fedtune.techniques import begin_round, trained
@@ -193,6 +195,13 @@ def test_qlora_stores_weights_in_a_seventh_of_the_bytes(four_bit: PreTrainedMode
     assert isinstance(layer, Linear4bit)
     assert layer.weight.nbytes == 64 * 128 // 2
     assert chosen("lora")[0].quantisation() is None
+
+
+def test_a_warning_is_one_line_on_the_command_line() -> None:
+    assert main._said(FedtuneWarning("lora puts no pair"), FedtuneWarning, "file.py", 3, None) == (
+        "fedtune: lora puts no pair\n"
+    )
+    assert "file.py:3: UserWarning: other" in main._said(UserWarning("other"), UserWarning, "file.py", 3, "")
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])

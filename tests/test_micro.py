@@ -111,13 +111,13 @@ def held_by(optimiser: object) -> int:
 def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """Four values, which are gradient, before, after and delta, and all the optimiser keeps."""
+    """While it trains the gradient and what the optimiser keeps, then delta and payload; and half a value more."""
     train = Train.model_validate({"steps": 1, **settings})
     weight = torch.nn.Parameter(torch.ones(256, 1024))
     weight.grad = torch.ones_like(weight)
     optimiser = make_optimiser(train, [weight])
     optimiser.step(0.1)
-    per_value = 4 + held_by(optimiser) / (4 * weight.numel())
+    per_value = max(1 + held_by(optimiser) / (4 * weight.numel()), 2) + 0.5
     shop = _shop(trivial().model_dump_json())
     shop.recipe = shop.recipe.model_copy(update={"train": train})
     monkeypatch.setattr(budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
@@ -127,3 +127,11 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     assert found.example == 1000
     assert found.fixed == pytest.approx(5_000_000 + 4 * trained * per_value, rel=0.01)
     assert trained == 7850
+
+
+def test_the_budget_counts_fp32_masters_of_what_is_trained_in_a_lower_precision() -> None:
+    layer = torch.nn.Linear(2, 3)
+    assert budget._mastered(layer) == 0
+    assert budget._mastered(layer.bfloat16()) == 2 * 3 + 3
+    layer.bias.requires_grad_(False)
+    assert budget._mastered(layer) == 2 * 3

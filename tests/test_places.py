@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.contribution import check, pack
+from fedtune.contribution import pack
 from fedtune.errors import ContributionError
 from fedtune.techniques._places import pack_places, place_forms, spread
+from fedtune.update_checks import check
 
 
 @pytest.mark.parametrize("entries", [1, 254, 255, 256, 5000])

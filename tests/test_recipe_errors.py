@@ -62,7 +62,10 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing() -> None:
         ("train.lr=x", "--set train.lr=x: train.lr is 'x', but must be a valid number"),
         ("train.lr=-1", "--set train.lr=-1: train.lr is -1, but must be greater than 0"),
         ("train.bach=1", "--set train.bach=1: unknown key 'train.bach'; did you mean 'batch'?"),
-        ("rounds=3", "--set rounds=3: unknown key 'rounds'; allowed: data, devices, evaluation, federation"),
+        (
+            "rounds=3",
+            "--set rounds=3: unknown key 'rounds'; allowed: checkpoints, data, devices, evaluation, federation",
+        ),
         ("devices=[]", "--set devices=[]: devices is [], but must have at least 1 item"),
         ("devices=[{count: 1, memory: 5XB}]", "--set devices=[{count: 1, memory: 5XB}]: devices.0.memory is '5XB'"),
         ("model=minilm", "--set model=minilm: model is 'minilm', but must be a mapping of keys to values"),

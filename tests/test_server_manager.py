@@ -273,3 +273,25 @@ def test_a_run_that_is_resumed_does_not_wait_for_the_rest_of_its_last_failure(st
     work.resume(run)
     work.tick()
     assert superlink.started == 2
+
+
+def test_a_run_is_rolled_back_only_once_it_is_stopped(store: Store, home: Path) -> None:
+    work = managed(store, Hopeless(), home)
+    run = work.submit(trivial())
+    with pytest.raises(StoreError, match="is queued; stop it first: fedtune runs stop"):
+        work.rollback(run, 0)
+    work.stop(run)
+    with pytest.raises(StoreError, match="has not recorded a checkpoint of round 0"):
+        work.rollback(run, 0)
+
+
+def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Path) -> None:
+    work = managed(store, Hopeless(), home)
+    run = work.submit(trivial())
+    enrol(store, 1, 2, 3, 4)
+    store.access.quarantine("dev-8", "3 refused in a row")
+    work.tick()
+    assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
+    store.access.release_device("dev-8")
+    work.tick()
+    assert len(store.access.seats(run)) == 4

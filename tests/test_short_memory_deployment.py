@@ -82,5 +82,5 @@ def test_a_device_trains_within_what_it_allows_or_declines(
     for name, weight in ample.weights.items():
         torch.testing.assert_close(short.weights[name], weight, rtol=1e-4, atol=1e-6)
     assert none.sent["status"] == "declined"
-    assert none.sent["reason"] == "holding model and data takes more than the 100 MB this device allows"
+    assert none.sent["reason"].startswith("holding model and data takes more than the 100 MB this device allows")
     assert "declined" in none.failed

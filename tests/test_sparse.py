@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Form, check, pack, unpack
+from fedtune.contribution import Form, pack, unpack
 from fedtune.errors import ContributionError
 from fedtune.sparse import compact, from_wire, masks, spread_out, to_wire
+from fedtune.update_checks import check
 
 SHAPES = {"a.weight": (13, 5), "weight": (4, 3, 3, 3)}
 

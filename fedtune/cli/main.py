@@ -4,10 +4,11 @@ import gc
 import importlib
 import os
 import sys
+import warnings
 
 import click
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, FedtuneWarning
 from fedtune.untrusted import clean_lines
 
 __all__ = ["cli", "main"]
@@ -25,6 +26,9 @@ _COMMANDS = {
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
 }
+
+
+_FORMAT = warnings.formatwarning
 
 
 class _Lazy(click.Group):
@@ -61,6 +65,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
     _be_quiet()
+    warnings.formatwarning = _said
     gc.set_threshold(50_000, 20, 20)  # imports make a hundred thousand objects and no garbage: half a second
     try:
         sys.exit(_run())
@@ -95,6 +100,13 @@ def _lacking(error: ModuleNotFoundError) -> str:
     if sentence is None:
         raise error
     return sentence
+
+
+def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
+    if issubclass(category, FedtuneWarning):
+        return f"fedtune: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 def _be_quiet() -> None:

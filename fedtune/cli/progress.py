@@ -145,4 +145,4 @@ def _answer(event: Answered) -> str:
     sent = event.contribution
     if sent.status != "merged":
         return f"client {sent.client} {sent.status}: {sent.reason}"
-    return f"loss {sent.loss:.3f}" if sent.loss else ""
+    return f"loss {sent.loss:.3f}" if sent.tells_loss else ""

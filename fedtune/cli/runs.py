@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fedtune.cli import runs_server
+from fedtune.cli.runs_rollback import rollback
 
 if TYPE_CHECKING:
     from fedtune.tracking import RoundRecord, RunRecord, Store
@@ -31,7 +32,7 @@ def runs() -> None:
     """Recorded runs. RUN is an id, the beginning of one, or "latest"."""
 
 
-for _command in (runs_server.watch, runs_server.stop, runs_server.resume):
+for _command in (runs_server.watch, runs_server.stop, runs_server.resume, rollback):
     runs.add_command(_command)
 
 

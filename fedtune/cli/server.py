@@ -128,6 +128,19 @@ def devices(
 @server.command()
 @click.argument("device")
 @server_option
+def release(device: str, server: Path | None) -> None:
+    """Let a device that was quarantined take part again; fedtune server devices says why it was.
+
+    Example: fedtune server release kitchen-pi
+    """
+    with connect(server) as connection:
+        released = connection.ask("POST", f"devices/{device}/release")["released"]
+    click.echo(f"released: {device}" if released else f"{device} was not quarantined")
+
+
+@server.command()
+@click.argument("device")
+@server_option
 def remove(device: str, server: Path | None) -> None:
     """Shut a device out: its key is worthless from now on.
 
@@ -164,13 +177,14 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
       fedtune server logs
       fedtune server logs latest -n 50
     """
-    import json
     from urllib.parse import quote
+
+    from fedtune.json_text import json_text
 
     path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
     with connect(server) as connection:
         found = connection.ask("GET", f"{path}?lines={lines}")
     if as_json or found["lines"]:
-        click.echo(json.dumps(found, indent=2) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
+        click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:
         click.echo("nothing was printed yet", err=True)

@@ -23,11 +23,11 @@ def json_option(command: Command) -> Command:
 
 
 def shown(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
-    """Print rows as a table, or as JSON, which escapes what does not print."""
+    """Print rows as a table, or as JSON; both escape what does not print."""
     if as_json:
-        import json
+        from fedtune.json_text import json_text
 
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json_text(rows))
     else:
         show(rows, columns)
 
@@ -55,6 +55,8 @@ def _time(key: str) -> Callable[[Row], str]:
 
 
 def _state(device: Row) -> str:
+    if device.get("quarantined"):
+        return f"quarantined: {device['quarantined']}"
     return "connected" if device["online"] else "away"
 
 

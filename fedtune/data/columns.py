@@ -57,10 +57,14 @@ def _named(recipe: Recipe, present: list[str]) -> Named:
 def _column(source: str, table: Table, key: str, column: str) -> Column:
     if column not in table.column_names:
         hint = nearest(column, table.column_names)
-        raise DataError(f"{source} has no column {column!r}, which {key} names; {hint}")
+        raise DataError(
+            f"{source} has no column {column!r}, which {key} names; {hint}", code="data-columns", counts={"columns": 1}
+        )
     stored = table.column(column)
     if (row := stored.missing()) is not None:
-        raise DataError(f"{source}: row {row + 1} has no value in column {column!r}; fill it or drop the row")
+        raise DataError(
+            f"{source}: row {row + 1} has no value in column {column!r}; fill it or drop the row", code="data-values"
+        )
     return stored
 
 

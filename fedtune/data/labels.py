@@ -96,7 +96,11 @@ def label_by_name(table: Table, labels: Sequence[str], source: str) -> Table:
     names = {value: _name(value, kind, labels) for value in column.unique()}
     unknown = [name for name in names.values() if name not in labels]
     if unknown:
-        raise DataError(f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}")
+        raise DataError(
+            f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}",
+            code="unknown-labels",
+            counts={"rows": sum(names[value] not in labels for value in column.values())},
+        )
     numbers = {value: labels.index(name) for value, name in names.items()}
     return table.with_column("label", Values(np.array([numbers[value] for value in column.values()], np.int64)))
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.files import write
 from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, Place
+from fedtune.fusion.adapter_tokens import copy_tokenizer
 from fedtune.fusion.layout import fits, too_large
 from fedtune.merging._factors import Factors
 
-__all__ = ["merged_config", "write_adapter"]
+__all__ = ["cast", "merged_config", "write_adapter"]
 
 _ALL_TARGETS: dict[str, Any] = {
     "exclude_modules": None,
@@ -35,20 +36,27 @@ def write_adapter(
     places: Mapping[str, Place],
     factors: Mapping[str, Factors],
     whole: Mapping[str, Tensor],
+    tokens: Path | None,
 ) -> None:
-    """Write the folder; its configuration comes last, without which it is no adapter. One rounding to the precision."""
+    """Write the folder, its configuration last, without which it is no adapter; one rounding to the precision.
+
+    ``tokens`` is the folder of its tokenizer, if it has one. ModelError, before anything is written, for factors that
+    the precision cannot hold.
+    """
     dtype, tensors = adapters[0].dtype, dict(whole)
     for module, made in factors.items():
         place = places[module]
         like = next(one.forms for one in adapters if module in one.places)
-        tensors[place.a] = _cast(place.a, made.a.reshape(-1, *like[place.a][1:]), dtype)
-        tensors[place.b] = _cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
+        tensors[place.a] = cast(place.a, made.a.reshape(-1, *like[place.a][1:]), dtype)
+        tensors[place.b] = cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
     payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     write(out / TENSORS, payload)
+    if tokens is not None:
+        copy_tokenizer(tokens, out)
     write(out / CONFIG, (json.dumps(merged_config(adapters, factors), indent=2) + "\n").encode())
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in its precision; ModelError when that cannot hold it."""
     if not fits(tensor, dtype):
         raise ModelError(too_large(name, tensor, dtype, "take smaller weights"))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.fusion.adapter_file import AdapterFile
-from fedtune.fusion.adapter_folder import write_adapter
+from fedtune.fusion.adapter_folder import cast, write_adapter
+from fedtune.fusion.adapter_tokens import common_tokens
 from fedtune.fusion.products import Products
 from fedtune.fusion.starts import RESIDUAL
 from fedtune.merging import Combine, Evidence, Relax, settle
@@ -87,6 +88,7 @@ def merge_adapters(
         raise StoreError(f"{out} exists already; choose another folder")
     adapters = [AdapterFile(folder) for folder in folders]
     _check_alike(adapters)
+    tokens = common_tokens(adapters)
     places = {module: place for one in reversed(adapters) for module, place in one.places.items()}
     whole = _averaged(adapters, shares)
     modules, factors = [], {}
@@ -95,7 +97,7 @@ def merge_adapters(
         relaxed = _relaxed(made.factors, module, adapters, relax, evidence)
         factors[module] = padded(relaxed, max(1, relaxed.rank))
         modules.append(MergedModule(module, factors[module].rank, made.missed, made.whole))
-    write_adapter(out, adapters, places, factors, whole)
+    write_adapter(out, adapters, places, factors, whole, tokens)
     return _with_magnitudes(modules, folders, out, step, parts) if adapters[0].setting("use_dora") else modules
 
 
@@ -169,7 +171,7 @@ def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) 
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for one, weight in having:
         mean += one.read(name).double() * (weight / total)
-    return mean.to(first.dtype)
+    return cast(name, mean, first.dtype)
 
 
 def _check_alike(adapters: Sequence[AdapterFile]) -> None:

@@ -12,22 +12,11 @@ from fedtune.fusion.layout import Form
 from fedtune.fusion.models import settings_of
 from fedtune.fusion.settings_file import resliced, with_token_ids, with_vocabulary
 from fedtune.fusion.token_names import is_of_tokens, is_output
+from fedtune.fusion.vocabulary import TOKENIZER
 from fedtune.fusion.weights import Weights
 
 __all__ = ["add_documents"]
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
 _MODEL = ("preprocessor_config.json", "processor_config.json", "*.py")
 _GENERATION = "generation_config.json"
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -39,7 +28,7 @@ def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, 
     _write_json(folder / "config.json", _settings(merge, model))
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json", _index(shards))
-    _copy(merge.models.tokens, folder, _TOKENIZER)
+    _copy(merge.models.tokens, folder, TOKENIZER)
     _copy(model.folder, folder, _MODEL)
     if (model.folder / _GENERATION).is_file():
         _write_json(folder / _GENERATION, _renumbered(merge, read_json(model.folder / _GENERATION), _GENERATION))

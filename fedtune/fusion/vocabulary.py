@@ -11,8 +11,21 @@ from tokenizers import Tokenizer as Tokens
 from fedtune.errors import ModelError
 from fedtune.fusion.folder import read_json
 
-__all__ = ["difference", "has_tokenizer", "one_file", "union", "vocabulary"]
+__all__ = ["TOKENIZER", "difference", "has_tokenizer", "one_file", "union", "vocabulary"]
 
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
+"""The files of a tokenizer."""
 _FILE = "tokenizer.json"
 _OTHER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 Vocabulary = Mapping[str, int]

@@ -108,6 +108,11 @@ class Combine(Named, ABC):
     pooled: ClassVar[bool] = True
     takes: ClassVar[Sent] = "tensors"
 
+    @property
+    def needed(self) -> int:
+        """The fewest models that the step, as it is set, can merge."""
+        return self.fewest
+
     def weights(self, examples: Sequence[int]) -> list[float]:
         """One weight per client of a federated round, in client order: shares of the examples unless a step differs."""
         return [count / sum(examples) for count in examples]

@@ -10,7 +10,8 @@ Source: Yin et al. (arXiv 1803.01498), definition 2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil, floor
+from itertools import count as count_from
+from math import floor
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,11 @@ class TrimmedMean(Combine):
     pooled: ClassVar[bool] = False
     share: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
 
+    @property
+    def needed(self) -> int:
+        """The fewest models of which one can be cut at each end."""
+        return next(count for count in count_from(floor(1 / self.share)) if self._cut(count))
+
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Equal shares."""
         return [1 / len(examples)] * len(examples)
@@ -40,7 +46,7 @@ class TrimmedMean(Combine):
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
-                f"merge: trimmed-mean with share {self.share:g} needs at least {ceil(1 / self.share)} models to cut "
+                f"merge: trimmed-mean with share {self.share:g} needs at least {self.needed} models to cut "
                 f"one at each end, but {len(operands)} came; raise share or add some"
             )
         return Settled(self, operands)

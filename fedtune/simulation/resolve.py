@@ -9,6 +9,7 @@ from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
 from fedtune.registry import Named
 from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
+from fedtune.training.model_counts import check_model_counts
 from fedtune.training.private import check_private
 
 __all__ = ["resolve"]
@@ -28,6 +29,7 @@ def resolve(recipe: Recipe) -> Recipe:
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
     check_private(recipe, pipeline)
+    check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
     if recipe.federation.late is not None:

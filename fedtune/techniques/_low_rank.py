@@ -17,10 +17,11 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.contribution import Pair, Sent
-from fedtune.errors import ModelError
+from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
 from fedtune.recipe import Task
 from fedtune.techniques._left_out import asks_for_shapes, left_out
@@ -55,7 +56,7 @@ class LowRank(Technique):
             fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
         if self.targets == "all-linear" and (left := left_out(model, targets, head)):
-            warnings.warn(f"{self.name} {left}", stacklevel=2)
+            warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
         with _gradients_kept_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -141,6 +142,8 @@ def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear
     excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model), *read_past(model)}
     linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
     chosen = linear if targets == "all-linear" else [n for n in linear if n.endswith(tuple(targets))]
+    if not linear:
+        raise ModelError(f"{type(model).__name__} has no plain linear layer to put a low-rank pair beside; take full")
     if not chosen:
         raise ModelError(f"no linear layer of {type(model).__name__} ends in {targets}; give endings such as query")
     return chosen
@@ -195,7 +198,13 @@ def _head(model: nn.Module, task: Task) -> list[str]:
     return [] if task == "causal-language-modelling" else head_names(model)
 
 
+_PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)
+
+
 def _is_linear(layer: nn.Module) -> bool:
+    """Whether it multiplies by its weight, no more: some kinds standardise the weight first, others are never run."""
+    if type(layer).forward not in _PLAIN or isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
     pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
     return pointwise or isinstance(layer, nn.Linear | Conv1D)
 

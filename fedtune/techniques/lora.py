@@ -10,7 +10,9 @@ capacity. ``exact: none`` trains both, for merges of pairs: ``fedit``, ``flexlor
 does too, and shares the weights beside the pairs, for merges that write into them: ``fedex-lora``, ``flora``; these
 weights go down whole each round.
 Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
-Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``.
+Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``. Pairs stand beside
+linear layers and point-wise convolutions: experts that are one tensor, other convolutions and Mamba's ``out_proj`` stay
+frozen, which is said where they are more than a twentieth of the weights.
 Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs
 via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755); freezing A: Sun et al., "Improving LoRA in
 Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).

@@ -57,6 +57,18 @@ class Access:
             connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"tags": tags})
         return tags
 
+    def quarantine(self, name: str, reason: str) -> None:
+        """Give a device no more orders until it is released; one that has been removed has no need of it."""
+        with writer(self._engine) as connection:
+            connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"quarantined": reason})
+
+    def release_device(self, name: str) -> bool:
+        """End a device's quarantine; whether it was in one. StoreError when there is no such device."""
+        with writer(self._engine) as connection:
+            found = _expected_device(connection, name)
+            connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"quarantined": None})
+        return found.quarantined is not None
+
     def remove_device(self, name: str) -> DeviceRecord:
         """Forget a device; StoreError when there is none of that name."""
         with writer(self._engine) as connection:

@@ -136,7 +136,7 @@ def _draw_learning(axes: Axes, runs: Recorded) -> None:
 
 def _told(sent: ContributionRecord) -> bool:
     """Whether a client's loss counts; one that is exactly zero was withheld."""
-    return sent.status == "merged" and sent.loss != 0
+    return sent.status == "merged" and sent.tells_loss
 
 
 def _draw_traffic(axes: Axes, runs: Recorded) -> None:

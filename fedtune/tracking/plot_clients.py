@@ -12,13 +12,15 @@ __all__ = ["draw_clients"]
 
 def draw_clients(axes: Axes, runs: Sequence[tuple[str, Sequence[RoundRecord], str]], moment: str) -> None:
     """Accuracy on what clients hold out, ``before`` or ``after`` they trained; runs with their label and colour."""
-    axes.set_title(f"Clients' own accuracy {moment} training: mean, deviation, worst tenth dashed")
+    one = len(runs) == 1
+    axes.set_title(f"Clients' own accuracy {moment} training" + ("" if one else ", worst tenth dashed"))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     for label, rounds, colour in runs:
-        found = [one for one in spreads(rounds) if (one.moment, one.name) == (moment, "accuracy")]
-        numbers, means = [one.round for one in found], [one.mean for one in found]
-        axes.plot(numbers, means, "o-", color=colour, linewidth=1.8, markersize=3, label=label)
-        axes.plot(numbers, [one.worst_tenth for one in found], "--", color=colour, linewidth=1.4)
-        low, high = [one.mean - one.deviation for one in found], [one.mean + one.deviation for one in found]
-        axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+        found = [spread for spread in spreads(rounds) if (spread.moment, spread.name) == (moment, "accuracy")]
+        numbers, means = [spread.round for spread in found], [spread.mean for spread in found]
+        worst = [spread.worst_tenth for spread in found]
+        low, high = ([spread.mean + sign * spread.deviation for spread in found] for sign in (-1, 1))
+        axes.plot(numbers, means, "o-", color=colour, linewidth=1.8, markersize=3, label="mean" if one else label)
+        axes.plot(numbers, worst, "--", color=colour, linewidth=1.4, label="worst tenth" if one else None)
+        axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0, label="deviation" if one else None)
     axes.legend(frameon=False, fontsize=9)

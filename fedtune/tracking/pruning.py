@@ -25,9 +25,9 @@ def prune(store: Store, run_id: str, keep: Keep) -> list[int]:
 
     A process that is killed meanwhile leaves at most files that no row names, for ``remove_pruned``.
     """
-    unpruned = store.checkpoint_scores(run_id)
+    unpruned = store.checkpoints.scores(run_id)
     gone = to_prune(unpruned, keep)
-    for path in store.mark_pruned(run_id, gone):
+    for path in store.checkpoints.mark_pruned(run_id, gone):
         with suppress(OSError):
             (home.runs() / path).unlink(missing_ok=True)
     return gone

@@ -1,5 +1,6 @@
 """What the store keeps, as frozen values: a run, its rounds, and what each round brought."""
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,7 +21,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
-    """One number of a ``part``: train, merge, own, validation, test, test-before, privacy or simulation.
+    """One number of a ``part``: train, merge, updates, own, validation, test, test-before, privacy or simulation.
 
     ``domain`` is one of the data's, or ``all``.
     """
@@ -34,6 +35,8 @@ class MetricRecord:
 @dataclass(frozen=True, kw_only=True)
 class ContributionRecord:
     """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes.
+
+    ``loss`` is NaN where the client keeps it to itself.
 
     ``staleness`` counts the rounds since the state it began with; None where rounds wait for their own answers only.
     """
@@ -51,6 +54,11 @@ class ContributionRecord:
     norm: float
     loss: float
     staleness: int | None = None
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether the loss was told. Older runs kept a withheld one as 0 with examples 1."""
+        return not math.isnan(self.loss) and (self.loss != 0 or self.examples != 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +129,8 @@ class Seat:
 class DeviceRecord:
     """An enrolled device: its public key as PEM text, when it last told its profile, and that profile as JSON.
 
-    ``tags`` are the operators', in order; the profile is the device's own word.
+    ``tags`` are the operators', in order; the profile is the device's own word. ``quarantined`` says why it gets no
+    orders, where that is so.
     """
 
     name: str
@@ -131,6 +140,7 @@ class DeviceRecord:
     seen: datetime | None
     profile: str
     tags: tuple[str, ...] = ()
+    quarantined: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, and_, func, select
+from sqlalchemy import Connection, Table, and_, delete, func, select
 
 from fedtune.tracking import tables
 from fedtune.tracking.records import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord
 
-__all__ = ["of_children", "of_round", "read_checkpoint_scores", "read_newest_scores", "read_rounds"]
+__all__ = ["delete_rounds", "of_children", "of_round", "read_checkpoint_scores", "read_newest_scores", "read_rounds"]
 
 Child = TypeVar("Child", ContributionRecord, MetricRecord, CheckpointRecord, ClientScore)
 Row = dict[str, Any]
@@ -29,6 +29,13 @@ def of_children(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(tables.CHILDREN, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True)
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
+
+
+def delete_rounds(connection: Connection, run_id: str, after: int) -> None:
+    """Remove the rounds of a run after number ``after``, with all that hangs below them."""
+    for table in (*tables.CHILDREN, tables.rounds):
+        number = table.c.number if table is tables.rounds else table.c.round
+        connection.execute(delete(table).where(table.c.run_id == run_id, number > after))
 
 
 def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1) -> dict[str, list[RoundRecord]]:

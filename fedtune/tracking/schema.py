@@ -23,7 +23,7 @@ from fedtune.tracking.tables import metadata
 
 __all__ = ["HEAD", "prepare", "revision"]
 
-HEAD = "0006"
+HEAD = "0007"
 
 _PATIENCE = 60.0  # seconds
 _ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the number by which PostgreSQL sessions take turns

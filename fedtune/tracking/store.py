@@ -12,13 +12,13 @@ from sqlalchemy import Connection, Engine, Select, delete, func, insert, select,
 from fedtune.errors import StoreError
 from fedtune.tracking import rows, schema, tables
 from fedtune.tracking.access import Access
+from fedtune.tracking.checkpoint_rows import CheckpointRows
 from fedtune.tracking.compaction import shrink
 from fedtune.tracking.database import connect, default_url, file_of, reader, writer
 from fedtune.tracking.lock import alive
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
 __all__ = ["Store", "new_run_id"]
-
 
 _LONGEST_ID = 64  # of the column; SQLite alone would take more
 
@@ -34,7 +34,7 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.access = Access(engine)
+        self.access, self.checkpoints = Access(engine), CheckpointRows(engine)
 
     @classmethod
     def open(cls, url: str | None = None) -> Self:
@@ -103,6 +103,13 @@ class Store:
             change = {"status": status, "reason": "", "finished": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
+    def forget_rounds(self, run_id: str, after: int, reason: str) -> None:
+        """Remove the rounds of a run after number ``after`` with all they brought; it is interrupted for ``reason``."""
+        with writer(self._engine) as connection:
+            rows.delete_rounds(connection, run_id, after)
+            change = {"status": "interrupted", "reason": reason, "finished": datetime.now(UTC)}
+            connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
+
     def extend(self, run_id: str, recipe: str, rounds: int) -> None:
         """Make a run that has ended a running one with more rounds to do, which ``recipe`` (JSON text) counts too."""
         change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished": None}
@@ -161,21 +168,6 @@ class Store:
         """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
         with reader(self._engine) as connection:
             return rows.read_newest_scores(connection)
-
-    def checkpoint_scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
-        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
-        with reader(self._engine) as connection:
-            return rows.read_checkpoint_scores(connection, run_id)
-
-    def mark_pruned(self, run_id: str, numbers: Sequence[int]) -> list[str]:
-        """Record that the checkpoints of these rounds are gone; returns their paths."""
-        table = tables.checkpoints
-        these = table.c.run_id == run_id, table.c.round.in_(numbers)
-        if not numbers:
-            return []
-        with writer(self._engine) as connection:
-            connection.execute(update(table).where(*these), {"pruned": True})
-            return list(connection.execute(select(table.c.path).where(*these)).scalars())
 
     def delete(self, run_id: str) -> None:
         """Remove a run and every row below it; its files are the caller's."""

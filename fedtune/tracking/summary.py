@@ -125,8 +125,8 @@ def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
 
 
 def training_loss(contributions: Sequence[ContributionRecord]) -> float:
-    """Mean loss of the merged contributions by examples; NaN without any, or where clients withhold it (0)."""
-    merged = [one for one in contributions if one.status == "merged" and one.loss]
+    """Mean loss of the merged contributions by examples; NaN without any, or where all clients withhold theirs."""
+    merged = [one for one in contributions if one.status == "merged" and one.tells_loss]
     examples = sum(one.examples for one in merged)
     return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
 

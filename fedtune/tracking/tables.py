@@ -148,6 +148,7 @@ devices = Table(
     Column("seen", Utc),
     Column("profile", Text, nullable=False),
     Column("tags", Words),
+    Column("quarantined", Text),
 )
 
 tokens = Table(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
-from fedtune.errors import ContributionError, DataError
+from fedtune.errors import ContributionError, DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
@@ -123,6 +123,7 @@ def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> 
     if not any(bool(move.any()) for move in moves):
         warnings.warn(
             f"client {client} moved nothing in round {number}: no gradient arrives, or train.lr is lost in rounding",
+            FedtuneWarning,
             stacklevel=3,
         )
 

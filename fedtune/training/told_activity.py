@@ -25,7 +25,8 @@ def asked_activity(model: nn.Module, recipe: Recipe, names: Collection[str]) -> 
     """What each client adds to its contribution in a round that trains ``names``; nothing unless the merge asks."""
     if _clients_measure(recipe) is None or not (places := channels(model, set(names))):
         return {}
-    return {_SUMS: Form((sum(place.size for place in places.values()),)), _COUNTS: Form((len(places),))}
+    sums = Form((sum(place.size for place in places.values()),), negative=False)
+    return {_SUMS: sums, _COUNTS: Form((len(places),), negative=False)}
 
 
 def tell_activity(

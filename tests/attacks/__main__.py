@@ -9,13 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.attacks import devices, machine, strangers
+from tests.attacks import devices, in_a_round, machine, strangers
 from tests.attacks.scene import Attack, Scene, scene
 
 _SERVED_WITHIN = 1.0
 """Seconds; as much longer on a machine that is busy with something else, as there are processes waiting for a core."""
 _MORE_MEMORY = 200 << 20
-_ALL = [*machine.ATTACKS, *devices.ATTACKS, *strangers.ATTACKS]
+_ALL = [*machine.ATTACKS, *devices.ATTACKS, *in_a_round.ATTACKS, *strangers.ATTACKS]
 
 
 def main(words: list[str]) -> int:

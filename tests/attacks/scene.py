@@ -74,12 +74,13 @@ class Scene:
     left_open: list[Callable[[], None]] = field(default_factory=list)
 
     def memory(self) -> int:
-        """Resident bytes of the server's processes together."""
+        """Resident bytes of the processes that deal with whoever knocks: the server's own and the SuperLink's."""
         total = 0
         own = psutil.Process(self.server.process.pid)
         for process in [own, *own.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
+                words = " ".join(process.cmdline())
+                total += process.memory_info().rss if "server up" in words or "superlink_child" in words else 0
         return total
 
     def refused(self, answer: httpx.Response, *statuses: int) -> str:

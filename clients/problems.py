@@ -1,0 +1,42 @@
+"""From an error on a device to the problem it may tell its server."""
+
+import errno
+
+from pydantic import ValidationError
+
+from fedtune.errors import (
+    BudgetError,
+    ContributionError,
+    DataError,
+    FedtuneError,
+    ModelError,
+    RecipeError,
+    SourceError,
+    StoreError,
+)
+from fedtune.protocol_codes import Problem
+
+__all__ = ["problem_of"]
+
+_CODES: tuple[tuple[type[BaseException], str], ...] = (
+    (BudgetError, "memory-short"),
+    (ContributionError, "privacy-broken"),
+    (DataError, "data-unfit"),
+    (ModelError, "model-unfit"),
+    (RecipeError, "recipe-unknown"),
+    (SourceError, "source-unreadable"),
+    (StoreError, "disk-failed"),
+    (ValidationError, "recipe-unknown"),
+    (MemoryError, "memory-short"),
+    (FileNotFoundError, "source-unreadable"),
+)
+"""The first that fits counts; what fits none is ``code-failed``."""
+
+
+def problem_of(error: BaseException) -> Problem:
+    """The code of an error, with the counts it names itself; nothing of its text."""
+    if isinstance(error, FedtuneError) and error.code:
+        return Problem(error.code, error.counts)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Problem("disk-failed")
+    return Problem(next((code for kind, code in _CODES if isinstance(error, kind)), "code-failed"))

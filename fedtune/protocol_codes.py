@@ -1,0 +1,84 @@
+"""What a device may say when it sends no update: a code of one table with whole numbers, and nothing else.
+
+Free text would carry a device's data: an error about a label quotes the label, one about a file its path. The device
+keeps the details in its own log. Only a code and counts travel, as ``unknown-labels rows=3``; the server looks the
+sentence up here. Nothing in this module needs torch: a device's light process imports it.
+"""
+
+import re
+from collections.abc import Mapping
+from string import Formatter
+from typing import NamedTuple
+
+__all__ = ["SENTENCES", "Problem", "parse_problem"]
+
+SENTENCES: Mapping[str, str] = {
+    "code-failed": "training raised an error",
+    "data-columns": "its data lack {columns} of the columns that the recipe names",
+    "data-values": "some of its examples have no value in a column that the recipe names",
+    "data-unfit": "its data do not fit the recipe",
+    "disk-failed": "its disk cannot be read or written",
+    "memory-model": "holding model and data takes more than the {allowed_mb} MB this device allows",
+    "memory-short": "it ran out of memory",
+    "memory-step": "a step needs about {needed_mb} MB of memory, and this device allows {allowed_mb} MB",
+    "memory-training": "training held more than the {allowed_mb} MB this device allows and was ended",
+    "model-unfit": "it cannot build the recipe's model",
+    "order-unreadable": "it cannot read the order; update fedtune on the device",
+    "privacy-broken": "it would send more than the recipe's privacy allows",
+    "recipe-unknown": "its fedtune does not understand the recipe; update fedtune on the device",
+    "source-unreadable": "it cannot read a source that the recipe or --data names",
+    "trainer-ended": "its trainer ended with code {code}, {tries} times",
+    "trainer-killed": "its trainer was killed by signal {signal}, {tries} times; free memory on the device",
+    "unknown-labels": "{rows} of its examples have labels that are none of the recipe's classes",
+}
+"""What each code means; the names in braces are the counts that travel with it."""
+
+_LOG = "; details are in the device's own log"
+_MOST = 10**15
+_COUNT = r"[a-z_]{1,20}=\d{1,16}"
+_TEXT = re.compile(rf"([a-z-]{{1,40}})((?: {_COUNT}){{0,8}})")
+
+
+class Problem(NamedTuple):
+    """A code of :data:`SENTENCES` and the whole numbers that belong to it."""
+
+    code: str
+    counts: Mapping[str, int] = {}
+
+    @property
+    def text(self) -> str:
+        """As it travels. A code that is not in the table, or counts that are not its own, become ``code-failed``."""
+        if _names(self.code) != set(self.counts):
+            return "code-failed"
+        return " ".join([self.code, *(f"{name}={_bounded(count)}" for name, count in sorted(self.counts.items()))])
+
+    @property
+    def sentence(self) -> str:
+        """What a person reads on the device."""
+        return SENTENCES[self.code].format_map(self.counts)
+
+    @property
+    def remote_sentence(self) -> str:
+        """What a person reads on the server, who is told where the details are."""
+        return self.sentence + _LOG
+
+
+def parse_problem(text: str) -> Problem | None:
+    """What a device said; None unless it is a code of the table with exactly its counts, each at most 10**15."""
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        return None
+    pairs = [item.split("=") for item in found[2].split()]
+    counts = {name: int(digits) for name, digits in pairs}
+    known = len(counts) == len(pairs) and _names(found[1]) == set(counts)
+    return Problem(found[1], counts) if known and max(counts.values(), default=0) <= _MOST else None
+
+
+def _names(code: str) -> set[str] | None:
+    """Names of the counts that belong to a code; None for a code that is not in the table."""
+    sentence = SENTENCES.get(code)
+    return None if sentence is None else {name for _, name, _, _ in Formatter().parse(sentence) if name}
+
+
+def _bounded(count: int) -> int:
+    return max(0, min(_MOST, int(count)))

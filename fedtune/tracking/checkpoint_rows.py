@@ -1,0 +1,32 @@
+"""Which checkpoints of a run are on disk, as the store has it."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Engine, select, update
+
+from fedtune.tracking import rows, tables
+from fedtune.tracking.database import reader, writer
+
+__all__ = ["CheckpointRows"]
+
+
+class CheckpointRows:
+    """The rows of checkpoints, apart from those of their rounds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
+        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
+        with reader(self._engine) as connection:
+            return rows.read_checkpoint_scores(connection, run_id)
+
+    def mark_pruned(self, run_id: str, numbers: Sequence[int]) -> list[str]:
+        """Record that the checkpoints of these rounds are gone; returns their paths."""
+        if not numbers:
+            return []
+        table = tables.checkpoints
+        these = table.c.run_id == run_id, table.c.round.in_(numbers)
+        with writer(self._engine) as connection:
+            connection.execute(update(table).where(*these), {"pruned": True})
+            return list(connection.execute(select(table.c.path).where(*these)).scalars())

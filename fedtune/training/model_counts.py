@@ -1,0 +1,27 @@
+"""Whether a round can ever bring as many models as its merge takes."""
+
+from fedtune import merging
+from fedtune.errors import RecipeError
+from fedtune.recipe import Recipe
+
+__all__ = ["check_model_counts"]
+
+
+def check_model_counts(recipe: Recipe, pipeline: merging.Pipeline) -> None:
+    """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
+    combine, late = pipeline.combine, recipe.federation.late
+    coming, key = recipe.clients_per_round, "federation.clients"
+    if recipe.federation.take_first is not None:
+        coming, key = recipe.federation.take_first, "federation.take_first"
+    if late is not None:
+        coming, key = late.buffer, "federation.late.buffer"
+    if coming < combine.needed:
+        raise RecipeError(
+            f"merge: {combine.name} needs at least {combine.needed} models, but a round brings {coming} at most; raise "
+            f"{key}, add devices or choose mean"
+        )
+    if combine.most is not None and coming > combine.most:
+        raise RecipeError(
+            f"merge: {combine.name} takes {combine.most} models, but a round asks for {coming}; lower {key} or choose "
+            "mean"
+        )

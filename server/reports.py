@@ -1,0 +1,77 @@
+"""A client's report of its round, checked field by field before anything of it is stored or believed."""
+
+import math
+from typing import Annotated, Any
+
+from flwr.app import MetricRecord
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedtune.contribution import Report
+from fedtune.errors import ContributionError
+from fedtune.explain import explain
+from fedtune.untrusted import clean_text
+
+__all__ = ["MOST_EXAMPLES", "read_report"]
+
+MOST_EXAMPLES = 10**9
+"""No device trains on more examples in a round: at a million a second that would take a quarter of an hour."""
+_MOST_BYTES = 2**50
+_MOST_SECONDS = 10.0**7
+_MOST_LOSS = 1e30
+_MOST_FIGURES = 64
+
+
+def _not_infinite(value: float) -> float:
+    if math.isinf(value) or abs(value) > _MOST_LOSS:
+        raise ValueError(f"it must lie between -{_MOST_LOSS:g} and {_MOST_LOSS:g}")
+    return value
+
+
+_Loss = Annotated[float, AfterValidator(_not_infinite)]
+_Bytes = Annotated[int, Field(ge=0, le=_MOST_BYTES)]
+
+
+class _Bounded(BaseModel):
+    """The fields of :class:`Report` with what is plausible for each; NaN only for a loss that is not told."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    examples: int = Field(ge=1, le=MOST_EXAMPLES)
+    loss: _Loss
+    seconds: float = Field(ge=0, le=_MOST_SECONDS, allow_inf_nan=False)
+    saved_bytes: _Bytes
+    peak_rss: _Bytes
+    own_predictions: int = Field(ge=0, le=_MOST_BYTES)
+    own_loss: float = Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)
+    own_accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
+    micro_batch: int = Field(ge=0, le=MOST_EXAMPLES)
+    own_more: list[_Loss] = Field(max_length=_MOST_FIGURES)
+    own_after: list[_Loss] = Field(max_length=_MOST_FIGURES)
+
+    @field_validator("own_after")
+    @classmethod
+    def _whole(cls, figures: list[float]) -> list[float]:
+        if len(figures) == 1:
+            raise ValueError("it holds a loss and an accuracy at least, or nothing")
+        return figures
+
+
+def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> Report:
+    """The report in a reply; ContributionError unless it has every field, each in its bounds.
+
+    ``most_examples`` is what the client can have trained on in the round.
+    """
+    if record is None:
+        raise ContributionError("the reply carries no report; update the client")
+    fields: dict[str, Any] = dict(record)
+    try:
+        bounded = _Bounded.model_validate(fields)
+    except ValidationError as error:
+        sentence = clean_text(explain(error, _Bounded, "its report"))
+        raise ContributionError(f"{sentence}; update the client") from error
+    if bounded.examples > most_examples:
+        raise ContributionError(
+            f"its report counts {bounded.examples} examples, but of what the device declared it can have trained on "
+            f"{most_examples} at most"
+        )
+    return Report(**bounded.model_dump())

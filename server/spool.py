@@ -1,0 +1,28 @@
+"""Where a round's updates rest on disk until they are merged."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedtune import home
+
+__all__ = ["spooling", "sweep"]
+
+
+def sweep(run: str) -> None:
+    """Remove what a killed process left of its round: updates, and files that were not written to the end."""
+    for spool in (home.runs() / run).glob("*.spool"):
+        shutil.rmtree(spool)
+    for beside in (home.runs() / run).rglob(".*.part"):
+        beside.unlink()
+
+
+@contextmanager
+def spooling(run: str, number: int) -> Iterator[Path]:
+    """A folder for the updates of a round, gone when the block ends, however it does."""
+    folder = home.runs() / run / f"round-{number:04d}.spool"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

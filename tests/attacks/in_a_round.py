@@ -1,0 +1,119 @@
+"""Attacks by a device that takes part in a round, against which the server's defences know what the round asks for."""
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+
+import httpx
+import torch
+from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+from clients import records
+from clients.fleet import Fleet, _reply_metadata
+from fedtune.contribution import Report, pack, unpack
+from fedtune.errors import ServerError
+from tests.attacks.scene import Attack, Scene
+from tests.federations import trivial
+from tests.servers import ended
+
+__all__ = ["ATTACKS"]
+
+_PATIENCE = 240.0
+_LARGE = 6_000_000
+_RECIPE = ("devices=[{name: any, count: 1, memory: 64MB}]", "federation.select={devices: [hostile]}")
+
+
+def _order(scene: Scene) -> PullMessagesResponse:
+    """A run for the hostile device alone, and its first order."""
+    recipe = trivial(*_RECIPE).model_dump(mode="json")
+    with scene.server.operator() as connection, scene.hostile.fleet() as fleet:
+        node = Node(node_id=scene.node)
+        fleet.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=60))
+        run = connection.ask("POST", "runs", {"recipe": recipe})["run"]
+        scene.left_open.append(lambda: _stopped(scene, run))
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            fleet.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=60))
+            told = fleet.PullMessages(PullMessagesRequest(node=node))
+            if told.messages_list:
+                return told
+            time.sleep(0.5)
+    raise AssertionError(f"no order of run {run} came in {_PATIENCE:.0f} s")
+
+
+def _stopped(scene: Scene, run: str) -> None:
+    with scene.server.operator() as connection, suppress(ServerError):  # it may have ended by itself
+        connection.ask("POST", f"runs/{run}/stop")
+
+
+def _large_answer(scene: Scene) -> str:
+    """6 MB for an order that asks for some kilobytes."""
+    [asked] = [message_from_proto(one) for one in _order(scene).messages_list]
+    reply = make_message(_reply_metadata(asked.metadata), records.answer(bytes(range(250)) * (_LARGE // 250), {}), None)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    announced = PushMessagesRequest(
+        node=Node(node_id=scene.node),
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[get_object_tree(reply)],
+    )
+    with scene.hostile.fleet() as fleet:
+        session = fleet.PushMessages(announced).session_id
+        for name, one in get_all_nested_objects(reply).items():
+            request = PushObjectRequest(
+                node=Node(node_id=scene.node),
+                run_id=asked.metadata.run_id,
+                session_id=session,
+                object_id=name,
+                object_content=one.deflate(),
+            )
+            try:
+                fleet.PushObject(request)
+            except httpx.HTTPStatusError as error:
+                return scene.refused(error.response, 413)
+    raise AssertionError("it was taken whole")
+
+
+def _destructive(scene: Scene) -> str:
+    """In its first round it claims 10**18 examples, in its second it sends deltas that are not finite."""
+    address = scene.server.url.removeprefix("https://")
+    fleet = Fleet(address, scene.server.place.ca.read_text(), scene.hostile.private, scene.node, time.time)
+    recipe = trivial(*_RECIPE).model_dump(mode="json")
+    fleet.beat()
+    with scene.server.operator() as connection:
+        run = connection.ask("POST", "runs", {"recipe": recipe})["run"]
+    scene.left_open.append(lambda: _stopped(scene, run))
+    for examples, value in ((10**18, 0.0), (3, float("inf"))):
+        claim = _claimed(fleet)
+        task = fleet.fetch(claim)
+        deltas = {name: torch.full_like(tensor, value) for name, tensor in unpack(task.payload).items()}
+        report = Report(examples=examples, loss=1.0, seconds=1.0, saved_bytes=1, peak_rss=1)
+        fleet.answer(claim, pack(deltas), asdict(report), 1.0)
+    found = ended(scene.server, run, _PATIENCE)
+    fleet.close()
+    told = [sent for record in found["rounds"] for sent in record["contributions"]]
+    assert [sent["status"] for sent in told] == ["refused", "refused"], told
+    assert len({record["checkpoint"]["sha256"] for record in found["rounds"] if record["checkpoint"]}) == 1
+    return "; ".join(sent["reason"] for sent in told)
+
+
+def _claimed(fleet: Fleet) -> bytes:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        fleet.beat()
+        if claim := fleet.claim():
+            fleet.holds(claim)
+            return claim
+        time.sleep(0.5)
+    raise AssertionError(f"no order came in {_PATIENCE:.0f} s")
+
+
+ATTACKS = [
+    Attack("10**18 examples claimed, and deltas that are not finite", _destructive, ""),
+    Attack("an answer a hundred times as large as its round asks for", _large_answer, r"asks for \d{6} at most"),
+]

@@ -1,0 +1,194 @@
+"""What a device tells when it has no update: a code and counts; no value of its data, no path, no column."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+
+from clients import app as apps
+from clients.channel import Frame
+from clients.device_home import DeviceHome
+from clients.node import Node
+from clients.problems import problem_of
+from clients.trainer import _Trainer
+from fedtune.contribution import pack
+from fedtune.errors import BudgetError, DataError, FedtuneError, SourceError
+from fedtune.protocol_codes import SENTENCES, Problem, parse_problem
+from fedtune.recipe import Recipe
+from fedtune.simulation.flower_private import be_node, number_message
+from fedtune.sparse import to_wire
+from fedtune.training import discard, read_state, workshop
+from server.parts import Part
+from server.receive import receive
+from tests.federations import words
+
+SECRET = "patient 4711 has a rash"
+
+
+def order_for(recipe: Recipe, labels: str) -> Frame:
+    shop = workshop(recipe.model_dump_json())
+    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    discard()
+    return Frame({"recipe": recipe.model_dump_json(), "round": 1, "client": 0, "labels": labels}, payload)
+
+
+def csv(tmp_path: Path, name: str, *lines: str) -> str:
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"csv:{path}"
+
+
+@pytest.fixture
+def text_order(home: Path, tmp_path: Path) -> Frame:
+    recipe = words(tmp_path)
+    return order_for(recipe, json.dumps(list(workshop(recipe.model_dump_json()).corpus.labels)))
+
+
+def told(answer: Frame, folder: Path) -> str:
+    """What leaves a device for an answer of its trainer, by the real node; also checks that it is of the table."""
+    sent: list[str] = []
+
+    class Fleet:
+        def refuse(self, order: bytes, code: int, reason: str) -> None:
+            sent.append(f"{code} {reason}")
+
+    node = Node(None, Fleet(), None, type("Clock", (), {"set": print})(), print, print)  # type: ignore[arg-type]
+    node._send(b"", answer)
+    assert parse_problem(sent[0].partition(" ")[2].removeprefix("declined: ")) is not None
+    return sent[0]
+
+
+HOSTILE: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "labels that are the text itself": (("text,label", f"{SECRET},{SECRET}", "fine,1"), "unknown-labels rows=2"),
+    "one label of many": (("text,label", "good,good", f"bad,{SECRET}", f"so,{SECRET}"), "unknown-labels rows=2"),
+    "a column that is missing": ((f"{SECRET},label", "a,good"), "data-columns columns=1"),
+    "rows without a label": (("text,label", f"{SECRET},", "b,good"), "data-values"),
+    "an empty file": ((f"{SECRET},label",), "data-unfit"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_error_about_the_data_tells_a_code_and_counts_only(text_order: Frame, tmp_path: Path, what: str) -> None:
+    lines, code = HOSTILE[what]
+    source = csv(tmp_path, "private-name.csv", *lines)
+    answer = _Trainer(source, 4_000_000_000, 0).answer(text_order, lambda: None)
+    assert answer.header["kind"] == "failed"
+    leaving = told(answer, tmp_path)
+    assert leaving == f"2 {code}"
+    for hidden in (SECRET, "4711", "private-name", str(tmp_path)):
+        assert hidden not in leaving
+    assert answer.header["detail"], "the device's own log has the details"
+
+
+def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_path: Path) -> None:
+    done: list[object] = []
+
+    class Fleet:
+        def answer(self, order: bytes, payload: bytes, report: object, seconds: float) -> None:
+            done.append("answered")
+
+    home = DeviceHome(tmp_path / "device")
+    holding = {"examples": 12, "labels": {}}
+    header = {"kind": "trained", "report": {}, "holding": holding, "seconds": 1.0}
+    home.hold("answer", Frame(header, b"deltas").encode())
+    clock: Any = type("Clock", (), {"set": print})()
+    fleet: Any = Fleet()
+    keeper: Any = None
+    node = Node(home, fleet, keeper, clock, done.append, print)
+    node._carry_out(b"order")
+    assert done == [holding, "answered"]
+
+
+def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp_path: Path) -> None:
+    answer = _Trainer(f"csv:{tmp_path}/gone.csv", 4_000_000_000, 0).answer(text_order, lambda: None)
+    assert "gone.csv" in answer.header["detail"]
+    assert told(answer, tmp_path) in ("2 data-unfit", "2 source-unreadable")
+
+
+def test_an_order_it_cannot_read_and_a_recipe_it_does_not_know_are_codes(text_order: Frame, tmp_path: Path) -> None:
+    trainer = _Trainer("sample:digits", 4_000_000_000, 0)
+    for header in ({"recipe": SECRET}, {**text_order.header, "labels": SECRET}, {**text_order.header, "recipe": "{}"}):
+        answer = trainer.answer(Frame(header, b""), lambda: None)
+        assert SECRET not in told(answer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(SECRET),
+        KeyError(SECRET),
+        OSError(28, SECRET, SECRET),
+        FileNotFoundError(2, "x", SECRET),
+        MemoryError(SECRET),
+        DataError(SECRET),
+        SourceError(SECRET),
+        BudgetError(SECRET),
+        FedtuneError(SECRET),
+        DataError(SECRET, code=SECRET),
+        DataError("", code="unknown-labels", counts={SECRET: 1}),
+        DataError("", code="unknown-labels", counts={"rows": 10**30}),
+        DataError("", code="data-values", counts={"rows": -4}),
+        type(SECRET, (Exception,), {})(SECRET),
+    ],
+)
+def test_whatever_is_raised_only_codes_of_the_table_travel(error: Exception) -> None:
+    text = problem_of(error).text
+    assert SECRET not in text
+    assert parse_problem(text) is not None
+    assert len(text) < 120
+
+
+@pytest.mark.parametrize("code", SENTENCES)
+def test_every_code_comes_back_as_its_sentence(code: str) -> None:
+    names = dict.fromkeys(("needed_mb", "allowed_mb", "rows", "columns", "code", "tries", "signal"), 7)
+    counts = {name: count for name, count in names.items() if f"{{{name}}}" in SENTENCES[code]}
+    problem = Problem(code, counts)
+    assert parse_problem(problem.text) == problem
+    assert "{" not in problem.remote_sentence
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "nonsense", "unknown-labels", "unknown-labels rows=x", "unknown-labels rows=1 rows=1"),
+        *("data-unfit rows=1", "unknown-labels rows=9999999999999999", "unknown-labels rows=1\n"),
+        *("code-failed " + "a" * 10_000, "\x1b[31m"),
+    ],
+)
+def test_what_is_no_code_of_the_table_is_not_read_as_one(text: str) -> None:
+    assert parse_problem(text) is None
+
+
+def test_a_stock_supernode_s_app_replies_with_a_code_and_not_the_exception(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(message: Message, context: Context) -> Message:
+        raise DataError(SECRET, code="unknown-labels", counts={"rows": 3})
+
+    monkeypatch.setattr(apps, "train_round", fail)
+    be_node(1)
+    message = Message(RecordDict(), 2, "train")
+    number_message(message, "1")
+    reply = apps.deployed(message, Context(1, 2, {}, RecordDict(), {}))
+    assert (reply.error.code, reply.error.reason) == (2, "unknown-labels rows=3")
+
+
+def reply_with(reason: str) -> tuple[str, str]:
+    be_node(1)
+    message = Message(RecordDict(), 2, "train")
+    number_message(message, "1")
+    reply = Message(Error(code=2, reason=reason), reply_to=message)
+    record, sent = receive(reply, 0, "phone", Part(b"", {}, {}), None, Path("nowhere"))
+    assert sent is None
+    return record.status, record.reason
+
+
+def test_the_operator_reads_the_sentence_of_a_code_and_strange_text_is_cleaned() -> None:
+    status, reason = reply_with("declined: memory-step allowed_mb=100 needed_mb=250")
+    assert status == "declined"
+    assert reason.startswith("a step needs about 250 MB of memory, and this device allows 100 MB; details are in")
+    assert reply_with("\x1b]0;owned\x07")[1] == r"code 2: \x1b]0;owned\x07"
+    assert len(reply_with("x" * 20_000_000)[1]) <= 220
