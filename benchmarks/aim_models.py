@@ -154,6 +154,8 @@ class Some:
 
 
 def some(examples: Encoded, texts: int) -> Some:
-    """The first so many examples of each domain."""
+    """The first so many examples of each domain, or of all where there are none."""
+    if examples.domains is None:
+        return Some(examples, list(range(min(texts, len(examples)))))
     domains = np.array(examples.domains)
     return Some(examples, sorted(i for one in set(domains) for i in np.flatnonzero(domains == one)[:texts].tolist()))
