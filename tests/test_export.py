@@ -245,7 +245,7 @@ def test_a_checkpoint_file_is_the_one_that_is_scored(
     assert fedtune(monkeypatch, "evaluate", str(path), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["round"] == 1
-    recorded = {m.name: m.value for m in ended.rounds[1].metrics if m.domain == "all"}
+    recorded = {m.name: m.value for m in ended.rounds[1].metrics if (m.part, m.domain) == ("validation", "all")}
     assert {one["name"]: one["value"] for one in found["metrics"]} == recorded
 
 

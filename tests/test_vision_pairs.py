@@ -31,6 +31,7 @@ TEXTS_ONLY = {"checkpointing", "deft", "fused-head", "meft", "qlora", "selective
 NAMES = [name for name in registry.names("fedtune.techniques") if name not in TEXTS_ONLY]
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 NO_EXPORT = {"tinytl"}
+pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWarning")
 
 
 def chosen(joined: str) -> tuple[Technique, ...]:

@@ -202,8 +202,12 @@ _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forwa
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether it multiplies by its weight, no more: some kinds standardise the weight first, others are never run."""
-    if type(layer).forward not in _PLAIN or isinstance(layer, NonDynamicallyQuantizableLinear):
+    """Whether it multiplies by its weight, no more: some kinds standardise the weight first, others are never run.
+
+    Layers of fedtune's own keep less for the backward pass, but compute what plain ones do.
+    """
+    plain = type(layer).forward in _PLAIN or type(layer).__module__.startswith("fedtune.")
+    if not plain or isinstance(layer, NonDynamicallyQuantizableLinear):
         return False
     pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
     return pointwise or isinstance(layer, nn.Linear | Conv1D)
