@@ -4,8 +4,9 @@ What: an update's size is the root mean square of its values, so that device cla
 adapters of different ranks and masked weights compare. One above ``federation.norm_bound`` times the yardstick is
 refused. The yardstick is the median size of the round, or of an earlier round where that was larger: once most clients
 have little left to learn, the one that still has may send what all sent at the start. Updates of zeros do not count,
-and of fewer than three updates the median is no yardstick; while there is none, nothing is refused. Each round's median
-is in the store (part ``updates``, name ``median_rms``), so that a resumed run compares with the same.
+and of fewer than three updates the median is no yardstick; while there is none, an update is refused only where its
+size is above 10,000, which no weight of a network reaches. Each round's median is in the store (part ``updates``,
+name ``median_rms``), so that a resumed run compares with the same.
 The default, 50: honest clients of logistic regression whose data differ 450 to 1 in size, one epoch of SGD, reached 33.
 Use when: always. A generous factor leaves honest updates alone, whose bits it does not touch.
 Avoid when: the recipe asks for privacy, whose clip bounds each update; there it is off, since whether one client counts
@@ -27,6 +28,8 @@ __all__ = ["NormBound", "median_size", "yardstick"]
 
 _COHORT = 3
 """Of fewer updates the median is no yardstick."""
+_LARGEST = 1e4
+"""Above this an update's size is no weight's, whatever it is compared with."""
 _PART, _NAME = "updates", "median_rms"
 
 
@@ -64,9 +67,10 @@ class NormBound:
             return list(records), list(contributions)
         sizes = {one.client: _size(one.norm, values(one.client)) for one in records if one.status == "merged"}
         unit = yardstick(list(sizes.values()), self._earlier)
-        refused = {client: size / unit for client, size in sizes.items() if size > unit * self._factor}
+        limit = min(unit * self._factor, max(_LARGEST, self._earlier * self._factor))
+        refused = {client: self._why(size, unit) for client, size in sizes.items() if size > limit}
         self._median = median_size(size for client, size in sizes.items() if client not in refused)
-        told = [self._refused(one, refused) for one in records]
+        told = [_refused(one, refused) for one in records]
         return told, [sent for sent in contributions if sent.client not in refused]
 
     def merged(self) -> tuple[MetricRecord, ...]:
@@ -76,14 +80,19 @@ class NormBound:
         self._earlier = max(self._earlier, self._median)
         return (MetricRecord(part=_PART, domain="all", name=_NAME, value=self._median),)
 
-    def _refused(self, record: ContributionRecord, refused: Mapping[int, float]) -> ContributionRecord:
-        if record.client not in refused:
-            return record
-        reason = (
-            f"its values are {refused[record.client]:.3g} times as large as the median of the cohort's, and "
-            f"federation.norm_bound allows {self._factor:g} times; check the device, or raise the bound"
-        )
-        return replace(record, status="refused", reason=reason, examples=0)
+    def _why(self, size: float, unit: float) -> str:
+        if unit < math.inf and size > unit * (self._factor or math.inf):
+            return (
+                f"its values are {size / unit:.3g} times as large as the median of the cohort's, and "
+                f"federation.norm_bound allows {self._factor:g} times; check the device, or raise the bound"
+            )
+        return f"its values are {size:.3g} on average, which no weights are; check the device and its learning rate"
+
+
+def _refused(record: ContributionRecord, refused: Mapping[int, str]) -> ContributionRecord:
+    if record.client not in refused:
+        return record
+    return replace(record, status="refused", reason=refused[record.client], examples=0)
 
 
 def _is_median(metric: MetricRecord) -> bool:

@@ -215,7 +215,7 @@ def test_a_robust_merge_that_never_gets_enough_ends_as_every_run_without_a_round
     [
         (("merge=[trimmed-mean]",), "trimmed-mean needs at least 5 models, but a round brings 4 at most"),
         (("merge=[{trimmed-mean: {share: 0.1}}]", "devices=[{count: 9}]"), "at least 10 models, but a round brings 9"),
-        (("merge=[model-stock]", "federation.clients=2"), "needs at least 3 models, but a round brings 2"),
+        (("merge=[model-stock]", "federation.clients=1"), "needs at least 2 models, but a round brings 1"),
         (("merge=[trimmed-mean]", "devices=[{count: 9}]", "federation.late={buffer: 4}"), "raise federation.late.buff"),
         (("merge=[slerp]",), "slerp takes 2 models, but a round asks for 4; lower federation.clients"),
     ],
@@ -234,3 +234,15 @@ def test_what_trimmed_mean_needs_is_the_least_count_of_which_it_can_cut_one(shar
     step: Any = TrimmedMean(share=share)
     assert step._cut(step.needed) >= 1
     assert step._cut(step.needed - 1) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_update_that_no_weights_are_is_refused_also_where_there_is_nothing_to_compare_with(
+    home: Path, count: int
+) -> None:
+    recipe = trivial(f"devices=[{{count: {count}}}]", "federation.rounds=2")
+    ended = execute(recipe, spoilt(HUGE, {0}, rounds={1}))
+    [first, *_] = ended.rounds[1].contributions
+    assert (first.status, first.client) == ("refused", 0)
+    assert "which no weights are" in first.reason
+    assert ended.run.status == "completed"
