@@ -1,4 +1,4 @@
-"""Claim: on 50 architectures every technique is exact or refused in one sentence.
+"""Claim: on 53 architectures every technique is exact or refused in one sentence.
 
 Each cell builds the model from a folder as a run does, applies the technique, and takes two rounds of two steps. Then
 ``gradient`` is the largest relative difference to the same network's gradients with stored activations; ``unmoved``
