@@ -124,15 +124,15 @@ def run(place: DeviceHome, line: Line) -> list[str]:
 
 
 def answer(text: str) -> bytes:
-    return Frame({"kind": "failed", "reason": text}).encode()
+    return Frame({"kind": "failed", "problem": text}).encode()
 
 
 def test_an_order_and_its_answer_that_are_whole_are_gone_on_with(place: DeviceHome) -> None:
     place.hold("order", order())
-    place.hold("answer", answer("mine"))
+    place.hold("answer", answer("source-unreadable"))
     line = Line()
     run(place, line)
-    assert line.sent == [(order(), b"mine")]
+    assert line.sent == [(order(), b"source-unreadable")]
     assert place.held("order") is None
 
 
@@ -153,14 +153,14 @@ Damage = Callable[[bytes], bytes]
 )
 def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place: DeviceHome, damage: Damage) -> None:
     place.hold("order", order(1))
-    place.hold("answer", answer("to the damaged one"))
+    place.hold("answer", answer("code-failed"))
     kept = place.folder / "order"
     kept.write_bytes(damage(kept.read_bytes()))
     line = Line(order(2))
     said = run(place, line)
     assert "the order in hand was damaged and is dropped; the server hands it out again" in said
     assert [claim for claim, _ in line.sent] == [order(2)]
-    assert b"to the damaged one" not in line.sent[0][1]
+    assert line.sent[0][1] == b"order-unreadable"
 
 
 def test_an_order_that_is_whole_and_no_message_is_dropped_too(place: DeviceHome) -> None:
@@ -171,7 +171,7 @@ def test_an_order_that_is_whole_and_no_message_is_dropped_too(place: DeviceHome)
 
 def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
     place.hold("order", order())
-    place.hold("answer", answer("mine"))
+    place.hold("answer", answer("source-unreadable"))
     kept = place.folder / "answer"
     content = bytearray(kept.read_bytes())
     content[-3] ^= 1
@@ -179,7 +179,7 @@ def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
     line = Line()
     run(place, line)
     [(_, sent)] = line.sent
-    assert b"cannot be read" in sent, "it is asked anew"
+    assert b"order-unreadable" in sent, "it is asked anew"
 
 
 def test_a_message_that_cannot_be_opened_is_told_apart() -> None:

@@ -373,7 +373,7 @@ def weights_at(ended: Ended, number: int) -> dict[str, Tensor]:
 
 
 def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path) -> None:
-    ended = execute(trivial(SETTINGS, "federation.rounds=3"))
+    ended = execute(trivial(SETTINGS, "federation.rounds=3", "checkpoints.keep=all"))
     assert ended.run.status == "completed"
     before, after = weights_at(ended, 0), weights_at(ended, 1)
     mask = before["classifier.mask"]

@@ -77,7 +77,7 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
 
 def test_only_clients_score_a_model_whose_norms_they_keep(home: Path, tmp_path: Path) -> None:
     ended = execute(local_norms(tmp_path))
-    assert [(number, part, name) for number, part, name, _ in figures(ended)] == [
+    assert [(number, part, name) for number, part, name, _ in figures(ended) if part != "updates"] == [
         (number, "own", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
     ]
 

@@ -48,7 +48,7 @@ def test_whatever_else_is_trained_inside_the_blocks(joined: str) -> None:
     wanted, _ = gradients(stored, task_of("bert"))
     assert equal(found, wanted)
     assert any(".adapters." in name for name in found)
-    other = {"lora": ".lora_A.", "full": "query.weight", "bias": "LayerNorm.bias", "classifier": "classifier."}
+    other = {"lora": ".lora_B.", "full": "query.weight", "bias": "LayerNorm.bias", "classifier": "classifier."}
     assert any(other[joined.replace("meft", "").strip("+")] in name for name in found)
 
 

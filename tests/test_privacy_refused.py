@@ -65,7 +65,7 @@ def test_a_recipe_that_was_not_resolved_is_refused_where_it_is_built() -> None:
 
 
 def test_many_merges_were_tried() -> None:
-    assert {"mean", "linear", "ties", "slerp", "sce", "geometric-median", "dare-linear"} < set(combining())
+    assert {"mean", "linear", "ties", "sce", "geometric-median", "dare-linear"} < set(combining())
 
 
 @pytest.mark.parametrize("step", ["rebasin", "repair"])

@@ -25,7 +25,7 @@ def rollback(run: str, number: int, yes: bool, server: Path | None, store: str |
 
     Example: fedtune runs rollback latest --round 12
     """
-    import json
+    from fedtune.json_text import json_text
 
     if not yes:
         click.confirm(f"Remove all rounds of {run} after round {number} for good?", abort=True, err=True)
@@ -33,7 +33,7 @@ def rollback(run: str, number: int, yes: bool, server: Path | None, store: str |
     removed, name = told["removed"], told["run"]
     then = f"fedtune runs resume {name}" if server else f"fedtune simulate --resume {name}"
     click.echo(
-        json.dumps(told) if as_json else f"rolled back: {name} to round {number}, {removed} removed; next: {then}"
+        json_text(told) if as_json else f"rolled back: {name} to round {number}, {removed} removed; next: {then}"
     )
 
 
