@@ -149,3 +149,18 @@ def test_plain_sgd_clips_nothing_unless_it_is_asked_to(settings: dict[str, Any],
 def test_momentum_where_there_is_none_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Train.model_validate({"steps": 1, **settings})
+
+
+@pytest.mark.parametrize("shape", [(3000, 700), (1500, 3, 500), (1 << 21,), (1, 1 << 21), (2, 1 << 20)])
+def test_a_large_parameter_is_stepped_in_pieces_to_the_same_bits(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=random)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    stepper = make_optimiser(Train(steps=1, weight_decay=0.1), [ours])
+    torchs = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=random)
+        theirs.grad = ours.grad.clone()
+        stepper.step(1e-3)
+        torchs.step()
+        assert torch.equal(ours, theirs)

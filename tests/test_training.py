@@ -191,7 +191,8 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
     for batch in batches(INDICES, 12, 3, derive(recipe.seed, 1, 0, "order")):
         load_state(model, copies)
         model.zero_grad()
-        step_loss(model, few_texts().batch(batch)).backward()
+        with processor_threads(recipe.train.threads):
+            step_loss(model, few_texts().batch(batch)).backward()
         for name, copy in copies.items():
             gradient = model.get_parameter(name).grad
             assert gradient is not None
@@ -246,7 +247,8 @@ def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
     chosen, rounded = prepared(model)
     received = {name: tensor + 1e-5 for name, tensor in rounded.items()}
     outcome = train(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)
-    moved = twin_with_masters(bert().bfloat16(), received, recipe)
+    with processor_threads(recipe.train.threads):
+        moved = twin_with_masters(bert().bfloat16(), received, recipe)
     assert all(torch.equal(outcome.delta[name], moved[name]) for name in moved)
     assert {delta.dtype for delta in outcome.delta.values()} == {torch.float32}
     load_state(model, received)

@@ -6,8 +6,8 @@ which costs a device a second and 70 MB.
 
 import math
 import pkgutil
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch.optim.sgd import sgd
 from fedtune.recipe import Optimiser, Train
 
 __all__ = ["Stepper", "make_optimiser", "rate"]
+
+
+_PIECE = 1 << 20
+"""Numbers of a parameter that AdamW steps at a time."""
 
 
 class Stepper(Protocol):
@@ -72,7 +76,11 @@ class _Sgd:
 
 
 class _AdamW:
-    """torch.optim.AdamW with its default betas and epsilon."""
+    """torch.optim.AdamW with its default betas and epsilon.
+
+    Large parameters are stepped some rows at a time: torch's formula makes two tensors of the size of what it steps,
+    which for an embedding is as much as a fifth of the model each. Each number comes out as it would otherwise.
+    """
 
     def __init__(self, parameters: Sequence[Parameter], weight_decay: float) -> None:
         self._parameters, self._weight_decay = parameters, weight_decay
@@ -83,15 +91,14 @@ class _AdamW:
         """One step at the given learning rate."""
         moved = [parameter for parameter in self._parameters if parameter.grad is not None]
         self._state |= {parameter: _moments(parameter) for parameter in moved if parameter not in self._state}
-        states = [self._state[parameter] for parameter in moved]
-        means, squares, steps = ([state[part] for state in states] for part in range(3))
+        pieces = [piece for parameter in moved for piece in _pieces(parameter, *self._state[parameter])]
         adamw(
-            list(moved),
-            _gradients(moved),
-            means,
-            squares,
+            [piece.weight for piece in pieces],
+            [piece.gradient for piece in pieces],
+            [piece.mean for piece in pieces],
+            [piece.square for piece in pieces],
             [],
-            steps,
+            [piece.steps for piece in pieces],
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
@@ -100,6 +107,8 @@ class _AdamW:
             eps=1e-8,
             maximize=False,
         )
+        for parameter in moved:
+            self._state[parameter][2].add_(1)
 
 
 class _Wrapped:
@@ -117,6 +126,28 @@ class _Wrapped:
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+class _Piece(NamedTuple):
+    """Some rows of a parameter, as views, and how many steps it has made."""
+
+    weight: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
+
+
+def _pieces(parameter: Parameter, mean: Tensor, square: Tensor, count: Tensor) -> Iterator[_Piece]:
+    """All of a parameter with a gradient; a small one, or one without dimensions, in a single piece."""
+    assert parameter.grad is not None
+    rows = len(parameter) if parameter.dim() else 0
+    if parameter.numel() > _PIECE:
+        rows = max(1, _PIECE // parameter[0].numel())
+    tensors = (parameter.detach(), parameter.grad, mean, square)
+    split = (tensor.split(rows) if rows else (tensor,) for tensor in tensors)
+    for weights, gradients, means, squares in zip(*split, strict=True):
+        yield _Piece(weights, gradients, means, squares, count.clone())
 
 
 def _moments(parameter: Parameter) -> tuple[Tensor, Tensor, Tensor]:
