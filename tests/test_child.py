@@ -28,7 +28,8 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mark
 
 
-def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path) -> None:
+def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the command line sets it for all that it starts
     subprocess.run([sys.executable, "-m", "clients.trainer"], capture_output=True, check=False)
     assert trap.exists()
 
