@@ -59,6 +59,4 @@ def show_rows(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
         table.add_row(row.domain, *figures, *sizes)
     console.print(table)
     process = max((row.peak_rss for row in rows), default=0)
-    console.print(
-        f"peak saved: activations kept for the backward pass; a client's process held {process / 1e6:.0f} MB in all"
-    )
+    console.print(f"peak saved: kept for the backward pass, of {process / 1e6:.0f} MB a client's process held")
