@@ -13,6 +13,7 @@ from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, shapes, train
+from fedtune.training.held_out import count_held_out
 
 __all__ = ["work"]
 
@@ -41,7 +42,7 @@ def work(
     )
     if outcome.own:
         own_tensors.save(folder, order.round, outcome.own)
-    held_out = int(part.recipe.evaluation.own * len(rows))
+    held_out = count_held_out(len(rows), part.recipe.evaluation.own)
     loss = outcome.loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.own_score, outcome.trained_score) if held_out >= FEWEST else {}
     cost = outcome.examples, loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import FedtuneError, StoreError
 from fedtune.tracking import Store, claim
 from fedtune.training import discard, workshop
-from server.guarded_grid import guarded
+from server.guarded_grid import guard_grid
 from server.lifeline import end_with_keeper
 from server.logs import recorded
 from server.rounds import coordinate
@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     with claim(config["run"]), Store.open(config["store"]) as store:
         deployed = bool(store.access.seats(config["run"]))  # a simulation's process has a terminal of its own
         with recorded(config["run"]) if deployed else nullcontext():
-            carry(guarded(grid), store, config["run"])
+            carry(guard_grid(grid), store, config["run"])
 
 
 def carry(grid: Grid, store: Store, run: str) -> None:

@@ -32,19 +32,20 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.run import Run
 
 from fedtune.answers import REFUSED
-from server.reply_content import OVERHEAD, ReplyError, inflated
+from server.reply_content import ReplyError, inflate_reply
+from server.reply_limit import OVERHEAD
 
 if TYPE_CHECKING:
     from flwr.superlink.grid import HttpGrid
 
-__all__ = ["GuardedGrid", "guarded"]
+__all__ = ["GuardedGrid", "guard_grid"]
 
 _MOST_OBJECTS = 64
 _PER_CHUNK = 1 << 16
 """Flower cuts arrays into much larger chunks: so many bytes at least are one object."""
 
 
-def guarded(grid: Grid) -> Grid:
+def guard_grid(grid: Grid) -> Grid:
     """The grid, guarded where it reaches devices; one inside this process is as it was."""
     if not type(grid).__module__.startswith("flwr."):
         return grid
@@ -187,7 +188,7 @@ class GuardedGrid(Grid):
         try:
             if not self._fetch(reply):
                 return None
-            return inflated(reply.metadata, reply.contents, self._most)
+            return inflate_reply(reply.metadata, reply.contents, self._most)
         except ReplyError as error:
             return _refusal(reply.metadata, str(error))
 

@@ -19,10 +19,8 @@ __all__ = ["Part", "Parts", "part_of", "sent_names", "widened"]
 
 State = Mapping[str, Tensor]
 _BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
-_HEADER, _HEADER_ENTRY, _REST = 1024, 256, 1 << 18
-"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape; and of a
-reply beside its payload: the report, Flower's own records.
-"""
+_HEADER, _HEADER_ENTRY = 1024, 256
+"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,6 @@ class Part:
         forms = {name: Form(shape) for name, shape in self.expected.items()} | dict(self.extras)
         values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
         return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
-
-    @property
-    def most(self) -> int:
-        """Bytes at most of a whole reply: the update, and the rest."""
-        return self.most_bytes + _REST
 
     @property
     def size(self) -> int:

@@ -68,9 +68,6 @@ def receive(
     return record, Contribution(client, report.examples, path, report.own, report.trained)
 
 
-_LISTS = ("own_more", "own_after")
-
-
 def aged(
     record: ContributionRecord, sent: Contribution | None, tau: int | None, late: Late | None
 ) -> tuple[ContributionRecord, Contribution | None]:

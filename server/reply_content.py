@@ -9,17 +9,16 @@ from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry, inflate_object_from_contents
 
-__all__ = ["OVERHEAD", "ReplyError", "inflated"]
+from server.reply_limit import OVERHEAD
 
-OVERHEAD = 1 << 18
-"""Bytes of a reply beside its payload: heads, names, the report."""
+__all__ = ["ReplyError", "inflate_reply"]
 
 
 class ReplyError(Exception):
     """What is wrong with a reply, in a sentence about the device."""
 
 
-def inflated(metadata: Metadata, contents: Mapping[str, bytes], most: int) -> Message:
+def inflate_reply(metadata: Metadata, contents: Mapping[str, bytes], most: int) -> Message:
     """The reply that ``metadata`` announces; ReplyError when its arrays expand to more than ``most`` bytes.
 
     Metadata inside the objects are the device's own word and are not used. ReplyError too when they are no reply.

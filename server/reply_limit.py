@@ -7,16 +7,19 @@ from pathlib import Path
 
 from fedtune.files import write
 
-__all__ = ["allow", "allowed"]
+__all__ = ["OVERHEAD", "raise_reply_limit", "read_reply_limit"]
+
+OVERHEAD = 1 << 18
+"""Bytes of a reply beside its payload: heads, names, the report."""
 
 
-def allow(folder: Path, count: int) -> None:
+def raise_reply_limit(folder: Path, count: int) -> None:
     """Let replies of a run have so many bytes, or more where some round before allowed more."""
-    if count > (allowed(folder) or 0):
+    if count > (read_reply_limit(folder) or 0):
         write(_path(folder), str(count).encode())
 
 
-def allowed(folder: Path) -> int | None:
+def read_reply_limit(folder: Path) -> int | None:
     """What is allowed in the run whose folder this is; None before its first round."""
     try:
         return int(_path(folder).read_text())

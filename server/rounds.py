@@ -34,7 +34,7 @@ from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
-from server.reply_limit import allow
+from server.reply_limit import OVERHEAD, raise_reply_limit
 from server.roster import Roster
 from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from server.safeguards import Safeguards
@@ -181,10 +181,11 @@ def _gather(
 def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
     """A message to each client, in client order; all of one class share one copy of the state."""
     recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
-    crew.expect(max((parts.of(client).most_bytes for client in clients), default=0))
+    most = max((parts.of(client).most_bytes for client in clients), default=0)
+    crew.expect(most)
     found: dict[int, Message] = {}
     if crew.deployed:
-        allow(home.runs() / run, max(parts.of(client).most for client in clients))
+        raise_reply_limit(home.runs() / run, most + OVERHEAD)
     for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
         own = [client for client in clients if parts.of(client).payload is payload]
         found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)

@@ -29,7 +29,7 @@ from server.operating import Operating
 from server.presence import Presence
 from server.recipe_check import RecipeCheck
 from server.refusal import Audit
-from server.reply_limit import allowed
+from server.reply_limit import read_reply_limit
 from server.superlink import SuperLink
 from server.tls import small_buffers
 from server.uploads import Uploads
@@ -113,4 +113,4 @@ def _door(
 def _reply_limit(manager: Manager, otherwise: int, number: int) -> int:
     """Bytes a reply may have in the run that has a number on the SuperLink."""
     run = manager.run_of(number)
-    return (allowed(home.runs() / run) if run else None) or otherwise
+    return (read_reply_limit(home.runs() / run) if run else None) or otherwise

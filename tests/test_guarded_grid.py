@@ -31,7 +31,7 @@ from clients.fleet import _reply_metadata
 from fedtune.answers import REFUSED
 from fedtune.simulation.flower_private import be_node
 from server.exchange import replies
-from server.guarded_grid import GuardedGrid, guarded
+from server.guarded_grid import GuardedGrid, guard_grid
 
 EXPECTED = 31_000
 
@@ -132,7 +132,7 @@ def grid(link: Link) -> GuardedGrid:
     flower = HttpGrid(token="none")
     flower._client = link  # type: ignore[assignment]
     flower._run = SimpleNamespace(run_id=link.run)  # type: ignore[assignment]
-    made = guarded(flower)
+    made = guard_grid(flower)
     assert isinstance(made, GuardedGrid)
     made.__class__.run = property(lambda _: SimpleNamespace(run_id=link.run))  # type: ignore[assignment]
     made.expect(EXPECTED)

@@ -20,7 +20,7 @@ from fedtune.seeds import derive
 from fedtune.sparse import compact, masks, to_wire
 from fedtune.techniques import Moment, Technique, begin_round, begin_step, trained
 from fedtune.training import build_model, processor_threads, read_state, step_loss, train_mode, update
-from fedtune.training.masters import masters_of, stepper
+from fedtune.training.masters import make_stepper, masters_of
 from fedtune.training.start import Start
 
 __all__ = ["measure"]
@@ -83,7 +83,7 @@ def _seconds(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, 
     begin_round(techniques, model, number)
     train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = stepper(settings, model, masters_of(model, Start(model, ())))
+    optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
     seconds = []
     for _ in range(1 + _TIMED):
         started = time.perf_counter()

@@ -3,9 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["held_out"]
+__all__ = ["count_held_out", "held_out"]
 
 Rows = NDArray[np.int64]
+
+
+def count_held_out(examples: int, share: float) -> int:
+    """How many of a client's examples it holds out: a share, rounded down."""
+    return int(share * examples)
 
 
 def held_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
@@ -13,7 +18,7 @@ def held_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
 
     Of fewer than 1 / share rows none is held out; one at least is always left to train on.
     """
-    count = int(share * len(rows))
+    count = count_held_out(len(rows), share)
     if not count:
         return rows, rows[:0]
     order = np.random.default_rng(seed).permutation(rows)

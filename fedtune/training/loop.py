@@ -33,7 +33,7 @@ from fedtune.techniques import (
 from fedtune.techniques import own as own_names
 from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
-from fedtune.training.masters import masters_of, stepper
+from fedtune.training.masters import make_stepper, masters_of
 from fedtune.training.micro import cut, shares
 from fedtune.training.optimiser import Stepper, rate
 from fedtune.training.order import batches, total_steps
@@ -160,7 +160,7 @@ def _run(
     steps = total_steps(len(indices), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed midway may have left gradients
-    optimiser = stepper(settings, model, masters)
+    optimiser = make_stepper(settings, model, masters)
     train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
     lengths = data.lengths if settings.by_length else None

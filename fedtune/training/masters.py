@@ -14,7 +14,7 @@ from fedtune.recipe import Train
 from fedtune.training.optimiser import Stepper, make_optimiser
 from fedtune.training.start import Start
 
-__all__ = ["masters_of", "stepper"]
+__all__ = ["make_stepper", "masters_of"]
 
 
 def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
@@ -30,7 +30,7 @@ def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
     }
 
 
-def stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> Stepper:
+def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> Stepper:
     """A fresh optimiser over the trained parameters, which moves those of ``masters`` in their stead."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner = make_optimiser(settings, [masters.get(name, parameter) for name, parameter in named.items()])
