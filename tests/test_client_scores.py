@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 from flwr.app import Message
 from PIL import Image
-from sklearn.metrics import f1_score
 
 from fedtune.cli.runs import runs
 from fedtune.contribution import unpack
@@ -22,6 +21,7 @@ from fedtune.tracking.client_spread import spreads
 from fedtune.training import load_state, shapes, workshop
 from fedtune.training.held_out import held_out
 from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial
+from tests.metric_oracles import count_f1
 from tests.store_examples import a_round, fill, start
 
 OWN = "evaluation={own: 0.2, metrics: [f1]}"
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(h
                     float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-5
                 )
                 assert found[client, moment, "f1"].value == pytest.approx(
-                    f1_score(labels.numpy(), logits.argmax(-1).numpy(), average="macro")
+                    count_f1(logits.argmax(-1).tolist(), labels.tolist())
                 )
                 assert found[client, moment, "loss"].predictions == len(held)
 
