@@ -132,7 +132,7 @@ class Node:
         except (KeyError, TypeError, ValueError) as error:
             problem = Problem("order-unreadable")
             return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
-        self._note("training", round=task.order["round"])
+        self._note("scoring" if task.order.get("scoring") else "training", round=task.order["round"])
         answer = self._keeper.ask(Frame(dict(task.order), task.payload))
         answer.header["seconds"] = time.monotonic() - started
         self._report(int(task.order["round"]), answer)
@@ -142,7 +142,8 @@ class Node:
     def _report(self, number: int, answer: Frame) -> None:
         kind, said = answer.header["kind"], answer.header
         if kind == "trained":
-            self._say(f"round {number}: trained {said['report']['examples']} examples in {said['seconds']:.1f} s")
+            done = f"trained {count} examples" if (count := said["report"]["examples"]) else "scored the shared model"
+            self._say(f"round {number}: {done} in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
             self._say(f"round {number}: {kind}: {said['detail']}")

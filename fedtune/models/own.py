@@ -117,6 +117,7 @@ def _fill(model: ImageClassifier, tensors: dict[str, Tensor], source: str) -> No
     wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head}.")]
     if wrong:
         raise ModelError(f"{source} has no weights for {min(wrong)!r}, which it needs; fetch it again")
-    for name in sorted(wanted.keys() & tensors.keys() - fitting.keys())[:1]:
+    given_up = [name for name in sorted(wanted.keys() & tensors.keys() - fitting.keys()) if tensors[name].any()]
+    for name in given_up[:1]:  # a head of zeros, as that of sample:logistic, has learned nothing
         warn_of_new_head(source, len(tensors[name]), len(wanted[name]))
     model.load_state_dict(fitting, strict=False)
