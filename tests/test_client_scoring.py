@@ -11,28 +11,28 @@ import torch
 from flwr.app import Context, Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
-from clients import records
-from clients.app import train_round
-from clients.work import work
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.answers import DECLINED, FAILED
 from fedtune.contribution import Order, pack
+from fedtune.device import records
+from fedtune.device.client_app import train_round
+from fedtune.device.work import work
 from fedtune.errors import ContributionError, FedtuneError
 from fedtune.protocol_codes import Problem
 from fedtune.recipe import Privacy, Recipe
 from fedtune.recipe_file import parse
 from fedtune.seeds import derive
+from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
+from fedtune.server.client_scoring import draw_scorers, score_by_clients
+from fedtune.server.crew import Crew
+from fedtune.server.reports import read_score
+from fedtune.server.watch import Unscored, unscored
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Pool
 from fedtune.sparse import to_wire
 from fedtune.training import load_state, read_state, workshop
 from fedtune.training.held_out import held_out
-from server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
-from server.client_scoring import draw_scorers, score_by_clients
-from server.crew import Crew
-from server.reports import read_score
-from server.watch import Unscored, unscored
 from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
 from tests.local_norms import local_norms
 from tests.metric_oracles import count_f1

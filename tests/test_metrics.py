@@ -1,6 +1,7 @@
 """Metrics beyond accuracy beside their definitions, and their way through recipes and scoring."""
 
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clients.channel import Frame
-from clients.trainer import _Trainer
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.contribution import Order
+from fedtune.device.channel import Frame
+from fedtune.device.trainer import _Trainer
 from fedtune.errors import RecipeError
 from fedtune.protocol_codes import parse_problem
 from fedtune.simulation import resolve
@@ -137,6 +138,31 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     assert last["test", "f1"] == pytest.approx(count_f1(probabilities.argmax(1).tolist(), labels.tolist()))
     assert last["test", "auc"] == pytest.approx(count_auc(probabilities.tolist(), labels.tolist()), abs=1e-6)
     assert last["test-before", "f1"] != last["test", "f1"]
+
+
+def test_a_package_publishes_a_metric_as_an_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "cautious.py").write_text(
+        "def sureness(probabilities, labels):\n    return probabilities.max(1).mean()\n"
+    )
+    (tmp_path / "cautious-1.0.dist-info").mkdir()
+    (tmp_path / "cautious-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: cautious\nVersion: 1.0\n"
+    )
+    (tmp_path / "cautious-1.0.dist-info" / "entry_points.txt").write_text(
+        "[fedtune.metrics]\nsureness = cautious:sureness\n"
+    )
+    script = (
+        "import numpy as np; from fedtune.training.metrics import known, measure; assert 'sureness' in known()\n"
+        "print(measure(['sureness'], np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([0, 1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("{'sureness': 0.625}", "")
 
 
 def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:
