@@ -44,26 +44,30 @@ def score_by_clients(
     clients = draw_scorers(shop.recipe, _connected(grid, crew))
     if not clients:
         return ()
-    found: dict[int, OwnScore] = {}
-    reasons = dict.fromkeys(clients, NO_REPLY_IN_TIME)
+    answers = _ask(grid, shop, run, crew, clients, state, number, took)
+    reasons = {f"client {one} ({crew.names[one]})": said for one, said in answers.items() if isinstance(said, str)}
+    if reasons:
+        tell(Unscored(number, len(clients), reasons))
+    scored = [(client, said) for client, said in answers.items() if isinstance(said, OwnScore)]
+    metrics = shop.recipe.evaluation.metrics
+    return tuple(one for client, score in scored for one in figures_of(client, "shared", score, metrics))
+
+
+def _ask(
+    grid: Grid, shop: Workshop, run: str, crew: Crew, clients: Sequence[int], state: State, number: int, took: float
+) -> dict[int, OwnScore | str]:
+    """The score of each client, or why there is none, in client order."""
+    answers: dict[int, OwnScore | str] = dict.fromkeys(clients, NO_REPLY_IN_TIME)
+
+    def note_removed(client: int) -> None:
+        answers[client] = DEVICE_REMOVED
+
     with spooling(run, number) as spool:
         parts = Parts(shop, state, number, spool if crew.shares_disk else None)
         messages = make_messages(shop, run, crew, clients, parts, scoring=True)
-
-        def note_removed(client: int) -> None:
-            reasons[client] = DEVICE_REMOVED
-
         for client, reply in replies(grid, messages, _deadline(shop.recipe, crew, took), crew.poll, note_removed):
-            read = _read(reply)
-            if isinstance(read, OwnScore):
-                found[client] = read
-                del reasons[client]
-            else:
-                reasons[client] = read
-    if reasons:
-        tell(Unscored(number, len(clients), {f"client {one} ({crew.names[one]})": reasons[one] for one in reasons}))
-    metrics = shop.recipe.evaluation.metrics
-    return tuple(one for client in sorted(found) for one in figures_of(client, "shared", found[client], metrics))
+            answers[client] = _read(reply)
+    return answers
 
 
 def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
@@ -90,7 +94,7 @@ def _connected(grid: Grid, crew: Crew) -> list[int]:
 
 
 def _deadline(recipe: Recipe, crew: Crew, took: float) -> float | None:
-    """Seconds to wait; without end in a simulation, whose deadlines are in simulated time, and where nobody is lost."""
+    """Seconds to wait; no end in a simulation: its deadlines are in simulated time, and every client answers."""
     if not crew.deployed:
         return None
     return recipe.federation.deadline or max(_LEAST_SECONDS, took)
