@@ -74,7 +74,7 @@ def test_devices_that_were_not_asked_to_train_score_what_they_score_in_a_simulat
     )
     simulated = execute(recipe, run="simulated")
     with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1", "part:2") as devices:
-        found = ended(server, submit(server, recipe))
+        found = ended(server, submit(server, recipe), seconds=300)
         said = [device.log for device in devices]
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated.hashes

@@ -29,8 +29,11 @@ __all__ = ["draw_scorers", "score_by_clients"]
 
 State = Mapping[str, Tensor]
 
-_LEAST_SECONDS = 60.0
-"""Devices get so long to score where the recipe names no deadline, or as long as the round took, if that is longer."""
+_LEAST_SECONDS = 300.0
+"""Devices get so long to score where the recipe names no deadline, or as long as the round took, if that is longer.
+
+A device that has not trained yet loads model and data first.
+"""
 
 
 def score_by_clients(
