@@ -41,12 +41,9 @@ _OWN = ("density", "gamma", "epsilon", "rescale")
 _IDLE = {"task-arithmetic": frozenset({"rescale"}), "multislerp": frozenset({"eps"})}
 """mergekit's parameters that change nothing: nothing is dropped, or nothing near zero is divided by."""
 
-_PLAIN: Mapping[str, Value] = {"rescale": False}
 _FIXED: dict[str, Mapping[str, Value]] = {
-    "ties": _PLAIN,
-    "breadcrumbs": _PLAIN,
-    "breadcrumbs-ties": _PLAIN,
     "multislerp": {"normalize_weights": True},
+    "task-arithmetic": {"density": 1.0},
 }
 """mergekit's parameters that have one value here: its default."""
 
