@@ -41,8 +41,8 @@ WEIGHTS = "models:\n  - {model: ONE, parameters: {weight: %s}}\n  - {model: TWO,
 SAME: dict[str, tuple[str, str]] = {
     "numbers without a point": (WEIGHTS % ("[5e-1, 1]", "5e-1"), WEIGHTS % ("[0.5, 1.0]", "0.5")),
     "one filter that is no list": (
-        WEIGHTS % ("{filter: mlp, value: 3}", 1),
-        WEIGHTS % ("[{filter: mlp, value: 3}]", 1),
+        WEIGHTS % ("{filter: weight, value: 3}", 1),
+        WEIGHTS % ("[{filter: weight, value: 3}]", 1),
     ),
     "one value that is no list": (WEIGHTS % ("{value: 3}", 1), WEIGHTS % (3, 1)),
     "an empty list": (WEIGHTS % ("[]", 3), WEIGHTS % (1, 3)),

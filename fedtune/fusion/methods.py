@@ -112,7 +112,12 @@ class Method(NamedTuple):
 
         mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
         """
-        found = lookup("scale" if self.copies else "weight", layers, name, depth)
+        key = "scale" if self.copies else "weight"
+        found = lookup(key, layers, name, depth)
+        if found is None and not self.copies and any(layer.get(key) for layer in layers):
+            raise RecipeError(
+                f"parameters: weight says nothing of {name}; end its list with {{value: ...}} for the rest"
+            )
         weight = 1.0 if found is None else _real(found, "weight")
         if self.copies:
             return Own(weight, {})

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fedtune.contribution import pieces
 from fedtune.errors import ModelError
+from fedtune.fusion.buffers import without_buffers
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layers import layer_of
 from fedtune.fusion.layout import Form
+from fedtune.fusion.sentence_modules import unmerged_modules
 from fedtune.fusion.settings_alike import check_settings
 from fedtune.fusion.sources import Exporter, no_runs, open_source
 from fedtune.fusion.token_names import is_embedding, is_of_tokens, is_output
@@ -59,7 +61,7 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     opened = {name: open_source(name, runs) for name in named}
     _check_kinds(opened)
     reference = next(iter(opened.values()))
-    alike = {name: spelt_like(model, reference.forms) for name, model in opened.items()}
+    alike = without_buffers({name: spelt_like(model, reference.forms) for name, model in opened.items()})
     tied = all(_ties(model) for model in alike.values())
     outputs = [output for model in alike.values() for output in model.forms if is_output(output)]
     alike = {name: _Untwined(model, tied, outputs) for name, model in alike.items()}
@@ -79,6 +81,10 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     _check_precision(alike, config)
     based = sorted(alike.items(), key=lambda item: item[0] != config.base_model)
     warnings = check_settings({name: model.folder for name, model in based})
+    if unmerged := unmerged_modules(based[0][1].folder):
+        warnings.append(
+            f"{', '.join(unmerged)} of {based[0][1].origin} is copied as it is: only transformers are merged"
+        )
     return Models(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
 
 
@@ -180,6 +186,12 @@ def _check_forms(models: Mapping[str, Weights], base: str | None) -> None:
         for name, form in first.forms.items():
             if name in model.forms and model.forms[name].shape != form.shape:
                 raise ModelError(_other_shape(model, name, model.forms[name], first, form))
+            if name in model.forms and model.forms[name].dtype.is_floating_point != form.dtype.is_floating_point:
+                found, wanted = (str(one.forms[name].dtype).removeprefix("torch.") for one in (model, first))
+                raise ModelError(
+                    f"{name} is {found} in {model.origin} and {wanted} in {first.origin}; real numbers and integers do "
+                    "not merge, take another release"
+                )
     if base is not None:
         _check_names(first, models[base], layers_only=True)
 

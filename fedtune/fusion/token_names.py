@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layers import layer_of
 
 __all__ = ["is_embedding", "is_of_columns", "is_of_tokens", "is_output", "looks_like_tokens", "output_of"]
