@@ -9,12 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from fedtune.errors import FedtuneError
 from fedtune.fusion import compare, merge, parse, prepare
 from fedtune.fusion.result import unseen
-from fedtune.models.quiet import quiet
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
 
@@ -112,6 +110,13 @@ def unreadable_tokens(folder: Path) -> None:
         (folder / name / "spm.model").write_text(name)
 
 
+def output_alone(folder: Path) -> None:
+    found = tensors(folder / "tuned1")
+    found.pop("model.embed_tokens.weight")
+    write(folder / "tuned1", found)
+    change_json(folder / "tuned1" / "config.json", {"tie_word_embeddings": True})
+
+
 def model_and_adapter(folder: Path) -> None:
     (folder / "tuned1" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
 
@@ -155,6 +160,10 @@ TABLE: dict[str, tuple[Callable[[Path], None], str]] = {
         unreadable_tokens,
         r"the tokenizer in .*tuned1 cannot be read \(\w+\); save it with a tokenizer\.json$",
     ),
+    "an output that is tied to nothing": (
+        output_alone,
+        r"tuned1 holds its output's embeddings and not its input's, which they are tied to; load and save it with",
+    ),
     "a model and an adapter": (
         model_and_adapter,
         r"tuned1 holds a model \(model\.safetensors\) and an adapter \(adapter_config\.json\); remove the one",
@@ -191,83 +200,11 @@ def test_plain_fp8_is_a_precision_like_others(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
 
 
-def loading(kind: Any, folder: Path) -> dict[str, Any]:
-    """What transformers misses, or does not know, in a folder."""
-    with quiet():
-        info: dict[str, Any] = kind.from_pretrained(folder, output_loading_info=True)[1]
-    return info
-
-
-def a_bert(folder: Path, name: str, seed: int) -> Path:
-    torch.manual_seed(0)
-    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = BertConfig(**size, num_hidden_layers=2, vocab_size=40, max_position_embeddings=32)
-    return save(moved(BertModel(config), seed), folder / name)
-
-
-@pytest.mark.parametrize("order", ["old first", "new first"])
-@pytest.mark.parametrize("based", [True, False])
-def test_positions_that_one_copy_keeps_are_no_difference(tmp_path: Path, order: str, based: bool) -> None:
-    """Encoders of older releases keep them, and a prefix that newer ones lack."""
-    folders = [a_bert(tmp_path, name, seed) for seed, name in enumerate(("new", "old", "base"))]
-    found = tensors(folders[1]) | {"embeddings.position_ids": torch.arange(32)[None]}
-    write(folders[1], {f"bert.{name}": tensor for name, tensor in found.items()})
-    names = ["old", "new"] if order == "old first" else ["new", "old"]
-    text = both(tmp_path, *names) + (f"base_model: {tmp_path / 'base'}\nmerge_method: ties\n" if based else "")
-    out = merged(tmp_path, text)
-    made = {name.removeprefix("bert."): tensor for name, tensor in tensors(out).items()}
-    assert made.keys() == tensors(folders[0]).keys()
-    assert not any(loading(AutoModel, out).values())
-    if not based:
-        for name, tensor in tensors(folders[0]).items():
-            torch.testing.assert_close(made[name], (tensor + found[name]) / 2)
-
-
-def test_masks_that_one_copy_keeps_are_no_difference_and_biases_are(tmp_path: Path) -> None:
-    size: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 40}
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(0)
-        save(moved(GPT2LMHeadModel(GPT2Config(**size)), seed), tmp_path / name)
-    masks = {
-        f"h.{layer}.attn.{name}": tensor
-        for layer in range(2)
-        for name, tensor in (("bias", torch.ones(1, 1, 32, 32).tril()), ("masked_bias", torch.tensor(-1e4)))
-    }
-    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors(tmp_path / "one").items()}
-    write(tmp_path / "one", plain | masks)
-    out = merged(tmp_path, both(tmp_path, "one", "two"))
-    assert len(tensors(out)) == len(plain)
-    assert not any(loading(AutoModelForCausalLM, out).values())
-    write(tmp_path / "one", plain | {"h.0.attn.bias": torch.ones(16)})
-    with pytest.raises(FedtuneError, match=r"two has no tensor .*h\.0\.attn\.bias, which .*one has; only models of"):
-        prepare(parse(both(tmp_path, "one", "two"), "merge.yaml"))
-
-
-def test_old_tokenizers_that_are_one_need_no_reader(tmp_path: Path) -> None:
-    base_and_tuned(tmp_path, 2)
-    unreadable_tokens(tmp_path)
-    for name in ("tuned1", "tuned2"):
-        (tmp_path / name / "spm.model").write_text("the same")
-    out = merged(tmp_path, both(tmp_path, "tuned1", "tuned2"))
-    assert (out / "spm.model").read_text() == "the same"
-
-
-@pytest.mark.parametrize("dense", [True, False])
-def test_an_encoder_of_sentences_keeps_its_pooling(tmp_path: Path, dense: bool) -> None:
-    for seed, name in enumerate(("one", "two")):
-        folder = a_bert(tmp_path, name, seed)
-        (folder / "modules.json").write_text('[{"idx": 1, "path": "1_Pooling"}]')
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": not seed}))
-        if dense:
-            (folder / "2_Dense").mkdir()
-            write(folder / "2_Dense", {"linear.weight": torch.ones(3, 16)})
-    prepared = prepare(parse(both(tmp_path, "one", "two"), "merge.yaml"))
-    said = [f"2_Dense of {tmp_path / 'one'} is copied as it is: only transformers are merged"]
-    assert prepared.warnings == (said if dense else [])
-    merge(prepared, tmp_path / "out", "a card")
-    for file in ("modules.json", "1_Pooling/config.json", *(["2_Dense/model.safetensors"] if dense else [])):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    base_and_tuned(tmp_path, 1)
+    (tmp_path / "tuned1").rename(tmp_path / "tuned.gguf")
+    torch.save({}, tmp_path / "tuned.gguf" / "pytorch_model.bin")  # what is in safetensors too is no pickle to read
+    assert tensors(merged(tmp_path, both(tmp_path, "tuned.gguf"))).keys() == tensors(tmp_path / "base").keys()
 
 
 def test_a_file_from_a_hub_cache_is_read_through_its_link(tmp_path: Path) -> None:
@@ -283,23 +220,3 @@ def test_a_file_from_a_hub_cache_is_read_through_its_link(tmp_path: Path) -> Non
     (blobs / "model.safetensors").unlink()
     with pytest.raises(FedtuneError, match=r"abc/model\.safetensors is no whole safetensors file .*; fetch it again"):
         prepare(parse(both(tmp_path, "models--x/snapshots/abc"), "merge.yaml"))
-
-
-def test_a_slice_that_ends_where_it_begins_is_told(tmp_path: Path) -> None:
-    base_and_tuned(tmp_path, 1)
-    sources = "".join(
-        f"  - sources: [{{model: {tmp_path / 'base'}, layer_range: {part}}}]\n" for part in ([0, 1], [1, 1])
-    )
-    prepared = prepare(parse(f"merge_method: passthrough\nslices:\n{sources}", "merge.yaml"))
-    said = r"layer_range [1, 1] of BASE holds no layer, as its end is not counted; [1, 2] is layer 1"
-    assert prepared.warnings == [said.replace("BASE", str(tmp_path / "base"))]
-
-
-def test_a_weight_that_is_not_said_of_every_tensor_is_refused(tmp_path: Path) -> None:
-    base_and_tuned(tmp_path, 2)
-    text = f"models:\n- {{model: {tmp_path / 'tuned1'}, parameters: {{weight: WEIGHT}}}}\n- {tmp_path / 'tuned2'}\n"
-    with pytest.raises(
-        FedtuneError, match=r"^parameters: weight says nothing of .*; end its list with {value: \.\.\.}"
-    ):
-        prepare(parse(text.replace("WEIGHT", "[{filter: q_proj, value: 1}]"), "merge.yaml"))
-    prepare(parse(text.replace("WEIGHT", "[{filter: q_proj, value: 1}, {value: 0.5}]"), "merge.yaml"))

@@ -60,7 +60,7 @@ def _kind(source: str) -> tuple[str | None, str]:
         return None, source
     if colon and kind in _KINDS:
         return kind, name
-    return ("gguf", source) if source.endswith(".gguf") else ("path", source)
+    return ("gguf", source) if source.endswith(".gguf") and not Path(source).is_dir() else ("path", source)
 
 
 def _named(base: str) -> str:
