@@ -4,6 +4,7 @@ Where a single file and the shards of an index lie side by side, plain transform
 second: whatever is taken may be what was left behind by an earlier save.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def _check_set(folder: Path, files: Sequence[str]) -> None:
             "which are the model; remove what is not"
         )
     [(stem, count)] = sets
-    there = {int(match["number"]) for match in matches if match}
-    if lacking := sorted(set(range(1, count + 1)) - there):
-        raise SourceError(f"{folder} lacks shard {lacking[0]} of {count} of {stem}; fetch it again")
+    there = {int(match["number"]) for match in matches if match} or {1}
+    if len(there) < count:
+        lacking = next(number for number in itertools.count(1) if number not in there)
+        raise SourceError(f"{folder} lacks shard {lacking} of {count} of {stem}; fetch it again")
