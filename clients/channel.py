@@ -7,7 +7,10 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Channel", "Frame"]
+__all__ = ["STATE", "Channel", "Frame"]
+
+STATE = "state"
+"""Names, in the header of an order, the file with the state to begin with; without one the payload is the state."""
 
 _LENGTHS = struct.Struct(">QQ")
 _PIECE = 1 << 20

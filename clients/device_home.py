@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtune import home
-from fedtune.errors import DeviceError
+from fedtune.errors import DeviceError, StoreError
 from fedtune.files import write, writing
 
 __all__ = ["DeviceHome", "Identity"]
@@ -136,8 +136,33 @@ class DeviceHome:
         digest, content = kept[:_DIGEST], kept[_DIGEST:]
         return content if hashlib.sha256(content).digest() == digest else None
 
+    def spool(self, state: bytes) -> Path:
+        """Put the state that an order begins with into a file, for the trainer to read tensor by tensor.
+
+        StoreError, with nothing left behind, when the disk cannot take it. It is asked for again after a power cut, so
+        it is not flushed.
+        """
+        self.drop_state()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(self._state, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(state)
+        except OSError as error:
+            self.drop_state()
+            raise StoreError(f"cannot write {self._state}: {error.strerror}; free or choose another place") from error
+        return self._state
+
+    def drop_state(self) -> None:
+        """Let go of the state an order began with."""
+        self._state.unlink(missing_ok=True)
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state.safetensors"
+
     def release(self) -> bool:
         """Let go of the order in hand and of its answer; whether there was one."""
+        self.drop_state()
         kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
         found = any(path.exists() for path in kept)
         for path in kept:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from clients.channel import Frame
+from clients.channel import STATE, Frame
 from clients.clock import ServerClock
 from clients.device_home import DeviceHome
 from clients.fleet import Fleet, GoneError
@@ -128,16 +128,30 @@ class Node:
         """Ask the trainer, and keep its answer."""
         started = time.monotonic()
         try:
-            task = self._until_done(partial(self._fleet.fetch, order))
+            frame = self._until_done(partial(self._fetch, order))
         except (KeyError, TypeError, ValueError) as error:
             problem = Problem("order-unreadable")
             return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
-        self._note("training", round=task.order["round"])
-        answer = self._keeper.ask(Frame(dict(task.order), task.payload))
+        number = int(frame.header["round"])
+        self._note("training", round=number)
+        answer = self._keeper.ask(frame)
+        self._home.drop_state()
         answer.header["seconds"] = time.monotonic() - started
-        self._report(int(task.order["round"]), answer)
+        self._report(number, answer)
         self._hold("answer", answer.encode())
         return answer
+
+    def _fetch(self, order: bytes) -> Frame:
+        """What the trainer is to be asked: the state is in a file, so that while it trains nobody holds a copy.
+
+        Where the disk is full the trainer is sent the state itself.
+        """
+        task = self._fleet.fetch(order)
+        try:
+            return Frame({**task.order, STATE: str(self._home.spool(task.payload))})
+        except StoreError as error:
+            self._say(f"{error}; going on without")
+            return Frame({**task.order, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
 
     def _report(self, number: int, answer: Frame) -> None:
         kind, said = answer.header["kind"], answer.header

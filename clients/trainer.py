@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from clients.budget import fitting
-from clients.channel import Channel, Frame
+from clients.channel import STATE, Channel, Frame
 from clients.device_home import DeviceHome
 from clients.problems import problem_of
 from clients.supply import Supply, holding
-from clients.work import work
+from clients.work import read_payload, work
 from fedtune.contribution import Order
 from fedtune.errors import BudgetError, FedtuneError
 from fedtune.training import Workshop
@@ -50,19 +51,21 @@ class _Trainer:
         Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
         """
         try:
-            return self._train(Order(**frame.header), frame.payload, fits)
+            path = frame.header.pop(STATE, "")
+            return self._train(Order(**frame.header), Path(path) if path else frame.payload, fits)
         except Exception as error:
             kind = "declined" if isinstance(error, BudgetError) else "failed"
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
-    def _train(self, order: Order, payload: bytes, fits: Callable[[], None]) -> Frame:
+    def _train(self, order: Order, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
         shop, rows = self._supply.of(order)
+        state = read_payload(payload, shop, order.client)  # before it is looked what is held
         if self._looked is not shop:
             self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run), self._micro)
+        deltas, report = work(order, state, shop, rows, DeviceHome().own(order.run), self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 
 

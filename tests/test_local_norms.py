@@ -14,7 +14,7 @@ from torch import Tensor
 from clients import own_tensors
 from clients.channel import Frame
 from clients.keeper import Keeper
-from clients.work import work
+from clients.work import read_payload, work
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.cli.main import cli
@@ -142,7 +142,10 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     finally:
         keeper.close()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
-    simulated = [work(order, payload, shop, shop.clients[1], home / order.run)[0] for order in orders]
+    simulated = [
+        work(order, read_payload(payload, shop, order.client), shop, shop.clients[1], home / order.run)[0]
+        for order in orders
+    ]
     assert [answer.payload for answer in answers] == simulated
     assert simulated[1] == simulated[3] != simulated[2]
 
