@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from clients.channel import Frame
-from clients.device_home import DeviceHome, Identity
-from clients.keeper import Keeper
 from fedtune.child import environment, isolated
+from fedtune.device.channel import Frame
+from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.keeper import Keeper
 from fedtune.recipe_file import parse
-from server.authority import authority, new_key
-from server.recipe_check import RecipeCheck
-from server.superlink import SuperLink
+from fedtune.server.authority import authority, new_key
+from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.superlink import SuperLink
 from tests.federations import TRIVIAL, WORDS, outcome, words
 
 RAY = importlib.util.find_spec("ray") is not None
@@ -38,7 +38,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the command line sets it for all that it starts
-    subprocess.run([sys.executable, "-m", "clients.trainer"], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-m", "fedtune.device.trainer"], capture_output=True, check=False)
     assert trap.exists()
 
 
@@ -47,7 +47,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
     trap: Path, monkeypatch: pytest.MonkeyPatch, entries: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", entries)
-    code = "import clients, fedtune, server, migrations, json; print(clients.__file__)"
+    code = "import fedtune.device, fedtune.server, json; print(fedtune.__file__)"
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
     for command in ([*isolated("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 import pytest
 
-from clients import budget, trainer
-from clients.channel import Frame
-from clients.clock import ServerClock
-from clients.device_home import DeviceHome
-from clients.fleet import Fleet
-from clients.keeper import Keeper
-from clients.node import Node
-from clients.work import read_payload
 from fedtune.contribution import pack
+from fedtune.device import budget, trainer
+from fedtune.device.channel import Frame
+from fedtune.device.clock import ServerClock
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.fleet import Fleet
+from fedtune.device.keeper import Keeper
+from fedtune.device.node import Node
+from fedtune.device.work import read_payload
 from fedtune.recipe import Recipe
 from fedtune.training import discard, read_state, workshop
 from tests.federations import tiny_bert, trivial, words
@@ -103,7 +103,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
         done.append(what)
         return act(*given)
 
-    monkeypatch.setattr("clients.trainer.read_payload", partial(note, "read", read_payload))
+    monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
     monkeypatch.setattr(budget, "need", partial(note, "need", budget.need))
     trainer._Trainer("part:0", 1 << 34, 0).answer(Frame(dict(asked.order), asked.payload), lambda: done.append("fits"))
     assert done == ["read", "need", "fits"]
@@ -145,7 +145,7 @@ def test_a_file_left_by_a_process_that_was_killed_is_dropped_and_is_no_order(hom
 def test_a_full_disk_costs_memory_and_not_the_round(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, keeper, said = task(trivial()), Asked(), list[str]()
     asked.order["state"] = "/etc/passwd"  # a server has no say in what a trainer reads
-    monkeypatch.setattr("clients.device_home.os.open", full)
+    monkeypatch.setattr("fedtune.device.device_home.os.open", full)
     train(keeper, asked, said.append)
     [frame] = keeper.frames
     assert (frame.header["state"], frame.payload) == ("", asked.payload)
