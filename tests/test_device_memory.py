@@ -96,6 +96,28 @@ def anonymous(process: int) -> int:
     return int(found.group(1)) * 1024
 
 
+@pytest.mark.slow
+def test_a_device_that_allows_what_a_round_held_trains_and_one_that_allows_less_declines(
+    home: Path, tmp_path: Path
+) -> None:
+    asked = wide(tmp_path / "wide")
+    held = within(1 << 34, asked).header["report"]["peak_rss"]
+    enough = within(round(1.2 * held), asked)
+    assert (enough.header["kind"], enough.header["report"]["micro_batch"]) == ("trained", 0)
+    short = within(round(0.9 * held), asked)
+    assert short.header["kind"] == "declined"
+    assert short.header["problem"].startswith("memory-step"), short.header
+
+
+def within(budget: int, asked: Any) -> Frame:
+    """The answer of a device that allows so many bytes."""
+    keeper = Keeper("part:0", budget, 60.0)
+    try:
+        return train(keeper, asked)
+    finally:
+        keeper.close()
+
+
 def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, done = task(trivial()), list[str]()
 

@@ -120,9 +120,13 @@ class DeviceHome:
             return {}
         return state if isinstance(state, dict) else {}
 
-    def hold(self, what: str, content: bytes) -> None:
+    def hold(self, what: str, *pieces: bytes) -> None:
         """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
-        write(self.folder / what, hashlib.sha256(content).digest() + content)
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        with writing(self.folder / what) as beside, beside.open("wb") as file:
+            file.writelines([digest.digest(), *pieces])
 
     def held(self, what: str) -> bytes | None:
         """The order or the answer that was in hand when the last process ended; None when it is not whole any more.

@@ -138,7 +138,7 @@ class Node:
         self._home.drop_state()
         answer.header["seconds"] = time.monotonic() - started
         self._report(number, answer)
-        self._hold("answer", answer.encode())
+        self._hold("answer", *answer.pieces())
         return answer
 
     def _fetch(self, order: bytes) -> Frame:
@@ -179,10 +179,10 @@ class Node:
                 self._tell(holding)
                 self._told = holding
 
-    def _hold(self, what: str, content: bytes) -> None:
+    def _hold(self, what: str, *pieces: bytes) -> None:
         """Keep something, if the disk can; a full one costs safety, not the round."""
         try:
-            self._home.hold(what, content)
+            self._home.hold(what, *pieces)
         except StoreError as error:
             self._say(f"{error}; going on without")
 
