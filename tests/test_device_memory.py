@@ -131,6 +131,16 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
     assert done == ["read", "need", "fits"]
 
 
+@pytest.mark.parametrize("garbage", [b"", b"no safetensors", b"\x80\x04K\x05."])
+def test_a_state_that_is_none_is_told_as_such_in_a_file_and_beside_it(home: Path, garbage: bytes) -> None:
+    asked = task(trivial())
+    path = DeviceHome().spool(garbage)
+    made = trainer._Trainer("part:0", 1 << 34, 0)
+    for frame in (Frame({**asked.order, "state": str(path)}), Frame({**asked.order, "state": ""}, garbage)):
+        answer = made.answer(frame, lambda: None)
+        assert (answer.header["kind"], answer.header["problem"]) == ("failed", "order-unreadable")
+
+
 class Asked:
     """A keeper that looks at what it is asked."""
 
@@ -155,6 +165,12 @@ def test_the_state_is_in_a_file_of_the_devices_while_its_trainer_works(home: Pat
         assert keeper.state == asked.payload
     assert [frame.payload for frame in keeper.frames] == [b"", b""]
     assert not DeviceHome()._state.exists()
+
+
+def test_an_order_without_a_round_is_told_as_unreadable(home: Path) -> None:
+    asked = task(trivial())
+    del asked.order["round"]
+    assert train(Asked(), asked).header["problem"] == "order-unreadable"
 
 
 def test_a_file_left_by_a_process_that_was_killed_is_dropped_and_is_no_order(home: Path) -> None:

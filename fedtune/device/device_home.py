@@ -7,7 +7,7 @@ import os
 import shutil
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,9 @@ class DeviceHome:
         return self._state
 
     def drop_state(self) -> None:
-        """Let go of the state an order began with."""
-        self._state.unlink(missing_ok=True)
+        """Let go of the state an order began with; a disk that takes no change any more keeps it."""
+        with suppress(OSError):
+            self._state.unlink()
 
     @property
     def _state(self) -> Path:

@@ -129,10 +129,10 @@ class Node:
         started = time.monotonic()
         try:
             frame = self._until_done(partial(self._fetch, order))
+            number = int(frame.header["round"])
         except (KeyError, TypeError, ValueError) as error:
             problem = Problem("order-unreadable")
             return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
-        number = int(frame.header["round"])
         self._note("training", round=number)
         answer = self._keeper.ask(frame)
         self._home.drop_state()
