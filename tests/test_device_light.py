@@ -57,7 +57,8 @@ def _identity(home: Path) -> DeviceHome:
 
 def test_the_process_of_a_device_imports_neither_torch_nor_what_comes_with_it() -> None:
     heavy = ("torch", "datasets", "transformers", "pydantic", "fastapi", "sqlalchemy", "fedtune.training")
-    script = f"import sys, fedtune.device.join, fedtune.cli.device; print([name for name in {heavy!r} if name in sys.modules])"
+    imports = "import sys, fedtune.device.join, fedtune.cli.device"
+    script = f"{imports}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
