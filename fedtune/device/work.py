@@ -20,29 +20,31 @@ from fedtune.stored_state import StoredState
 from fedtune.training import Workshop, score_received, shapes, train
 from fedtune.training.held_out import count_held_out
 
-__all__ = ["work"]
+__all__ = ["read_payload", "work"]
+
+
+def read_payload(payload: bytes | Path, shop: Workshop, client: int) -> Mapping[str, Tensor]:
+    """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
+    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
+    return from_wire(sent, shapes(shop.of(client).model))
 
 
 def work(
     order: Order,
-    payload: bytes | Path,
+    state: Mapping[str, Tensor],
     shop: Workshop,
     rows: NDArray[np.int64],
     folder: Path,
     micro: int | None = None,
 ) -> tuple[bytes, Report]:
-    """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
+    """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
 
     An order to score brings no deltas, and a report of scores alone.
-
-    A payload that is a file is read tensor by tensor, so that no copy of the state is held.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
     part = shop.of(order.client)
-    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
-    state = from_wire(sent, shapes(part.model))
     if order.scoring:
         return pack({}), _scored(order, state, part, shop.train, rows, folder)
     own = _own(part, folder, order.round)
