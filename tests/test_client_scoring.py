@@ -17,7 +17,7 @@ from fedtune.answers import DECLINED, FAILED
 from fedtune.contribution import Order, pack
 from fedtune.device import records
 from fedtune.device.client_app import train_round
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.errors import ContributionError, FedtuneError
 from fedtune.protocol_codes import Problem
 from fedtune.recipe import Privacy, Recipe
@@ -229,8 +229,8 @@ def test_a_score_is_checked_before_it_is_believed() -> None:
 
 def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
     shop = workshop(trivial("evaluation={own: 0.2}").model_dump_json())
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    state = read_payload(pack(to_wire(read_state(shop.model, shop.shared))), shop, 0)
     order = Order(shop.recipe.model_dump_json(), 1, 0, scoring=True)
-    assert work(order, payload, shop, shop.clients[0], home)[1].own_predictions > 0
+    assert work(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
     private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": Privacy(clip=1.0, noise=1.0)}))
-    assert work(order, payload, private, shop.clients[0], home)[1].own_predictions == 0
+    assert work(order, state, private, shop.clients[0], home)[1].own_predictions == 0
