@@ -15,6 +15,7 @@ from dataclasses import asdict
 from clients.budget import fitting
 from clients.channel import Channel, Frame
 from clients.device_home import DeviceHome
+from clients.held_base import leave_others
 from clients.problems import problem_of
 from clients.supply import Supply, holding
 from clients.work import work
@@ -62,7 +63,9 @@ class _Trainer:
             self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run), self._micro)
+        folder = DeviceHome().own(order.run)
+        leave_others(folder)
+        deltas, report = work(order, payload, shop, rows, folder, self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 
 

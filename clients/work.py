@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients import own_tensors
+from clients.held_base import with_base
 from clients.private import private, withheld
 from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
 from fedtune.sparse import compact, from_wire, masks
@@ -35,7 +36,7 @@ def work(
     """
     part = shop.of(order.client)
     sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
-    state = from_wire(sent, shapes(part.model))
+    state = from_wire(with_base(order, sent, part, folder), shapes(part.model))
     own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
     outcome = train(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro

@@ -2,31 +2,37 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.contribution import Order
+from fedtune.protocol_codes import LACKS_BASE
 
-__all__ = ["messages_for", "replies"]
+__all__ = ["lacks_base", "messages_for", "replies"]
 
 
 def messages_for(
-    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes | Path, labels: str, run: str
+    clients: Sequence[int], nodes: Sequence[int], order: Order, payload: bytes | Path
 ) -> dict[int, Message]:
-    """One training message per client; client i lives on the i-th node. All share one copy of the state."""
+    """The order as one message per client; client i lives on the i-th node. All share one copy of the state."""
     state = _state(payload)
     return {
         client: Message(
-            RecordDict({**state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels, run)))}),
+            RecordDict({**state, "order": ConfigRecord(asdict(replace(order, client=client)))}),
             nodes[client],
             MessageType.TRAIN,
-            group_id=str(number),
+            group_id=str(order.round),
         )
         for client in clients
     }
+
+
+def lacks_base(reply: Message) -> bool:
+    """Whether a device says that it does not hold the base weights that its order counts on."""
+    return reply.has_error() and reply.error.reason == LACKS_BASE
 
 
 def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:
@@ -41,24 +47,37 @@ def replies(
     deadline: float | None,
     poll: float,
     removed: Callable[[int], None] = lambda _: None,
+    again: Callable[[int], Mapping[int, Message]] = lambda _: {},
 ) -> Iterator[tuple[int, Message]]:
     """Send the messages and yield (client, reply) in order of arrival for at most ``deadline`` seconds.
 
     What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
     Nothing comes from a client whose message could not be sent, since its device has been removed; ``removed`` is told
-    of it. A reply to nothing that was sent is passed over.
+    of it. A reply to nothing that was sent is passed over. A device that lacks the base weights its order counts on is
+    sent what ``again`` gives.
     """
     end = float("inf") if deadline is None else time.monotonic() + deadline
-    sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
-    waiting = {number: client for number, client in sent if number}
-    for client in (client for number, client in sent if not number):
-        removed(client)
+    again_asked: set[int] = set()
+    waiting = _push(grid, messages, removed)
     while waiting and time.monotonic() < end:
         arrived = list(grid.pull_messages(list(waiting)))
         if time.monotonic() >= end:
             return
         for reply in arrived:
-            if (client := waiting.pop(reply.metadata.reply_to_message_id, -1)) >= 0:
+            if (client := waiting.pop(reply.metadata.reply_to_message_id, -1)) < 0:
+                continue
+            if lacks_base(reply) and client not in again_asked:
+                again_asked.add(client)  # whatever it says next is its answer
+                waiting |= _push(grid, again(client), removed)
+            else:
                 yield client, reply
         if not arrived:
             time.sleep(poll)
+
+
+def _push(grid: Grid, messages: Mapping[int, Message], removed: Callable[[int], None]) -> dict[str, int]:
+    """Send messages; whose they are, by the numbers of those that were sent."""
+    sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
+    for client in (client for number, client in sent if not number):
+        removed(client)
+    return {number: client for number, client in sent if number}

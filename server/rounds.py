@@ -4,7 +4,6 @@ A round is committed once, after its checkpoint is on disk; what came before can
 random number is derived from the seed and the place it is used.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,18 +25,19 @@ from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
 from server import scoring
 from server.asking import Asking
+from server.bases import Bases
 from server.crew import Crew
+from server.downloads import Downloads
 from server.evidence import evidence
-from server.exchange import messages_for
 from server.own_scores import client_scores, own_scores
 from server.parts import Parts, sent_names, widened
 from server.private import alike, norm_limit, with_noise
 from server.pruning import prune_checkpoints
 from server.receive import aged, missing, receive
-from server.reply_limit import OVERHEAD, raise_reply_limit
 from server.roster import Roster
 from server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from server.safeguards import Safeguards
+from server.sending import Sending
 from server.spool import spooling, sweep
 from server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from server.ways import way_of_asking
@@ -62,11 +62,12 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     crew = roster.assemble()
     asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     guards = Safeguards(shop, store, run, done)
+    sending = Sending(shop, run, Bases(shop, home.runs() / run, _earlier(run, 1), done))
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
-            ended = _round(shop, store, run, crew, asking, guards, state, number)
+            ended = _round(shop, store, run, crew, asking, guards, sending, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
@@ -90,12 +91,20 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 
 def _round(
-    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, guards: Safeguards, state: State, number: int
+    shop: Workshop,
+    store: Store,
+    run: str,
+    crew: Crew,
+    asking: Asking,
+    guards: Safeguards,
+    sending: Sending,
+    state: State,
+    number: int,
 ) -> State | None:
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with spooling(run, number) as spool:
-        records, contributions = _gather(shop, run, crew, asking, guards, state, number, spool)
+        records, contributions = _gather(shop, run, crew, asking, guards, sending, state, number, spool)
         short = shortage(records, shop.recipe)
         if short and {record.client for record in records} & set(crew.removed()):
             return None
@@ -103,7 +112,9 @@ def _round(
         if not short:
             try:
                 merged, figures = _merged(shop, state, run, number, contributions)
-                state = require_finite(merged)
+                require_finite(merged.state)
+                sending.bases.merged(number, state, *merged)
+                state = merged.state
                 figures += guards.bound.merged()
             except MERGE_ERRORS as error:
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
@@ -114,6 +125,7 @@ def _round(
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     state = _commit(store, run, number, state, started, records, metrics, short, told)
     guards.committed(records)
+    sending.bases.committed(number, records)
     return state
 
 
@@ -124,7 +136,7 @@ def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
 
 def _merged(
     shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
-) -> tuple[State, tuple[MetricRecord, ...]]:
+) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
     found = masks(state)
@@ -133,11 +145,14 @@ def _merged(
     told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
-    merged = merging.merge(pipeline, compact(state, found), names, contributions, told)
+    merged, increments = merging.merge_round(pipeline, compact(state, found), names, contributions, told)
     extras = techniques.asked(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
-    return techniques.revise(shop.techniques, spread_out(merged, found), number, answers), tuple(figures)
+    revised = techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
+    if any(revised[name] is not merged[name] for name in increments):
+        increments = {}  # they do not lead to these weights
+    return merging.Merged(revised, increments), tuple(figures)
 
 
 def _gather(
@@ -146,50 +161,41 @@ def _gather(
     crew: Crew,
     asking: Asking,
     guards: Safeguards,
+    sending: Sending,
     state: State,
     number: int,
     spool: Path,
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    folder = spool if crew.shares_disk else None
-    parts, federation = Parts(shop, state, number, folder), shop.recipe.federation
+    folder, federation = spool if crew.shares_disk else None, shop.recipe.federation
+    parts = Parts(shop, state, number)
+    downloads = Downloads(parts, sending.bases, folder, crew.deployed)
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
-        return _messages(shop, run, crew, clients, sent)
+        if begun == number:
+            return sending.messages(clients, crew, downloads)
+        earlier = Parts(shop, _earlier(run, begun), begun)
+        return sending.messages(clients, crew, Downloads(earlier, sending.bases, folder, crew.deployed))
 
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
         most, limit = norm_limit(shop.recipe, part.expected.values())
-        received = receive(reply, client, device, part, most, spool, limit, guards.examples(client))
+        examples, down = guards.examples(client), sending.taken(client, downloads)
+        received = receive(reply, client, device, part, most, spool, limit, examples, down)
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
     for client, reason in crew.explained(asking.silent(records)).items():
-        records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
+        records[client] = missing(client, crew.names[client], sending.taken(client, downloads), reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
     return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
-
-
-def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
-    """A message to each client, in client order; all of one class share one copy of the state."""
-    recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
-    most = max((parts.of(client).most_bytes for client in clients), default=0)
-    crew.expect(most)
-    found: dict[int, Message] = {}
-    if crew.deployed:
-        raise_reply_limit(home.runs() / run, most + OVERHEAD)
-    for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
-        own = [client for client in clients if parts.of(client).payload is payload]
-        found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)
-    return dict(sorted(found.items()))
 
 
 def _earlier(run: str, number: int) -> State:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.merging._factors import Factors, averaged, remainder
-from fedtune.merging._pairs import CombinePairs, base_with, written
+from fedtune.merging._pairs import CombinePairs, written
 from fedtune.merging._step import Evidence
 
 __all__ = ["FedexLora"]
@@ -38,6 +38,9 @@ class FedexLora(CombinePairs):
         weights: Sequence[float],
         evidence: Evidence,
     ) -> dict[str, Tensor]:
-        """Mean B, mean A, and the base with their covariance."""
-        means = written(pair, averaged(factors, weights), state)
-        return {**means, **base_with(pair, remainder(factors, weights), state)}
+        """Mean B and mean A."""
+        return written(pair, averaged(factors, weights), state)
+
+    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+        """The covariance of the factors."""
+        return remainder(factors, weights)

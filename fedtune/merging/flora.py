@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.merging._factors import Factors, stacked
-from fedtune.merging._pairs import CombinePairs, base_with
+from fedtune.merging._pairs import CombinePairs
 from fedtune.merging._step import Evidence
 from fedtune.seeds import derive
 
@@ -45,10 +45,13 @@ class Flora(CombinePairs):
         weights: Sequence[float],
         evidence: Evidence,
     ) -> dict[str, Tensor]:
-        """B of zeros, a new A, and the base with all that was learned."""
+        """B of zeros and a new A."""
         drawn = _drawn(state[pair.right], derive(self.seed, evidence.draw, pair.right))
-        began = {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
-        return {**began, **base_with(pair, stacked(factors, weights), state)}
+        return {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
+
+    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+        """All that was learned."""
+        return stacked(factors, weights)
 
 
 def _drawn(a: Tensor, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from fedtune.training.evaluate import Score, score
 from fedtune.training.loop import Outcome, processor_threads, step_loss, train, train_mode, update
 from fedtune.training.order import total_steps
 from fedtune.training.parts import received, trained_in
-from fedtune.training.state import load_state, read_state, shapes
+from fedtune.training.state import load_state, precise, read_state, shapes, tensors_of
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
 __all__ = [
@@ -15,12 +15,14 @@ __all__ = [
     "build_model",
     "discard",
     "load_state",
+    "precise",
     "processor_threads",
     "read_state",
     "received",
     "score",
     "shapes",
     "step_loss",
+    "tensors_of",
     "total_steps",
     "train",
     "train_mode",
