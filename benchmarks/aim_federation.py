@@ -28,11 +28,11 @@ from fedtune import merging
 from fedtune.contribution import Contribution, pack
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import read
+from fedtune.server.evidence import evidence
+from fedtune.server.selection import sample
 from fedtune.simulation import resolve
 from fedtune.techniques import begin_round, trained
 from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
-from server.evidence import evidence
-from server.selection import sample
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "aim.yaml"
 RESULT = Path(__file__).parent / "results" / "aim_federation.json"

@@ -2,11 +2,11 @@
 
 Handwritten digits (8x8), logistic regression, eight simulated devices of which two train at a fifth of the speed;
 shards of two classes each, so that the slow ones hold what few others do. Time is simulated, by the same draws for
-every arm (``server.simulated_time``): ``wait`` takes as long as the slowest of a round; ``deadline`` ends a round
-after 1.5 times a fast device's time and drops who is late (``federation.deadline``); ``buffer`` commits every four
-answers with weights (1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated time. Per
-arm and seed: validation accuracy over that time, test accuracy at its end, and how many rounds and answers were made.
-Real seconds play no part, so the figures repeat. One rate for all arms, chosen for none.
+every arm (``fedtune.server.simulated_time``): ``wait`` takes as long as the slowest of a round; ``deadline`` ends a
+round after 1.5 times a fast device's time and drops who is late (``federation.deadline``); ``buffer`` commits every
+four answers with weights (1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated time.
+Per arm and seed: validation accuracy over that time, test accuracy at its end, and how many rounds and answers were
+made. Real seconds play no part, so the figures repeat. One rate for all arms, chosen for none.
 
 Run: python -m benchmarks.asynchronous [--seeds 0 1 2] [--seconds 10000]
 """
@@ -21,17 +21,17 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from benchmarks.report import save
-from clients.app import app
+from fedtune.device.client_app import app
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
+from fedtune.server.server_app import carry
+from fedtune.server.simulated_time import duration
+from fedtune.server.timetable import timetable
 from fedtune.simulation import resolve
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store
 from fedtune.training import workshop
-from server.app import carry
-from server.simulated_time import duration
-from server.timetable import timetable
 
 RECIPE = """
 name: asynchronous

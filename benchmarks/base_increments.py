@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import save
-from clients.held_base import with_base
 from fedtune import checkpoint, merging, techniques
 from fedtune.contribution import Contribution, Order, pack, packed_size, unpack
+from fedtune.device.held_base import with_base
 from fedtune.merging import Evidence
 from fedtune.recipe_file import read
+from fedtune.server.bases import Bases
+from fedtune.server.downloads import Download, Downloads
+from fedtune.server.parts import Parts, sent_names
+from fedtune.server.receive import missing
 from fedtune.simulation import resolve
 from fedtune.stored_state import StoredState
 from fedtune.tracking import ContributionRecord
 from fedtune.training import Workshop, discard, read_state, workshop
-from server.bases import Bases
-from server.downloads import Download, Downloads
-from server.parts import Parts, sent_names
-from server.receive import missing
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, AWAY, RANK = 4, 4, 8

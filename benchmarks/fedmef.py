@@ -36,11 +36,11 @@ from fedtune.data.sources import read as read_data
 from fedtune.errors import SourceError
 from fedtune.recipe import Data, Recipe
 from fedtune.recipe_file import read
+from fedtune.server.selection import sample
 from fedtune.simulation import resolve
 from fedtune.sparse import compact, masks, spread_out, to_wire
 from fedtune.techniques import trained
 from fedtune.training import Outcome, Workshop, discard, load_state, read_state, score, train, workshop
-from server.selection import sample
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fedmef.yaml"
 State = Mapping[str, Tensor]

@@ -34,9 +34,9 @@ from fedtune import merging, techniques
 from fedtune.contribution import Contribution, pack
 from fedtune.merging import Evidence
 from fedtune.recipe_file import read
+from fedtune.server.selection import sample
 from fedtune.simulation import resolve
 from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
-from server.selection import sample
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "low_rank_default.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.fleet import Fleet, Member
-from clients.device_home import DeviceHome
+from fedtune.device.device_home import DeviceHome
 from fedtune.tracking import Store
 
 __all__ = ["PHASES", "VICTIMS", "Watch", "process_of"]
@@ -14,10 +14,10 @@ __all__ = ["PHASES", "VICTIMS", "Watch", "process_of"]
 PHASES = ("sending", "training", "returning", "merging", "committing")
 VICTIMS = {
     "device": "device join",
-    "trainer": "clients.trainer",
-    "ServerApp": "server.flower_app_child",
-    "SuperExec": "server.superexec_child",
-    "SuperLink": "server.superlink_child",
+    "trainer": "fedtune.device.trainer",
+    "ServerApp": "fedtune.server.flower_app_child",
+    "SuperExec": "fedtune.server.superexec_child",
+    "SuperLink": "fedtune.server.superlink_child",
     "door": "server up",
 }
 """What is killed, by words of its command line. A device's own process is Flower's SuperNode and ClientApp in one."""

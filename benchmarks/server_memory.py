@@ -23,9 +23,9 @@ from fedtune.contribution import Report, pack
 from fedtune.files import write
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe import Unit
+from fedtune.server.parts import Part
+from fedtune.server.receive import receive
 from fedtune.simulation.flower_private import be_node
-from server.parts import Part
-from server.receive import receive
 
 COUNTS = (1, 4, 16, 64)
 SHAPES = {f"layer.{index}.weight": (1000, 1000) for index in range(16)}

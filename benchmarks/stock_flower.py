@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from server.flower_process import end_group, environment, free_port
+from fedtune.server.flower_process import end_group, environment, free_port
 
 __all__ = ["Stock", "stock"]
 

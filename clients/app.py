@@ -1,45 +1,5 @@
-"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand an order to ``work``.
+"""The Flower ClientApp of a device, for tools that look for it here; ``fedtune device join`` needs no such file."""
 
-In a simulation nothing leaves the machine, so its errors are told whole. A SuperNode would send an exception's text to
-the server, and that may quote its data: the other app sends a code of :mod:`fedtune.protocol_codes` in its place.
-"""
+from fedtune.device.client_app import deployed as app
 
-import logging
-from dataclasses import asdict
-
-from flwr.app import Context, Error, Message
-from flwr.clientapp import ClientApp
-
-from clients import records
-from clients.problems import problem_of
-from clients.work import work
-from fedtune import home
-from fedtune.answers import FAILED
-from fedtune.contribution import Order
-from fedtune.training import workshop
-
-__all__ = ["app", "deployed"]
-
-app = ClientApp()
-deployed = ClientApp()
-
-
-@app.train()
-def train_round(message: Message, _: Context) -> Message:
-    """Train from the state in the message and reply with the deltas and a report."""
-    order = Order(**records.order(message.content))  # type: ignore[arg-type]
-    shop = workshop(order.recipe)
-    own = home.runs() / order.run / "own" / f"client-{order.client:06d}"
-    state = records.state_file(message.content) or records.state(message.content)
-    deltas, report = work(order, state, shop, shop.clients[order.client], own)
-    return Message(records.answer(deltas, asdict(report)), reply_to=message)
-
-
-@deployed.train()
-def train_round_and_keep_errors(message: Message, context: Context) -> Message:
-    """Like ``train_round``, but the text of an error stays in this machine's log."""
-    try:
-        return train_round(message, context)
-    except Exception as error:
-        logging.getLogger("fedtune").exception("an order was not carried out")
-        return Message(Error(FAILED, problem_of(error).text), reply_to=message)
+__all__ = ["app"]

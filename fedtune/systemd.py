@@ -8,53 +8,26 @@ from pathlib import Path
 
 from fedtune import home
 from fedtune.errors import FedtuneError
+from fedtune.shipped import fill_template
 
 __all__ = ["service", "service_home", "service_user"]
 
-_UNIT = """\
-# Copy it to /etc/systemd/system, then: systemctl daemon-reload && systemctl enable --now {name}
-[Unit]
-Description={description}
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
-
-[Service]
-User={user}
-ExecStart={command}
-Environment={environment}
-Restart=always
-RestartSec=5
-KillMode=mixed
-TimeoutStopSec=60
-LimitNOFILE=65536
-UMask=0077
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=strict
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-RestrictSUIDSGID=yes
-ReadWritePaths={writable}
-
-[Install]
-WantedBy=multi-user.target
-"""
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=@,+-]+")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 
-def service(name: str, description: str, words: list[str], user: str, folder: Path) -> str:
+def service(template: str, words: list[str], user: str, folder: Path) -> str:
     """A unit that keeps ``fedtune`` with these words going as ``user``, who may write in ``folder`` alone.
+
+    ``template`` is a file that ships with fedtune, e.g. ``server/fedtune-server.service``.
 
     FedtuneError where a word cannot stand in a unit, or ``folder`` has quotes or backslashes in its name.
     """
     if re.search(r"[\"'\\]", str(folder)):
         raise FedtuneError(f"systemd cannot make {folder} writable, as its name has a quote or a backslash; rename it")
     program = str(Path(sys.executable).parent / "fedtune")
-    return _UNIT.format(
-        name=name,
-        description=description,
+    return fill_template(
+        template,
         user=user,
         command=" ".join([_word(program), *(_word(word).replace("$", "$$") for word in words)]),
         environment=_word(f"FEDTUNE_HOME={folder}"),

@@ -13,16 +13,16 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from clients import records
-from clients.app import train_round
+from fedtune.device import records
+from fedtune.device.client_app import train_round
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
+from fedtune.server.server_app import carry
+from fedtune.server.watch import Event, watcher
 from fedtune.simulation import resolve
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Workers
 from fedtune.tracking import RoundRecord, RunRecord, Store, claim
-from server.app import carry
-from server.watch import Event, watcher
 
 __all__ = [
     "TRIVIAL",
@@ -122,7 +122,7 @@ def begin(store: Store, recipe: Recipe, run: str = "run-1", engine: str = "local
 
 def execute(recipe: Recipe, workers: Workers | ClientApp | None = None, run: str = "run-1") -> Ended:
     """Carry a new run to its end in this process, with the real server and the given clients."""
-    from clients.app import app
+    from fedtune.device.client_app import app
 
     crew = workers if isinstance(workers, Workers) else InTurn(workers or app)
     with Store.open() as store, claim(begin(store, recipe, run)), silent():

@@ -15,8 +15,8 @@ from sqlalchemy import Engine, event
 
 from fedtune import files
 from fedtune.cli.main import main
+from fedtune.server import receive
 from fedtune.tracking import RoundRecord, Store
-from server import receive
 
 __all__ = ["PLANTS", "command", "start"]
 

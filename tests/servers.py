@@ -20,11 +20,11 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtune.cli.connection import Connection, connect
+from fedtune.server.flower_process import free_port
+from fedtune.server.home import ServerHome, create
+from fedtune.server.logs import Logs
+from fedtune.server.operators import add
 from fedtune.tracking import AuditRecord, Store
-from server.flower_process import free_port
-from server.home import ServerHome, create
-from server.logs import Logs
-from server.operators import add
 
 __all__ = ["FEDTUNE", "Device", "Knocker", "Server", "ended", "joined", "serving", "until_up"]
 
@@ -85,7 +85,7 @@ def serving(home: Path, *, wait: bool = True) -> Iterator[Server]:
 
 
 def _place(home: Path) -> ServerHome:
-    from server.home import open_home
+    from fedtune.server.home import open_home
 
     if (home / "server" / "server.yaml").exists():
         return open_home()

@@ -11,20 +11,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from clients.app import app
 from fedtune import checkpoint, techniques
 from fedtune import home as homes
 from fedtune.contribution import pack
+from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.export import export
 from fedtune.merging import Evidence, choose, merge
 from fedtune.recipe import Recipe, Unit
+from fedtune.server.server_app import carry
+from fedtune.server.watch import Event, RoundEnded, watcher
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Pool
 from fedtune.tracking import Store
 from fedtune.training import discard, load_state, read_state, workshop
-from server.app import carry
-from server.watch import Event, RoundEnded, watcher
 from tests.federations import Ended, begin, execute, outcome, silent, words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, logits, shake
 from tests.test_adapters_rounds import ALL, EXACT, State

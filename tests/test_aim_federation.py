@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.app import app
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.contribution import Contribution, pack, unpack
+from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import Evidence, choose
 from fedtune.recipe import Recipe
+from fedtune.server import rounds
+from fedtune.server.evidence import evidence
+from fedtune.server.server_app import carry
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Pool
 from fedtune.techniques import begin_round, trained
@@ -23,9 +26,6 @@ from fedtune.training import Workshop, discard, load_state, read_state, train, w
 from fedtune.training.activity import activity, channels
 from fedtune.training.calibration import inputs
 from fedtune.training.told_activity import asked_activity
-from server import rounds
-from server.app import carry
-from server.evidence import evidence
 from tests.federations import Ended, execute, outcome, silent, spoilt, words
 from tests.test_resume import bits
 from tests.test_rounds import REPORT, answer, payload_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.server.refusal import Audit, source_of
 from fedtune.tracking import AuditRecord, Store, audit
-from server.refusal import Audit, source_of
 
 
 class Watched:

@@ -8,25 +8,25 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients import app as apps
-from clients import records
-from clients.held_base import leave_others, with_base
-from clients.problems import problem_of
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.contribution import Order, pack, unpack
+from fedtune.device import client_app as apps
+from fedtune.device import records
+from fedtune.device.held_base import leave_others, with_base
+from fedtune.device.problems import problem_of
 from fedtune.errors import DeviceError, StoreError
 from fedtune.merging import split_increments
 from fedtune.protocol_codes import LACKS_BASE
 from fedtune.recipe import Recipe
+from fedtune.server import rounds
+from fedtune.server.server_app import carry
+from fedtune.server.watch import watcher
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store
 from fedtune.tracking.rollback import rollback
 from fedtune.training import discard, load_state, workshop
-from server import rounds
-from server.app import carry
-from server.watch import watcher
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, tiny_bert, words
 from tests.test_adapters_federation import Halted, halt_after
 from tests.test_adapters_rounds import EXACT
@@ -316,7 +316,7 @@ def test_a_full_disk_costs_the_device_the_next_orders_increments_only(
 ) -> None:
     made, sent = recipe(tmp_path, "flora", "federation.rounds=3"), Sent()
     alone = execute(made, run="simulated")
-    monkeypatch.setattr("clients.held_base.checkpoint.save", _full_in_own(checkpoint.save))
+    monkeypatch.setattr("fedtune.device.held_base.checkpoint.save", _full_in_own(checkpoint.save))
     assert deployed(made, sent).hashes == alone.hashes
     lacking = {(number, client) for number in (2, 3) for client in (1, 2)}
     assert wholes(sent) == lacking, "the first one's model still holds the base; here all devices share one model"

@@ -10,18 +10,18 @@ from flwr.clientapp import ClientApp
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from clients.app import app
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.contribution import unpack
+from fedtune.device.client_app import app
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
+from fedtune.server import timetable as timetables
+from fedtune.server.server_app import carry
+from fedtune.server.timetable import timetable
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store
-from server import timetable as timetables
-from server.app import carry
-from server.timetable import timetable
 from tests.federations import begin, execute, order_of, outcome, sent_state, silent, spoilt, trivial
 from tests.ticking import NEVER, TickingGrid, seat
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from clients.device_home import Identity
-from clients.enrolment import ending as ending_for_device
-from server import authority, certificates
-from server.certificates import Certificates, ending
-from server.home import ServerHome, create, open_home
+from fedtune.device.device_home import Identity
+from fedtune.device.enrolment import ending as ending_for_device
+from fedtune.server import authority, certificates
+from fedtune.server.certificates import Certificates, ending
+from fedtune.server.home import ServerHome, create, open_home
 
 
 @contextmanager

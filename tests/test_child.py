@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clients.channel import Frame
-from clients.keeper import Keeper
 from fedtune.child import environment, isolated
-from server.superlink import SuperLink
+from fedtune.device.channel import Frame
+from fedtune.device.keeper import Keeper
+from fedtune.server.superlink import SuperLink
 
 OURS = ("clients", "fedtune", "server", "migrations")
 THEIRS = ("json.py", "torch.py", "flwr.py", "socket.py")
@@ -30,7 +30,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the command line sets it for all that it starts
-    subprocess.run([sys.executable, "-m", "clients.trainer"], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-m", "fedtune.device.trainer"], capture_output=True, check=False)
     assert trap.exists()
 
 
@@ -39,7 +39,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
     trap: Path, monkeypatch: pytest.MonkeyPatch, entries: str
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", entries)
-    code = "import clients, fedtune, server, migrations, json; print(clients.__file__)"
+    code = "import fedtune.device, fedtune.server, json; print(fedtune.__file__)"
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
     for command in ([*isolated("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from server import http_line
-from server.connections import Connections, Listener
-from server.http_line import watched
+from fedtune.server import http_line
+from fedtune.server.connections import Connections, Listener
+from fedtune.server.http_line import watched
 
 
 class Told:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.server.flower_process import free_port
+from fedtune.server.home import create
+from fedtune.server.operators import add
 from fedtune.tracking import Store
-from server.flower_process import free_port
-from server.home import create
-from server.operators import add
 from tests.federations import execute, trivial
 from tests.servers import ended, joined, serving
 from tests.test_deployment import LONG, TWO, at_round, hashes, submit

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.app import app
 from fedtune import checkpoint, techniques
 from fedtune import home as homes
 from fedtune.contribution import Pair
+from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import narrowed, widened
 from fedtune.recipe import Recipe

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clients.device_home import DeviceHome
-from clients.enrolment import Token, enrol_device
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.enrolment import Token, enrol_device
 from fedtune.errors import DeviceError
 from tests.federations import execute, trivial
 from tests.links import linked
@@ -29,7 +29,7 @@ SKEWED = """
 import datetime, sys, time
 real, behind = time.time, 30 * 86_400
 time.time = lambda: real() - behind
-if "clients.trainer" not in sys.orig_argv:  # libraries that pickle or subclass a datetime want the real class
+if "fedtune.device.trainer" not in sys.orig_argv:  # libraries that pickle or subclass a datetime want the real class
     class Behind(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
@@ -40,7 +40,7 @@ if "clients.trainer" not in sys.orig_argv:  # libraries that pickle or subclass 
 
 DIES_WITH_AN_ORDER_IN_HAND = """
 import os, signal
-from clients.device_home import DeviceHome
+from fedtune.device.device_home import DeviceHome
 from fedtune.cli.main import main
 DeviceHome.hold = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()

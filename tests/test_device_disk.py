@@ -14,15 +14,15 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
-from clients.channel import Frame
-from clients.clock import ServerClock
-from clients.device_home import DeviceHome, Identity
-from clients.fleet import Fleet, _opened
-from clients.keeper import Keeper
-from clients.node import Node
-from clients.server_calls import NonsenseError
+from fedtune.device.channel import Frame
+from fedtune.device.clock import ServerClock
+from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.fleet import Fleet, _opened
+from fedtune.device.keeper import Keeper
+from fedtune.device.node import Node
+from fedtune.device.server_calls import NonsenseError
 from fedtune.errors import DeviceError
-from server import authority
+from fedtune.server import authority
 
 CA = authority.authority(authority.new_key()).decode()
 

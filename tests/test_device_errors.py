@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
-from clients import app as apps
-from clients.channel import Frame
-from clients.device_home import DeviceHome
-from clients.node import Node
-from clients.problems import problem_of
-from clients.trainer import _Trainer
 from fedtune.contribution import pack
+from fedtune.device import client_app as apps
+from fedtune.device.channel import Frame
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.node import Node
+from fedtune.device.problems import problem_of
+from fedtune.device.trainer import _Trainer
 from fedtune.errors import BudgetError, DataError, FedtuneError, SourceError
 from fedtune.protocol_codes import SENTENCES, Problem, parse_problem
 from fedtune.recipe import Recipe
+from fedtune.server.parts import Part
+from fedtune.server.receive import receive
 from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state, workshop
-from server.parts import Part
-from server.receive import receive
 from tests.federations import words
 
 SECRET = "patient 4711 has a rash"

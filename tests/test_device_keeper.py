@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
-from clients.channel import Channel, Frame
-from clients.keeper import Keeper
-from clients.work import work
 from fedtune.contribution import Order, pack, unpack
+from fedtune.device.channel import Channel, Frame
+from fedtune.device.keeper import Keeper
+from fedtune.device.work import work
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state, workshop
 from tests.federations import trivial

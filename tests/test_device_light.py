@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.error.catalog import API_ERROR_MAP
 
-from clients import fleet
-from clients.channel import Frame
-from clients.clock import ServerClock
-from clients.device_home import DeviceHome, Identity
-from clients.patience import Backoff, pause
-from clients.persistence import RECOVERED, Persistence
-from clients.server_calls import NonsenseError, server_time
 from fedtune.cli.device import device
+from fedtune.device import fleet
+from fedtune.device.channel import Frame
+from fedtune.device.clock import ServerClock
+from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.patience import Backoff, pause
+from fedtune.device.persistence import RECOVERED, Persistence
+from fedtune.device.server_calls import NonsenseError, server_time
 from fedtune.errors import DeviceError
-from server import authority
+from fedtune.server import authority
 
 CA = authority.authority(authority.new_key()).decode()
 REQUEST = httpx.Request("POST", "https://server/")
@@ -217,7 +217,7 @@ def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     ],
 )
 def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, words: str) -> None:
-    from clients.join import join
+    from fedtune.device.join import join
     from fedtune.errors import DataError
 
     with pytest.raises(DataError, match=words):

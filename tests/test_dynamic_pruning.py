@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clients.app import app
 from fedtune import checkpoint, techniques
 from fedtune import home as homes
+from fedtune.device.client_app import app
 from fedtune.errors import ModelError, RecipeError
 from fedtune.export import export
 from fedtune.recipe import Unit
+from fedtune.server.server_app import carry
+from fedtune.server.watch import Event, RoundStarted, watcher
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.sparse import compact, masks, to_wire
@@ -28,8 +30,6 @@ from fedtune.techniques._mask_moves import moved
 from fedtune.techniques._places import spread
 from fedtune.tracking import Store, claim
 from fedtune.training import read_state, step_loss, train
-from server.app import carry
-from server.watch import Event, RoundStarted, watcher
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
 from tests.test_rounds import with_deltas
 from tests.tiny import a_training_recipe, bert, few_texts

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.app import train_round
+from fedtune.device.client_app import train_round
 from fedtune.recipe import Recipe
 from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool

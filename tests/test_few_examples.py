@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from clients.supply import holding
-from clients.work import work
 from fedtune.contribution import FEWEST, Order, Report, pack
+from fedtune.device.supply import holding
+from fedtune.device.work import work
 from fedtune.sparse import to_wire
 from fedtune.training import Workshop, discard, read_state, workshop
 from tests.federations import trivial

@@ -12,11 +12,11 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from starlette.requests import Request
 
-from clients.fleet import signed_headers
+from fedtune.device.fleet import signed_headers
+from fedtune.server import guard
+from fedtune.server.guard import Guard
+from fedtune.server.refusal import RefusedError
 from fedtune.tracking import Store
-from server import guard
-from server.guard import Guard
-from server.refusal import RefusedError
 
 MOMENT = datetime(2026, 5, 4, 12, tzinfo=UTC)
 KEY = ec.generate_private_key(ec.SECP384R1())

@@ -27,11 +27,11 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from clients.fleet import _reply_metadata
 from fedtune.answers import REFUSED
+from fedtune.device.fleet import _reply_metadata
+from fedtune.server.exchange import replies
+from fedtune.server.guarded_grid import GuardedGrid, guard_grid
 from fedtune.simulation.flower_private import be_node
-from server.exchange import replies
-from server.guarded_grid import GuardedGrid, guard_grid
 
 EXPECTED = 31_000
 

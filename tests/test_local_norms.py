@@ -11,22 +11,22 @@ from click.testing import CliRunner
 from flwr.app import Message
 from torch import Tensor
 
-from clients import own_tensors
-from clients.channel import Frame
-from clients.keeper import Keeper
-from clients.work import work
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.cli.main import cli
 from fedtune.contribution import Contribution, Order, OwnScore, pack, unpack
+from fedtune.device import own_tensors
+from fedtune.device.channel import Frame
+from fedtune.device.keeper import Keeper
+from fedtune.device.work import work
 from fedtune.errors import RecipeError
+from fedtune.server.own_scores import own_scores
 from fedtune.simulation.flower_engine import run_flower
 from fedtune.simulation.workers import Pool
 from fedtune.sparse import to_wire
 from fedtune.techniques import own
 from fedtune.tracking import Store, default_url
 from fedtune.training import read_state, workshop
-from server.own_scores import own_scores
 from tests.federations import Ended, begin, execute, order_of, outcome, sent_state, silent, spoilt
 from tests.kills import start
 from tests.local_norms import local_norms, text

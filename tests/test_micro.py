@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clients import budget
-from clients.budget import Need, fitting, need
+from fedtune.device import budget
+from fedtune.device.budget import Need, fitting, need
 from fedtune.errors import BudgetError
 from fedtune.recipe import Train
 from fedtune.training import Workshop, discard, read_state, train, workshop

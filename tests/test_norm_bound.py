@@ -13,11 +13,11 @@ from torch import Tensor
 from fedtune.contribution import pack, unpack
 from fedtune.errors import RecipeError, RoundError
 from fedtune.recipe import Recipe
+from fedtune.server.norm_bound import median_size, yardstick
+from fedtune.server.server_app import carry
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import Store
-from server.app import carry
-from server.norm_bound import median_size, yardstick
 from tests.federations import Ended, Spoil, begin, execute, order_of, outcome, silent, spoilt, trivial, words
 from tests.test_buffered import deployed
 from tests.test_rounds import answer, payload_of
@@ -166,7 +166,7 @@ def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
 
 
 def test_a_round_s_line_names_who_was_refused(home: Path) -> None:
-    from server.watch import summary
+    from fedtune.server.watch import summary
 
     ended = execute(trivial("federation.rounds=1"), spoilt(HUGE, {1}))
     assert "refused toy (client 1)" in summary(ended.rounds[1])

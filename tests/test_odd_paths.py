@@ -9,12 +9,13 @@ from alembic import command
 from click.testing import CliRunner
 from sqlalchemy import create_engine
 
-import migrations
+from fedtune import shipped
 from fedtune.cli.main import cli
 from fedtune.home import cache
+from fedtune.server.home import create
+from fedtune.server.superlink import SuperLink
+from fedtune.shipped import shipped_folder
 from fedtune.tracking import Store, default_url, file_url, schema, upgrade
-from server.home import create
-from server.superlink import SuperLink
 from tests.federations import TRIVIAL
 from tests.store_examples import fill
 
@@ -53,9 +54,10 @@ def test_an_old_store_there_is_upgraded(odd: Path) -> None:
 
 
 def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = odd / "migrations"
-    shutil.copytree(Path(migrations.__file__).parent, installed, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(migrations, "__file__", str(installed / "__init__.py"))
+    installed = odd / "fedtune" / "shipped" / "migrations"
+    shutil.copytree(shipped_folder("migrations"), installed, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(shipped, "_PACKAGE", odd / "fedtune")
+    assert shipped_folder("migrations") == installed
     with create_engine("sqlite://").connect() as connection:
         command.upgrade(upgrade.settings(connection), "head")
         assert schema.revision(connection) == schema.HEAD

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from clients.wheel import write_wheel
 from fedtune.cli.main import cli
+from fedtune.device.wheel import write_wheel
 from fedtune.errors import DataError, FedtuneError
+from fedtune.server.home import create
 from fedtune.systemd import service
-from server.home import create
 
 ODD = ["plain", "two words", "100%", "%h $HOME ${x}", "a;b #c", "dash - dash", "é 漢"]
 
@@ -107,7 +107,8 @@ def test_systemd_finds_a_program_whose_folder_has_an_odd_name(tmp_path: Path, mo
     shutil.copy("/bin/true", folder / "fedtune")
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     unit = tmp_path / "odd.service"
-    unit.write_text(service("odd", "odd", ["join", "--data", "csv:/a %h/$b"], "daemon", tmp_path / "100% $home"))
+    words = ["join", "--data", "csv:/a %h/$b"]
+    unit.write_text(service("clients/fedtune-device.service", words, "daemon", tmp_path / "100% $home"))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert unit.name not in done.stderr
 
@@ -170,11 +171,16 @@ def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "there")]
     done = subprocess.run([*pip, "--quiet", f"./{wheel.name}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    script = "import fedtune, clients.node, server.home, migrations; print(fedtune.__file__)"
+    script = "import fedtune, fedtune.device.node, fedtune.server.home; print(fedtune.__file__)"
     first = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
     shown = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=first)
     assert shown.stdout.strip() == str(tmp_path / "there" / "fedtune" / "__init__.py"), shown.stderr
     assert (tmp_path / "there" / "bin" / "fedtune").exists()
-    assert (tmp_path / "there" / "migrations" / "script.py.mako").exists()
+    assert {path.name for path in (tmp_path / "there").glob("*") if path.suffix != ".dist-info"} == {"fedtune", "bin"}
+    assert (tmp_path / "there" / "fedtune" / "shipped" / "migrations" / "script.py.mako").exists()
+    script = "from fedtune.tracking import Store; Store.open('sqlite:///store.sqlite').close()"
+    command = [sys.executable, "-P", "-c", script]
+    store = subprocess.run(command, capture_output=True, text=True, env=first, cwd=tmp_path, check=False)
+    assert store.returncode == 0, store.stderr
     with zipfile.ZipFile(wheel) as opened:
         assert not [name for name in opened.namelist() if "__pycache__" in name or ".." in name or name[0] == "/"]

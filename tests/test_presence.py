@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.server.presence import Presence
 from fedtune.tracking import DeviceRecord, Store
-from server.presence import Presence
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from scipy.stats import norm
 
 from fedtune.errors import RecipeError
 from fedtune.recipe import Privacy
+from fedtune.server import accounting
+from fedtune.server.accounting import Asked, Spending, charged, epsilon, require_accountant
 from fedtune.tracking import ContributionRecord, RoundRecord, Store
-from server import accounting
-from server.accounting import Asked, Spending, charged, epsilon, require_accountant
 from tests.federations import execute, trivial
 from tests.private_federations import private
 from tests.store_examples import a_contribution, a_round

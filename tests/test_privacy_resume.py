@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from clients.app import app
 from fedtune import checkpoint, files
 from fedtune import home as homes
+from fedtune.device.client_app import app
 from fedtune.recipe import Recipe
+from fedtune.server.accounting import epsilon
+from fedtune.server.server_app import carry
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store, claim
-from server.accounting import epsilon
-from server.app import carry
 from tests.federations import TRIVIAL, begin, execute, outcome, silent
 from tests.kills import start
 from tests.private_federations import CLIP, NOISE, epsilons, private

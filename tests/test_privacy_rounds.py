@@ -12,19 +12,19 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.channel import Frame
-from clients.device_home import DeviceHome
-from clients.keeper import Keeper
-from clients.private import private as made_private
-from clients.supply import holding
-from clients.work import work
 from fedtune.contribution import Order, pack, unpack
+from fedtune.device.channel import Frame
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.keeper import Keeper
+from fedtune.device.private import private as made_private
+from fedtune.device.supply import holding
+from fedtune.device.work import work
 from fedtune.errors import ContributionError
 from fedtune.privacy import SLACK
 from fedtune.recipe import Privacy
+from fedtune.server.accounting import epsilon
 from fedtune.sparse import to_wire
 from fedtune.training import read_state, workshop
-from server.accounting import epsilon
 from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clients.device_home import DeviceHome
+from fedtune.device.device_home import DeviceHome
 from tests.federations import execute
 from tests.private_federations import epsilons, key_of, private
 from tests.servers import Device, ended, joined, serving

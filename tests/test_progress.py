@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from clients.app import app
 from fedtune.cli import progress
 from fedtune.cli.progress import Clock
+from fedtune.device.client_app import app
+from fedtune.server.server_app import carry
+from fedtune.server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, Scoring
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import Store, claim
-from server.app import carry
-from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, Scoring
 from tests.federations import begin, execute, silent, trivial
 from tests.store_examples import a_contribution, a_round
 

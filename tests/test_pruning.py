@@ -11,10 +11,10 @@ from fedtune.cli.main import cli
 from fedtune.errors import RecipeError, StoreError
 from fedtune.keeping import Keep
 from fedtune.recipe import Recipe
+from fedtune.server.pruning import prune_checkpoints
 from fedtune.simulation import resolve
 from fedtune.tracking import Store, pruning
 from fedtune.tracking.pruning import kept_rounds, prune, to_prune, with_checkpoint
-from server.pruning import prune_checkpoints
 from tests.data_examples import a_recipe
 from tests.federations import execute, outcome, trivial
 from tests.store_examples import a_metric, a_round, start

@@ -9,10 +9,10 @@ from flwr.clientapp import ClientApp
 
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe, Select
+from fedtune.server.quarantine import REFUSALS, Quarantine
+from fedtune.server.selection import qualifies
+from fedtune.server.server_app import carry
 from fedtune.tracking import Store
-from server.app import carry
-from server.quarantine import REFUSALS, Quarantine
-from server.selection import qualifies
 from tests.federations import Ended, begin, outcome, silent, spoilt, trivial
 from tests.test_norm_bound import HUGE
 from tests.ticking import TickingGrid, seat
@@ -82,7 +82,7 @@ def test_a_run_that_quarantine_leaves_too_few_for_waits_and_says_whom_to_look_af
             assert store.access.release_device("dev-1")
             assert not store.access.release_device("dev-1")
 
-        monkeypatch.setattr("server.roster.time", SimpleNamespace(sleep=release))
+        monkeypatch.setattr("fedtune.server.roster.time", SimpleNamespace(sleep=release))
         ended = deployed(store, recipe, spoilt(HUGE, {1}, rounds={1, 2, 3}))
     assert [record.status for record in ended.rounds[1:]] == ["failed"] * REFUSALS + ["completed"] * 2
     assert len(said) == 1

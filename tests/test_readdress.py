@@ -12,16 +12,16 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from clients.device_home import DeviceHome, Identity
-from clients.enrolment import move_device
 from fedtune.cli.device import device
 from fedtune.cli.main import cli
+from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.enrolment import move_device
 from fedtune.errors import DeviceError, FedtuneError
+from fedtune.server import authority
+from fedtune.server.home import ServerHome, create, open_home
+from fedtune.server.operators import add
+from fedtune.server.secret import digest
 from fedtune.tracking import Store
-from server import authority
-from server.home import ServerHome, create, open_home
-from server.operators import add
-from server.secret import digest
 
 
 def init(*options: str) -> Result:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from clients.channel import Frame
-from clients.keeper import Keeper
 from fedtune.cli.device import _Bytes
 from fedtune.contribution import pack
+from fedtune.device.channel import Frame
+from fedtune.device.keeper import Keeper
 from fedtune.recipe_file import read
 from fedtune.simulation import resolve
 from fedtune.sparse import to_wire

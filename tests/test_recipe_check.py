@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.errors import RecipeError, ServerError
 from fedtune.recipe_file import parse
+from fedtune.server.recipe_check import RecipeCheck
 from fedtune.simulation import resolve
-from server.recipe_check import RecipeCheck
 from tests.federations import TRIVIAL
 
 SUBMIT = """
@@ -27,7 +27,7 @@ print(*sorted(sys.modules), file=sys.stderr)
 
 
 def test_whoever_submits_a_recipe_imports_neither_torch_nor_flower(tmp_path: Path) -> None:
-    from server import authority
+    from fedtune.server import authority
 
     (tmp_path / "recipe.yaml").write_text(TRIVIAL, encoding="utf-8")
     told = {"url": "https://server:1", "ca": authority.authority(authority.new_key()).decode(), "key": "key"}

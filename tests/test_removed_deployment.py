@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.device_home import DeviceHome
-from clients.enrolment import Token, enrol_device
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.enrolment import Token, enrol_device
 from tests.federations import execute, trivial
 from tests.servers import Server, ended, joined, serving
 from tests.test_deployment import LONG, TWO, at_round, hashes, statuses, submit

@@ -11,12 +11,12 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedtune.contribution import Form, Report, pack
 from fedtune.errors import ContributionError
+from fedtune.server.parts import Part
+from fedtune.server.receive import receive
+from fedtune.server.reports import read_report
 from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.tracking import ContributionRecord
 from fedtune.tracking.summary import training_loss
-from server.parts import Part
-from server.receive import receive
-from server.reports import read_report
 from tests.federations import execute, spoilt, trivial
 from tests.test_rounds import answer, payload_of
 
@@ -84,7 +84,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("server.receive.write", lambda path, content: written.append(path))
+    monkeypatch.setattr("fedtune.server.receive.write", lambda path, content: written.append(path))
     part = Part({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
     assert record.status == "refused"

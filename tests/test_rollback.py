@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from clients.app import app
 from fedtune import home as homes
 from fedtune.cli.runs import runs
+from fedtune.device.client_app import app
 from fedtune.errors import StoreError
+from fedtune.server.server_app import carry
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import Store, claim
 from fedtune.tracking.rollback import rollback
-from server.app import carry
 from tests.federations import begin, execute, outcome, silent, trivial
 
 

@@ -10,12 +10,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
+from fedtune.server.asking import Asking, Together
+from fedtune.server.buffered import Buffered
+from fedtune.server.crew import Crew, assemble
+from fedtune.server.desk import Desk
+from fedtune.server.roster import Roster
 from fedtune.tracking import Seat, Store
-from server.asking import Asking, Together
-from server.buffered import Buffered
-from server.crew import Crew, assemble
-from server.desk import Desk
-from server.roster import Roster
 from tests.federations import trivial
 
 

@@ -14,17 +14,17 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from clients.app import app
 from fedtune import checkpoint, merging
 from fedtune import home as homes
 from fedtune.contribution import Contribution, OwnScore, Report, pack, unpack
+from fedtune.device.client_app import app
 from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
+from fedtune.server.parts import Part
+from fedtune.server.receive import receive
+from fedtune.server.selection import sample
 from fedtune.simulation.flower_private import be_node, number_message
 from fedtune.simulation.workers import Answer, InTurn
-from server.parts import Part
-from server.receive import receive
-from server.selection import sample
 from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1

@@ -14,8 +14,8 @@ from fedtune import home as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
 from fedtune.models.sources import resolve, run_folder
+from fedtune.server.selection import check_enrolled
 from fedtune.tracking import Store, claim
-from server.selection import check_enrolled
 from tests.federations import TRIVIAL, WORDS, execute, outcome, trivial, words
 
 CONSTANT = "train.schedule=constant"

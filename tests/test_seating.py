@@ -3,8 +3,8 @@
 import json
 from datetime import UTC, datetime
 
+from fedtune.server.seating import seated
 from fedtune.tracking import DeviceRecord
-from server.seating import seated
 from tests.federations import trivial
 
 MEMORY = {"attic": 300, "bath": 900, "cellar": 200, "den": 900, "extra": 5000}

@@ -13,13 +13,13 @@ from flwr.app import Message
 from fedtune.errors import RecipeError
 from fedtune.federation import Select
 from fedtune.recipe import Recipe
+from fedtune.server.manager import Manager
+from fedtune.server.presence import Presence
+from fedtune.server.selection import admits, candidates, check_enrolled, check_simulated, qualifies, ranked, sample
+from fedtune.server.server_app import carry
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import DeviceRecord, Store
-from server.app import carry
-from server.manager import Manager
-from server.presence import Presence
-from server.selection import admits, candidates, check_enrolled, check_simulated, qualifies, ranked, sample
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
 
 KINDS = """devices=[{name: phone-a, count: 3, memory: 256MB, tags: [indoors]},

@@ -23,10 +23,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedtune.cli.connection import Connection
 from fedtune.cli.server import devices
 from fedtune.errors import ServerError, StoreError
-from server import authority
-from server.control import Control
-from server.home import open_home
-from server.supervisor import up
+from fedtune.server import authority
+from fedtune.server.control import Control
+from fedtune.server.home import open_home
+from fedtune.server.supervisor import up
 from tests.servers import Knocker, Server, serving
 
 pytestmark = pytest.mark.slow

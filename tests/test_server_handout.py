@@ -3,7 +3,7 @@
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata
 
-from server.handout import Handout
+from fedtune.server.handout import Handout
 
 
 def told(number: str) -> bytes:

@@ -14,12 +14,12 @@ from cryptography import x509
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, ServerError, StoreError
+from fedtune.server import authority
+from fedtune.server.home import create, open_home
+from fedtune.server.operators import add
+from fedtune.server.refusal import Audit
+from fedtune.server.secret import digest, new_secret
 from fedtune.tracking import Access, Seat, Store
-from server import authority
-from server.home import create, open_home
-from server.operators import add
-from server.refusal import Audit
-from server.secret import digest, new_secret
 
 
 def handshake(ca: bytes, certificate: Path, key: Path, name: str) -> None:

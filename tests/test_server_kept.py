@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.device_home import DeviceHome
+from fedtune.device.device_home import DeviceHome
 from fedtune.errors import ServerError
 from tests.federations import trivial
 from tests.servers import FEDTUNE, Device, Server, ended, joined, serving

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.logs import Log, Logs, pumped, recorded
+from fedtune.server.logs import Log, Logs, pumped, recorded
 
 
 def files(folder: Path) -> int:

@@ -8,13 +8,13 @@ import pytest
 from flwr.serverapp import Grid
 
 from fedtune.errors import RoundError, StoreError
+from fedtune.server import crew, manager
+from fedtune.server.control import Control, FlowerRun
+from fedtune.server.crew import assemble
+from fedtune.server.manager import Manager
+from fedtune.server.presence import Presence
+from fedtune.server.superlink import SuperLink
 from fedtune.tracking import Seat, Store
-from server import crew, manager
-from server.control import Control, FlowerRun
-from server.crew import assemble
-from server.manager import Manager
-from server.presence import Presence
-from server.superlink import SuperLink
 from tests.federations import trivial
 
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 from starlette.requests import Request
 
+from fedtune.server.operating import Operating, device_document
+from fedtune.server.refusal import RefusedError
 from fedtune.tracking import Store
-from server.operating import Operating, device_document
-from server.refusal import RefusedError
 from tests.federations import execute, outcome, trivial
 
 

@@ -13,8 +13,8 @@ from fedtune.cli.connection import Connection, connect
 from fedtune.cli.main import cli
 from fedtune.errors import ServerError
 from fedtune.recipe import Recipe
+from fedtune.server.operators import add
 from fedtune.tracking import Store
-from server.operators import add
 from tests.federations import trivial
 from tests.servers import Knocker, Server, serving
 from tests.store_examples import start

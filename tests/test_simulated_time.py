@@ -8,17 +8,17 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.app import app
+from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe
+from fedtune.server.asking import DROPPED_OUT, NO_REPLY_IN_TIME, NOT_NEEDED, Together
+from fedtune.server.selection import sample
+from fedtune.server.server_app import carry
+from fedtune.server.simulated_time import drops_out, duration, plan_round
+from fedtune.server.timetable import timetable
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn
 from fedtune.tracking import RoundRecord, Store
-from server.app import carry
-from server.asking import DROPPED_OUT, NO_REPLY_IN_TIME, NOT_NEEDED, Together
-from server.selection import sample
-from server.simulated_time import drops_out, duration, plan_round
-from server.timetable import timetable
 from tests.federations import Ended, begin, execute, outcome, spoilt, trivial
 
 CLASSES = "devices=[{name: fast, count: 3, speed: 20}, {name: slow, count: 2, speed: 4}]"  # 2 steps of 10: 1 s and 5 s
@@ -209,7 +209,7 @@ def test_on_devices_the_clock_is_the_real_one(
 ) -> None:
     """The scheduler that real devices get: a node that stays silent costs the round its deadline, not for ever."""
     monkeypatch.setattr(
-        "server.ways.Simulated",
+        "fedtune.server.ways.Simulated",
         lambda grid, recipe, among, sizes, poll, last: Together(grid, recipe, among, poll, last),
     )
     recipe = trivial("federation.rounds=1", *overrides)

@@ -18,8 +18,8 @@ import json
 import sys
 from pathlib import Path
 
-from clients.supply import Supply, holding
-from clients.trainer import _Trainer
+from fedtune.device.supply import Supply, holding
+from fedtune.device.trainer import _Trainer
 from fedtune.contribution import Order
 
 recipe, labels, source = json.loads(Path("order.json").read_text())

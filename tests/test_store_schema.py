@@ -15,11 +15,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect
 
-import migrations
 from fedtune import data
 from fedtune.errors import StoreError
 from fedtune.pictures import Preprocessor
 from fedtune.recipe import EqualDirichlet, Recipe
+from fedtune.shipped import shipped_folder
 from fedtune.tracking import Store, schema, upgrade
 from fedtune.tracking.tables import metadata
 from tests.store_examples import fill
@@ -60,10 +60,10 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the code is one release on: its schema has one revision more."""
     folder = tmp_path / "migrations"
-    shutil.copytree(Path(migrations.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(shipped_folder("migrations"), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions" / f"{NEXT}_add_note.py").write_text(ADD_NOTE)
     with monkeypatch.context() as patched:
-        patched.setattr(migrations, "__file__", str(folder / "__init__.py"))
+        patched.setattr(upgrade, "shipped_folder", lambda name: tmp_path / name)
         patched.setattr(schema, "HEAD", NEXT)
         yield patched
 
@@ -117,7 +117,7 @@ def test_a_new_store_is_what_the_migrations_make(scratch: Connection, path: Path
 
 
 def test_the_baseline_is_frozen() -> None:
-    baseline = Path(migrations.__file__).parent / "versions" / "0001_baseline.py"
+    baseline = shipped_folder("migrations") / "versions" / "0001_baseline.py"
     assert "fedtune" not in baseline.read_text()
 
 

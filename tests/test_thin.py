@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from clients.supply import Supply
-from clients.work import work
 from fedtune import thin
 from fedtune.contribution import Order, pack
+from fedtune.device.supply import Supply
+from fedtune.device.work import work
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state
 from tests.federations import execute, trivial, words
@@ -30,8 +30,8 @@ sys.meta_path = [Thin if finder is PathFinder else finder for finder in sys.meta
 """
 TRAIN = """
 from pathlib import Path
-from clients.trainer import _Trainer
-from clients.channel import Frame
+from fedtune.device.trainer import _Trainer
+from fedtune.device.channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
 order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "labels": "[]", "run": "run"}
 answer = _Trainer("part:0", 10**11, 0).answer(Frame(order, payload.read_bytes()), lambda: None)

@@ -8,9 +8,9 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from clients import records
-from server.refusal import RefusedError
-from server.uploads import Uploads
+from fedtune.device import records
+from fedtune.server.refusal import RefusedError
+from fedtune.server.uploads import Uploads
 
 MEGABYTE = 1 << 20
 

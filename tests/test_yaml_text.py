@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, ServerError
 from fedtune.recipe_file import parse, read
+from fedtune.server.home import create, open_home
 from fedtune.yaml_text import YamlError, load, load_with_lines
-from server.home import create, open_home
 from tests.federations import TRIVIAL
 
 

@@ -56,8 +56,8 @@ def enroll(url: str | None, token: str, name: str | None) -> None:
 
     Example: fedtune device enroll --token -
     """
-    from clients.device_home import DeviceHome
-    from clients.enrolment import Token, enrol_device
+    from fedtune.device.device_home import DeviceHome
+    from fedtune.device.enrolment import Token, enrol_device
 
     text = _typed() if token == "-" else token
     identity = enrol_device(DeviceHome(), url, Token.read(text), name)
@@ -78,8 +78,8 @@ def move(url: str) -> None:
 
     Example: fedtune device move https://192.168.1.20:8443
     """
-    from clients.device_home import DeviceHome
-    from clients.enrolment import move_device
+    from fedtune.device.device_home import DeviceHome
+    from fedtune.device.enrolment import move_device
 
     identity = move_device(DeviceHome(), url)
     click.echo(f"{identity.name} reaches its server at {identity.url}\ntry next  fedtune device join --data csv:FILE")
@@ -100,8 +100,8 @@ def join(source: str, memory: int | None, idle: float) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the device stays
     import psutil
 
-    from clients.device_home import DeviceHome
-    from clients.join import join as take_part
+    from fedtune.device.device_home import DeviceHome
+    from fedtune.device.join import join as take_part
 
     take_part(DeviceHome(), source, memory or psutil.virtual_memory().total, idle * 60, _say)
 
@@ -120,8 +120,8 @@ def status(as_json: bool) -> None:
 
     Example: fedtune device status
     """
-    from clients.device_home import DeviceHome
-    from clients.enrolment import authority_ends
+    from fedtune.device.device_home import DeviceHome
+    from fedtune.device.enrolment import authority_ends
     from fedtune.json_text import json_text
 
     home = DeviceHome()
@@ -141,7 +141,7 @@ def leave() -> None:
 
     Example: fedtune device leave
     """
-    from clients.device_home import DeviceHome
+    from fedtune.device.device_home import DeviceHome
     from fedtune.errors import DeviceError
 
     home = DeviceHome()
@@ -163,7 +163,7 @@ def package(source: str, memory: int | None, user: str | None, output: Path) -> 
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from clients.package import package as write_files
+    from fedtune.device.package import package as write_files
     from fedtune.systemd import service_user
 
     for path in write_files(output, source, memory, service_user(user)):

@@ -7,7 +7,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, Scoring, headline, summary, watcher
+from fedtune.server.watch import (
+    Answered,
+    Event,
+    RoundEnded,
+    RoundStarted,
+    RunStarted,
+    Scoring,
+    headline,
+    summary,
+    watcher,
+)
 
 __all__ = ["Clock", "watching"]
 

@@ -37,10 +37,10 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
     Example:
       fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
     """
+    from fedtune.server.home import create, exists
+    from fedtune.server.operators import add
+    from fedtune.server.readdress import readdress
     from fedtune.tracking import Store
-    from server.home import create, exists
-    from server.operators import add
-    from server.readdress import readdress
 
     if exists() and (names or listen):
         _readdressed(readdress(list(names), listen))
@@ -68,8 +68,8 @@ def up() -> None:
     Example: fedtune server up
     """
     click.echo("fedtune server: starting; Ctrl-C ends it", err=True)
-    from server.home import open_home
-    from server.supervisor import up as serve
+    from fedtune.server.home import open_home
+    from fedtune.server.supervisor import up as serve
 
     serve(open_home())
 
@@ -82,8 +82,8 @@ def package(user: str | None, output: Path) -> None:
 
     Example: fedtune server package -o deploy
     """
+    from fedtune.server.package import package as write_unit
     from fedtune.systemd import service_user
-    from server.package import package as write_unit
 
     click.echo(write_unit(output, service_user(user)))
 

@@ -31,9 +31,9 @@ def operator(name: str, output: Path, role: str) -> None:
 
     Example: fedtune server operator ada -o ada.json --role submit
     """
+    from fedtune.server.home import open_home
+    from fedtune.server.operators import add
     from fedtune.tracking import Store
-    from server.home import open_home
-    from server.operators import add
 
     place = open_home()
     with Store.open(place.settings.store) as store:

@@ -72,8 +72,8 @@ def simulate(
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
     from fedtune.recipe_file import read
+    from fedtune.server.selection import check_simulated
     from fedtune.simulation import resolve
-    from server.selection import check_simulated
 
     recipe = resolve(read(path, overrides))
     check_simulated(recipe)
@@ -82,8 +82,8 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:
     """Build everything first, so that what cannot run leaves no trace in the store."""
+    from fedtune.server.accounting import require_accountant
     from fedtune.tracking import new_run_id
-    from server.accounting import require_accountant
 
     require_accountant(recipe)
     shop = _workshop(recipe)

@@ -13,9 +13,9 @@ from flwr.proto.federation_config_pb2 import SimulationConfig
 from fedtune import home
 from fedtune.errors import RoundError, ServerError
 from fedtune.recipe import Recipe
+from fedtune.server.superlink import SuperLink
+from fedtune.server.watch import RoundEnded, RunStarted, tell
 from fedtune.tracking import Store
-from server.superlink import SuperLink
-from server.watch import RoundEnded, RunStarted, tell
 
 __all__ = ["run_flower"]
 

@@ -4,12 +4,12 @@ import os
 
 from flwr.app import Context, RecordDict
 
-from clients.app import app as client_app
 from fedtune import home
+from fedtune.device.client_app import app as client_app
+from fedtune.server.server_app import app as server_app
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Pool, Workers
 from fedtune.training import Workshop
-from server.app import app as server_app
 
 __all__ = ["default_workers", "run_local"]
 

@@ -19,7 +19,7 @@ import torch.multiprocessing
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.app import app as client_app
+from fedtune.device.client_app import app as client_app
 from fedtune.simulation.flower_private import be_node
 from fedtune.training import Workshop, adopt
 

@@ -1,14 +1,12 @@
 """Alembic, run on an open connection, so that an upgrade is one transaction."""
 
-from pathlib import Path
-
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-import migrations
 from fedtune.errors import StoreError
+from fedtune.shipped import shipped_folder
 from fedtune.tracking import schema
 
 __all__ = ["settings", "upgrade"]
@@ -17,7 +15,7 @@ __all__ = ["settings", "upgrade"]
 def settings(connection: Connection | None = None) -> Config:
     """Alembic's configuration for fedtune's migrations, on a connection that is already open."""
     config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    config.set_main_option("script_location", str(shipped_folder("migrations")).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config

@@ -13,12 +13,12 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequ
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from clients import records
-from clients.fleet import signed_headers
 from fedtune.cli.connection import connect
+from fedtune.device import records
+from fedtune.device.fleet import signed_headers
 from fedtune.errors import ServerError
+from fedtune.server.operators import add
 from fedtune.tracking import Store
-from server.operators import add
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
 from tests.servers import FEDTUNE, Knocker

@@ -14,9 +14,9 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from clients import records
-from clients.fleet import Fleet, _reply_metadata
 from fedtune.contribution import Report, pack, unpack
+from fedtune.device import records
+from fedtune.device.fleet import Fleet, _reply_metadata
 from fedtune.errors import ServerError
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial

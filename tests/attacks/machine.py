@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from clients.channel import Frame
-from clients.keeper import Keeper
+from fedtune.device.channel import Frame
+from fedtune.device.keeper import Keeper
 from tests.attacks.scene import Attack, Scene
 
 __all__ = ["ATTACKS"]

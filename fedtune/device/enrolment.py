@@ -1,0 +1,110 @@
+"""How a device becomes one of a server's: a one-time token in, a key made here and a node's number out."""
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import ssl
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.persistence import unreachable
+from fedtune.device.server_calls import NonsenseError, authority_of, enrol, server_time, trusting
+from fedtune.errors import DeviceError
+from fedtune.untrusted import clean_text
+
+__all__ = ["Token", "authority_ends", "ending", "enrol_device", "move_device"]
+
+_SOON_SECONDS = 180 * 86_400.0
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """Where to enrol, the SHA-256 of the authority's certificate (DER, hexadecimal), and what opens the door once."""
+
+    url: str
+    ca_sha256: str
+    secret: str
+
+    @classmethod
+    def read(cls, text: str) -> "Token":
+        """From the text an operator hands over; DeviceError when it is not whole."""
+        try:
+            padded = text.strip() + "=" * (-len(text.strip()) % 4)
+            return cls(**json.loads(base64.urlsafe_b64decode(padded)))
+        except (ValueError, TypeError) as error:
+            raise DeviceError("the token is not whole; copy all of it, or ask the operator for a new one") from error
+
+
+def enrol_device(home: DeviceHome, url: str | None, token: Token, name: str | None) -> Identity:
+    """Make a key, show its public half and the token, and keep what the server answers; nothing stays if it fails."""
+    if home.enrolled:
+        raise DeviceError(f"{home.folder} holds device {home.identity().name} already; leave first")
+    chosen, where = name or _own_name(), (url or token.url).rstrip("/")
+    if not _NAME.fullmatch(chosen):
+        raise DeviceError(f"a device cannot be called {chosen!r}; use small letters, digits, dots and dashes")
+    ca = _checked_authority(where, token)
+    try:
+        key = home.make_key().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        answer = enrol(where, ca, {"secret": token.secret, "name": chosen, "public_key": key})
+        identity = Identity(where, str(answer["name"]), int(answer["node_id"]), ca)
+        home.keep(identity)
+    except BaseException:
+        home.forget()
+        raise
+    return identity
+
+
+def move_device(home: DeviceHome, url: str) -> Identity:
+    """Keep another address of the same server; DeviceError when it is another server or cannot be reached there."""
+    identity, where = home.identity(), url.rstrip("/")
+    if home.joined:
+        raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
+    if not where.startswith("https://"):
+        raise DeviceError(f"{url} is no https:// address; write e.g. https://192.168.1.20:8443")
+    try:
+        server_time(where, trusting(identity.ca))  # whoever answers holds a certificate of this device's own authority
+    except httpx.RequestError as error:
+        raise DeviceError(f"{where}: {unreachable(error)}") from error
+    except (httpx.HTTPStatusError, httpx.InvalidURL, NonsenseError) as error:
+        raise DeviceError(f"{where} is no fedtune server: {clean_text(error)}; check the address") from error
+    moved = replace(identity, url=where)
+    home.keep(moved)
+    return moved
+
+
+def authority_ends(identity: Identity) -> datetime:
+    """When the server's authority, and with it this enrolment, ends."""
+    return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
+
+
+def ending(identity: Identity, now: float) -> str:
+    """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
+    until = authority_ends(identity)
+    if until.timestamp() > now + _SOON_SECONDS:
+        return ""
+    return f"the server's authority ends on {until:%d %b %Y}; before that, leave and enrol again with a new token"
+
+
+def _own_name() -> str:
+    return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip("-._") or "device"
+
+
+def _checked_authority(url: str, token: Token) -> str:
+    if not url.startswith("https://"):
+        raise DeviceError(f"{url} is no https:// address; nothing is enrolled over a connection that can be read")
+    ca = authority_of(url)
+    try:
+        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(ca)).hexdigest()
+    except ValueError as error:
+        raise DeviceError(f"{url} is no fedtune server: it gives no certificate; check the address") from error
+    if found != token.ca_sha256:
+        raise DeviceError(f"{url} is not the server this token is from; do not enrol, and tell the operator")
+    return ca

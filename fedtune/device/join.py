@@ -1,0 +1,55 @@
+"""Putting a device together from its home and the options it is joined with."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedtune.device.clock import ServerClock
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.device_profile import describe
+from fedtune.device.enrolment import ending
+from fedtune.device.fleet import Fleet, signed_headers
+from fedtune.device.keeper import Keeper
+from fedtune.device.node import Node
+from fedtune.device.server_calls import send_profile, server_time, trusting
+from fedtune.errors import DataError
+
+__all__ = ["FILES", "check_source", "join"]
+
+FILES = ("csv", "jsonl", "parquet", "folder")
+"""Sources that name a path."""
+_KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or part:NUMBER"
+
+
+def check_source(source: str) -> None:
+    """DataError when ``--data`` cannot be what the trainer will read, long before it tries."""
+    kind, _, name = source.partition(":")
+    if kind not in (*FILES, "sample", "part") or not name:
+        raise DataError(f"--data is {source!r}; write {_KINDS}")
+    if kind in FILES and not Path(name).expanduser().exists():
+        raise DataError(f"there is no {name}, which --data names; check the path")
+    if kind == "part" and not name.isdecimal():
+        raise DataError(f"--data is {source!r}; parts are numbered: part:0, part:1, ...")
+
+
+def join(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:
+    """Be the device until interrupted. ``budget`` is in bytes, ``idle`` in seconds; DeviceError when it cannot be."""
+    check_source(source)
+    identity, key = home.identity(), home.key()
+    trust = trusting(identity.ca)
+    clock = ServerClock(partial(server_time, identity.url, trust))
+
+    def tell(holding: Mapping[str, Any] | None) -> None:
+        headers = signed_headers(key, clock.now())
+        send_profile(identity.url, trust, headers, describe(budget, dict(holding) if holding else None))
+
+    address = identity.url.removeprefix("https://")
+    with home.claimed():
+        fleet = Fleet(address, identity.ca, key, identity.node, clock.now)
+        if sentence := ending(identity, clock.now()):
+            say(sentence)
+        try:
+            Node(home, fleet, Keeper(source, budget, idle), clock, tell, say).run()
+        finally:
+            fleet.close()

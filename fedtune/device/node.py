@@ -1,0 +1,204 @@
+"""The device's own process: light, and there for good. It speaks with the server and hands work to the trainer.
+
+An order is on this disk before it is trained, and its answer before it is sent, until the server has it: a process that
+is killed and started again goes on where it was, and the answer is the same.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import httpx
+
+from fedtune import answers
+from fedtune.device.channel import Frame
+from fedtune.device.clock import ServerClock
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.fleet import Fleet, GoneError
+from fedtune.device.keeper import Keeper
+from fedtune.device.patience import pause
+from fedtune.device.persistence import RECOVERED, Persistence
+from fedtune.device.server_calls import NonsenseError
+from fedtune.errors import StoreError
+from fedtune.protocol_codes import Problem, parse_problem
+
+__all__ = ["Node"]
+
+_BEAT_SECONDS = 15.0
+_REFUSALS = {
+    "declined": (answers.FAILED, answers.DECLINED),
+    "died": (answers.TRAINER_DIED, ""),
+    "failed": (answers.FAILED, ""),
+}
+
+
+class Node:
+    """``tell`` sends what the device holds to its server; ``say`` is for whoever reads its log."""
+
+    def __init__(
+        self,
+        home: DeviceHome,
+        fleet: Fleet,
+        keeper: Keeper,
+        clock: ServerClock,
+        tell: Callable[[dict[str, Any] | None], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._home, self._fleet, self._keeper, self._clock = home, fleet, keeper, clock
+        self._until_done = Persistence(self._meet, clock.set).until_done
+        self._tell, self._say = tell, say
+        self._told: dict[str, Any] | None = None
+        self._noted: dict[str, Any] = {}
+        self._last_order = 0.0
+
+    def run(self) -> None:
+        """Take part until interrupted."""
+        try:
+            self._note("connecting")
+            self._until_done(self._clock.set)
+            self._until_done(self._fleet.beat)
+            self._say("online")
+            self._introduce(None)
+            with self._heartbeat():
+                self._work()
+        finally:
+            self._keeper.close()
+            if self._home.held("order") is None:  # with one, being away for a moment must not look like leaving
+                with suppress(httpx.HTTPError, NonsenseError):
+                    self._fleet.leave()
+            self._note("stopped")
+
+    def _work(self) -> None:
+        if (order := self._order_in_hand()) is not None:
+            self._carry_out(order)
+        while True:
+            self._note("online")
+            order = self._until_done(self._fleet.claim)
+            if order is not None:
+                self._carry_out(self._newest(order))
+            else:
+                self._keeper.rest()
+                time.sleep(pause(time.monotonic() - self._last_order))
+
+    def _order_in_hand(self) -> bytes | None:
+        """The order that a process before this one did not finish; what is damaged of it is dropped."""
+        order = self._home.held("order")
+        if order is not None:
+            with suppress(NonsenseError):
+                self._fleet.holds(order)
+                return order
+        if self._home.release():
+            self._say("the order in hand was damaged and is dropped; the server hands it out again")
+        return None
+
+    def _newest(self, order: bytes) -> bytes:
+        """The last order that waits: whoever gave the earlier ones has stopped waiting for their answers."""
+        later: bytes | None = order
+        while later is not None:
+            order = later
+            self._hold("order", order)
+            self._fleet.holds(order)
+            later = self._until_done(self._fleet.claim)
+        return order
+
+    def _carry_out(self, order: bytes) -> None:
+        self._last_order = time.monotonic()
+        try:
+            answer = self._kept_answer()
+            if answer is None:
+                answer = self._train(order)
+            elif isinstance(holding := answer.header.get("holding"), dict):
+                self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
+            self._until_done(partial(self._send, order, answer))
+        except GoneError as error:
+            self._say(f"an order was dropped: {error}")
+        self._home.release()
+        self._last_order = time.monotonic()
+
+    def _kept_answer(self) -> Frame | None:
+        content = self._home.held("answer")
+        with suppress(ValueError):
+            return Frame.decode(content) if content is not None else None
+        return None
+
+    def _train(self, order: bytes) -> Frame:
+        """Ask the trainer, and keep its answer."""
+        started = time.monotonic()
+        try:
+            task = self._until_done(partial(self._fleet.fetch, order))
+        except (KeyError, TypeError, ValueError) as error:
+            problem = Problem("order-unreadable")
+            return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
+        self._note("training", round=task.order["round"])
+        answer = self._keeper.ask(Frame(dict(task.order), task.payload))
+        answer.header["seconds"] = time.monotonic() - started
+        self._report(int(task.order["round"]), answer)
+        self._hold("answer", answer.encode())
+        return answer
+
+    def _report(self, number: int, answer: Frame) -> None:
+        kind, said = answer.header["kind"], answer.header
+        if kind == "trained":
+            self._say(f"round {number}: trained {said['report']['examples']} examples in {said['seconds']:.1f} s")
+            self._introduce(said["holding"])
+        else:
+            self._say(f"round {number}: {kind}: {said['detail']}")
+
+    def _send(self, order: bytes, answer: Frame) -> None:
+        said = answer.header
+        if said["kind"] == "trained":
+            self._fleet.answer(order, answer.payload, said["report"], said["seconds"])
+        else:
+            code, beginning = _REFUSALS[said["kind"]]
+            problem = parse_problem(str(said.get("problem"))) or Problem(
+                "code-failed"
+            )  # an answer kept by an older one
+            self._fleet.refuse(order, code, beginning + problem.text)
+
+    def _introduce(self, holding: dict[str, Any] | None) -> None:
+        """Tell the server what is here when that is new; it can do without."""
+        if holding is None or holding != self._told:
+            with suppress(httpx.HTTPError):
+                self._tell(holding)
+                self._told = holding
+
+    def _hold(self, what: str, content: bytes) -> None:
+        """Keep something, if the disk can; a full one costs safety, not the round."""
+        try:
+            self._home.hold(what, content)
+        except StoreError as error:
+            self._say(f"{error}; going on without")
+
+    def _note(self, state: str, **more: Any) -> None:
+        """What this device does now, on its disk when that is new: nobody needs to be told again and again."""
+        note = {"state": state, "trainer": self._keeper.pid, **more}
+        if note == self._noted:
+            return
+        with suppress(OSError):
+            self._home.note(note)
+            self._noted = note
+
+    def _meet(self, trouble: str) -> None:
+        """A trouble, or its end."""
+        self._say(trouble)
+        self._note("online" if trouble == RECOVERED else "waiting", trouble=trouble)
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Beat in a thread of its own, since training and slow lines hold this one up."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(1.0)
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(_BEAT_SECONDS):
+            with suppress(httpx.HTTPError, NonsenseError):
+                self._fleet.beat()

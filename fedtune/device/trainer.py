@@ -1,0 +1,79 @@
+"""The resident trainer of a device: a process that imports torch once and keeps model and data warm.
+
+``python -P -m fedtune.device.trainer DESCRIPTOR SOURCE BUDGET HALVINGS`` answers one frame after the other on an
+inherited socket, and says in between that a round fits its memory and begins. It runs nothing but what is installed,
+and ends with the process that started it, whose end of standard input it holds.
+"""
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+
+from fedtune.contribution import Order
+from fedtune.device.budget import fitting
+from fedtune.device.channel import Channel, Frame
+from fedtune.device.device_home import DeviceHome
+from fedtune.device.held_base import leave_others
+from fedtune.device.problems import problem_of
+from fedtune.device.supply import Supply, holding
+from fedtune.device.work import work
+from fedtune.errors import BudgetError, FedtuneError
+from fedtune.training import Workshop
+
+__all__ = ["main"]
+
+
+def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
+    """Answer until the other end is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget, halvings)
+    while True:
+        try:
+            channel.send(trainer.answer(channel.receive(), lambda: channel.send(Frame({"kind": "fits"}))))
+        except EOFError:
+            return
+
+
+class _Trainer:
+    """``budget`` is the resident memory it may reach; ``halvings`` of the batch have proved necessary."""
+
+    def __init__(self, source: str, budget: int, halvings: int) -> None:
+        self._supply, self._budget, self._halvings = Supply(source), budget, halvings
+        self._looked: Workshop | None = None
+        self._micro: int | None = None
+
+    def answer(self, frame: Frame, fits: Callable[[], None]) -> Frame:
+        """Train, or say why not. ``fits`` is called just before training.
+
+        Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
+        """
+        try:
+            return self._train(Order(**frame.header), frame.payload, fits)
+        except Exception as error:
+            kind = "declined" if isinstance(error, BudgetError) else "failed"
+            detail = str(error) if isinstance(error, FedtuneError) else repr(error)
+            return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
+
+    def _train(self, order: Order, payload: bytes, fits: Callable[[], None]) -> Frame:
+        shop, rows = self._supply.of(order)
+        if self._looked is not shop:
+            self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
+            self._looked = shop
+        fits()
+        folder = DeviceHome().own(order.run)
+        leave_others(folder)
+        deltas, report = work(order, payload, shop, rows, folder, self._micro)
+        return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe on which nothing is ever written: it ends when the parent does, however it does."""
+    os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,88 @@
+"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedtune.errors import RoundError
+from fedtune.recipe import Recipe
+from fedtune.server.asking import DEVICE_REMOVED
+from fedtune.server.guarded_grid import GuardedGrid
+from fedtune.tracking import Seat
+
+__all__ = ["Crew", "assemble"]
+
+_PATIENCE = 120.0
+"""Seconds until too few devices for a round are given up."""
+_PATIENCE_FOR_ALL = 30.0
+"""Seconds until a round may begin without devices that are away."""
+_LOOK_SECONDS = 0.2
+_REMOTE_POLL_SECONDS = 0.2
+
+
+def _any_size(most: int) -> None:
+    """A grid inside this process holds replies in memory already; they are measured when they are received."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Node and name of each client, by its number, and seconds between two looks for replies.
+
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
+    devices. ``expect`` is told the most bytes that a reply may have.
+    """
+
+    nodes: Sequence[int]
+    names: Sequence[str]
+    poll: float = 0.01
+    shares_disk: bool = False
+    removed: Callable[[], Collection[int]] = tuple
+    """Clients whose device is shut out now; asked where a round misses answers."""
+    deployed: bool = False
+    expect: Callable[[int], None] = _any_size
+
+    def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
+        """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
+        gone = set(self.removed()) if silent else set()
+        return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
+
+
+def assemble(
+    grid: Grid,
+    recipe: Recipe,
+    seats: Sequence[Seat],
+    patience: float = _PATIENCE,
+    removed: Callable[[], Collection[int]] = tuple,
+) -> Crew:
+    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+
+    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
+    those of the clients ``removed`` tells are not waited for.
+    """
+    if not seats:
+        nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
+        names = [recipe.device_of(client).name for client in range(recipe.clients)]
+        return Crew(nodes, names, shares_disk=bool(getattr(grid, "shares_disk", False)))
+    gone = set(removed())
+    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
+    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
+    expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
+    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
+
+
+def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:
+    """Node numbers, sorted: ``wanted`` of them, or after a while ``enough``."""
+    begun = time.monotonic()
+    while True:
+        found = sorted(node for node in grid.get_node_ids() if among is None or node in among)
+        waited = time.monotonic() - begun
+        if len(found) >= (enough if waited > min(_PATIENCE_FOR_ALL, patience) else wanted):
+            return found
+        if waited > patience:
+            raise RoundError(
+                f"only {len(found)} of {enough} devices connected within {patience:.0f} s; start the others"
+            )
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,39 @@
+"""How many examples a client can have trained on in a round, by the recipe and by what its device declared."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fedtune.server.reports import MOST_EXAMPLES
+from fedtune.tracking import Seat, Store
+from fedtune.training import Workshop
+
+__all__ = ["most_examples"]
+
+
+def most_examples(shop: Workshop, store: Store, run: str, client: int) -> int:
+    """The most that an honest report of client number ``client`` can count.
+
+    With ``train.steps`` that is a number of the recipe. With ``train.epochs`` it follows from the examples that a
+    simulated client holds, or that a device declared in its profile before it sent its update; where a device has
+    declared none, from the largest declared by any device of the run.
+    """
+    recipe = shop.recipe.of(client)
+    if recipe.privacy is not None and recipe.privacy.where == "client":
+        return 1
+    if recipe.train.steps:
+        return min(MOST_EXAMPLES, recipe.train.steps * recipe.train.batch)
+    seats = store.access.seats(run)
+    held = _declared(store, seats, client) if seats else len(shop.clients[client])
+    return min(MOST_EXAMPLES, held * (recipe.train.epochs or 1))
+
+
+def _declared(store: Store, seats: Sequence[Seat], client: int) -> int:
+    profiles = {device.name: json.loads(device.profile) for device in store.access.devices()}
+    told = {seat.client: _count(profiles.get(seat.device)) for seat in seats}
+    return told[client] or max(told.values()) or MOST_EXAMPLES
+
+
+def _count(profile: Any) -> int:
+    count = profile.get("examples") if isinstance(profile, dict) else None
+    return count if isinstance(count, int) and 0 < count <= MOST_EXAMPLES else 0

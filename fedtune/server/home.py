@@ -1,0 +1,151 @@
+"""A server's home: ``$FEDTUNE_HOME/server`` with its authority, certificate, keys, settings and Flower's own state."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedtune import home
+from fedtune.errors import ServerError
+from fedtune.explain import explain
+from fedtune.files import write
+from fedtune.server import authority
+from fedtune.shipped import fill_template
+from fedtune.yaml_text import YamlError, load
+
+__all__ = ["ServerHome", "Settings", "checked", "create", "exists", "open_home"]
+
+_RENEW = timedelta(days=60)
+"""Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
+
+
+class Settings(BaseModel):
+    """What server.yaml says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: str = Field("127.0.0.1:8443", pattern=r"^\S+:\d{1,5}$")
+    names: list[str] = Field(["localhost"], min_length=1)
+    store: str | None = None
+    deadline: float = Field(3600, gt=0)
+    body_limit: int = Field(1 << 26, ge=1 << 20)
+    connections: int = Field(256, ge=1)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def url(self) -> str:
+        """What devices and operators connect to."""
+        name = f"[{self.names[0]}]" if ":" in self.names[0] else self.names[0]
+        return f"https://{name}:{self.address[1]}"
+
+
+@dataclass(frozen=True)
+class ServerHome:
+    """Where everything is; files are made with mode 0600."""
+
+    folder: Path
+    settings: Settings
+
+    @property
+    def ca(self) -> Path:
+        """The authority's certificate, which is public."""
+        return self.folder / "ca.pem"
+
+    @property
+    def ca_key(self) -> Path:
+        """The authority's private key."""
+        return self.folder / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.pem"
+
+    @property
+    def key(self) -> Path:
+        """The server's private key."""
+        return self.folder / "server.key"
+
+    @property
+    def flower(self) -> Path:
+        """Flower's own home, its database among it."""
+        return self.folder / "flower"
+
+    @property
+    def operator(self) -> Path:
+        """How the operator of this machine reaches the server: address, authority and key as JSON."""
+        return self.folder / "operator.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while the server is up."""
+        return self.folder / "lock"
+
+    def connection(self, key: str) -> bytes:
+        """The content of an operator's file."""
+        return json.dumps({"url": self.settings.url(), "ca": self.ca.read_text(), "key": key}, indent=2).encode()
+
+    def renew(self, *, force: bool = False) -> bool:
+        """Make the server's certificate anew where it ends soon or is for other names; whether that was so."""
+        soon = min(datetime.now(UTC) + _RENEW, authority.ends(self.ca.read_bytes()) - timedelta(seconds=1))
+        if not force and authority.covers(self.certificate.read_bytes(), self.settings.names, soon):
+            return False
+        signed = authority.certificate(
+            self.ca_key.read_bytes(), self.ca.read_bytes(), self.key.read_bytes(), self.settings.names
+        )
+        write(self.certificate, signed)
+        return True
+
+
+def exists() -> bool:
+    """Whether there is a server home on this machine."""
+    return (home.home() / "server" / "server.yaml").exists()
+
+
+def create(names: list[str], listen: str) -> ServerHome:
+    """A new server home; ServerError when there is one already."""
+    folder = home.home() / "server"
+    if exists():
+        raise ServerError(
+            f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
+            "or choose another FEDTUNE_HOME"
+        )
+    settings = checked({"names": names, "listen": listen}, "the options")
+    made = ServerHome(folder, settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write(made.ca_key, authority.new_key())
+    write(made.ca, authority.authority(made.ca_key.read_bytes()))
+    write(made.key, authority.new_key())
+    made.renew(force=True)
+    text = fill_template("server/server.yaml", listen=listen, names=json.dumps(names))
+    write(folder / "server.yaml", text.encode())
+    return made
+
+
+def open_home() -> ServerHome:
+    """The server home of this machine; ServerError when there is none or its settings do not hold."""
+    folder = home.home() / "server"
+    path = folder / "server.yaml"
+    try:
+        read = load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ServerError(f"there is no server in {folder}; make one with fedtune server init") from error
+    except UnicodeDecodeError as error:
+        raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
+    except YamlError as error:
+        raise ServerError(f"{path} {error}") from error
+    return ServerHome(folder, checked(read if isinstance(read, dict) else {}, str(path)))
+
+
+def checked(values: dict[str, object], origin: str) -> Settings:
+    """The settings; ServerError for one that does not hold."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ServerError(explain(error, Settings, origin)) from error

@@ -1,0 +1,42 @@
+"""What a device may say of itself: counts and sizes within plausible bounds, and names that are safe to show."""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from fedtune.server.refusal import RefusedError
+from fedtune.untrusted import clean_text
+
+__all__ = ["read_profile"]
+
+_LONGEST_NAME, _MOST_LABELS = 64, 1000
+_PROFILE_BYTES = 1 << 16
+_Name = Annotated[str, AfterValidator(lambda text: clean_text(text, _LONGEST_NAME))]
+_Count = Annotated[int, Field(ge=0, le=1 << 40, strict=True)]
+
+
+class _Profile(BaseModel):
+    """A device's own word; what a later fedtune says beside it is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    memory: Annotated[int, Field(ge=0, le=1 << 50, strict=True)] | None = None
+    cores: Annotated[int, Field(ge=1, le=1 << 16, strict=True)] | None = None
+    dtypes: Annotated[list[_Name], Field(max_length=16)] | None = None
+    examples: _Count | None = None
+    labels: Annotated[dict[_Name, _Count], Field(max_length=_MOST_LABELS)] | None = None
+
+
+def read_profile(sent: Any, who: str) -> str:
+    """A device's profile as JSON to be stored; RefusedError (400) that names the field which does not hold."""
+    try:
+        profile = _Profile.model_validate(sent)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = clean_text(".".join(map(str, first["loc"])) or "it", _LONGEST_NAME)
+        raise RefusedError(400, f"the profile does not hold: {where}: {first['msg']}; update fedtune", who) from error
+    told = json.dumps(profile.model_dump(exclude_unset=True))
+    if len(told) > _PROFILE_BYTES:
+        raise RefusedError(400, f"a profile has at most {_PROFILE_BYTES} bytes; leave labels out", who)
+    return told

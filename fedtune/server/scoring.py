@@ -1,0 +1,68 @@
+"""What is scored when: validation examples, some or all, every so many rounds; all, and the test part, at the end."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from fedtune.seeds import derive
+from fedtune.server.watch import Scoring, tell
+from fedtune.tracking import MetricRecord
+from fedtune.training import Workshop, load_state, score
+
+__all__ = ["scored_after", "test", "to_score", "validation"]
+
+State = Mapping[str, Tensor]
+
+
+def scored_after(shop: Workshop, number: int) -> bool:
+    """Whether the validation part is scored after a round; after the last one it is, and whole."""
+    return number % shop.recipe.evaluation.every == 0 or number == shop.recipe.federation.rounds
+
+
+def to_score(shop: Workshop, first: int) -> dict[int, int]:
+    """How many examples are scored after each round from ``first`` on; 0 stands for the start."""
+    if shop.own:  # the state alone is no model
+        return {}
+    rounds, whole = shop.recipe.federation.rounds, len(shop.validation)
+    some = whole if (rows := _some(shop)) is None else len(rows)
+    numbers = [number for number in range(first, rounds) if scored_after(shop, number)]
+    return dict.fromkeys(numbers, some) | {rounds: whole + 2 * len(shop.test)}
+
+
+def validation(shop: Workshop, state: State, number: int) -> tuple[MetricRecord, ...]:
+    """Scores on the validation part: before the last round on as many examples as the recipe names."""
+    rows = None if number == shop.recipe.federation.rounds else _some(shop)
+    return _scores(shop, state, "validation", "validation", rows)
+
+
+def test(shop: Workshop, start: State, state: State) -> tuple[MetricRecord, ...]:
+    """Scores on all of the test part, for the start and for the end."""
+    return _scores(shop, start, "test", "test-before", None) + _scores(shop, state, "test", "test", None)
+
+
+def _some(shop: Workshop) -> list[int] | None:
+    """The same validation examples each time, drawn from the seed; None for all."""
+    wanted, held = shop.recipe.evaluation.examples, len(shop.validation)
+    if wanted is None or wanted >= held:
+        return None
+    order = np.random.default_rng(derive(shop.recipe.seed, "validation")).permutation(held)
+    return sorted(order[:wanted].tolist())
+
+
+def _scores(shop: Workshop, state: State, part: str, called: str, rows: list[int] | None) -> tuple[MetricRecord, ...]:
+    if shop.own:
+        return ()
+    load_state(shop.model, state)
+    examples, recipe = getattr(shop, part), shop.recipe
+    total = len(examples) if rows is None else len(rows)
+
+    def told(done: int) -> None:
+        tell(Scoring(called, done, total))
+
+    told(0)
+    settings = recipe.evaluation
+    scores = score(
+        shop.model, examples, settings.batch, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
+    )
+    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)

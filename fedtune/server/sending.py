@@ -1,0 +1,59 @@
+"""The messages of a run's rounds, and how many bytes each client has been sent for the answer that is to come."""
+
+import json
+from collections.abc import Sequence
+
+from flwr.app import Message
+
+from fedtune import home
+from fedtune.contribution import Order
+from fedtune.server.bases import Bases
+from fedtune.server.crew import Crew
+from fedtune.server.downloads import Download, Downloads
+from fedtune.server.exchange import messages_for
+from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
+from fedtune.training import Workshop
+
+__all__ = ["Sending"]
+
+
+class Sending:
+    """Of one run."""
+
+    def __init__(self, shop: Workshop, run: str, bases: Bases) -> None:
+        self.bases, self._run = bases, run
+        self._recipe, self._labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
+        self._asked: dict[int, tuple[int, int]] = {}
+
+    def messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+        """A message to each client, in client order; all that are sent the same share one copy of it.
+
+        Who is asked for the same round again is sent the whole state.
+        """
+        self._expect(clients, crew, downloads)
+        shared: dict[int, tuple[Download, list[int]]] = {}
+        for client in clients:
+            begun, bytes_before = self._asked.get(client, (0, 0))
+            again = begun == downloads.number
+            download = downloads.of(client, whole=again)
+            self._asked[client] = downloads.number, download.size + (bytes_before if again else 0)
+            shared.setdefault(id(download), (download, []))[1].append(client)
+        found: dict[int, Message] = {}
+        for download, own in shared.values():
+            order = Order(
+                self._recipe, downloads.number, 0, self._labels, self._run, base=download.base, held=download.held
+            )
+            found |= messages_for(own, crew.nodes, order, download.payload)
+        return dict(sorted(found.items()))
+
+    def _expect(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> None:
+        """Let the answers be as large as they may."""
+        most = max((downloads.parts.of(client).most_bytes for client in clients), default=0)
+        crew.expect(most)
+        if crew.deployed:
+            raise_reply_limit(home.runs() / self._run, most + OVERHEAD)
+
+    def taken(self, client: int, downloads: Downloads) -> int:
+        """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
+        _, sent = self._asked.pop(client, (0, 0))
+        return sent or downloads.of(client).size

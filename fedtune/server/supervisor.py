@@ -1,0 +1,116 @@
+"""``fedtune server up``: one process that keeps the SuperLink, the door and the runs going until it is told to end."""
+
+import gc
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+
+import uvicorn
+from starlette.applications import Starlette
+
+from fedtune import home
+from fedtune.server.certificates import Certificates, ending
+from fedtune.server.connections import Connections
+from fedtune.server.door import door
+from fedtune.server.enrolment import Enrolment
+from fedtune.server.forward import Forward
+from fedtune.server.guard import Guard
+from fedtune.server.home import ServerHome
+from fedtune.server.keeping import Health, Keeper, Telling, kept_going
+from fedtune.server.letting_in import LettingIn
+from fedtune.server.listening import config_of, connections_of, listening
+from fedtune.server.logs import Log, Logs
+from fedtune.server.manager import Manager
+from fedtune.server.operating import Operating
+from fedtune.server.presence import Presence
+from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.refusal import Audit
+from fedtune.server.reply_limit import read_reply_limit
+from fedtune.server.superlink import SuperLink
+from fedtune.server.tls import small_buffers
+from fedtune.server.uploads import Uploads
+from fedtune.tracking import Store
+from fedtune.tracking.lock import held
+
+__all__ = ["up"]
+
+_GARBAGE = 2000, 10, 10
+"""Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
+
+
+def up(place: ServerHome) -> None:
+    """Serve until a signal; ServerError when it cannot begin."""
+    if place.settings.store:
+        os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
+    gc.set_threshold(*_GARBAGE)
+    small_buffers()
+    # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
+    lock = held(place.lock, 0.5, f"the server in {place.folder} is up already")
+    with suppress(KeyboardInterrupt), lock, Log(place.folder / "server.log") as log:
+        place.renew()
+        _serve(place, Telling(log))
+
+
+def _serve(place: ServerHome, say: Telling) -> None:
+    with (
+        listening(place) as listener,
+        Store.open() as store,
+        _superlink(place) as superlink,
+        closing(RecipeCheck()) as check,
+    ):
+        presence = Presence(lambda: superlink.control().online())
+        manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
+        audit, health = Audit(store.access), Health()
+        store.compact()
+        listener.connections = connections_of(place, audit)
+        app = _door(place, store, superlink, manager, presence, audit, health, check, listener.connections)
+        config = config_of(app, place, audit, listener.connections)
+        assert config.ssl is not None
+        keeper = Keeper(superlink, manager, Certificates(place, config.ssl, say), audit, health, say)
+        with kept_going(keeper):
+            say(f"up at {place.settings.url()}")
+            for sentence in ending(place):
+                say(sentence)
+            uvicorn.Server(config).run([listener])
+    say("stopped")
+
+
+@contextmanager
+def _superlink(place: ServerHome) -> Iterator[SuperLink]:
+    superlink = SuperLink(place.flower)
+    try:
+        superlink.start()
+        yield superlink
+    finally:
+        superlink.close()
+
+
+def _door(
+    place: ServerHome,
+    store: Store,
+    superlink: SuperLink,
+    manager: Manager,
+    presence: Presence,
+    audit: Audit,
+    health: Health,
+    check: RecipeCheck,
+    connections: Connections,
+) -> Starlette:
+    guard, ca = Guard(store.access), place.ca.read_text()
+    uploads = Uploads(partial(_reply_limit, manager, place.settings.body_limit))
+    forward = Forward(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
+    enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
+    operating = Operating(store, manager, presence, guard, audit, superlink.control, check)
+    letting = LettingIn(store.access, audit, place.settings.url(), ca)
+    logs = Logs(place.folder)
+    return door(guard, audit, forward, enrolment, operating, letting, ca, health.told, logs, connections.sweep)
+
+
+def _reply_limit(manager: Manager, otherwise: int, number: int) -> int:
+    """Bytes a reply may have in the run that has a number on the SuperLink."""
+    run = manager.run_of(number)
+    return (read_reply_limit(home.runs() / run) if run else None) or otherwise

@@ -1,1 +1,0 @@
-"""One file per revision; what is released is never edited."""
