@@ -33,18 +33,21 @@ class Sending:
         self._expect(clients, crew, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
-            begun, bytes_before = self._asked.get(client, (0, 0))
-            again = begun == downloads.number
-            download = downloads.of(client, whole=again)
-            self._asked[client] = downloads.number, download.size + (bytes_before if again else 0)
+            download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
         found: dict[int, Message] = {}
         for download, own in shared.values():
-            order = Order(
-                self._recipe, downloads.number, 0, self._labels, self._run, base=download.base, held=download.held
-            )
+            order = Order(self._recipe, downloads.number, 0, self._labels, self._run, download.base, download.held)
             found |= messages_for(own, crew.nodes, order, download.payload)
         return dict(sorted(found.items()))
+
+    def _download(self, client: int, downloads: Downloads) -> Download:
+        """What a client is sent now, whose bytes count from here on."""
+        begun, before = self._asked.get(client, (0, 0))
+        again = begun == downloads.number
+        download = downloads.of(client, whole=again)
+        self._asked[client] = downloads.number, download.size + (before if again else 0)
+        return download
 
     def _expect(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> None:
         """Let the answers be as large as they may."""
