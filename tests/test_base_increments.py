@@ -249,6 +249,25 @@ def _grid(made: Recipe, sent: Sent, way: str) -> LocalGrid:
     return LocalGrid(made.clients, InTurn(apps.app))
 
 
+class Apart(LocalGrid):
+    """Clients that do not see the server's files, as on Flower's own engine."""
+
+    shares_disk = False
+
+
+def test_a_simulation_whose_clients_see_no_disk_counts_increments_and_sends_the_state(
+    home: Path, tmp_path: Path
+) -> None:
+    made, sent = recipe(tmp_path, "flora"), Sent()
+    alone = execute(made, run="simulated")
+    with Store.open() as store, silent():
+        carry(Apart(made.clients, InTurn(devices(sent))), store, begin(store, made, "apart"))
+    assert outcome("apart").hashes == alone.hashes
+    assert sizes(outcome("apart").rounds) == sizes(alone.rounds)
+    assert wholes(sent) == set(sent)
+    assert own(0, "apart") == []
+
+
 def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp_path: Path) -> None:
     """As after the server was killed with all answers sent: the devices hold the base of the round already."""
     made, sent = recipe(tmp_path, "flora", "federation.rounds=3"), Sent()
