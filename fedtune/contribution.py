@@ -74,6 +74,7 @@ class Order:
     """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
 
     ``run`` tells the client which tensors of its own to go on with.
+    With ``scoring`` it only scores the state, which is that after the round.
     ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
     ``base`` is the digest of the base weights that the round begins with, where the server keeps track of them; the
     state holds them whole, unless ``held`` is the digest of those that the state's increments are to be added to.
@@ -84,6 +85,7 @@ class Order:
     client: int
     labels: str = "[]"
     run: str = ""
+    scoring: bool = False
     base: str = ""
     held: str = ""
 

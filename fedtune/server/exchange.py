@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -17,17 +18,25 @@ __all__ = ["lacks_base", "messages_for", "replies"]
 def messages_for(
     clients: Sequence[int], nodes: Sequence[int], order: Order, payload: bytes | Path
 ) -> dict[int, Message]:
-    """The order as one message per client; client i lives on the i-th node. All share one copy of the state."""
+    """The order to each client; client i lives on the i-th node. All share one copy of the state."""
     state = _state(payload)
     return {
         client: Message(
-            RecordDict({**state, "order": ConfigRecord(asdict(replace(order, client=client)))}),
+            RecordDict({**state, "order": ConfigRecord(_fields(replace(order, client=client)))}),
             nodes[client],
             MessageType.TRAIN,
             group_id=str(order.round),
         )
         for client in clients
     }
+
+
+def _fields(order: Order) -> dict[str, Any]:
+    """What travels of an order; fields that a device may not know yet, only where they say something."""
+    return {name: value for name, value in asdict(order).items() if name not in _ONLY_IF_WANTED or value}
+
+
+_ONLY_IF_WANTED = {"scoring", "base", "held"}
 
 
 def lacks_base(reply: Message) -> bool:

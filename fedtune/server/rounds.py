@@ -5,7 +5,7 @@ random number is derived from the seed and the place it is used.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedtune.errors import RoundError
 from fedtune.server import scoring
 from fedtune.server.asking import Asking
 from fedtune.server.bases import Bases
+from fedtune.server.client_scoring import score_by_clients
 from fedtune.server.crew import Crew
 from fedtune.server.downloads import Downloads
 from fedtune.server.evidence import evidence
@@ -45,6 +46,8 @@ from fedtune.untrusted import clean_text
 __all__ = ["coordinate"]
 
 State = Mapping[str, Tensor]
+AskScores = Callable[[Crew, State, int, float], tuple[ClientScore, ...]]
+"""Asks clients to score a state after a round that has taken so many seconds."""
 
 
 def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
@@ -63,11 +66,12 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     guards = Safeguards(shop, store, run, done)
     sending = Sending(shop, run, Bases(shop, home.runs() / run, _earlier(run, 1), done))
+    ask_scores = partial(score_by_clients, grid, shop, run, sending)
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
-            ended = _round(shop, store, run, crew, asking, guards, sending, state, number)
+            ended = _round(shop, store, run, crew, asking, guards, sending, ask_scores, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
@@ -98,6 +102,7 @@ def _round(
     asking: Asking,
     guards: Safeguards,
     sending: Sending,
+    ask_scores: AskScores,
     state: State,
     number: int,
 ) -> State | None:
@@ -120,17 +125,18 @@ def _round(
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:
             records = unused(records)
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking.seconds())
     metrics += guards.spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    if scoring.scored_after(shop, number):
+        told += ask_scores(crew, state, number, time.perf_counter() - started)
     state = _commit(store, run, number, state, started, records, metrics, short, told)
     guards.committed(records)
     sending.bases.committed(number, records)
     return state
 
 
-def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
-    seconds = asking.seconds()
+def _simulated(seconds: float | None) -> tuple[MetricRecord, ...]:
     return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
 
 
@@ -139,8 +145,7 @@ def _merged(
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
-    found = masks(state)
-    names = sent_names(shop, number)
+    found, names = masks(state), sent_names(shop, number)
     told = evidence(shop, pipeline, state, number, names, contributions)
     told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
@@ -150,9 +155,8 @@ def _merged(
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
     revised = techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
-    if any(revised[name] is not merged[name] for name in increments):
-        increments = {}  # they do not lead to these weights
-    return merging.Merged(revised, increments), tuple(figures)
+    leads = all(revised[name] is merged[name] for name in increments)  # from the weights before to those after
+    return merging.Merged(revised, increments if leads else {}), tuple(figures)
 
 
 def _gather(
@@ -168,16 +172,16 @@ def _gather(
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
     folder, federation = spool if crew.shares_disk else None, shop.recipe.federation
-    parts = Parts(shop, state, number)
-    downloads = Downloads(parts, sending.bases, folder, crew.deployed)
+
+    def of(began_with: State, begun: int) -> Downloads:
+        return Downloads(Parts(shop, began_with, begun), sending.bases, folder, crew.deployed)
+
+    parts = (downloads := of(state, number)).parts
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        if begun == number:
-            return sending.messages(clients, crew, downloads)
-        earlier = Parts(shop, _earlier(run, begun), begun)
-        return sending.messages(clients, crew, Downloads(earlier, sending.bases, folder, crew.deployed))
+        return sending.messages(clients, crew, downloads if begun == number else of(_earlier(run, begun), begun))
 
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):

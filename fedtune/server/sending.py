@@ -1,7 +1,8 @@
 """The messages of a run's rounds, and how many bytes each client has been sent for the answer that is to come."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from flwr.app import Message
 
@@ -22,7 +23,7 @@ class Sending:
 
     def __init__(self, shop: Workshop, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
-        self._recipe, self._labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
+        self._order = Order(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.labels), run)
         self._asked: dict[int, tuple[int, int]] = {}
 
     def messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
@@ -35,11 +36,16 @@ class Sending:
         for client in clients:
             download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
-        found: dict[int, Message] = {}
-        for download, own in shared.values():
-            order = Order(self._recipe, downloads.number, 0, self._labels, self._run, download.base, download.held)
-            found |= messages_for(own, crew.nodes, order, download.payload)
-        return dict(sorted(found.items()))
+        return _made(self._order, crew, shared.values(), downloads.number)
+
+    def scoring_messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+        """The state whole to each client, which is to score it and not to train; no base is kept of it."""
+        self._expect(clients, crew, downloads)
+        shared: dict[int, tuple[Download, list[int]]] = {}
+        for client in clients:
+            download = replace(downloads.of(client, whole=True), base="")
+            shared.setdefault(id(download.payload), (download, []))[1].append(client)
+        return _made(replace(self._order, scoring=True), crew, shared.values(), downloads.number)
 
     def _download(self, client: int, downloads: Downloads) -> Download:
         """What a client is sent now, whose bytes count from here on."""
@@ -60,3 +66,14 @@ class Sending:
         """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
         _, sent = self._asked.pop(client, (0, 0))
         return sent or downloads.of(client).size
+
+
+def _made(
+    order: Order, crew: Crew, shared: Iterable[tuple[Download, Sequence[int]]], number: int
+) -> dict[int, Message]:
+    """The order of round ``number`` to each client, with the download it shares."""
+    found: dict[int, Message] = {}
+    for download, own in shared:
+        one = replace(order, round=number, base=download.base, held=download.held)
+        found |= messages_for(own, crew.nodes, one, download.payload)
+    return dict(sorted(found.items()))
