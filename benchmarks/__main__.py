@@ -28,6 +28,7 @@ CLAIMS = (
     "merge_cost",
     "adapters",
     "low_rank_default",
+    "base_increments",
     "rebasin",
     "aim",
     "aim_federation",

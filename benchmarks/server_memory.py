@@ -54,7 +54,7 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive(reply(client, folder / "sent"), client, "phone", Part(b"", SHAPES, {}), None, folder)
+        _, sent = receive(reply(client, folder / "sent"), client, "phone", Part({}, SHAPES, {}), None, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ContributionError
-from fedtune.packing import pack
+from fedtune.packing import pack, packed_size
 
 __all__ = [
     "FEWEST",
@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "Sent",
     "pack",
+    "packed_size",
     "pieces",
     "unpack",
 ]
@@ -75,6 +76,8 @@ class Order:
     ``run`` tells the client which tensors of its own to go on with.
     With ``scoring`` it only scores the state, which is that after the round.
     ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
+    ``base`` is the digest of the base weights that the round begins with, where the server keeps track of them; the
+    state holds them whole, unless ``held`` is the digest of those that the state's increments are to be added to.
     """
 
     recipe: str
@@ -83,6 +86,8 @@ class Order:
     labels: str = "[]"
     run: str = ""
     scoring: bool = False
+    base: str = ""
+    held: str = ""
 
 
 class OwnScore(NamedTuple):

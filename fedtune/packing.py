@@ -5,12 +5,12 @@ the tensors' bytes without gaps. The library's own ``save`` holds two copies of 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack"]
+__all__ = ["pack", "packed_size"]
 
 _CODES = {
     torch.float64: "F64",
@@ -33,14 +33,29 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
     The widest elements come first, so that each tensor begins at a multiple of its element's size. KeyError for a
     precision that no payload of fedtune's has.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = _ordered(tensors)
+    return b"".join([_beginning(ordered), *(_bytes(tensor) for _, tensor in ordered)])
+
+
+def packed_size(tensors: Mapping[str, Tensor]) -> int:
+    """How many bytes ``pack`` would give."""
+    ordered = _ordered(tensors)
+    return len(_beginning(ordered)) + sum(tensor.nbytes for _, tensor in ordered)
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def _beginning(ordered: Sequence[tuple[str, Tensor]]) -> bytes:
+    """The header and its length."""
     header, end = dict[str, object](), 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for _, tensor in ordered)])
+    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import NamedTuple
 
-__all__ = ["SENTENCES", "Problem", "parse_problem"]
+__all__ = ["LACKS_BASE", "SENTENCES", "Problem", "parse_problem"]
 
+LACKS_BASE = "base-lacking"
+"""A device does not hold the base weights that its order counts on: the server sends them whole."""
 SENTENCES: Mapping[str, str] = {
+    LACKS_BASE: "it lacks base weights that its order counts on",
     "code-failed": "training raised an error",
     "data-columns": "its data lack {columns} of the columns that the recipe names",
     "data-values": "some of its examples have no value in a column that the recipe names",

@@ -10,7 +10,6 @@ from torch import Tensor
 from fedtune.memory import StorageMeter
 from fedtune.merging._factors import (
     Factors,
-    added,
     averaged,
     averaging_error,
     inner,
@@ -217,22 +216,6 @@ def test_padding_adds_zeros_and_cutting_takes_the_first() -> None:
     assert (wide.rank, narrow.rank) == (6, 3)
     assert torch.equal(narrow.b, one.b[:, :3])
     assert torch.equal(narrow.a, one.a[:3])
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_is_added_to_a_weight_or_its_transpose(transposed: bool) -> None:
-    one = drawn()[0]
-    wanted = dense(one).T if transposed else dense(one)
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3))
-    before = weight.clone()
-    torch.testing.assert_close(added(weight, one, transposed), (weight + wanted).float(), rtol=0, atol=1e-6)
-    assert torch.equal(weight, before)
-
-
-def test_a_product_is_added_to_a_convolutions_kernel() -> None:
-    kernel = torch.zeros(D, 4, 2, 2)
-    one = Factors(torch.randn(D, 3), torch.randn(3, 4, 2, 2).flatten(1))
-    torch.testing.assert_close(added(kernel, one).flatten(1), dense(one).float())
 
 
 def test_a_large_product_is_never_formed_out() -> None:

@@ -14,23 +14,24 @@ from flwr.clientapp import ClientApp
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.answers import DECLINED, FAILED
-from fedtune.contribution import Order, pack
+from fedtune.contribution import Order
 from fedtune.device import records
 from fedtune.device.client_app import train_round
-from fedtune.device.work import read_payload, work
+from fedtune.device.work import work
 from fedtune.errors import ContributionError, FedtuneError
 from fedtune.protocol_codes import Problem
 from fedtune.recipe import Privacy, Recipe
 from fedtune.recipe_file import parse
 from fedtune.seeds import derive
 from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
+from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import draw_scorers, score_by_clients
 from fedtune.server.crew import Crew
 from fedtune.server.reports import read_score
+from fedtune.server.sending import Sending
 from fedtune.server.watch import Unscored, unscored
 from fedtune.simulation.local_grid import LocalGrid
 from fedtune.simulation.workers import InTurn, Pool
-from fedtune.sparse import to_wire
 from fedtune.training import load_state, read_state, workshop
 from fedtune.training.held_out import held_out
 from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
@@ -186,9 +187,9 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
 
     crew = Crew(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
     with silent() as events:
-        found = score_by_clients(
-            Unreliable(6, InTurn(app)), shop, "run", crew, read_state(shop.model, shop.shared), 1, 0.0
-        )
+        state = read_state(shop.model, shop.shared)
+        sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
+        found = score_by_clients(Unreliable(6, InTurn(app)), shop, "run", sending, crew, state, 1, 0.0)
     assert {one.client for one in found} == {3}
     [told] = [event for event in events if isinstance(event, Unscored)]
     assert told.asked == 5
@@ -229,7 +230,7 @@ def test_a_score_is_checked_before_it_is_believed() -> None:
 
 def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
     shop = workshop(trivial("evaluation={own: 0.2}").model_dump_json())
-    state = read_payload(pack(to_wire(read_state(shop.model, shop.shared))), shop, 0)
+    state = read_state(shop.model, shop.shared)
     order = Order(shop.recipe.model_dump_json(), 1, 0, scoring=True)
     assert work(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
     private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": Privacy(clip=1.0, noise=1.0)}))

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.errors import ServerError
 from fedtune.recipe import Data, Recipe
-from tests.federations import TRIVIAL, execute, trivial
+from tests.federations import TRIVIAL, execute, tiny_bert, trivial, words
 from tests.servers import FEDTUNE, Server, ended, joined, serving
 
 pytestmark = pytest.mark.slow
@@ -97,6 +97,28 @@ def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: 
     assert hashes(found) == simulated.hashes
     examples = [sent["examples"] for record in found["rounds"] for sent in record["contributions"]]
     assert examples == [20, 8, 20, 8]
+
+
+@pytest.mark.deployed
+def test_devices_are_sent_what_was_added_to_their_base_also_after_their_restart(
+    server_home: Path, tmp_path: Path
+) -> None:
+    lora = "train.techniques=[{lora: {exact: remainder, rank: 1}}]"
+    recipe = words(tmp_path, lora, "merge=[flora]", TWO, "federation.rounds=4")
+    tiny_bert(tmp_path / "bert", width=64)
+    simulated = execute(recipe, run="simulated")
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1") as devices:
+        run = submit(server, recipe)
+        at_round(server, run, 2)
+        devices[1].process.kill()
+        devices[1].process.wait()
+        devices[1].again()
+        found = ended(server, run)
+    assert (found["status"], found["reason"]) == ("completed", "")
+    assert hashes(found) == simulated.hashes
+    assert [[sent["bytes_down"] for sent in record["contributions"]] for record in found["rounds"]] == [
+        [sent.bytes_down for sent in record.contributions] for record in simulated.rounds
+    ]
 
 
 LONG = "federation.rounds=5"

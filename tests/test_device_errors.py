@@ -181,7 +181,7 @@ def reply_with(reason: str) -> tuple[str, str]:
     message = Message(RecordDict(), 2, "train")
     number_message(message, "1")
     reply = Message(Error(code=2, reason=reason), reply_to=message)
-    record, sent = receive(reply, 0, "phone", Part(b"", {}, {}), None, Path("nowhere"))
+    record, sent = receive(reply, 0, "phone", Part({}, {}, {}), None, Path("nowhere"))
     assert sent is None
     return record.status, record.reason
 

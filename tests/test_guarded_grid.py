@@ -350,7 +350,8 @@ def test_a_reply_to_nothing_that_was_sent_is_passed_over(link: Link) -> None:
             return ["1"]
 
         def pull_messages(self, numbers: Any) -> list[Any]:
-            return [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=one)) for one in ("7", "1", "1")]
+            sent = [SimpleNamespace(reply_to_message_id=one) for one in ("7", "1", "1")]
+            return [SimpleNamespace(metadata=one, has_error=lambda: False) for one in sent]
 
     found = list(replies(Strange(), {5: None}, 5.0, 0.01))  # type: ignore[arg-type,dict-item]
     assert [client for client, _ in found] == [5]

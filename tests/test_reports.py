@@ -85,7 +85,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
 ) -> None:
     written: list[Path] = []
     monkeypatch.setattr("fedtune.server.receive.write", lambda path, content: written.append(path))
-    part = Part(b"", {"a": (100,)}, {})
+    part = Part({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
     assert record.status == "refused"
     assert record.reason.startswith("it holds 1000000 bytes, and this round expects ")
@@ -96,7 +96,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
 def test_the_expected_size_admits_every_honest_payload_and_little_more(tmp_path: Path, count: int) -> None:
     """Names with letters that JSON writes as six, shapes of many dimensions, tensors of one byte."""
     shapes = {f'layer."{number}"\u00e9\x07.weight': (1,) * 12 for number in range(count)}
-    part = Part(b"", shapes, {"moved_offset": Form((7,), "U8", 9)})
+    part = Part({}, shapes, {"moved_offset": Form((7,), "U8", 9)})
     extras = {"moved_offset": torch.zeros(7, dtype=torch.uint8)}
     payload = pack({**{name: torch.ones(shape) for name, shape in shapes.items()}, **extras})
     assert len(payload) <= part.most_bytes <= len(payload) + 1024 + 400 * (count + 1)

@@ -248,14 +248,14 @@ def test_contributions_lie_on_disk_while_they_are_merged_and_are_gone_after_the_
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    real = merging.merge
+    real = merging.merge_round
 
     def merge(step: Any, before: Any, names: Any, contributions: list[Contribution], told: Any) -> Any:
         seen.append(sorted(str(found.path.relative_to(homes.runs())) for found in contributions))
         assert all(found.path.is_file() for found in contributions)
         return real(step, before, names, contributions, told)
 
-    monkeypatch.setattr(merging, "merge", merge)
+    monkeypatch.setattr(merging, "merge_round", merge)
     execute(trivial())
     assert seen[1] == [f"run-1/round-0002.spool/client-{client:06d}.safetensors" for client in range(4)]
     left = sorted(path.name for path in (homes.runs() / "run-1").iterdir())
@@ -266,7 +266,7 @@ def test_contributions_are_gone_after_a_round_that_broke_off(home: Path, monkeyp
     def merge(*_: object) -> None:
         raise RoundError("broken off")
 
-    monkeypatch.setattr(merging, "merge", merge)
+    monkeypatch.setattr(merging, "merge_round", merge)
     with pytest.raises(RoundError, match="broken off"):
         execute(trivial())
     assert not list((homes.runs() / "run-1").glob("*.spool"))
@@ -279,7 +279,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     number_message(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive(reply, 7, "phone", Part(b"x" * 99, shapes, {}), None, tmp_path)
+    record, sent = receive(reply, 7, "phone", Part({}, shapes, {}), None, tmp_path, bytes_down=99)
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.rows("weight", 1, 4), deltas["weight"][1:4])
@@ -300,6 +300,6 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     assert sent.own == OwnScore(4, 0.25, 0.75, (0.5,))
     assert sent.trained == OwnScore(4, 0.125, 1.0, (0.625,))
     reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
-    record, _ = receive(reply, 7, "phone", Part(b"", shapes, {}), None, tmp_path)
+    record, _ = receive(reply, 7, "phone", Part({}, shapes, {}), None, tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

@@ -19,6 +19,7 @@ from fedtune.contribution import Order
 from fedtune.device.budget import fitting
 from fedtune.device.channel import STATE, Channel, Frame
 from fedtune.device.device_home import DeviceHome
+from fedtune.device.held_base import leave_others
 from fedtune.device.problems import problem_of
 from fedtune.device.supply import Supply, holding
 from fedtune.device.work import read_payload, work
@@ -67,7 +68,9 @@ class _Trainer:
             self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        deltas, report = work(order, state, shop, rows, DeviceHome().own(order.run), self._micro)
+        folder = DeviceHome().own(order.run)
+        leave_others(folder)
+        deltas, report = work(order, state, shop, rows, folder, self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
 
 

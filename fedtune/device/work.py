@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
 from fedtune.data import Encoded
 from fedtune.device import own_tensors
+from fedtune.device.held_base import with_base
 from fedtune.device.private import private, withheld
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.sparse import compact, from_wire, masks
@@ -47,7 +48,7 @@ def work(
     part = shop.of(order.client)
     if order.scoring:
         return pack({}), _scored(order, state, part, shop.train, rows, folder)
-    own = _own(part, folder, order.round)
+    state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
     outcome = train(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
     )

@@ -2,8 +2,25 @@
 
 from fedtune.merging._by_activity import ByActivity, Measurement, measurement, outshone
 from fedtune.merging._differences import cosine_table, opposed, scale_that_keeps_length
+from fedtune.merging._increments import (
+    Increment,
+    Increments,
+    add_increments,
+    join_increments,
+    split_increments,
+)
 from fedtune.merging._measured import StatisticsFile
-from fedtune.merging._pipeline import Pipeline, choose, errors, merge, merged_pieces, operands_of, settle
+from fedtune.merging._pipeline import (
+    Merged,
+    Pipeline,
+    choose,
+    errors,
+    merge,
+    merge_round,
+    merged_pieces,
+    operands_of,
+    settle,
+)
 from fedtune.merging._ranks import narrowed, widened
 from fedtune.merging._staleness import staleness_scale
 from fedtune.merging._step import (
@@ -26,7 +43,10 @@ __all__ = [
     "ByActivity",
     "Combine",
     "Evidence",
+    "Increment",
+    "Increments",
     "Measurement",
+    "Merged",
     "Operand",
     "Pipeline",
     "Relax",
@@ -36,11 +56,14 @@ __all__ = [
     "Shape",
     "Statistics",
     "StatisticsFile",
+    "add_increments",
     "choose",
     "cosine_table",
     "errors",
+    "join_increments",
     "measurement",
     "merge",
+    "merge_round",
     "merged_pieces",
     "narrowed",
     "operands_of",
@@ -48,6 +71,7 @@ __all__ = [
     "outshone",
     "scale_that_keeps_length",
     "settle",
+    "split_increments",
     "staleness_scale",
     "widened",
 ]

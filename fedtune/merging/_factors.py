@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtune.contribution import pieces
-
 __all__ = [
     "Factors",
-    "added",
     "averaged",
     "averaging_error",
     "inner",
@@ -106,18 +103,6 @@ def relative(missed: float, whole: float) -> float:
     if not missed:
         return 0.0
     return missed / whole if whole else math.inf
-
-
-def added(weight: Tensor, factors: Factors, transposed: bool = False) -> Tensor:
-    """A copy of a weight [d, k, ...] with the product added, or its transpose; piece by piece, one final rounding each.
-
-    ``transposed`` weights are [k, d]: embeddings, and the linear layers of GPT-2.
-    """
-    after = weight.clone(memory_format=torch.contiguous_format)
-    view = after.flatten(1).T if transposed else after.flatten(1)
-    for start, stop in pieces(tuple(view.shape)):
-        view[start:stop] = (view[start:stop].double() + factors.rows(start, stop)).to(weight.dtype)
-    return after
 
 
 def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:

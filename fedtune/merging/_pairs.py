@@ -3,19 +3,27 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.errors import RecipeError
-from fedtune.merging._factors import Factors, added, norm, padded, relative, remainder, stacked
+from fedtune.merging._factors import Factors, norm, padded, relative, remainder, stacked
+from fedtune.merging._increments import Increment, add_increment, make_increment
 from fedtune.merging._step import Combine, Evidence, Operand, Shape
 from fedtune.merging.mean import Mean
 
-__all__ = ["CombinePairs", "base_with", "merged_pairs", "pair_errors", "written"]
+__all__ = ["CombinePairs", "MergedPairs", "merged_pairs", "pair_errors", "written"]
 
 Tensors = Mapping[str, Tensor]
+
+
+class MergedPairs(NamedTuple):
+    """New tensors by name, those of base weights among them, and the increments that made the latter."""
+
+    tensors: dict[str, Tensor]
+    increments: dict[str, Increment]
 
 
 class CombinePairs(Combine, ABC):
@@ -31,7 +39,11 @@ class CombinePairs(Combine, ABC):
     def pair(
         self, pair: Pair, state: Tensors, factors: Sequence[Factors], weights: Sequence[float], evidence: Evidence
     ) -> dict[str, Tensor]:
-        """The next tensors of the pair, by name; ``weights`` sum to one."""
+        """The next factors of the pair, by name; ``weights`` sum to one."""
+
+    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors | None:
+        """The product that is added to the weight beside the pair; None for merges that leave it alone."""
+        return None
 
     def missed(self, factors: Sequence[Factors], weights: Sequence[float]) -> dict[str, float]:
         """Frobenius norms of errors by name: what a mean of the factors misses of the mean of the products."""
@@ -40,14 +52,19 @@ class CombinePairs(Combine, ABC):
 
 def merged_pairs(
     combine: Combine, state: Tensors, names: Sequence[str], operands: Sequence[Operand], evidence: Evidence
-) -> dict[str, Tensor]:
+) -> MergedPairs:
     """What a merge of pairs makes of those among the names; nothing for any other merge."""
+    merged = MergedPairs({}, {})
     if not isinstance(combine, CombinePairs):
-        return {}
+        return merged
     weights = [operand.weight for operand in operands]
-    merged: dict[str, Tensor] = {}
     for pair in _among(evidence.pairs, names):
-        merged |= combine.pair(pair, state, _factors(pair, state, operands), weights, evidence)
+        factors = _factors(pair, state, operands)
+        merged.tensors.update(combine.pair(pair, state, factors, weights, evidence))
+        if (product := combine.into_base(factors, weights)) is not None:
+            base, increment = _shared_base(pair), make_increment(product)
+            merged.increments[base] = increment
+            merged.tensors[base] = add_increment(state[base], increment, pair.transposed)
     return merged
 
 
@@ -76,11 +93,10 @@ def written(pair: Pair, factors: Factors, state: Tensors) -> dict[str, Tensor]:
     }
 
 
-def base_with(pair: Pair, factors: Factors, state: Tensors) -> dict[str, Tensor]:
-    """The weight beside the pair with a product added."""
+def _shared_base(pair: Pair) -> str:
     if pair.base is None:
         raise RecipeError(f"merge: the weight beside {pair.left} is not shared; set lora: {{exact: remainder}}")
-    return {pair.base: added(state[pair.base], factors, pair.transposed)}
+    return pair.base
 
 
 def _among(pairs: Sequence[Pair], names: Sequence[str]) -> list[Pair]:

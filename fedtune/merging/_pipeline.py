@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedtune.contribution import Contribution, pieces
 from fedtune.errors import RecipeError
+from fedtune.merging._increments import Increment
 from fedtune.merging._pairs import CombinePairs, merged_pairs, pair_errors
 from fedtune.merging._statistics import spread
 from fedtune.merging._step import Align, Combine, Evidence, Operand, Relax, Renormalise, Settled, Shape
@@ -16,7 +17,7 @@ from fedtune.merging.linear import Linear
 from fedtune.recipe import Unit
 from fedtune.registry import build
 
-__all__ = ["Pipeline", "choose", "errors", "merge", "merged_pieces", "operands_of", "settle"]
+__all__ = ["Merged", "Pipeline", "choose", "errors", "merge", "merge_round", "merged_pieces", "operands_of", "settle"]
 
 _MEAN, _VARIANCE = ".running_mean", ".running_var"
 Step = Align | Combine | Relax | Renormalise
@@ -99,6 +100,13 @@ def operands_of(combine: Combine, contributions: Sequence[Contribution]) -> list
     return [Operand(one.rows, weight) for one, weight in zip(ordered, weights, strict=True)]
 
 
+class Merged(NamedTuple):
+    """The next shared state, and the low-rank increments that made its base weights, by the weight's name."""
+
+    state: dict[str, Tensor]
+    increments: dict[str, Increment]
+
+
 def merge(
     pipeline: Pipeline,
     state: Mapping[str, Tensor],
@@ -111,9 +119,21 @@ def merge(
     Each tensor is merged over the contributions that hold it, whose weights are theirs alone; one that none holds
     stays.
     """
-    merged = dict(state)
+    return merge_round(pipeline, state, names, contributions, evidence).state
+
+
+def merge_round(
+    pipeline: Pipeline,
+    state: Mapping[str, Tensor],
+    names: Iterable[str],
+    contributions: Sequence[Contribution],
+    evidence: Evidence,
+) -> Merged:
+    """``merge``, and the increments by which base weights were made; none where these are renormalised afterwards."""
+    merged = Merged(dict(state), {})
     for named, senders in _by_senders(names, contributions):
-        merged = _merge_over(pipeline, merged, named, senders, evidence)
+        after = _merge_over(pipeline, merged.state, named, senders, evidence)
+        merged = Merged(after.state, merged.increments | after.increments)
     return merged
 
 
@@ -136,7 +156,7 @@ def _merge_over(
     named: Sequence[str],
     contributions: Sequence[Contribution],
     evidence: Evidence,
-) -> dict[str, Tensor]:
+) -> Merged:
     operands: Sequence[Operand] = operands_of(pipeline.combine, contributions)
     for step in pipeline.align:
         operands = step.align(state, operands, evidence)
@@ -144,9 +164,8 @@ def _merge_over(
     chosen = pipeline.combine  # what is settled may be another step, e.g. a sum with the coefficients that were found
     combine, operands = settle(chosen, shapes, operands, evidence)
     pipeline = pipeline._replace(combine=combine)
-    merged = dict(state)
-    paired = merged_pairs(pipeline.combine, state, named, operands, evidence)
-    merged |= paired
+    paired, increments = merged_pairs(pipeline.combine, state, named, operands, evidence)
+    merged = {**state, **paired}
     for name in (name for name in named if name not in paired):
         merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
         if name.endswith(_VARIANCE) and chosen.pooled:
@@ -154,7 +173,7 @@ def _merge_over(
     for mend in pipeline.renormalise:
         ends = [(operand.weight, _end(state, named, operand)) for operand in operands]
         merged |= mend.renormalise(merged, ends, evidence)
-    return merged
+    return Merged(merged, {} if pipeline.renormalise else increments)
 
 
 def errors(

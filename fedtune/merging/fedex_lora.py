@@ -2,12 +2,15 @@
 
 What: B = sum_i w_i B_i, A = sum_i w_i A_i, W <- W + s sum_i w_i (B_i - B)(A_i - A), so that W + s B A is W plus the
 mean of the clients' products. ``merge factor_error`` tells each round how much of the mean went into the base.
-Memory: the factors of one pair, of every client, and one piece of the dense remainder.
-Sends: the base weights beside the pairs become part of the shared state: they go down whole each round, not up.
+Memory: the factors of one pair, of every client, and one piece of the dense remainder. A device keeps the base
+weights of two rounds on its disk.
+Sends: the pairs, up and down. A device that holds the base of an earlier round is sent the remainders since, in factors
+of one client's rank less than all have together; others, and whoever missed too many rounds, the base whole.
 Use when: exactness with both factors trained is worth the downlink. Needs ``lora: {exact: remainder}``.
-Avoid when: the downlink is narrow, or the base is quantised: it must be writable.
+Avoid when: clients take part once and never again, or the base is quantised: it must be writable.
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models"
-(arXiv 2410.09432). Ours: weights need not be equal; the server adds the remainder, not each client.
+(arXiv 2410.09432). Ours: weights need not be equal; server and devices add the same remainder, in the
+fp32 factors of its singular value decomposition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.merging._factors import Factors, averaged, remainder
-from fedtune.merging._pairs import CombinePairs, base_with, written
+from fedtune.merging._pairs import CombinePairs, written
 from fedtune.merging._step import Evidence
 
 __all__ = ["FedexLora"]
@@ -38,6 +41,9 @@ class FedexLora(CombinePairs):
         weights: Sequence[float],
         evidence: Evidence,
     ) -> dict[str, Tensor]:
-        """Mean B, mean A, and the base with their covariance."""
-        means = written(pair, averaged(factors, weights), state)
-        return {**means, **base_with(pair, remainder(factors, weights), state)}
+        """Mean B and mean A."""
+        return written(pair, averaged(factors, weights), state)
+
+    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+        """The covariance of the factors."""
+        return remainder(factors, weights)

@@ -1,15 +1,18 @@
 """FLoRA: the clients' pairs are stacked, which is exact, and folded into the base weights; new pairs begin at zero.
 
 What: W <- W + sum_i w_i s_i B_i A_i; then B = 0 and a new A, drawn from ``seed`` and the round.
-Memory: the factors of one pair, of every client, and one piece of the dense product.
-Sends: the base weights beside the pairs become part of the shared state: they go down whole each round, not up.
+Memory: the factors of one pair, of every client, and one piece of the dense product. A device keeps the base weights
+of two rounds on its disk.
+Sends: the pairs, up and down. A device that holds the base of an earlier round is sent what was added since, in factors
+of at most the clients' summed ranks a round; others, and whoever missed so many rounds that it is less, the base whole.
 Use when: each round may open new directions, so that many rounds make an update of high rank, and clients may have
 different ranks. Needs ``lora: {exact: remainder}``.
-Avoid when: the downlink is narrow, the base is quantised, or rounds are so short that a pair that begins at zero again
-learns little.
+Avoid when: clients take part once and never again, the base is quantised, or rounds are so short that a pair that
+begins at zero again learns little.
 Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations"
-(arXiv 2409.05976). Ours: the server folds the stack into the base and sends that, where the authors send the
-stacked factors for clients to fold; the scale is part of the product; factors are told apart by name.
+(arXiv 2409.05976). Ours: server and devices add the same fp32 factors to the base, those of the sum's own singular
+value decomposition, where the authors send every client's; the scale is part of the product; factors are told apart by
+name.
 """
 
 import math
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from fedtune.contribution import Pair, Sent
 from fedtune.merging._factors import Factors, stacked
-from fedtune.merging._pairs import CombinePairs, base_with
+from fedtune.merging._pairs import CombinePairs
 from fedtune.merging._step import Evidence
 from fedtune.seeds import derive
 
@@ -45,10 +48,13 @@ class Flora(CombinePairs):
         weights: Sequence[float],
         evidence: Evidence,
     ) -> dict[str, Tensor]:
-        """B of zeros, a new A, and the base with all that was learned."""
+        """B of zeros and a new A."""
         drawn = _drawn(state[pair.right], derive(self.seed, evidence.draw, pair.right))
-        began = {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
-        return {**began, **base_with(pair, stacked(factors, weights), state)}
+        return {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
+
+    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+        """All that was learned."""
+        return stacked(factors, weights)
 
 
 def _drawn(a: Tensor, seed: int) -> Tensor:

@@ -28,7 +28,10 @@ DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
 Send = Callable[[Sequence[int], int], Mapping[int, Message]]
-"""Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with."""
+"""Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with.
+
+A client that is asked for the same round again, before its answer is recorded, is sent that state whole.
+"""
 
 
 class Asking(ABC):
@@ -92,7 +95,15 @@ class Together(Asking):
         """Whatever comes before the deadline, until there are enough."""
         federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
-        for client, reply in replies(self._grid, messages, federation.deadline, self._poll, self._removed.add):
+        found = replies(
+            self._grid,
+            messages,
+            federation.deadline,
+            self._poll,
+            self._removed.add,
+            lambda client: send([client], self._number),
+        )
+        for client, reply in found:
             yield client, reply
             if federation.take_first is not None and usable() >= federation.take_first:
                 self._enough = True

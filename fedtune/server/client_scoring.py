@@ -13,12 +13,13 @@ from fedtune.recipe import Recipe
 from fedtune.seeds import derive
 from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
 from fedtune.server.crew import Crew
+from fedtune.server.downloads import Downloads
 from fedtune.server.exchange import replies
-from fedtune.server.orders import make_messages
 from fedtune.server.own_scores import figures_of
 from fedtune.server.parts import Parts
 from fedtune.server.receive import read_error
 from fedtune.server.reports import read_score
+from fedtune.server.sending import Sending
 from fedtune.server.spool import spooling
 from fedtune.server.watch import Unscored, tell
 from fedtune.tracking import ClientScore
@@ -37,7 +38,7 @@ A device that has not trained yet loads model and data first.
 
 
 def score_by_clients(
-    grid: Grid, shop: Workshop, run: str, crew: Crew, state: State, number: int, took: float
+    grid: Grid, shop: Workshop, run: str, sending: Sending, crew: Crew, state: State, number: int, took: float
 ) -> tuple[ClientScore, ...]:
     """Figures of the shared state by each client that ``evaluation.clients`` asks for after round ``number``.
 
@@ -47,7 +48,7 @@ def score_by_clients(
     clients = draw_scorers(shop.recipe, _connected(grid, crew))
     if not clients:
         return ()
-    answers = _ask(grid, shop, run, crew, clients, state, number, took)
+    answers = _ask(grid, shop, run, sending, crew, clients, state, number, took)
     reasons = {f"client {one} ({crew.names[one]})": said for one, said in answers.items() if isinstance(said, str)}
     if reasons:
         tell(Unscored(number, len(clients), reasons))
@@ -57,7 +58,15 @@ def score_by_clients(
 
 
 def _ask(
-    grid: Grid, shop: Workshop, run: str, crew: Crew, clients: Sequence[int], state: State, number: int, took: float
+    grid: Grid,
+    shop: Workshop,
+    run: str,
+    sending: Sending,
+    crew: Crew,
+    clients: Sequence[int],
+    state: State,
+    number: int,
+    took: float,
 ) -> dict[int, OwnScore | str]:
     """The score of each client, or why there is none, in client order."""
     answers: dict[int, OwnScore | str] = dict.fromkeys(clients, NO_REPLY_IN_TIME)
@@ -66,8 +75,9 @@ def _ask(
         answers[client] = DEVICE_REMOVED
 
     with spooling(run, number) as spool:
-        parts = Parts(shop, state, number, spool if crew.shares_disk else None)
-        messages = make_messages(shop, run, crew, clients, parts, scoring=True)
+        folder = spool if crew.shares_disk else None
+        downloads = Downloads(Parts(shop, state, number), sending.bases, folder, deployed=False)
+        messages = sending.scoring_messages(clients, crew, downloads)
         for client, reply in replies(grid, messages, _deadline(shop.recipe, crew, took), crew.poll, note_removed):
             answers[client] = _read(reply)
     return answers

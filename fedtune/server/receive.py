@@ -33,13 +33,13 @@ def receive(
     spool: Path,
     limit: str = "federation.max_norm",
     most_examples: int = MOST_EXAMPLES,
+    bytes_down: int = 0,
 ) -> tuple[ContributionRecord, Contribution | None]:
     """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key.
 
-    ``most_examples`` is what the client can have trained on in the round. Nothing of a payload that is larger than the
-    round expects is read or written.
+    ``most_examples`` is what the client can have trained on in the round, ``bytes_down`` what it was sent. Nothing of a
+    payload that is larger than the round expects is read or written.
     """
-    bytes_down = part.size
     if reply.has_error():
         return _absent(client, device, *read_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"

@@ -18,10 +18,11 @@ from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.server import scoring
 from fedtune.server.asking import Asking
+from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import score_by_clients
 from fedtune.server.crew import Crew
+from fedtune.server.downloads import Downloads
 from fedtune.server.evidence import evidence
-from fedtune.server.orders import make_messages
 from fedtune.server.own_scores import client_scores, own_scores
 from fedtune.server.parts import Parts, sent_names, widened
 from fedtune.server.private import alike, norm_limit, with_noise
@@ -30,6 +31,7 @@ from fedtune.server.receive import aged, missing, receive
 from fedtune.server.roster import Roster
 from fedtune.server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from fedtune.server.safeguards import Safeguards
+from fedtune.server.sending import Sending
 from fedtune.server.spool import spooling, sweep
 from fedtune.server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
 from fedtune.server.ways import way_of_asking
@@ -63,12 +65,13 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     crew = roster.assemble()
     asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     guards = Safeguards(shop, store, run, done)
-    ask_scores = partial(score_by_clients, grid, shop, run)
+    sending = Sending(shop, run, Bases(shop, home.runs() / run, _earlier(run, 1), done))
+    ask_scores = partial(score_by_clients, grid, shop, run, sending)
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
-            ended = _round(shop, store, run, crew, asking, guards, ask_scores, state, number)
+            ended = _round(shop, store, run, crew, asking, guards, sending, ask_scores, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
@@ -98,6 +101,7 @@ def _round(
     crew: Crew,
     asking: Asking,
     guards: Safeguards,
+    sending: Sending,
     ask_scores: AskScores,
     state: State,
     number: int,
@@ -105,7 +109,7 @@ def _round(
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with spooling(run, number) as spool:
-        records, contributions = _gather(shop, run, crew, asking, guards, state, number, spool)
+        records, contributions = _gather(shop, run, crew, asking, guards, sending, state, number, spool)
         short = shortage(records, shop.recipe)
         if short and {record.client for record in records} & set(crew.removed()):
             return None
@@ -113,43 +117,46 @@ def _round(
         if not short:
             try:
                 merged, figures = _merged(shop, state, run, number, contributions)
-                state = require_finite(merged)
+                require_finite(merged.state)
+                sending.bases.merged(number, state, *merged)
+                state = merged.state
                 figures += guards.bound.merged()
             except MERGE_ERRORS as error:
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:
             records = unused(records)
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
+    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking.seconds())
     metrics += guards.spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     if scoring.scored_after(shop, number):
         told += ask_scores(crew, state, number, time.perf_counter() - started)
     state = _commit(store, run, number, state, started, records, metrics, short, told)
     guards.committed(records)
+    sending.bases.committed(number, records)
     return state
 
 
-def _simulated(asking: Asking) -> tuple[MetricRecord, ...]:
-    seconds = asking.seconds()
+def _simulated(seconds: float | None) -> tuple[MetricRecord, ...]:
     return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
     shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
-) -> tuple[State, tuple[MetricRecord, ...]]:
+) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
     pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
-    found = masks(state)
-    names = sent_names(shop, number)
+    found, names = masks(state), sent_names(shop, number)
     told = evidence(shop, pipeline, state, number, names, contributions)
     told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
     errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
-    merged = merging.merge(pipeline, compact(state, found), names, contributions, told)
+    merged, increments = merging.merge_round(pipeline, compact(state, found), names, contributions, told)
     extras = techniques.asked(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
     answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
-    return techniques.revise(shop.techniques, spread_out(merged, found), number, answers), tuple(figures)
+    revised = techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
+    leads = all(revised[name] is merged[name] for name in increments)  # from the weights before to those after
+    return merging.Merged(revised, increments if leads else {}), tuple(figures)
 
 
 def _gather(
@@ -158,32 +165,37 @@ def _gather(
     crew: Crew,
     asking: Asking,
     guards: Safeguards,
+    sending: Sending,
     state: State,
     number: int,
     spool: Path,
 ) -> tuple[list[ContributionRecord], list[Contribution]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
-    folder = spool if crew.shares_disk else None
-    parts, federation = Parts(shop, state, number, folder), shop.recipe.federation
+    folder, federation = spool if crew.shares_disk else None, shop.recipe.federation
+
+    def of(began_with: State, begun: int) -> Downloads:
+        return Downloads(Parts(shop, began_with, begun), sending.bases, folder, crew.deployed)
+
+    parts = (downloads := of(state, number)).parts
     records: dict[int, ContributionRecord] = {}
     contributions: list[Contribution] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
-        sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
-        return make_messages(shop, run, crew, clients, sent)
+        return sending.messages(clients, crew, downloads if begun == number else of(_earlier(run, begun), begun))
 
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
         most, limit = norm_limit(shop.recipe, part.expected.values())
-        received = receive(reply, client, device, part, most, spool, limit, guards.examples(client))
+        examples, down = guards.examples(client), sending.taken(client, downloads)
+        received = receive(reply, client, device, part, most, spool, limit, examples, down)
         records[client], sent = aged(*received, asking.staleness(client), federation.late)
         if sent:
             widened(shop, shop.of(client), sent)
             contributions.append(sent)
         tell(Answered(number, records[client]))
     for client, reason in crew.explained(asking.silent(records)).items():
-        records[client] = missing(client, crew.names[client], parts.of(client).size, reason)
+        records[client] = missing(client, crew.names[client], sending.taken(client, downloads), reason)
         tell(Answered(number, records[client]))
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]

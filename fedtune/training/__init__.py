@@ -5,7 +5,7 @@ from fedtune.training.loop import Outcome, step_loss, train, train_mode, update
 from fedtune.training.order import total_steps
 from fedtune.training.parts import received, trained_in
 from fedtune.training.received_state import score_received
-from fedtune.training.state import load_state, read_state, shapes
+from fedtune.training.state import load_state, precise, read_state, shapes, tensors_of
 from fedtune.training.threads import processor_threads
 from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
 
@@ -17,6 +17,7 @@ __all__ = [
     "build_model",
     "discard",
     "load_state",
+    "precise",
     "processor_threads",
     "read_state",
     "received",
@@ -24,6 +25,7 @@ __all__ = [
     "score_received",
     "shapes",
     "step_loss",
+    "tensors_of",
     "total_steps",
     "train",
     "train_mode",

@@ -1,0 +1,134 @@
+"""Claim: merges that write into the base weights send a device a sixth of the bytes that the whole base would be.
+
+MiniLM, four clients a round, rank 8. What goes down depends on shapes and ranks alone, so nothing is trained: the
+clients send random deltas, which the server merges, logs and sends on as in a run. ``down`` are the bytes that a client
+of every round is sent, round by round, ``away`` those of one that was last merged in round 1, ``whole`` those of the
+whole state. ``stateless`` is what would be sent if devices kept nothing: all increments since the start, or the whole
+state where that is less. ``seconds`` is processor time of one round, one thread: the merge, and what a device does to
+have its base: adding, the digest that tells it has the server's bits, and writing the file.
+
+Run: python -m benchmarks.base_increments [--rounds 16]
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import save
+from fedtune import checkpoint, merging, techniques
+from fedtune.contribution import Contribution, Order, pack, packed_size, unpack
+from fedtune.device.held_base import with_base
+from fedtune.merging import Evidence
+from fedtune.recipe_file import read
+from fedtune.server.bases import Bases
+from fedtune.server.downloads import Download, Downloads
+from fedtune.server.parts import Parts, sent_names
+from fedtune.server.receive import missing
+from fedtune.simulation import resolve
+from fedtune.stored_state import StoredState
+from fedtune.tracking import ContributionRecord
+from fedtune.training import Workshop, discard, read_state, workshop
+
+ROOT = Path(__file__).parents[1]
+CLIENTS, AWAY, RANK = 4, 4, 8
+State = Mapping[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=16)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    save("base_increments", {merge: measured(merge, chosen.rounds) for merge in ("flora", "fedex-lora")})
+
+
+def measured(merge: str, rounds: int) -> dict[str, Any]:
+    """Bytes by round and in all; what a round costs in processor time, the last one taken."""
+    settings = [
+        f"devices=[{{name: phone, count: {CLIENTS + 1}, memory: 512MB}}]",
+        f"train.techniques=[{{lora: {{exact: remainder, rank: {RANK}}}}}]",
+        f"merge=[{merge}]",
+        "federation.quorum=1",
+    ]
+    discard()
+    shop = workshop(resolve(read(ROOT / "recipes" / "sentiment.yaml", settings)).model_dump_json())
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(federation(shop, rounds, Path(folder)))
+    down, whole, added = [row.down for row in rows], rows[0].whole, rows[1].down - rows[0].down
+    stateless = [min(down[0] + added * number, whole) for number in range(rounds)]
+    sums = {"down": sum(down), "stateless": sum(stateless), "whole": whole * rounds}
+    seconds = {"merge": round(rows[-1].merging, 3), "device": round(rows[-1].device, 3)}
+    away = [row.away for row in rows]
+    return {"down": down, "away": away, "whole": whole, "stateless": stateless, "sums": sums, "seconds": seconds}
+
+
+class Row(NamedTuple):
+    """Bytes to a client of all rounds, to one that is away, and whole; processor seconds of the merge, of a device."""
+
+    down: int
+    away: int
+    whole: int
+    merging: float
+    device: float
+
+
+def federation(shop: Workshop, rounds: int, folder: Path) -> Iterator[Row]:
+    """Round by round, as the server's loop does it."""
+    state = stored(read_state(shop.model, shop.shared), folder, 0)
+    bases = Bases(shop, folder, state, [])
+    for number in range(1, rounds + 1):
+        downloads = Downloads(Parts(shop, state, number), bases, None, deployed=True)
+        got, away = downloads.of(0), downloads.of(AWAY)
+        device = received(shop, got, number, folder / "device")
+        sent = contributions(shop, state, number, folder)
+        evidence = Evidence(pairs=techniques.pairs(shop.techniques, shop.model), draw=number)
+        started = time.process_time()
+        merged = merging.merge_round(merging.choose(shop.recipe.merge), state, sent_names(shop, number), sent, evidence)
+        seconds = time.process_time() - started
+        bases.merged(number, state, *merged)
+        bases.committed(number, records(CLIENTS if number > 1 else CLIENTS + 1))
+        yield Row(got.size, away.size, packed_size(state), seconds, device)
+        state = stored(merged.state, folder, number)
+
+
+def stored(state: State, folder: Path, number: int) -> StoredState:
+    """The state as a round leaves it."""
+    path = folder / f"round-{number:04d}.safetensors"
+    checkpoint.save(path, state)
+    return StoredState(path)
+
+
+def received(shop: Workshop, got: Download, number: int, folder: Path) -> float:
+    """Seconds of a device until it has its base, which is checked by its digest."""
+    assert isinstance(got.payload, bytes)
+    assert got.held, "the increments are fewer bytes in each round"
+    started = time.process_time()
+    with_base(Order("", number, 0, base=got.base, held=got.held), unpack(got.payload), shop, folder)
+    return time.process_time() - started
+
+
+def contributions(shop: Workshop, state: State, number: int, folder: Path) -> list[Contribution]:
+    """Random deltas of each client, of about the size that some steps make."""
+    names, found = sent_names(shop, number), []
+    for client in range(CLIENTS):
+        random = torch.Generator().manual_seed(1000 * number + client)
+        path = folder / f"{client}.safetensors"
+        path.write_bytes(pack({name: 1e-3 * torch.randn(state[name].shape, generator=random) for name in names}))
+        found.append(Contribution(client, 10 + client, path))
+    return found
+
+
+def records(clients: int) -> list[ContributionRecord]:
+    """That so many were merged."""
+    return [replace(missing(client, "phone", 0, ""), status="merged") for client in range(clients)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The base weights of the last rounds that a device trained in: files named by their digest, so that none is mistaken.
+
+Merges that write into the base send only what was added to it. A device adds this to the base it holds and gets the
+server's bits, or asks for the whole base. Two files stay: the one that the order counted on, which a round that is
+begun again will count on too, and the one that it led to.
+"""
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune import checkpoint, techniques
+from fedtune.contribution import Order
+from fedtune.errors import DeviceError, StoreError
+from fedtune.merging import add_increments, split_increments
+from fedtune.protocol_codes import LACKS_BASE
+from fedtune.stored_state import StoredState
+from fedtune.training import Workshop, precise, tensors_of
+
+__all__ = ["leave_others", "with_base"]
+
+State = Mapping[str, Tensor]
+
+
+def with_base(order: Order, sent: State, part: Workshop, folder: Path) -> State:
+    """The state of an order with its base weights whole, which are kept in ``folder`` for the next one.
+
+    DeviceError with the code ``base-lacking`` where the device does not hold what the order counts on.
+    """
+    if not order.base:
+        return sent
+    transposed = {pair.base: pair.transposed for pair in techniques.pairs(part.techniques, part.model) if pair.base}
+    rest, steps = split_increments(sent)
+    if not order.held:
+        base = {name: rest.pop(name) for name in transposed}
+    else:
+        held = _held(order.held, list(transposed), part, folder)
+        base = {name: add_increments(held[name], name, steps, turned) for name, turned in transposed.items()}
+        if checkpoint.digest(base) != order.base:
+            raise _lacking()
+    kept = _keep(order.base, base, folder)
+    _forget_all_but({order.held, order.base}, folder)
+    return ChainMap(rest, kept)  # type: ignore[arg-type]  # nobody writes into it
+
+
+def leave_others(folder: Path) -> None:
+    """Drop the base weights kept for other runs, whose folders lie beside this one's."""
+    for path in folder.parent.glob("*/base-*.safetensors"):
+        if path.parent != folder:
+            path.unlink(missing_ok=True)
+
+
+def _held(digest: str, names: Sequence[str], part: Workshop, folder: Path) -> State:
+    """The base with this digest, from its file or, before the first round, from the model as it was built.
+
+    What the model holds is kept too: once it has trained it is another one.
+    """
+    with suppress(StoreError):
+        return StoredState(_path(folder, digest))
+    tensors = tensors_of(part.model)
+    built = {name: precise(tensors[name].detach()) for name in names}
+    if checkpoint.digest(built) != digest:
+        raise _lacking()
+    return _keep(digest, built, folder)
+
+
+def _keep(digest: str, base: State, folder: Path) -> State:
+    """The base, from its file; from memory where the disk is full: then the next order's is asked for whole."""
+    path = _path(folder, digest)
+    with suppress(StoreError):
+        if not path.exists():
+            checkpoint.save(path, base)
+        return StoredState(path)
+    return base
+
+
+def _forget_all_but(digests: set[str], folder: Path) -> None:
+    kept = {_path(folder, digest) for digest in digests}
+    for path in folder.glob("base-*.safetensors"):
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / f"base-{digest}.safetensors"
+
+
+def _lacking() -> DeviceError:
+    return DeviceError("these base weights are not on this device; it asks for them whole", code=LACKS_BASE)

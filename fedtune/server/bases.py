@@ -1,0 +1,71 @@
+"""Which base weights each client of a run holds, and what leads from them to those of a round.
+
+Merges of pairs and base write into the weights beside the pairs. Who trained in a merged round holds the base that the
+round began with; who has not yet, builds the run's first one from the recipe.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedtune import checkpoint, techniques
+from fedtune.merging import Increment, Increments
+from fedtune.server.base_log import BaseLog
+from fedtune.server.parts import State
+from fedtune.sparse import mask_name
+from fedtune.tracking import ContributionRecord, RoundRecord
+from fedtune.training import Workshop
+
+__all__ = ["Bases"]
+
+
+class Bases:
+    """Those of one run, whose increments rest in ``folder``; ``start`` is the state of round 0.
+
+    What a client holds is told from the committed rounds alone, so that a resumed run sends what it would have sent.
+    """
+
+    def __init__(self, shop: Workshop, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
+        pairs = techniques.pairs(shop.techniques, shop.model)
+        self.names = [pair.base for pair in pairs if pair.base is not None and mask_name(pair.base) not in start]
+        self._log = BaseLog(folder)
+        self._log.forget(done[-1].number + 1 if done else 0)
+        self._start = self._digest(start)
+        self._digests: dict[int, str] = {}
+        self._merged: dict[int, int] = {}
+        for record in done:
+            self._note(record.number, record.contributions)
+        self._bytes = sum(start[name].nbytes for name in self.names)
+        self._log.trim(self._bytes)
+
+    def digest(self, number: int, state: State) -> str:
+        """Of the base in ``state``, which round ``number`` begins with; "" where there is none to keep track of."""
+        if number not in self._digests:
+            self._digests[number] = self._digest(state)
+        return self._digests[number]
+
+    def held(self, client: int) -> str:
+        """The digest of the base that a client holds; "" where that cannot be told."""
+        if not self.names:
+            return ""
+        return self._log.before(self._merged[client]) if client in self._merged else self._start
+
+    def increments(self, held: str, base: str) -> list[dict[str, Increment]] | None:
+        """Round by round what leads from a base that is held to the one of now; None without a way."""
+        chain = self._log.between(held, base) if held else None
+        return None if chain is None else [one.increments for one in chain]
+
+    def merged(self, number: int, before: State, after: State, increments: Increments) -> None:
+        """Keep what a round added to the base, which is about to be committed."""
+        if increments:
+            self._log.save(number, self.digest(number, before), self._digest(after), increments)
+
+    def committed(self, number: int, records: Sequence[ContributionRecord]) -> None:
+        """A round has been committed."""
+        self._note(number, records)
+        self._log.trim(self._bytes)
+
+    def _note(self, number: int, records: Sequence[ContributionRecord]) -> None:
+        self._merged |= dict.fromkeys((one.client for one in records if one.status == "merged"), number)
+
+    def _digest(self, state: State) -> str:
+        return checkpoint.digest({name: state[name] for name in self.names}) if self.names else ""

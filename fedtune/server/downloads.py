@@ -1,0 +1,83 @@
+"""What each client is sent of the shared state in a round: whole, or with increments of the base weights it holds.
+
+Only devices are sent increments. In a simulation clients read the server's own state, and the bytes are counted that a
+device would be sent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune import checkpoint
+from fedtune.contribution import pack, packed_size
+from fedtune.merging import join_increments
+from fedtune.server.bases import Bases
+from fedtune.server.parts import Part, Parts, State
+from fedtune.stored_state import StoredState
+
+__all__ = ["Download", "Downloads"]
+
+
+@dataclass(frozen=True)
+class Download:
+    """A payload, or its file; the bytes it counts; and what the order says of base weights, see ``Order``."""
+
+    payload: bytes | Path
+    size: int
+    base: str = ""
+    held: str = ""
+
+
+class Downloads:
+    """Of the clients of one round; those of one device class that hold the same base share a payload.
+
+    With ``folder``, which server and clients must both see, it is sent as the name of a file.
+    """
+
+    def __init__(self, parts: Parts, bases: Bases, folder: Path | None, deployed: bool) -> None:
+        self.parts, self.number = parts, parts.number
+        self._bases, self._folder, self._deployed = bases, folder, deployed
+        self._made: dict[tuple[int, str], Download] = {}
+
+    def of(self, client: int, whole: bool = False) -> Download:
+        """A client's; ``whole`` for one that turned out not to hold the base it should."""
+        part = self.parts.of(client)
+        held = "" if whole else self._bases.held(client)
+        key = id(part), held
+        if key not in self._made:
+            self._made[key] = (self._smaller(part, held) if held else None) or self._whole(part)
+        return self._made[key]
+
+    def _whole(self, part: Part) -> Download:
+        payload = pack(part.wire) if self._folder is None else _file(part.wire, self._folder)
+        size = payload.stat().st_size if isinstance(payload, Path) else len(payload)
+        return Download(payload, size, self._base() if self._deployed else "")
+
+    def _smaller(self, part: Part, held: str) -> Download | None:
+        """The state with increments in place of the base, if there are any and they are fewer bytes."""
+        steps = self._bases.increments(held, self._base())
+        if steps is None:
+            return None
+        rest = {name: part.wire[name] for name in part.wire if name not in self._bases.names}
+        tensors: Mapping[str, Tensor] = rest | join_increments(steps)
+        size = packed_size(tensors)
+        if size >= packed_size(part.wire):
+            return None
+        if not self._deployed:
+            return Download(self._made.setdefault((id(part), ""), self._whole(part)).payload, size)
+        return Download(pack(tensors), size, self._base(), held)
+
+    def _base(self) -> str:
+        return self._bases.digest(self.number, self.parts.state)
+
+
+def _file(wire: State, folder: Path) -> Path:
+    """The file of a state, written under its digest unless it is on disk as it is."""
+    if isinstance(wire, StoredState):
+        return wire.path
+    path = folder / f"state-{checkpoint.digest(wire)}.safetensors"
+    if not path.exists():
+        checkpoint.save(path, wire)
+    return path

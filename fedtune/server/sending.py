@@ -1,0 +1,79 @@
+"""The messages of a run's rounds, and how many bytes each client has been sent for the answer that is to come."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from flwr.app import Message
+
+from fedtune import home
+from fedtune.contribution import Order
+from fedtune.server.bases import Bases
+from fedtune.server.crew import Crew
+from fedtune.server.downloads import Download, Downloads
+from fedtune.server.exchange import messages_for
+from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
+from fedtune.training import Workshop
+
+__all__ = ["Sending"]
+
+
+class Sending:
+    """Of one run."""
+
+    def __init__(self, shop: Workshop, run: str, bases: Bases) -> None:
+        self.bases, self._run = bases, run
+        self._order = Order(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.labels), run)
+        self._asked: dict[int, tuple[int, int]] = {}
+
+    def messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+        """A message to each client, in client order; all that are sent the same share one copy of it.
+
+        Who is asked for the same round again is sent the whole state.
+        """
+        self._expect(clients, crew, downloads)
+        shared: dict[int, tuple[Download, list[int]]] = {}
+        for client in clients:
+            download = self._download(client, downloads)
+            shared.setdefault(id(download), (download, []))[1].append(client)
+        return _made(self._order, crew, shared.values(), downloads.number)
+
+    def scoring_messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+        """The state whole to each client, which is to score it and not to train; no base is kept of it."""
+        self._expect(clients, crew, downloads)
+        shared: dict[int, tuple[Download, list[int]]] = {}
+        for client in clients:
+            download = replace(downloads.of(client, whole=True), base="")
+            shared.setdefault(id(download.payload), (download, []))[1].append(client)
+        return _made(replace(self._order, scoring=True), crew, shared.values(), downloads.number)
+
+    def _download(self, client: int, downloads: Downloads) -> Download:
+        """What a client is sent now, whose bytes count from here on."""
+        begun, before = self._asked.get(client, (0, 0))
+        again = begun == downloads.number
+        download = downloads.of(client, whole=again)
+        self._asked[client] = downloads.number, download.size + (before if again else 0)
+        return download
+
+    def _expect(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> None:
+        """Let the answers be as large as they may."""
+        most = max((downloads.parts.of(client).most_bytes for client in clients), default=0)
+        crew.expect(most)
+        if crew.deployed:
+            raise_reply_limit(home.runs() / self._run, most + OVERHEAD)
+
+    def taken(self, client: int, downloads: Downloads) -> int:
+        """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
+        _, sent = self._asked.pop(client, (0, 0))
+        return sent or downloads.of(client).size
+
+
+def _made(
+    order: Order, crew: Crew, shared: Iterable[tuple[Download, Sequence[int]]], number: int
+) -> dict[int, Message]:
+    """The order of round ``number`` to each client, with the download it shares."""
+    found: dict[int, Message] = {}
+    for download, own in shared:
+        one = replace(order, round=number, base=download.base, held=download.held)
+        found |= messages_for(own, crew.nodes, one, download.payload)
+    return dict(sorted(found.items()))
