@@ -45,7 +45,7 @@ _CORES = {
 
 _RESPECT = "respect_saved_tensors_hooks"
 _HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else {}
-"""What is kept passes others' hooks by, as in every torch before 2.14, which warns that this default is going to change."""
+"""What is kept passes others' hooks by, as in every torch before 2.14, which warns that its default will change."""
 
 
 class SelectiveRecompute(Technique):
