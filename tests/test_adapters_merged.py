@@ -38,6 +38,11 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
         PLAIN,
         {"rank_pattern": {"kernel": 1}},
     ],
+    "patterns and rsLoRA": [
+        {"rank_pattern": {"block.fc": 1}, "alpha_pattern": {r".*kernel": 9}, "use_rslora": True, "r": 3},
+        {"rank_pattern": {r"^fc": 4}, "use_rslora": True},
+        {"alpha_pattern": {"fc": 1}, "lora_alpha": 2},
+    ],
     "modules": [
         {"target_modules": ["block.fc"]},
         {"target_modules": ["tokens", "block.kernel"]},

@@ -73,12 +73,24 @@ def test_rescale_stretches_nothing_where_nothing_is_dropped() -> None:
     assert method("task_arithmetic").step([{"rescale": True}], "weight", 0.0).model_dump()["scale"] == 1.0
 
 
+@pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
-def test_rescale_is_known_where_mergekit_knows_it(name: str) -> None:
-    method(name).check({"rescale": False}, "parameters")
-    method(name).step([{"rescale": False}], "weight", 0.0)
-    with pytest.raises(RecipeError, match=r"parameters: .* knows rescale only as false; leave it out$"):
-        method(name).check({"rescale": True}, "parameters")
+def test_rescale_is_off_until_it_is_asked_for(name: str, rescale: bool) -> None:
+    method(name).check({"rescale": rescale}, "parameters")
+    assert not method(name).step([], "weight", 0.0).model_dump()["rescale"]
+    assert method(name).own([{"rescale": rescale}], "weight", 0.0).knobs["rescale"] == rescale
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"])
+def test_which_sum_rescale_keeps_is_no_parameter(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"parameters: .* has no parameter 'rescale_norm'; did you mean 'rescale'\?$"):
+        method(name).check({"rescale_norm": "l2"}, "parameters")
+
+
+def test_task_arithmetic_drops_nothing_and_says_so() -> None:
+    method("task_arithmetic").check({"density": 1}, "parameters")
+    with pytest.raises(RecipeError, match=r"parameters: task-arithmetic knows density only as 1\.0; leave it out$"):
+        method("task_arithmetic").check({"density": 0.5}, "parameters")
 
 
 def test_della_without_rescaling_keeps_entries_as_they_are() -> None:

@@ -41,8 +41,8 @@ WEIGHTS = "models:\n  - {model: ONE, parameters: {weight: %s}}\n  - {model: TWO,
 SAME: dict[str, tuple[str, str]] = {
     "numbers without a point": (WEIGHTS % ("[5e-1, 1]", "5e-1"), WEIGHTS % ("[0.5, 1.0]", "0.5")),
     "one filter that is no list": (
-        WEIGHTS % ("{filter: mlp, value: 3}", 1),
-        WEIGHTS % ("[{filter: mlp, value: 3}]", 1),
+        WEIGHTS % ("{filter: weight, value: 3}", 1),
+        WEIGHTS % ("[{filter: weight, value: 3}]", 1),
     ),
     "one value that is no list": (WEIGHTS % ("{value: 3}", 1), WEIGHTS % (3, 1)),
     "an empty list": (WEIGHTS % ("[]", 3), WEIGHTS % (1, 3)),
@@ -214,3 +214,17 @@ def test_more_modules_than_one_are_refused() -> None:
     text = "modules: {text: {models: [a]}, vision: {models: [b]}}\n"
     with pytest.raises(RecipeError, match=r"modules: only one module is merged at a time; .* models or slices"):
         parse(text, "merge.yaml")
+
+
+def test_a_slice_that_ends_where_it_begins_is_told(folders: list[Path]) -> None:
+    sources = "".join(f"  - sources: [{{model: ONE, layer_range: {part}}}]\n" for part in ([0, 1], [1, 1]))
+    prepared = prepare(parse(named(folders, f"merge_method: passthrough\nslices:\n{sources}"), "merge.yaml"))
+    said = f"layer_range [1, 1] of {folders[1]} holds no layer, as its end is not counted; [1, 2] is layer 1"
+    assert prepared.warnings == [said]
+
+
+def test_a_weight_that_is_not_said_of_every_tensor_is_refused(folders: list[Path]) -> None:
+    text = named(folders, WEIGHTS % ("[{filter: q_proj, value: 1}END]", 1))
+    with pytest.raises(RecipeError, match=r"^parameters: weight says nothing of .*; end its list with {value: \.\.\.}"):
+        prepare(parse(text.replace("END", ""), "merge.yaml"))
+    prepare(parse(text.replace("END", ", {value: 0.5}"), "merge.yaml"))

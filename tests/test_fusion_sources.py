@@ -81,6 +81,15 @@ ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
         llama,
         {"target_modules": LINEARS, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.*v_proj": 3}},
     ),
+    "patterns, rsLoRA": (
+        llama,
+        {
+            "target_modules": LINEARS,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 5},
+            "alpha_pattern": {r"layers\.1\..*v_proj": 9},
+        },
+    ),
     "dora": (llama, {"target_modules": LINEARS, "use_dora": True}),
     "biases": (bert, {"target_modules": ["query", "value"], "bias": "all", "task_type": "SEQ_CLS"}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -26,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5ForConditionalGeneration,
 )
 
@@ -59,6 +62,12 @@ def modernbert(rows: int) -> PreTrainedModel:
     return ModernBertForMaskedLM(ModernBertConfig(**_SIZE, **more, vocab_size=rows))
 
 
+def rwkv(rows: int) -> PreTrainedModel:
+    return RwkvForCausalLM(
+        RwkvConfig(vocab_size=rows, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=32)
+    )
+
+
 BUILDS: dict[str, tuple[Any, str]] = {
     "t5": (lambda rows: t5(vocab_size=rows), "shared.weight"),
     "t5, untied": (lambda rows: untied(t5(vocab_size=rows)), "lm_head.weight"),
@@ -68,6 +77,8 @@ BUILDS: dict[str, tuple[Any, str]] = {
         ),
         "backbone.embeddings.weight",
     ),
+    "rwkv": (rwkv, "head.weight"),
+    "rwkv, its input": (rwkv, "rwkv.embeddings.weight"),
     "modernbert": (modernbert, "model.embeddings.tok_embeddings.weight"),
     "distilbert": (
         lambda rows: DistilBertForMaskedLM(
@@ -154,6 +165,7 @@ def test_the_number_of_tokens_is_set_wherever_it_is_said(settings: dict[str, Any
 
 
 LOADS: dict[str, Any] = {
+    "rwkv": AutoModelForCausalLM,
     "t5": AutoModelForSeq2SeqLM,
     "t5, untied": AutoModelForSeq2SeqLM,
     "modernbert": AutoModelForMaskedLM,

@@ -31,7 +31,7 @@ def stream(values: Tensor, piece: int) -> Iterator[Tensor]:
 
 
 def kept(values: Tensor, keep: int, piece: int = 7) -> Tensor:
-    found = torch.cat(list(largest(lambda: stream(values, piece), keep, len(values))))[:, 0]
+    found = torch.cat(list(largest(lambda: stream(values, piece), keep, len(values))()))[:, 0]
     return found.nonzero()[:, 0]
 
 
@@ -70,7 +70,7 @@ def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None)
 @pytest.mark.parametrize("name", hard_values())
 def test_a_band_is_the_middle_of_a_stable_sort(name: str, way: None) -> None:
     values = hard_values()[name]
-    found = torch.cat(list(between(lambda: stream(values, 11), 40, 300, len(values))))[:, 0]
+    found = torch.cat(list(between(lambda: stream(values, 11), 40, 300, len(values))()))[:, 0]
     order = values.abs().argsort(descending=True, stable=True)
     wanted = torch.zeros(500).scatter_(0, order[40:300], values[order[40:300]])
     assert torch.equal(found, wanted)
@@ -127,6 +127,51 @@ def test_ties_is_the_twin(name: str, density: float) -> None:
     found = merged(a_step("ties", {"density": density}), models(3), WEIGHTS)[name]
     twin = ties_twin([model[name] for model in models(3)], WEIGHTS, density)
     torch.testing.assert_close(found, twin, rtol=1e-6, atol=1e-6)
+
+
+def rescaled_twin(values: Tensor, density: float, gamma: float) -> Tensor:
+    """A band of a stable sort, stretched entry by entry until its magnitudes add up to those of all entries."""
+    size = values.numel()
+    keep = max(1, math.floor(density * size))
+    top = min(math.floor(gamma * size), size - keep)
+    order = sorted(range(size), key=lambda place: -abs(float(values.flatten()[place])))[top : top + keep]
+    found = {place: float(values.flatten()[place]) for place in order}
+    before, after = (math.fsum(map(abs, some)) for some in (values.flatten().tolist(), found.values()))
+    ratio = before / after if min(before, after) >= 1e-7 else 1.0
+    return torch.tensor([ratio * found.get(place, 0.0) for place in range(size)]).reshape(values.shape)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize(("name", "gamma"), [("ties", 0.0), ("breadcrumbs", 0.1), ("breadcrumbs-ties", 0.02)])
+def test_rescale_is_the_twin(
+    name: str, gamma: float, density: float, fits: bool, way: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contribution, "_PIECE", 64)
+    monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 24 if fits else 0)
+    settings = {"density": density, "rescale": True, "normalise": False, **({"gamma": gamma} if gamma else {})}
+    deltas = {key: value for key, value in a_model(3, SHAPES).items() if key != "none"}
+    found = merged(a_step(name, settings), [deltas])
+    for key, values in deltas.items():
+        twin = rescaled_twin(values, density, gamma)
+        torch.testing.assert_close(found[key], twin, rtol=1e-6, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs-ties"])
+def test_rescale_leaves_what_is_next_to_nothing(name: str) -> None:
+    for values in (torch.full((10,), 1e-9), torch.zeros(10), torch.tensor([1.0] + 9 * [0.0])):
+        settings = {"density": 0.2, **({"gamma": 0.1} if "bread" in name else {})}
+        one, other = (merged(a_step(name, {**settings, "rescale": on}), [{"w": values}])["w"] for on in (True, False))
+        assert torch.equal(one, other)
+
+
+def test_each_model_is_rescaled_by_itself() -> None:
+    deltas = models(3)
+    step = a_step("ties", {"density": 0.3, "rescale": True, "normalise": False})
+    found = merged(step, deltas, WEIGHTS)["weight"]
+    parts = [weight * merged(step, [one])["weight"] for weight, one in zip(WEIGHTS, deltas, strict=True)]
+    agreeing = torch.stack(parts) * torch.stack(parts).sum(0).sign()
+    torch.testing.assert_close(found.abs(), agreeing.clamp_min(0).sum(0), rtol=1e-6, atol=1e-7)
 
 
 def test_a_tied_election_goes_to_plus_and_entries_that_were_dropped_have_no_vote() -> None:
@@ -222,10 +267,19 @@ def test_sce_is_the_twin(name: str, share: float) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "passes"), [("ties", 3), ("breadcrumbs", 5), ("sce", 5)])
+@pytest.mark.parametrize(
+    ("name", "settings", "passes"),
+    [
+        ("ties", {"density": 0.2}, 3),
+        ("ties", {"density": 0.2, "rescale": True}, 5),
+        ("breadcrumbs", {"density": 0.2}, 5),
+        ("breadcrumbs", {"density": 0.2, "rescale": True}, 7),
+        ("sce", {"select_topk": 0.2}, 5),
+    ],
+)
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_piece(
-    name: str, passes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, settings: dict[str, float], passes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads are of pieces in order, none larger, by every pass of a selection; the merge is the same."""
     shape, asked = (1000, 900), list[tuple[int, int]]()
@@ -237,7 +291,7 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
         asked.append((start, stop))
         return values[start:stop]
 
-    step = a_step(name, {"select_topk": 0.2} if name == "sce" else {"density": 0.2})
+    step = a_step(name, settings)
     other = Operand(Held({"w": values.flip(0)}), 1.0)
     found = torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other])))
     assert asked == (1 if fits else passes) * list(pieces(shape))

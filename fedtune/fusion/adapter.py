@@ -13,10 +13,12 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, module_of
-from fedtune.fusion.folder import as_fp32, read_json
+from fedtune.fusion.folder import as_fp32
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layout import Form
 from fedtune.fusion.starts import RESIDUAL, taken_out
 from fedtune.fusion.token_names import is_embedding, is_output, output_of
+from fedtune.fusion.transposed import is_transposed
 from fedtune.fusion.vocabulary import has_tokenizer
 from fedtune.fusion.weights import Weights, by_their_rest, spelt_like
 from fedtune.merging._factors import Factors
@@ -30,11 +32,12 @@ _ASIDE = ".original_module."
 
 
 def base_of(folder: Path) -> str:
-    """What an adapter says it was made for: a hub id or a folder."""
-    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    """What an adapter says it was made for: a hub id, with its revision where one is told, or a folder."""
+    told = read_json(folder / CONFIG)
+    base, revision = told.get("base_model_name_or_path"), told.get("revision")
     if not base:
         raise SourceError(f"{folder} does not say which base it is for; write it as BASE+{folder}")
-    return str(base)
+    return str(base) if revision is None or Path(base).expanduser().exists() else f"{base}@{revision}"
 
 
 class Adapted(Weights):
@@ -56,6 +59,7 @@ class Adapted(Weights):
             self._modules = {meant.get(name, name): module for name, module in self._modules.items()}
             self._whole = {meant.get(name, name): stored for name, stored in self._whole.items()}
         self._same: dict[str, str] = {}
+        self._transposed: dict[str, bool] = {}
         self.forms = dict(self._base.forms)
         for name, stored in self._whole.items():
             dtype = self._base.forms[name].dtype if name in self._base.forms else self._adapter.dtype
@@ -152,7 +156,11 @@ class Adapted(Weights):
         return rows * ratio.reshape(-1, *[1] * (rows.dim() - 1))
 
     def _flipped(self, module: str) -> bool:
-        return self._adapter.places[module].embedding or bool(self._adapter.setting("fan_in_fan_out"))
+        if module not in self._transposed:
+            said = bool(self._adapter.setting("fan_in_fan_out"))
+            place = self._adapter.places[module]
+            self._transposed[module] = place.embedding or is_transposed(self.folder, module, said)
+        return self._transposed[module]
 
     def _check_rows(self) -> None:
         """ModelError where the adapter brings rows for more tokens to the input than the output has, or less."""

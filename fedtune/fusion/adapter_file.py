@@ -5,7 +5,7 @@ Scales are alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own rank 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.adapter_settings import check_adapter
+from fedtune.fusion.folder import as_fp32
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.starts import check_start
 from fedtune.merging._factors import Factors
 
@@ -26,19 +28,6 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _INSIDE = "base_model.model."
 _FACTOR = re.compile(r"^(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
-_UNLIKE = (
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Settings under which an adapter is more than a product per module."""
-_SOMETIMES = ("alora_invocation_tokens", "arrow_config")
-"""Settings under which an adapter acts on some tokens and not on others."""
 
 
 class Place(NamedTuple):
@@ -55,15 +44,7 @@ class AdapterFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / CONFIG)
-        kind = self.config.get("peft_type")
-        if kind != "LORA":
-            raise ModelError(f"{folder} is a {kind} adapter; only LoRA and DoRA adapters are merged by their products")
-        for key in _UNLIKE:
-            if self.config.get(key):
-                raise ModelError(f"{folder} has {key}, which no product of two factors can carry; fold it with peft")
-        for key in _SOMETIMES:
-            if self.config.get(key):
-                raise ModelError(f"{folder} has {key}, so it acts on some tokens only and is no change of the weights")
+        check_adapter(folder, self.config)
         self.start = check_start(self.config.get("init_lora_weights", True), str(folder))
 
     @cached_property
@@ -74,9 +55,12 @@ class AdapterFile:
             raise SourceError(f"{self.folder} has no {TENSORS}; save it with safetensors")
         try:
             with safe_open(path, "pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise SourceError(f"{path} cannot be read ({error}); fetch it again") from error
+        if not found:
+            raise SourceError(f"{path} holds no tensor; train or fetch it again")
+        return found
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -89,6 +73,7 @@ class AdapterFile:
                 embeddings |= {match["owner"]} if match["embedding"] else set()
         for owner, names in found.items():
             self._check(owner, names)
+        self._check_magnitudes(set(found))
         return {module_of(own): Place(names["A"], names["B"], own in embeddings) for own, names in found.items()}
 
     @cached_property
@@ -104,7 +89,7 @@ class AdapterFile:
         """A tensor as it is stored; ModelError for values that are not finite."""
         with safe_open(self.folder / TENSORS, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        if not bool(tensor.isfinite().all()):
+        if not bool(as_fp32(tensor).isfinite().all()):
             raise ModelError(f"{self.folder} holds values that are not finite in {name}; train or fetch it again")
         return tensor
 
@@ -116,9 +101,23 @@ class AdapterFile:
 
     def scale(self, module: str, rank: int) -> float:
         """What multiplies a module's product."""
-        patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
-        alpha = float(patterns.get(get_pattern_key(list(patterns), module), self.config["lora_alpha"]))
+        alpha = self._said("alpha_pattern", "lora_alpha", module)
+        if alpha is None:
+            raise ModelError(f"{self.folder} does not say lora_alpha, which scales its products; fetch {CONFIG} again")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) if rank else 1.0
+
+    def _said(self, patterns: str, key: str, module: str) -> float | None:
+        """A number of the configuration for one module: by a pattern, or else for all."""
+        own = self.config.get(patterns) or {}
+        try:
+            found = own.get(get_pattern_key(list(own), module), self.config.get(key))
+        except (AttributeError, re.error) as error:
+            raise SourceError(
+                f"{self.folder} has {patterns} {own}, which is no pattern; fetch {CONFIG} again"
+            ) from error
+        if found is None or (isinstance(found, int | float) and math.isfinite(found)):
+            return found
+        raise SourceError(f"{self.folder} has {found!r} as {key} of {module}, which is no number; fetch {CONFIG} again")
 
     def setting(self, name: str) -> Any:
         """A value of the configuration, None where it has none."""
@@ -134,8 +133,33 @@ class AdapterFile:
             raise SourceError(
                 f"{self.folder} has only factor {next(iter(names))} of {module_of(owner)}; fetch it again"
             )
-        if self.forms[names["A"]][0] != self.forms[names["B"]][1]:
-            raise ModelError(f"{self.folder} has factors of {module_of(owner)} that do not multiply; fold it with peft")
+        self._check_shapes(module_of(owner), self.forms[names["A"]], self.forms[names["B"]])
+
+    def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+        """SourceError for factors that are not whole, ModelError for those that do not multiply as it is said."""
+        if not all((*a, *b)) or min(len(a), len(b)) < 2:
+            raise SourceError(
+                f"{self.folder} holds an empty factor of {module}, as when each process saves its own part; save it "
+                "again from all of them"
+            )
+        if a[0] != b[1]:
+            raise ModelError(f"{self.folder} has factors of {module} that do not multiply; fold it with peft")
+        rank = self._said("rank_pattern", "r", module)
+        if rank is not None and a[0] != rank:
+            raise ModelError(
+                f"{self.folder} holds factors of rank {a[0]} for {module}, but says {rank:g}, on which its scale "
+                "depends; fetch both files again"
+            )
+
+    def _check_magnitudes(self, owners: Set[str]) -> None:
+        """SourceError unless all modules have magnitudes, or none, as use_dora says."""
+        having = {_MAGNITUDE.sub("", name) for name in self.forms if _MAGNITUDE.search(name)}
+        wanted = owners if self.setting("use_dora") else set()
+        if odd := sorted(having ^ wanted):
+            says, has = ("has", "none") if odd[0] in wanted else ("has no", "some")
+            raise SourceError(
+                f"{self.folder} {says} use_dora and {has} of its magnitudes for {module_of(odd[0])}; fetch it again"
+            )
 
 
 def module_of(owner: str) -> str:

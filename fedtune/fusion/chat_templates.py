@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedtune.errors import RecipeError
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 
 __all__ = ["CHAT_TEMPLATES", "chat_template"]
 
@@ -63,7 +63,7 @@ def chat_template(wanted: str, folders: Iterable[Path]) -> str:
 def _own(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return found if isinstance(found, str) else None
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / file).is_file() and isinstance(found := read_json(folder / file).get("chat_template"), str):
+            return found
+    return None

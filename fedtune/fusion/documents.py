@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.fusion.folder import read_json
 from fedtune.fusion.fuse import Merge
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layout import Form
 from fedtune.fusion.models import settings_of
+from fedtune.fusion.sentence_modules import sentence_files
 from fedtune.fusion.settings_file import resliced, with_token_ids, with_vocabulary
 from fedtune.fusion.token_names import is_of_tokens, is_output
 from fedtune.fusion.vocabulary import TOKENIZER
@@ -17,7 +18,7 @@ from fedtune.fusion.weights import Weights
 
 __all__ = ["add_documents"]
 
-_MODEL = ("preprocessor_config.json", "processor_config.json", "*.py")
+_MODEL = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "*.py")
 _GENERATION = "generation_config.json"
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
@@ -30,6 +31,9 @@ def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, 
         _write_json(folder / "model.safetensors.index.json", _index(shards))
     _copy(merge.models.tokens, folder, TOKENIZER)
     _copy(model.folder, folder, _MODEL)
+    for file in sentence_files(model.folder):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(model.folder / file, folder / file)
     if (model.folder / _GENERATION).is_file():
         _write_json(folder / _GENERATION, _renumbered(merge, read_json(model.folder / _GENERATION), _GENERATION))
     if merge.models.described is not None:
@@ -96,6 +100,7 @@ def _copy(source: Path, into: Path, names: tuple[str, ...]) -> None:
 def _set_chat_template(folder: Path, template: str) -> None:
     """In a file of its own, where it goes before one in the tokenizer's settings."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = read_json(path)

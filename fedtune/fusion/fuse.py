@@ -16,7 +16,7 @@ from fedtune.fusion.layout import Form, fits, too_large
 from fedtune.fusion.models import Models, open_models
 from fedtune.fusion.output import Output
 from fedtune.fusion.pipeline import Base, Steps, aligned, operands, steps
-from fedtune.fusion.plan import Target, gradients_outside, plan
+from fedtune.fusion.plan import Target, empty_slices, gradients_outside, plan
 from fedtune.fusion.sources import Exporter, no_runs
 from fedtune.fusion.threads import one_thread
 from fedtune.merging import Combine, Evidence, Operand, Pipeline, merged_pieces, settle
@@ -45,7 +45,7 @@ class Merge(NamedTuple):
     @property
     def warnings(self) -> list[str]:
         """What speaks against the merge before it is made, one sentence each."""
-        return [*self.models.warnings, *gradients_outside(self.config, self.targets)]
+        return [*self.models.warnings, *empty_slices(self.config), *gradients_outside(self.config, self.targets)]
 
     @property
     def acts_on_deltas(self) -> bool:

@@ -41,12 +41,9 @@ _OWN = ("density", "gamma", "epsilon", "rescale")
 _IDLE = {"task-arithmetic": frozenset({"rescale"}), "multislerp": frozenset({"eps"})}
 """mergekit's parameters that change nothing: nothing is dropped, or nothing near zero is divided by."""
 
-_PLAIN: Mapping[str, Value] = {"rescale": False}
 _FIXED: dict[str, Mapping[str, Value]] = {
-    "ties": _PLAIN,
-    "breadcrumbs": _PLAIN,
-    "breadcrumbs-ties": _PLAIN,
     "multislerp": {"normalize_weights": True},
+    "task-arithmetic": {"density": 1.0},
 }
 """mergekit's parameters that have one value here: its default."""
 
@@ -115,7 +112,12 @@ class Method(NamedTuple):
 
         mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
         """
-        found = lookup("scale" if self.copies else "weight", layers, name, depth)
+        key = "scale" if self.copies else "weight"
+        found = lookup(key, layers, name, depth)
+        if found is None and not self.copies and any(layer.get(key) for layer in layers):
+            raise RecipeError(
+                f"parameters: weight says nothing of {name}; end its list with {{value: ...}} for the rest"
+            )
         weight = 1.0 if found is None else _real(found, "weight")
         if self.copies:
             return Own(weight, {})

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
 from fedtune.errors import ModelError
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layers import layer_of
 from fedtune.fusion.layout import Form
+from fedtune.fusion.sentence_modules import unmerged_modules
 from fedtune.fusion.settings_alike import check_settings
 from fedtune.fusion.sources import Exporter, no_runs, open_source
+from fedtune.fusion.spare import without_spare
 from fedtune.fusion.token_names import is_embedding, is_of_tokens, is_output
 from fedtune.fusion.token_rows import retokenised
 from fedtune.fusion.vocabulary import difference, one_file, vocabulary
-from fedtune.fusion.weights import Weights, spelt_like
+from fedtune.fusion.weights import Weights, are_same, spelt_like
 
 __all__ = ["Models", "open_models", "settings_of"]
 
@@ -58,8 +58,9 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     named = list(dict.fromkeys([*config.sources, *([config.base_model] if config.base_model else [])]))
     opened = {name: open_source(name, runs) for name in named}
     _check_kinds(opened)
+    _check_inputs(opened)
     reference = next(iter(opened.values()))
-    alike = {name: spelt_like(model, reference.forms) for name, model in opened.items()}
+    alike = without_spare({name: spelt_like(model, reference.forms) for name, model in opened.items()})
     tied = all(_ties(model) for model in alike.values())
     outputs = [output for model in alike.values() for output in model.forms if is_output(output)]
     alike = {name: _Untwined(model, tied, outputs) for name, model in alike.items()}
@@ -79,6 +80,10 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
     _check_precision(alike, config)
     based = sorted(alike.items(), key=lambda item: item[0] != config.base_model)
     warnings = check_settings({name: model.folder for name, model in based})
+    if unmerged := unmerged_modules(based[0][1].folder):
+        warnings.append(
+            f"{', '.join(unmerged)} of {based[0][1].origin} is copied as it is: only transformers are merged"
+        )
     return Models(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
 
 
@@ -115,15 +120,7 @@ def _ties(model: Weights) -> bool:
     outputs = [name for name in model.forms if is_output(name)]
     if embedding is None or not settings_of(model).get("tie_word_embeddings", not outputs):
         return False
-    return all(_equal(model, embedding, output) for output in outputs)
-
-
-def _equal(model: Weights, one: str, other: str) -> bool:
-    """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
-    form = model.forms[one]
-    if form.shape != model.forms[other].shape:
-        return False
-    return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in pieces(form.shape))
+    return all(are_same(model, embedding, output) for output in outputs)
 
 
 def _check_kinds(models: Mapping[str, Weights]) -> None:
@@ -132,6 +129,18 @@ def _check_kinds(models: Mapping[str, Weights]) -> None:
     for other, found in others:
         if found != kind:
             raise ModelError(f"{other} is a {found} model and {one} a {kind}; only models of one architecture merge")
+
+
+def _check_inputs(models: Mapping[str, Weights]) -> None:
+    """ModelError for a model whose file has the output's tensor alone, though its settings say it is the input's."""
+    for model in models.values():
+        outputs = [form.shape for name, form in model.forms.items() if is_output(name)]
+        others = [form.shape for name, form in model.forms.items() if not is_output(name)]
+        if outputs and outputs[0] not in others and settings_of(model).get("tie_word_embeddings"):
+            raise ModelError(
+                f"{model.origin} holds its output's embeddings and not its input's, which they are tied to; load and "
+                "save it with transformers"
+            )
 
 
 def _check_tokens(models: Mapping[str, Weights]) -> None:
@@ -180,6 +189,12 @@ def _check_forms(models: Mapping[str, Weights], base: str | None) -> None:
         for name, form in first.forms.items():
             if name in model.forms and model.forms[name].shape != form.shape:
                 raise ModelError(_other_shape(model, name, model.forms[name], first, form))
+            if name in model.forms and model.forms[name].dtype.is_floating_point != form.dtype.is_floating_point:
+                found, wanted = (str(one.forms[name].dtype).removeprefix("torch.") for one in (model, first))
+                raise ModelError(
+                    f"{name} is {found} in {model.origin} and {wanted} in {first.origin}; real numbers and integers do "
+                    "not merge, take another release"
+                )
     if base is not None:
         _check_names(first, models[base], layers_only=True)
 

@@ -15,7 +15,7 @@ from fedtune.fusion.settings import Layer, over_depth
 from fedtune.fusion.settings_file import resliced
 from fedtune.fusion.weights import Weights
 
-__all__ = ["Part", "Target", "check_parameters", "gradients_outside", "plan"]
+__all__ = ["Part", "Target", "check_parameters", "empty_slices", "gradients_outside", "plan"]
 
 
 class Part(NamedTuple):
@@ -67,6 +67,16 @@ def gradients_outside(config: MergeConfig, targets: Sequence[Target]) -> list[st
     if not behind:
         return []
     return [f"of values over the depth, {told} take the last, as behind all layers; mergekit gives them the first"]
+
+
+def empty_slices(config: MergeConfig) -> list[str]:
+    """Whether a slice holds no layer, as where its end is taken for its last one."""
+    firsts = [part.sources[0] for part in config.slices or []]
+    empty = [(one.layer_range[0], one.model) for one in firsts if one.layer_range[0] == one.layer_range[1]]
+    return [
+        f"layer_range [{at}, {at}] of {model} holds no layer, as its end is not counted; [{at}, {at + 1}] is layer {at}"
+        for at, model in empty
+    ]
 
 
 def check_parameters(config: MergeConfig, chosen: Method) -> None:

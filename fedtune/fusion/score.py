@@ -11,8 +11,9 @@ from torch import Tensor
 from fedtune import data, models
 from fedtune.errors import ModelError, RecipeError
 from fedtune.fusion.config import Entry, MergeConfig
-from fedtune.fusion.folder import Folder, read_json
+from fedtune.fusion.folder import Folder
 from fedtune.fusion.fuse import Merge, prepare
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.result import merge
 from fedtune.fusion.sources import Exporter, open_source
 from fedtune.merging import Align, Evidence, Relax, Renormalise

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ModelError
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 
 __all__ = ["check_settings"]
 

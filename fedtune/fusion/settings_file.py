@@ -5,7 +5,7 @@ from typing import Any
 
 from fedtune.errors import ModelError
 from fedtune.fusion.config import Slice
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.models import Models, settings_of
 
 __all__ = ["resliced", "with_token_ids", "with_vocabulary"]

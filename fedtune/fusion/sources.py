@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.errors import SourceError
-from fedtune.fusion.folder import Folder, read_json
+from fedtune.fusion.folder import Folder
 from fedtune.fusion.four_bit import FourBit, is_four_bit
+from fedtune.fusion.quantised import check_plain
 from fedtune.fusion.weights import Weights
 from fedtune.models.sources import resolve
 
@@ -15,7 +16,7 @@ Exporter = Callable[[str], Path]
 """Writes what a run of fedtune learned, named by id, to a folder of safetensors."""
 
 _KINDS = ("hub", "path", "gguf", "sample", "run")
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm", "*.codes"]
 
 
 def no_runs(reference: str) -> Path:
@@ -39,6 +40,7 @@ def open_source(source: str, runs: Exporter = no_runs) -> Weights:
     if _is_adapter(folder):
         from fedtune.fusion.adapter import base_of
 
+        _check_one(folder)
         return _adapted(source, folder, open_source(_named(base_of(folder)), runs))
     return _stored(folder, source)
 
@@ -58,7 +60,7 @@ def _kind(source: str) -> tuple[str | None, str]:
         return None, source
     if colon and kind in _KINDS:
         return kind, name
-    return ("gguf", source) if source.endswith(".gguf") else ("path", source)
+    return ("gguf", source) if source.endswith(".gguf") and not Path(source).is_dir() else ("path", source)
 
 
 def _named(base: str) -> str:
@@ -99,6 +101,16 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def _check_one(folder: Path) -> None:
+    """SourceError for a folder that holds an adapter and a model too: which is meant only its owner knows."""
+    others = [file.name for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
+    if others and (folder / "config.json").is_file():
+        raise SourceError(
+            f"{folder} holds a model ({others[0]}) and an adapter (adapter_config.json); remove the one that is not "
+            "meant"
+        )
+
+
 def _adapted(source: str, folder: Path, base: Weights) -> Weights:
     from fedtune.fusion.adapter import Adapted  # imports peft
 
@@ -121,7 +133,5 @@ def _stored(folder: Path, source: str) -> Weights:
         raise SourceError(f"{source} holds no tensor; fetch it again")
     if is_four_bit(opened):
         return FourBit(opened)
-    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise SourceError(f"{source} is quantised by {method}, which fedtune cannot undo; take the plain release")
+    check_plain(folder, source, opened.forms)
     return opened

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedtune.fusion.folder import read_json
+from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layers import layer_of
 
 __all__ = ["is_embedding", "is_of_columns", "is_of_tokens", "is_output", "looks_like_tokens", "output_of"]
@@ -36,7 +36,10 @@ _BIASES = (
     "lm_loss.bias",
 )
 _COLUMNS = ("final_logits_bias",)
+_RWKV_OUTPUT = "head.weight"
+"""RWKV's output layer; a part of a longer name it is some other head."""
 _OUTPUT_OF = {
+    "rwkv": _RWKV_OUTPUT,
     "bert": "cls.predictions.decoder.weight",
     "deberta": "cls.predictions.decoder.weight",
     "deberta-v2": "cls.predictions.decoder.weight",
@@ -52,7 +55,7 @@ _WITH_OUTPUT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGene
 
 def is_of_tokens(name: str) -> bool:
     """Whether a tensor has one row per token."""
-    return _ends(name, (*_EMBEDDINGS, *_OUTPUTS, *_BIASES))
+    return is_embedding(name) or is_output(name) or _ends(name, _BIASES)
 
 
 def is_of_columns(name: str) -> bool:
@@ -67,7 +70,7 @@ def is_embedding(name: str) -> bool:
 
 def is_output(name: str) -> bool:
     """Whether a tensor turns vectors into the scores of tokens."""
-    return _ends(name, _OUTPUTS)
+    return name == _RWKV_OUTPUT or _ends(name, _OUTPUTS)
 
 
 def looks_like_tokens(name: str, shape: tuple[int, ...], rows: int) -> bool:

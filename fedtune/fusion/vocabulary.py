@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Tokens
 
-from fedtune.errors import ModelError
-from fedtune.fusion.folder import read_json
+from fedtune.errors import ModelError, SourceError
+from fedtune.fusion.json_file import read_json
 
 __all__ = ["TOKENIZER", "difference", "has_tokenizer", "one_file", "union", "vocabulary"]
 
@@ -23,11 +23,32 @@ TOKENIZER = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "tiktoken.model",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 """The files of a tokenizer."""
 _FILE = "tokenizer.json"
-_OTHER = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_OTHER = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "tiktoken.model",
+    "tekken.json",
+)
+_ADDED = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+"""What adds tokens to those of an old format."""
 Vocabulary = Mapping[str, int]
 
 
@@ -39,20 +60,36 @@ def has_tokenizer(folder: Path) -> bool:
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Ids by token, added ones too; None where there is no tokenizer."""
     if (folder / _FILE).is_file():
-        found: dict[str, int] = Tokens.from_file(str(folder / _FILE)).get_vocab(with_added_tokens=True)
-        return found
-    if has_tokenizer(folder):
-        from transformers import AutoTokenizer  # seconds and a hundred megabytes, for old formats only
+        return _of_file(folder / _FILE)
+    return _of_old_format(folder) if has_tokenizer(folder) else None
 
+
+def _of_file(file: Path) -> dict[str, int]:
+    try:
+        found: dict[str, int] = Tokens.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library has no narrower one
+        raise SourceError(f"{file} cannot be read as a tokenizer ({error}); fetch it again") from error
+    return found
+
+
+def _of_old_format(folder: Path) -> dict[str, int]:
+    """The same of a tokenizer without tokenizer.json; ModelError where transformers cannot read it."""
+    from transformers import AutoTokenizer  # seconds and a hundred megabytes
+
+    try:
         return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
-    return None
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}); save it with a {_FILE}"
+        ) from error
 
 
 def one_file(one: Path, other: Path) -> bool:
-    """Whether two folders have the same tokenizer.json to the byte, so that their vocabularies need not be read."""
-    return all((folder / _FILE).is_file() for folder in (one, other)) and filecmp.cmp(
-        one / _FILE, other / _FILE, shallow=False
-    )
+    """Whether two folders have the same tokenizer to the byte, so that their vocabularies need not be read."""
+    held, found = ([name for name in (_FILE, *_OTHER, *_ADDED) if (folder / name).is_file()] for folder in (one, other))
+    if _FILE in held and _FILE in found:
+        held = found = [_FILE]
+    return bool(held) and held == found and all(filecmp.cmp(one / name, other / name, shallow=False) for name in held)
 
 
 def difference(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:

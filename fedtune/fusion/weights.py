@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from fedtune.contribution import pieces
 from fedtune.fusion.layout import Form
 
-__all__ = ["Lazy", "Prefixed", "Weights", "by_their_rest", "prefix_before", "spelt_like"]
+__all__ = ["Lazy", "Prefixed", "Weights", "are_same", "by_their_rest", "prefix_before", "spelt_like"]
 
 _WRAPPERS = ("model", "language_model")
 """Parts of a name that say only how modules are nested, which transformers has changed between memory and file."""
@@ -73,6 +75,14 @@ class Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights.forms)
+
+
+def are_same(model: Weights, one: str, other: str) -> bool:
+    """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
+    form = model.forms[one]
+    if form.shape != model.forms[other].shape:
+        return False
+    return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in pieces(form.shape))
 
 
 def prefix_before(wanted: Collection[str], known: Collection[str]) -> str:

@@ -6,7 +6,7 @@ stream's magnitudes are held instead, and partitioned: one pass, and less than h
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Cut", "between", "count_kept", "cut", "largest"]
+__all__ = ["Cut", "Stream", "between", "count_kept", "cut", "largest"]
 
 Stream = Callable[[], Iterable[Tensor]]
+"""What begins a tensor's pieces again."""
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 _SHORT = 1 << 20
 """Entries whose magnitudes are held: four megabytes."""
@@ -81,24 +82,27 @@ def count_kept(density: float, size: int) -> int:
     return min(size, max(1, math.floor(density * size)))
 
 
-def largest(stream: Stream, keep: int, size: int) -> Iterator[Tensor]:
+def largest(stream: Stream, keep: int, size: int) -> Stream:
     """The stream of ``size`` entries with all but its ``keep`` largest set to zero; no piece is held between two."""
     if keep >= size:
-        return iter(stream())
-    return map(cut(stream, keep, size).keep(), stream())
+        return stream
+    found = cut(stream, keep, size)
+    return lambda: map(found.keep(), stream())
 
 
-def between(stream: Stream, first: int, last: int, size: int) -> Iterator[Tensor]:
+def between(stream: Stream, first: int, last: int, size: int) -> Stream:
     """The stream with only its entries number ``first`` to ``last`` (exclusive) from the largest down."""
     found = largest(stream, last, size)
     if not first:
         return found
-    inside = cut(stream, first, size).inside()
+    top = cut(stream, first, size)
+    return lambda: map(_outside(top), found())
 
-    def keep_outside(piece: Tensor) -> Tensor:
-        return piece * ~inside(piece)
 
-    return map(keep_outside, found)
+def _outside(found: Cut) -> Callable[[Tensor], Tensor]:
+    """What sets to zero, in each next piece of a stream, what is inside."""
+    inside = found.inside()
+    return lambda piece: piece * ~inside(piece)
 
 
 def cut(stream: Stream, keep: int, size: int) -> Cut:

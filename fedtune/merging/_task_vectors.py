@@ -9,7 +9,8 @@ invertible M the pairs (B_i M)(M^-1 A) are the same products, but other entries 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -19,15 +20,18 @@ from torch import Tensor
 from fedtune.contribution import pieces
 from fedtune.merging._gram import flat
 from fedtune.merging._held import held
+from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
 from fedtune.merging._step import Combine, Operand, Shape
 from fedtune.merging._sums import precision_for, sum_terms, sum_weighted
 
-__all__ = ["Density", "TaskVectors", "deltas", "elected_sum", "plain_sum"]
+__all__ = ["Density", "TaskVectors", "Trimmed", "deltas", "elected_sum", "plain_sum"]
 
 Density = Annotated[float, Field(gt=0, le=1)]
 _NOTHING = 1e-8
 """A divisor nearer to zero than this is not divided by."""
+_FAINT = 1e-7
+"""A sum of magnitudes below this is not stretched to another one."""
 _CACHED = 1 << 15
 """Entries whose half a dozen sums stay in a processor's cache."""
 
@@ -55,6 +59,34 @@ class TaskVectors(Combine, ABC):
         for start, stop in pieces(shape):
             total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)
             yield total.float().reshape(stop - start, *shape[1:])
+
+
+class Trimmed(TaskVectors, ABC):
+    """Task vectors of which entries of some magnitudes are kept; with ``rescale`` |x| sums up to what it did."""
+
+    picks: ClassVar[bool] = True
+    rereads: ClassVar[bool] = True
+    rescale: bool = False
+
+    @abstractmethod
+    def kept(self, stream: Stream, size: int) -> Stream:
+        """The stream of ``size`` entries with those at zero that are not kept."""
+
+    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+        """What is kept of each tensor, times the ratio of its sums of magnitudes before and after."""
+        stream = partial(deltas, name, shape, operand)
+        kept = self.kept(stream, math.prod(shape))
+        ratio = _stretch(_magnitude(stream()), _magnitude(kept())) if self.rescale and kept is not stream else 1.0
+        return iter(kept()) if ratio == 1 else (piece.mul_(ratio) for piece in kept())
+
+
+def _magnitude(stream: Iterable[Tensor]) -> float:
+    """sum |x|."""
+    return sum(float(piece.abs().sum(dtype=torch.float64)) for piece in stream)
+
+
+def _stretch(before: float, after: float) -> float:
+    return before / after if min(before, after) >= _FAINT else 1.0
 
 
 def deltas(name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:

@@ -1,8 +1,9 @@
 """Model breadcrumbs: task vectors without their outliers and without their noise, added up.
 
-What: per tensor, drop the floor(gamma * n) largest |x|, keep the next floor(density * n), at least one; then the scaled
-  weighted sum.
-Memory: one piece per model and 4 MB; each delta is read three to five times, those of a tensor that fits 16 MB once.
+What: per tensor, drop the floor(gamma * n) largest |x|, keep the next floor(density * n), at least one, with
+  ``rescale`` stretched until sum |x| is what it was; then the scaled weighted sum.
+Memory: one piece per model and 4 MB; each delta is read three to five times, with ``rescale`` twice more, those of a
+  tensor that fits 16 MB once.
 Use when: many task vectors are to be added with one setting found on a few.
 Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor

@@ -2,7 +2,8 @@
 
 What: as breadcrumbs, but only entries with the sign of their weighted sum are added up (averaged by weight with
   ``normalise``), times scale.
-Memory: one piece per model and 4 MB; each delta is read three to five times, those of a tensor that fits 16 MB once.
+Memory: one piece per model and 4 MB; each delta is read three to five times, with ``rescale`` twice more, those of a
+  tensor that fits 16 MB once.
 Use when: breadcrumbs is, and signs conflict.
 Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor

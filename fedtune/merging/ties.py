@@ -1,9 +1,10 @@
 """TIES: trim small changes, elect a sign for each entry, average those that have it.
 
-What: keep the floor(density * n) largest |x| of each tensor; the sign of sum_i w_i x_i wins, a tie counts as plus; the
-  entries of that sign are averaged by weight (summed when ``normalise`` is off), times scale.
+What: keep the floor(density * n) largest |x| of each tensor, with ``rescale`` stretched until sum |x| is what it was;
+  the sign of sum_i w_i x_i wins, a tie counts as plus; the entries of that sign are averaged by weight (summed when
+  ``normalise`` is off), times scale.
 Memory: one piece per model and 4 MB, or 16 MB of deltas over all models; a tensor's deltas are read once where those
-  hold them, twice up to a million entries, else three times.
+  hold them, twice up to a million entries, else three times; ``rescale`` reads them twice more.
 Use when: several fine-tunes of one base disagree in sign on many entries, so that adding cancels what they learned.
 Avoid when: there are one or two models or signs agree: trimming then only loses. Density 0.2 suits larger models best.
 Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
@@ -13,32 +14,23 @@ Source: Yadav et al. (arXiv 2306.01708), algorithm 1. Trims each tensor where th
   round's is the paper's 0.2.
 """
 
-from collections.abc import Iterator
-from functools import partial
-from math import prod
 from typing import ClassVar
 
-from torch import Tensor
-
-from fedtune.merging._select import count_kept, largest
+from fedtune.merging._select import Stream, count_kept, largest
 from fedtune.merging._span import Normalise
-from fedtune.merging._step import Operand, Shape
-from fedtune.merging._task_vectors import Density, TaskVectors, deltas
+from fedtune.merging._task_vectors import Density, Trimmed
 
 __all__ = ["Ties"]
 
 
-class Ties(TaskVectors):
+class Ties(Trimmed):
     """Trim, elect, average."""
 
     name: ClassVar[str] = "ties"
     elect: ClassVar[bool] = True
-    picks: ClassVar[bool] = True
-    rereads: ClassVar[bool] = True
     density: Density = 0.2
     normalise: Normalise = True
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
-        """The largest entries of each tensor."""
-        size = prod(shape)
-        return largest(partial(deltas, name, shape, operand), count_kept(self.density, size), size)
+    def kept(self, stream: Stream, size: int) -> Stream:
+        """The largest entries."""
+        return largest(stream, count_kept(self.density, size), size)

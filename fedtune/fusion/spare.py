@@ -1,0 +1,59 @@
+"""Tensors that a file may leave out: masks and positions, which every model makes anew, and copies of tied ones.
+
+Older releases of transformers wrote them, newer ones do not, so that some copies of one model hold such a tensor and
+others do not, which is no difference between the models.
+"""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from fedtune.fusion.layout import Form
+from fedtune.fusion.token_names import is_of_tokens, is_output
+from fedtune.fusion.weights import Weights, are_same
+
+__all__ = ["without_spare"]
+
+_MADE = ("position_ids", "token_type_ids", "rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
+_MASKS = ("attn.bias", "attention.bias")
+_MASK = 4
+
+
+def without_spare(models: Mapping[str, Weights]) -> dict[str, Weights]:
+    """The models, each without such tensors as one of the others lacks."""
+    held = [set(model.forms) for model in models.values()]
+    common = set.intersection(*held)
+    lacked = set.union(*held) - common
+    spare = {
+        name
+        for name in lacked
+        if all(_is_spare(model, name, common) for model in models.values() if name in model.forms)
+    }
+    return {name: _Without(model, spare) if spare & model.forms.keys() else model for name, model in models.items()}
+
+
+def _is_spare(model: Weights, name: str, common: Collection[str]) -> bool:
+    """Whether a tensor follows from the model's settings, or is another one of tokens, which all models have."""
+    if _is_made(name, model.forms[name]):
+        return True
+    if not is_of_tokens(name) or is_output(name):  # an output is compared with the input where models are untied
+        return False
+    return any(is_of_tokens(other) and are_same(model, name, other) for other in sorted(common))
+
+
+def _is_made(name: str, form: Form) -> bool:
+    """A mask has four dimensions where a bias has one."""
+    return name.endswith(_MADE) or (name.endswith(_MASKS) and len(form.shape) == _MASK)
+
+
+class _Without(Weights):
+    """A model without some of its tensors."""
+
+    def __init__(self, model: Weights, names: Collection[str]) -> None:
+        self.origin, self.folder, self.files = model.origin, model.folder, model.files
+        self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
+        self.forms = {name: form for name, form in model.forms.items() if name not in names}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The model's rows."""
+        return self._model.rows(name, start, stop)
