@@ -112,7 +112,7 @@ def test_a_run_on_thin_devices_has_the_bits_of_a_simulation(
 
 
 def test_a_device_s_own_process_needs_nothing_of_it() -> None:
-    done = hidden("import clients.join, clients.enrolment, clients.package, fedtune.cli.device")
+    done = hidden("import fedtune.device.join, fedtune.device.enrolment, fedtune.device.package, fedtune.cli.device")
     assert done.returncode == 0, done.stderr
 
 
