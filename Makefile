@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 # Modules are compiled when they are first imported: compiling them all takes longer than finding and unpacking them.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) --editable '.[dev,ray,samples]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) --editable '.[dev,ray]'
 	touch $(READY)
 
 demo: $(READY)

@@ -10,52 +10,34 @@ Run: python -m benchmarks.device_faults [VICTIM ...]
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from benchmarks.devices_demo import FEDTUNE, home
 from benchmarks.fleet import Fleet, fleet
-from benchmarks.phases import PHASES, VICTIMS, Watch, process_of
+from benchmarks.phase_kills import kill_in_phase, until_committed
+from benchmarks.phases import PHASES, VICTIMS, Watch
 from benchmarks.report import save
 from benchmarks.scratch_database import Database
-from fedtune.errors import StoreError
+from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from fedtune.recipe import Recipe
 from fedtune.recipe_file import parse
 from fedtune.tracking import Store, file_url
 
 DATABASE = "PostgreSQL"
-DEVICES, DEADLINE = 3, 120
+DEADLINE = 120
 KILLS = dict.fromkeys((*VICTIMS, DATABASE), 1) | {"device": 2, "SuperLink": 2}
 """How often each victim is killed in each phase."""
 ROUNDS = 1 + 2 * max(KILLS.values()) * len(PHASES) + 3
 """A kill in every other round, and some for those that came too late."""
 
 
-def small_recipe(name: str, rounds: int, deadline: int) -> str:
-    """Some seconds of training a round for three devices of one class."""
-    return f"""
-name: {name}
-task: image-classification
-model: {{source: "sample:logistic"}}
-data: {{source: "sample:digits"}}
-devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 150}}
-federation: {{rounds: {rounds}, quorum: {DEVICES}, deadline: {deadline}}}
-"""
-
-
 RECIPE = small_recipe("faults", ROUNDS, DEADLINE)
 PATIENCE = 4.0 * DEADLINE
-RESTART_SECONDS = 1.0
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -100,16 +82,6 @@ def keep(kills: list[Kill]) -> None:
     save("device_faults", {**shown, "recipe": RECIPE, "cases": [asdict(kill) for kill in kills]})
 
 
-def simulated(recipe: str, folder: Path) -> list[str]:
-    """The digest of each round's checkpoint when nothing is disturbed."""
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(recipe)
-    subprocess.run([*FEDTUNE, "simulate", str(folder / "recipe.yaml")], env=home(folder), check=True)
-    words = [*FEDTUNE, "runs", "show", "latest", "--json"]
-    shown = json.loads(subprocess.run(words, env=home(folder), check=True, capture_output=True).stdout)
-    return [record["checkpoint"]["sha256"] for record in shown["rounds"]]
-
-
 @contextmanager
 def database(folder: Path) -> Iterator[Database]:
     folder.parent.chmod(0o755)  # its server runs as another user
@@ -139,12 +111,12 @@ def in_one_run(
     """Kill the victim in each of the phases, until a round fails; what came of it once the run has ended."""
     kills: list[Kill] = []
     for phase in phases:
-        number = killed(watch, victim, phase, kept)
+        number = kill_in_phase(watch, victim, phase, ROUNDS, PATIENCE, kept)
         if number is None:
             break
         kills.append(Kill(victim, phase, number))
         print(f"{victim} killed in round {number}, {phase}", file=sys.stderr, flush=True)
-        until_committed(watch, number)
+        until_committed(watch, number, PATIENCE)
         if any(record.status == "failed" for record in watch.store.rounds(watch.run)):
             break
     if watch.made.found(watch.run)["status"] == "running" and len(kills) < len(phases):
@@ -154,78 +126,6 @@ def in_one_run(
     for kill in kills:
         print(kill, file=sys.stderr, flush=True)
     return kills
-
-
-def killed(watch: Watch, victim: str, phase: str, kept: Database | None) -> int | None:
-    """Kill the victim when a round is in a phase; the round's number, or None when the run has too few left."""
-    last = committed(watch)
-    until_committed(watch, max(1, last + 1))  # a round in peace between two kills
-    for number in range(max(2, last + 2), ROUNDS + 1):
-        if hit(watch, victim, phase, number, kept):
-            return number
-    return None
-
-
-def hit(watch: Watch, victim: str, phase: str, number: int, kept: Database | None) -> bool:
-    """Whether the victim was killed while round ``number`` was in a phase; false once the round is over."""
-    end = time.monotonic() + PATIENCE
-    looked = 0
-    process = None if kept else process_of(watch.made, victim)
-    while time.monotonic() < end:
-        looked += 1
-        if not looked % 50 and committed(watch) >= number:
-            return False
-        with suppress(StoreError):
-            if watch.at(phase, number) and struck(watch, process, phase, number, kept):
-                again(watch.made, kept)
-                return True
-        if not kept and (process is None or not process.is_running()):
-            process = process_of(watch.made, victim)
-        time.sleep(0.001)
-    raise SystemExit(f"round {number} did not come to {phase}: {watch.made.found(watch.run)['reason']}")
-
-
-def struck(watch: Watch, process: psutil.Process | None, phase: str, number: int, kept: Database | None) -> bool:
-    """Kill the process, if the phase still holds once it stands still."""
-    if kept:
-        kept.kill()
-        return True
-    if process is None:
-        return False
-    try:
-        process.suspend()
-        if watch.at(phase, number):
-            process.kill()
-            return True
-        process.resume()
-    except psutil.NoSuchProcess:
-        pass
-    return False
-
-
-def again(made: Fleet, kept: Database | None) -> None:
-    """Start what an init system would, a moment later."""
-    time.sleep(RESTART_SECONDS)
-    if kept:
-        kept.start()
-    for member in (made.server, *made.devices):
-        if not member.up():
-            member.start()
-
-
-def committed(watch: Watch) -> int:
-    try:
-        return watch.committed()
-    except StoreError:
-        return -1
-
-
-def until_committed(watch: Watch, number: int) -> None:
-    end = time.monotonic() + PATIENCE
-    while committed(watch) < number:
-        if time.monotonic() > end or watch.store.run(watch.run).status in ("failed", "completed"):
-            return
-        time.sleep(0.05)
 
 
 def judge(kills: list[Kill], found: dict[str, Any], folder: Path, left_alone: list[str]) -> None:
@@ -245,14 +145,6 @@ def seconds_lost(struck: list[int], folder: Path) -> dict[int, float]:
     calm = statistics.median([took[number] for number in took.keys() - touched] or took.values())
     pairs = {number: [took[one] for one in (number, number + 1) if one in took] for number in struck}
     return {number: sum(pair) - calm * len(pair) for number, pair in pairs.items()}
-
-
-def outcome(record: dict[str, Any] | None, found: dict[str, Any], left_alone: list[str]) -> str:
-    if record is None:
-        return f"run {found['status']}: {found['reason']}"
-    if record["status"] != "completed":
-        return f"failed round: {record['reason']}"
-    return "same bits" if record["checkpoint"]["sha256"] == left_alone[record["number"]] else "OTHER BITS"
 
 
 def table(kills: list[Kill]) -> str:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bad_line import HERE, BadLine, bad_line
-from benchmarks.device_faults import DEVICES, outcome, simulated, small_recipe
 from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
+from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from benchmarks.wrong_clock import wrong_clock
 from fedtune.recipe_file import parse
 

@@ -73,6 +73,7 @@ class Order:
     """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
 
     ``run`` tells the client which tensors of its own to go on with.
+    With ``scoring`` it only scores the state, which is that after the round.
     ``labels``, a JSON list, are the class names in the model's order: a device has none of the server's data.
     """
 
@@ -81,6 +82,7 @@ class Order:
     client: int
     labels: str = "[]"
     run: str = ""
+    scoring: bool = False
 
 
 class OwnScore(NamedTuple):

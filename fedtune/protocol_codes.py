@@ -22,6 +22,8 @@ SENTENCES: Mapping[str, str] = {
     "memory-short": "it ran out of memory",
     "memory-step": "a step needs about {needed_mb} MB of memory, and this device allows {allowed_mb} MB",
     "memory-training": "training held more than the {allowed_mb} MB this device allows and was ended",
+    "metric-unavailable": "it lacks what computes evaluation.metrics; install scikit-learn, or the package that "
+    "publishes the metric, on the device, or drop the metric",
     "model-unfit": "it cannot build the recipe's model",
     "order-unreadable": "it cannot read the order; update fedtune on the device",
     "privacy-broken": "it would send more than the recipe's privacy allows",

@@ -1,6 +1,6 @@
 """What a run is: one frozen pydantic model, stored whole with the run."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
@@ -97,6 +97,15 @@ class Evaluation(Section):
     batch: int = Field(64, ge=1)
     own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
     metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
+    clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="so many clients, or all, score each evaluated round's result on what they hold out"
+    )
+
+    @model_validator(mode="after")
+    def _clients_have_examples(self) -> Self:
+        if self.clients is not None and not self.own:
+            raise ValueError("clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2")
+        return self
 
 
 class Privacy(Section):
@@ -183,6 +192,9 @@ class Recipe(Section):
             raise ValueError(f"federation.clients is {self.clients_per_round}, but devices has only {self.clients}")
         if self.federation.quorum > self.clients_per_round:
             raise ValueError(f"federation.quorum is above the {self.clients_per_round} clients sampled each round")
+        scorers = self.evaluation.clients
+        if isinstance(scorers, int) and scorers > self.clients:
+            raise ValueError(f"evaluation.clients is {scorers}, but devices has only {self.clients}")
         if self.federation.take_first is not None and self.federation.take_first > self.clients_per_round:
             raise ValueError(
                 f"federation.take_first is {self.federation.take_first}, above the {self.clients_per_round} clients "

@@ -230,7 +230,7 @@ def _last_line(text: str) -> str:
 def _digits() -> Path:
     found = importlib.util.find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
-        raise SourceError("sample:digits comes with scikit-learn; install it with: pip install 'fedtune[samples]'")
+        raise SourceError("sample:digits comes with scikit-learn; install it with: pip install scikit-learn")
     return Path(found.submodule_search_locations[0]) / "datasets" / "data"
 
 

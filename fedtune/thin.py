@@ -13,7 +13,18 @@ if TYPE_CHECKING:
 __all__ = ["LEFT_OUT", "lacking", "requirements"]
 
 LEFT_OUT = frozenset(
-    {"alembic", "fastapi", "matplotlib", "prompt-toolkit", "scipy", "sqlalchemy", "starlette", "uv", "uvicorn"}
+    {
+        "alembic",
+        "fastapi",
+        "matplotlib",
+        "prompt-toolkit",
+        "scikit-learn",
+        "scipy",
+        "sqlalchemy",
+        "starlette",
+        "uv",
+        "uvicorn",
+    }
 )
 """Distributions, by normalised name; what only they require stays away with them."""
 

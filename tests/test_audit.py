@@ -37,7 +37,10 @@ def test_one_address_fills_sixty_lines_a_minute_and_the_rest_is_counted(watched:
     watched.audit.refused("10.0.0.2", "knocked too")
     assert len(watched.of("10.0.0.1")) == 60
     assert len(watched.of("10.0.0.2")) == 1
-    watched.now += 60
+    watched.now += 59.5
+    watched.audit.refused("10.0.0.2", "knocked within the minute")
+    assert len(watched.of("10.0.0.1")) == 60
+    watched.now += 0.5
     watched.audit.refused("10.0.0.2", "knocked later")
     assert watched.of("10.0.0.1")[0].what == "15 more requests within a minute"
     watched.audit.refused("10.0.0.1", "knocked again")

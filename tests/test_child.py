@@ -1,5 +1,6 @@
 """Child processes import what is installed, whatever lies in the folder they are started in."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,11 +10,18 @@ import pytest
 
 from fedtune.child import environment, isolated
 from fedtune.device.channel import Frame
+from fedtune.device.device_home import DeviceHome, Identity
 from fedtune.device.keeper import Keeper
+from fedtune.recipe_file import parse
+from fedtune.server.authority import authority, new_key
+from fedtune.server.recipe_check import RecipeCheck
 from fedtune.server.superlink import SuperLink
+from tests.federations import TRIVIAL, WORDS, outcome, words
+
+RAY = importlib.util.find_spec("ray") is not None
 
 OURS = ("clients", "fedtune", "server", "migrations")
-THEIRS = ("json.py", "torch.py", "flwr.py", "socket.py")
+THEIRS = ("json.py", "torch.py", "flwr.py", "ray.py", "socket.py", "yaml.py", "clients.py", "fedtune.py", "server.py")
 
 
 @pytest.fixture
@@ -66,6 +74,57 @@ def test_a_servers_processes_import_nothing_of_the_working_folder(trap: Path, tm
         assert superlink.executes()
     finally:
         superlink.close()
+    assert not trap.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workers", "1"),
+        ("--workers", "2"),
+        pytest.param(("--engine", "flower"), marks=pytest.mark.skipif(not RAY, reason="it needs ray")),
+    ],
+)
+def test_a_simulation_imports_nothing_of_the_folder_by_which_its_paths_go(
+    trap: Path, home: Path, options: tuple[str, ...]
+) -> None:
+    words(Path())
+    Path("recipe.yaml").write_text(WORDS.format(folder=".").replace("rounds: 2", "rounds: 1"), encoding="utf-8")
+    done = simulate("recipe.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    assert not trap.exists()
+    assert [record.status for record in outcome().rounds] == ["completed", "completed"]
+
+
+def simulate(*words: str) -> "subprocess.CompletedProcess[str]":
+    """The command as its entry point starts it: what it imports itself is not in question."""
+    command = isolated("fedtune.cli.main", "simulate", *words)
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
+    place = DeviceHome()
+    place.make_key()
+    place.keep(Identity("https://127.0.0.1:1", "pi", 7, authority(new_key()).decode()))
+    command = isolated("fedtune.cli.main", "device", "join", "--data", "part:0", "--memory", "1GB")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = next((line for line in process.stdout if "cannot be reached" in line), "")
+        process.kill()
+    assert said, "it did not come to its work"
+    assert not trap.exists()
+
+
+@pytest.mark.slow
+def test_a_server_checks_recipes_without_the_working_folder(trap: Path) -> None:
+    check = RecipeCheck()
+    try:
+        assert check.whole(parse(TRIVIAL, "trivial", [])).name == "trivial"
+    finally:
+        check.close()
     assert not trap.exists()
 
 

@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 from flwr.app import Message
 from PIL import Image
-from sklearn.metrics import f1_score
 
 from fedtune.cli.runs import runs
 from fedtune.contribution import unpack
@@ -22,6 +21,7 @@ from fedtune.tracking.client_spread import spreads
 from fedtune.training import load_state, shapes, workshop
 from fedtune.training.held_out import held_out
 from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial
+from tests.metric_oracles import count_f1
 from tests.store_examples import a_round, fill, start
 
 OWN = "evaluation={own: 0.2, metrics: [f1]}"
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(h
                     float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-5
                 )
                 assert found[client, moment, "f1"].value == pytest.approx(
-                    f1_score(labels.numpy(), logits.argmax(-1).numpy(), average="macro")
+                    count_f1(logits.argmax(-1).tolist(), labels.tolist())
                 )
                 assert found[client, moment, "loss"].predictions == len(held)
 
@@ -98,15 +98,12 @@ def test_the_worst_tenth_of_losses_is_the_high_end_and_what_is_no_number_does_no
     assert (one.clients, one.worst_tenth) == (20, 18.5)
 
 
-@pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RoundRecord]:
-    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+def kept(*moments: str) -> list[RoundRecord]:
+    """Two rounds after which twelve clients scored, in the store."""
     rounds = [a_round(0)]
     for number in (1, 2):
         scores = [
-            a_score(client, 0.5 + client / 100 + number / 10, moment)
-            for client in range(12)
-            for moment in ("after", "before")
+            a_score(client, 0.5 + client / 100 + number / 10, moment) for client in range(12) for moment in moments
         ]
         rounds.append(a_round(number, client_scores=tuple(scores)))
     with Store.open() as store:
@@ -114,6 +111,12 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RoundRecor
         for record in rounds:
             store.commit_round("film-1a2b", record)
     return rounds
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RoundRecord]:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    return kept("after", "before")
 
 
 def test_scores_come_back_from_the_store_and_leave_with_their_run(recorded: list[RoundRecord]) -> None:
@@ -148,3 +151,17 @@ def test_the_picture_has_a_row_more_where_clients_scored(recorded: list[RoundRec
     with Image.open(tmp_path / "with.png") as more, Image.open(tmp_path / "without.png") as less:
         assert more.width == less.width
         assert more.height > 1.3 * less.height
+
+
+def test_the_shared_model_has_a_line_and_a_panel_of_its_own(recorded: list[RoundRecord], tmp_path: Path) -> None:
+    CliRunner().invoke(runs, ["plot", "latest", "-o", str(tmp_path / "two.png")], catch_exceptions=False)
+    with Store.open() as store:
+        store.delete("film-1a2b")
+    kept("after", "before", "shared")
+    printed = CliRunner().invoke(runs, ["show", "latest"], catch_exceptions=False).output
+    lines = [line.split() for line in printed.splitlines() if line.startswith("accuracy ")]
+    assert [line[1:3] for line in lines] == [["before", "training"], ["after", "training"], ["shared", "model"]]
+    assert lines[2][3:] == ["12", "0.7550", "0.0345", "0.7050"]
+    CliRunner().invoke(runs, ["plot", "latest", "-o", str(tmp_path / "three.png")], catch_exceptions=False)
+    with Image.open(tmp_path / "three.png") as three, Image.open(tmp_path / "two.png") as two:
+        assert three.height > 1.2 * two.height

@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,25 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     assert devices.count("connected") == 2
     assert f" {found['id']}  completed  2/2 " in runs
     assert f"run {found['id']} submitted" in audit
+
+
+@pytest.mark.deployed
+def test_devices_that_were_not_asked_to_train_score_what_they_score_in_a_simulation(
+    server_home: Path, tmp_path: Path
+) -> None:
+    recipe = trivial(
+        "evaluation={own: 0.2, metrics: [f1], clients: all}", "devices=[{count: 3}]", "federation.clients=1"
+    )
+    simulated = execute(recipe, run="simulated")
+    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1", "part:2") as devices:
+        found = ended(server, submit(server, recipe), seconds=300)
+        said = [device.log for device in devices]
+    assert found["status"] == "completed", found["reason"]
+    assert hashes(found) == simulated.hashes
+    told = [[{**one} for one in record["client_scores"]] for record in found["rounds"]]
+    assert told == [[asdict(one) for one in record.client_scores] for record in simulated.rounds]
+    assert all(len({one["client"] for one in scores if one["moment"] == "shared"}) == 3 for scores in told[1:])
+    assert all(text.count("scored the shared model in") == 2 for text in said)
 
 
 MIXED = "devices=[{name: large, count: 1, memory: 128MB}, {name: small, count: 1, memory: 64MB, batch: 4}]"

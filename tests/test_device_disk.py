@@ -123,13 +123,13 @@ def run(place: DeviceHome, line: Line) -> list[str]:
     return said
 
 
-def answer(text: str) -> bytes:
-    return Frame({"kind": "failed", "problem": text}).encode()
+def answer(text: str) -> tuple[bytes, bytes]:
+    return Frame({"kind": "failed", "problem": text}).pieces()
 
 
 def test_an_order_and_its_answer_that_are_whole_are_gone_on_with(place: DeviceHome) -> None:
     place.hold("order", order())
-    place.hold("answer", answer("source-unreadable"))
+    place.hold("answer", *answer("source-unreadable"))
     line = Line()
     run(place, line)
     assert line.sent == [(order(), b"source-unreadable")]
@@ -153,7 +153,7 @@ Damage = Callable[[bytes], bytes]
 )
 def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place: DeviceHome, damage: Damage) -> None:
     place.hold("order", order(1))
-    place.hold("answer", answer("code-failed"))
+    place.hold("answer", *answer("code-failed"))
     kept = place.folder / "order"
     kept.write_bytes(damage(kept.read_bytes()))
     line = Line(order(2))
@@ -171,7 +171,7 @@ def test_an_order_that_is_whole_and_no_message_is_dropped_too(place: DeviceHome)
 
 def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
     place.hold("order", order())
-    place.hold("answer", answer("source-unreadable"))
+    place.hold("answer", *answer("source-unreadable"))
     kept = place.folder / "answer"
     content = bytearray(kept.read_bytes())
     content[-3] ^= 1

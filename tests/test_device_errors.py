@@ -93,7 +93,7 @@ def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_
     home = DeviceHome(tmp_path / "device")
     holding = {"examples": 12, "labels": {}}
     header = {"kind": "trained", "report": {}, "holding": holding, "seconds": 1.0}
-    home.hold("answer", Frame(header, b"deltas").encode())
+    home.hold("answer", *Frame(header, b"deltas").pieces())
     clock: Any = type("Clock", (), {"set": print})()
     fleet: Any = Fleet()
     keeper: Any = None

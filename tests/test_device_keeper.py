@@ -12,7 +12,7 @@ import torch
 from fedtune.contribution import Order, pack, unpack
 from fedtune.device.channel import Channel, Frame
 from fedtune.device.keeper import Keeper
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state, workshop
 from tests.federations import trivial
@@ -50,7 +50,9 @@ def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
     second = keeper.ask(order)
     discard()
     shop = workshop(order.header["recipe"])
-    deltas, report = work(Order(**order.header), order.payload, shop, shop.clients[2], home / "own")
+    deltas, report = work(
+        Order(**order.header), read_payload(order.payload, shop, 2), shop, shop.clients[2], home / "own"
+    )
     assert first.payload == second.payload == deltas
     assert first.header["report"]["loss"] == report.loss
     assert first.header["holding"]["examples"] == len(shop.clients[2])

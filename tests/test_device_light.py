@@ -57,7 +57,8 @@ def _identity(home: Path) -> DeviceHome:
 
 def test_the_process_of_a_device_imports_neither_torch_nor_what_comes_with_it() -> None:
     heavy = ("torch", "datasets", "transformers", "pydantic", "fastapi", "sqlalchemy", "fedtune.training")
-    script = f"import sys, clients.join, fedtune.cli.device; print([name for name in {heavy!r} if name in sys.modules])"
+    imports = "import sys, fedtune.device.join, fedtune.cli.device"
+    script = f"{imports}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -152,7 +153,7 @@ def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.M
 
 def test_a_frame_that_is_not_whole_is_told_apart() -> None:
     frame = Frame({"kind": "trained", "seconds": 0.1}, b"\x00deltas")
-    content = frame.encode()
+    content = b"".join(frame.pieces())
     assert Frame.decode(content) == frame
     for damaged in (b"", content[:10], content[:-1], content + b"x"):
         with pytest.raises(ValueError, match="frame"):
@@ -180,7 +181,7 @@ def test_an_answer_never_outlives_the_order_it_belongs_to(home: Path) -> None:
 def test_one_process_is_a_device_at_a_time(home: Path) -> None:
     place = _identity(home)
     with place.claimed():
-        script = "from clients.device_home import DeviceHome\nwith DeviceHome().claimed(): pass"
+        script = "from fedtune.device.device_home import DeviceHome\nwith DeviceHome().claimed(): pass"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert "is joined by another process" in done.stderr
         assert place.joined

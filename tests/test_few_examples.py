@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from fedtune.contribution import FEWEST, Order, Report, pack
 from fedtune.device.supply import holding
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.sparse import to_wire
 from fedtune.training import Workshop, discard, read_state, workshop
 from tests.federations import trivial
@@ -22,7 +22,7 @@ def report(home: Path, rows: int, *overrides: str) -> Report:
     discard()
     shop = workshop(recipe)
     payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    return work(Order(recipe, 1, 0), payload, shop, shop.clients[0][:rows], home / "own")[1]
+    return work(Order(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.clients[0][:rows], home / "own")[1]
 
 
 @pytest.mark.parametrize(("rows", "told"), [(FEWEST, True), (FEWEST - 1, False), (1, False)])

@@ -18,7 +18,7 @@ from fedtune.contribution import Contribution, Order, OwnScore, pack, unpack
 from fedtune.device import own_tensors
 from fedtune.device.channel import Frame
 from fedtune.device.keeper import Keeper
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.errors import RecipeError
 from fedtune.server.own_scores import own_scores
 from fedtune.simulation.flower_engine import run_flower
@@ -142,7 +142,10 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     finally:
         keeper.close()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
-    simulated = [work(order, payload, shop, shop.clients[1], home / order.run)[0] for order in orders]
+    simulated = [
+        work(order, read_payload(payload, shop, order.client), shop, shop.clients[1], home / order.run)[0]
+        for order in orders
+    ]
     assert [answer.payload for answer in answers] == simulated
     assert simulated[1] == simulated[3] != simulated[2]
 

@@ -1,24 +1,34 @@
-"""Metrics beyond accuracy beside scikit-learn's, and their way through recipes and scoring."""
+"""Metrics beyond accuracy beside their definitions, and their way through recipes and scoring."""
 
 import math
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn import metrics as sklearn
 
+from fedtune import checkpoint
+from fedtune import home as homes
+from fedtune.contribution import Order
+from fedtune.device.channel import Frame
+from fedtune.device.trainer import _Trainer
 from fedtune.errors import RecipeError
+from fedtune.protocol_codes import parse_problem
 from fedtune.simulation import resolve
-from fedtune.training import load_state, score, workshop
-from fedtune.training import metrics as ours
+from fedtune.training import class_metrics, load_state, score, workshop
 from fedtune.training.metrics import measure, register
 from tests.data_examples import a_recipe
-from tests.federations import execute, words
+from tests.federations import execute, trivial, words
+from tests.metric_oracles import count_auc, count_balanced_accuracy, count_f1
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+ALL = ["auc", "balanced-accuracy", "f1"]
 
 
 def some(classes: int, seed: int, *, ties: bool = False) -> tuple[Floats, Ints]:
@@ -30,43 +40,86 @@ def some(classes: int, seed: int, *, ties: bool = False) -> tuple[Floats, Ints]:
     return scores / scores.sum(1, keepdims=True), labels
 
 
-def their_auc(probabilities: Floats, labels: Ints) -> float:
-    chosen = probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
-    return float(sklearn.roc_auc_score(labels, chosen, multi_class="ovr"))
+def assert_as_counted(probabilities: Floats, labels: Ints) -> None:
+    predicted, seen = probabilities.argmax(1).tolist(), labels.tolist()
+    assert measure(ALL, probabilities, labels) == {
+        "auc": pytest.approx(count_auc(probabilities.tolist(), seen), abs=1e-12),
+        "balanced-accuracy": pytest.approx(count_balanced_accuracy(predicted, seen), abs=1e-12),
+        "f1": pytest.approx(count_f1(predicted, seen), abs=1e-12),
+    }
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("classes", [2, 3, 7])
-@pytest.mark.parametrize(
-    ("metric", "oracle"),
-    [
-        (ours.f1, lambda p, y: sklearn.f1_score(y, p.argmax(1), average="macro")),
-        (ours.balanced_accuracy, lambda p, y: sklearn.balanced_accuracy_score(y, p.argmax(1))),
-        (ours.auc, their_auc),
-    ],
-)
-def test_figures_are_those_of_scikit_learn(
-    metric: ours.Metric, oracle: Callable[[Floats, Ints], float], classes: int, ties: bool
-) -> None:
+def test_figures_are_those_of_their_definitions(classes: int, ties: bool) -> None:
     for seed in range(3):
-        probabilities, labels = some(classes, seed, ties=ties)
-        assert metric(probabilities, labels) == pytest.approx(oracle(probabilities, labels), abs=1e-12)
+        assert_as_counted(*some(classes, seed, ties=ties))
 
 
-def test_a_class_that_does_not_occur_is_left_out_of_the_mean() -> None:
-    probabilities, labels = some(4, 0)
-    there = labels < 3
-    probabilities, labels = probabilities[there], labels[there]
-    each = [sklearn.roc_auc_score(labels == one, probabilities[:, one]) for one in range(3)]
-    assert ours.auc(probabilities, labels) == pytest.approx(np.mean(each), abs=1e-12)
-    assert ours.f1(probabilities, labels) == pytest.approx(
-        sklearn.f1_score(labels, probabilities.argmax(1), average="macro"), abs=1e-12
+@pytest.mark.parametrize(("classes", "many"), [(4, 40), (10, 5), (200, 150)])
+def test_classes_that_do_not_occur_are_left_out_of_the_means(classes: int, many: int) -> None:
+    probabilities, labels = some(classes, 0)
+    there = labels < classes - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_as_counted(probabilities[there][:many], labels[there][:many])
+
+
+def test_figures_worked_out_by_hand() -> None:
+    predicted, labels = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    found = measure(ALL, np.eye(4)[predicted], labels)
+    assert found["f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
+    assert found["balanced-accuracy"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert found["auc"] == pytest.approx((7 / 12 + 5 / 6) / 2)
+
+
+def test_of_one_class_there_is_no_curve_and_no_other_figure_is_lost() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measure(ALL, np.eye(2)[[0, 0, 1]], np.zeros(3, np.int64))
+    assert math.isnan(found["auc"])
+    assert [found["f1"], found["balanced-accuracy"]] == [pytest.approx(0.4), pytest.approx(2 / 3)]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels"), [(np.zeros((0, 2)), []), (np.array([[0.1, 0.9], [np.nan, np.nan]]), [1, 0])]
+)
+def test_over_no_examples_and_of_a_diverged_model_no_figure_is_told(probabilities: Floats, labels: list[int]) -> None:
+    assert all(map(math.isnan, measure(ALL, probabilities, np.array(labels, np.int64)).values()))
+
+
+@pytest.fixture
+def without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    monkeypatch.delitem(sys.modules, class_metrics.__name__)
+    monkeypatch.delattr("fedtune.training.class_metrics")
+
+
+@pytest.mark.usefixtures("without_scikit_learn")
+def test_without_scikit_learn_a_recipe_that_asks_for_a_figure_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"f1 needs sklearn\.metrics, which is not installed; pip install scikit-learn"
+    ):
+        trivial("evaluation={own: 0.2, metrics: [f1]}")
+
+
+def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, request: pytest.FixtureRequest) -> None:
+    order = Order(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0)
+    request.getfixturevalue("without_scikit_learn")
+    said = _Trainer("part:0", 10**11, 0).answer(Frame(asdict(order)), lambda: pytest.fail("it trains"))
+    problem = parse_problem(said.header["problem"])
+    assert problem is not None
+    assert "install scikit-learn, or the package that publishes the metric, on the device" in problem.remote_sentence
+
+
+def test_scikit_learn_is_imported_only_where_a_metric_is_asked_for() -> None:
+    script = (
+        "import sys; import numpy as np; from fedtune.training.metrics import known, measure; known()\n"
+        "measure([], np.eye(2), np.arange(2)); assert 'sklearn' not in sys.modules\n"
+        "measure(['f1'], np.eye(2), np.arange(2)); assert 'sklearn' in sys.modules"
     )
-
-
-def test_no_curve_can_be_drawn_of_one_class() -> None:
-    assert math.isnan(ours.auc(np.full((3, 2), 0.5), np.zeros(3, np.int64)))
-    assert all(map(math.isnan, measure(["f1", "auc"], np.zeros((0, 2)), np.zeros(0, np.int64)).values()))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> None:
@@ -78,16 +131,38 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     assert last["test", "always-half"] == 0.5
     state = ended.rounds[-1].checkpoint
     assert state is not None
-    from fedtune import checkpoint
-    from fedtune import home as homes
-
     load_state(shop.model, checkpoint.load(homes.runs() / state.path))
     batch = shop.test.batch(range(len(shop.test)))
     labels = batch.pop("labels").numpy()
     probabilities = shop.model.eval()(**batch).logits.softmax(-1).detach().double().numpy()
-    assert last["test", "f1"] == pytest.approx(sklearn.f1_score(labels, probabilities.argmax(1), average="macro"))
-    assert last["test", "auc"] == pytest.approx(sklearn.roc_auc_score(labels, probabilities[:, 1]), abs=1e-6)
+    assert last["test", "f1"] == pytest.approx(count_f1(probabilities.argmax(1).tolist(), labels.tolist()))
+    assert last["test", "auc"] == pytest.approx(count_auc(probabilities.tolist(), labels.tolist()), abs=1e-6)
     assert last["test-before", "f1"] != last["test", "f1"]
+
+
+def test_a_package_publishes_a_metric_as_an_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "cautious.py").write_text(
+        "def sureness(probabilities, labels):\n    return probabilities.max(1).mean()\n"
+    )
+    (tmp_path / "cautious-1.0.dist-info").mkdir()
+    (tmp_path / "cautious-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: cautious\nVersion: 1.0\n"
+    )
+    (tmp_path / "cautious-1.0.dist-info" / "entry_points.txt").write_text(
+        "[fedtune.metrics]\nsureness = cautious:sureness\n"
+    )
+    script = (
+        "import numpy as np; from fedtune.training.metrics import known, measure; assert 'sureness' in known()\n"
+        "print(measure(['sureness'], np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([0, 1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("{'sureness': 0.625}", "")
 
 
 def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:

@@ -121,12 +121,14 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     shop = _shop(trivial().model_dump_json())
     shop.recipe = shop.recipe.model_copy(update={"train": train})
     monkeypatch.setattr(budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
-    monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000_000))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000))
     trained = sum(parameter.numel() for parameter in shop.model.parameters())
     found = need(shop, np.arange(20), 1)
     assert found.example == 1000
-    assert found.fixed == pytest.approx(5_000_000 + 4 * trained * per_value, rel=0.01)
+    assert found.fixed == pytest.approx(5_000 + 4 * trained * per_value, rel=0.01)
     assert trained == 7850
+    shop.model.bfloat16()
+    assert need(shop, np.arange(20), 1).fixed - found.fixed == 4 * trained, "and an fp32 master of each"
 
 
 def test_the_budget_counts_fp32_masters_of_what_is_trained_in_a_lower_precision() -> None:

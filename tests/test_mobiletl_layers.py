@@ -40,6 +40,31 @@ def test_a_shift_norm_is_the_frozen_norm_to_the_bit_and_keeps_nothing(dtype: tor
     assert kept(norm, x, *norm.parameters(), *norm.buffers()) != []
 
 
+@pytest.mark.parametrize("of_g", ["contiguous", "channels last", "columns first"])
+@pytest.mark.parametrize("of_x", ["contiguous", "channels last", "columns first"])
+def test_a_shift_norm_sums_in_the_plain_norms_order_however_inputs_and_gradients_lie_in_memory(
+    of_x: str, of_g: str
+) -> None:
+    norm = a_norm(16)
+    x, g = laid_out(torch.randn(4, 16, 9, 7), of_x), laid_out(torch.randn(4, 16, 9, 7), of_g)
+    found = []
+    for layer in (norm, shift_norm(norm)):
+        norm.bias.grad, given = None, x.detach().requires_grad_()
+        layer(given).backward(g)
+        assert given.grad is not None
+        found.append((given.grad, norm.bias.grad))
+    for one, other in zip(*found, strict=True):
+        assert same_bits(one, other)
+        assert one.stride() == other.stride()
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers in another order in memory."""
+    if layout == "channels last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.mT.contiguous().mT if layout == "columns first" else tensor
+
+
 def test_a_shift_norm_has_the_gradients_of_its_formula() -> None:
     norm = a_norm(dtype=torch.float64)
     x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from fedtune import models
-from fedtune.errors import ModelError, SourceError
+from fedtune.errors import FedtuneWarning, ModelError, SourceError
 from fedtune.models.gguf import from_gguf
 from fedtune.recipe import Model, Task
 from fedtune.samples import PACKAGES, fetch
@@ -83,8 +84,14 @@ def test_the_body_keeps_the_published_weights_and_labels_get_their_names(encoder
 def test_a_head_for_other_labels_is_replaced_and_a_fitting_one_kept(tmp_path: Path) -> None:
     trained = BertForSequenceClassification(BertConfig(**{**SMALL, "num_labels": 3}))
     trained.save_pretrained(tmp_path)
-    assert all(same(trained, load(f"path:{tmp_path}", TEXT, ("a", "b", "c"))).values())
-    replaced = load(f"path:{tmp_path}", TEXT, ("a", "b"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(same(trained, load(f"path:{tmp_path}", TEXT, ("a", "b", "c"))).values())
+    with pytest.warns(
+        FedtuneWarning, match="has a head for 3 classes, but the data have 2; a new head is drawn"
+    ) as said:
+        replaced = load(f"path:{tmp_path}", TEXT, ("a", "b"))
+    assert len(said) == 1
     assert replaced.get_parameter("classifier.weight").shape == (2, 16)
 
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune import models
-from fedtune.errors import ChecksumError, ModelError, SourceError
+from fedtune.errors import ChecksumError, FedtuneWarning, ModelError, SourceError
 from fedtune.models import convert, own
 from fedtune.models.efficientnet_lite import EfficientNetLite, SameConv2d
 from fedtune.models.logistic import Logistic
@@ -138,8 +139,22 @@ def test_saved_image_models_load_in_plain_transformers(tmp_path: Path) -> None:
 def test_a_saved_image_model_loads_here_again_with_the_head_it_was_saved_with(name: str, tmp_path: Path) -> None:
     model = load(f"sample:{name}")
     models.save(model, TEN, tmp_path / "saved")
-    again = load(f"path:{tmp_path / 'saved'}").state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load(f"path:{tmp_path / 'saved'}").state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_head_for_other_classes_is_given_up_in_a_sentence(tmp_path: Path) -> None:
+    trained = Logistic(10)
+    trained.load_state_dict({name: torch.ones_like(tensor) for name, tensor in trained.state_dict().items()})
+    own.save(trained, tmp_path)
+    with pytest.warns(
+        FedtuneWarning, match="has a head for 10 classes, but the data have 3; a new head is drawn"
+    ) as said:
+        loaded = load(f"path:{tmp_path}", ("a", "b", "c"))
+    assert len(said) == 1
+    assert {len(tensor) for tensor in loaded.state_dict().values()} == {3}
 
 
 def test_a_new_head_is_drawn_from_the_seed_alone() -> None:

@@ -18,7 +18,7 @@ from fedtune.device.device_home import DeviceHome
 from fedtune.device.keeper import Keeper
 from fedtune.device.private import private as made_private
 from fedtune.device.supply import holding
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.errors import ContributionError
 from fedtune.privacy import SLACK
 from fedtune.recipe import Privacy
@@ -143,7 +143,10 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
         keeper.close()
     assert answer.header["kind"] == "trained", answer.header
     assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
-    simulated = [work(order, payload, shop, shop.clients[1], at)[0] for at in (DeviceHome().own("one"), home / "new")]
+    simulated = [
+        work(order, read_payload(payload, shop, order.client), shop, shop.clients[1], at)[0]
+        for at in (DeviceHome().own("one"), home / "new")
+    ]
     assert answer.payload == simulated[0] != simulated[1]
 
 

@@ -11,7 +11,7 @@ import pytest
 from fedtune import thin
 from fedtune.contribution import Order, pack
 from fedtune.device.supply import Supply
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.sparse import to_wire
 from fedtune.training import discard, read_state
 from tests.federations import execute, trivial, words
@@ -83,7 +83,7 @@ def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_
     order = Order(recipe.model_dump_json(), 1, 0, "[]", "run")
     shop, rows = Supply("part:0").of(order)
     payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    deltas, _ = work(order, payload, shop, rows, tmp_path / "own")
+    deltas, _ = work(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")
     discard()
     paths = [tmp_path / name for name in ("recipe", "payload", "sent")]
     paths[0].write_text(order.recipe)

@@ -14,8 +14,10 @@ from fedtune.server.watch import (
     RoundStarted,
     RunStarted,
     Scoring,
+    Unscored,
     headline,
     summary,
+    unscored,
     watcher,
 )
 
@@ -110,6 +112,8 @@ def _line(event: Event, clock: Clock, rounds: int) -> str:
             return headline(event)
         case Scoring():
             return f"scoring {event.part}  {event.done}/{event.total}"
+        case Unscored():
+            return unscored(event)
         case RoundEnded():
             left = clock.left()
             return f"round {event.record.number}/{rounds}  {summary(event.record)}" + (f"  {left}" if left else "")
@@ -145,6 +149,8 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
         case Scoring():
             scoring = f"scoring {event.part}"
             bars.update(client_bar, total=event.total, completed=event.done, visible=True, description=scoring, note="")
+        case Unscored():
+            bars.console.print(unscored(event), highlight=False)
         case RoundEnded():
             number = event.record.number
             bars.update(round_bar, completed=number, note=clock.left())

@@ -134,7 +134,7 @@ def _clients(rounds: Rounds) -> Table:
     last = max(one.round for one in found)
     table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
     for one in (one for one in found if one.round == last):
-        moment = f"{one.moment} training"
+        moment = "shared model" if one.moment == "shared" else f"{one.moment} training"
         figures = map(_number, (one.mean, one.deviation, one.worst_tenth))
         table.add_row(one.name, moment, str(one.clients), *figures)
     return table

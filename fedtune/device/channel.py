@@ -7,7 +7,10 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Channel", "Frame"]
+__all__ = ["STATE", "Channel", "Frame"]
+
+STATE = "state"
+"""Names, in the header of an order, the file with the state to begin with; without one the payload is the state."""
 
 _LENGTHS = struct.Struct(">QQ")
 _PIECE = 1 << 20
@@ -20,18 +23,14 @@ class Frame:
     header: dict[str, Any]
     payload: bytes = b""
 
-    def beginning(self) -> bytes:
-        """Lengths and header."""
+    def pieces(self) -> tuple[bytes, bytes]:
+        """The frame as bytes: lengths with header, and the payload apart, so that a large one is not copied."""
         header = json.dumps(self.header).encode()
-        return _LENGTHS.pack(len(header), len(self.payload)) + header
-
-    def encode(self) -> bytes:
-        """The frame as one string of bytes."""
-        return self.beginning() + self.payload
+        return _LENGTHS.pack(len(header), len(self.payload)) + header, self.payload
 
     @classmethod
     def decode(cls, content: bytes) -> "Frame":
-        """The frame in what ``encode`` gave; ValueError when it is not whole."""
+        """The frame whose pieces are joined in ``content``; ValueError when it is not whole."""
         start = _LENGTHS.size
         try:
             header, payload = _LENGTHS.unpack(content[:start])
@@ -51,8 +50,8 @@ class Channel:
     def send(self, frame: Frame) -> None:
         """Send a frame whole."""
         try:
-            self._end.sendall(frame.beginning())
-            self._end.sendall(frame.payload)  # apart, so that a large one is not copied
+            for piece in frame.pieces():
+                self._end.sendall(piece)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise EOFError("the other end is gone") from error
 

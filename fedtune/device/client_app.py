@@ -15,7 +15,7 @@ from fedtune.answers import FAILED
 from fedtune.contribution import Order
 from fedtune.device import records
 from fedtune.device.problems import problem_of
-from fedtune.device.work import work
+from fedtune.device.work import read_payload, work
 from fedtune.training import workshop
 
 __all__ = ["app", "deployed"]
@@ -30,7 +30,8 @@ def train_round(message: Message, _: Context) -> Message:
     order = Order(**records.order(message.content))  # type: ignore[arg-type]
     shop = workshop(order.recipe)
     own = home.runs() / order.run / "own" / f"client-{order.client:06d}"
-    state = records.state_file(message.content) or records.state(message.content)
+    payload = records.state_file(message.content) or records.state(message.content)
+    state = read_payload(payload, shop, order.client)
     deltas, report = work(order, state, shop, shop.clients[order.client], own)
     return Message(records.answer(deltas, asdict(report)), reply_to=message)
 

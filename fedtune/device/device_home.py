@@ -7,7 +7,7 @@ import os
 import shutil
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtune import home
-from fedtune.errors import DeviceError
+from fedtune.errors import DeviceError, StoreError
 from fedtune.files import write, writing
 
 __all__ = ["DeviceHome", "Identity"]
@@ -120,9 +120,13 @@ class DeviceHome:
             return {}
         return state if isinstance(state, dict) else {}
 
-    def hold(self, what: str, content: bytes) -> None:
+    def hold(self, what: str, *pieces: bytes) -> None:
         """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
-        write(self.folder / what, hashlib.sha256(content).digest() + content)
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        with writing(self.folder / what) as beside, beside.open("wb") as file:
+            file.writelines([digest.digest(), *pieces])
 
     def held(self, what: str) -> bytes | None:
         """The order or the answer that was in hand when the last process ended; None when it is not whole any more.
@@ -136,8 +140,34 @@ class DeviceHome:
         digest, content = kept[:_DIGEST], kept[_DIGEST:]
         return content if hashlib.sha256(content).digest() == digest else None
 
+    def spool(self, state: bytes) -> Path:
+        """Put the state that an order begins with into a file, for the trainer to read tensor by tensor.
+
+        StoreError, with nothing left behind, when the disk cannot take it. It is asked for again after a power cut, so
+        it is not flushed.
+        """
+        self.drop_state()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(self._state, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(state)
+        except OSError as error:
+            self.drop_state()
+            raise StoreError(f"cannot write {self._state}: {error.strerror}; free or choose another place") from error
+        return self._state
+
+    def drop_state(self) -> None:
+        """Let go of the state an order began with; a disk that takes no change any more keeps it."""
+        with suppress(OSError):
+            self._state.unlink()
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state.safetensors"
+
     def release(self) -> bool:
         """Let go of the order in hand and of its answer; whether there was one."""
+        self.drop_state()
         kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
         found = any(path.exists() for path in kept)
         for path in kept:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from fedtune import answers
-from fedtune.device.channel import Frame
+from fedtune.device.channel import STATE, Frame
 from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.fleet import Fleet, GoneError
@@ -128,21 +128,36 @@ class Node:
         """Ask the trainer, and keep its answer."""
         started = time.monotonic()
         try:
-            task = self._until_done(partial(self._fleet.fetch, order))
+            frame = self._until_done(partial(self._fetch, order))
+            number = int(frame.header["round"])
         except (KeyError, TypeError, ValueError) as error:
             problem = Problem("order-unreadable")
             return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
-        self._note("training", round=task.order["round"])
-        answer = self._keeper.ask(Frame(dict(task.order), task.payload))
+        self._note("scoring" if frame.header.get("scoring") else "training", round=number)
+        answer = self._keeper.ask(frame)
+        self._home.drop_state()
         answer.header["seconds"] = time.monotonic() - started
-        self._report(int(task.order["round"]), answer)
-        self._hold("answer", answer.encode())
+        self._report(number, answer)
+        self._hold("answer", *answer.pieces())
         return answer
+
+    def _fetch(self, order: bytes) -> Frame:
+        """What the trainer is to be asked: the state is in a file, so that while it trains nobody holds a copy.
+
+        Where the disk is full the trainer is sent the state itself.
+        """
+        task = self._fleet.fetch(order)
+        try:
+            return Frame({**task.order, STATE: str(self._home.spool(task.payload))})
+        except StoreError as error:
+            self._say(f"{error}; going on without")
+            return Frame({**task.order, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
 
     def _report(self, number: int, answer: Frame) -> None:
         kind, said = answer.header["kind"], answer.header
         if kind == "trained":
-            self._say(f"round {number}: trained {said['report']['examples']} examples in {said['seconds']:.1f} s")
+            done = f"trained {count} examples" if (count := said["report"]["examples"]) else "scored the shared model"
+            self._say(f"round {number}: {done} in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
             self._say(f"round {number}: {kind}: {said['detail']}")
@@ -165,10 +180,10 @@ class Node:
                 self._tell(holding)
                 self._told = holding
 
-    def _hold(self, what: str, content: bytes) -> None:
+    def _hold(self, what: str, *pieces: bytes) -> None:
         """Keep something, if the disk can; a full one costs safety, not the round."""
         try:
-            self._home.hold(what, content)
+            self._home.hold(what, *pieces)
         except StoreError as error:
             self._say(f"{error}; going on without")
 

@@ -12,6 +12,7 @@ from fedtune.contribution import FEWEST, Order
 from fedtune.errors import DataError
 from fedtune.recipe import Columns, Data, Recipe
 from fedtune.training import Workshop, build_model, discard, workshop
+from fedtune.training.metrics import load_metrics
 
 __all__ = ["Supply", "holding"]
 
@@ -33,6 +34,8 @@ class Supply:
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             discard()
+            if recipe.evaluation.own:
+                load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
             if self._source.startswith("part:"):
                 self._held = _part(recipe, self._source)
             else:

@@ -9,17 +9,20 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
 
 from fedtune.contribution import Order
 from fedtune.device.budget import fitting
-from fedtune.device.channel import Channel, Frame
+from fedtune.device.channel import STATE, Channel, Frame
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.problems import problem_of
 from fedtune.device.supply import Supply, holding
-from fedtune.device.work import work
-from fedtune.errors import BudgetError, FedtuneError
+from fedtune.device.work import read_payload, work
+from fedtune.errors import BudgetError, ContributionError, FedtuneError, StoreError
 from fedtune.training import Workshop
 
 __all__ = ["main"]
@@ -50,20 +53,30 @@ class _Trainer:
         Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
         """
         try:
-            return self._train(Order(**frame.header), frame.payload, fits)
+            path = frame.header.pop(STATE, "")
+            return self._train(Order(**frame.header), Path(path) if path else frame.payload, fits)
         except Exception as error:
             kind = "declined" if isinstance(error, BudgetError) else "failed"
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
-    def _train(self, order: Order, payload: bytes, fits: Callable[[], None]) -> Frame:
+    def _train(self, order: Order, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
         shop, rows = self._supply.of(order)
+        state = _state(payload, shop, order.client)  # before it is looked what is held
         if self._looked is not shop:
             self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        deltas, report = work(order, payload, shop, rows, DeviceHome().own(order.run), self._micro)
+        deltas, report = work(order, state, shop, rows, DeviceHome().own(order.run), self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
+
+
+def _state(payload: bytes | Path, shop: Workshop, client: int) -> Mapping[str, Tensor]:
+    """The state an order begins with; ContributionError when what came is none of this model's."""
+    try:
+        return read_payload(payload, shop, client)
+    except (ContributionError, StoreError) as error:
+        raise ContributionError(str(error), code="order-unreadable") from error
 
 
 def _end_with_parent() -> None:

@@ -1,42 +1,53 @@
 """One client's round as a function of what it is sent: in a simulation and on a device alike."""
 
 import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
+from fedtune.data import Encoded
 from fedtune.device import own_tensors
 from fedtune.device.private import private, withheld
+from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.sparse import compact, from_wire, masks
 from fedtune.stored_state import StoredState
-from fedtune.training import Workshop, shapes, train
+from fedtune.training import Workshop, score_received, shapes, train
 from fedtune.training.held_out import count_held_out
 
-__all__ = ["work"]
+__all__ = ["read_payload", "work"]
+
+
+def read_payload(payload: bytes | Path, shop: Workshop, client: int) -> Mapping[str, Tensor]:
+    """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
+    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
+    return from_wire(sent, shapes(shop.of(client).model))
 
 
 def work(
     order: Order,
-    payload: bytes | Path,
+    state: Mapping[str, Tensor],
     shop: Workshop,
     rows: NDArray[np.int64],
     folder: Path,
     micro: int | None = None,
 ) -> tuple[bytes, Report]:
-    """Train from the state in ``payload`` on ``rows`` of the workshop's training part: the deltas and a report.
+    """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
 
-    A payload that is a file is read tensor by tensor, so that no copy of the state is held.
+    An order to score brings no deltas, and a report of scores alone.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
     part = shop.of(order.client)
-    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
-    state = from_wire(sent, shapes(part.model))
-    own = {**part.own, **own_tensors.load(folder, order.round)} if part.own else {}
+    if order.scoring:
+        return pack({}), _scored(order, state, part, shop.train, rows, folder)
+    own = _own(part, folder, order.round)
     outcome = train(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
     )
@@ -54,9 +65,28 @@ def work(
     return pack(sent), withheld(report) if privacy.where == "client" else report
 
 
-def _told(before: OwnScore, after: OwnScore) -> dict[str, Any]:
+def _scored(
+    order: Order, state: Mapping[str, Tensor], part: Workshop, data: Encoded, rows: NDArray[np.int64], folder: Path
+) -> Report:
+    """The report of a client that scores the state after a round; with privacy no score leaves it."""
+    started, recipe = time.perf_counter(), part.recipe
+    reset_peak_rss()
+    own = _own(part, folder, order.round + 1)
+    score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
+    tells = count_held_out(len(rows), recipe.evaluation.own) >= FEWEST and recipe.privacy is None
+    figures = _told(score) if tells else {}
+    return Report(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
+
+
+def _own(part: Workshop, folder: Path, before: int) -> dict[str, Tensor]:
+    """What the client keeps for itself, as it is before a round."""
+    return {**part.own, **own_tensors.load(folder, before)} if part.own else {}
+
+
+def _told(before: OwnScore, after: OwnScore | None = None) -> dict[str, Any]:
     """Fields of a report; with nothing held out there is nothing to tell."""
     if not before.predictions:
         return {}
     first = {"own_predictions": before.predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
-    return {**first, "own_more": list(before.more), "own_after": [after.loss, after.accuracy, *after.more]}
+    trained = {} if after is None else {"own_after": [after.loss, after.accuracy, *after.more]}
+    return {**first, "own_more": list(before.more), **trained}

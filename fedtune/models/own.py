@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.kinds import KINDS
+from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, from_settings
 from fedtune.pictures import Preprocessor
 from fedtune.recipe import Model, Task
@@ -116,4 +117,7 @@ def _fill(model: ImageClassifier, tensors: dict[str, Tensor], source: str) -> No
     wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head}.")]
     if wrong:
         raise ModelError(f"{source} has no weights for {min(wrong)!r}, which it needs; fetch it again")
+    given_up = [name for name in sorted(wanted.keys() & tensors.keys() - fitting.keys()) if tensors[name].any()]
+    for name in given_up[:1]:  # a head of zeros, as that of sample:logistic, has learned nothing
+        warn_of_new_head(source, len(tensors[name]), len(wanted[name]))
     model.load_state_dict(fitting, strict=False)

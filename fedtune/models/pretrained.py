@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
 from fedtune.models.explained import explained
+from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.quiet import quiet
 from fedtune.models.read_past import read_past
@@ -55,6 +56,8 @@ def load(
             quantisation.llm_int8_skip_modules += drawn  # there is nothing to quantise
             loaded, info = _loaded(model, location, task, config, seed, quantisation)
     _check_weights(model, task, loaded, info)
+    for _, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        warn_of_new_head(model.source, found[0], wanted[0])
     vars(loaded)["drawn"] = sorted(info["missing_keys"])
     if task != "image-classification":
         _prepare_text_model(loaded, model, location, task)

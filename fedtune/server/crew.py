@@ -10,6 +10,7 @@ from fedtune.errors import RoundError
 from fedtune.recipe import Recipe
 from fedtune.server.asking import DEVICE_REMOVED
 from fedtune.server.guarded_grid import GuardedGrid
+from fedtune.server.selection import candidates
 from fedtune.tracking import Seat
 
 __all__ = ["Crew", "assemble"]
@@ -41,6 +42,10 @@ class Crew:
     removed: Callable[[], Collection[int]] = tuple
     """Clients whose device is shut out now; asked where a round misses answers."""
     deployed: bool = False
+    eligible: Sequence[int] = ()
+    """Clients that may be asked: a simulation's that the recipe selects, devices that are neither removed nor
+    quarantined.
+    """
     expect: Callable[[int], None] = _any_size
 
     def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
@@ -64,7 +69,8 @@ def assemble(
     if not seats:
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
         names = [recipe.device_of(client).name for client in range(recipe.clients)]
-        return Crew(nodes, names, shares_disk=bool(getattr(grid, "shares_disk", False)))
+        shares_disk = bool(getattr(grid, "shares_disk", False))
+        return Crew(nodes, names, shares_disk=shares_disk, eligible=candidates(recipe))
     gone = set(removed())
     wanted = {int(seat.node) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -14,19 +15,24 @@ __all__ = ["messages_for", "replies"]
 
 
 def messages_for(
-    clients: Sequence[int], nodes: Sequence[int], recipe: str, number: int, payload: bytes | Path, labels: str, run: str
+    clients: Sequence[int], nodes: Sequence[int], order: Order, payload: bytes | Path
 ) -> dict[int, Message]:
-    """One training message per client; client i lives on the i-th node. All share one copy of the state."""
+    """The order to each client; client i lives on the i-th node. All share one copy of the state."""
     state = _state(payload)
     return {
         client: Message(
-            RecordDict({**state, "order": ConfigRecord(asdict(Order(recipe, number, client, labels, run)))}),
+            RecordDict({**state, "order": ConfigRecord(_fields(replace(order, client=client)))}),
             nodes[client],
             MessageType.TRAIN,
-            group_id=str(number),
+            group_id=str(order.round),
         )
         for client in clients
     }
+
+
+def _fields(order: Order) -> dict[str, Any]:
+    """What travels of an order. ``scoring`` only where it is wanted: a device that knows no such field trains still."""
+    return {name: value for name, value in asdict(order).items() if name != "scoring" or value}
 
 
 def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:

@@ -24,6 +24,10 @@ def main(kind: str, token: str, socket: Path) -> None:
     mirror_output_to_queue(output)
     if kind == TaskType.SIMULATION:
         from flwr.simulation.app import run_simulation_process as run
+
+        from fedtune.server.ray_private import keep_working_folder_out
+
+        keep_working_folder_out()
     else:
         from flwr.superlink.runtime import run_serverapp as run
     run(

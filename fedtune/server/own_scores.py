@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedtune.contribution import Contribution
+from fedtune.contribution import Contribution, OwnScore
 from fedtune.tracking import ClientScore, MetricRecord
 
-__all__ = ["client_scores", "own_scores"]
+__all__ = ["client_scores", "figures_of", "own_scores"]
 
 
 def own_scores(contributions: Sequence[Contribution]) -> tuple[MetricRecord, ...]:
@@ -26,15 +26,20 @@ def client_scores(contributions: Sequence[Contribution], metrics: Sequence[str])
 
     A client that held nothing out has none.
     """
-    found = []
-    for one in contributions:
-        for moment, score in (("before", one.own), ("after", one.trained)):
-            if score.predictions:
-                figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(
-                    zip(metrics, score.more, strict=False)
-                )
-                found += [
-                    ClientScore(client=one.client, moment=moment, name=name, value=value, predictions=score.predictions)
-                    for name, value in figures.items()
-                ]
-    return tuple(found)
+    return tuple(
+        figure
+        for one in contributions
+        for moment, score in (("before", one.own), ("after", one.trained))
+        for figure in figures_of(one.client, moment, score, metrics)
+    )
+
+
+def figures_of(client: int, moment: str, score: OwnScore, metrics: Sequence[str]) -> list[ClientScore]:
+    """A client's figures at one moment; none where it held nothing out."""
+    if not score.predictions:
+        return []
+    figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(zip(metrics, score.more, strict=False))
+    return [
+        ClientScore(client=client, moment=moment, name=name, value=value, predictions=score.predictions)
+        for name, value in figures.items()
+    ]

@@ -21,7 +21,7 @@ from fedtune.update_checks import check
 _LONGEST_REASON = 400
 """Characters that are kept of why an update is refused: it may quote names that its device chose."""
 
-__all__ = ["aged", "missing", "receive"]
+__all__ = ["aged", "missing", "read_error", "receive"]
 
 
 def receive(
@@ -41,7 +41,7 @@ def receive(
     """
     bytes_down = part.size
     if reply.has_error():
-        return _absent(client, device, *_error(reply.error), bytes_down), None
+        return _absent(client, device, *read_error(reply.error), bytes_down), None
     path = spool / f"client-{client:06d}.safetensors"
     try:
         payload = _payload(reply, part.most_bytes)
@@ -78,7 +78,7 @@ def aged(
     return replace(record, staleness=tau), scaled
 
 
-def _error(error: Error) -> tuple[str, str]:
+def read_error(error: Error) -> tuple[str, str]:
     """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
     told = error.reason or ""
     if error.code == REFUSED:

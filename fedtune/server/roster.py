@@ -68,8 +68,9 @@ class Roster:
         there = self.wait()
         nodes = [int(seat.node) for seat in self._seats()]
         moved = {client for client, node in enumerate(nodes) if node != crew.nodes[client]}
-        asking.admit([seat.client for seat in there], moved)
-        return replace(crew, nodes=nodes)
+        eligible = [seat.client for seat in there]
+        asking.admit(eligible, moved)
+        return replace(crew, nodes=nodes, eligible=eligible)
 
     def _seats(self) -> list[Seat]:
         return self._store.access.seats(self._run)

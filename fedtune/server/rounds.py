@@ -4,9 +4,8 @@ A round is committed once, after its checkpoint is on disk; what came before can
 random number is derived from the seed and the place it is used.
 """
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +18,15 @@ from fedtune.contribution import Contribution
 from fedtune.errors import RoundError
 from fedtune.server import scoring
 from fedtune.server.asking import Asking
+from fedtune.server.client_scoring import score_by_clients
 from fedtune.server.crew import Crew
 from fedtune.server.evidence import evidence
-from fedtune.server.exchange import messages_for
+from fedtune.server.orders import make_messages
 from fedtune.server.own_scores import client_scores, own_scores
 from fedtune.server.parts import Parts, sent_names, widened
 from fedtune.server.private import alike, norm_limit, with_noise
 from fedtune.server.pruning import prune_checkpoints
 from fedtune.server.receive import aged, missing, receive
-from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
 from fedtune.server.roster import Roster
 from fedtune.server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from fedtune.server.safeguards import Safeguards
@@ -45,6 +44,8 @@ from fedtune.untrusted import clean_text
 __all__ = ["coordinate"]
 
 State = Mapping[str, Tensor]
+AskScores = Callable[[Crew, State, int, float], tuple[ClientScore, ...]]
+"""Asks clients to score a state after a round that has taken so many seconds."""
 
 
 def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
@@ -62,11 +63,12 @@ def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
     crew = roster.assemble()
     asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     guards = Safeguards(shop, store, run, done)
+    ask_scores = partial(score_by_clients, grid, shop, run)
     for number in range(first, recipe.federation.rounds + 1):
         ended: State | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
-            ended = _round(shop, store, run, crew, asking, guards, state, number)
+            ended = _round(shop, store, run, crew, asking, guards, ask_scores, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
@@ -90,7 +92,15 @@ def _start(shop: Workshop, store: Store, run: str) -> State:
 
 
 def _round(
-    shop: Workshop, store: Store, run: str, crew: Crew, asking: Asking, guards: Safeguards, state: State, number: int
+    shop: Workshop,
+    store: Store,
+    run: str,
+    crew: Crew,
+    asking: Asking,
+    guards: Safeguards,
+    ask_scores: AskScores,
+    state: State,
+    number: int,
 ) -> State | None:
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
@@ -112,6 +122,8 @@ def _round(
     metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking)
     metrics += guards.spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
+    if scoring.scored_after(shop, number):
+        told += ask_scores(crew, state, number, time.perf_counter() - started)
     state = _commit(store, run, number, state, started, records, metrics, short, told)
     guards.committed(records)
     return state
@@ -158,7 +170,7 @@ def _gather(
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
         sent = parts if begun == number else Parts(shop, _earlier(run, begun), begun, folder)
-        return _messages(shop, run, crew, clients, sent)
+        return make_messages(shop, run, crew, clients, sent)
 
     tell(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
@@ -176,20 +188,6 @@ def _gather(
     ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
     return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
-
-
-def _messages(shop: Workshop, run: str, crew: Crew, clients: Sequence[int], parts: Parts) -> dict[int, Message]:
-    """A message to each client, in client order; all of one class share one copy of the state."""
-    recipe, labels = shop.recipe.model_dump_json(), json.dumps(shop.corpus.labels)
-    most = max((parts.of(client).most_bytes for client in clients), default=0)
-    crew.expect(most)
-    found: dict[int, Message] = {}
-    if crew.deployed:
-        raise_reply_limit(home.runs() / run, most + OVERHEAD)
-    for payload in {id(parts.of(client)): parts.of(client).payload for client in clients}.values():
-        own = [client for client in clients if parts.of(client).payload is payload]
-        found |= messages_for(own, crew.nodes, recipe, parts.number, payload, labels, run)
-    return dict(sorted(found.items()))
 
 
 def _earlier(run: str, number: int) -> State:

@@ -14,9 +14,11 @@ __all__ = [
     "RoundStarted",
     "RunStarted",
     "Scoring",
+    "Unscored",
     "headline",
     "summary",
     "tell",
+    "unscored",
     "watcher",
 ]
 
@@ -58,13 +60,22 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Unscored:
+    """Of ``asked`` clients that were to score the state after a round, some gave no figures: why, by client."""
+
+    number: int
+    asked: int
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class RoundEnded:
     """A round has been committed."""
 
     record: RoundRecord
 
 
-Event = RunStarted | RoundStarted | Answered | Scoring | RoundEnded
+Event = RunStarted | RoundStarted | Answered | Scoring | Unscored | RoundEnded
 
 
 _NAMED = 5
@@ -89,6 +100,14 @@ def summary(record: RoundRecord) -> str:
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 
 
+def unscored(event: Unscored) -> str:
+    """Who gave no figures, in one line."""
+    named = [f"{client}: {reason}" for client, reason in event.reasons.items()][:_NAMED]
+    more = f"; and {len(event.reasons) - _NAMED} more" if len(event.reasons) > _NAMED else ""
+    many = f"{len(event.reasons)} of {event.asked} clients did not score the shared model"
+    return f"round {event.number}  {many}: {'; '.join(named)}{more}"
+
+
 def _shown(part: str, domain: str, name: str) -> bool:
     return (
         part in ("validation", "own", "privacy") and domain == "all" and name in ("accuracy", "perplexity", "epsilon")
@@ -99,6 +118,8 @@ def _print(event: Event) -> None:
     match event:
         case RunStarted():
             print(headline(event), flush=True)
+        case Unscored():
+            print(unscored(event), flush=True)
         case RoundEnded():
             print(f"round {event.record.number}  {summary(event.record)}", flush=True)
 

@@ -25,6 +25,7 @@ from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
 from fedtune.recipe import Task
 from fedtune.techniques._left_out import asks_for_shapes, left_out
+from fedtune.techniques._pair_sum import sum_in_fewer_passes
 from fedtune.techniques._technique import Technique, head_names, require
 
 __all__ = ["LowRank", "expanded", "linear_names"]
@@ -63,6 +64,7 @@ class LowRank(Technique):
             inject_adapter_in_model(config, model)
         for _, layer in _adapted(model):
             _show_shape(layer)
+            sum_in_fewer_passes(layer)
         require(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
         self._freeze(model, "A", self.exact == "freeze-a")
 

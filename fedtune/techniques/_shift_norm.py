@@ -43,16 +43,20 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(weight, mean, var)
-        ctx.eps = eps
+        ctx.eps, ctx.strides = eps, x.stride()
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """PyTorch's own backward pass, for its very bits: with the scale's gradient masked out it never reads x."""
+        """PyTorch's own backward pass, for its very bits: with the scale's gradient masked out x has no say in them.
+
+        The order in which it sums g is another one where x lies in memory as g does, so what stands for x must too.
+        """
         [g] = gradients
+        like_x = g if g.stride() == ctx.strides else g.new_empty_strided(g.shape, ctx.strides)
         of_x, of_shift = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         by_x, _, by_shift = torch.ops.aten.native_batch_norm_backward(
-            g, g, *ctx.saved_tensors, None, None, False, ctx.eps, [of_x, False, of_shift]
+            g, like_x, *ctx.saved_tensors, None, None, False, ctx.eps, [of_x, False, of_shift]
         )
         return by_x if of_x else None, None, by_shift if of_shift else None, None, None, None

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from fedtune.tracking.records import RoundRecord
 
-__all__ = ["Spread", "spreads"]
+__all__ = ["MOMENTS", "Spread", "spreads"]
 
+MOMENTS = ("before", "after", "shared")
+"""When a client scores: before and after it trains, and once more the model that the round ended with."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
@@ -26,13 +28,13 @@ class Spread:
 
 
 def spreads(rounds: Sequence[RoundRecord]) -> list[Spread]:
-    """By round, then ``before`` and ``after`` local training, then name; clients whose figure is NaN do not count."""
+    """By round, then ``before`` and ``after`` local training and ``shared``, then name; NaN figures do not count."""
     found: dict[tuple[int, str, str], list[float]] = defaultdict(list)
     for record in rounds:
         for one in record.client_scores:
             if not math.isnan(one.value):
                 found[record.number, one.moment, one.name].append(one.value)
-    ordered = sorted(found, key=lambda key: (key[0], key[1] != "before", key[2]))
+    ordered = sorted(found, key=lambda key: (key[0], MOMENTS.index(key[1]), key[2]))
     return [_spread(key, found[key]) for key in ordered]
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.typing import HashableList
 
 from fedtune import files
 from fedtune.errors import StoreError
+from fedtune.tracking.client_spread import MOMENTS
 from fedtune.tracking.plot_clients import draw_clients
 from fedtune.tracking.records import ContributionRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import curve, domains, main_metric, scores, series, totals, training_loss
@@ -37,14 +39,18 @@ def plot(runs: Recorded, path: Path) -> None:
 
 
 def _figure(runs: Recorded) -> Figure:
-    told = any(record.client_scores for _, rounds in runs for record in rounds)
-    figure = Figure(figsize=(11, 11 if told else 7.5), layout="constrained")
-    quality, learning, traffic, memory, *of_clients = figure.subplots(3 if told else 2, 2).flat
+    found = {one.moment for _, rounds in runs for record in rounds for one in record.client_scores}
+    moments = [moment for moment in MOMENTS if moment in found]
+    grid: list[HashableList[str]] = [["quality", "learning"], ["traffic", "memory"], *_rows_of(moments)]
+    figure = Figure(figsize=(11, 7.5 + 3.5 * len(grid[2:])), layout="constrained")
+    axes_of = figure.subplot_mosaic(grid)
+    quality, learning, traffic, memory = (axes_of[name] for name in ("quality", "learning", "traffic", "memory"))
+    of_clients = [axes_of[moment] for moment in moments]
     _draw_quality(quality, runs)
     _draw_learning(learning, runs)
     _draw_traffic(traffic, runs)
     _draw_memory(memory, runs)
-    for axes, moment in zip(of_clients, ("before", "after"), strict=False):
+    for axes, moment in zip(of_clients, moments, strict=True):
         draw_clients(axes, _coloured(runs), moment)
     for axes in (quality, learning, traffic, *of_clients):
         axes.set_xlim(-0.2, max(record.number for _, rounds in runs for record in rounds) + 0.2)
@@ -54,6 +60,11 @@ def _figure(runs: Recorded) -> Figure:
         _tidy(axes)
     figure.suptitle(_title(runs), x=0.01, ha="left", fontsize=14, fontweight="bold")
     return figure
+
+
+def _rows_of(moments: Sequence[str]) -> list[HashableList[str]]:
+    """Two panels a row; the last one is wide where it is alone."""
+    return [[moments[place], moments[min(place + 1, len(moments) - 1)]] for place in range(0, len(moments), 2)]
 
 
 def _title(runs: Recorded) -> str:

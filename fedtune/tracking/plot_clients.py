@@ -11,9 +11,10 @@ __all__ = ["draw_clients"]
 
 
 def draw_clients(axes: Axes, runs: Sequence[tuple[str, Sequence[RoundRecord], str]], moment: str) -> None:
-    """Accuracy on what clients hold out, ``before`` or ``after`` they trained; runs with their label and colour."""
+    """Accuracy on what clients hold out, at a moment of rounds; runs with their label and colour."""
     one = len(runs) == 1
-    axes.set_title(f"Clients' own accuracy {moment} training" + ("" if one else ", worst tenth dashed"))
+    when = "of the shared model" if moment == "shared" else f"{moment} training"
+    axes.set_title(f"Clients' own accuracy {when}" + ("" if one else ", worst tenth dashed"))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     for label, rounds, colour in runs:
         found = [spread for spread in spreads(rounds) if (spread.moment, spread.name) == (moment, "accuracy")]

@@ -63,7 +63,10 @@ class ContributionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientScore:
-    """One figure of one client in a round, on what it held out: ``before`` or ``after`` it trained (``moment``)."""
+    """One figure of one client in a round, on what it held out.
+
+    ``moment`` is ``before`` or ``after`` it trained, or ``shared``: of the model that the round ended with.
+    """
 
     client: int
     moment: str

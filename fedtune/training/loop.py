@@ -2,8 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedtune.contribution import OwnScore
 from fedtune.data import Encoded
-from fedtune.errors import ContributionError, DataError, FedtuneWarning
+from fedtune.errors import DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe import Recipe, Train
 from fedtune.seeds import derive
@@ -25,25 +25,25 @@ from fedtune.techniques import (
     Technique,
     answer,
     before_update,
-    begin_round,
     begin_step,
     collecting,
     trained,
 )
-from fedtune.techniques import own as own_names
 from fedtune.training.evaluate import score_held_out
 from fedtune.training.held_out import held_out
 from fedtune.training.masters import make_stepper, masters_of
 from fedtune.training.micro import cut, shares
 from fedtune.training.optimiser import Stepper, rate
 from fedtune.training.order import batches, total_steps
+from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
-from fedtune.training.state import load_state, read_state, tensors_of
+from fedtune.training.state import read_state, tensors_of
+from fedtune.training.threads import processor_threads
 from fedtune.training.told_activity import tell_activity
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["Outcome", "processor_threads", "step_loss", "train", "train_mode", "update"]
+__all__ = ["Outcome", "step_loss", "train", "train_mode", "update"]
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -86,15 +86,10 @@ def train(
     tensors the device keeps for itself. Every random number comes from (seed, round, client), so the outcome does not
     depend on what ran before.
     """
-    if own.keys() != set(own_names(model)):
-        odd = min(own.keys() ^ set(own_names(model)))
-        raise ContributionError(f"what the device keeps for itself does not fit the model: {odd}; remove its file")
     started = time.perf_counter()
     reset_peak_rss()
     indices, held = held_out(indices, recipe.evaluation.own, derive(recipe.seed, client, "own"))
-    load_state(model, state)
-    load_state(model, own)
-    begin_round(techniques, model, number)
+    receive_state(model, techniques, state, own, number)
     names = trained(model)
     start = Start(model, names, own, state)
     masters = masters_of(model, start)
@@ -236,14 +231,3 @@ def train_mode(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, LiveNorm):
             layer.eval()
-
-
-@contextmanager
-def processor_threads(count: int) -> Iterator[None]:
-    """Use ``count`` threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,38 @@
+"""The built-in metrics of classifiers, by scikit-learn; a case that is not defined is settled before it is asked."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
+
+__all__ = ["METRICS", "auc", "balanced_accuracy", "f1"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def f1(probabilities: Floats, labels: Ints) -> float:
+    """Macro F1: the mean over the classes that occur or are predicted. A class without a hit counts 0."""
+    return float(f1_score(labels, probabilities.argmax(1), average="macro", zero_division=0))
+
+
+def balanced_accuracy(probabilities: Floats, labels: Ints) -> float:
+    """The mean recall over the classes that occur. Classes that are only predicted do not count."""
+    occurring = np.unique(labels)
+    return float(recall_score(labels, probabilities.argmax(1), labels=occurring, average="macro", zero_division=0))
+
+
+def auc(probabilities: Floats, labels: Ints) -> float:
+    """The area under the ROC curve: of two classes that of the second, of more the mean of each against the rest.
+
+    Classes that do not occur are left out of the mean. NaN when all examples are of one class.
+    """
+    occurring = np.unique(labels)
+    if len(occurring) < 2:
+        return float("nan")
+    chosen = [1] if probabilities.shape[1] == 2 else occurring
+    return float(np.mean([roc_auc_score(labels == one, probabilities[:, one]) for one in chosen]))
+
+
+METRICS: Mapping[str, Callable[[Floats, Ints], float]] = {"auc": auc, "balanced-accuracy": balanced_accuracy, "f1": f1}

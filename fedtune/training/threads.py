@@ -1,0 +1,19 @@
+"""How many processor threads torch uses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["processor_threads"]
+
+
+@contextmanager
+def processor_threads(count: int) -> Iterator[None]:
+    """Use ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

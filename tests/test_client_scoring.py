@@ -1,0 +1,236 @@
+"""Clients that only score: their figures beside a recomputation, whom a run asks, and who gives none."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, MetricRecord
+from flwr.clientapp import ClientApp
+
+from fedtune import checkpoint
+from fedtune import home as homes
+from fedtune.answers import DECLINED, FAILED
+from fedtune.contribution import Order, pack
+from fedtune.device import records
+from fedtune.device.client_app import train_round
+from fedtune.device.work import read_payload, work
+from fedtune.errors import ContributionError, FedtuneError
+from fedtune.protocol_codes import Problem
+from fedtune.recipe import Privacy, Recipe
+from fedtune.recipe_file import parse
+from fedtune.seeds import derive
+from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
+from fedtune.server.client_scoring import draw_scorers, score_by_clients
+from fedtune.server.crew import Crew
+from fedtune.server.reports import read_score
+from fedtune.server.watch import Unscored, unscored
+from fedtune.simulation.local_grid import LocalGrid
+from fedtune.simulation.workers import InTurn, Pool
+from fedtune.sparse import to_wire
+from fedtune.training import load_state, read_state, workshop
+from fedtune.training.held_out import held_out
+from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
+from tests.local_norms import local_norms
+from tests.metric_oracles import count_f1
+
+ALL = ("evaluation={own: 0.2, metrics: [f1], clients: all}", "federation.clients=1")
+
+
+def figures(ended: Ended, number: int, moment: str) -> dict[tuple[int, str], float]:
+    found = ended.rounds[number].client_scores
+    return {(one.client, one.name): one.value for one in found if one.moment == moment}
+
+
+def test_every_client_scores_the_state_that_the_round_ended_with(home: Path) -> None:
+    recipe = trivial(*ALL)
+    ended = execute(recipe)
+    shop = workshop(recipe.model_dump_json())
+    for number in (1, 2):
+        state = ended.rounds[number].checkpoint
+        assert state is not None
+        load_state(shop.model, checkpoint.load(homes.runs() / state.path))
+        found = figures(ended, number, "shared")
+        assert len(found) == 4 * 3
+        for client in range(4):
+            _, held = held_out(shop.clients[client], 0.2, derive(recipe.seed, client, "own"))
+            batch = shop.train.batch(held.tolist())
+            labels = batch.pop("labels")
+            logits = shop.model.eval()(**batch).logits.detach()
+            predicted = logits.argmax(-1)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            assert found[client, "accuracy"] == pytest.approx(float((predicted == labels).double().mean()))
+            assert found[client, "loss"] == pytest.approx(float(loss), abs=1e-5)
+            assert found[client, "f1"] == pytest.approx(count_f1(predicted.tolist(), labels.tolist()))
+        assert len(figures(ended, number, "after")) == 3, "one client alone trains"
+
+
+def everyone(folder: Path, kind: str, *overrides: str) -> Recipe:
+    """All clients train, with techniques that change what scoring must do."""
+    if kind == "local norms":
+        return local_norms(folder, *overrides)
+    if kind == "pruned":
+        return trivial(
+            "train.techniques=[dynamic-pruning: {density: 0.2, every: 1, until: 10, share: 0.5}]", *overrides
+        )
+    return words(folder, f"train.techniques={kind}", *overrides)
+
+
+@pytest.mark.parametrize("kind", ["local norms", "pruned", "[lora: {exact: alternate}]", "[full, deft]"])
+def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path, tmp_path: Path, kind: str) -> None:
+    ended = execute(everyone(tmp_path, kind, "evaluation={own: 0.25, clients: all}"), run="scored")
+    plain = execute(everyone(tmp_path, kind, "evaluation={own: 0.25}"), run="plain")
+    assert ended.hashes == plain.hashes, "who scores changes nothing of what is learned"
+    many = {contribution.client for contribution in ended.rounds[1].contributions}
+    for number in range(1, len(ended.rounds) - 1):
+        shared = figures(ended, number, "shared")
+        assert len(shared) == 2 * len(many)
+        assert shared == figures(ended, number + 1, "before")
+    for scored, unasked in zip(ended.rounds, plain.rounds, strict=True):
+        assert [one for one in scored.client_scores if one.moment != "shared"] == list(unasked.client_scores)
+
+
+@pytest.mark.slow
+def test_a_pool_scores_what_clients_in_turn_score(home: Path) -> None:
+    in_turn = execute(trivial(*ALL), run="in-turn")
+    pool = execute(trivial(*ALL), Pool(workshop(trivial(*ALL).model_dump_json()), 2), run="pool")
+    assert [one.client_scores for one in pool.rounds] == [one.client_scores for one in in_turn.rounds]
+    assert pool.hashes == in_turn.hashes
+
+
+def test_clients_score_after_rounds_that_are_evaluated_and_after_the_last(home: Path) -> None:
+    ended = execute(trivial("evaluation={own: 0.2, every: 2, clients: 2}", "federation.rounds=3"))
+    scored = [{one.client for one in record.client_scores if one.moment == "shared"} for record in ended.rounds]
+    assert [len(clients) for clients in scored] == [0, 0, 2, 2]
+    assert scored[2] == scored[3]
+
+
+def test_the_clients_drawn_are_the_same_as_long_as_they_are_there() -> None:
+    recipe = trivial("devices=[{count: 40}]", "evaluation={own: 0.2, clients: 10}")
+    first = draw_scorers(recipe, range(40))
+    assert first == draw_scorers(recipe, range(40)) == sorted(set(first))
+    assert len(first) == 10
+    without = draw_scorers(recipe, [client for client in range(40) if client != first[3]])
+    assert len(without) == 10
+    assert set(first) - set(without) == {first[3]}
+    assert draw_scorers(recipe, [3, 1]) == [1, 3]
+    assert draw_scorers(recipe.model_copy(update={"seed": 1}), range(40)) != first
+    assert draw_scorers(trivial("evaluation={own: 0.2, clients: all}"), [4, 2]) == [2, 4]
+    assert draw_scorers(trivial("evaluation={own: 0.2}"), range(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("{clients: all}", "clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2"),
+        ("{own: 0.2, clients: 5}", "evaluation.clients is 5, but devices has only 4"),
+        ("{own: 0.2, clients: 0}", "evaluation.clients"),
+        ("{own: 0.2, clients: some}", "evaluation.clients"),
+    ],
+)
+def test_a_setting_that_cannot_hold_is_refused(setting: str, sentence: str) -> None:
+    with pytest.raises(FedtuneError, match=sentence):
+        parse(TRIVIAL, "trivial", [f"evaluation={setting}"])
+
+
+def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
+    seen: list[set[str]] = []
+    app = ClientApp()
+
+    @app.train()
+    def note(message: Message, context: Context) -> Message:
+        seen.append(set(records.order(message.content)))
+        return train_round(message, context)
+
+    execute(trivial(*ALL), app)
+    assert [fields - {"recipe", "round", "client", "labels", "run"} for fields in seen] == [
+        *[set(), *[{"scoring"}] * 4],
+        *[set(), *[{"scoring"}] * 4],
+    ]
+
+
+class Unreliable(LocalGrid):
+    """The node of client 0 is away, that of client 1 is removed at the last moment, and client 2 never answers."""
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in super().get_node_ids() if node != 2]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        kept = list(messages)
+        numbers = super().push_messages([message for message in kept if order_of(message)[1] not in (1, 2)])
+        by_client = {client: "" if client == 1 else "lost" for client in (1, 2)}
+        waiting = iter(numbers)
+        return [by_client.get(order_of(message)[1]) or _number(message, waiting) for message in kept]
+
+
+def _number(message: Message, numbers: Iterable[str]) -> str:
+    return "" if order_of(message)[1] == 1 else next(iter(numbers))
+
+
+def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_figures(home: Path) -> None:
+    recipe = trivial("evaluation={own: 0.2, clients: all}", "devices=[{count: 6}]", "federation.deadline=1.5")
+    shop = workshop(recipe.model_dump_json())
+    app = ClientApp()
+
+    @app.train()
+    def answer(message: Message, context: Context) -> Message:
+        client = order_of(message)[1]
+        if client == 4:
+            return Message(Error(FAILED, DECLINED + Problem("memory-short").text), reply_to=message)
+        if client == 5:
+            shop.clients[5] = shop.clients[5][:10]
+        return train_round(message, context)
+
+    crew = Crew(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
+    with silent() as events:
+        found = score_by_clients(
+            Unreliable(6, InTurn(app)), shop, "run", crew, read_state(shop.model, shop.shared), 1, 0.0
+        )
+    assert {one.client for one in found} == {3}
+    [told] = [event for event in events if isinstance(event, Unscored)]
+    assert told.asked == 5
+    assert told.reasons == {
+        "client 1 (dev-1)": DEVICE_REMOVED,
+        "client 2 (dev-2)": NO_REPLY_IN_TIME,
+        "client 4 (dev-4)": "declined: it ran out of memory; details are in the device's own log",
+        "client 5 (dev-5)": "it holds out fewer than 5 examples",
+    }
+    assert unscored(told).startswith("round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): ")
+
+
+GOOD: dict[str, Any] = {
+    "examples": 0,
+    "loss": math.nan,
+    "seconds": 1.0,
+    "saved_bytes": 0,
+    "peak_rss": 9,
+    "micro_batch": 0,
+}
+SCORE: dict[str, Any] = {
+    "own_predictions": 7,
+    "own_loss": 0.5,
+    "own_accuracy": 0.25,
+    "own_more": [0.125],
+    "own_after": [],
+}
+
+
+def test_a_score_is_checked_before_it_is_believed() -> None:
+    assert read_score(MetricRecord({**GOOD, **SCORE})) == (7, 0.5, 0.25, (0.125,))
+    for wrong in ({"examples": 1}, {"own_accuracy": 1.5}, {"own_loss": math.inf}, {"own_predictions": -1}):
+        with pytest.raises(ContributionError, match="update the client"):
+            read_score(MetricRecord({**GOOD, **SCORE, **wrong}))
+    with pytest.raises(ContributionError, match="carries no report"):
+        read_score(None)
+
+
+def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
+    shop = workshop(trivial("evaluation={own: 0.2}").model_dump_json())
+    state = read_payload(pack(to_wire(read_state(shop.model, shop.shared))), shop, 0)
+    order = Order(shop.recipe.model_dump_json(), 1, 0, scoring=True)
+    assert work(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
+    private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": Privacy(clip=1.0, noise=1.0)}))
+    assert work(order, state, private, shop.clients[0], home)[1].own_predictions == 0
