@@ -1,34 +1,42 @@
 # Each target sets up what it needs in .venv by itself, once.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
 
-.PHONY: demo devices-demo test test-devices test-attacks check bench
+.PHONY: demo devices-demo test test-devices test-attacks test-oldest check bench
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
-	touch .venv/ready
+# Modules are compiled when they are first imported: compiling them all takes longer than finding and unpacking them.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) --editable '.[dev,ray]'
+	touch $(READY)
 
-demo: .venv/ready
+demo: $(READY)
 	$(BIN)/fedtune simulate recipes/sentiment.yaml
 
-devices-demo: .venv/ready
+devices-demo: $(READY)
 	$(BIN)/python -m benchmarks.devices_demo
 
-test: .venv/ready
+test: $(READY)
 	$(BIN)/python -m pytest
 
-test-devices: .venv/ready
+test-devices: $(READY)
 	$(BIN)/python -m pytest -m deployed
 
-test-attacks: .venv/ready
+test-attacks: $(READY)
 	$(BIN)/python -m tests.attacks
 
-check: .venv/ready
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	$(MAKE) test test-devices VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready
+bench: $(READY)
 	$(BIN)/python -m benchmarks

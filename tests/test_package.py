@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from packaging.requirements import Requirement
 
 from fedtune.cli.main import cli
 from fedtune.device.wheel import write_wheel
@@ -19,6 +20,14 @@ from fedtune.server.home import create
 from fedtune.systemd import service
 
 ODD = ["plain", "two words", "100%", "%h $HOME ${x}", "a;b #c", "dash - dash", "é 漢"]
+
+PLACES = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("win32", "AMD64"))
+
+
+def holds(line: str, system: str, machine: str) -> bool:
+    """Whether a line of a list counts on such a machine."""
+    marker = Requirement(line).marker
+    return marker is None or marker.evaluate({"sys_platform": system, "platform_machine": machine})
 
 
 def packaged(folder: Path, source: str, *options: str) -> Result:
@@ -157,12 +166,18 @@ def test_the_list_names_what_an_ordinary_index_has_and_fedtune_from_the_wheel_be
     wheel = f"./fedtune-{version('fedtune')}-py3-none-any.whl"
     assert wheel in lines
     assert (tmp_path / wheel).exists()
-    assert not [line for line in lines if "+" in line or line.startswith("fedtune==")]
-    torch = [line for line in lines if line.startswith("torch==")]
-    assert torch == [
-        f'torch=={version("torch").partition("+")[0]}; platform_machine != "aarch64"',
-        'torch==2.10.0; platform_machine == "aarch64"',
+    number = version("torch").partition("+")[0]
+    assert not [line for line in lines if line.startswith("fedtune==")]
+    assert [line for line in lines if "+" in line] == [
+        line for line in lines if line.startswith(f"torch=={number}+cpu;")
     ]
+    chosen = {place: [line for line in lines if line.startswith("torch==") and holds(line, *place)] for place in PLACES}
+    assert {place: [line.partition(";")[0] for line in chosen[place]] for place in PLACES} == {
+        ("linux", "x86_64"): [f"torch=={number}+cpu"],
+        ("linux", "aarch64"): ["torch==2.10.0"],
+        ("darwin", "arm64"): [f"torch=={number}"],
+        ("win32", "AMD64"): [f"torch=={number}"],
+    }
 
 
 def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path) -> None:

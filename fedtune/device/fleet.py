@@ -1,4 +1,4 @@
-"""Flower's fleet protocol as a device speaks it, and every private detail of Flower that takes (flwr 1.41).
+"""Flower's fleet protocol as a device speaks it, and every private detail of Flower that takes (flwr 1.41 and 1.42).
 
 There is no activation: a registered node's heartbeat brings it online at once, and unlike activation is never refused
 because an earlier process of the same device still counts as online.

@@ -16,7 +16,8 @@ from fedtune.thin import requirements
 __all__ = ["package"]
 
 _ARM_TORCH = "2.10.0"
-"""The newest torch that was tried whose build for arm64 on an ordinary index is without CUDA: 146 MB."""
+"""The last torch whose build for arm64 on an ordinary index is without CUDA: 146 MB; later ones need its libraries."""
+_INTEL, _ARM = (f'sys_platform == "linux" and platform_machine == "{name}"' for name in ("x86_64", "aarch64"))
 _LOCAL_LABEL = re.compile(r"\+[a-z0-9.]+$")
 
 
@@ -55,15 +56,15 @@ def _whole(source: str) -> tuple[str, str]:
 
 
 def _portable(lines: list[str], wheel: str) -> list[str]:
-    """Requirements as an ordinary index has them, for any processor; fedtune itself is the wheel beside the list."""
+    """Requirements for any processor, no CUDA among them; fedtune itself is the wheel beside the list."""
     found: list[str] = []
     for line in lines:
         name, _, version = _LOCAL_LABEL.sub("", line).partition("==")
         if name == "fedtune":
             found.append(f"./{wheel}")
         elif name == "torch":
-            found.append(f'torch=={version}; platform_machine != "aarch64"')
-            found.append(f'torch=={_ARM_TORCH}; platform_machine == "aarch64"')
+            found += [f"torch=={version}+cpu; {_INTEL}", f"torch=={_ARM_TORCH}; {_ARM}"]
+            found.append(f'torch=={version}; sys_platform != "linux"')
         else:
             found.append(f"{name}=={version}")
     return found

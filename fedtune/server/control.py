@@ -1,4 +1,4 @@
-"""The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41).
+"""The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41 and 1.42).
 
 It asks nobody for a key, so the SuperLink that serves it listens on a socket that only its owner can open.
 """

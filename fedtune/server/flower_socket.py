@@ -2,7 +2,7 @@
 
 Flower's SuperLink starts runs for whoever can speak to it, and asks nobody for a key. On a loopback port every user of
 the machine could, so it has no port. Flower's own clients know addresses only; here they are led to the socket, by the
-two private details of Flower that this takes (flwr 1.41).
+two private details of Flower that this takes (flwr 1.41 and 1.42).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Flower's grid on a SuperLink, with one device's messages kept from harming the others (flwr 1.41, private parts).
+"""Flower's grid on a SuperLink, one device's messages kept from harming others (private parts of flwr 1.41 and 1.42).
 
 Flower's own grid ends the ServerApp when a device confirms an order before its objects are there, when a reply is
 malformed, or answers a message that was never sent; it waits for a reply's objects while others are ready; and it puts

@@ -1,4 +1,4 @@
-"""A device's reply put together from the objects Flower stores (flwr 1.41), measured before it is expanded."""
+"""A device's reply put together from the objects Flower stores (flwr 1.41 and 1.42), measured before it is expanded."""
 
 import json
 from collections.abc import Mapping

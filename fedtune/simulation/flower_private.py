@@ -1,4 +1,4 @@
-"""The two private details of Flower that an in-process grid needs, and nothing else (flwr 1.41).
+"""The two private details of Flower that an in-process grid needs, and nothing else (flwr 1.41 and 1.42).
 
 A message can be made only in a process that knows its run and node, and gets its number from the SuperLink.
 """

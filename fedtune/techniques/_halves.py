@@ -78,9 +78,13 @@ def bound(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
     return hidden, call
 
 
+_CACHE = ("past_key_values", "cache", "use_cache")
+"""Names of a block's arguments; transformers before 5.24 says ``past_key_values`` where later ones say ``cache``."""
+
+
 def without_cache(call: Call) -> Call:
     """A call without keys and values to remember: a block that runs twice must not add them twice."""
-    return {**call, **{name: None for name in ("past_key_values", "use_cache") if name in call}}
+    return {**call, **{name: None for name in _CACHE if name in call}}
 
 
 def rows_of(call: Call, rows: int, start: int, count: int) -> Call:

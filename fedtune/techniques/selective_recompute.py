@@ -18,11 +18,12 @@ what is recomputed in its place are the operations around the products.
 
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
@@ -42,6 +43,10 @@ _CORES = {
 }
 """Attention in one kernel, which returns its output and the logarithms of its sums."""
 
+_RESPECT = "respect_saved_tensors_hooks"
+_HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else {}
+"""What is kept passes others' hooks by, as in every torch before 2.14, which warns that its default will change."""
+
 
 class SelectiveRecompute(Technique):
     """Keep products, recompute what lies between them."""
@@ -60,7 +65,7 @@ class SelectiveRecompute(Technique):
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")
         contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.terms))
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def stored(self) -> None:
