@@ -31,9 +31,9 @@ from fedtune import data, models, techniques
 from fedtune.memory import StorageMeter
 from fedtune.recipe import Recipe, Unit
 from fedtune.techniques import begin_round, begin_step
-from fedtune.techniques._pruned import Rule, pack
-from fedtune.techniques._pruned_layers import Latest
-from fedtune.training import processor_threads, step_loss, train_mode
+from fedtune.techniques._pruned import PruningRule, pack_pruned
+from fedtune.techniques._pruned_layers import RecentInputs
+from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 Tensors = Mapping[str, Tensor]
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true", help="one pruning a base")
     short = parser.parse_args().short
-    with processor_threads(1):
+    with use_cpu_threads(1):
         save("activation_pruning", {"formats": formats(), "rows": [*told(vision(short)), *told(minilm(short))]})
 
 
@@ -73,7 +73,7 @@ def formats() -> list[Row]:
     rows = []
     for share in (0.5, 0.3, 0.1, 0.03):
         for values, size in (("full", 4), ("half", 2)):
-            packed = pack(x, Rule(round(1 - share, 2), values == "half"), len(x))
+            packed = pack_pruned(x, PruningRule(round(1 - share, 2), values == "half"), len(x))
             stored = sum(tensor.untyped_storage().nbytes() for tensor in packed.tensors)
             formula = min(size * share + 1 / 8, (size + 4) * share)
             rows.append(
@@ -103,7 +103,7 @@ def minilm(short: bool) -> Iterator[Row]:
     for targets in ("all-linear", ["query", "value"]):
         recipe = a_text_recipe([Unit(name="lora", settings={"targets": targets})])
         yield from compared("minilm", recipe, 2, rules)
-        with patch.object(Latest, "pack", lambda _, *given: pack(*given)):
+        with patch.object(RecentInputs, "pack", lambda _, *given: pack_pruned(*given)):
             yield from ({**row, "unshared": True} for row in compared("minilm", recipe, 2, rules[:1]))
     yield from compared("minilm", a_text_recipe([Unit(name="full")]), 1, rules)
 
@@ -154,18 +154,18 @@ def a_step(
 ) -> tuple[dict[str, Tensor], int]:
     """Gradients of a step, and the bytes kept for it."""
     units = [*recipe.train.techniques, *(Unit(name="activation-pruning", settings=dict(one)) for one in pruning)]
-    model = models.load(recipe.model, recipe.task, [str(label) for label in range(10)], seed=0)
-    chosen = techniques.choose(units)
+    model = models.load_model(recipe.model, recipe.task, [str(label) for label in range(10)], seed=0)
+    chosen = techniques.build_techniques(units)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    shake(model, techniques.apply(chosen, model, recipe.task, 0))
+    shake(model, techniques.apply_techniques(chosen, model, recipe.task, 0))
     begin_round(chosen, model, number)
-    train_mode(model)
+    set_train_mode(model)
     begin_step(chosen, model, batch, 0.0)
     torch.manual_seed(0)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept
@@ -202,7 +202,7 @@ def a_recipe(model: str, task: str, source: str, units: Sequence[Unit], **train:
 
 def a_batch(recipe: Recipe) -> Tensors:
     """The first training examples; of texts, those that fill the length."""
-    encoded = data.encode(data.load(recipe).train, recipe, models.reader(recipe))
+    encoded = data.encode_examples(data.load_data(recipe).train, recipe, models.reader(recipe))
     if encoded.lengths is None:
         return encoded.batch(list(range(recipe.train.batch)))
     long = (encoded.lengths >= recipe.train.length).nonzero()[:, 0].tolist()

@@ -26,10 +26,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.report import save
-from fedtune.fusion.adapters import Cut, merge_adapters
-from fedtune.merging._factors import Factors, averaging_error, stacked
-from fedtune.merging._small_svd import reduced
-from fedtune.training import processor_threads
+from fedtune.fusion.adapters import RankLimit, merge_adapters
+from fedtune.merging._factors import LowRankFactors, compute_averaging_error, stack_factors
+from fedtune.merging._small_svd import truncate_product
+from fedtune.training import use_cpu_threads
 
 SIDE, RANK, ALPHA = 576, 8, 16
 PEFT: dict[str, dict[str, Any]] = {
@@ -38,14 +38,14 @@ PEFT: dict[str, dict[str, Any]] = {
     "svd at rank 24": {"combination_type": "svd", "svd_rank": 3 * RANK},
     "linear": {"combination_type": "linear"},
 }
-OURS = {"exact": Cut(), "rank 8": Cut(rank=RANK), "energy 0.95": Cut(energy=0.95)}
+OURS = {"exact": RankLimit(), "rank 8": RankLimit(rank=RANK), "energy 0.95": RankLimit(energy=0.95)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true", help="three repetitions")
     times = 3 if parser.parse_args().short else 21
-    with processor_threads(1), tempfile.TemporaryDirectory() as folder:
+    with use_cpu_threads(1), tempfile.TemporaryDirectory() as folder:
         result = {
             "weighted": weighted(made(Path(folder), 3), times),
             "same": [same(made(Path(folder), 1)[0], count) for count in (2, 3, 5)],
@@ -95,7 +95,7 @@ def by_peft(folders: Sequence[Path], settings: dict[str, Any], times: int = 1) -
     return delta(model, "merged0"), seconds
 
 
-def by_us(folders: Sequence[Path], cut: Cut, times: int = 1) -> tuple[Tensor, float]:
+def by_us(folders: Sequence[Path], cut: RankLimit, times: int = 1) -> tuple[Tensor, float]:
     """The delta of the merged folder as plain peft reads it, and the seconds, files and all."""
     with tempfile.TemporaryDirectory() as out:
         seconds = timed(lambda turn: merge_adapters(folders, Path(out) / str(turn), cut=cut), times)
@@ -126,7 +126,7 @@ def weighted(folders: Sequence[Path], times: int) -> list[dict[str, Any]]:
 
 def same(folder: Path, count: int) -> dict[str, Any]:
     one = delta(PeftModel.from_pretrained(layer(), str(folder)))
-    linear, ours = by_peft([folder] * count, PEFT["linear"])[0], by_us([folder] * count, Cut())[0]
+    linear, ours = by_peft([folder] * count, PEFT["linear"])[0], by_us([folder] * count, RankLimit())[0]
     return {"adapters": count, "peft linear": times_of(linear, one), "fedtune": times_of(ours, one)}
 
 
@@ -134,24 +134,24 @@ def times_of(found: Tensor, one: Tensor) -> float:
     return float((found * one).sum() / (one * one).sum())
 
 
-def clients(size: float, count: int) -> list[Factors]:
+def clients(size: float, count: int) -> list[LowRankFactors]:
     random = torch.Generator().manual_seed(1)
     start = torch.randn(SIDE, RANK, generator=random), torch.randn(RANK, SIDE, generator=random)
     near = [[t + size * torch.randn(t.shape, generator=random) for t in start] for _ in range(count)]
-    return [Factors(b, a) for b, a in near]
+    return [LowRankFactors(b, a) for b, a in near]
 
 
 def drift(size: float, count: int) -> dict[str, Any]:
     factors, weights = clients(size, count), [1 / count] * count
-    flexlora = reduced(stacked(factors, weights), RANK).error
-    return {"drift": size, "clients": count, "fedit": averaging_error(factors, weights), "flexlora": flexlora}
+    flexlora = truncate_product(stack_factors(factors, weights), RANK).error
+    return {"drift": size, "clients": count, "fedit": compute_averaging_error(factors, weights), "flexlora": flexlora}
 
 
 def svd(count: int, times: int) -> dict[str, Any]:
-    whole = stacked(clients(1.0, count), [1 / count] * count)
+    whole = stack_factors(clients(1.0, count), [1 / count] * count)
     formed = whole.b @ whole.a
-    core = timed(lambda _: reduced(whole, RANK), times)
-    small = reduced(whole, RANK).factors
+    core = timed(lambda _: truncate_product(whole, RANK), times)
+    small = truncate_product(whole, RANK).factors
     row: dict[str, Any] = {"stacked rank": whole.rank, "small core seconds": core}
     for name, matrix in {"single": formed.float(), "double": formed}.items():
         seconds = timed(lambda _, matrix=matrix: dense(matrix), times)  # type: ignore[misc]

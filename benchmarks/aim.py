@@ -80,7 +80,7 @@ def rated(part: str, steps: int, texts: int) -> dict[float, float]:
 def alone(tuned: Tuned, domain: str, part: str, model: str, texts: int) -> float:
     """What one fine-tune scores on its own domain."""
     single = Tuned(tuned.shop, tuned.base, {domain: tuned.operands[domain]}, tuned.evidence)
-    state = merged(single, merging.choose([Unit(name="linear")]))
+    state = merged(single, merging.build_pipeline([Unit(name="linear")]))
     return evaluated(tuned, state, part, FIGURE[model], texts)[domain]
 
 
@@ -103,12 +103,12 @@ def scored(part: str, seed: int, lr: float, steps: int, texts: int, omegas: list
         tuned = MAKE[part](seed, lr, steps, Path(folder))
         took = time.perf_counter() - started
         own = {domain: alone(tuned, domain, "test", part, texts) for domain in tuned.operands}
-        outshone = len(merging.outshone(tuned.evidence.activity)) / len(tuned.evidence.activity)
+        outshone = len(merging.find_dominated_weights(tuned.evidence.activity)) / len(tuned.evidence.activity)
         yield {"arm": "alone", **figures(own, own), "outshone": outshone, "seconds": took}
         yield {"arm": "base", **figures(evaluated(tuned, tuned.base, "test", FIGURE[part], texts), own)}
         for method in METHODS:
             for arm, omega, relax in arms(omegas):
-                state = merged(tuned, merging.choose([METHODS[method], *relax]))
+                state = merged(tuned, merging.build_pipeline([METHODS[method], *relax]))
                 domains = evaluated(tuned, state, "test", FIGURE[part], texts)
                 yield {"method": method, "arm": arm, "omega": omega, **figures(domains, own)}
 

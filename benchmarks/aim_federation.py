@@ -25,14 +25,22 @@ from torch import Tensor
 from benchmarks.aim_models import some
 from benchmarks.report import save
 from fedtune import merging
-from fedtune.contribution import Contribution, pack
+from fedtune.contribution import ClientUpdate, pack
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import read
-from fedtune.server.evidence import evidence
-from fedtune.server.selection import sample
-from fedtune.simulation import resolve
-from fedtune.techniques import begin_round, trained
-from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
+from fedtune.recipe_file import read_recipe
+from fedtune.server.evidence import make_merge_context
+from fedtune.server.selection import sample_cohort
+from fedtune.simulation import resolve_recipe
+from fedtune.techniques import begin_round, list_trainable_tensors
+from fedtune.training import (
+    RunContext,
+    clear_run_context,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    train_local_model,
+)
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "aim.yaml"
 RESULT = Path(__file__).parent / "results" / "aim_federation.json"
@@ -58,7 +66,11 @@ def main() -> None:
     for seed in arguments.seeds:
         for arm in arguments.arms.split(";"):
             settings = [f"seed={seed}", f"federation.rounds={arguments.rounds}", f"merge={ARMS[arm]}", *arguments.set]
-            row = {"seed": seed, "arm": arm, **federation(resolve(read(RECIPE, settings)), arguments.texts)}
+            row = {
+                "seed": seed,
+                "arm": arm,
+                **federation(resolve_recipe(read_recipe(RECIPE, settings)), arguments.texts),
+            }
             rows = [other for other in rows if (other["seed"], other["arm"]) != (seed, arm)] + [row]
             print(row, file=sys.stderr, flush=True)
             save("aim_federation", {**about, "rows": rows, "claim": claim(rows)})
@@ -73,10 +85,10 @@ def kept(about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def federation(recipe: Recipe, texts: int) -> dict[str, Any]:
     """A whole run in this process, without a store; contributions go by disk as the server's do."""
-    discard()
-    shop = workshop(recipe.model_dump_json())
-    discard()
-    state: State = read_state(shop.model, shop.shared)
+    clear_run_context()
+    shop = get_run_context(recipe.model_dump_json())
+    clear_run_context()
+    state: State = get_model_state(shop.model, shop.shared)
     started, curve, sizes = time.perf_counter(), [accuracy(shop, state, "validation", texts)], []
     for number in range(1, recipe.federation.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -90,28 +102,32 @@ def federation(recipe: Recipe, texts: int) -> dict[str, Any]:
     return {"validation": curve, "test": test, "bytes": statistics.mean(sizes), "seconds": seconds}
 
 
-def collected(shop: Workshop, state: State, number: int, folder: Path) -> list[Contribution]:
+def collected(shop: RunContext, state: State, number: int, folder: Path) -> list[ClientUpdate]:
     sent = []
-    for client in sample(shop.recipe, number):
+    for client in sample_cohort(shop.recipe, number):
         indices = shop.clients[client]
-        got = train(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack({**got.delta, **got.extras}))
-        sent.append(Contribution(client, got.examples, path))
+        sent.append(ClientUpdate(client, got.examples, path))
     return sent
 
 
-def merged(shop: Workshop, state: State, number: int, sent: list[Contribution]) -> State:
+def merged(shop: RunContext, state: State, number: int, sent: list[ClientUpdate]) -> State:
     begin_round(shop.techniques, shop.model, number)
-    pipeline, names = merging.choose(shop.recipe.merge), trained(shop.model)
-    return merging.merge(pipeline, state, names, sent, evidence(shop, pipeline, state, number, names, sent))
+    pipeline, names = merging.build_pipeline(shop.recipe.merge), list_trainable_tensors(shop.model)
+    return merging.merge_client_updates(
+        pipeline, state, names, sent, make_merge_context(shop, pipeline, state, number, names, sent)
+    )
 
 
-def accuracy(shop: Workshop, state: State, part: str, texts: int) -> float:
+def accuracy(shop: RunContext, state: State, part: str, texts: int) -> float:
     """The mean over domains."""
-    load_state(shop.model, state)
+    set_model_state(shop.model, state)
     recipe = shop.recipe
-    found = score(shop.model, some(getattr(shop, part), texts), recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(
+        shop.model, some(getattr(shop, part), texts), recipe.evaluation.batch, recipe.task, shop.techniques
+    )
     return next(one.value for one in found if (one.domain, one.name) == ("mean", "accuracy"))
 
 

@@ -14,15 +14,23 @@ import numpy as np
 from torch import Tensor
 
 from fedtune import merging
-from fedtune.contribution import Contribution, pack
-from fedtune.data import Encoded
-from fedtune.merging import Evidence, Operand, Pipeline
-from fedtune.recipe_file import read
-from fedtune.simulation import resolve
-from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
-from fedtune.training.activity import activity
-from fedtune.training.calibration import block_batches, few, inputs
-from fedtune.training.state import tensors_of
+from fedtune.contribution import ClientUpdate, pack
+from fedtune.data import EncodedDataset
+from fedtune.merging import MergeContext, MergeInput, MergePipeline
+from fedtune.recipe_file import read_recipe
+from fedtune.simulation import resolve_recipe
+from fedtune.training import (
+    RunContext,
+    clear_run_context,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    train_local_model,
+)
+from fedtune.training.activity import measure_activation_statistics
+from fedtune.training.calibration import iter_inputs, iter_token_blocks, sample_rows
+from fedtune.training.state import named_tensors
 
 __all__ = ["NEUTRAL", "Tuned", "evaluated", "merged", "minilm", "smollm2"]
 
@@ -36,50 +44,50 @@ State = Mapping[str, Tensor]
 class Tuned:
     """Fine-tunes by domain, each an operand of weight 1; ``base`` holds what a merge writes."""
 
-    shop: Workshop
+    shop: RunContext
     base: State
-    operands: dict[str, Operand]
-    evidence: Evidence
+    operands: dict[str, MergeInput]
+    evidence: MergeContext
 
 
 def minilm(seed: int, lr: float, steps: int, folder: Path) -> Tuned:
     """Four of them; deltas lie in ``folder``. Statistics are of unlabelled validation sentences on the base."""
     shop = _shop("aim.yaml", seed, lr, steps, 1, "train.techniques=full", "train.batch=16")
-    base, operands = read_state(shop.model, shop.shared), {}
+    base, operands = get_model_state(shop.model, shop.shared), {}
     for client, domain in shop.domain_of_client.items():
-        got = train(shop.model, (), base, shop.train, shop.clients[client], shop.recipe, 1, client)
+        got = train_local_model(shop.model, (), base, shop.train, shop.clients[client], shop.recipe, 1, client)
         path = folder / f"{domain}.safetensors"
         path.write_bytes(pack(got.delta))
-        operands[domain] = Operand(Contribution(client, got.examples, path).rows, 1.0)
-    load_state(shop.model, base)
-    chosen = few(np.arange(len(shop.validation)), 256, seed)
-    found = activity(shop.model, inputs(shop.validation, chosen, 64))
-    return Tuned(shop, base, operands, Evidence(found))
+        operands[domain] = MergeInput(ClientUpdate(client, got.examples, path).rows, 1.0)
+    set_model_state(shop.model, base)
+    chosen = sample_rows(np.arange(len(shop.validation)), 256, seed)
+    found = measure_activation_statistics(shop.model, iter_inputs(shop.validation, chosen, 64))
+    return Tuned(shop, base, operands, MergeContext(found))
 
 
 def smollm2(seed: int, lr: float, steps: int, _: Path) -> Tuned:
     """Three of them. Statistics are of blocks of neutral text that no score uses."""
     more = ("task=causal-language-modelling", "model.source=sample:smollm2", "train.techniques=lora", "train.batch=8")
     shop = _shop("aim.yaml", seed, lr, steps // 4, 4, *more, f"train.length={LENGTH}")
-    start, operands = read_state(shop.model, shop.shared), {}
+    start, operands = get_model_state(shop.model, shop.shared), {}
     for client, domain in shop.domain_of_client.items():
         if domain != NEUTRAL:
-            operands[domain] = Operand(partial(_product_rows, dict(_factors(shop, start, client))), 1.0)
-    load_state(shop.model, start)  # B is zero: the base itself
-    names = [name for name in tensors_of(shop.model) if name.endswith(".base_layer.weight")]
-    found = activity(shop.model, _neutral_blocks(shop))
-    base = read_state(shop.model, names)
-    return Tuned(shop, base, operands, Evidence({name: found[name] for name in names}))
+            operands[domain] = MergeInput(partial(_product_rows, dict(_factors(shop, start, client))), 1.0)
+    set_model_state(shop.model, start)  # B is zero: the base itself
+    names = [name for name in named_tensors(shop.model) if name.endswith(".base_layer.weight")]
+    found = measure_activation_statistics(shop.model, _neutral_blocks(shop))
+    base = get_model_state(shop.model, names)
+    return Tuned(shop, base, operands, MergeContext({name: found[name] for name in names}))
 
 
-def merged(tuned: Tuned, pipeline: Pipeline) -> dict[str, Tensor]:
+def merged(tuned: Tuned, pipeline: MergePipeline) -> dict[str, Tensor]:
     """The base and the merged delta."""
     shapes = {name: tuple(before.shape) for name, before in tuned.base.items()}
-    combine, operands = merging.settle(pipeline.combine, shapes, list(tuned.operands.values()), tuned.evidence)
+    combine, operands = merging.bind_combine(pipeline.combine, shapes, list(tuned.operands.values()), tuned.evidence)
     settled, made = pipeline._replace(combine=combine), {}
     for name, before in tuned.base.items():
         made[name] = before.clone()
-        for start, stop, delta in merging.merged_pieces(settled, name, shapes[name], operands, tuned.evidence):
+        for start, stop, delta in merging.merge_row_chunks(settled, name, shapes[name], operands, tuned.evidence):
             made[name][start:stop] += delta
     return made
 
@@ -87,28 +95,30 @@ def merged(tuned: Tuned, pipeline: Pipeline) -> dict[str, Tensor]:
 def evaluated(tuned: Tuned, state: State, part: str, figure: str, texts: int) -> dict[str, float]:
     """The figure on each domain, over up to ``texts`` of its examples."""
     shop = tuned.shop
-    load_state(shop.model, state)
+    set_model_state(shop.model, state)
     examples = some(getattr(shop, part), texts)
-    scores = score(shop.model, examples, 64 if figure == "accuracy" else 16, shop.recipe.task)
+    scores = evaluate_model(shop.model, examples, 64 if figure == "accuracy" else 16, shop.recipe.task)
     return {one.domain: one.value for one in scores if one.name == figure and one.domain not in ("all", "mean")}
 
 
-def _shop(file: str, seed: int, lr: float, steps: int, rounds: int, *more: str) -> Workshop:
-    discard()
+def _shop(file: str, seed: int, lr: float, steps: int, rounds: int, *more: str) -> RunContext:
+    clear_run_context()
     settings = ["merge=[mean]", f"seed={seed}", f"train.lr={lr}", f"train.steps={steps}", f"federation.rounds={rounds}"]
     devices = ["devices=[{name: lab, count: 4}]", "federation.quorum=1"]
-    shop = workshop(resolve(read(RECIPES / file, [*settings, *devices, *more])).model_dump_json())
-    discard()
+    shop = get_run_context(resolve_recipe(read_recipe(RECIPES / file, [*settings, *devices, *more])).model_dump_json())
+    clear_run_context()
     if len(set(shop.domain_of_client.values())) != 4:
         raise AssertionError("each client should hold one domain of its own")
     return shop
 
 
-def _factors(shop: Workshop, start: State, client: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def _factors(shop: RunContext, start: State, client: int) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """What one client's rounds in turn make of the pairs: scaled B and A by the name of the weight beside them."""
     state = dict(start)
     for number in range(1, shop.recipe.federation.rounds + 1):
-        got = train(shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client)
+        got = train_local_model(
+            shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client
+        )
         state |= {name: state[name] + delta for name, delta in got.delta.items()}
     for name, a in state.items():
         if ".lora_A." in name:
@@ -122,20 +132,20 @@ def _product_rows(pairs: Mapping[str, tuple[Tensor, Tensor]], name: str, start: 
     return b[start:stop] @ a
 
 
-def _neutral_blocks(shop: Workshop) -> Iterator[dict[str, Tensor]]:
+def _neutral_blocks(shop: RunContext) -> Iterator[dict[str, Tensor]]:
     """Blocks of training sentences of the domain nobody trained on."""
     domains = shop.train.domains
     assert domains is not None
     indices = np.array([index for index, domain in enumerate(domains) if domain == NEUTRAL])
-    rows = (shop.train.batch([index])["input_ids"][0].tolist() for index in few(indices, 256, shop.recipe.seed))
-    return block_batches(rows, block=256, batch=2)
+    rows = (shop.train.batch([index])["input_ids"][0].tolist() for index in sample_rows(indices, 256, shop.recipe.seed))
+    return iter_token_blocks(rows, block=256, batch=2)
 
 
 @dataclass(frozen=True)
 class Some:
     """Chosen examples of a part, as a part themselves."""
 
-    whole: Encoded
+    whole: EncodedDataset
     chosen: list[int]
 
     @property
@@ -153,7 +163,7 @@ class Some:
         return self.whole.batch([self.chosen[index] for index in indices])
 
 
-def some(examples: Encoded, texts: int) -> Some:
+def some(examples: EncodedDataset, texts: int) -> Some:
     """The first so many examples of each domain, or of all where there are none."""
     if examples.domains is None:
         return Some(examples, list(range(min(texts, len(examples)))))

@@ -11,10 +11,10 @@ from PIL import Image as Picture
 from benchmarks.architecture_settings import PIXELS
 from benchmarks.architecture_zoo import LABELS, text, write
 from fedtune import data, models
-from fedtune.data import Encoded
+from fedtune.data import EncodedDataset
 from fedtune.data.loaded import as_table
-from fedtune.recipe import Recipe, Task
-from fedtune.recipe_file import parse
+from fedtune.recipe import Recipe, TaskName
+from fedtune.recipe_file import parse_recipe
 
 __all__ = ["Bench", "recipe_for"]
 
@@ -34,9 +34,9 @@ class Bench:
     """An architecture's folder, and its examples as a run encodes them."""
 
     name: str
-    task: Task
+    task: TaskName
     folder: Path
-    examples: Encoded
+    examples: EncodedDataset
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ class Bench:
         """Save the model and encode eight examples."""
         task = write(name, folder)
         recipe = recipe_for(task, folder)
-        return cls(name, task, folder, data.encode(_examples(task), recipe, models.reader(recipe)))
+        return cls(name, task, folder, data.encode_examples(_examples(task), recipe, models.reader(recipe)))
 
 
-def recipe_for(task: Task, folder: Path, *overrides: str) -> Recipe:
-    return parse(_RECIPE.format(task=task, folder=folder, pixels=PIXELS), "architectures", overrides)
+def recipe_for(task: TaskName, folder: Path, *overrides: str) -> Recipe:
+    return parse_recipe(_RECIPE.format(task=task, folder=folder, pixels=PIXELS), "architectures", overrides)
 
 
-def _examples(task: Task) -> data.Table:
+def _examples(task: TaskName) -> data.Table:
     if task != "image-classification":
         columns: dict[str, Any] = {"text": [text(row) for row in range(8)]}
         labelled = {} if task == "causal-language-modelling" else {"label": [row % len(LABELS) for row in range(8)]}

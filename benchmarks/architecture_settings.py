@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 
 __all__ = ["ARCHITECTURES", "IMAGES", "LANGUAGE", "PIXELS", "SPECIAL", "TEXT", "WORDS", "Architecture"]
 
-TEXT: Task = "sequence-classification"
-LANGUAGE: Task = "causal-language-modelling"
-IMAGES: Task = "image-classification"
+TEXT: TaskName = "sequence-classification"
+LANGUAGE: TaskName = "causal-language-modelling"
+IMAGES: TaskName = "image-classification"
 WORDS = [f"word{number}" for number in range(44)]
 PIXELS = 32
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -55,7 +55,7 @@ class Architecture(NamedTuple):
     """``kind`` begins the names of transformers' classes; the model is saved as its ``auto`` class makes it."""
 
     kind: str
-    task: Task
+    task: TaskName
     settings: Mapping[str, Any]
 
 

@@ -11,12 +11,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.architecture_settings import ARCHITECTURES, IMAGES, LANGUAGE, PIXELS, SPECIAL, TEXT, WORDS
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 
 __all__ = ["AUTO", "LABELS", "text", "tokenizer", "write"]
 
 LABELS = ("bad", "good", "so-so")
-AUTO: dict[Task, str] = {
+AUTO: dict[TaskName, str] = {
     TEXT: "AutoModelForSequenceClassification",
     LANGUAGE: "AutoModelForCausalLM",
     IMAGES: "AutoModelForImageClassification",
@@ -28,7 +28,7 @@ def text(row: int) -> str:
     return " ".join(WORDS[(row * 7 + place * 3) % len(WORDS)] for place in range(3 + row % 6))
 
 
-def write(name: str, folder: Path) -> Task:
+def write(name: str, folder: Path) -> TaskName:
     """Save an architecture's model, drawn from a seed, with head and tokenizer; returns its task."""
     kind, task, settings = ARCHITECTURES[name]
     labels = (

@@ -32,8 +32,8 @@ from benchmarks.architecture_settings import ARCHITECTURES
 from benchmarks.report import save
 from fedtune.errors import FedtuneError
 from fedtune.profile.gradients import gradient_error
-from fedtune.simulation import resolve
-from fedtune.training import build_model, load_state, read_state, train
+from fedtune.simulation import resolve_recipe
+from fedtune.training import get_model_state, prepare_model, set_model_state, train_local_model
 
 __all__ = ["TECHNIQUES", "Cell", "cell"]
 
@@ -99,17 +99,17 @@ def _settings(technique: str) -> str:
 
 
 def _tried(bench: Bench, technique: str, folder: Path) -> Cell:
-    recipe = resolve(recipe_for(bench.task, bench.folder, f"train.techniques={_settings(technique)}"))
-    model, chosen, shared = build_model(recipe, bench.labels)
-    before = state = read_state(model, shared)
+    recipe = resolve_recipe(recipe_for(bench.task, bench.folder, f"train.techniques={_settings(technique)}"))
+    model, chosen, shared = prepare_model(recipe, bench.labels)
+    before = state = get_model_state(model, shared)
     indices = np.arange(len(bench.examples))
     trained: set[str] = set()
     for number in (1, 2):
-        outcome = train(model, chosen, state, bench.examples, indices, recipe, number, 0)
+        outcome = train_local_model(model, chosen, state, bench.examples, indices, recipe, number, 0)
         state = {**state, **{name: state[name] + delta for name, delta in outcome.delta.items()}}
         trained |= outcome.delta.keys()
     unmoved = [name for name in trained if torch.equal(state[name], before[name])]
-    load_state(model, state)
+    set_model_state(model, state)
     batch = bench.examples.batch(range(4))
     wanted = logits(model, batch)
     gradient = gradient_error(recipe, bench.labels, state, batch, (1, 2))

@@ -23,15 +23,15 @@ from typing import Any, NamedTuple
 from benchmarks.report import save
 from fedtune.device.client_app import app
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
-from fedtune.server.server_app import carry
+from fedtune.recipe_file import parse_recipe
+from fedtune.server.server_app import run_to_completion
 from fedtune.server.simulated_time import duration
-from fedtune.server.timetable import timetable
-from fedtune.simulation import resolve
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.timetable import make_simulated_schedule
+from fedtune.simulation import resolve_recipe
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
-from fedtune.training import workshop
+from fedtune.training import get_run_context
 
 RECIPE = """
 name: asynchronous
@@ -75,8 +75,8 @@ def arm(name: str, seed: int, seconds: float) -> Arm:
     if name in LATE:
         most = recipe(seed, int(seconds / FAST * 4), f"federation.late={LATE[name]}")
         assert most.federation.late is not None
-        sizes = [len(rows) for rows in workshop(most.model_dump_json()).clients]
-        ends = [one.ends for one in timetable(most, range(most.clients), sizes, most.federation.late)]
+        sizes = [len(rows) for rows in get_run_context(most.model_dump_json()).clients]
+        ends = [one.ends for one in make_simulated_schedule(most, range(most.clients), sizes, most.federation.late)]
     else:
         most = recipe(seed, int(seconds / FAST * 2))
         ends = list(accumulate(length(most, number, name) for number in range(1, most.federation.rounds + 1)))
@@ -89,7 +89,9 @@ def arm(name: str, seed: int, seconds: float) -> Arm:
 
 
 def recipe(seed: int, rounds: int, *overrides: str) -> Recipe:
-    return resolve(parse(RECIPE, "asynchronous", (f"seed={seed}", f"federation.rounds={rounds}", *overrides)))
+    return resolve_recipe(
+        parse_recipe(RECIPE, "asynchronous", (f"seed={seed}", f"federation.rounds={rounds}", *overrides))
+    )
 
 
 def length(made: Recipe, number: int, name: str) -> float:
@@ -132,7 +134,7 @@ def run(store: Store, made: Arm) -> list[RoundRecord]:
         engine="local",
         rounds_planned=whole.federation.rounds,
     )
-    carry(LocalGrid(whole.clients, InTurn(app)), store, "run")
+    run_to_completion(InProcessGrid(whole.clients, SequentialWorkers(app)), store, "run")
     return store.rounds("run")
 
 

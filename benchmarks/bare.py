@@ -5,13 +5,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedtune.training import Workshop
+from fedtune.training import RunContext
 from fedtune.training.order import batches
 
 __all__ = ["bare_loop"]
 
 
-def bare_loop(shop: Workshop, indices: NDArray[np.int64], steps: int, seed: int) -> float:
+def bare_loop(shop: RunContext, indices: NDArray[np.int64], steps: int, seed: int) -> float:
     """Train everything the recipe shares for so many steps on the given examples; returns the mean loss.
 
     The learning rate falls linearly to zero. Where clients alternate between the factors of a low-rank pair, the loop

@@ -23,18 +23,18 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune import checkpoint, merging, techniques
-from fedtune.contribution import Contribution, Order, pack, packed_size, unpack
+from fedtune.contribution import ClientUpdate, TrainRequest, decode_tensors, pack, packed_size
 from fedtune.device.held_base import with_base
-from fedtune.merging import Evidence
-from fedtune.recipe_file import read
+from fedtune.merging import MergeContext
+from fedtune.recipe_file import read_recipe
 from fedtune.server.bases import Bases
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.parts import Parts, sent_names
-from fedtune.server.receive import missing
-from fedtune.simulation import resolve
+from fedtune.server.parts import RoundPayloads, list_trainable_tensors
+from fedtune.server.receive import make_missing_record
+from fedtune.simulation import resolve_recipe
 from fedtune.stored_state import StoredState
-from fedtune.tracking import ContributionRecord
-from fedtune.training import Workshop, discard, read_state, workshop
+from fedtune.tracking import ClientRecord
+from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, AWAY, RANK = 4, 4, 8
@@ -57,8 +57,8 @@ def measured(merge: str, rounds: int) -> dict[str, Any]:
         f"merge=[{merge}]",
         "federation.quorum=1",
     ]
-    discard()
-    shop = workshop(resolve(read(ROOT / "recipes" / "sentiment.yaml", settings)).model_dump_json())
+    clear_run_context()
+    shop = get_run_context(resolve_recipe(read_recipe(ROOT / "recipes" / "sentiment.yaml", settings)).model_dump_json())
     with tempfile.TemporaryDirectory() as folder:
         rows = list(federation(shop, rounds, Path(folder)))
     down, whole, added = [row.down for row in rows], rows[0].whole, rows[1].down - rows[0].down
@@ -79,18 +79,20 @@ class Row(NamedTuple):
     device: float
 
 
-def federation(shop: Workshop, rounds: int, folder: Path) -> Iterator[Row]:
+def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
     """Round by round, as the server's loop does it."""
-    state = stored(read_state(shop.model, shop.shared), folder, 0)
+    state = stored(get_model_state(shop.model, shop.shared), folder, 0)
     bases = Bases(shop, folder, state, [])
     for number in range(1, rounds + 1):
-        downloads = Downloads(Parts(shop, state, number), bases, None, deployed=True)
+        downloads = Downloads(RoundPayloads(shop, state, number), bases, None, deployed=True)
         got, away = downloads.of(0), downloads.of(AWAY)
         device = received(shop, got, number, folder / "device")
         sent = contributions(shop, state, number, folder)
-        evidence = Evidence(pairs=techniques.pairs(shop.techniques, shop.model), draw=number)
+        evidence = MergeContext(pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model), draw=number)
         started = time.process_time()
-        merged = merging.merge_round(merging.choose(shop.recipe.merge), state, sent_names(shop, number), sent, evidence)
+        merged = merging.merge_round(
+            merging.build_pipeline(shop.recipe.merge), state, list_trainable_tensors(shop, number), sent, evidence
+        )
         seconds = time.process_time() - started
         bases.merged(number, state, *merged)
         bases.committed(number, records(CLIENTS if number > 1 else CLIENTS + 1))
@@ -101,33 +103,33 @@ def federation(shop: Workshop, rounds: int, folder: Path) -> Iterator[Row]:
 def stored(state: State, folder: Path, number: int) -> StoredState:
     """The state as a round leaves it."""
     path = folder / f"round-{number:04d}.safetensors"
-    checkpoint.save(path, state)
+    checkpoint.write_checkpoint(path, state)
     return StoredState(path)
 
 
-def received(shop: Workshop, got: Download, number: int, folder: Path) -> float:
+def received(shop: RunContext, got: Download, number: int, folder: Path) -> float:
     """Seconds of a device until it has its base, which is checked by its digest."""
     assert isinstance(got.payload, bytes)
     assert got.held, "the increments are fewer bytes in each round"
     started = time.process_time()
-    with_base(Order("", number, 0, base=got.base, held=got.held), unpack(got.payload), shop, folder)
+    with_base(TrainRequest("", number, 0, base=got.base, held=got.held), decode_tensors(got.payload), shop, folder)
     return time.process_time() - started
 
 
-def contributions(shop: Workshop, state: State, number: int, folder: Path) -> list[Contribution]:
+def contributions(shop: RunContext, state: State, number: int, folder: Path) -> list[ClientUpdate]:
     """Random deltas of each client, of about the size that some steps make."""
-    names, found = sent_names(shop, number), []
+    names, found = list_trainable_tensors(shop, number), []
     for client in range(CLIENTS):
         random = torch.Generator().manual_seed(1000 * number + client)
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack({name: 1e-3 * torch.randn(state[name].shape, generator=random) for name in names}))
-        found.append(Contribution(client, 10 + client, path))
+        found.append(ClientUpdate(client, 10 + client, path))
     return found
 
 
-def records(clients: int) -> list[ContributionRecord]:
+def records(clients: int) -> list[ClientRecord]:
     """That so many were merged."""
-    return [replace(missing(client, "phone", 0, ""), status="merged") for client in range(clients)]
+    return [replace(make_missing_record(client, "phone", 0, ""), status="merged") for client in range(clients)]
 
 
 if __name__ == "__main__":

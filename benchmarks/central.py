@@ -27,9 +27,9 @@ import numpy as np
 
 from benchmarks.bare import bare_loop
 from benchmarks.report import save
-from fedtune.recipe_file import read
-from fedtune.simulation import resolve
-from fedtune.training import Workshop, score, workshop
+from fedtune.recipe_file import read_recipe
+from fedtune.simulation import resolve_recipe
+from fedtune.training import RunContext, evaluate_model, get_run_context
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 TECHNIQUES = {"same": [], "lora": ["train.techniques=lora"]}
@@ -73,21 +73,21 @@ def simulate(seed: int) -> float:
 
 @lru_cache
 def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, float]:
-    recipe = read(RECIPE, [f"seed={seed}", f"train.lr={rate}", *TECHNIQUES[kind]])
+    recipe = read_recipe(RECIPE, [f"seed={seed}", f"train.lr={rate}", *TECHNIQUES[kind]])
     steps, batch = recipe.federation.rounds * (recipe.train.steps or 0), recipe.train.batch
     if way == "in_step":
         batch *= recipe.clients_per_round
     else:
         steps *= recipe.clients_per_round
     train = recipe.train.model_copy(update={"batch": batch})
-    shop = workshop(resolve(recipe.model_copy(update={"train": train})).model_dump_json())
+    shop = get_run_context(resolve_recipe(recipe.model_copy(update={"train": train})).model_dump_json())
     bare_loop(shop, np.arange(len(shop.train)), steps, seed)
     figures = {part: mean_accuracy(shop, part) for part in ("validation", "test")}
     return {"rate": rate, "steps": steps, "batch": batch, **figures}
 
 
-def mean_accuracy(shop: Workshop, part: str) -> float:
-    scores = score(shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task)
+def mean_accuracy(shop: RunContext, part: str) -> float:
+    scores = evaluate_model(shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task)
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 
 

@@ -27,12 +27,19 @@ from torch import nn
 
 from benchmarks.report import save
 from fedtune.memory import StorageMeter
-from fedtune.recipe_file import read
-from fedtune.simulation import resolve
+from fedtune.recipe_file import read_recipe
+from fedtune.simulation import resolve_recipe
 from fedtune.techniques import begin_step
-from fedtune.techniques._probe import calibrate
-from fedtune.techniques.deft import probes
-from fedtune.training import Workshop, discard, score, step_loss, train_mode, workshop
+from fedtune.techniques._probe import calibrate_thresholds
+from fedtune.techniques.deft import get_probes
+from fedtune.training import (
+    RunContext,
+    clear_run_context,
+    compute_step_loss,
+    evaluate_model,
+    get_run_context,
+    set_train_mode,
+)
 from fedtune.training.order import batches
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -108,11 +115,11 @@ def swiglu(arguments: argparse.Namespace) -> None:
         save(result("deft-swiglu", arguments), {"steps": steps, "part": arguments.part, "rows": rows, **losses})
 
 
-def deployed(shop: Workshop, part: str, seed: int) -> dict[str, float]:
+def deployed(shop: RunContext, part: str, seed: int) -> dict[str, float]:
     """Figures with the smallest |P| zeroed, by thresholds from 64 training texts, and the loss before that."""
     dense = scored(shop, part)["loss"]
     texts = next(batches(np.arange(len(shop.train)), 64, 1, seed))
-    calibrate(shop.model, probes(shop.model), [inputs(shop, texts)], DEPLOYED)
+    calibrate_thresholds(shop.model, get_probes(shop.model), [inputs(shop, texts)], DEPLOYED)
     return {"dense_loss": dense, **scored(shop, part)}
 
 
@@ -131,26 +138,26 @@ def cost(arguments: argparse.Namespace) -> None:
     save("deft-cost", {"rows": rows})
 
 
-def built(file: str, techniques: str, seed: int, settings: list[str]) -> Workshop:
+def built(file: str, techniques: str, seed: int, settings: list[str]) -> RunContext:
     """A fresh model; where clients alternate between low-rank factors, both are trained in every step."""
-    discard()
-    recipe = read(RECIPES / file, [f"seed={seed}", *settings, f"train.techniques=[{techniques}]"])
-    shop = workshop(resolve(recipe).model_dump_json())
-    discard()
+    clear_run_context()
+    recipe = read_recipe(RECIPES / file, [f"seed={seed}", *settings, f"train.techniques=[{techniques}]"])
+    shop = get_run_context(resolve_recipe(recipe).model_dump_json())
+    clear_run_context()
     if "freeze-a" not in techniques:
         for name in shop.shared:
             shop.model.get_parameter(name).requires_grad_(True)
     return shop
 
 
-def fine_tune(shop: Workshop, steps: int, seed: int) -> float:
+def fine_tune(shop: RunContext, steps: int, seed: int) -> float:
     """Train on all examples together: warm-up, then linearly to zero; returns the seconds."""
     settings, started = shop.recipe.train, time.perf_counter()
     torch.manual_seed(seed)
     trained = [parameter for parameter in shop.model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     lengths = shop.train.lengths if settings.by_length else None
-    train_mode(shop.model)
+    set_train_mode(shop.model)
     for step, chosen in enumerate(batches(np.arange(len(shop.train)), settings.batch, steps, seed, lengths)):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1, (step + 1) / (WARMUP * steps)) * (1 - step / steps)
@@ -161,23 +168,23 @@ def fine_tune(shop: Workshop, steps: int, seed: int) -> float:
     return time.perf_counter() - started
 
 
-def one_step(shop: Workshop, batch: dict[str, torch.Tensor], progress: float) -> None:
+def one_step(shop: RunContext, batch: dict[str, torch.Tensor], progress: float) -> None:
     begin_step(shop.techniques, shop.model, batch, progress)
-    step_loss(shop.model, batch).backward()
+    compute_step_loss(shop.model, batch).backward()
 
 
-def scored(shop: Workshop, part: str) -> dict[str, float]:
+def scored(shop: RunContext, part: str) -> dict[str, float]:
     recipe = shop.recipe
-    found = score(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
     whole = {one.name: one.value for one in found if one.domain == "all"}
     return {**whole, **{f"mean_{one.name}": one.value for one in found if one.domain == "mean"}}
 
 
-def inputs(shop: Workshop, chosen: list[int]) -> dict[str, torch.Tensor]:
+def inputs(shop: RunContext, chosen: list[int]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in shop.train.batch(chosen).items() if name != "labels"}
 
 
-def compared(shops: list[Workshop], pairs: int) -> dict[str, Any]:
+def compared(shops: list[RunContext], pairs: int) -> dict[str, Any]:
     """Seconds and kept bytes of plain and term; the ratio of times is the median over pairs of neighbouring steps."""
     batch = shops[0].train.batch(range(shops[0].recipe.train.batch))
     kept = [kept_bytes(shop, batch) for shop in shops]
@@ -188,17 +195,17 @@ def compared(shops: list[Workshop], pairs: int) -> dict[str, Any]:
     return {"plain_seconds": plain, "deft_seconds": term, "time_ratio": ratio, **sizes}
 
 
-def kept_bytes(shop: Workshop, batch: dict[str, torch.Tensor]) -> int:
-    train_mode(shop.model)
+def kept_bytes(shop: RunContext, batch: dict[str, torch.Tensor]) -> int:
+    set_train_mode(shop.model)
     begin_step(shop.techniques, shop.model, batch, 0.5)
     with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
-        loss = step_loss(shop.model, batch)
+        loss = compute_step_loss(shop.model, batch)
         kept = meter.bytes
     loss.backward()
     return kept
 
 
-def seconds(shop: Workshop, batch: dict[str, torch.Tensor]) -> float:
+def seconds(shop: RunContext, batch: dict[str, torch.Tensor]) -> float:
     started = time.perf_counter()
     shop.model.zero_grad()
     one_step(shop, batch, 0.5)

@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 DEVICES, ROUNDS, EVERY = 16, 50, 10
 RECIPE = """
@@ -139,7 +139,7 @@ def made_recipe(folder: Path) -> Recipe:
     BertModel(shape).save_pretrained(folder / "bert")
     rows = [f"the film {row} was {word},{label}" for row in range(200) for word, label in VERDICTS.items()]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return parse(RECIPE.format(folder=folder, devices=DEVICES, rounds=ROUNDS + 1), "crowd", [])
+    return parse_recipe(RECIPE.format(folder=folder, devices=DEVICES, rounds=ROUNDS + 1), "crowd", [])
 
 
 if __name__ == "__main__":

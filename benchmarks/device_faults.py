@@ -25,7 +25,7 @@ from benchmarks.report import save
 from benchmarks.scratch_database import Database
 from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 from fedtune.tracking import Store, file_url
 
 DATABASE = "PostgreSQL"
@@ -53,7 +53,7 @@ class Kill:
 
 
 def main(chosen: list[str]) -> None:
-    recipe = parse(RECIPE, "faults", [])
+    recipe = parse_recipe(RECIPE, "faults", [])
     with tempfile.TemporaryDirectory(prefix="fedtune-faults-") as folder:
         left_alone = simulated(RECIPE, Path(folder) / "simulated")
         kills: list[Kill] = []

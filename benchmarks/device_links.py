@@ -24,7 +24,7 @@ from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
 from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from benchmarks.wrong_clock import wrong_clock
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 ROUNDS, DEADLINE = 5, 300
 RECIPE = small_recipe("troubles", ROUNDS, DEADLINE)
@@ -60,7 +60,7 @@ def main(chosen: list[str]) -> None:
 def tried(made: Fleet, line: BadLine, name: str, left_alone: list[str]) -> dict[str, Any]:
     """Run the recipe with a trouble from its first round on: what came of each round, and how long the run took."""
     begun, said = time.monotonic(), {device.name: len(device.log.read_bytes()) for device in made.devices}
-    run = made.submit(parse(RECIPE, "troubles", []))
+    run = made.submit(parse_recipe(RECIPE, "troubles", []))
     until_round(made, run, 1)
     passed, dropped = line.passed, line.dropped
     with TROUBLES[name](Bench(made, line, run)):

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.fleet import Fleet, fleet
 from benchmarks.report import save
 from benchmarks.stock_flower import stock
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 NODES, ROUNDS, STOCK_ROUNDS, COLD = 2, 12, 5, 2
 RECIPE = f"""
@@ -55,7 +55,7 @@ def main() -> None:
 
 def beyond(made: Fleet) -> list[float]:
     """Seconds of each round less those of its slower device's training."""
-    run = made.submit(parse(RECIPE, "phases", []))
+    run = made.submit(parse_recipe(RECIPE, "phases", []))
     found: dict[str, Any] = made.ended(run, 600)
     rounds = [record for record in found["rounds"] if record["number"]]
     return [record["seconds"] - max(sent["seconds"] for sent in record["contributions"]) for record in rounds]

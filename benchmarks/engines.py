@@ -76,7 +76,7 @@ def finish(recipe: str, engine: str) -> dict[str, Any]:
 def cache() -> Path:
     from fedtune import home
 
-    return home.cache()
+    return home.get_cache_folder()
 
 
 if __name__ == "__main__":

@@ -31,16 +31,25 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune import merging, techniques
-from fedtune.contribution import Contribution, pack
-from fedtune.data.sources import read as read_data
+from fedtune.contribution import ClientUpdate, pack
+from fedtune.data.sources import read_data_source as read_data
 from fedtune.errors import SourceError
-from fedtune.recipe import Data, Recipe
-from fedtune.recipe_file import read
-from fedtune.server.selection import sample
-from fedtune.simulation import resolve
-from fedtune.sparse import compact, masks, spread_out, to_wire
-from fedtune.techniques import trained
-from fedtune.training import Outcome, Workshop, discard, load_state, read_state, score, train, workshop
+from fedtune.recipe import DataSettings, Recipe
+from fedtune.recipe_file import read_recipe
+from fedtune.server.selection import sample_cohort
+from fedtune.simulation import resolve_recipe
+from fedtune.sparse import encode_masked_state, find_masks, restore_dense_tensors, select_active_values
+from fedtune.techniques import list_trainable_tensors
+from fedtune.training import (
+    LocalTrainingResult,
+    RunContext,
+    clear_run_context,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    train_local_model,
+)
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fedmef.yaml"
 State = Mapping[str, Tensor]
@@ -85,7 +94,9 @@ def main() -> None:
     for seed in arguments.seeds:
         for arm in chosen:
             settings = [f"seed={seed}", f"federation.rounds={arguments.rounds}", f"data.source={source}"]
-            recipe = resolve(read(RECIPE, [*settings, *arguments.set, f"train.techniques=[{found[arm]}]"]))
+            recipe = resolve_recipe(
+                read_recipe(RECIPE, [*settings, *arguments.set, f"train.techniques=[{found[arm]}]"])
+            )
             rows.append({"arm": arm, "seed": seed, **federation(recipe, arguments.part)})
             print(rows[-1], file=sys.stderr, flush=True)
         name = arguments.result if arguments.part == "test" else f"{arguments.result}-{arguments.part}"
@@ -94,7 +105,7 @@ def main() -> None:
 
 def data_source() -> str:
     try:
-        read_data(Data(source="sample:fashion-mnist"))
+        read_data(DataSettings(source="sample:fashion-mnist"))
     except SourceError:
         return "sample:mnist-5k"
     return "sample:fashion-mnist"
@@ -102,10 +113,10 @@ def data_source() -> str:
 
 def federation(recipe: Recipe, part: str) -> dict[str, Any]:
     """A whole federation in this process, without a store; every client's outcome goes by disk as the server's does."""
-    discard()
-    shop = workshop(recipe.model_dump_json())
-    discard()
-    state: State = read_state(shop.model, shop.shared)
+    clear_run_context()
+    shop = get_run_context(recipe.model_dump_json())
+    clear_run_context()
+    state: State = get_model_state(shop.model, shop.shared)
     started, drops, kept = time.perf_counter(), [], 0
     traffic: dict[str, list[int]] = {"up": [], "down": []}
     for number in range(1, recipe.federation.rounds + 1):
@@ -114,7 +125,7 @@ def federation(recipe: Recipe, part: str) -> dict[str, Any]:
             merged = merge(shop, state, number, sent)
             state = revise(shop, merged, number, sent)
         kept = max(kept, *(outcome.saved_bytes for outcome in outcomes))
-        if moved := techniques.asked(shop.techniques, shop.model, number):
+        if moved := techniques.declare_extra_payload(shop.techniques, shop.model, number):
             drops.append(accuracy(shop, merged, "validation") - accuracy(shop, state, "validation"))
         if moved or number % recipe.evaluation.every == 0:
             print(number, f"{accuracy(shop, state, 'validation'):.4f}", file=sys.stderr, flush=True)
@@ -129,48 +140,53 @@ def federation(recipe: Recipe, part: str) -> dict[str, Any]:
 
 
 def collect(
-    shop: Workshop, state: State, number: int, folder: Path, traffic: dict[str, list[int]]
-) -> tuple[list[Contribution], list[Outcome]]:
+    shop: RunContext, state: State, number: int, folder: Path, traffic: dict[str, list[int]]
+) -> tuple[list[ClientUpdate], list[LocalTrainingResult]]:
     sent, outcomes = [], []
-    for client in sample(shop.recipe, number):
-        outcome = train(
+    for client in sample_cohort(shop.recipe, number):
+        outcome = train_local_model(
             shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client
         )
-        payload = pack({**compact(outcome.delta, masks(state)), **outcome.extras})
+        payload = pack({**select_active_values(outcome.delta, find_masks(state)), **outcome.extras})
         path = folder / f"{client}.safetensors"
         path.write_bytes(payload)
-        sent.append(Contribution(client, outcome.examples, path))
+        sent.append(ClientUpdate(client, outcome.examples, path))
         outcomes.append(outcome)
         traffic["up"].append(len(payload))
-    traffic["down"].append(len(pack(to_wire(state))))
+    traffic["down"].append(len(pack(encode_masked_state(state))))
     return sent, outcomes
 
 
-def merge(shop: Workshop, state: State, number: int, sent: Sequence[Contribution]) -> State:
+def merge(shop: RunContext, state: State, number: int, sent: Sequence[ClientUpdate]) -> State:
     techniques.begin_round(shop.techniques, shop.model, number)
-    found = masks(state)
-    step = merging.choose(shop.recipe.merge)
-    return spread_out(merging.merge(step, compact(state, found), trained(shop.model), sent), found)
+    found = find_masks(state)
+    step = merging.build_pipeline(shop.recipe.merge)
+    return restore_dense_tensors(
+        merging.merge_client_updates(
+            step, select_active_values(state, found), list_trainable_tensors(shop.model), sent
+        ),
+        found,
+    )
 
 
-def revise(shop: Workshop, merged: State, number: int, sent: Sequence[Contribution]) -> State:
-    extras = techniques.asked(shop.techniques, shop.model, number)
-    weights = merging.choose(shop.recipe.merge).combine.weights([one.examples for one in sent])
-    answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, sent, strict=True)]
-    return techniques.revise(shop.techniques, merged, number, answers)
+def revise(shop: RunContext, merged: State, number: int, sent: Sequence[ClientUpdate]) -> State:
+    extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
+    weights = merging.build_pipeline(shop.recipe.merge).combine.weights([one.examples for one in sent])
+    answers = [techniques.ExtraPayload(weight, one.read(extras)) for weight, one in zip(weights, sent, strict=True)]
+    return techniques.after_aggregation(shop.techniques, merged, number, answers)
 
 
-def accuracy(shop: Workshop, state: State, part: str) -> float:
-    load_state(shop.model, state)
+def accuracy(shop: RunContext, state: State, part: str) -> float:
+    set_model_state(shop.model, state)
     recipe = shop.recipe
-    found = score(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
     return next(one.value for one in found if (one.domain, one.name) == ("all", "accuracy"))
 
 
 def memory(state: State, kept: int) -> dict[str, int]:
     """Bytes of a device in training: two numbers per active weight, the masks, and what the metered step kept."""
-    found = masks(state)
-    values = compact({name: t for name, t in state.items() if t.is_floating_point()}, found)
+    found = find_masks(state)
+    values = select_active_values({name: t for name, t in state.items() if t.is_floating_point()}, found)
     active = sum(tensor.numel() for tensor in values.values())
     bits = sum(math.ceil(mask.numel() / 8) for mask in found.values())
     return {"active": active, "kept_bytes": kept, "memory_bytes": 8 * active + bits + kept}

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from benchmarks.devices_demo import FEDTUNE, free_port, home
-from fedtune.cli.connection import Connection, connect
+from fedtune.cli.connection import OperatorClient, connect_to_server
 from fedtune.errors import ServerError
 from fedtune.recipe import Recipe
 
@@ -74,9 +74,9 @@ class Fleet:
     server: Member
     devices: list[Member] = field(default_factory=list)
 
-    def operator(self) -> Connection:
+    def operator(self) -> OperatorClient:
         """A connection with the key of the server's own operator."""
-        return connect(self.server.home / "server" / "operator.json")
+        return connect_to_server(self.server.home / "server" / "operator.json")
 
     def submit(self, recipe: Recipe) -> str:
         """Queue a run; its id."""

@@ -31,12 +31,20 @@ from torch import Tensor
 from benchmarks.aim_models import some
 from benchmarks.report import save
 from fedtune import merging, techniques
-from fedtune.contribution import Contribution, pack
-from fedtune.merging import Evidence
-from fedtune.recipe_file import read
-from fedtune.server.selection import sample
-from fedtune.simulation import resolve
-from fedtune.training import Workshop, discard, load_state, read_state, score, train, workshop
+from fedtune.contribution import ClientUpdate, pack
+from fedtune.merging import MergeContext
+from fedtune.recipe_file import read_recipe
+from fedtune.server.selection import sample_cohort
+from fedtune.simulation import resolve_recipe
+from fedtune.training import (
+    RunContext,
+    clear_run_context,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    train_local_model,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "low_rank_default.json"
@@ -139,10 +147,10 @@ def federation(part: str, arm: str, rate: float, seed: int, *, tested: bool) -> 
     told, (exact, merge) = PARTS[part], ARMS[arm]
     changed = [f"train.techniques=[lora: {{exact: {exact}}}]", f"merge=[{merge}]", f"train.lr={rate}", f"seed={seed}"]
     started = time.process_time()
-    discard()
+    clear_run_context()
     changed += [*told.settings.split(), f"devices=[{{name: phone, count: {told.clients}}}]"]
-    shop = workshop(resolve(read(ROOT / "recipes" / told.recipe, changed)).model_dump_json())
-    state: State = read_state(shop.model, shop.shared)
+    shop = get_run_context(resolve_recipe(read_recipe(ROOT / "recipes" / told.recipe, changed)).model_dump_json())
+    state: State = get_model_state(shop.model, shop.shared)
     sizes: list[int] = []
     for number in range(1, shop.recipe.federation.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -154,32 +162,34 @@ def federation(part: str, arm: str, rate: float, seed: int, *, tested: bool) -> 
     return {**figures, "bytes_up": statistics.mean(sizes), "cpu_seconds": time.process_time() - started}
 
 
-def collected(shop: Workshop, state: State, number: int, folder: Path) -> list[Contribution]:
+def collected(shop: RunContext, state: State, number: int, folder: Path) -> list[ClientUpdate]:
     """What the round's clients send."""
     sent = []
-    for client in sample(shop.recipe, number):
+    for client in sample_cohort(shop.recipe, number):
         indices = shop.clients[client]
-        got = train(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack(got.delta))
-        sent.append(Contribution(client, got.examples, path))
+        sent.append(ClientUpdate(client, got.examples, path))
     return sent
 
 
-def merged(shop: Workshop, state: State, number: int, sent: list[Contribution]) -> State:
+def merged(shop: RunContext, state: State, number: int, sent: list[ClientUpdate]) -> State:
     """The shared state after the round."""
     techniques.begin_round(shop.techniques, shop.model, number)
-    pairs = techniques.pairs(shop.techniques, shop.model)
-    names = techniques.trained(shop.model)
-    return merging.merge(merging.choose(shop.recipe.merge), state, names, sent, Evidence(pairs=pairs, draw=number))
+    pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
+    names = techniques.list_trainable_tensors(shop.model)
+    return merging.merge_client_updates(
+        merging.build_pipeline(shop.recipe.merge), state, names, sent, MergeContext(pairs=pairs, draw=number)
+    )
 
 
-def figure(shop: Workshop, state: State, told: Part, part: str) -> float:
+def figure(shop: RunContext, state: State, told: Part, part: str) -> float:
     """Accuracy or loss of the shared state, on some texts of each domain."""
-    load_state(shop.model, state)
+    set_model_state(shop.model, state)
     recipe = shop.recipe
     examples = some(getattr(shop, part), told.texts)
-    found = score(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
     return next(one.value for one in found if (one.domain, one.name) == told.figure)
 
 

@@ -29,12 +29,12 @@ from transformers import PreTrainedModel
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Model, Task, Unit
+from fedtune.recipe import ModelSettings, TaskName, Unit
 from fedtune.techniques import begin_round
-from fedtune.training import processor_threads, step_loss, train_mode
+from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 BATCHES = {"minilm": (16, 128), "smollm2": (2, 128)}
-TASKS: dict[str, Task] = {"minilm": "sequence-classification", "smollm2": "causal-language-modelling"}
+TASKS: dict[str, TaskName] = {"minilm": "sequence-classification", "smollm2": "causal-language-modelling"}
 BLOCKS = {"minilm": "bert.encoder.layer", "smollm2": "model.layers"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "meft in one stretch": {"factor": 0.5},
@@ -83,9 +83,9 @@ def in_fresh_process(case: dict[str, Any]) -> dict[str, Any]:
 
 def measured(part: str, model: str, blocks: int | None, techniques: str) -> dict[str, Any]:
     built = prepared(model, blocks, techniques)
-    train_mode(built)
+    set_train_mode(built)
     step = whole_step(built, model) if part == "whole" else stack_step(built, model)
-    with processor_threads(1):
+    with use_cpu_threads(1):
         with StorageMeter(excluded=[*built.parameters(), *built.buffers()]) as meter:
             loss = step()
             kept = meter.bytes
@@ -110,13 +110,13 @@ def timed(model: nn.Module, step: Callable[[], Tensor]) -> float:
 
 def prepared(name: str, blocks: int | None, joined: str) -> PreTrainedModel:
     labels = ("bad", "good") if name == "minilm" else ()
-    model = models.load(Model(source=f"sample:{name}"), TASKS[name], labels, seed=0)
+    model = models.load_model(ModelSettings(source=f"sample:{name}"), TASKS[name], labels, seed=0)
     assert isinstance(model, PreTrainedModel)
     if blocks is not None:
         resize(model, BLOCKS[name], blocks)
     units = [Unit(name=one.split()[0], settings=SETTINGS.get(one, {})) for one in joined.split("+")]
-    chosen = techniques.choose(units)
-    techniques.apply(chosen, model, TASKS[name], 0)
+    chosen = techniques.build_techniques(units)
+    techniques.apply_techniques(chosen, model, TASKS[name], 0)
     begin_round(chosen, model, 1)
     return model
 
@@ -143,7 +143,7 @@ def inputs(name: str) -> dict[str, Tensor]:
 def whole_step(model: PreTrainedModel, name: str) -> Callable[[], Tensor]:
     batch = inputs(name)
     batch["labels"] = batch["input_ids"] if name == "smollm2" else torch.arange(len(batch["input_ids"])) % 2
-    return lambda: step_loss(model, batch)
+    return lambda: compute_step_loss(model, batch)
 
 
 def stack_step(model: PreTrainedModel, name: str) -> Callable[[], Tensor]:

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.report import save
 from fedtune import models, techniques
-from fedtune.recipe import Model, Task, Unit
-from fedtune.training import processor_threads, train_mode
+from fedtune.recipe import ModelSettings, TaskName, Unit
+from fedtune.training import set_train_mode, use_cpu_threads
 
 MODELS = {"minilm": ("sample:minilm", 1), "minilm-12": ("sample:minilm", 2), "smollm2": ("sample:smollm2", 1)}
 """Source, and how many times its blocks stand one after the other."""
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="MiniLM and two variants alone")
     short = parser.parse_args().short
     rows, starts = [], []
-    with processor_threads(1):
+    with use_cpu_threads(1):
         for name in list(MODELS)[: 1 if short else None]:
             starts += [start(name)] if name == "smollm2" else []
             for dtype in ("float32", "bfloat16"):
@@ -51,15 +51,15 @@ def main() -> None:
     save("meft_gradients", {"rows": rows, "start": starts})
 
 
-def task_of(name: str) -> Task:
+def task_of(name: str) -> TaskName:
     return "causal-language-modelling" if name == "smollm2" else "sequence-classification"
 
 
 def loaded(name: str, dtype: str) -> PreTrainedModel:
     source, times = MODELS[name]
     labels = () if name == "smollm2" else ("bad", "good")
-    chosen = Model.model_validate({"source": source, "dtype": dtype})
-    model = models.load(chosen, task_of(name), labels, seed=0)
+    chosen = ModelSettings.model_validate({"source": source, "dtype": dtype})
+    model = models.load_model(chosen, task_of(name), labels, seed=0)
     assert isinstance(model, PreTrainedModel)
     if times > 1:
         encoder = model.get_submodule("bert.encoder")
@@ -69,7 +69,7 @@ def loaded(name: str, dtype: str) -> PreTrainedModel:
 
 
 def a_batch(name: str) -> dict[str, Tensor]:
-    found = models.tokenizer(Model(source=MODELS[name][0]))(TEXTS, padding=True, return_tensors="pt")
+    found = models.load_tokenizer(ModelSettings(source=MODELS[name][0]))(TEXTS, padding=True, return_tensors="pt")
     ids, mask = found["input_ids"], found["attention_mask"]
     labels = ids.masked_fill(mask == 0, -100) if name == "smollm2" else torch.tensor([1, 0])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -78,16 +78,16 @@ def a_batch(name: str) -> dict[str, Tensor]:
 def prepared(name: str, dtype: str, settings: dict[str, Any]) -> PreTrainedModel:
     """With meft applied and its adapters moved."""
     model = loaded(name, dtype)
-    chosen = techniques.choose([Unit(name="meft", settings=settings)])
+    chosen = techniques.build_techniques([Unit(name="meft", settings=settings)])
     random = torch.Generator().manual_seed(5)
-    for trained in techniques.apply(chosen, model, task_of(name), 0):
+    for trained in techniques.apply_techniques(chosen, model, task_of(name), 0):
         parameter = model.get_parameter(trained)
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=random).to(parameter.dtype)
     return model
 
 
 def gradients(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    train_mode(model)
+    set_train_mode(model)
     torch.manual_seed(3)
     model(**batch).loss.backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
@@ -130,8 +130,8 @@ def start(name: str) -> dict[str, Any]:
         losses = {"base": float(base.eval()(**batch).loss)}
         for settings in EXACT:
             model = loaded(name, "float32")
-            chosen = techniques.choose([Unit(name="meft", settings=settings)])
-            techniques.apply(chosen, model, task_of(name), 0)
+            chosen = techniques.build_techniques([Unit(name="meft", settings=settings)])
+            techniques.apply_techniques(chosen, model, task_of(name), 0)
             losses[settings["variant"]] = float(model.eval()(**batch).loss)
     return {"model": name, "start_loss": losses}
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.bare import bare_loop
 from benchmarks.report import save
-from fedtune.recipe_file import read
-from fedtune.simulation import resolve
-from fedtune.training import Workshop, score, workshop
+from fedtune.recipe_file import read_recipe
+from fedtune.simulation import resolve_recipe
+from fedtune.training import RunContext, evaluate_model, get_run_context
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 STEPS, BATCH = 400, 16
@@ -47,16 +47,18 @@ def main() -> None:
         save("meft_quality", {"steps": STEPS, "batch": BATCH, "rows": rows, "gaps_in_points": gaps(rows)})
 
 
-def trained(technique: str, rate: float, seed: int) -> Workshop:
+def trained(technique: str, rate: float, seed: int) -> RunContext:
     settings = [f"train.techniques={technique}", f"train.lr={rate}", f"train.batch={BATCH}", f"seed={seed}"]
-    shop = workshop(resolve(read(RECIPE, settings)).model_dump_json())
+    shop = get_run_context(resolve_recipe(read_recipe(RECIPE, settings)).model_dump_json())
     bare_loop(shop, np.arange(len(shop.train)), STEPS, seed)
     return shop
 
 
-def accuracy(shop: Workshop, part: str) -> float:
+def accuracy(shop: RunContext, part: str) -> float:
     """The mean over domains."""
-    scores = score(shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques)
+    scores = evaluate_model(
+        shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques
+    )
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 
 

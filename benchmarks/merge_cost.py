@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.report import save
-from fedtune.models.sources import resolve
+from fedtune.models.sources import resolve_model_source
 
 COUNT, FLAT = 3, (2, 4, 8)
 RANK, CHANGE, NOISE = 8, 0.03, 0.02
@@ -105,7 +105,7 @@ def main() -> None:
 
 def made(work: Path, count: int) -> tuple[Path, list[Path]]:
     """The base and its variants as bf16 folders."""
-    source = Path(resolve("sample:smollm2"))
+    source = Path(resolve_model_source("sample:smollm2"))
     [file] = source.glob("*.safetensors")
     folders = [work / "base", *(work / f"variant-{number}" for number in range(count))]
     for number, folder in enumerate(folders):

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import save
-from fedtune.merging import Combine, Evidence, Operand, choose, settle
+from fedtune.merging import CombineStep, MergeContext, MergeInput, bind_combine, build_pipeline
 from fedtune.recipe import Unit
 
 Tensors = Mapping[str, Tensor]
@@ -161,19 +161,19 @@ def shape_of_change(ours: Tensors, theirs: Tensors, base: Tensors) -> dict[str, 
 def merged_here(case: Case, models: Sequence[Tensors]) -> dict[str, Tensor]:
     """Our step's output."""
     settings = dict(case.parameters if case.ours is None else case.ours)
-    combine = choose([Unit(name=case.name.replace("_", "-"), settings=settings)]).combine
+    combine = build_pipeline([Unit(name=case.name.replace("_", "-"), settings=settings)]).combine
     base = models[0] if case.base else {name: torch.zeros_like(tensor) for name, tensor in models[0].items()}
     weights = case.weights or [1.0] * len(case.models)
     operands = [
-        Operand(lambda name, start, stop, model=models[one]: (model[name] - base[name])[start:stop], weight)
+        MergeInput(lambda name, start, stop, model=models[one]: (model[name] - base[name])[start:stop], weight)
         for one, weight in zip(case.models, weights, strict=True)
     ]
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    step, settled = settle(combine, shapes, operands, Evidence())
+    step, settled = bind_combine(combine, shapes, operands, MergeContext())
     return {name: base[name] + whole(step, name, shape, settled) for name, shape in shapes.items()}
 
 
-def whole(step: Combine, name: str, shape: tuple[int, ...], operands: Sequence[Operand]) -> Tensor:
+def whole(step: CombineStep, name: str, shape: tuple[int, ...], operands: Sequence[MergeInput]) -> Tensor:
     return torch.cat(list(step.combine(name, shape, operands)))
 
 

@@ -23,9 +23,9 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.report import save
-from fedtune.data import Encoded
+from fedtune.data import EncodedDataset
 from fedtune.recipe import Recipe
-from fedtune.training import Workshop, read_state, score, train, workshop
+from fedtune.training import RunContext, evaluate_model, get_model_state, get_run_context, train_local_model
 
 ARMS: dict[str, dict[str, Any]] = {
     "classifier": {"classifier": {}},
@@ -102,10 +102,10 @@ def in_fresh_process(**case: Any) -> dict[str, Any]:
 
 def trained(arm: str, rate: float, seed: int, epochs: int, limit: int) -> dict[str, Any]:
     """One training: accuracies, and what its first step kept."""
-    shop = workshop(recipe(arm, rate, seed, epochs, limit).model_dump_json())
-    start = read_state(shop.model, shop.shared)
+    shop = get_run_context(recipe(arm, rate, seed, epochs, limit).model_dump_json())
+    start = get_model_state(shop.model, shop.shared)
     everything = np.arange(len(shop.train))
-    outcome = train(shop.model, shop.techniques, start, shop.train, everything, shop.recipe, 1, 0)
+    outcome = train_local_model(shop.model, shop.techniques, start, shop.train, everything, shop.recipe, 1, 0)
     return {
         "validation": accuracy(shop, shop.validation, VALIDATION),
         "test": accuracy(shop, shop.test, TEST),
@@ -136,7 +136,7 @@ def recipe(arm: str, rate: float, seed: int, epochs: int, limit: int) -> Recipe:
 class Some:
     """Some examples of a part, chosen once and for all."""
 
-    whole: Encoded
+    whole: EncodedDataset
     chosen: Sequence[int]
     domains: None = None
     lengths: None = None
@@ -149,9 +149,9 @@ class Some:
         return self.whole.batch([self.chosen[index] for index in indices])
 
 
-def accuracy(shop: Workshop, part: Encoded, count: int) -> float:
+def accuracy(shop: RunContext, part: EncodedDataset, count: int) -> float:
     chosen = np.random.default_rng(0).permutation(len(part))[:count].tolist()
-    scores = score(shop.model, Some(part, chosen), 50, shop.recipe.task, shop.techniques)
+    scores = evaluate_model(shop.model, Some(part, chosen), 50, shop.recipe.task, shop.techniques)
     return next(found.value for found in scores if (found.domain, found.name) == ("all", "accuracy"))
 
 

@@ -29,11 +29,11 @@ from fedtune import models, techniques
 from fedtune.memory import StorageMeter
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.efficientnet_lite import LiteBlock
-from fedtune.models.layers import GlobalMean, conv_norm
+from fedtune.models.layers import GlobalAveragePool, make_conv_norm
 from fedtune.models.mobilenet_v3 import V3Block
-from fedtune.profile import Case, label, measure_apart
-from fedtune.recipe import Model, Recipe, Unit
-from fedtune.training import step_loss, train_mode
+from fedtune.profile import ProfileCase, format_techniques, profile_in_subprocess
+from fedtune.recipe import ModelSettings, Recipe, Unit
+from fedtune.training import compute_step_loss, set_train_mode
 
 __all__ = ["accounting", "chart"]
 
@@ -113,11 +113,11 @@ class OneBlock(ImageClassifier):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.stem = conv_norm(3, CHANNELS)
+        self.stem = make_conv_norm(3, CHANNELS)
         hidden = EXPANSION * CHANNELS
         v3 = V3Block(CHANNELS, hidden, CHANNELS, 3, 1, nn.Hardswish, squeezes=True)
         self.block = v3 if kind == "v3" else LiteBlock(CHANNELS, CHANNELS, EXPANSION, 3, 1)
-        self.pool, self.fc = GlobalMean(), nn.Linear(CHANNELS, len(LABELS))
+        self.pool, self.fc = GlobalAveragePool(), nn.Linear(CHANNELS, len(LABELS))
 
     def stages(self) -> list[nn.Module]:
         return [self.stem, self.block, nn.Sequential(self.pool, self.fc)]
@@ -146,8 +146,8 @@ def counted(model: nn.Module, batch: dict[str, Tensor]) -> int:
     hooks = [
         layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
-    train_mode(model)
-    step_loss(model, batch)
+    set_train_mode(model)
+    compute_step_loss(model, batch)
     for hook in hooks:
         hook.remove()
     return total
@@ -181,7 +181,7 @@ def step(technique: str, settings: dict[str, Any], optimiser: str, batch: int) -
             "federation": {"rounds": 1},
         }
     )
-    row = asdict(measure_apart(Case(label(units), recipe.model_dump_json(), LABELS, None)))
+    row = asdict(profile_in_subprocess(ProfileCase(format_techniques(units), recipe.model_dump_json(), LABELS, None)))
     if "rss_bytes" in row:
         row["over_loaded_bytes"] = row["rss_bytes"] - row["loaded_bytes"]
     found = {"optimiser": optimiser, "batch": batch, **row}
@@ -190,12 +190,12 @@ def step(technique: str, settings: dict[str, Any], optimiser: str, batch: int) -
 
 
 def lite0() -> nn.Module:
-    return models.load(Model(source=LITE0), "image-classification", LABELS, seed=0)
+    return models.load_model(ModelSettings(source=LITE0), "image-classification", LABELS, seed=0)
 
 
 def apply(model: nn.Module, technique: str, **settings: Any) -> list[str]:
-    chosen = techniques.choose([Unit(name=technique, settings=settings)])
-    return techniques.apply(chosen, model, "image-classification", 0)
+    chosen = techniques.build_techniques([Unit(name=technique, settings=settings)])
+    return techniques.apply_techniques(chosen, model, "image-classification", 0)
 
 
 def pictures(rows: int, side: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -206,14 +206,14 @@ def pictures(rows: int, side: int, dtype: torch.dtype = torch.float32) -> dict[s
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.eval()
-    step_loss(model, batch).backward()
+    compute_step_loss(model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    train_mode(model)
+    set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
     loss.backward()
     return kept

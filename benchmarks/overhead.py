@@ -18,12 +18,20 @@ import torch
 from torch import nn
 
 from benchmarks.report import save
-from fedtune.recipe_file import read
-from fedtune.seeds import derive
-from fedtune.simulation import resolve, run_local
-from fedtune.techniques import begin_round, trained
+from fedtune.recipe_file import read_recipe
+from fedtune.seeds import derive_seed
+from fedtune.simulation import resolve_recipe, run_in_process
+from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.tracking import Store, file_url
-from fedtune.training import Workshop, adopt, load_state, processor_threads, read_state, score, workshop
+from fedtune.training import (
+    RunContext,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    set_run_context,
+    use_cpu_threads,
+)
 from fedtune.training.order import batches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
@@ -38,16 +46,16 @@ REPEATS = 5
 
 
 def main() -> None:
-    recipe = resolve(read(RECIPE, OVERRIDES))
-    shop = workshop(recipe.model_dump_json())
-    start = read_state(shop.model, shop.shared)
+    recipe = resolve_recipe(read_recipe(RECIPE, OVERRIDES))
+    shop = get_run_context(recipe.model_dump_json())
+    start = get_model_state(shop.model, shop.shared)
     _ = shop.train, shop.clients, shop.validation, shop.test
     bare(shop)
     pairs = []
     for repeat in range(REPEATS):
-        load_state(shop.model, start)
+        set_model_state(shop.model, start)
         loop = timed(partial(bare, shop))
-        load_state(shop.model, start)
+        set_model_state(shop.model, start)
         engine = timed(partial(engine_run, shop, f"repeat-{repeat}"))
         pairs.append({"bare_seconds": loop, "engine_seconds": engine, "ratio": engine / loop})
     ratio = statistics.median(pair["ratio"] for pair in pairs)
@@ -60,9 +68,9 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def engine_run(shop: Workshop, run: str) -> None:
+def engine_run(shop: RunContext, run: str) -> None:
     """The whole run, store and checkpoints included, in a folder of its own; the model is built already, for both."""
-    adopt(shop)
+    set_run_context(shop)
     with tempfile.TemporaryDirectory() as folder:
         url = file_url(Path(folder) / "store.sqlite")
         with Store.open(url) as store:
@@ -75,27 +83,27 @@ def engine_run(shop: Workshop, run: str) -> None:
                 engine="local",
                 rounds_planned=recipe.federation.rounds,
             )
-        run_local(shop, run, url, workers=1)
+        run_in_process(shop, run, url, workers=1)
 
 
-def bare(shop: Workshop) -> None:
+def bare(shop: RunContext) -> None:
     """The same steps and the same scoring, by hand."""
     recipe, settings = shop.recipe, shop.recipe.train
-    score(shop.model, shop.validation, recipe.evaluation.batch, recipe.task)
+    evaluate_model(shop.model, shop.validation, recipe.evaluation.batch, recipe.task)
     for number in range(1, recipe.federation.rounds + 1):
         begin_round(shop.techniques, shop.model, number)
         parameters = dict(shop.model.named_parameters())
-        chosen = [parameters[name] for name in trained(shop.model)]
+        chosen = [parameters[name] for name in list_trainable_tensors(shop.model)]
         for client, indices in enumerate(shop.clients):
-            with processor_threads(settings.threads):
-                seed = derive(recipe.seed, number, client, "order")
+            with use_cpu_threads(settings.threads):
+                seed = derive_seed(recipe.seed, number, client, "order")
                 order = batches(indices, settings.batch, settings.steps or 1, seed, shop.train.lengths)
                 client_steps(shop, chosen, order)
     for part in (shop.validation, shop.test, shop.test):
-        score(shop.model, part, recipe.evaluation.batch, recipe.task)
+        evaluate_model(shop.model, part, recipe.evaluation.batch, recipe.task)
 
 
-def client_steps(shop: Workshop, chosen: list[nn.Parameter], order: Iterable[list[int]]) -> None:
+def client_steps(shop: RunContext, chosen: list[nn.Parameter], order: Iterable[list[int]]) -> None:
     optimiser = torch.optim.AdamW(chosen, lr=shop.recipe.train.lr, weight_decay=shop.recipe.train.weight_decay)
     shop.model.train()
     for indices in order:

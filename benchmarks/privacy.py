@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import save
-from fedtune.home import cache
+from fedtune.home import get_cache_folder
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "private.yaml"
 RESULT = Path(__file__).parent / "results" / "privacy.json"
@@ -52,7 +52,7 @@ def figures(*settings: str) -> dict[str, float | None]:
     overrides = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "fedtune.cli.main", "simulate", str(RECIPE), "--json", *overrides]
     with tempfile.TemporaryDirectory() as home:
-        own = {**os.environ, "FEDTUNE_CACHE": str(cache()), "FEDTUNE_HOME": home}
+        own = {**os.environ, "FEDTUNE_CACHE": str(get_cache_folder()), "FEDTUNE_HOME": home}
         printed = subprocess.run(command, check=True, env=own, stdout=subprocess.PIPE).stdout
     metrics = json.loads(printed)["metrics"]
     noise = next((float(one.partition("=")[2]) for one in settings if one.startswith("privacy.noise=")), 0.0)

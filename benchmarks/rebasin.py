@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import save
-from fedtune.contribution import Contribution, pack
+from fedtune.contribution import ClientUpdate, pack
 from fedtune.data import images
-from fedtune.merging import Evidence, choose, merge
+from fedtune.merging import MergeContext, build_pipeline, merge_client_updates
 from fedtune.recipe import Unit
-from fedtune.training import processor_threads
+from fedtune.training import use_cpu_threads
 
 ALIGN: dict[str, dict[str, Any] | None] = {
     "naive": None,
@@ -75,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = clothes()
     rows: list[dict[str, Any]] = []
-    with processor_threads(1):
+    with use_cpu_threads(1):
         for pair in arguments.pairs[:1] if arguments.short else arguments.pairs:
             for name in arguments.nets:
                 kind = KINDS[name]
@@ -156,16 +156,18 @@ def merged(name: str, steps: list[Unit], ends: list[nn.Sequential], calibration:
     with tempfile.TemporaryDirectory() as folder:
         sent = [spooled(Path(folder), number, end, names) for number, end in enumerate(ends)]
         started = time.perf_counter()
-        state = merge(choose(steps), start, names, sent, Evidence(model=made(name), batches=batches))
+        state = merge_client_updates(
+            build_pipeline(steps), start, names, sent, MergeContext(model=made(name), batches=batches)
+        )
         seconds = time.perf_counter() - started
     net.load_state_dict(state)
     return net, seconds
 
 
-def spooled(folder: Path, number: int, end: nn.Module, names: Sequence[str]) -> Contribution:
+def spooled(folder: Path, number: int, end: nn.Module, names: Sequence[str]) -> ClientUpdate:
     path = folder / f"{number}.safetensors"
     path.write_bytes(pack({name: end.state_dict()[name] for name in names}))
-    return Contribution(number, 1, path)
+    return ClientUpdate(number, 1, path)
 
 
 def scored(net: nn.Module, train: Pictures, test: Pictures) -> dict[str, float]:

@@ -19,13 +19,13 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from benchmarks.report import save
 from fedtune import merging
-from fedtune.contribution import Report, pack
-from fedtune.files import write
+from fedtune.contribution import ClientReport, pack
+from fedtune.files import write_bytes_atomically
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe import Unit
-from fedtune.server.parts import Part
-from fedtune.server.receive import receive
-from fedtune.simulation.flower_private import be_node
+from fedtune.server.parts import ClassPayload
+from fedtune.server.receive import receive_update
+from fedtune.simulation.flower_private import set_node_identity
 
 COUNTS = (1, 4, 16, 64)
 SHAPES = {f"layer.{index}.weight": (1000, 1000) for index in range(16)}
@@ -40,7 +40,7 @@ def main() -> None:
 def measured(count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         random = torch.Generator().manual_seed(0)
-        write(
+        write_bytes_atomically(
             Path(folder) / "sent", pack({name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()})
         )
         command = [sys.executable, "-m", "benchmarks.server_memory", str(count), folder]
@@ -48,16 +48,18 @@ def measured(count: int) -> int:
 
 
 def receive_and_merge(count: int, folder: Path) -> int:
-    be_node(1)
+    set_node_identity(1)
     state = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     reset_peak_rss()
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive(reply(client, folder / "sent"), client, "phone", Part({}, SHAPES, {}), None, folder)
+        _, sent = receive_update(
+            reply(client, folder / "sent"), client, "phone", ClassPayload({}, SHAPES, {}), None, folder
+        )
         assert sent is not None
         contributions.append(sent)
-    merged = merging.merge(merging.choose([Unit(name="mean")]), state, SHAPES, contributions)
+    merged = merging.merge_client_updates(merging.build_pipeline([Unit(name="mean")]), state, SHAPES, contributions)
     assert all(tensor.isfinite().all() for tensor in merged.values())
     return peak_rss() - before
 
@@ -66,7 +68,7 @@ def reply(client: int, sent: Path) -> Message:
     """A client's reply as it reaches the server: bytes, of which nothing is known yet."""
     payload = sent.read_bytes()
     delta = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
-    report = MetricRecord(asdict(Report(examples=10 + client, loss=1.0, seconds=1.0, saved_bytes=0, peak_rss=0)))
+    report = MetricRecord(asdict(ClientReport(examples=10 + client, loss=1.0, seconds=1.0, saved_bytes=0, peak_rss=0)))
     return Message(RecordDict({"delta": delta, "report": report}), 1, "train")
 
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
-from fedtune.recipe import Model, Task, Unit
-from fedtune.techniques import Technique, begin_round, begin_step, trained
-from fedtune.training import processor_threads, step_loss, train_mode
+from fedtune.recipe import ModelSettings, TaskName, Unit
+from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 LENGTH = 1024
-TASK: Task = "causal-language-modelling"
+TASK: TaskName = "causal-language-modelling"
 CASES = [
     "lora",
     "lora+fused-head",
@@ -56,17 +56,17 @@ def in_fresh_process(case: str) -> dict[str, Any]:
 
 
 def measured(case: str) -> dict[str, Any]:
-    chosen = techniques.choose([Unit(name=name) for name in case.split("+")])
-    model = models.load(Model(source="sample:smollm2"), TASK, (), seed=0)
-    techniques.apply(chosen, model, TASK, 0)
+    chosen = techniques.build_techniques([Unit(name=name) for name in case.split("+")])
+    model = models.load_model(ModelSettings(source="sample:smollm2"), TASK, (), seed=0)
+    techniques.apply_techniques(chosen, model, TASK, 0)
     begin_round(chosen, model, 1)
-    train_mode(model)
+    set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3)
     batch = a_text()
     reset_peak_rss()
     loaded = peak_rss()
-    with processor_threads(1):
+    with use_cpu_threads(1):
         step(model, chosen, optimiser, batch)
         row = metered(model, chosen, optimiser, batch)
         seconds = [timed(lambda: step(model, chosen, optimiser, batch)) for _ in range(3)]
@@ -75,7 +75,7 @@ def measured(case: str) -> dict[str, Any]:
         **row,
         "seconds": statistics.median(seconds),
         "rss_over_loaded_bytes": peak_rss() - loaded,
-        "trained_parameters": sum(model.get_parameter(name).numel() for name in trained(model)),
+        "trained_parameters": sum(model.get_parameter(name).numel() for name in list_trainable_tensors(model)),
     }
 
 
@@ -91,7 +91,7 @@ def metered(
     parameters = list(model.parameters())
     with StorageMeter(excluded=[*parameters, *model.buffers(), *moments]) as meter:
         begin_step(chosen, model, batch, 0.0)
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
         loss.backward()
         gradients = meter.gradients
@@ -108,7 +108,7 @@ def step(
     model: nn.Module, chosen: tuple[Technique, ...], optimiser: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> None:
     begin_step(chosen, model, batch, 0.0)
-    step_loss(model, batch).backward()
+    compute_step_loss(model, batch).backward()
     update(model, optimiser)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from fedtune.server.flower_process import end_group, environment, free_port
+from fedtune.server.flower_process import find_free_port, make_child_environment, stop_process_group
 
 __all__ = ["Stock", "stock"]
 
@@ -86,8 +86,8 @@ class Stock:
     """A SuperLink and so many SuperNodes below ``folder``."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
-        self._folder, self._nodes, self.port = folder, nodes, free_port()
-        self._environment = environment(folder / "flwr")
+        self._folder, self._nodes, self.port = folder, nodes, find_free_port()
+        self._environment = make_child_environment(folder / "flwr")
         (folder / "flwr").mkdir(parents=True)
         address = f"127.0.0.1:{self.port}"
         (folder / "flwr" / "config.toml").write_text(f'[superlink.lo]\naddress = "{address}"\ninsecure = true\n')
@@ -102,7 +102,7 @@ class Stock:
         self._processes = [self._start("superlink", "--port", str(self.port), *settings)]
         time.sleep(10)
         self.supernodes = [
-            self._start("supernode", "--superlink", address, "--port", str(free_port())) for _ in range(nodes)
+            self._start("supernode", "--superlink", address, "--port", str(find_free_port())) for _ in range(nodes)
         ]
         self._processes += self.supernodes
 
@@ -124,7 +124,7 @@ class Stock:
         """End all of it."""
         for process in reversed(self._processes):
             family = psutil.Process(process.pid).children(recursive=True)
-            end_group(process, 5.0)
+            stop_process_group(process, 5.0)
             for child in family:
                 if child.is_running():
                     child.kill()

@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.report import save
 from fedtune import data
 from fedtune.contribution import pack
-from fedtune.profile import cases, every, first_batch, measure_apart
-from fedtune.recipe_file import read
+from fedtune.profile import encode_first_batch, list_profiled_techniques, make_profile_cases, profile_in_subprocess
+from fedtune.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -31,12 +31,14 @@ def main() -> None:
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    recipe = read(RECIPES / f"{name}.yaml", ["train.threads=1"])
-    corpus = data.load(recipe)
-    batch = pack(first_batch(recipe, corpus))
+    recipe = read_recipe(RECIPES / f"{name}.yaml", ["train.threads=1"])
+    corpus = data.load_data(recipe)
+    batch = pack(encode_first_batch(recipe, corpus))
     rows = []
-    for case in cases(recipe, [recipe.train.techniques, *every()], corpus.labels, batch, check=True):
-        rows.append({"recipe": name, **asdict(measure_apart(case))})
+    for case in make_profile_cases(
+        recipe, [recipe.train.techniques, *list_profiled_techniques()], corpus.labels, batch, check=True
+    ):
+        rows.append({"recipe": name, **asdict(profile_in_subprocess(case))})
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 

@@ -10,19 +10,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedtune.errors import StoreError
-from fedtune.files import writing
+from fedtune.files import replace_file_atomically
 
-__all__ = ["digest", "load", "save"]
+__all__ = ["hash_tensors", "read_checkpoint", "write_checkpoint"]
 
 
-def save(path: Path, state: Mapping[str, Tensor]) -> str:
+def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> str:
     """Write the state beside ``path`` and rename it; returns its digest."""
-    with writing(path) as beside:
+    with replace_file_atomically(path) as beside:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
-    return digest(state)
+    return hash_tensors(state)
 
 
-def load(path: Path, expected: str | None = None) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, expected: str | None = None) -> dict[str, Tensor]:
     """The state in a checkpoint; StoreError when it is absent, not safetensors, or not the one that was written."""
     try:
         state = safetensors.torch.load_file(path)
@@ -30,12 +30,12 @@ def load(path: Path, expected: str | None = None) -> dict[str, Tensor]:
         raise StoreError(f"the checkpoint {path} is missing; resume from another run or start anew") from error
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} is not a safetensors checkpoint ({error}); name one that fedtune wrote") from error
-    if expected is not None and digest(state) != expected:
+    if expected is not None and hash_tensors(state) != expected:
         raise StoreError(f"{path} has changed since it was written (its SHA-256 differs); restore it or start anew")
     return state
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
+def hash_tensors(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, precisions, shapes and bytes of the tensors, in the order of their names."""
     hasher = hashlib.sha256()
     for name in sorted(state):

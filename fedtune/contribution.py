@@ -10,22 +10,22 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedtune.errors import ContributionError
+from fedtune.errors import ClientUpdateError
 from fedtune.packing import pack, packed_size
 
 __all__ = [
     "FEWEST",
-    "Contribution",
-    "Form",
-    "Order",
-    "OwnScore",
-    "Pair",
-    "Report",
-    "Sent",
+    "ClientReport",
+    "ClientUpdate",
+    "HoldoutMetrics",
+    "LowRankPair",
+    "TensorSpec",
+    "TrainRequest",
+    "UpdateKind",
+    "decode_tensors",
+    "iter_row_chunks",
     "pack",
     "packed_size",
-    "pieces",
-    "unpack",
 ]
 
 Shape = tuple[int, ...]
@@ -36,13 +36,13 @@ _PIECE = 1 << 18
 FEWEST = 5
 """A figure over fewer examples of a device than these stays there: it would tell of single examples."""
 
-Sent = Literal["tensors", "one factor", "pairs", "pairs and base"]
+UpdateKind = Literal["tensors", "one factor", "pairs", "pairs and base"]
 """What clients train: tensors that are merged one by one; one factor of low-rank pairs at a time, the other being
 common, merged like tensors; both factors; these beside a shared base.
 """
 
 
-class Pair(NamedTuple):
+class LowRankPair(NamedTuple):
     """Names of two factors that mean something only together: a weight gains scale * left @ right, or its transpose.
 
     ``left`` is [d, r, ...] and ``right`` [r, k, ...], further dimensions being a convolution's; ``base`` is the weight
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
     transposed: bool = False
 
 
-class Form(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a further tensor of a contribution must look like; integers lie in 0 .. below - 1 and may have a sum.
 
     Real numbers that are sums of sizes or counts are never ``negative``.
@@ -70,7 +70,7 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainRequest:
     """What the server asks of a client, beside the shared state: the recipe as JSON, the round, the client's number.
 
     ``run`` tells the client which tensors of its own to go on with.
@@ -90,7 +90,7 @@ class Order:
     held: str = ""
 
 
-class OwnScore(NamedTuple):
+class HoldoutMetrics(NamedTuple):
     """A model on what a client held out: predictions, mean loss and accuracy; zeros when it held out nothing.
 
     ``more`` are the recipe's further metrics in its order.
@@ -102,11 +102,11 @@ class OwnScore(NamedTuple):
     more: tuple[float, ...] = ()
 
 
-_NOTHING_HELD_OUT = OwnScore()
+_NOTHING_HELD_OUT = HoldoutMetrics()
 
 
 @dataclass(frozen=True)
-class Report:
+class ClientReport:
     """What a client says of its round, beside the deltas: work done, mean training loss, seconds and bytes.
 
     ``loss`` is NaN where the client keeps it to itself.
@@ -130,28 +130,28 @@ class Report:
     own_after: Sequence[float] = ()
 
     @property
-    def trained(self) -> OwnScore:
+    def trained(self) -> HoldoutMetrics:
         """The score of the model as the client trained it."""
         if not self.own_after:
-            return OwnScore()
+            return HoldoutMetrics()
         loss, accuracy, *more = self.own_after
-        return OwnScore(self.own_predictions, loss, accuracy, tuple(more))
+        return HoldoutMetrics(self.own_predictions, loss, accuracy, tuple(more))
 
     @property
-    def own(self) -> OwnScore:
+    def own(self) -> HoldoutMetrics:
         """The three as one."""
-        return OwnScore(self.own_predictions, self.own_loss, self.own_accuracy, tuple(self.own_more))
+        return HoldoutMetrics(self.own_predictions, self.own_loss, self.own_accuracy, tuple(self.own_more))
 
 
 @dataclass(frozen=True)
-class Contribution:
+class ClientUpdate:
     """A spooled contribution: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
 
     client: int
     examples: int
     path: Path
-    own: OwnScore = _NOTHING_HELD_OUT
-    trained: OwnScore = _NOTHING_HELD_OUT
+    own: HoldoutMetrics = _NOTHING_HELD_OUT
+    trained: HoldoutMetrics = _NOTHING_HELD_OUT
     scale: float = 1.0
 
     def names(self) -> set[str]:
@@ -171,7 +171,7 @@ class Contribution:
             return {name: file.get_tensor(name) for name in names}
 
 
-def pieces(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]]:
+def iter_row_chunks(shape: Shape, together: int = 1) -> Iterator[tuple[int, int]]:
     """Row ranges of a few hundred thousand elements that cover a tensor; without dimensions it is one row.
 
     Where pieces of several models are held ``together``, each is as much smaller.
@@ -189,9 +189,9 @@ def rows_of(file: Any, name: str, start: int, stop: int) -> Tensor:
     return rows
 
 
-def unpack(payload: bytes) -> dict[str, Tensor]:
+def decode_tensors(payload: bytes) -> dict[str, Tensor]:
     """The tensors of a payload; ContributionError when it is not safetensors, a pickle for instance."""
     try:
         return safetensors.torch.load(payload)
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
-        raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
+        raise ClientUpdateError(f"the payload is not safetensors ({error}); update the client") from error

@@ -17,16 +17,16 @@ FedtuneError
 from collections.abc import Mapping
 
 __all__ = [
-    "BudgetError",
     "ChecksumError",
-    "ContributionError",
+    "ClientUpdateError",
     "DataError",
     "DeviceError",
     "FedtuneError",
     "FedtuneWarning",
+    "MemoryBudgetError",
     "ModelError",
     "RecipeError",
-    "RoundError",
+    "RunError",
     "ServerError",
     "SourceError",
     "StoreError",
@@ -70,7 +70,7 @@ class ModelError(FedtuneError):
     """A model that does not fit the task or a technique."""
 
 
-class ContributionError(FedtuneError):
+class ClientUpdateError(FedtuneError):
     """What a client sent cannot be merged."""
 
 
@@ -78,11 +78,11 @@ class DeviceError(FedtuneError):
     """A device that cannot be enrolled, joined or asked."""
 
 
-class BudgetError(DeviceError):
+class MemoryBudgetError(DeviceError):
     """A round that a device's memory cannot hold."""
 
 
-class RoundError(FedtuneError):
+class RunError(FedtuneError):
     """A federation that cannot go on."""
 
 

@@ -4,12 +4,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 
-__all__ = ["Columns", "Data", "Dirichlet", "EqualDirichlet", "Iid", "Natural", "Parts", "Shards", "Size", "Split"]
+__all__ = [
+    "ColumnSettings",
+    "DataSettings",
+    "Dirichlet",
+    "EqualDirichlet",
+    "Iid",
+    "Natural",
+    "PartitionSettings",
+    "Shards",
+    "Size",
+    "SplitFractions",
+]
 
 
-class Columns(Section):
+class ColumnSettings(SettingsModel):
     """Which column of the source holds what."""
 
     text: str = "text"
@@ -22,7 +33,7 @@ class Columns(Section):
     )
 
 
-class Parts(Section):
+class SplitFractions(SettingsModel):
     """Shares of the groups held out by a stable hash, where the source has no parts of its own."""
 
     validation: float = Field(0.1, gt=0, lt=1)
@@ -35,13 +46,13 @@ class Parts(Section):
         return self
 
 
-class Iid(Section):
+class Iid(SettingsModel):
     """Groups dealt out evenly at random."""
 
     kind: Literal["iid"] = "iid"
 
 
-class Dirichlet(Section):
+class Dirichlet(SettingsModel):
     """Each class is shared out over the clients in proportions drawn from Dirichlet(alpha): labels and sizes differ.
 
     As Flower, NIID-Bench (arXiv 2102.02079) and PFLlib draw it; drawn again until no client falls short.
@@ -53,7 +64,7 @@ class Dirichlet(Section):
     balance: bool = Field(True, description="who has an even share of all examples gets none of the next class")
 
 
-class EqualDirichlet(Section):
+class EqualDirichlet(SettingsModel):
     """Each client draws label proportions of its own from Dirichlet(alpha), and all get equally many examples."""
 
     kind: Literal["equal-dirichlet"] = "equal-dirichlet"
@@ -61,39 +72,39 @@ class EqualDirichlet(Section):
     min_examples: int = Field(1, ge=1)
 
 
-class Natural(Section):
+class Natural(SettingsModel):
     """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
 
     kind: Literal["natural"] = "natural"
     by: str
 
 
-class Size(Section):
+class Size(SettingsModel):
     """Same label mix, sizes proportional to ``rank ** -exponent``."""
 
     kind: Literal["size"] = "size"
     exponent: float = Field(1.0, ge=0)
 
 
-class Shards(Section):
+class Shards(SettingsModel):
     """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
 
     kind: Literal["shards"] = "shards"
     per_client: int = Field(2, ge=1)
 
 
-Split = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
+PartitionSettings = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
 
 
-class Data(Section):
+class DataSettings(SettingsModel):
     """Where the examples come from and how they are split over clients."""
 
     source: str = Field(
         description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
     )
-    columns: Columns = Columns()
-    parts: Parts = Parts()
-    split: Split = Iid()
+    columns: ColumnSettings = ColumnSettings()
+    parts: SplitFractions = SplitFractions()
+    split: PartitionSettings = Iid()
     limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
     encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")

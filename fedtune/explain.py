@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-__all__ = ["Location", "explain", "nearest"]
+__all__ = ["Location", "explain_validation_error", "suggest_nearest"]
 
 _LONGEST = 200
 """Characters that a message shows of a value."""
@@ -16,7 +16,7 @@ Location = tuple[str | int, ...]
 """Keys and list positions from the root to a setting."""
 
 
-def explain(
+def explain_validation_error(
     error: ValidationError,
     model: type[BaseModel],
     origin: str,
@@ -53,7 +53,7 @@ def _where(location: Location, origin: str, lines: Mapping[Location, int], overr
 
 def _problem(detail: ErrorDetails, key: str, siblings: Sequence[str]) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {nearest(key.rsplit('.', 1)[-1], siblings)}"
+        return f"unknown key {key!r}; {suggest_nearest(key.rsplit('.', 1)[-1], siblings)}"
     if detail["type"] == "missing":
         return f"the key {key!r} is missing"
     if detail["type"] == "union_tag_not_found":
@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def suggest_nearest(word: str, known: Sequence[str]) -> str:
     """``did you mean 'x'?``, or all that is allowed when nothing is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"

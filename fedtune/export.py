@@ -16,33 +16,33 @@ from transformers import PreTrainedModel
 from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.models.preprocessor import save as save_preprocessor
-from fedtune.models.sources import resolve
+from fedtune.models.sources import resolve_model_source
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
-from fedtune.training import build_model, load_state
+from fedtune.training import prepare_model, set_model_state
 
-__all__ = ["Format", "export", "remark", "write"]
+__all__ = ["Format", "describe_missing_tensors", "export_model", "write"]
 
 Format = Literal["adapter", "full"]
 
 
-def export(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str) -> Format:
+def export_model(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str) -> Format:
     """Write the model a state makes to a new folder and return its form; an adapter where PEFT can carry it.
 
     ``card`` becomes the folder's README, with the remark below it. Raises ModelError when an adapter is asked for that
     PEFT cannot carry, and StoreError when the folder exists already.
     """
     return write(
-        recipe, data.load(recipe, models.class_names(recipe.model, recipe.task)).labels, state, folder, form, card
+        recipe, data.load_data(recipe, models.class_names(recipe.model, recipe.task)).labels, state, folder, form, card
     )
 
 
 def write(
     recipe: Recipe, labels: Sequence[str], state: Mapping[str, Tensor], folder: Path, form: Format | None, card: str
 ) -> Format:
-    """What ``export`` does, for a model whose class names are known."""
-    model, chosen, _ = build_model(recipe, labels)
-    load_state(model, state)
+    """What ``export_model`` does, for a model whose class names are known."""
+    model, chosen, _ = prepare_model(recipe, labels)
+    set_model_state(model, state)
     carried = _carried(model, chosen, recipe, state) if form != "full" else None
     if form == "adapter" and carried is None:
         raise ModelError(f"{_joined(chosen)} trains what no PEFT adapter can carry; export with --format full")
@@ -51,14 +51,14 @@ def write(
             _save_adapter(*carried, model, recipe, beside)
         else:
             _save_full(model, chosen, recipe, labels, beside)
-        said = card + remark(recipe) + ("" if carried is None else _adapter_remark(recipe, labels))
+        said = card + describe_missing_tensors(recipe) + ("" if carried is None else _adapter_remark(recipe, labels))
         (beside / "README.md").write_text(said, encoding="utf-8")
     return "full" if carried is None else "adapter"
 
 
-def remark(recipe: Recipe) -> str:
+def describe_missing_tensors(recipe: Recipe) -> str:
     """What must be known of a model that is not all that was learned; nothing of one that is."""
-    if any(technique.keeps_own() for technique in techniques.choose(recipe.train.techniques)):
+    if any(technique.keeps_own() for technique in techniques.build_techniques(recipe.train.techniques)):
         return "Its batch norms are those of before training: each device keeps the ones it trained.\n"
     return ""
 
@@ -83,7 +83,7 @@ def _carried(
     inside = tuple(f"{name}." for name in whole)
     adapter.target_modules = {name for name in adapter.target_modules if name not in whole}
     adapter.modules_to_save = sorted([*(adapter.modules_to_save or []), *whole]) or None
-    adapter.base_model_name_or_path = resolve(recipe.model.source)
+    adapter.base_model_name_or_path = resolve_model_source(recipe.model.source)
     learned = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
     return adapter, {**_statistics(model, adapter.modules_to_save or []), **learned, **drawn}
 
@@ -116,7 +116,7 @@ def _adapter_remark(recipe: Recipe, labels: Sequence[str]) -> str:
         "```python\n"
         f"from peft import PeftModel\nfrom transformers import AutoConfig, {kind}\n\n"
         'config = AutoConfig.from_pretrained("THIS FOLDER")\n'
-        f'base = {kind}.from_pretrained("{resolve(recipe.model.source)}", config=config)\n'
+        f'base = {kind}.from_pretrained("{resolve_model_source(recipe.model.source)}", config=config)\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n'
         "```\n"
     )
@@ -129,7 +129,7 @@ def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
     techniques.fold(chosen, model)
-    models.save(model, labels, folder)
+    models.save_model(model, labels, folder)
     _save_reader(recipe, folder)
 
 

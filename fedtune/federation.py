@@ -4,14 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 
-__all__ = ["Federation", "Late", "Select", "Tag"]
+__all__ = ["Asynchronous", "ClientSelection", "Federation", "Tag"]
 
 Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")]
 
 
-class Select(Section):
+class ClientSelection(SettingsModel):
     """Which devices take part: those for which all of it holds. A simulation holds it against its device classes."""
 
     devices: list[str] = Field([], description="patterns of names such as kitchen-*, one of which must fit")
@@ -25,7 +25,7 @@ class Select(Section):
         return bool(self.devices or self.tags or self.memory)
 
 
-class Late(Section):
+class Asynchronous(SettingsModel):
     """The asynchronous mode of FedBuff: a round ends with so many answers, and those begun earlier count too."""
 
     buffer: int = Field(ge=1, description="usable answers that make a round")
@@ -33,7 +33,7 @@ class Late(Section):
     oldest: int = Field(10, ge=0, description="an answer that would be later than so many rounds is given up")
 
 
-class Federation(Section):
+class Federation(SettingsModel):
     """Who takes part in a round, and what makes it count."""
 
     rounds: int = Field(ge=1)
@@ -50,8 +50,8 @@ class Federation(Section):
     norm_bound: float | None = Field(
         50.0, gt=1, description="an update so many times as large as the cohort's median is refused; null: none is"
     )
-    select: Select = Select()
-    late: Late | None = Field(None, description="late answers are merged too; without it they are dropped")
+    select: ClientSelection = ClientSelection()
+    late: Asynchronous | None = Field(None, description="late answers are merged too; without it they are dropped")
 
     @model_validator(mode="after")
     def _quorum_fits_buffer(self) -> Self:

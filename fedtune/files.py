@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fedtune.errors import StoreError
 
-__all__ = ["sha256", "write", "writing"]
+__all__ = ["hash_file", "replace_file_atomically", "write_bytes_atomically"]
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def replace_file_atomically(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends well.
 
     Raises StoreError, with nothing left behind, when the disk is full or the folder cannot be written.
@@ -36,13 +36,13 @@ def writing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def write(path: Path, content: bytes) -> None:
+def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Write bytes so that ``path`` holds all of them or what it held before."""
-    with writing(path) as beside:
+    with replace_file_atomically(path) as beside:
         beside.write_bytes(content)
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 
 __all__ = ["Checkpoints", "Keep"]
 
 
-class Keep(Section):
+class Keep(SettingsModel):
     """Rounds whose checkpoints stay; that of round 0 always does."""
 
     last: int = Field(2, ge=1, description="the newest so many")
@@ -17,7 +17,7 @@ class Keep(Section):
     every: int | None = Field(10, ge=1, description="each round of which this is a divisor; null: none for that")
 
 
-class Checkpoints(Section):
+class Checkpoints(SettingsModel):
     """What becomes of checkpoints once their round is committed."""
 
     keep: Literal["all"] | Keep = Keep()

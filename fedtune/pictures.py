@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 
 __all__ = ["Preprocessor", "Resample"]
 
@@ -13,7 +13,7 @@ Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Preprocessor(Section):
+class Preprocessor(SettingsModel):
     """A picture is resized, its middle is cut out, and each channel becomes ``(pixel * scale - mean) / std``.
 
     The defaults are those of models that bring no ``preprocessor_config.json``.

@@ -4,49 +4,60 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from fedtune.examples import Columns, Data, Dirichlet, EqualDirichlet, Iid, Natural, Parts, Shards, Size, Split
-from fedtune.federation import Federation, Late, Select, Tag
+from fedtune.examples import (
+    ColumnSettings,
+    DataSettings,
+    Dirichlet,
+    EqualDirichlet,
+    Iid,
+    Natural,
+    PartitionSettings,
+    Shards,
+    Size,
+    SplitFractions,
+)
+from fedtune.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.keeping import Checkpoints, Keep
 from fedtune.pictures import Preprocessor
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 from fedtune.train_settings import Optimiser, Train, Unit, split_joined
 
 __all__ = [
+    "Asynchronous",
     "Checkpoints",
-    "Columns",
-    "Data",
+    "ClientSelection",
+    "ColumnSettings",
+    "DataSettings",
     "DeviceClass",
     "Dirichlet",
     "EqualDirichlet",
-    "Evaluation",
+    "EvaluationSettings",
     "Federation",
     "Iid",
     "Keep",
-    "Late",
-    "Model",
+    "ModelSettings",
     "Natural",
     "Optimiser",
-    "Parts",
+    "PartitionSettings",
     "Preprocessor",
-    "Privacy",
+    "PrivacySettings",
     "Recipe",
-    "Section",
-    "Select",
+    "SettingsModel",
     "Shards",
     "Size",
-    "Split",
+    "SplitFractions",
     "Tag",
-    "Task",
+    "TaskName",
     "Train",
     "Unit",
     "split_joined",
 ]
 
 Dtype = Literal["float32", "bfloat16"]
-Task = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
+TaskName = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
 
 
-class Model(Section):
+class ModelSettings(SettingsModel):
     """The pretrained model everything is a delta to."""
 
     source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
@@ -57,7 +68,7 @@ class Model(Section):
 _OWN = ("techniques", "batch", "dtype")
 
 
-class DeviceClass(Section):
+class DeviceClass(SettingsModel):
     """Devices of one kind: how many, the memory each allows a training step, and what they do otherwise than ``train``.
 
     What they train must be a part of what ``train.techniques`` shares; low-rank pairs may be narrower.
@@ -87,7 +98,7 @@ class DeviceClass(Section):
         return tuple(name for name in _OWN if getattr(self, name) is not None)
 
 
-class Evaluation(Section):
+class EvaluationSettings(SettingsModel):
     """Validation after every so many rounds; the test part is scored once, at the end."""
 
     every: int = Field(1, ge=1)
@@ -108,7 +119,7 @@ class Evaluation(Section):
         return self
 
 
-class Privacy(Section):
+class PrivacySettings(SettingsModel):
     """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
 
     clip: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
@@ -117,20 +128,20 @@ class Privacy(Section):
     delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
 
 
-class Recipe(Section):
+class Recipe(SettingsModel):
     """What to do: the whole of a run, apart from where it is executed."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    task: Task
-    model: Model
-    data: Data
+    task: TaskName
+    model: ModelSettings
+    data: DataSettings
     devices: list[DeviceClass] = Field(min_length=1)
     train: Train
     federation: Federation
     merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: Checkpoints = Checkpoints()
-    privacy: Privacy | None = None
+    privacy: PrivacySettings | None = None
     seed: int = Field(0, ge=0)
 
     @property

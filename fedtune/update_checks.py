@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedtune.contribution import Form, pieces, rows_of
-from fedtune.errors import ContributionError
+from fedtune.contribution import TensorSpec, iter_row_chunks, rows_of
+from fedtune.errors import ClientUpdateError
 
 __all__ = ["check"]
 
@@ -18,7 +18,7 @@ __all__ = ["check"]
 def check(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
-    extras: Mapping[str, Form],
+    extras: Mapping[str, TensorSpec],
     max_norm: float | None,
     limit: str = "federation.max_norm",
 ) -> float:
@@ -34,41 +34,41 @@ def check(
                 _check_extra(deltas, name, form)
             norm = math.sqrt(sum(_square(deltas, name, expected[name]) for name in sorted(expected)))
     except (SafetensorError, KeyError) as error:  # KeyError: a precision torch does not have
-        raise ContributionError(f"the payload is not safetensors ({error}); update the client") from error
+        raise ClientUpdateError(f"the payload is not safetensors ({error}); update the client") from error
     if max_norm is not None and norm > max_norm:
-        raise ContributionError(f"its norm {norm:.4g} is above {limit} {max_norm:.4g}")
+        raise ClientUpdateError(f"its norm {norm:.4g} is above {limit} {max_norm:.4g}")
     return norm
 
 
 def _check_names(sent: Set[str], expected: Set[str]) -> None:
     missing, unknown = sorted(expected - sent), sorted(sent - expected)
     if missing or unknown:
-        raise ContributionError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise ClientUpdateError(f"tensor names differ: missing {missing[:3]}, unknown {unknown[:3]}")
 
 
 def _square(deltas: Any, name: str, shape: tuple[int, ...]) -> float:
     """The squared L2 norm of a delta that holds."""
-    _check_form(deltas.get_slice(name), name, Form(shape))
+    _check_form(deltas.get_slice(name), name, TensorSpec(shape))
     square = sum(
         float(torch.linalg.vector_norm(rows_of(deltas, name, start, stop), dtype=torch.float64)) ** 2
-        for start, stop in pieces(shape)
+        for start, stop in iter_row_chunks(shape)
     )
     if not math.isfinite(square):
-        raise ContributionError(f"{name} holds values that are not finite")
+        raise ClientUpdateError(f"{name} holds values that are not finite")
     return square
 
 
-def _check_extra(file: Any, name: str, form: Form) -> None:
+def _check_extra(file: Any, name: str, form: TensorSpec) -> None:
     _check_form(file.get_slice(name), name, form)
     tensor: Tensor = file.get_tensor(name)
     if not bool(tensor.isfinite().all()):
-        raise ContributionError(f"{name} holds values that are not finite")
+        raise ClientUpdateError(f"{name} holds values that are not finite")
     if not form.negative and bool((tensor < 0).any()):
-        raise ContributionError(f"{name} holds negative numbers")
+        raise ClientUpdateError(f"{name} holds negative numbers")
     if not tensor.is_floating_point() and any(not 0 <= number < form.below for number in _range(tensor)):
-        raise ContributionError(f"{name} holds numbers outside 0 to {form.below - 1}")
+        raise ClientUpdateError(f"{name} holds numbers outside 0 to {form.below - 1}")
     if form.total is not None and int(tensor.sum()) != form.total:
-        raise ContributionError(f"{name} adds up to {int(tensor.sum())} in place of {form.total}")
+        raise ClientUpdateError(f"{name} adds up to {int(tensor.sum())} in place of {form.total}")
 
 
 def _range(tensor: Tensor) -> list[int]:
@@ -76,8 +76,8 @@ def _range(tensor: Tensor) -> list[int]:
     return [int(tensor.min()), int(tensor.max())] if tensor.numel() else []
 
 
-def _check_form(tensor: Any, name: str, form: Form) -> None:
+def _check_form(tensor: Any, name: str, form: TensorSpec) -> None:
     if tuple(tensor.get_shape()) != form.shape:
-        raise ContributionError(f"{name} has shape {list(tensor.get_shape())} in place of {list(form.shape)}")
+        raise ClientUpdateError(f"{name} has shape {list(tensor.get_shape())} in place of {list(form.shape)}")
     if tensor.get_dtype() != form.dtype:
-        raise ContributionError(f"{name} is {tensor.get_dtype()} in place of {form.dtype}")
+        raise ClientUpdateError(f"{name} is {tensor.get_dtype()} in place of {form.dtype}")

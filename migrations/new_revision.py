@@ -10,13 +10,13 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
-from fedtune.tracking.upgrade import settings
+from fedtune.tracking.upgrade import make_alembic_config
 
 
 def main(message: str) -> None:
     """Write ``versions/NNNN_message.py``, numbered after the newest revision."""
     with create_engine("sqlite://").connect() as connection:
-        config = settings(connection)
+        config = make_alembic_config(connection)
         command.upgrade(config, "head")
         head = ScriptDirectory.from_config(config).get_current_head() or "0000"
         command.revision(config, message, autogenerate=True, rev_id=f"{int(head) + 1:04d}")

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedtune.merging import Combine, choose
+from fedtune.merging import CombineStep, build_pipeline
 from fedtune.recipe import Unit
 
 __all__ = [
@@ -100,8 +100,8 @@ def assert_adds(folder: Path, expected: dict[str, Tensor], tolerance: float = 1e
 PLAIN: dict[str, Any] = {}
 
 
-def step(name: str, **settings: Any) -> Combine:
-    return choose([Unit(name=name, settings=settings)]).combine
+def step(name: str, **settings: Any) -> CombineStep:
+    return build_pipeline([Unit(name=name, settings=settings)]).combine
 
 
 def whole(folder: Path) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.home import cache
+from fedtune.home import get_cache_folder
 
 _SETTINGS = {
-    "FEDTUNE_CACHE": str(cache()),
+    "FEDTUNE_CACHE": str(get_cache_folder()),
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedtune.data import Table, Values
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 __all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled", "rows_of"]
 
@@ -26,7 +26,7 @@ federation: {rounds: 1}
 
 
 def a_recipe(*overrides: str, clients: int = 4) -> Recipe:
-    return parse(TEXT, "example", [f"devices=[{{name: phone, count: {clients}}}]", *overrides])
+    return parse_recipe(TEXT, "example", [f"devices=[{{name: phone, count: {clients}}}]", *overrides])
 
 
 def labelled(examples: int, classes: int = 2, group_size: int = 1) -> Table:

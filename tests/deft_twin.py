@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedtune import techniques
-from fedtune.recipe import Task, Unit
+from fedtune.recipe import TaskName, Unit
 from fedtune.techniques import Technique
 from fedtune.techniques._mlps import find_mlps
-from fedtune.training.loop import step_loss
+from fedtune.training.loop import compute_step_loss
 from tests.tiny import llama, texts
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 def deft(*before: str | Unit, **settings: Any) -> tuple[Technique, ...]:
     """Techniques, then deft with these settings."""
     units = [Unit(name=one) if isinstance(one, str) else one for one in before]
-    return techniques.choose([*units, Unit(name="deft", settings=settings)])
+    return techniques.build_techniques([*units, Unit(name="deft", settings=settings)])
 
 
 def padded(batch: dict[str, Tensor], *lengths: int) -> dict[str, Tensor]:
@@ -89,13 +89,13 @@ def step_gradients(
     model.zero_grad()
     techniques.begin_step(chosen, model, batch, progress)
     torch.manual_seed(3)
-    loss = step_loss(model, batch)
+    loss = compute_step_loss(model, batch)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), found
 
 
-def task_of(model: nn.Module) -> Task:
+def task_of(model: nn.Module) -> TaskName:
     return "sequence-classification" if "Sequence" in type(model).__name__ else "causal-language-modelling"
 
 

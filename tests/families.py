@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 
 __all__ = ["FAMILIES", "LANGUAGE_FAMILIES", "Family"]
 
@@ -45,7 +45,7 @@ class Family(NamedTuple):
     """How a model is built, and what it is for."""
 
     build: Callable[[], PreTrainedModel]
-    task: Task
+    task: TaskName
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)

@@ -16,13 +16,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from fedtune.device import records
 from fedtune.device.client_app import train_round
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
-from fedtune.server.server_app import carry
-from fedtune.server.watch import Event, watcher
-from fedtune.simulation import resolve
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn, Workers
-from fedtune.tracking import RoundRecord, RunRecord, Store, claim
+from fedtune.recipe_file import parse_recipe
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.watch import Event, event_handler
+from fedtune.simulation import resolve_recipe
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import ClientWorkers, SequentialWorkers
+from fedtune.tracking import RoundRecord, RunRecord, Store, claim_run
 
 __all__ = [
     "TRIVIAL",
@@ -78,7 +78,7 @@ class Ended:
 
 def trivial(*overrides: str) -> Recipe:
     """Logistic regression on 8x8 digits over four clients."""
-    return resolve(parse(TRIVIAL, "trivial", overrides))
+    return resolve_recipe(parse_recipe(TRIVIAL, "trivial", overrides))
 
 
 def words(folder: Path, *overrides: str) -> Recipe:
@@ -86,7 +86,7 @@ def words(folder: Path, *overrides: str) -> Recipe:
     tiny_bert(folder / "bert")
     rows = [f"the film {row} was {one},{label}" for row in range(20) for one, label in _verdicts()]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return resolve(parse(WORDS.format(folder=folder), "words", overrides))
+    return resolve_recipe(parse_recipe(WORDS.format(folder=folder), "words", overrides))
 
 
 def _verdicts() -> Iterator[tuple[str, str]]:
@@ -120,14 +120,14 @@ def begin(store: Store, recipe: Recipe, run: str = "run-1", engine: str = "local
     return run
 
 
-def execute(recipe: Recipe, workers: Workers | ClientApp | None = None, run: str = "run-1") -> Ended:
+def execute(recipe: Recipe, workers: ClientWorkers | ClientApp | None = None, run: str = "run-1") -> Ended:
     """Carry a new run to its end in this process, with the real server and the given clients."""
     from fedtune.device.client_app import app
 
-    crew = workers if isinstance(workers, Workers) else InTurn(workers or app)
-    with Store.open() as store, claim(begin(store, recipe, run)), silent():
+    crew = workers if isinstance(workers, ClientWorkers) else SequentialWorkers(workers or app)
+    with Store.open() as store, claim_run(begin(store, recipe, run)), silent():
         try:
-            carry(LocalGrid(recipe.clients, crew), store, run)
+            run_to_completion(InProcessGrid(recipe.clients, crew), store, run)
         finally:
             crew.close()
     return outcome(run)
@@ -152,7 +152,7 @@ def order_of(message: Message) -> tuple[int, int]:
 def sent_state(message: Message) -> bytes:
     """The shared state a client is sent, whether the message carries it or names its file."""
     file = records.state_file(message.content)
-    return records.state(message.content) if file is None else file.read_bytes()
+    return records.read_shared_state(message.content) if file is None else file.read_bytes()
 
 
 Spoil = Callable[[Message, Message], Message]
@@ -175,8 +175,8 @@ def spoilt(spoil: Spoil, clients: Iterable[int], rounds: Iterable[int] | None = 
 def silent() -> Iterator[list[Event]]:
     """Nothing is printed; the events are collected."""
     events: list[Event] = []
-    token = watcher.set(events.append)
+    token = event_handler.set(events.append)
     try:
         yield events
     finally:
-        watcher.reset(token)
+        event_handler.reset(token)

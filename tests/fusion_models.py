@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fedtune.models.quiet import quiet
+from fedtune.models.quiet import silence_transformers
 from tests.tiny import VOCABULARY, llama
 
 __all__ = ["base_and_tuned", "change_json", "moved", "save", "save_tokenizer", "tensors", "words"]
@@ -34,7 +34,7 @@ def save_tokenizer(folder: Path, vocabulary: list[str], added: tuple[str, ...] =
 
 
 def save(model: PreTrainedModel, folder: Path, vocabulary: list[str] | None = None, **settings: Any) -> Path:
-    with quiet():
+    with silence_transformers():
         model.save_pretrained(folder, **settings)
     save_tokenizer(folder, words() if vocabulary is None else vocabulary)
     return folder

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fedtune.models import own
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
-from fedtune.simulation import resolve
+from fedtune.recipe_file import parse_recipe
+from fedtune.simulation import resolve_recipe
 from tests.own_nets import net
 
 __all__ = ["local_norms", "text"]
@@ -26,10 +26,10 @@ def text(folder: Path) -> str:
     """The recipe; its model, a ResNet-18 of width 4, is written to ``folder``."""
     if not (folder / "net").exists():
         (folder / "net").mkdir()
-        own.save(net("resnet18", small=True, width=4), folder / "net")
+        own.save_image_model(net("resnet18", small=True, width=4), folder / "net")
     return _RECIPE.format(folder=folder)
 
 
 def local_norms(folder: Path, *overrides: str) -> Recipe:
     """The recipe, resolved."""
-    return resolve(parse(text(folder), "local-norms", overrides))
+    return resolve_recipe(parse_recipe(text(folder), "local-norms", overrides))

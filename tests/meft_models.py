@@ -25,9 +25,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe import Task
-from fedtune.techniques import apply
-from fedtune.techniques._two_streams import Stack
+from fedtune.recipe import TaskName
+from fedtune.techniques import apply_techniques
+from fedtune.techniques._two_streams import ReversibleStack
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, shake
 from tests.tiny import VOCABULARY, bert, llama
 
@@ -73,7 +73,7 @@ def _sliding() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_DECODER, **sliding))
 
 
-def made(family: str) -> tuple[PreTrainedModel, Task]:
+def made(family: str) -> tuple[PreTrainedModel, TaskName]:
     """A model drawn from a seed, and its task."""
     build, task = {**FAMILIES, "deep-bert": (lambda: bert(num_hidden_layers=12), TEXT)}[family]
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def made(family: str) -> tuple[PreTrainedModel, Task]:
     return model, task
 
 
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], Task]] = {
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], TaskName]] = {
     "bert": (lambda: bert(num_hidden_layers=_BLOCKS), TEXT),
     "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**_WIDE, **_LABELS)), TEXT),
     "distilbert": (_distilbert, TEXT),
@@ -98,7 +98,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], Task]] = {
 }
 
 
-def a_batch(task: Task, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
+def a_batch(task: TaskName, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     """Texts of several lengths, or images, with labels."""
     random = torch.Generator().manual_seed(1)
     labels = torch.arange(rows) % 3
@@ -124,14 +124,16 @@ def twins(family: str, joined: str = "meft", **settings: Any) -> Twins:
     techniques = chosen(joined, **settings)
     stored = [twin for one in techniques if (twin := one.stored()) is not None]
     for one, applied in ((model, techniques), (other, stored)):
-        shake(one, [name for name in apply(applied, one, task, 0) if ".adapters." in name or ".lora_" in name])
+        shake(
+            one, [name for name in apply_techniques(applied, one, task, 0) if ".adapters." in name or ".lora_" in name]
+        )
     return model, other
 
 
-def stack_of(model: nn.Module) -> Stack:
+def stack_of(model: nn.Module) -> ReversibleStack:
     """What meft made of the model's blocks."""
     stack = vars(model)["meft"]
-    assert isinstance(stack, Stack)
+    assert isinstance(stack, ReversibleStack)
     return stack
 
 

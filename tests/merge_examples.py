@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging import Combine, Evidence, Operand, choose, settle
+from fedtune.merging import CombineStep, MergeContext, MergeInput, bind_combine, build_pipeline
 from fedtune.recipe import Unit
 
 __all__ = [
@@ -95,32 +95,32 @@ def models(count: int) -> list[dict[str, Tensor]]:
     return [a_model(seed) for seed in range(count)]
 
 
-def plain(name: str) -> Combine:
+def plain(name: str) -> CombineStep:
     """A step that keeps every entry."""
     return a_step(name, METHODS[name].plain)
 
 
-def thinning(name: str) -> Combine:
+def thinning(name: str) -> CombineStep:
     """A step that does all it can."""
     return a_step(name, METHODS[name].full or METHODS[name].plain)
 
 
-def a_step(name: str, settings: Mapping[str, Any]) -> Combine:
+def a_step(name: str, settings: Mapping[str, Any]) -> CombineStep:
     """A step by its name."""
-    return choose([Unit(name=name, settings=dict(settings))]).combine
+    return build_pipeline([Unit(name=name, settings=dict(settings))]).combine
 
 
 def operands(
-    step: Combine, deltas: Sequence[Tensors], weights: Sequence[float], knobs: Mapping[str, float] | None = None
-) -> list[Operand]:
+    step: CombineStep, deltas: Sequence[Tensors], weights: Sequence[float], knobs: Mapping[str, float] | None = None
+) -> list[MergeInput]:
     """Models in memory, with statistics where the step needs them."""
     return [
-        Operand(Held(delta), weight, knobs or {}, _statistics(step, index, delta))
+        MergeInput(Held(delta), weight, knobs or {}, _statistics(step, index, delta))
         for index, (delta, weight) in enumerate(zip(deltas, weights, strict=True))
     ]
 
 
-def _statistics(step: Combine, index: int, delta: Tensors) -> Held | None:
+def _statistics(step: CombineStep, index: int, delta: Tensors) -> Held | None:
     random = torch.Generator().manual_seed(50)
     if step.name == "fisher":
         return Held({name: torch.rand(tensor.shape, generator=random) for name, tensor in delta.items()})
@@ -131,7 +131,7 @@ def _statistics(step: Combine, index: int, delta: Tensors) -> Held | None:
 
 
 def merged(
-    step: Combine, deltas: Sequence[Tensors], weights: Sequence[float] | None = None, draw: int = 0
+    step: CombineStep, deltas: Sequence[Tensors], weights: Sequence[float] | None = None, draw: int = 0
 ) -> dict[str, Tensor]:
     """The merged delta of every tensor; weights are equal shares unless given."""
     given = weights or [1 / len(deltas)] * len(deltas)
@@ -140,14 +140,14 @@ def merged(
 
 
 def settled_and_merged(
-    step: Combine, given: Sequence[Operand], shapes: Mapping[str, tuple[int, ...]] = SHAPES, draw: int = 0
+    step: CombineStep, given: Sequence[MergeInput], shapes: Mapping[str, tuple[int, ...]] = SHAPES, draw: int = 0
 ) -> dict[str, Tensor]:
     """The merged delta of every tensor."""
-    settled = settle(step, shapes, given, Evidence(draw=draw))
+    settled = bind_combine(step, shapes, given, MergeContext(draw=draw))
     return {name: whole(settled.combine, name, shape, settled.operands) for name, shape in shapes.items()}
 
 
-def whole(step: Combine, name: str, shape: tuple[int, ...], given: Sequence[Operand]) -> Tensor:
+def whole(step: CombineStep, name: str, shape: tuple[int, ...], given: Sequence[MergeInput]) -> Tensor:
     """One tensor's merged delta, from its pieces."""
     found = [piece.reshape(-1) for piece in step.combine(name, shape, given)]
     return torch.cat([torch.empty(0), *found]).reshape(shape)

@@ -9,7 +9,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, P
 
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.efficientnet_lite import LiteBlock
-from fedtune.models.layers import GlobalMean, conv_norm
+from fedtune.models.layers import GlobalAveragePool, make_conv_norm
 from fedtune.models.mobilenet_v3 import V3Block
 
 __all__ = ["SmallNet", "age", "gradients", "hard_net", "in_transformers", "pictures", "switched_on"]
@@ -26,10 +26,10 @@ class SmallNet(ImageClassifier):
 
     def __init__(self, blocks: Iterable[nn.Module] | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        self.stem = conv_norm(3, 8, 3, 2, activation=nn.ReLU6)
+        self.stem = make_conv_norm(3, 8, 3, 2, activation=nn.ReLU6)
         self.blocks = nn.Sequential(*(_lite_blocks() if blocks is None else blocks))
-        self.top = conv_norm(16, 24, activation=nn.ReLU6)
-        self.pool = GlobalMean()
+        self.top = make_conv_norm(16, 24, activation=nn.ReLU6)
+        self.pool = GlobalAveragePool()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(24, 3)
 

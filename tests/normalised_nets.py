@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from fedtune.models.efficientnet_lite import SameConv2d
 from fedtune.techniques._normalised_conv import (
-    Pair,
-    conv_norm_pairs,
-    normalise,
+    ConvNormPair,
+    find_conv_norm_pairs,
+    standardise_convolutions,
 )
-from fedtune.techniques._pruned import Rule
-from fedtune.techniques._pruned_layers import Keeping, Latest
+from fedtune.techniques._pruned import PruningRule
+from fedtune.techniques._pruned_layers import InputStorage, RecentInputs
 
 __all__ = ["PADDED", "STRIDED", "Net", "a_mask", "drawn", "gradients", "keeping", "made_normal"]
 
@@ -52,13 +52,13 @@ class Net(nn.Sequential):
         return out
 
 
-def keeping(prune: float = 0.0) -> Keeping:
-    return Keeping(Rule(prune), False, Latest())
+def keeping(prune: float = 0.0) -> InputStorage:
+    return InputStorage(PruningRule(prune), False, RecentInputs())
 
 
-def made_normal(model: nn.Module, prune: float = 0.0) -> list[Pair]:
-    pairs = conv_norm_pairs(model)
-    normalise(model, pairs, keeping(prune))
+def made_normal(model: nn.Module, prune: float = 0.0) -> list[ConvNormPair]:
+    pairs = find_conv_norm_pairs(model)
+    standardise_convolutions(model, pairs, keeping(prune))
     return pairs
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fedtune.models.classifier import ImageClassifier
-from fedtune.models.kinds import KINDS
+from fedtune.models.kinds import IMAGE_MODEL_CLASSES
 
 __all__ = ["net", "pictures"]
 
 
 def net(kind: str, labels: int = 10, **settings: Any) -> ImageClassifier:
     torch.manual_seed(0)
-    return KINDS[kind](labels, **settings).eval()
+    return IMAGE_MODEL_CLASSES[kind](labels, **settings).eval()
 
 
 def pictures(count: int = 2, side: int = 32) -> Tensor:

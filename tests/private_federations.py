@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.contribution import unpack
+from fedtune.contribution import decode_tensors
 from fedtune.recipe import Recipe
 from tests.federations import Ended, order_of, trivial
 
@@ -27,7 +27,7 @@ def keeping(sent: Sent) -> Callable[[Message, Message], Message]:
     """Notes what each client sends, by round and client, and passes it on."""
 
     def note(message: Message, reply: Message) -> Message:
-        sent[order_of(message)] = unpack(reply.content.array_records["delta"]["safetensors"].data)
+        sent[order_of(message)] = decode_tensors(reply.content.array_records["delta"]["safetensors"].data)
         return reply
 
     return note
@@ -36,12 +36,12 @@ def keeping(sent: Sent) -> Callable[[Message, Message], Message]:
 def state(ended: Ended, number: int) -> dict[str, Tensor]:
     saved = ended.rounds[number].checkpoint
     assert saved is not None
-    return checkpoint.load(homes.runs() / saved.path, saved.sha256)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path, saved.sha256)
 
 
 def key_of(run: str, client: int | None = None) -> Path:
     """Where the server's secret lies, or a client's."""
-    folder = homes.runs() / run
+    folder = homes.get_runs_folder() / run
     return (folder if client is None else folder / "own" / f"client-{client:06d}") / "noise.key"
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
-from fedtune.profile import Case
+from fedtune.profile import ProfileCase
 from fedtune.recipe import Recipe, Unit
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 __all__ = ["TEXT", "a_case", "a_recipe", "tiny_bert"]
 
@@ -33,13 +33,13 @@ def tiny_bert(folder: Path) -> Path:
 
 
 def a_recipe(folder: Path, *overrides: str) -> Recipe:
-    return parse(TEXT.format(folder=folder), "tiny", overrides)
+    return parse_recipe(TEXT.format(folder=folder), "tiny", overrides)
 
 
-def a_case(recipe: Recipe, joined: str, check: bool = False, **settings: Any) -> Case:
+def a_case(recipe: Recipe, joined: str, check: bool = False, **settings: Any) -> ProfileCase:
     """A case with random inputs and three labels; the settings are those of the first technique."""
     first, *others = joined.split("+")
     units = [Unit(name=first, settings=settings), *(Unit(name=name) for name in others)]
     train = recipe.train.model_copy(update={"techniques": units})
     text = recipe.model_copy(update={"train": train}).model_dump_json()
-    return Case(joined, text, ("a", "b", "c"), None, check)
+    return ProfileCase(joined, text, ("a", "b", "c"), None, check)

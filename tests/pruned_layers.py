@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._pruned import Rule
-from fedtune.techniques._pruned_layers import Keeping, Latest, attach
+from fedtune.techniques._pruned import PruningRule
+from fedtune.techniques._pruned_layers import InputStorage, RecentInputs, attach_input_pruning
 
 __all__ = ["CASES", "CONVOLUTIONS", "LINEARS", "Gradients", "Kind", "drawn", "made", "noting", "same", "step", "told"]
 
@@ -53,8 +53,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def told(model: Kind, prune: float, *, rows: bool = False, half: bool = False, centre: bool = False) -> Kind:
     """The model with its layers told to store their inputs pruned."""
-    latest = Latest()
-    attach(model, Keeping(Rule(prune, half, centre), rows, latest), Keeping(Rule(prune, half), rows, latest))
+    latest = RecentInputs()
+    attach_input_pruning(
+        model,
+        InputStorage(PruningRule(prune, half, centre), rows, latest),
+        InputStorage(PruningRule(prune, half), rows, latest),
+    )
     return model
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fedtune import techniques
 from fedtune.memory import StorageMeter
 from fedtune.models.resnet import ResNet18
-from fedtune.recipe import Task, Unit
+from fedtune.recipe import TaskName, Unit
 from fedtune.techniques import begin_round, begin_step
-from fedtune.training import step_loss, train_mode
+from fedtune.training import compute_step_loss, set_train_mode
 from tests.technique_steps import shake
 
 __all__ = ["Pruning", "a_step", "pictures", "prepared", "resnet"]
@@ -18,13 +18,15 @@ __all__ = ["Pruning", "a_step", "pictures", "prepared", "resnet"]
 Pruning = dict[str, Any]
 
 
-def prepared(model: nn.Module, task: Task, joined: str, number: int = 1, **pruning: Any) -> tuple[Any, Any]:
+def prepared(model: nn.Module, task: TaskName, joined: str, number: int = 1, **pruning: Any) -> tuple[Any, Any]:
     """The model with techniques applied and round ``number`` begun, shaken so that no gradient is zero."""
     settings = {"activation-pruning": pruning, "lora": {"rank": 2}}
-    chosen = techniques.choose([Unit(name=name, settings=settings.get(name, {})) for name in joined.split("+")])
-    shake(model, sorted(set(techniques.apply(chosen, model, task, 0)) & set(dict(model.named_parameters()))))
+    chosen = techniques.build_techniques(
+        [Unit(name=name, settings=settings.get(name, {})) for name in joined.split("+")]
+    )
+    shake(model, sorted(set(techniques.apply_techniques(chosen, model, task, 0)) & set(dict(model.named_parameters()))))
     begin_round(chosen, model, number)
-    train_mode(model)
+    set_train_mode(model)
     return model, chosen
 
 
@@ -34,7 +36,7 @@ def a_step(model: Any, chosen: Any, batch: dict[str, Tensor]) -> tuple[dict[str,
     begin_step(chosen, model, batch, 0.0)
     torch.manual_seed(3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept

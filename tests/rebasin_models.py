@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 
-from fedtune.merging import Operand
-from fedtune.merging._declared import declared, is_declared
-from fedtune.merging._graph import symmetry_of_graph
-from fedtune.merging._symmetry import Kind, Order, Orders, Symmetry, Units
+from fedtune.merging import MergeInput
+from fedtune.merging._declared import build_spec_from_tables, has_architecture_table
+from fedtune.merging._graph import trace_permutation_spec
+from fedtune.merging._symmetry import Permutation, PermutationKind, Permutations, PermutationSpec, UnitLayout
 from fedtune.models.classifier import ImageClassifier
 from tests.own_nets import net
 from tests.tiny import bert, llama
@@ -140,8 +140,8 @@ NETS: dict[str, Any] = {
 TEXT: dict[str, Any] = {"bert": bert, "roberta": roberta, "gpt2": gpt2, "llama": grouped_llama}
 
 
-def symmetry_of(model: nn.Module) -> Symmetry:
-    return declared(model) if is_declared(model) else symmetry_of_graph(model)
+def symmetry_of(model: nn.Module) -> PermutationSpec:
+    return build_spec_from_tables(model) if has_architecture_table(model) else trace_permutation_spec(model)
 
 
 def pictures(count: int = 6, side: int = 8) -> Tensor:
@@ -155,7 +155,7 @@ def text(rows: int = 4) -> dict[str, Tensor]:
 
 def batch_for(model: nn.Module, rows: int = 6) -> dict[str, Tensor]:
     """Inputs by the name the model gives them."""
-    if is_declared(model):
+    if has_architecture_table(model):
         return text(rows)
     if isinstance(model, ImageClassifier):
         return {"pixel_values": pictures(rows, side=32)}
@@ -175,13 +175,13 @@ def outputs(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Tens
     return found if isinstance(found, Tensor) else found.logits
 
 
-def arrangement(kind: Kind, random: torch.Generator) -> Order:
+def arrangement(kind: PermutationKind, random: torch.Generator) -> Permutation:
     """A random order that a kind allows."""
 
     def shuffles(count: int, size: int) -> Tensor:
         return torch.stack([torch.randperm(size, generator=random) for _ in range(count)])
 
-    if isinstance(kind, Units):
+    if isinstance(kind, UnitLayout):
         width = kind.size // kind.groups
         blocks = shuffles(kind.groups, width) + torch.randperm(kind.groups, generator=random)[:, None] * width
         return {"": blocks.flatten()}
@@ -191,12 +191,12 @@ def arrangement(kind: Kind, random: torch.Generator) -> Order:
     return kind.order(groups, shuffles(kind.groups, kind.per_group), qk, shuffles(kind.groups, kind.v))
 
 
-def shuffled(symmetry: Symmetry, seed: int = 0) -> Orders:
+def shuffled(symmetry: PermutationSpec, seed: int = 0) -> Permutations:
     random = torch.Generator().manual_seed(seed)
     return {name: arrangement(kind, random) for name, kind in symmetry.kinds.items()}
 
 
-def inverse(orders: Orders) -> Orders:
+def inverse(orders: Permutations) -> Permutations:
     return {name: {part: at.argsort() for part, at in parts.items()} for name, parts in orders.items()}
 
 
@@ -208,11 +208,11 @@ def zeros(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
-def operand(base: Mapping[str, Tensor], state: Mapping[str, Tensor], weight: float = 0.5) -> Operand:
+def operand(base: Mapping[str, Tensor], state: Mapping[str, Tensor], weight: float = 0.5) -> MergeInput:
     """A model as its delta to a base."""
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         delta = state[name] - base[name]
         return delta[start:stop] if delta.dim() else delta
 
-    return Operand(rows, weight)
+    return MergeInput(rows, weight)

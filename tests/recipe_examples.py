@@ -3,7 +3,7 @@
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 
 __all__ = ["TEXT", "refusal"]
 
@@ -30,5 +30,5 @@ federation:
 
 def refusal(text: str, *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
-        parse(text, "a.yaml", overrides)
+        parse_recipe(text, "a.yaml", overrides)
     return str(caught.value)

@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.cli.connection import Connection, connect
-from fedtune.server.flower_process import free_port
-from fedtune.server.home import ServerHome, create
+from fedtune.cli.connection import OperatorClient, connect_to_server
+from fedtune.server.flower_process import find_free_port
+from fedtune.server.home import ServerHome, create_server_home
 from fedtune.server.logs import Logs
-from fedtune.server.operators import add
+from fedtune.server.operators import write_operator_file
 from fedtune.tracking import AuditRecord, Store
 
 __all__ = ["FEDTUNE", "Device", "Knocker", "Server", "ended", "joined", "serving", "until_up"]
@@ -47,8 +47,8 @@ class Server:
     def trust(self) -> ssl.SSLContext:
         return ssl.create_default_context(cadata=self.place.ca.read_text())
 
-    def operator(self) -> Connection:
-        return connect(self.place.operator)
+    def operator(self) -> OperatorClient:
+        return connect_to_server(self.place.operator)
 
     def knock(self, method: str, path: str, **more: Any) -> httpx.Response:
         """A request without any key."""
@@ -85,13 +85,13 @@ def serving(home: Path, *, wait: bool = True) -> Iterator[Server]:
 
 
 def _place(home: Path) -> ServerHome:
-    from fedtune.server.home import open_home
+    from fedtune.server.home import open_server_home
 
     if (home / "server" / "server.yaml").exists():
-        return open_home()
-    place = create(["localhost"], f"127.0.0.1:{free_port()}")
+        return open_server_home()
+    place = create_server_home(["localhost"], f"127.0.0.1:{find_free_port()}")
     with Store.open() as store:
-        add(place, store.access, "local", place.operator)
+        write_operator_file(place, store.access, "local", place.operator)
     return place
 
 

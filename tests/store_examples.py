@@ -4,15 +4,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from fedtune.tracking import CheckpointRecord, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking import CheckpointRecord, ClientRecord, MetricRecord, RoundRecord, Store
 
 __all__ = ["DOMAINS", "a_contribution", "a_metric", "a_round", "fill", "start"]
 
 DOMAINS = ("film", "tweets", "all")
 
 
-def a_contribution(client: int, **changes: Any) -> ContributionRecord:
-    one = ContributionRecord(
+def a_contribution(client: int, **changes: Any) -> ClientRecord:
+    one = ClientRecord(
         client=client,
         device="phone" if client < 2 else "tablet",
         status="merged",

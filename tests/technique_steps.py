@@ -9,24 +9,24 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Task, Unit
+from fedtune.recipe import TaskName, Unit
 from fedtune.techniques import Technique
 
 __all__ = ["IMAGES", "LANGUAGE", "TEXT", "chosen", "gradients", "layers", "logits", "shake", "shared"]
 
-TEXT: Task = "sequence-classification"
-LANGUAGE: Task = "causal-language-modelling"
-IMAGES: Task = "image-classification"
+TEXT: TaskName = "sequence-classification"
+LANGUAGE: TaskName = "causal-language-modelling"
+IMAGES: TaskName = "image-classification"
 
 
 def chosen(joined: str, **settings: Any) -> tuple[Technique, ...]:
     """Techniques joined by ``+``; the settings are those of the first."""
     first, *others = joined.split("+")
-    return techniques.choose([Unit(name=first, settings=settings), *(Unit(name=name) for name in others)])
+    return techniques.build_techniques([Unit(name=first, settings=settings), *(Unit(name=name) for name in others)])
 
 
-def shared(joined: str, model: nn.Module, task: Task, seed: int = 0, **settings: Any) -> list[str]:
-    return techniques.apply(chosen(joined, **settings), model, task, seed)
+def shared(joined: str, model: nn.Module, task: TaskName, seed: int = 0, **settings: Any) -> list[str]:
+    return techniques.apply_techniques(chosen(joined, **settings), model, task, seed)
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -13,13 +13,13 @@ from torch import nn
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.models.mobilenet_v2 import MobileNetV2
-from fedtune.recipe import Task, Unit
-from fedtune.training import read_state, train
+from fedtune.recipe import TaskName, Unit
+from fedtune.training import get_model_state, train_local_model
 from tests.pruning_steps import Pruning, a_step, pictures, prepared, resnet
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits
 from tests.tiny import a_training_recipe, bert, few_texts, llama, texts
 
-BUILDS: dict[str, tuple[Callable[[], Any], Task]] = {"bert": (bert, TEXT), "llama": (llama, LANGUAGE)}
+BUILDS: dict[str, tuple[Callable[[], Any], TaskName]] = {"bert": (bert, TEXT), "llama": (llama, LANGUAGE)}
 
 
 @pytest.mark.parametrize("base", BUILDS)
@@ -86,11 +86,13 @@ def test_either_order_and_a_pickled_copy_train_to_the_same_bits(base: str, joine
     for chain in (f"{joined}+activation-pruning", f"activation-pruning+{joined}"):
         model, chosen = prepared(build(), task, chain, prune=0.7)
         model.share_memory()
-        names = techniques.trained(model)
+        names = techniques.list_trainable_tensors(model)
         for one in (pickle.loads(pickle.dumps(model)), deepcopy(model), model):
             recipe = a_training_recipe(steps=2, batch=3)
             data = few_texts(language=base == "llama")
-            outcomes.append(train(one, chosen, read_state(one, names), data, np.arange(8), recipe, 1, 1))
+            outcomes.append(
+                train_local_model(one, chosen, get_model_state(one, names), data, np.arange(8), recipe, 1, 1)
+            )
     first = outcomes[0].delta
     assert any(delta.any() for delta in first.values())
     for other in outcomes[1:]:
@@ -115,7 +117,7 @@ def test_blocks_that_run_again_have_the_same_gradients_and_store_shared_inputs_o
 def test_its_twin_stores_the_whole_and_is_the_network_without_it(settings: Pruning) -> None:
     [twin] = [
         one.stored()
-        for one in techniques.choose([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
+        for one in techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
         if one.name == "activation-pruning"
     ]
     assert twin is not None
@@ -141,17 +143,17 @@ def test_folded_it_leaves_nothing_behind(joined: str) -> None:
 
 def test_only_an_untouched_function_can_be_carried_as_an_adapter() -> None:
     for settings, kept in (({}, True), ({"normalise": True}, False)):
-        chosen = techniques.choose([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
+        chosen = techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
         assert chosen[1].keeps_base() is kept
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
-    chosen = techniques.choose([Unit(name="full"), Unit(name="activation-pruning")])
+    chosen = techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning")])
     with pytest.raises(ModelError, match=r"^Embedding has no linear layer or convolution; leave the technique"):
-        techniques.apply(chosen, nn.Embedding(3, 3), TEXT, 0)
+        techniques.apply_techniques(chosen, nn.Embedding(3, 3), TEXT, 0)
 
 
 @pytest.mark.parametrize("settings", [{"prune": 1.0}, {"prune": -0.1}, {"values": "eight"}, {"per": "layer"}])
 def test_settings_out_of_bounds_are_refused(settings: Pruning) -> None:
     with pytest.raises(RecipeError, match=r"^train\.techniques, activation-pruning"):
-        techniques.choose([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
+        techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])

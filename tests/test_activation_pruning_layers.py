@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques._pruned import Rule, pack, unpack
-from fedtune.techniques._pruned_layers import Keeping, Latest, attach
+from fedtune.techniques._pruned import PruningRule, pack_pruned, unpack_pruned
+from fedtune.techniques._pruned_layers import InputStorage, RecentInputs, attach_input_pruning
 from tests.pruned_layers import CASES, CONVOLUTIONS, drawn, made, noting, step, told
 
 
@@ -48,7 +48,7 @@ def test_the_weight_gradient_is_that_of_the_dense_layer_fed_the_pruned_input(nam
     dense, pruned = made(build).double(), told(made(build).double(), 0.7, rows=rows)
     x = drawn(*shape).double()
     row = x.shape[-1] if isinstance(dense, nn.Linear) else x[0].numel()
-    x_hat = unpack(*pack(x, Rule(0.7), row if rows else x.numel()))
+    x_hat = unpack_pruned(*pack_pruned(x, PruningRule(0.7), row if rows else x.numel()))
     wanted = step(dense, x_hat)[1]["weight"]
     found = step(pruned, x)[1]["weight"]
     assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
@@ -59,7 +59,7 @@ def test_centring_is_exact_in_the_mean_part() -> None:
     pruned = told(made(lambda: nn.Linear(8, 5)).double(), 0.5, rows=True, centre=True)
     x, g = drawn(6, 8).double() + 3, drawn(6, 5, seed=1).double()
     c = x.mean(0)
-    x_hat = unpack(*pack(x - c, Rule(0.5), 8))
+    x_hat = unpack_pruned(*pack_pruned(x - c, PruningRule(0.5), 8))
     found = step(pruned, x, g)[1]["weight"]
     torch.testing.assert_close(found, g.T @ x_hat + torch.outer(g.sum(0), c), rtol=1e-12, atol=1e-12)
 
@@ -122,7 +122,7 @@ def test_no_pruning_without_gradients_in_scoring_or_for_a_frozen_layer(monkeypat
     def refuse(*_: Any) -> None:
         raise AssertionError("pruned")
 
-    monkeypatch.setattr(Latest, "pack", refuse)
+    monkeypatch.setattr(RecentInputs, "pack", refuse)
     for name, (build, shape) in CASES.items():
         layer = told(made(build), 0.5)
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_layers_it_does_not_know_are_left_alone() -> None:
     strange = nn.ModuleList(
         [Other(3, 3), nn.Conv2d(3, 3, 3, padding_mode="reflect"), nn.Conv2d(3, 3, 3, padding="same")]
     )
-    latest = Latest()
-    keeping = Keeping(Rule(0.5), False, latest)
-    assert attach(strange, keeping, keeping) == 0
+    latest = RecentInputs()
+    keeping = InputStorage(PruningRule(0.5), False, latest)
+    assert attach_input_pruning(strange, keeping, keeping) == 0
     assert all("forward" not in vars(layer) for layer in strange)

@@ -9,7 +9,7 @@ from torch import nn
 from fedtune import models, techniques
 from fedtune.errors import ModelError
 from fedtune.models.mobilenet_v3 import MobileNetV3
-from fedtune.recipe import Model, Unit
+from fedtune.recipe import ModelSettings, Unit
 from tests.pruning_steps import a_step, pictures, prepared, resnet
 from tests.technique_steps import IMAGES, logits
 
@@ -26,9 +26,11 @@ def test_a_normalised_net_needs_no_batch_norm_and_keeps_less_than_half(joined: s
 
 
 def test_normalise_is_refused_where_it_would_rescale_what_stays_frozen() -> None:
-    chosen = techniques.choose([Unit(name="classifier"), Unit(name="activation-pruning", settings={"normalise": True})])
+    chosen = techniques.build_techniques(
+        [Unit(name="classifier"), Unit(name="activation-pruning", settings={"normalise": True})]
+    )
     with pytest.raises(ModelError, match=r"^activation-pruning's normalise rescales conv1, which is frozen; train it"):
-        techniques.apply(chosen, resnet(), IMAGES, 0)
+        techniques.apply_techniques(chosen, resnet(), IMAGES, 0)
 
 
 def test_a_folded_normalised_net_is_a_plain_one_of_the_same_function() -> None:
@@ -71,7 +73,7 @@ def test_a_masked_normalised_net_folds_to_a_plain_one_though_active_weights_are_
 
 
 def test_lite0_trains_normalised_from_its_own_sample() -> None:
-    model = models.load(Model(source="sample:efficientnet-lite0"), IMAGES, ("a", "b", "c"), seed=0)
+    model = models.load_model(ModelSettings(source="sample:efficientnet-lite0"), IMAGES, ("a", "b", "c"), seed=0)
     model, chosen = prepared(model, IMAGES, "full+activation-pruning", normalise=True, values="half")
     found, _ = a_step(model, chosen, pictures())
     assert all(gradient.isfinite().all() for gradient in found.values())

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.memory import StorageMeter
-from fedtune.techniques._pruned import Rule
-from fedtune.techniques._pruned_layers import Latest, detach
+from fedtune.techniques._pruned import PruningRule
+from fedtune.techniques._pruned_layers import RecentInputs, detach_input_pruning
 from tests.pruned_layers import drawn, same, step, told
 
 
@@ -50,14 +50,14 @@ def test_a_tensor_is_pruned_again_once_it_has_changed_or_another_takes_its_addre
 
 
 def test_what_was_stored_last_is_let_go_with_its_tensor_or_on_demand() -> None:
-    latest = Latest()
+    latest = RecentInputs()
     x = drawn(4, 8)
-    packed = weakref.ref(latest.pack(x, Rule(0.5), 8).tensors[0])
+    packed = weakref.ref(latest.pack(x, PruningRule(0.5), 8).tensors[0])
     assert packed() is not None
     del x
     assert packed() is None
     x = drawn(4, 8)
-    packed = weakref.ref(latest.pack(x, Rule(0.5), 8).tensors[0])
+    packed = weakref.ref(latest.pack(x, PruningRule(0.5), 8).tensors[0])
     latest.clear()
     assert packed() is None
 
@@ -82,5 +82,5 @@ def test_told_layers_survive_pickling_and_copying_and_forget_on_demand() -> None
         assert vars(other[0])["forward"].args[1].latest is vars(other[2])["forward"].args[1].latest
         _, found = step(other, x)
         assert all(torch.equal(found[one], wanted[one]) for one in wanted)
-    detach(model)
+    detach_input_pruning(model)
     assert all("forward" not in vars(layer) for layer in model)

@@ -16,15 +16,15 @@ from fedtune import home as homes
 from fedtune.contribution import pack
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
-from fedtune.export import export
-from fedtune.merging import Evidence, choose, merge
+from fedtune.export import export_model
+from fedtune.merging import MergeContext, build_pipeline, merge_client_updates
 from fedtune.recipe import Recipe, Unit
-from fedtune.server.server_app import carry
-from fedtune.server.watch import Event, RoundEnded, watcher
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn, Pool
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.watch import Event, RoundEnded, event_handler
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.tracking import Store
-from fedtune.training import discard, load_state, read_state, workshop
+from fedtune.training import clear_run_context, get_model_state, get_run_context, set_model_state
 from tests.federations import Ended, begin, execute, outcome, silent, words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, logits, shake
 from tests.test_adapters_rounds import ALL, EXACT, State
@@ -35,13 +35,13 @@ from tests.tiny import bert
 
 def test_pairs_are_told_with_their_scale_and_the_shared_base() -> None:
     model, picked = bert(), chosen("lora", exact="remainder", rank=4, alpha=6)
-    shared = techniques.apply(picked, model, TEXT, 0)
-    pairs = techniques.pairs(picked, model)
+    shared = techniques.apply_techniques(picked, model, TEXT, 0)
+    pairs = techniques.list_low_rank_pairs(picked, model)
     assert len(pairs) == 13
     assert {(pair.scale, pair.transposed) for pair in pairs} == {(1.5, False)}
     assert {name for pair in pairs for name in (pair.left, pair.right, pair.base)} < set(shared)
     techniques.begin_round(picked, model, 1)
-    now = set(techniques.trained(model))
+    now = set(techniques.list_trainable_tensors(model))
     assert all({pair.left, pair.right} <= now and pair.base not in now for pair in pairs)
     assert [technique.keeps_base() for technique in (*picked, *chosen("lora", exact="none"))] == [False, True]
 
@@ -55,7 +55,7 @@ def gpt2() -> nn.Module:
 
 def applied(model: nn.Module, task: str) -> tuple[tuple[techniques.Technique, ...], list[str]]:
     picked = chosen("lora", exact="remainder", rank=4)
-    shared = techniques.apply(picked, model, task, 0)  # type: ignore[arg-type]
+    shared = techniques.apply_techniques(picked, model, task, 0)  # type: ignore[arg-type]
     techniques.begin_round(picked, model, 1)
     return picked, shared
 
@@ -69,16 +69,21 @@ def test_a_real_models_folded_weights_are_the_mean_of_its_clients(
     assert callable(build)
     model = build()
     [lora], shared = applied(model, task)
-    names = techniques.trained(model)
-    state = read_state(model, shared)
+    names = techniques.list_trainable_tensors(model)
+    state = get_model_state(model, shared)
     clients, contributions = [], []
     for client in range(3):
-        load_state(model, state)
+        set_model_state(model, state)
         shake(model, names, seed=client)
-        after = read_state(model, names)
+        after = get_model_state(model, names)
         contributions.append(spool(tmp_path, client, 1, {name: after[name] - state[name] for name in names}))
         clients.append(folded(model, lora))
-    load_state(model, merge(choose([Unit(name=step)]), state, names, contributions, Evidence(pairs=lora.pairs(model))))
+    set_model_state(
+        model,
+        merge_client_updates(
+            build_pipeline([Unit(name=step)]), state, names, contributions, MergeContext(pairs=lora.pairs(model))
+        ),
+    )
     for name, weight in folded(model, lora).items():
         mean = torch.stack([client[name].double() for client in clients]).mean(0)
         torch.testing.assert_close(weight.double(), mean, rtol=0, atol=2e-6)
@@ -134,7 +139,9 @@ def recipe(folder: Path, step: str, *overrides: str) -> Recipe:
 
 def states(ended: Ended) -> list[dict[str, Tensor]]:
     saved = [record.checkpoint for record in ended.rounds]
-    return [checkpoint.load(homes.runs() / one.path, one.sha256) for one in saved if one is not None]
+    return [
+        checkpoint.read_checkpoint(homes.get_runs_folder() / one.path, one.sha256) for one in saved if one is not None
+    ]
 
 
 @pytest.mark.parametrize("step", ALL)
@@ -155,10 +162,10 @@ def test_a_federation_merges_by_pairs_and_keeps_the_error_of_each_round(home: Pa
 def test_an_export_says_what_the_federation_learned(home: Path, tmp_path: Path, step: str) -> None:
     made = recipe(tmp_path, step, "federation.rounds=1")
     state = states(execute(made))[-1]
-    form = export(made, state, tmp_path / "out", None, "")
+    form = export_model(made, state, tmp_path / "out", None, "")
     assert form == ("full" if step in EXACT else "adapter")
-    shop = workshop(made.model_dump_json())
-    load_state(shop.model, state)
+    shop = get_run_context(made.model_dump_json())
+    set_model_state(shop.model, state)
     batch = {name: tensor for name, tensor in shop.test.batch(range(8)).items() if name != "labels"}
     expected = logits(shop.model, batch)
     base = AutoModelForSequenceClassification.from_pretrained(
@@ -186,13 +193,13 @@ def test_a_halted_run_goes_on_to_the_same_bits(home: Path, tmp_path: Path, step:
     alone = execute(made, run="alone")
     with Store.open() as store:
         begin(store, made, "halted")
-        token = watcher.set(halt_after(2))
+        token = event_handler.set(halt_after(2))
         with pytest.raises(Halted):
-            carry(LocalGrid(made.clients, InTurn(app)), store, "halted")
-        watcher.reset(token)
-        discard()
+            run_to_completion(InProcessGrid(made.clients, SequentialWorkers(app)), store, "halted")
+        event_handler.reset(token)
+        clear_run_context()
         with silent():
-            carry(LocalGrid(made.clients, InTurn(app)), store, "halted")
+            run_to_completion(InProcessGrid(made.clients, SequentialWorkers(app)), store, "halted")
     assert outcome("halted").hashes == alone.hashes
     assert [record.metrics for record in outcome("halted").rounds] == [record.metrics for record in alone.rounds]
 
@@ -215,5 +222,5 @@ def test_the_factor_that_is_not_trained_keeps_its_bits(home: Path, tmp_path: Pat
 def test_a_pool_of_processes_ends_in_the_same_bits(home: Path, tmp_path: Path) -> None:
     made = recipe(tmp_path, "fedex-lora")
     in_turn = execute(made, run="in-turn")
-    pool = execute(made, Pool(workshop(made.model_dump_json()), 2), run="pool")
+    pool = execute(made, ProcessPoolWorkers(get_run_context(made.model_dump_json()), 2), run="pool")
     assert pool.hashes == in_turn.hashes

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.fusion.adapters import Cut, MergedModule, merge_adapters, overall_error
-from fedtune.merging import Activity, Combine, Evidence, Operand
+from fedtune.fusion.adapters import MergedModule, RankLimit, compute_overall_error, merge_adapters
+from fedtune.merging import ActivationStatistics, CombineStep, MergeContext, MergeInput
 from fedtune.merging.aim import Aim
 from fedtune.merging.shrink import Shrink
 from tests.adapter_folders import (
@@ -57,7 +57,7 @@ def test_a_linear_merge_is_exact_in_plain_peft(tmp_path: Path, mixture: str) -> 
     folders = several(tmp_path, *MIXTURES[mixture])
     modules = merge_adapters(folders, tmp_path / "out", weights=[3, 2, 5])
     assert_adds(tmp_path / "out", wanted(folders, [0.3, 0.2, 0.5]))
-    assert overall_error(modules) < 1e-6
+    assert compute_overall_error(modules) < 1e-6
     assert {one.module: one.rank for one in modules} == ranks(tmp_path / "out")
 
 
@@ -94,8 +94,10 @@ def test_the_order_of_adapters_and_one_of_weight_zero_do_not_matter(tmp_path: Pa
     assert_adds(tmp_path / "turned", deltas(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("cut", [Cut(rank=1), Cut(rank=3), Cut(energy=0.8), Cut(rank=2, energy=0.5)])
-def test_what_is_cut_off_is_told(tmp_path: Path, cut: Cut) -> None:
+@pytest.mark.parametrize(
+    "cut", [RankLimit(rank=1), RankLimit(rank=3), RankLimit(energy=0.8), RankLimit(rank=2, energy=0.5)]
+)
+def test_what_is_cut_off_is_told(tmp_path: Path, cut: RankLimit) -> None:
     folders = several(tmp_path, PLAIN, PLAIN, {"r": 3})
     modules = merge_adapters(folders, tmp_path / "out", cut=cut)
     whole, found = wanted(folders, [1 / 3] * 3), deltas(tmp_path / "out")
@@ -105,8 +107,8 @@ def test_what_is_cut_off_is_told(tmp_path: Path, cut: Cut) -> None:
         assert cut.rank is None or one.rank <= cut.rank
         assert cut.energy is None or cut.rank is not None or one.error**2 <= 1 - cut.energy
     squares = [sum(float(one.missed) ** 2 for one in modules), sum(one.whole**2 for one in modules)]
-    assert overall_error(modules) == pytest.approx((squares[0] / squares[1]) ** 0.5)
-    assert overall_error([MergedModule("a", 1, 0.0, 0.0)]) == 0
+    assert compute_overall_error(modules) == pytest.approx((squares[0] / squares[1]) ** 0.5)
+    assert compute_overall_error([MergedModule("a", 1, 0.0, 0.0)]) == 0
 
 
 STEPS: list[tuple[str, dict[str, Any], int]] = [
@@ -135,7 +137,7 @@ def test_a_step_does_to_products_what_it_does_to_dense_deltas(
     made = step(name, **settings)
     modules = merge_adapters(folders, tmp_path / "out", made, weights)
     assert_adds(tmp_path / "out", dense_twin(made, [by_rows(folder) for folder in folders], weights), 1e-5)
-    assert overall_error(modules) < 1e-5
+    assert compute_overall_error(modules) < 1e-5
 
 
 def test_an_adapter_may_have_a_density_of_its_own(tmp_path: Path) -> None:
@@ -152,17 +154,17 @@ def by_rows(folder: Path) -> dict[str, Tensor]:
 
 
 def dense_twin(
-    made: Combine,
+    made: CombineStep,
     found: list[dict[str, Tensor]],
     weights: Sequence[float],
     knobs: Sequence[Mapping[str, float]] | None = None,
 ) -> dict[str, Tensor]:
     operands = [
-        Operand(lambda name, start, stop, own=own: own[name][start:stop].float(), weight, own_knobs)
+        MergeInput(lambda name, start, stop, own=own: own[name][start:stop].float(), weight, own_knobs)
         for own, weight, own_knobs in zip(found, weights, knobs or [{}] * len(found), strict=True)
     ]
     shapes = {name: tuple(delta.shape) for name, delta in found[0].items()}
-    made, operands = made.settle(shapes, operands, Evidence())  # type: ignore[assignment]
+    made, operands = made.settle(shapes, operands, MergeContext())  # type: ignore[assignment]
     merged = {name: torch.cat(list(made.combine(name, shape, operands))).double() for name, shape in shapes.items()}
     merged["tokens"] = merged["tokens"].T
     merged["block.kernel"] = merged["block.kernel"].reshape(6, 1, 3, 3)
@@ -245,7 +247,9 @@ def test_aim_scales_the_columns_of_the_merged_product(tmp_path: Path) -> None:
     folders = several(tmp_path, PLAIN, PLAIN)
     level = torch.rand(36, generator=torch.Generator().manual_seed(0))
     channel = torch.tensor([2.0])
-    evidence = Evidence({"fc.weight": Activity(level), "block.kernel.weight": Activity(channel)})
+    evidence = MergeContext(
+        {"fc.weight": ActivationStatistics(level), "block.kernel.weight": ActivationStatistics(channel)}
+    )
     merge_adapters(folders, tmp_path / "out", relax=[Aim(omega=0.4)], evidence=evidence)
     expected = wanted(folders, [0.5, 0.5])
     expected["fc"] = expected["fc"] * (1 - 0.6 * level / level.max())

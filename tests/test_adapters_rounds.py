@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Contribution, Pair
+from fedtune.contribution import ClientUpdate, LowRankPair
 from fedtune.errors import RecipeError
-from fedtune.merging import Evidence, choose, errors, merge
+from fedtune.merging import MergeContext, build_pipeline, measure_averaging_errors, merge_client_updates
 from fedtune.recipe import Unit
 from tests.test_merging import spool
 
 D, K, R, SCALE = 12, 9, 3, 2.0
-PAIR = Pair("fc.lora_B", "fc.lora_A", SCALE, "fc.weight")
+PAIR = LowRankPair("fc.lora_B", "fc.lora_A", SCALE, "fc.weight")
 NAMES = ["fc.lora_A", "fc.lora_B", "head"]
 EXAMPLES = [3, 10, 17]
 WEIGHTS = [one / sum(EXAMPLES) for one in EXAMPLES]
@@ -30,14 +30,16 @@ def drawn(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-def sent(folder: Path, deltas: Sequence[State], examples: Sequence[int] = EXAMPLES) -> list[Contribution]:
+def sent(folder: Path, deltas: Sequence[State], examples: Sequence[int] = EXAMPLES) -> list[ClientUpdate]:
     named = [{name: delta[name] for name in NAMES} for delta in deltas]
     return [spool(folder, k, n, delta) for k, (n, delta) in enumerate(zip(examples, named, strict=True))]
 
 
-def merged(step: str, contributions: Sequence[Contribution], pair: Pair = PAIR, draw: int = 1) -> dict[str, Tensor]:
-    evidence = Evidence(pairs=[pair], draw=draw)
-    return merge(choose([Unit(name=step)]), drawn(0), NAMES, contributions, evidence)
+def merged(
+    step: str, contributions: Sequence[ClientUpdate], pair: LowRankPair = PAIR, draw: int = 1
+) -> dict[str, Tensor]:
+    evidence = MergeContext(pairs=[pair], draw=draw)
+    return merge_client_updates(build_pipeline([Unit(name=step)]), drawn(0), NAMES, contributions, evidence)
 
 
 def product(state: State) -> Tensor:
@@ -102,7 +104,7 @@ def test_the_base_stays_where_a_step_does_not_write_it(tmp_path: Path, step: str
 
 def test_fedit_is_the_mean_of_each_factor(tmp_path: Path) -> None:
     contributions = sent(tmp_path, DELTAS)
-    apart = merge(choose([Unit(name="mean")]), drawn(0), NAMES, contributions)
+    apart = merge_client_updates(build_pipeline([Unit(name="mean")]), drawn(0), NAMES, contributions)
     after = merged("fedit", contributions)
     for name in NAMES:
         torch.testing.assert_close(after[name], apart[name])
@@ -119,7 +121,13 @@ def test_flexlora_is_the_best_of_its_rank(tmp_path: Path) -> None:
 def test_flexlora_pads_a_rank_that_the_layer_cannot_fill(tmp_path: Path) -> None:
     wide = {"B": torch.randn(2, 5), "A": torch.randn(5, 7)}
     delta = spool(tmp_path, 0, 1, {name: torch.zeros_like(tensor) for name, tensor in wide.items()})
-    after = merge(choose([Unit(name="flexlora")]), wide, ["A", "B"], [delta], Evidence(pairs=[Pair("B", "A", 1.0)]))
+    after = merge_client_updates(
+        build_pipeline([Unit(name="flexlora")]),
+        wide,
+        ["A", "B"],
+        [delta],
+        MergeContext(pairs=[LowRankPair("B", "A", 1.0)]),
+    )
     assert after["B"].shape == (2, 5)
     torch.testing.assert_close(after["B"] @ after["A"], wide["B"] @ wide["A"])
 
@@ -145,8 +153,8 @@ def test_flora_begins_again_and_draws_anew_each_round(tmp_path: Path) -> None:
 def test_a_transposed_weight_gets_the_transpose(tmp_path: Path, step: str) -> None:
     contributions = sent(tmp_path, DELTAS)
     state = {**drawn(0), "fc.weight": drawn(0)["fc.weight"].T.contiguous()}
-    evidence = Evidence(pairs=[PAIR._replace(transposed=True)])
-    after = merge(choose([Unit(name=step)]), state, NAMES, contributions, evidence)
+    evidence = MergeContext(pairs=[PAIR._replace(transposed=True)])
+    after = merge_client_updates(build_pipeline([Unit(name=step)]), state, NAMES, contributions, evidence)
     assert relative(after["fc.weight"].T + product(after), wanted(DELTAS)) < 1e-6
 
 
@@ -156,8 +164,10 @@ def test_a_base_that_is_not_shared_is_named(tmp_path: Path, step: str) -> None:
         merged(step, sent(tmp_path, DELTAS), PAIR._replace(base=None))
 
 
-def figures(step: str, contributions: Sequence[Contribution]) -> dict[str, float]:
-    return errors(choose([Unit(name=step)]), drawn(0), NAMES, contributions, Evidence(pairs=[PAIR]))
+def figures(step: str, contributions: Sequence[ClientUpdate]) -> dict[str, float]:
+    return measure_averaging_errors(
+        build_pipeline([Unit(name=step)]), drawn(0), NAMES, contributions, MergeContext(pairs=[PAIR])
+    )
 
 
 def test_the_errors_of_a_round_are_those_of_the_dense_products(tmp_path: Path) -> None:
@@ -178,9 +188,11 @@ def test_a_round_whose_products_cancel_is_merged_and_its_error_has_no_figure(tmp
     one = {name: (4 * tensor).round() for name, tensor in DELTAS[0].items()}  # so that sums are exact
     other = {**one, "fc.lora_B": -2 * one["fc.lora_B"], "fc.lora_A": one["fc.lora_A"] / 2}
     zero = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
-    contributions, evidence = sent(tmp_path, [one, other], [1, 1]), Evidence(pairs=[PAIR])
-    assert "factor_error" not in errors(choose([Unit(name=step)]), zero, NAMES, contributions, evidence)
-    after = merge(choose([Unit(name=step)]), zero, NAMES, contributions, evidence)
+    contributions, evidence = sent(tmp_path, [one, other], [1, 1]), MergeContext(pairs=[PAIR])
+    assert "factor_error" not in measure_averaging_errors(
+        build_pipeline([Unit(name=step)]), zero, NAMES, contributions, evidence
+    )
+    after = merge_client_updates(build_pipeline([Unit(name=step)]), zero, NAMES, contributions, evidence)
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
 
 
@@ -194,5 +206,5 @@ def test_no_relax_step_follows_new_factors(step: str) -> None:
     with pytest.raises(
         RecipeError, match=f"^merge: {step} makes new factors, which no relax step can scale; drop one$"
     ):
-        choose([Unit(name=step), Unit(name="shrink", settings={"factor": 0.5})])
-    assert pickle.loads(pickle.dumps(choose([Unit(name=step)]))) == choose([Unit(name=step)])
+        build_pipeline([Unit(name=step), Unit(name="shrink", settings={"factor": 0.5})])
+    assert pickle.loads(pickle.dumps(build_pipeline([Unit(name=step)]))) == build_pipeline([Unit(name=step)])

@@ -10,11 +10,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedtune import techniques
 from fedtune.errors import DataError, RecipeError
-from fedtune.merging import choose
-from fedtune.models import load
-from fedtune.recipe import Model, Unit
-from fedtune.training.activity import Total, activity, channels, mean, require_scaled, totals
-from fedtune.training.calibration import block_batches, calibration, few
+from fedtune.merging import build_pipeline
+from fedtune.models import load_model
+from fedtune.recipe import ModelSettings, Unit
+from fedtune.training.activity import (
+    ActivationSums,
+    average_activations,
+    check_merge_has_targets,
+    find_input_channels,
+    measure_activation_statistics,
+    sum_activations,
+)
+from fedtune.training.calibration import iter_token_blocks, load_calibration_inputs, sample_rows
 from tests.tiny import FewTexts, bert, few_texts, llama
 
 Batch = Mapping[str, Tensor]
@@ -34,7 +41,7 @@ def test_a_linear_layer_counts_mean_absolute_inputs() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 2)})
     model.forward = lambda x: model["a"](x)
     x = torch.tensor([[1.0, -2.0, 0.0], [3.0, 2.0, 0.0]])
-    found = activity(model, [{"x": x}])
+    found = measure_activation_statistics(model, [{"x": x}])
     assert found.keys() == {"a.weight"}
     assert found["a.weight"].mean_abs.tolist() == [2.0, 2.0, 0.0]
     assert (found["a.weight"].axis, found["a.weight"].mean_abs.dtype) == (1, torch.float64)
@@ -42,7 +49,7 @@ def test_a_linear_layer_counts_mean_absolute_inputs() -> None:
 
 def test_a_decoder_has_statistics_of_the_published_weights_and_no_others() -> None:
     model = llama(tie_word_embeddings=False)
-    found = set(channels(model))
+    found = set(find_input_channels(model))
     layer = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"]
     layer += ["mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
     wanted = {f"model.layers.{index}.{name}.weight" for index in (0, 1) for name in layer}
@@ -52,7 +59,7 @@ def test_a_decoder_has_statistics_of_the_published_weights_and_no_others() -> No
 def test_an_output_layer_tied_to_the_embeddings_counts_as_one() -> None:
     model = llama(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not [name for name in channels(model) if "head" in name or "embed" in name]
+    assert not [name for name in find_input_channels(model) if "head" in name or "embed" in name]
 
 
 def test_statistics_are_what_a_plain_loop_over_single_texts_gives() -> None:
@@ -64,14 +71,14 @@ def test_statistics_are_what_a_plain_loop_over_single_texts_gives() -> None:
             model(input_ids=torch.tensor([row]))
     handle.remove()
     wanted = torch.cat(seen).double().abs().mean(0)
-    found = activity(model, in_batches(data, 5))["model.layers.1.mlp.down_proj.weight"]
+    found = measure_activation_statistics(model, in_batches(data, 5))["model.layers.1.mlp.down_proj.weight"]
     torch.testing.assert_close(found.mean_abs, wanted, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_statistics_do_not_depend_on_the_batches_nor_on_padding(size: int) -> None:
     model, data = bert(), few_texts()
-    one, other = (activity(model, in_batches(data, count)) for count in (4, size))
+    one, other = (measure_activation_statistics(model, in_batches(data, count)) for count in (4, size))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name].mean_abs, other[name].mean_abs, rtol=1e-5, atol=1e-8)
@@ -81,15 +88,17 @@ def test_padding_would_have_counted() -> None:
     model, data = bert(), few_texts()
     batch = dict(data.batch(range(12)))
     name = "bert.encoder.layer.0.intermediate.dense.weight"
-    real = activity(model, [batch])[name].mean_abs
+    real = measure_activation_statistics(model, [batch])[name].mean_abs
     mask = batch.pop("attention_mask")
-    all_tokens = activity(model, [{**batch, "attention_mask": torch.ones_like(mask)}])[name].mean_abs
+    all_tokens = measure_activation_statistics(model, [{**batch, "attention_mask": torch.ones_like(mask)}])[
+        name
+    ].mean_abs
     assert float((real - all_tokens).norm() / real.norm()) > 1e-3
 
 
 def test_the_pooled_input_counts_once_per_text_and_inner_ones_per_token() -> None:
     model, data = bert(), few_texts()
-    found = totals(model, channels(model), in_batches(data, 4))
+    found = sum_activations(model, find_input_channels(model), in_batches(data, 4))
     assert found["classifier.weight"].count == 12
     assert found["bert.encoder.layer.0.output.dense.weight"].count == sum(map(len, data.rows))
 
@@ -98,9 +107,9 @@ def test_dropout_labels_and_gradients_play_no_part() -> None:
     model, data = bert().train(), few_texts()
     random = torch.random.get_rng_state()
     batch = data.batch(range(4))
-    one = activity(model, [{**batch, "labels": torch.full((4,), 99)}])
+    one = measure_activation_statistics(model, [{**batch, "labels": torch.full((4,), 99)}])
     assert torch.equal(torch.random.get_rng_state(), random)
-    other = activity(model, [batch])
+    other = measure_activation_statistics(model, [batch])
     assert all(torch.equal(one[name].mean_abs, other[name].mean_abs) for name in one)
     assert not any(found.mean_abs.requires_grad for found in one.values())
 
@@ -108,7 +117,7 @@ def test_dropout_labels_and_gradients_play_no_part() -> None:
 def test_hooks_are_gone_afterwards_even_when_a_batch_fails() -> None:
     model = bert()
     with pytest.raises(ValueError, match="input_ids"):
-        activity(model, [{"nonsense": torch.ones(1)}])
+        measure_activation_statistics(model, [{"nonsense": torch.ones(1)}])
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
@@ -118,7 +127,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def test_gpt2_keeps_its_input_channels_on_the_first_axis() -> None:
-    found = activity(gpt2(), in_batches(few_texts(language=True), 4))
+    found = measure_activation_statistics(gpt2(), in_batches(few_texts(language=True), 4))
     fused = found["transformer.h.0.attn.c_attn.weight"]
     assert (fused.axis, fused.mean_abs.shape) == (0, (16,))
     assert found["transformer.h.0.mlp.c_proj.weight"].mean_abs.shape == (64,)
@@ -141,7 +150,7 @@ class Convolutions(nn.Module):
 
 def test_convolutions_have_one_figure_per_channel_of_their_group() -> None:
     model, pictures = Convolutions(), torch.randn(2, 3, 6, 6)
-    found = activity(model, [{"pixel_values": pictures}])
+    found = measure_activation_statistics(model, [{"pixel_values": pictures}])
     torch.testing.assert_close(found["plain.weight"].mean_abs, pictures.double().abs().mean((0, 2, 3)))
     with torch.no_grad():
         inner = model.plain(pictures).double().abs().mean((0, 2, 3))
@@ -166,7 +175,7 @@ class Routed(nn.Module):
 
 
 def test_experts_count_their_own_tokens_and_an_idle_one_has_no_statistic() -> None:
-    found = activity(Routed(), [{"x": torch.tensor([1.0, 3.0, -5.0])}])
+    found = measure_activation_statistics(Routed(), [{"x": torch.tensor([1.0, 3.0, -5.0])}])
     assert {name: float(one.mean_abs) for name, one in found.items()} == {
         "experts.0.weight": 2.0,
         "experts.1.weight": 5.0,
@@ -174,15 +183,15 @@ def test_experts_count_their_own_tokens_and_an_idle_one_has_no_statistic() -> No
 
 
 def with_techniques(model: nn.Module, *units: Unit) -> tuple[tuple[techniques.Technique, ...], list[str]]:
-    chosen = techniques.choose(units)
-    return chosen, techniques.apply(chosen, model, "causal-language-modelling", 0)
+    chosen = techniques.build_techniques(units)
+    return chosen, techniques.apply_techniques(chosen, model, "causal-language-modelling", 0)
 
 
 def test_an_adapters_a_reads_what_its_layer_reads_and_b_has_no_channels() -> None:
     model, data = llama(), few_texts(language=True)
-    plain = activity(model, in_batches(data, 4))
+    plain = measure_activation_statistics(model, in_batches(data, 4))
     chosen, _ = with_techniques(model, Unit(name="lora"))
-    found = activity(model, in_batches(data, 4), chosen)
+    found = measure_activation_statistics(model, in_batches(data, 4), chosen)
     for target in ("self_attn.q_proj", "mlp.down_proj"):
         wanted = plain[f"model.layers.0.{target}.weight"].mean_abs
         for part in ("base_layer", "lora_A.default"):
@@ -192,15 +201,15 @@ def test_an_adapters_a_reads_what_its_layer_reads_and_b_has_no_channels() -> Non
 
 def test_totals_of_several_places_add_up_to_the_total_of_all() -> None:
     model, data = bert(), few_texts()
-    places = channels(model)
-    first, second = (totals(model, places, [data.batch(part)]) for part in (range(5), range(5, 12)))
-    both = {n: Total(first[n].sums + second[n].sums, first[n].count + second[n].count) for n in places}
-    whole = mean(places, totals(model, places, [data.batch(range(12))]))
-    for name, found in mean(places, both).items():
+    places = find_input_channels(model)
+    first, second = (sum_activations(model, places, [data.batch(part)]) for part in (range(5), range(5, 12)))
+    both = {n: ActivationSums(first[n].sums + second[n].sums, first[n].count + second[n].count) for n in places}
+    whole = average_activations(places, sum_activations(model, places, [data.batch(range(12))]))
+    for name, found in average_activations(places, both).items():
         torch.testing.assert_close(found.mean_abs, whole[name].mean_abs, rtol=1e-5, atol=1e-8)
 
 
-AIM = choose([Unit(name="mean"), Unit(name="aim")]).steps
+AIM = build_pipeline([Unit(name="mean"), Unit(name="aim")]).steps
 
 
 @pytest.mark.parametrize("unit", [Unit(name="lora", settings={"exact": "freeze-a"}), Unit(name="bias")])
@@ -210,57 +219,57 @@ def test_a_merge_that_would_scale_nothing_is_refused(unit: Unit) -> None:
     with pytest.raises(
         RecipeError, match=r"^merge: aim scales weights by .* trains no such weight; drop aim, or train"
     ):
-        require_scaled(AIM, model, shared)
+        check_merge_has_targets(AIM, model, shared)
 
 
 @pytest.mark.parametrize("unit", [Unit(name="full"), Unit(name="lora")])
 def test_a_merge_that_scales_something_is_not_refused(unit: Unit) -> None:
     model = gpt2()
     _, shared = with_techniques(model, unit)
-    require_scaled(AIM, model, shared)
+    check_merge_has_targets(AIM, model, shared)
 
 
 def test_norms_alone_are_something_to_scale_only_where_norms_are_scaled() -> None:
     model = gpt2()
     norms = [name for name, _ in model.named_parameters() if "ln_" in name]
-    require_scaled(AIM, model, norms)
-    without = choose([Unit(name="mean"), Unit(name="aim", settings={"norms": False})]).steps
+    check_merge_has_targets(AIM, model, norms)
+    without = build_pipeline([Unit(name="mean"), Unit(name="aim", settings={"norms": False})]).steps
     with pytest.raises(RecipeError, match="trains no such weight"):
-        require_scaled(without, model, norms)
+        check_merge_has_targets(without, model, norms)
 
 
 def test_masked_weights_are_refused() -> None:
-    model = load(Model(source="sample:logistic"), "image-classification", ["a", "b"], seed=0)
+    model = load_model(ModelSettings(source="sample:logistic"), "image-classification", ["a", "b"], seed=0)
     _, shared = with_techniques(model, Unit(name="dynamic-pruning"))
     with pytest.raises(RecipeError, match=r"^merge: aim scales whole columns, but masked weights .*; drop one$"):
-        require_scaled(AIM, model, shared)
+        check_merge_has_targets(AIM, model, shared)
 
 
 def test_blocks_are_short_texts_end_to_end_without_the_rest() -> None:
     rows = [[1, 2], [], [3] * 5, [4], [5, 6, 7], [8]]
-    found = list(block_batches(rows, block=3, documents=4, batch=1))
+    found = list(iter_token_blocks(rows, block=3, documents=4, batch=1))
     assert [one["input_ids"].tolist() for one in found] == [[[1, 2, 4]], [[5, 6, 7]]]
     assert all(bool(one["attention_mask"].all()) for one in found)
 
 
 def test_too_little_calibration_text_is_one_sentence() -> None:
     with pytest.raises(DataError, match=r"^the calibration text gives 2 tokens, less than a block of 3; bring more$"):
-        list(block_batches([[1, 2]], block=3))
+        list(iter_token_blocks([[1, 2]], block=3))
 
 
 def test_a_few_examples_are_drawn_by_the_seed_and_null_takes_all() -> None:
     indices = np.arange(100, 110)
-    assert few(indices, None, 0) == few(indices, 10, 0) == list(range(100, 110))
-    assert few(indices, 4, 1) == few(indices, 4, 1) == sorted(few(indices, 4, 1))
-    assert few(indices, 4, 1) != few(indices, 4, 2)
+    assert sample_rows(indices, None, 0) == sample_rows(indices, 10, 0) == list(range(100, 110))
+    assert sample_rows(indices, 4, 1) == sample_rows(indices, 4, 1) == sorted(sample_rows(indices, 4, 1))
+    assert sample_rows(indices, 4, 1) != sample_rows(indices, 4, 2)
 
 
 def test_calibration_reads_text_blocks_texts_and_pictures_of_any_source() -> None:
-    minilm, smollm2 = Model(source="sample:minilm"), Model(source="sample:smollm2")
-    blocks = calibration("sample:films", smollm2, "causal-language-modelling", block=64)
+    minilm, smollm2 = ModelSettings(source="sample:minilm"), ModelSettings(source="sample:smollm2")
+    blocks = load_calibration_inputs("sample:films", smollm2, "causal-language-modelling", block=64)
     assert {one["input_ids"].shape[1] for one in blocks} == {64}
-    texts = calibration("sample:films", minilm, "sequence-classification", block=32)
+    texts = load_calibration_inputs("sample:films", minilm, "sequence-classification", block=32)
     assert sum(len(one["input_ids"]) for one in texts) == 256
     assert "labels" not in texts[0]
-    pictures = calibration("sample:digits", Model(source="sample:logistic"), "image-classification")
+    pictures = load_calibration_inputs("sample:digits", ModelSettings(source="sample:logistic"), "image-classification")
     assert sum(len(one["pixel_values"]) for one in pictures) == 256

@@ -10,22 +10,29 @@ from torch import Tensor
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.contribution import Contribution, pack, unpack
+from fedtune.contribution import ClientUpdate, decode_tensors, pack
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
-from fedtune.merging import Evidence, choose
+from fedtune.merging import MergeContext, build_pipeline
 from fedtune.recipe import Recipe
 from fedtune.server import rounds
-from fedtune.server.evidence import evidence
-from fedtune.server.server_app import carry
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn, Pool
-from fedtune.techniques import begin_round, trained
-from fedtune.tracking import Store, claim
-from fedtune.training import Workshop, discard, load_state, read_state, train, workshop
-from fedtune.training.activity import activity, channels
-from fedtune.training.calibration import inputs
-from fedtune.training.told_activity import asked_activity
+from fedtune.server.evidence import make_merge_context
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
+from fedtune.techniques import begin_round, list_trainable_tensors
+from fedtune.tracking import Store, claim_run
+from fedtune.training import (
+    RunContext,
+    clear_run_context,
+    get_model_state,
+    get_run_context,
+    set_model_state,
+    train_local_model,
+)
+from fedtune.training.activity import find_input_channels, measure_activation_statistics
+from fedtune.training.calibration import iter_inputs
+from fedtune.training.told_activity import declare_uploaded_statistics
 from tests.federations import Ended, execute, outcome, silent, spoilt, words
 from tests.test_resume import bits
 from tests.test_rounds import REPORT, answer, payload_of
@@ -36,36 +43,38 @@ ALL = "merge=[mean, {aim: {omega: 0.4, statistics: clients, examples: null}}]"
 FULL = "train.techniques=full"
 
 
-def shop_of(recipe: Recipe) -> Workshop:
-    discard()
-    return workshop(recipe.model_dump_json())
+def shop_of(recipe: Recipe) -> RunContext:
+    clear_run_context()
+    return get_run_context(recipe.model_dump_json())
 
 
 def states(ended: Ended) -> list[Mapping[str, Tensor]]:
     found = [record.checkpoint for record in ended.rounds]
-    return [checkpoint.load(homes.runs() / one.path, one.sha256) for one in found if one is not None]
+    return [
+        checkpoint.read_checkpoint(homes.get_runs_folder() / one.path, one.sha256) for one in found if one is not None
+    ]
 
 
-def sent_by(shop: Workshop, folder: Path, number: int = 1) -> tuple[Mapping[str, Tensor], list[Contribution]]:
+def sent_by(shop: RunContext, folder: Path, number: int = 1) -> tuple[Mapping[str, Tensor], list[ClientUpdate]]:
     """What all clients of a round send, as files, beside the state the round starts from."""
-    state, sent = read_state(shop.model, shop.shared), []
+    state, sent = get_model_state(shop.model, shop.shared), []
     for client, indices in enumerate(shop.clients):
-        got = train(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack({**got.delta, **got.extras}))
-        sent.append(Contribution(client, got.examples, path))
+        sent.append(ClientUpdate(client, got.examples, path))
     return state, sent
 
 
 def test_what_clients_sum_is_the_statistic_of_their_pooled_examples(home: Path, tmp_path: Path) -> None:
     shop = shop_of(words(tmp_path, FULL, ALL))
     state, sent = sent_by(shop, tmp_path)
-    pipeline = choose(shop.recipe.merge)
-    found = evidence(shop, pipeline, state, 1, shop.shared, sent).activity
-    load_state(shop.model, state)
+    pipeline = build_pipeline(shop.recipe.merge)
+    found = make_merge_context(shop, pipeline, state, 1, shop.shared, sent).activity
+    set_model_state(shop.model, state)
     pooled = np.concatenate(shop.clients).tolist()
-    wanted = activity(shop.model, inputs(shop.train, pooled, 7))
-    assert found.keys() == wanted.keys() == channels(shop.model).keys()
+    wanted = measure_activation_statistics(shop.model, iter_inputs(shop.train, pooled, 7))
+    assert found.keys() == wanted.keys() == find_input_channels(shop.model).keys()
     for name in wanted:
         torch.testing.assert_close(found[name].mean_abs, wanted[name].mean_abs, rtol=1e-5, atol=1e-8)
 
@@ -73,30 +82,32 @@ def test_what_clients_sum_is_the_statistic_of_their_pooled_examples(home: Path, 
 def test_the_order_in_which_clients_arrive_does_not_touch_a_bit(home: Path, tmp_path: Path) -> None:
     shop = shop_of(words(tmp_path, FULL, CLIENTS))
     state, sent = sent_by(shop, tmp_path)
-    pipeline = choose(shop.recipe.merge)
-    one, other = (evidence(shop, pipeline, state, 1, shop.shared, some).activity for some in (sent, sent[::-1]))
+    pipeline = build_pipeline(shop.recipe.merge)
+    one, other = (
+        make_merge_context(shop, pipeline, state, 1, shop.shared, some).activity for some in (sent, sent[::-1])
+    )
     assert all(torch.equal(one[name].mean_abs, other[name].mean_abs) for name in one)
 
 
 def test_the_server_measures_validation_inputs_on_the_model_the_round_began_with(home: Path, tmp_path: Path) -> None:
     shop = shop_of(words(tmp_path, FULL, SERVER))
     state, sent = sent_by(shop, tmp_path)  # the model now holds what the last client trained
-    found = evidence(shop, choose(shop.recipe.merge), state, 1, shop.shared, sent).activity
-    load_state(shop.model, state)
-    wanted = activity(shop.model, inputs(shop.validation, range(len(shop.validation)), 64))
+    found = make_merge_context(shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared, sent).activity
+    set_model_state(shop.model, state)
+    wanted = measure_activation_statistics(shop.model, iter_inputs(shop.validation, range(len(shop.validation)), 64))
     assert all(torch.equal(found[name].mean_abs, wanted[name].mean_abs) for name in wanted)
 
 
 @pytest.mark.parametrize("merge", [SERVER, CLIENTS], ids=["server", "clients"])
 def test_a_round_ends_where_a_plain_mean_scaled_by_hand_ends(home: Path, tmp_path: Path, merge: str) -> None:
-    discard()
+    clear_run_context()
     plain, aim = (
         states(execute(words(tmp_path, FULL, "federation.rounds=1", one), run=run))
         for run, one in (("plain", "merge=[mean]"), ("aim", merge))
     )
     shop = shop_of(words(tmp_path, FULL, "federation.rounds=1", merge))
     state, sent = sent_by(shop, tmp_path)
-    found = evidence(shop, choose(shop.recipe.merge), state, 1, shop.shared, sent).activity
+    found = make_merge_context(shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared, sent).activity
     assert all(torch.equal(plain[0][name], aim[0][name]) for name in state)
     for name, before in state.items():
         scale = torch.ones(())
@@ -111,7 +122,7 @@ def test_a_round_ends_where_a_plain_mean_scaled_by_hand_ends(home: Path, tmp_pat
 
 @pytest.mark.parametrize("where", ["server", "clients"])
 def test_omega_one_is_bit_equal_to_the_plain_merge(home: Path, tmp_path: Path, where: str) -> None:
-    discard()
+    clear_run_context()
     plain = execute(words(tmp_path, FULL), run="plain")
     one = f"merge=[mean, {{aim: {{omega: 1.0, statistics: {where}}}}}]"
     assert execute(words(tmp_path, FULL, one), run="aim").hashes == plain.hashes
@@ -122,16 +133,16 @@ def test_a_run_that_stops_midway_and_is_resumed_ends_with_the_same_bits(
     home: Path, tmp_path: Path, merge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = words(tmp_path, merge, "federation.rounds=4")
-    discard()
+    clear_run_context()
     expected = bits(execute(recipe, run="alone"))
 
-    def unplugged(*given: object) -> Evidence:
+    def unplugged(*given: object) -> MergeContext:
         if given[3] == 3:
             raise OSError("the plug was pulled")
-        return evidence(*given)  # type: ignore[arg-type]
+        return make_merge_context(*given)  # type: ignore[arg-type]
 
-    discard()
-    monkeypatch.setattr(rounds, "evidence", unplugged)
+    clear_run_context()
+    monkeypatch.setattr(rounds, "make_merge_context", unplugged)
     with pytest.raises(OSError, match="plug"):
         execute(recipe, run="stopped")
     monkeypatch.undo()
@@ -142,11 +153,11 @@ def test_a_run_that_stops_midway_and_is_resumed_ends_with_the_same_bits(
 
 def resumed(run: str, recipe: Recipe) -> Ended:
     """As a new process would: everything is built again."""
-    discard()
-    crew = InTurn(app)
-    with Store.open() as store, claim(run), silent():
+    clear_run_context()
+    crew = SequentialWorkers(app)
+    with Store.open() as store, claim_run(run), silent():
         store.reopen(run)
-        carry(LocalGrid(recipe.clients, crew), store, run)
+        run_to_completion(InProcessGrid(recipe.clients, crew), store, run)
     return outcome(run)
 
 
@@ -154,7 +165,7 @@ def resumed(run: str, recipe: Recipe) -> Ended:
 def test_a_pool_ends_in_the_same_weights_as_clients_in_turn(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path, FULL, CLIENTS)
     in_turn = execute(recipe, run="in-turn")
-    pool = execute(recipe, Pool(shop_of(recipe), 2), run="pool")
+    pool = execute(recipe, ProcessPoolWorkers(shop_of(recipe), 2), run="pool")
     assert in_turn.hashes == pool.hashes
     assert len(set(pool.hashes)) == 3
 
@@ -164,12 +175,12 @@ def test_clients_send_sums_only_for_weights_that_are_trained_in_the_round(home: 
     names = {}
     for number in (1, 2):
         begin_round(shop.techniques, shop.model, number)
-        asked = asked_activity(shop.model, shop.recipe, trained(shop.model))
-        names[number] = set(channels(shop.model, set(trained(shop.model))))
+        asked = declare_uploaded_statistics(shop.model, shop.recipe, list_trainable_tensors(shop.model))
+        names[number] = set(find_input_channels(shop.model, set(list_trainable_tensors(shop.model))))
         assert asked["activity.counts"].shape == (len(names[number]),)
     assert names[1] == {"classifier.weight"}  # B and the head
     assert names[2] == {"classifier.weight", *(name for name in shop.shared if ".lora_A." in name)}
-    assert not asked_activity(shop.model, shop_of(words(tmp_path, SERVER)).recipe, shop.shared)
+    assert not declare_uploaded_statistics(shop.model, shop_of(words(tmp_path, SERVER)).recipe, shop.shared)
 
 
 def test_the_bytes_added_are_one_number_per_input_channel_and_a_count_per_weight(home: Path, tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_the_bytes_added_are_one_number_per_input_channel_and_a_count_per_weight
         shop = shop_of(words(tmp_path, FULL, merge))
         _, [first, *_] = sent_by(shop, tmp_path)
         sizes[name] = first.path.stat().st_size
-    places = channels(shop.model).values()
+    places = find_input_channels(shop.model).values()
     added = sizes["aim"] - sizes["plain"]
     assert added == pytest.approx(4 * (sum(place.size for place in places) + len(places)), abs=300)
 
@@ -195,8 +206,8 @@ def test_the_bytes_added_are_one_number_per_input_channel_and_a_count_per_weight
 def test_a_client_whose_sums_do_not_hold_is_refused(
     home: Path, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], reason: str
 ) -> None:
-    discard()
-    bad = spoilt(lambda message, reply: answer(message, pack(spoil(unpack(payload_of(reply)))), REPORT), {1})
+    clear_run_context()
+    bad = spoilt(lambda message, reply: answer(message, pack(spoil(decode_tensors(payload_of(reply)))), REPORT), {1})
     ended = execute(words(tmp_path, FULL, CLIENTS, "federation.rounds=1"), bad)
     told = {record.client: record for record in ended.rounds[1].contributions}
     assert {client: record.status for client, record in told.items()} == {0: "merged", 1: "refused", 2: "merged"}
@@ -211,7 +222,7 @@ def test_client_sums_do_not_change_what_is_trained(home: Path, tmp_path: Path, t
         folder.mkdir()
         shop = shop_of(words(folder, f"train.techniques={techniques}", merge))
         _, [first, *_] = sent_by(shop, folder, number=2)
-        sent[merge] = first.read(trained(shop.model))
+        sent[merge] = first.read(list_trainable_tensors(shop.model))
     plain, aim = sent.values()
     assert all(torch.equal(plain[name], aim[name]) for name in plain)
 

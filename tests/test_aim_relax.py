@@ -9,8 +9,17 @@ from torch import Tensor
 
 from fedtune import contribution
 from fedtune.errors import RecipeError
-from fedtune.merging import Activity, ByActivity, Evidence, Measurement, choose, measurement, merge, outshone
-from fedtune.merging.aim import Aim, scale_adapter
+from fedtune.merging import (
+    ActivationRelaxStep,
+    ActivationStatistics,
+    CalibrationRequest,
+    MergeContext,
+    build_calibration_request,
+    build_pipeline,
+    find_dominated_weights,
+    merge_client_updates,
+)
+from fedtune.merging.aim import Aim, scale_adapter_columns
 from fedtune.merging.mean import Mean
 from fedtune.merging.shrink import Shrink
 from fedtune.recipe import Unit
@@ -29,26 +38,28 @@ SHAPES: dict[str, tuple[int, ...]] = {
 OMEGAS = (0.0, 0.2, 0.4, 0.8, 1.0)
 
 
-def figures(seed: int = 5) -> dict[str, Activity]:
+def figures(seed: int = 5) -> dict[str, ActivationStatistics]:
     random = torch.Generator().manual_seed(seed)
 
     def level(*shape: int) -> Tensor:
         return torch.rand(shape, generator=random, dtype=torch.float64) + 0.01
 
     return {
-        "linear.weight": Activity(level(6)),
-        "conv1d.weight": Activity(level(6), axis=0),
-        "conv.weight": Activity(level(6)),
-        "grouped.weight": Activity(level(8, 2)),
-        "norm.weight": Activity(level(6), axis=0),
+        "linear.weight": ActivationStatistics(level(6)),
+        "conv1d.weight": ActivationStatistics(level(6), axis=0),
+        "conv.weight": ActivationStatistics(level(6)),
+        "grouped.weight": ActivationStatistics(level(8, 2)),
+        "norm.weight": ActivationStatistics(level(6), axis=0),
     }
 
 
-def relaxed(step: ByActivity, deltas: Mapping[str, Tensor], found: Mapping[str, Activity]) -> dict[str, Tensor]:
-    return {name: step.relax(name, 0, delta, Evidence(found)) for name, delta in deltas.items()}
+def relaxed(
+    step: ActivationRelaxStep, deltas: Mapping[str, Tensor], found: Mapping[str, ActivationStatistics]
+) -> dict[str, Tensor]:
+    return {name: step.relax(name, 0, delta, MergeContext(found)) for name, delta in deltas.items()}
 
 
-def twin(deltas: Mapping[str, Tensor], found: Mapping[str, Activity], omega: float) -> dict[str, Tensor]:
+def twin(deltas: Mapping[str, Tensor], found: Mapping[str, ActivationStatistics], omega: float) -> dict[str, Tensor]:
     """Channel by channel, in loops."""
     scaled = {name: delta.double().clone() for name, delta in deltas.items()}
     for name, (level, axis) in found.items():
@@ -71,15 +82,15 @@ def test_every_channel_is_scaled_by_one_minus_its_share(omega: float) -> None:
 def test_omega_one_is_bit_equal_to_the_plain_merge(tmp_path: Path, units: list[str]) -> None:
     steps = [Unit(name=unit, settings={"omega": 1.0} if unit == "aim" else {}) for unit in units]
     sent = [spool(tmp_path, client, 3, a_state(SHAPES, client + 1)) for client in range(3)]
-    merged = merge(choose(steps), a_state(SHAPES), SHAPES, sent, Evidence(figures()))
-    plain = merge(choose([Unit(name="mean")]), a_state(SHAPES), SHAPES, sent)
+    merged = merge_client_updates(build_pipeline(steps), a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
+    plain = merge_client_updates(build_pipeline([Unit(name="mean")]), a_state(SHAPES), SHAPES, sent)
     assert all(torch.equal(merged[name], plain[name]) for name in SHAPES)
 
 
 def test_omega_zero_leaves_the_most_active_channel_at_the_base(tmp_path: Path) -> None:
     sent = [spool(tmp_path, 0, 3, a_state(SHAPES, 1))]
-    pipeline = choose([Unit(name="mean"), Unit(name="aim", settings={"omega": 0.0})])
-    merged = merge(pipeline, a_state(SHAPES), SHAPES, sent, Evidence(figures()))
+    pipeline = build_pipeline([Unit(name="mean"), Unit(name="aim", settings={"omega": 0.0})])
+    merged = merge_client_updates(pipeline, a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
     for name, axis in (("linear.weight", 1), ("conv1d.weight", 0), ("conv.weight", 1), ("norm.weight", 0)):
         top = int(figures()[name].mean_abs.argmax())
         assert torch.equal(merged[name].select(axis, top), a_state(SHAPES)[name].select(axis, top))
@@ -90,7 +101,7 @@ def test_omega_zero_leaves_the_most_active_channel_at_the_base(tmp_path: Path) -
 def test_the_most_active_column_keeps_exactly_omega_of_its_norm(omega: float) -> None:
     delta = a_state(SHAPES)["linear.weight"]
     top = int(figures()["linear.weight"].mean_abs.argmax())
-    scaled = Aim(omega=omega).relax("linear.weight", 0, delta, Evidence(figures()))
+    scaled = Aim(omega=omega).relax("linear.weight", 0, delta, MergeContext(figures()))
     assert float(scaled[:, top].norm() / delta[:, top].norm()) == pytest.approx(omega, rel=1e-6)
 
 
@@ -131,29 +142,29 @@ def test_the_bits_do_not_depend_on_the_piece(
     tmp_path: Path, piece: int, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = [spool(tmp_path, client, 3, a_state(SHAPES, client + 1)) for client in range(2)]
-    pipeline = choose([Unit(name="mean"), Unit(name=step)])
-    whole = merge(pipeline, a_state(SHAPES), SHAPES, sent, Evidence(figures()))
+    pipeline = build_pipeline([Unit(name="mean"), Unit(name=step)])
+    whole = merge_client_updates(pipeline, a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
     monkeypatch.setattr(contribution, "_PIECE", piece)
-    cut = merge(pipeline, a_state(SHAPES), SHAPES, sent, Evidence(figures()))
+    cut = merge_client_updates(pipeline, a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
     assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
 
 
 def test_an_adapter_relaxed_then_merged_is_the_merge_relaxed() -> None:
     random = torch.Generator().manual_seed(1)
     b, a = (torch.randn(*shape, generator=random) for shape in ((24, 4), (4, 16)))
-    found = {"w": Activity(torch.rand(16, generator=random))}
-    dense = Aim(omega=0.3).relax("w", 0, b @ a, Evidence(found))
-    torch.testing.assert_close(b @ scale_adapter(a, found["w"], 0.3), dense)
+    found = {"w": ActivationStatistics(torch.rand(16, generator=random))}
+    dense = Aim(omega=0.3).relax("w", 0, b @ a, MergeContext(found))
+    torch.testing.assert_close(b @ scale_adapter_columns(a, found["w"], 0.3), dense)
     assert float((b @ a - dense).norm() / dense.norm()) > 0.1
 
 
 def test_in_a_round_that_trains_a_alone_scaling_its_delta_relaxes_the_product_exactly() -> None:
     random = torch.Generator().manual_seed(2)
     b, before, after = (torch.randn(*shape, generator=random) for shape in ((24, 4), (4, 16), (4, 16)))
-    found = {"w": Activity(torch.rand(16, generator=random))}
+    found = {"w": ActivationStatistics(torch.rand(16, generator=random))}
     relax = Aim(omega=0.3).relax
-    factor = before + relax("w", 0, after - before, Evidence(found))
-    torch.testing.assert_close(b @ factor, b @ before + relax("w", 0, b @ (after - before), Evidence(found)))
+    factor = before + relax("w", 0, after - before, MergeContext(found))
+    torch.testing.assert_close(b @ factor, b @ before + relax("w", 0, b @ (after - before), MergeContext(found)))
 
 
 def test_one_outlier_leaves_all_other_channels_as_merged_and_is_told() -> None:
@@ -161,23 +172,25 @@ def test_one_outlier_leaves_all_other_channels_as_merged_and_is_told() -> None:
     planted = found["linear.weight"].mean_abs.clone()
     planted[2] *= 1e4
     delta = a_state(SHAPES)["linear.weight"]
-    scaled = Aim().relax("linear.weight", 0, delta, Evidence({"linear.weight": Activity(planted)}))
+    scaled = Aim().relax("linear.weight", 0, delta, MergeContext({"linear.weight": ActivationStatistics(planted)}))
     others = [0, 1, 3, 4, 5]
     torch.testing.assert_close(scaled[:, others], delta[:, others], rtol=0.02, atol=0)
-    told = outshone({**found, "linear.weight": Activity(planted)})
+    told = find_dominated_weights({**found, "linear.weight": ActivationStatistics(planted)})
     assert told.keys() == {"linear.weight"}
     assert told["linear.weight"] < 1e-3
-    assert outshone(found) == {}
+    assert find_dominated_weights(found) == {}
 
 
 def test_a_quantile_takes_the_bar_from_the_outlier_back_to_the_others() -> None:
     level = torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
-    scaled = Aim(omega=0.0, quantile=0.75).relax("w", 0, torch.ones(1, 5), Evidence({"w": Activity(level)}))
+    scaled = Aim(omega=0.0, quantile=0.75).relax(
+        "w", 0, torch.ones(1, 5), MergeContext({"w": ActivationStatistics(level)})
+    )
     torch.testing.assert_close(scaled, torch.tensor([[0.75, 0.5, 0.25, 0.0, 0.0]]))
 
 
 def test_channels_that_are_all_silent_take_the_whole_update() -> None:
-    scaled = Aim(omega=0.0).relax("w", 0, torch.ones(2, 3), Evidence({"w": Activity(torch.zeros(3))}))
+    scaled = Aim(omega=0.0).relax("w", 0, torch.ones(2, 3), MergeContext({"w": ActivationStatistics(torch.zeros(3))}))
     assert torch.equal(scaled, torch.ones(2, 3))
 
 
@@ -197,19 +210,26 @@ def test_a_number_shrinks_everything_and_needs_no_statistics() -> None:
 
 
 def chosen(*settings: Mapping[str, object]) -> Sequence[Aim | Mean]:
-    return choose([Unit(name="mean"), *(Unit(name="aim", settings=dict(one)) for one in settings)]).steps  # type: ignore[return-value]
+    return build_pipeline([Unit(name="mean"), *(Unit(name="aim", settings=dict(one)) for one in settings)]).steps  # type: ignore[return-value]
 
 
 def test_one_measurement_serves_all_steps_or_they_are_refused() -> None:
-    assert measurement(chosen()) is None
-    assert measurement(chosen({})) == Measurement("server", 256)
-    assert measurement(chosen({"statistics": "clients", "examples": None})) == Measurement("clients", None)
-    assert measurement(choose([Unit(name="mean"), Unit(name="shrink", settings={"factor": 0.5})]).steps) is None
+    assert build_calibration_request(chosen()) is None
+    assert build_calibration_request(chosen({})) == CalibrationRequest("server", 256)
+    assert build_calibration_request(chosen({"statistics": "clients", "examples": None})) == CalibrationRequest(
+        "clients", None
+    )
+    assert (
+        build_calibration_request(
+            build_pipeline([Unit(name="mean"), Unit(name="shrink", settings={"factor": 0.5})]).steps
+        )
+        is None
+    )
     with pytest.raises(RecipeError, match=r"^merge: steps differ in statistics or examples.*; align them$"):
-        measurement(chosen({}, {"statistics": "clients"}))
+        build_calibration_request(chosen({}, {"statistics": "clients"}))
 
 
 @pytest.mark.parametrize(("setting", "value"), [("omega", 1.2), ("omega", -0.1), ("quantile", 0.0), ("examples", 0)])
 def test_settings_out_of_bounds_are_refused_by_name(setting: str, value: float) -> None:
     with pytest.raises(RecipeError, match=setting):
-        choose([Unit(name="mean"), Unit(name="aim", settings={setting: value})])
+        build_pipeline([Unit(name="mean"), Unit(name="aim", settings={setting: value})])

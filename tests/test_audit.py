@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.refusal import Audit, source_of
+from fedtune.server.refusal import AuditLog, source_of
 from fedtune.tracking import AuditRecord, Store, audit
 
 
@@ -16,7 +16,7 @@ class Watched:
     def __init__(self, store: Store) -> None:
         self.now = 6000.0
         self.log = store.access.audit
-        self.audit = Audit(store.access, lambda: self.now)
+        self.audit = AuditLog(store.access, lambda: self.now)
 
     def lines(self) -> list[AuditRecord]:
         return self.log.lines(100_000)

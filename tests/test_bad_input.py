@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.cli.main import main
-from fedtune.tracking import Store, claim
+from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, spoilt, tiny_bert, trivial
 
 __all__ = ["fedtune"]
@@ -188,7 +188,7 @@ def test_a_full_disk_fails_the_run_and_leaves_nothing_half_written(
     ended = outcome()
     assert (ended.run.status, len(ended.rounds)) == ("failed", 1)
     assert "No space left" in ended.run.reason
-    left = {path.name for path in (homes.runs() / ended.run.id).iterdir()}
+    left = {path.name for path in (homes.get_runs_folder() / ended.run.id).iterdir()}
     assert left == {"lock", "round-0000.safetensors"}
     assert fedtune(monkeypatch, "simulate", "--resume", "latest") == 0
     assert outcome().hashes == execute(trivial(), run="reference").hashes
@@ -224,7 +224,7 @@ def interrupted() -> Path:
     """A run that stopped after its first round; the folder of its files."""
     with pytest.raises(KeyboardInterrupt):
         execute(trivial(), spoilt(_stop, {0}, rounds={2}))
-    return homes.runs() / "run-1"
+    return homes.get_runs_folder() / "run-1"
 
 
 def _stop(message: Message, reply: Message) -> Message:
@@ -234,7 +234,7 @@ def _stop(message: Message, reply: Message) -> Message:
 def test_a_checkpoint_that_changed_or_is_gone_is_not_resumed_from(home: Path, refused: Refusal) -> None:
     path = interrupted() / "round-0001.safetensors"
     kept = path.read_bytes()
-    changed = checkpoint.load(path)
+    changed = checkpoint.read_checkpoint(path)
     next(iter(changed.values())).view(-1)[0] += 1
     path.write_bytes(safetensors.torch.save(changed))
     assert "has changed since it was written (its SHA-256 differs)" in refused("simulate", "--resume", "latest")
@@ -264,7 +264,7 @@ def test_a_copy_that_is_not_the_checkpoint_of_that_run_is_not_scored(
 
 def test_a_run_another_process_executes_is_not_resumed(home: Path, refused: Refusal) -> None:
     interrupted()
-    with claim("run-1"):
+    with claim_run("run-1"):
         said = refused("simulate", "--resume", "latest")
     assert "run run-1 is being executed by another process; wait for it or stop it" in said
     assert outcome().run.rounds_completed == 1

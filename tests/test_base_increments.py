@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.contribution import Order, pack, unpack
+from fedtune.contribution import TrainRequest, decode_tensors, pack
 from fedtune.device import client_app as apps
 from fedtune.device import records
 from fedtune.device.held_base import leave_others, with_base
@@ -20,13 +20,13 @@ from fedtune.merging import split_increments
 from fedtune.protocol_codes import LACKS_BASE
 from fedtune.recipe import Recipe
 from fedtune.server import rounds
-from fedtune.server.server_app import carry
-from fedtune.server.watch import watcher
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.watch import event_handler
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from fedtune.tracking.rollback import rollback
-from fedtune.training import discard, load_state, workshop
+from fedtune.training import clear_run_context, get_run_context, set_model_state
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, tiny_bert, words
 from tests.test_adapters_federation import Halted, halt_after
 from tests.test_adapters_rounds import EXACT
@@ -59,7 +59,7 @@ def devices(sent: Sent, happens: Happens = nothing) -> ClientApp:
         sent.setdefault(order_of(message), []).append(message)
         if order_of(message)[1] not in known:
             known.add(order_of(message)[1])
-            discard()
+            clear_run_context()
         if len(sent[order_of(message)]) == 1:
             happens(*order_of(message))
         return apps.train_round_and_keep_errors(message, context)
@@ -76,7 +76,7 @@ def deployed(
     with Store.open() as store, silent():
         if run not in {one.id for one in store.runs()}:
             seat(store, begin(store, made, run), made.clients)
-        carry(grid_of(made, sent, happens), store, run)
+        run_to_completion(grid_of(made, sent, happens), store, run)
     return outcome(run)
 
 
@@ -89,7 +89,11 @@ def sizes(rounds: Sequence[RoundRecord]) -> list[dict[int, int]]:
 
 
 def whole(message: Message) -> bool:
-    return any(".base_layer." in name for name in unpack(records.state(message.content)) if "increments/" not in name)
+    return any(
+        ".base_layer." in name
+        for name in decode_tensors(records.read_shared_state(message.content))
+        if "increments/" not in name
+    )
 
 
 def wholes(sent: Sent) -> set[tuple[int, int]]:
@@ -98,14 +102,14 @@ def wholes(sent: Sent) -> set[tuple[int, int]]:
 
 
 def own(client: int, run: str = "deployed") -> list[Path]:
-    return sorted((homes.runs() / run / "own" / f"client-{client:06d}").glob("base-*.safetensors"))
+    return sorted((homes.get_runs_folder() / run / "own" / f"client-{client:06d}").glob("base-*.safetensors"))
 
 
 def dense(ended: Ended, number: int) -> int:
     """Bytes of the state that a round began with, whole."""
     saved = ended.rounds[number - 1].checkpoint
     assert saved is not None
-    return len(pack(checkpoint.load(homes.runs() / saved.path)))
+    return len(pack(checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path)))
 
 
 @pytest.mark.parametrize("step", EXACT)
@@ -119,7 +123,9 @@ def test_devices_are_sent_increments_and_end_with_the_bits_of_a_simulation(
     assert {one.status for record in real.rounds for one in record.contributions} == {"merged"}
     assert wholes(sent) == set()
     assert sizes(real.rounds) == sizes(simulated.rounds)
-    assert sizes(real.rounds)[2] == {client: len(records.state(sent[3, client][0].content)) for client in range(3)}
+    assert sizes(real.rounds)[2] == {
+        client: len(records.read_shared_state(sent[3, client][0].content)) for client in range(3)
+    }
     assert max(sizes(real.rounds)[2].values()) < dense(real, 3) / 5
     assert [len(own(client)) for client in range(3)] == [2, 2, 2]
 
@@ -131,9 +137,9 @@ def test_the_base_on_a_device_has_the_bits_of_the_server(home: Path, tmp_path: P
     for number in (2, 3):
         saved = real.rounds[number - 1].checkpoint
         assert saved is not None
-        state = checkpoint.load(homes.runs() / saved.path)
-        path = next(path for path in own(0) if checkpoint.digest(_base(state)) in path.name)
-        kept = checkpoint.load(path)
+        state = checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path)
+        path = next(path for path in own(0) if checkpoint.hash_tensors(_base(state)) in path.name)
+        kept = checkpoint.read_checkpoint(path)
         assert all(torch.equal(kept[name], state[name]) for name in kept)
         assert kept.keys() == _base(state).keys()
 
@@ -206,7 +212,10 @@ def test_a_device_that_was_not_asked_for_rounds_is_sent_all_it_missed(home: Path
     real = deployed(made, sent)
     assert real.hashes == simulated.hashes
     assert wholes(sent) == set()
-    missed = [len(split_increments(unpack(records.state(messages[0].content)))[1]) for messages in sent.values()]
+    missed = [
+        len(split_increments(decode_tensors(records.read_shared_state(messages[0].content)))[1])
+        for messages in sent.values()
+    ]
     assert max(missed) > 1
     assert sizes(real.rounds) == sizes(simulated.rounds)
 
@@ -220,7 +229,7 @@ def test_increments_that_would_be_more_than_the_base_are_not_kept_and_not_sent(h
     assert real.hashes == simulated.hashes
     assert wholes(sent) == {(number, client) for number in (2, 3) for client in range(3)}
     assert sizes(real.rounds) == sizes(simulated.rounds)
-    assert len(list((homes.runs() / "deployed").glob("increments-*"))) == 1
+    assert len(list((homes.get_runs_folder() / "deployed").glob("increments-*"))) == 1
 
 
 @pytest.mark.parametrize("way", ["simulated", "deployed"])
@@ -231,25 +240,25 @@ def test_a_halted_run_goes_on_with_the_same_bits_and_bytes(home: Path, tmp_path:
         begin(store, made, "halted")
         if way == "deployed":
             seat(store, "halted", made.clients)
-        token = watcher.set(halt_after(2))
+        token = event_handler.set(halt_after(2))
         with pytest.raises(Halted):
-            carry(_grid(made, sent, way), store, "halted")
-        watcher.reset(token)
-        discard()
+            run_to_completion(_grid(made, sent, way), store, "halted")
+        event_handler.reset(token)
+        clear_run_context()
         with silent():
-            carry(_grid(made, sent, way), store, "halted")
+            run_to_completion(_grid(made, sent, way), store, "halted")
     assert outcome("halted").hashes == alone.hashes
     assert sizes(outcome("halted").rounds) == sizes(alone.rounds)
     assert wholes(sent) == set()
 
 
-def _grid(made: Recipe, sent: Sent, way: str) -> LocalGrid:
+def _grid(made: Recipe, sent: Sent, way: str) -> InProcessGrid:
     if way == "deployed":
         return grid_of(made, sent)
-    return LocalGrid(made.clients, InTurn(apps.app))
+    return InProcessGrid(made.clients, SequentialWorkers(apps.app))
 
 
-class Apart(LocalGrid):
+class Apart(InProcessGrid):
     """Clients that do not see the server's files, as on Flower's own engine."""
 
     shares_disk = False
@@ -261,7 +270,7 @@ def test_a_simulation_whose_clients_see_no_disk_counts_increments_and_sends_the_
     made, sent = recipe(tmp_path, "flora"), Sent()
     alone = execute(made, run="simulated")
     with Store.open() as store, silent():
-        carry(Apart(made.clients, InTurn(devices(sent))), store, begin(store, made, "apart"))
+        run_to_completion(Apart(made.clients, SequentialWorkers(devices(sent))), store, begin(store, made, "apart"))
     assert outcome("apart").hashes == alone.hashes
     assert sizes(outcome("apart").rounds) == sizes(alone.rounds)
     assert wholes(sent) == set(sent)
@@ -276,8 +285,8 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
         seat(store, begin(store, made, "deployed"), made.clients)
         patch.setattr(rounds, "_merged", _killed_in(2))
         with pytest.raises(Halted):
-            carry(grid_of(made, sent), store, "deployed")
-    discard()
+            run_to_completion(grid_of(made, sent), store, "deployed")
+    clear_run_context()
     assert len(sent[2, 0]) == 1
     assert deployed(made, sent).hashes == alone.hashes
     assert [whole(message) for message in sent[2, 0]] == [False, False]
@@ -302,7 +311,7 @@ def test_a_run_that_was_rolled_back_goes_on_and_devices_that_are_ahead_get_the_b
     sent.clear()
     assert deployed(made, sent).hashes == first
     assert wholes(sent) == {(3, client) for client in range(3)}
-    assert sorted(path.name for path in (homes.runs() / "deployed").glob("increments-*")) == [
+    assert sorted(path.name for path in (homes.get_runs_folder() / "deployed").glob("increments-*")) == [
         f"increments-{number:04d}.safetensors" for number in range(1, 5)
     ]
 
@@ -318,13 +327,13 @@ def test_the_model_as_it_was_built_is_no_base_once_it_has_trained(home: Path, tm
     made, sent = recipe(tmp_path, "flora", "federation.rounds=2", "checkpoints.keep=all"), Sent()
     deployed(made, sent)
     message = sent[2, 0][0]
-    order = Order(**records.order(message.content))  # type: ignore[arg-type]
-    shop = workshop(order.recipe)
-    state = unpack(records.state(message.content))
+    order = TrainRequest(**records.read_train_request(message.content))  # type: ignore[arg-type]
+    shop = get_run_context(order.recipe)
+    state = decode_tensors(records.read_shared_state(message.content))
     folder = tmp_path / "anew"
     found = with_base(order, state, shop, folder)
-    assert checkpoint.digest(_base(found)) == order.base
-    load_state(shop.model, found)
+    assert checkpoint.hash_tensors(_base(found)) == order.base
+    set_model_state(shop.model, found)
     with pytest.raises(DeviceError, match="not on this device") as caught:
         with_base(order, state, shop, tmp_path / "another")
     assert problem_of(caught.value).text == LACKS_BASE
@@ -335,7 +344,7 @@ def test_a_full_disk_costs_the_device_the_next_orders_increments_only(
 ) -> None:
     made, sent = recipe(tmp_path, "flora", "federation.rounds=3"), Sent()
     alone = execute(made, run="simulated")
-    monkeypatch.setattr("fedtune.device.held_base.checkpoint.save", _full_in_own(checkpoint.save))
+    monkeypatch.setattr("fedtune.device.held_base.checkpoint.save", _full_in_own(checkpoint.write_checkpoint))
     assert deployed(made, sent).hashes == alone.hashes
     lacking = {(number, client) for number in (2, 3) for client in (1, 2)}
     assert wholes(sent) == lacking, "the first one's model still holds the base; here all devices share one model"
@@ -353,8 +362,8 @@ def _full_in_own(save: Callable[[Path, Mapping[str, torch.Tensor]], str]) -> obj
 
 def test_only_the_bases_of_the_run_in_hand_stay_on_a_device(tmp_path: Path) -> None:
     for run in ("one", "two"):
-        checkpoint.save(tmp_path / run / "base-abc.safetensors", {"w": torch.zeros(1)})
-        checkpoint.save(tmp_path / run / "round-0001.safetensors", {"w": torch.zeros(1)})
+        checkpoint.write_checkpoint(tmp_path / run / "base-abc.safetensors", {"w": torch.zeros(1)})
+        checkpoint.write_checkpoint(tmp_path / run / "round-0001.safetensors", {"w": torch.zeros(1)})
     leave_others(tmp_path / "two")
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
     assert left == ["one/round-0001.safetensors", "two/base-abc.safetensors", "two/round-0001.safetensors"]

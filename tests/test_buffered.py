@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.contribution import unpack
+from fedtune.contribution import decode_tensors
 from fedtune.device.client_app import app
-from fedtune.errors import RoundError
+from fedtune.errors import RunError
 from fedtune.recipe import Recipe
 from fedtune.server import timetable as timetables
-from fedtune.server.server_app import carry
-from fedtune.server.timetable import timetable
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.timetable import make_simulated_schedule
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from tests.federations import begin, execute, order_of, outcome, sent_state, silent, spoilt, trivial
 from tests.ticking import NEVER, TickingGrid, seat
@@ -42,7 +42,7 @@ def deployed(
 ) -> list[RoundRecord]:
     with Store.open() as store, silent():
         seat(store, begin(store, recipe, run), recipe.clients)
-        carry(TickingGrid(recipe.clients, client, takes, gone), store, run)
+        run_to_completion(TickingGrid(recipe.clients, client, takes, gone), store, run)
     return outcome(run).rounds
 
 
@@ -61,7 +61,7 @@ def test_a_slow_device_is_merged_when_it_comes_and_its_lateness_is_recorded(home
 def state(rounds: Sequence[RoundRecord], number: int) -> dict[str, Tensor]:
     saved = rounds[number].checkpoint
     assert saved is not None
-    return checkpoint.load(homes.runs() / saved.path, saved.sha256)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path, saved.sha256)
 
 
 @pytest.mark.parametrize("way", ["deployed", "simulated"])
@@ -72,8 +72,8 @@ def test_a_late_delta_to_its_own_start_is_scaled_and_added(
     began: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def keep(message: Message, reply: Message) -> Message:
-        began[order_of(message)] = unpack(sent_state(message))
-        sent[order_of(message)] = unpack(bytes(reply.content.array_records["delta"]["safetensors"].data))
+        began[order_of(message)] = decode_tensors(sent_state(message))
+        sent[order_of(message)] = decode_tensors(bytes(reply.content.array_records["delta"]["safetensors"].data))
         return reply
 
     recipe, client = late("federation.late.staleness=0.7"), spoilt(keep, range(4))
@@ -151,7 +151,7 @@ def test_a_round_that_nobody_is_left_for_ends_at_once_and_counts_only_with_its_q
     two = deployed(late("federation.quorum=2"), client=spoilt(fail, {0, 1}), run="two")
     assert [record.status for record in two] == ["completed"] * 6
     assert merged(two)[0] == {2: 0, 3: 0}
-    with pytest.raises(RoundError, match="no round got enough"):
+    with pytest.raises(RunError, match="no round got enough"):
         deployed(late("federation.quorum=3"), client=spoilt(fail, {0, 1}), run="three")
     failed = outcome("three").rounds[1]
     assert failed.reason.startswith("2 usable contributions, quorum 3; error")
@@ -201,11 +201,11 @@ def test_a_killed_server_loses_what_was_in_flight_and_goes_on_from_its_last_roun
     run, client = begin(store, recipe), spoilt(stop, range(4))
     seat(store, run, recipe.clients)
     with pytest.raises(KeyboardInterrupt):
-        carry(TickingGrid(4, client, slow), store, run)
+        run_to_completion(TickingGrid(4, client, slow), store, run)
     before = outcome(run)
     assert [record.number for record in before.rounds] == [0, 1, 2]
     store.reopen(run)
-    carry(TickingGrid(4, client, slow), store, run)
+    run_to_completion(TickingGrid(4, client, slow), store, run)
     after = outcome(run)
     assert after.hashes[:3] == before.hashes
     assert [record.number for record in after.rounds] == list(range(6))
@@ -227,10 +227,10 @@ def test_a_simulation_repeats_and_resumes_bit_for_bit(store: Store) -> None:
     assert any(tau for taus in merged(whole.rounds) for tau in taus.values())
     run, client = begin(store, recipe, "stopped"), spoilt(stop, range(5))
     with pytest.raises(KeyboardInterrupt):
-        carry(LocalGrid(5, InTurn(client)), store, run)
+        run_to_completion(InProcessGrid(5, SequentialWorkers(client)), store, run)
     assert len(outcome(run).rounds) < 7
     store.reopen(run)
-    carry(LocalGrid(5, InTurn(client)), store, run)
+    run_to_completion(InProcessGrid(5, SequentialWorkers(client)), store, run)
     assert outcome(run).hashes == whole.hashes
     assert merged(outcome(run).rounds) == merged(whole.rounds)
 
@@ -242,7 +242,7 @@ def test_the_timetable_is_bounded_and_slow_classes_come_later_and_less_often() -
         "federation.rounds=60",
     )
     assert recipe.federation.late is not None
-    planned = list(timetable(recipe, range(8), [100] * 8, recipe.federation.late))
+    planned = list(make_simulated_schedule(recipe, range(8), [100] * 8, recipe.federation.late))
     taus = [(number - begun, client) for number, one in enumerate(planned, 1) for client, begun in one.begun.items()]
     assert all(len(one.begun) == 4 for one in planned)
     assert max(tau for tau, _ in taus) <= 6

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedtune.device.device_home import Identity
+from fedtune.device.device_home import DeviceIdentity
 from fedtune.device.enrolment import ending as ending_for_device
 from fedtune.server import authority, certificates
 from fedtune.server.certificates import Certificates, ending
-from fedtune.server.home import ServerHome, create, open_home
+from fedtune.server.home import ServerHome, create_server_home, open_server_home
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def age(place: ServerHome, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
 def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connects_next(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, said = create(["localhost"], "127.0.0.1:8443"), list[str]()
+    place, said = create_server_home(["localhost"], "127.0.0.1:8443"), list[str]()
     age(place, monkeypatch, 50)
     with answering(place) as (context, port):
         before = shown(place, port)
@@ -76,7 +76,7 @@ def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connec
 
 
 def test_a_certificate_that_cannot_be_made_anew_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, said = create(["localhost"], "127.0.0.1:8443"), list[str]()
+    place, said = create_server_home(["localhost"], "127.0.0.1:8443"), list[str]()
     age(place, monkeypatch, 50)
     place.ca_key.unlink()
     Certificates(place, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), said.append).renew()
@@ -88,20 +88,20 @@ def test_a_certificate_that_cannot_be_made_anew_is_told(home: Path, monkeypatch:
 def test_the_end_of_the_authority_is_told_on_both_sides_and_no_certificate_outlives_it(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = create(["localhost"], "127.0.0.1:8443")
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
     now = datetime.now(UTC).timestamp()
     assert ending(place) == []
-    assert ending_for_device(Identity(place.settings.url(), "pi", 1, place.ca.read_text()), now) == ""
+    assert ending_for_device(DeviceIdentity(place.settings.url(), "pi", 1, place.ca.read_text()), now) == ""
     monkeypatch.setattr(authority, "_AUTHORITY_DAYS", 100)
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "old"))
-    old = create(["localhost"], "127.0.0.1:8443")
+    old = create_server_home(["localhost"], "127.0.0.1:8443")
     until = authority.ends(old.ca.read_bytes())
     [sentence] = ending(old)
     assert f"ends on {until:%d %b %Y}" in sentence
-    told = ending_for_device(Identity(old.settings.url(), "pi", 1, old.ca.read_text()), now)
+    told = ending_for_device(DeviceIdentity(old.settings.url(), "pi", 1, old.ca.read_text()), now)
     assert (
         told == f"the server's authority ends on {until:%d %b %Y}; before that, leave and enrol again with a new token"
     )
     assert authority.ends(old.certificate.read_bytes()) == until
     monkeypatch.setattr(certificates, "_LOOK_SECONDS", 0.0)
-    assert not open_home().renew(), "what cannot be made longer is not made anew again and again"
+    assert not open_server_home().renew(), "what cannot be made longer is not made anew again and again"

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune.checkpoint import digest, load, save
+from fedtune.checkpoint import hash_tensors, read_checkpoint, write_checkpoint
 from fedtune.errors import StoreError
 
 
@@ -21,17 +21,17 @@ def a_state() -> dict[str, Tensor]:
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     state = a_state() | {"nan": torch.tensor([float("nan"), -0.0]), "none": torch.zeros(0, 3)}
-    written = save(tmp_path / "run" / "1.safetensors", state)
-    back = load(tmp_path / "run" / "1.safetensors", written)
+    written = write_checkpoint(tmp_path / "run" / "1.safetensors", state)
+    back = read_checkpoint(tmp_path / "run" / "1.safetensors", written)
     assert back.keys() == state.keys()
-    assert digest(back) == digest(state) == written
+    assert hash_tensors(back) == hash_tensors(state) == written
     assert torch.equal(back["b.weight"], state["b.weight"])
 
 
 def test_a_transposed_tensor_is_saved_as_it_reads(tmp_path: Path) -> None:
     state = {"a": torch.arange(12.0).reshape(3, 4).t()}
-    written = save(tmp_path / "a", state)
-    assert torch.equal(load(tmp_path / "a", written)["a"], state["a"])
+    written = write_checkpoint(tmp_path / "a", state)
+    assert torch.equal(read_checkpoint(tmp_path / "a", written)["a"], state["a"])
 
 
 @pytest.mark.parametrize(
@@ -49,29 +49,29 @@ def test_a_transposed_tensor_is_saved_as_it_reads(tmp_path: Path) -> None:
     ids=["name", "precision", "kind", "shape", "last bit", "order of values", "one more", "none"],
 )
 def test_the_digest_depends_on_names_precisions_shapes_and_bytes(other: dict[str, Tensor]) -> None:
-    assert digest({"a": torch.tensor([1.0, 2.0])}) != digest(other)
+    assert hash_tensors({"a": torch.tensor([1.0, 2.0])}) != hash_tensors(other)
 
 
 def test_the_digest_tells_zero_from_minus_zero() -> None:
-    assert digest({"a": torch.tensor(0.0)}) != digest({"a": torch.tensor(-0.0)})
+    assert hash_tensors({"a": torch.tensor(0.0)}) != hash_tensors({"a": torch.tensor(-0.0)})
 
 
 def test_the_digest_does_not_depend_on_order_or_strides() -> None:
     state = a_state()
-    assert digest(dict(reversed(state.items()))) == digest(state)
+    assert hash_tensors(dict(reversed(state.items()))) == hash_tensors(state)
     strided = state | {"b.weight": state["b.weight"].t().contiguous().t()}
     assert not strided["b.weight"].is_contiguous()
-    assert digest(strided) == digest(state)
+    assert hash_tensors(strided) == hash_tensors(state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8])
 def test_every_precision_has_a_digest(dtype: torch.dtype) -> None:
-    assert digest({"a": torch.ones(2).to(dtype)}) != digest({"a": torch.zeros(2).to(dtype)})
+    assert hash_tensors({"a": torch.ones(2).to(dtype)}) != hash_tensors({"a": torch.zeros(2).to(dtype)})
 
 
 def test_a_checkpoint_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=rf"^the checkpoint {tmp_path}/a is missing; resume from another run or start"):
-        load(tmp_path / "a")
+        read_checkpoint(tmp_path / "a")
 
 
 def unknown_precision() -> bytes:
@@ -87,26 +87,26 @@ def unknown_precision() -> bytes:
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(StoreError, match=r"a is not a safetensors checkpoint .*; name one that fedtune wrote"):
-        load(tmp_path / "a")
+        read_checkpoint(tmp_path / "a")
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a safetensors checkpoint"):
-        load(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    written = save(tmp_path / "a", a_state())
+    written = write_checkpoint(tmp_path / "a", a_state())
     content = bytearray((tmp_path / "a").read_bytes())
     content[-1] ^= 1
     (tmp_path / "a").write_bytes(content)
-    assert load(tmp_path / "a").keys() == a_state().keys()
+    assert read_checkpoint(tmp_path / "a").keys() == a_state().keys()
     with pytest.raises(StoreError, match=r"a has changed since it was written \(its SHA-256 differs\)"):
-        load(tmp_path / "a", written)
+        read_checkpoint(tmp_path / "a", written)
 
 
 def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = save(tmp_path / "a", a_state())
+    before = write_checkpoint(tmp_path / "a", a_state())
 
     def half(tensors: object, path: Path) -> None:
         path.write_bytes(b"half")
@@ -114,6 +114,6 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(safetensors.torch, "save_file", half)
     with pytest.raises(StoreError, match="No space left on device"):
-        save(tmp_path / "a", {"a": torch.zeros(1)})
+        write_checkpoint(tmp_path / "a", {"a": torch.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert digest(load(tmp_path / "a", before)) == before
+    assert hash_tensors(read_checkpoint(tmp_path / "a", before)) == before

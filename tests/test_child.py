@@ -10,10 +10,10 @@ import pytest
 
 from fedtune.child import environment, isolated
 from fedtune.device.channel import Frame
-from fedtune.device.device_home import DeviceHome, Identity
-from fedtune.device.keeper import Keeper
-from fedtune.recipe_file import parse
-from fedtune.server.authority import authority, new_key
+from fedtune.device.device_home import DeviceHome, DeviceIdentity
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.recipe_file import parse_recipe
+from fedtune.server.authority import generate_private_key, make_ca_certificate
 from fedtune.server.recipe_check import RecipeCheck
 from fedtune.server.superlink import SuperLink
 from tests.federations import TRIVIAL, WORDS, outcome, words
@@ -57,7 +57,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
 
 @pytest.mark.slow
 def test_a_devices_trainer_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
-    keeper = Keeper("part:0", 1 << 34, 60.0)
+    keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
     try:
         answer = keeper.ask(Frame({"recipe": "{}"}))
     finally:
@@ -108,7 +108,7 @@ def simulate(*words: str) -> "subprocess.CompletedProcess[str]":
 def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
     place = DeviceHome()
     place.make_key()
-    place.keep(Identity("https://127.0.0.1:1", "pi", 7, authority(new_key()).decode()))
+    place.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, make_ca_certificate(generate_private_key()).decode()))
     command = isolated("fedtune.cli.main", "device", "join", "--data", "part:0", "--memory", "1GB")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -122,7 +122,7 @@ def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, h
 def test_a_server_checks_recipes_without_the_working_folder(trap: Path) -> None:
     check = RecipeCheck()
     try:
-        assert check.whole(parse(TRIVIAL, "trivial", [])).name == "trivial"
+        assert check.whole(parse_recipe(TRIVIAL, "trivial", [])).name == "trivial"
     finally:
         check.close()
     assert not trap.exists()

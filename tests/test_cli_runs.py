@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.runs import runs
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim, rows
+from fedtune.tracking import Store, claim_run, rows
 from tests.store_examples import a_contribution, a_round, fill, start
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +140,7 @@ def test_delete_asks_then_removes_rows_and_files(home: Path) -> None:
 
 @pytest.mark.usefixtures("filled")
 def test_a_run_that_is_being_executed_is_not_deleted() -> None:
-    with claim("film-1a2b"), pytest.raises(StoreError, match="is being executed by another process"):
+    with claim_run("film-1a2b"), pytest.raises(StoreError, match="is being executed by another process"):
         call("delete", "film", "--yes")
     assert len(parsed("list")) == 2
 

@@ -12,14 +12,14 @@ from flwr.app import Message
 from PIL import Image
 
 from fedtune.cli.runs import runs
-from fedtune.contribution import unpack
+from fedtune.contribution import decode_tensors
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
-from fedtune.sparse import from_wire
+from fedtune.seeds import derive_seed
+from fedtune.sparse import decode_masked_state
 from fedtune.tracking import ClientScore, RoundRecord, Store
 from fedtune.tracking.client_spread import spreads
-from fedtune.training import load_state, shapes, workshop
-from fedtune.training.held_out import held_out
+from fedtune.training import get_run_context, get_tensor_shapes, set_model_state
+from fedtune.training.held_out import split_holdout
 from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial
 from tests.metric_oracles import count_f1
 from tests.store_examples import a_round, fill, start
@@ -41,19 +41,19 @@ def noted(recipe: Recipe) -> tuple[Ended, dict[tuple[int, int], tuple[bytes, byt
 def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(home: Path) -> None:
     recipe = trivial(OWN)
     ended, sent = noted(recipe)
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     for record in ended.rounds[1:]:
         found = {(one.client, one.moment, one.name): one for one in record.client_scores}
         assert len(found) == 4 * 2 * 3
         for client in range(4):
             down, up = sent[record.number, client]
-            state = from_wire(unpack(down), shapes(shop.model))
-            trained = {name: state[name] + delta for name, delta in unpack(up).items()}
-            _, held = held_out(shop.clients[client], 0.2, derive(recipe.seed, client, "own"))
+            state = decode_masked_state(decode_tensors(down), get_tensor_shapes(shop.model))
+            trained = {name: state[name] + delta for name, delta in decode_tensors(up).items()}
+            _, held = split_holdout(shop.clients[client], 0.2, derive_seed(recipe.seed, client, "own"))
             batch = shop.train.batch(held.tolist())
             labels = batch.pop("labels")
             for moment, weights in (("before", state), ("after", trained)):
-                load_state(shop.model, weights)
+                set_model_state(shop.model, weights)
                 logits = shop.model.eval()(**batch).logits.detach()
                 right = (logits.argmax(-1) == labels).double().mean()
                 assert found[client, moment, "accuracy"].value == pytest.approx(float(right))

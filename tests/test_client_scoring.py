@@ -13,27 +13,27 @@ from flwr.clientapp import ClientApp
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.answers import DECLINED, FAILED
-from fedtune.contribution import Order
+from fedtune.answers import DECLINED_PREFIX, TRAINING_FAILED
+from fedtune.contribution import TrainRequest
 from fedtune.device import records
 from fedtune.device.client_app import train_round
-from fedtune.device.work import work
-from fedtune.errors import ContributionError, FedtuneError
+from fedtune.device.work import run_local_round
+from fedtune.errors import ClientUpdateError, FedtuneError
 from fedtune.protocol_codes import Problem
-from fedtune.recipe import Privacy, Recipe
-from fedtune.recipe_file import parse
-from fedtune.seeds import derive
-from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
+from fedtune.recipe import PrivacySettings, Recipe
+from fedtune.recipe_file import parse_recipe
+from fedtune.seeds import derive_seed
+from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import draw_scorers, score_by_clients
-from fedtune.server.crew import Crew
+from fedtune.server.crew import RunClients
 from fedtune.server.reports import read_score
 from fedtune.server.sending import Sending
 from fedtune.server.watch import Unscored, unscored
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn, Pool
-from fedtune.training import load_state, read_state, workshop
-from fedtune.training.held_out import held_out
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
+from fedtune.training import get_model_state, get_run_context, set_model_state
+from fedtune.training.held_out import split_holdout
 from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
 from tests.local_norms import local_norms
 from tests.metric_oracles import count_f1
@@ -49,15 +49,15 @@ def figures(ended: Ended, number: int, moment: str) -> dict[tuple[int, str], flo
 def test_every_client_scores_the_state_that_the_round_ended_with(home: Path) -> None:
     recipe = trivial(*ALL)
     ended = execute(recipe)
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     for number in (1, 2):
         state = ended.rounds[number].checkpoint
         assert state is not None
-        load_state(shop.model, checkpoint.load(homes.runs() / state.path))
+        set_model_state(shop.model, checkpoint.read_checkpoint(homes.get_runs_folder() / state.path))
         found = figures(ended, number, "shared")
         assert len(found) == 4 * 3
         for client in range(4):
-            _, held = held_out(shop.clients[client], 0.2, derive(recipe.seed, client, "own"))
+            _, held = split_holdout(shop.clients[client], 0.2, derive_seed(recipe.seed, client, "own"))
             batch = shop.train.batch(held.tolist())
             labels = batch.pop("labels")
             logits = shop.model.eval()(**batch).logits.detach()
@@ -97,7 +97,7 @@ def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path,
 @pytest.mark.slow
 def test_a_pool_scores_what_clients_in_turn_score(home: Path) -> None:
     in_turn = execute(trivial(*ALL), run="in-turn")
-    pool = execute(trivial(*ALL), Pool(workshop(trivial(*ALL).model_dump_json()), 2), run="pool")
+    pool = execute(trivial(*ALL), ProcessPoolWorkers(get_run_context(trivial(*ALL).model_dump_json()), 2), run="pool")
     assert [one.client_scores for one in pool.rounds] == [one.client_scores for one in in_turn.rounds]
     assert pool.hashes == in_turn.hashes
 
@@ -134,7 +134,7 @@ def test_the_clients_drawn_are_the_same_as_long_as_they_are_there() -> None:
 )
 def test_a_setting_that_cannot_hold_is_refused(setting: str, sentence: str) -> None:
     with pytest.raises(FedtuneError, match=sentence):
-        parse(TRIVIAL, "trivial", [f"evaluation={setting}"])
+        parse_recipe(TRIVIAL, "trivial", [f"evaluation={setting}"])
 
 
 def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
 
     @app.train()
     def note(message: Message, context: Context) -> Message:
-        seen.append(set(records.order(message.content)))
+        seen.append(set(records.read_train_request(message.content)))
         return train_round(message, context)
 
     execute(trivial(*ALL), app)
@@ -153,7 +153,7 @@ def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
     ]
 
 
-class Unreliable(LocalGrid):
+class Unreliable(InProcessGrid):
     """The node of client 0 is away, that of client 1 is removed at the last moment, and client 2 never answers."""
 
     def get_node_ids(self) -> list[int]:
@@ -173,29 +173,29 @@ def _number(message: Message, numbers: Iterable[str]) -> str:
 
 def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_figures(home: Path) -> None:
     recipe = trivial("evaluation={own: 0.2, clients: all}", "devices=[{count: 6}]", "federation.deadline=1.5")
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     app = ClientApp()
 
     @app.train()
     def answer(message: Message, context: Context) -> Message:
         client = order_of(message)[1]
         if client == 4:
-            return Message(Error(FAILED, DECLINED + Problem("memory-short").text), reply_to=message)
+            return Message(Error(TRAINING_FAILED, DECLINED_PREFIX + Problem("memory-short").text), reply_to=message)
         if client == 5:
             shop.clients[5] = shop.clients[5][:10]
         return train_round(message, context)
 
-    crew = Crew(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
+    crew = RunClients(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
     with silent() as events:
-        state = read_state(shop.model, shop.shared)
+        state = get_model_state(shop.model, shop.shared)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
-        found = score_by_clients(Unreliable(6, InTurn(app)), shop, "run", sending, crew, state, 1, 0.0)
+        found = score_by_clients(Unreliable(6, SequentialWorkers(app)), shop, "run", sending, crew, state, 1, 0.0)
     assert {one.client for one in found} == {3}
     [told] = [event for event in events if isinstance(event, Unscored)]
     assert told.asked == 5
     assert told.reasons == {
         "client 1 (dev-1)": DEVICE_REMOVED,
-        "client 2 (dev-2)": NO_REPLY_IN_TIME,
+        "client 2 (dev-2)": NO_REPLY_BEFORE_DEADLINE,
         "client 4 (dev-4)": "declined: it ran out of memory; details are in the device's own log",
         "client 5 (dev-5)": "it holds out fewer than 5 examples",
     }
@@ -222,16 +222,16 @@ SCORE: dict[str, Any] = {
 def test_a_score_is_checked_before_it_is_believed() -> None:
     assert read_score(MetricRecord({**GOOD, **SCORE})) == (7, 0.5, 0.25, (0.125,))
     for wrong in ({"examples": 1}, {"own_accuracy": 1.5}, {"own_loss": math.inf}, {"own_predictions": -1}):
-        with pytest.raises(ContributionError, match="update the client"):
+        with pytest.raises(ClientUpdateError, match="update the client"):
             read_score(MetricRecord({**GOOD, **SCORE, **wrong}))
-    with pytest.raises(ContributionError, match="carries no report"):
+    with pytest.raises(ClientUpdateError, match="carries no report"):
         read_score(None)
 
 
 def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
-    shop = workshop(trivial("evaluation={own: 0.2}").model_dump_json())
-    state = read_state(shop.model, shop.shared)
-    order = Order(shop.recipe.model_dump_json(), 1, 0, scoring=True)
-    assert work(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
-    private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": Privacy(clip=1.0, noise=1.0)}))
-    assert work(order, state, private, shop.clients[0], home)[1].own_predictions == 0
+    shop = get_run_context(trivial("evaluation={own: 0.2}").model_dump_json())
+    state = get_model_state(shop.model, shop.shared)
+    order = TrainRequest(shop.recipe.model_dump_json(), 1, 0, scoring=True)
+    assert run_local_round(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
+    private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": PrivacySettings(clip=1.0, noise=1.0)}))
+    assert run_local_round(order, state, private, shop.clients[0], home)[1].own_predictions == 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Contribution, Form, pack, unpack
-from fedtune.errors import ContributionError
+from fedtune.contribution import ClientUpdate, TensorSpec, decode_tensors, pack
+from fedtune.errors import ClientUpdateError
 from fedtune.update_checks import check
 
 EXPECTED = {"a": (2, 3), "b": ()}
@@ -33,14 +33,14 @@ def spooled(folder: Path, payload: bytes) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_pattern_travels_bit_for_bit(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    back = unpack(pack({"every": every}))["every"]
+    back = decode_tensors(pack({"every": every}))["every"]
     assert back.dtype == dtype
     assert torch.equal(back.view(torch.int16), every.view(torch.int16))
 
 
 def test_a_strided_tensor_travels_as_it_reads() -> None:
     strided = torch.arange(6.0).reshape(2, 3).t()
-    assert torch.equal(unpack(pack({"a": strided}))["a"], strided)
+    assert torch.equal(decode_tensors(pack({"a": strided}))["a"], strided)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_a_strided_tensor_travels_as_it_reads() -> None:
     ids=["empty", "pickle", "cut short", "too long", "huge header"],
 )
 def test_a_payload_that_is_not_safetensors_is_refused(tmp_path: Path, payload: bytes) -> None:
-    with pytest.raises(ContributionError, match=r"^the payload is not safetensors \(.*\); update the client$"):
+    with pytest.raises(ClientUpdateError, match=r"^the payload is not safetensors \(.*\); update the client$"):
         check(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {}, None)
 
 
 @pytest.mark.parametrize("payload", [with_precision("F4", 1), with_precision("F8_E8M0", 2)])
 def test_a_precision_torch_cannot_compute_with_is_refused(tmp_path: Path, payload: bytes) -> None:
-    with pytest.raises(ContributionError):
+    with pytest.raises(ClientUpdateError):
         check(spooled(tmp_path, payload), {"a": EXPECTED["a"]}, {}, None)
 
 
@@ -70,8 +70,8 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[Path]]:
             return Path.touch, (tmp_path / "ran",)
 
-    with pytest.raises(ContributionError):
-        unpack(pickle.dumps(Trap()))
+    with pytest.raises(ClientUpdateError):
+        decode_tensors(pickle.dumps(Trap()))
     assert not (tmp_path / "ran").exists()
 
 
@@ -81,7 +81,7 @@ def test_the_norm_is_over_all_tensors_together(tmp_path: Path) -> None:
 
 def test_a_norm_at_the_bound_is_accepted_and_one_above_is_refused(tmp_path: Path) -> None:
     assert check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, 13.0) == 13.0
-    with pytest.raises(ContributionError, match=r"^its norm 13 is above federation.max_norm 12.99"):
+    with pytest.raises(ClientUpdateError, match=r"^its norm 13 is above federation.max_norm 12.99"):
         check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, math.nextafter(12.99, 0))
 
 
@@ -108,21 +108,21 @@ def test_the_norm_of_large_values_does_not_overflow(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_hold_is_refused_by_name(tmp_path: Path, sent: dict[str, Tensor], sentence: str) -> None:
-    with pytest.raises(ContributionError, match=sentence):
+    with pytest.raises(ClientUpdateError, match=sentence):
         check(spooled(tmp_path, pack(sent)), EXPECTED, {}, None)
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-30])
 def test_counts_and_sums_that_are_negative_are_refused(tmp_path: Path, value: float) -> None:
     path = spooled(tmp_path, pack({"counts": torch.tensor([3.0, value])}))
-    assert check(path, {}, {"counts": Form((2,))}, None) == 0
-    with pytest.raises(ContributionError, match=r"^counts holds negative numbers$"):
-        check(path, {}, {"counts": Form((2,), negative=False)}, None)
+    assert check(path, {}, {"counts": TensorSpec((2,))}, None) == 0
+    with pytest.raises(ClientUpdateError, match=r"^counts holds negative numbers$"):
+        check(path, {}, {"counts": TensorSpec((2,), negative=False)}, None)
 
 
 def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer(tmp_path: Path) -> None:
     flood = deltas(**{f"n{number:03}": torch.zeros(1) for number in range(100)})
-    with pytest.raises(ContributionError, match=r"unknown \['n000', 'n001', 'n002'\]$"):
+    with pytest.raises(ClientUpdateError, match=r"unknown \['n000', 'n001', 'n002'\]$"):
         check(spooled(tmp_path, pack(flood)), EXPECTED, {}, None)
 
 
@@ -130,7 +130,7 @@ def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer(tmp_pat
 def test_rows_put_together_are_the_delta(tmp_path: Path, shape: tuple[int, ...]) -> None:
     delta = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
     (tmp_path / "a").write_bytes(pack({"other": torch.zeros(3), "a": delta}))
-    sent = Contribution(client=0, examples=1, path=tmp_path / "a")
+    sent = ClientUpdate(client=0, examples=1, path=tmp_path / "a")
     height = shape[0] if shape else 1
     pieces = [sent.rows("a", start, min(start + 2, height)) for start in range(0, height, 2)]
     assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces] or [torch.zeros(0)]), delta.flatten())

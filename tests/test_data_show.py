@@ -8,29 +8,29 @@ from PIL import Image
 
 from fedtune import data
 from fedtune.cli.data import data as command
-from fedtune.data.picture import picture
+from fedtune.data.picture import draw_partition
 from tests.data_examples import TEXT, a_recipe, labelled
 
 
-def a_summary(clients: int, *overrides: str) -> data.Summary:
+def a_summary(clients: int, *overrides: str) -> data.PartitionSummary:
     recipe = a_recipe(*overrides, clients=clients)
     train = labelled(12 * clients, classes=3, group_size=2)
-    corpus = data.Corpus(train, train.select(range(4)), train.select(range(5)), ("no", "maybe", "yes"))
-    return data.summary(recipe, corpus, data.split(recipe, train))
+    corpus = data.DataSplits(train, train.select(range(4)), train.select(range(5)), ("no", "maybe", "yes"))
+    return data.summarise_partition(recipe, corpus, data.partition_examples(recipe, train))
 
 
 def test_a_summary_counts_examples_groups_and_labels() -> None:
     devices = "devices=[{name: phone, count: 1}, {name: watch, count: 2}]"
     recipe = a_recipe(devices)
     train = labelled(12, classes=3, group_size=2)
-    corpus = data.Corpus(train, train.select(range(4)), train.select(range(5)), ("no", "maybe", "yes"))
-    summary = data.summary(recipe, corpus, [np.arange(6), np.arange(6, 10), np.arange(10, 12)])
+    corpus = data.DataSplits(train, train.select(range(4)), train.select(range(5)), ("no", "maybe", "yes"))
+    summary = data.summarise_partition(recipe, corpus, [np.arange(6), np.arange(6, 10), np.arange(10, 12)])
     assert summary.parts == {"train": 12, "validation": 4, "test": 5}
     assert (summary.by, summary.values) == ("label", ("no", "maybe", "yes"))
     assert summary.holdings == (
-        data.Holding(client=0, device="phone", examples=6, groups=3, counts=(2, 2, 2)),
-        data.Holding(client=1, device="watch", examples=4, groups=2, counts=(2, 2, 0)),
-        data.Holding(client=2, device="watch", examples=2, groups=1, counts=(0, 0, 2)),
+        data.ClientExamples(client=0, device="phone", examples=6, groups=3, counts=(2, 2, 2)),
+        data.ClientExamples(client=1, device="watch", examples=4, groups=2, counts=(2, 2, 0)),
+        data.ClientExamples(client=2, device="watch", examples=2, groups=1, counts=(0, 0, 2)),
     )
 
 
@@ -42,7 +42,7 @@ def test_a_natural_split_is_counted_by_domain() -> None:
 
 @pytest.mark.parametrize("clients", [1, 8, 1000])
 def test_a_picture_is_written_for_few_and_many_clients(tmp_path: Path, clients: int) -> None:
-    picture(a_summary(clients), tmp_path / "pictures" / "split.png")
+    draw_partition(a_summary(clients), tmp_path / "pictures" / "split.png")
     with Image.open(tmp_path / "pictures" / "split.png") as drawn:
         assert drawn.format == "PNG"
         assert drawn.width > drawn.height

@@ -17,11 +17,11 @@ ROWS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(60)]
 IMAGES = "task=image-classification"
 
 
-def loaded(path: Path, *overrides: str, kind: str = "csv") -> data.Corpus:
-    return data.load(a_recipe(f"data.source={kind}:{path}", *overrides))
+def loaded(path: Path, *overrides: str, kind: str = "csv") -> data.DataSplits:
+    return data.load_data(a_recipe(f"data.source={kind}:{path}", *overrides))
 
 
-def everything(corpus: data.Corpus, column: str = "text") -> list[Any]:
+def everything(corpus: data.DataSplits, column: str = "text") -> list[Any]:
     return [value for part in (corpus.train, corpus.validation, corpus.test) for value in part[column]]
 
 
@@ -163,7 +163,7 @@ def test_a_column_called_split_says_what_is_held_out(tmp_path: Path) -> None:
     assert len(corpus.train) == 40
     device = a_recipe(f"data.source=csv:{tmp_path / 'a.csv'}")
     assert set(data.training(device, corpus.labels)["text"]) == set(corpus.train["text"])
-    assert len(data.everything(device, corpus.labels)) == 80
+    assert len(data.load_all_examples(device, corpus.labels)) == 80
 
 
 def test_a_split_column_may_have_another_name_or_none_count(tmp_path: Path) -> None:
@@ -348,4 +348,4 @@ def test_a_part_that_is_empty_is_refused_wherever_it_is_asked_for(tmp_path: Path
     recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,group", *[f"t{r},{r % 2},x" for r in range(9)]))
     recipe = a_recipe(f"data.source={recipe.data.source}", "data.columns.group=group")
     with pytest.raises(DataError, match=r"the validation part is empty; change data\.parts or bring more data"):
-        data.everything(recipe, ("0", "1"), "validation")
+        data.load_all_examples(recipe, ("0", "1"), "validation")

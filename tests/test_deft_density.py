@@ -3,11 +3,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.techniques._density import magnitudes, nonzero, scale, with_density
+from fedtune.techniques._density import (
+    compute_density,
+    count_nonzero_per_token,
+    estimate_activation_scale,
+    sample_magnitudes,
+)
 
 
 def _density(a: Tensor, eps: float, counted: Tensor | None = None) -> Tensor:
-    return with_density(a, eps, counted)[1]
+    return compute_density(a, eps, counted)[1]
 
 
 def test_the_density_is_the_mean_of_s_written_out_by_hand() -> None:
@@ -26,7 +31,7 @@ def test_the_density_is_zero_for_zeros_and_at_most_one() -> None:
 def test_the_density_tends_to_the_exact_share_as_eps_falls() -> None:
     a = torch.randn(50, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).relu()
     a[(a > 0) & (a < 1e-3)] = 1e-3
-    exact = int(nonzero(a).sum()) / a.numel()
+    exact = int(count_nonzero_per_token(a).sum()) / a.numel()
     errors = [abs(float(_density(a, eps)) - exact) for eps in (1e-2, 1e-4, 1e-8, 1e-12)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-5
@@ -44,7 +49,7 @@ def test_the_gradient_is_that_of_the_formula_and_pushes_every_activation_towards
 def test_gradcheck_with_padding_and_both_outputs_used() -> None:
     a = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
     counted = torch.tensor([True, False, True, True])
-    assert torch.autograd.gradcheck(lambda a: with_density(a, 0.3, counted), (a,))
+    assert torch.autograd.gradcheck(lambda a: compute_density(a, 0.3, counted), (a,))
 
 
 @pytest.mark.parametrize("activation", [F.gelu, F.silu, torch.tanh])
@@ -53,7 +58,7 @@ def test_the_gradient_is_the_same_when_the_activation_is_made_again(activation: 
     x = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
     through, direct = (torch.randn(4, 6, dtype=torch.float64) for _ in "ab")
     a = activation(x)
-    out, density = with_density(a, 0.3, None, activation, (x.detach(),))
+    out, density = compute_density(a, 0.3, None, activation, (x.detach(),))
     ((out * through).sum() + 2 * density + (x * direct).sum()).backward()
     found = x.grad
     x.grad = None
@@ -114,30 +119,30 @@ def test_gelu_is_pushed_down_beyond_its_minimum_and_towards_zero_before_it() -> 
 
 def test_the_incoming_gradient_is_left_alone() -> None:
     a, given = torch.randn(4, 6).requires_grad_(), torch.ones(4, 6)
-    out, density = with_density(a, 0.3, None)
+    out, density = compute_density(a, 0.3, None)
     torch.autograd.backward([out, density], [given, torch.tensor(1.0)])
     assert bool((given == 1).all())
 
 
 def test_minus_zero_is_zero_in_the_exact_count() -> None:
-    assert nonzero(torch.tensor([[-0.0, 0.0, 1e-30], [1.0, -1.0, -0.0]])).tolist() == [1, 2]
-    assert nonzero(F.gelu(torch.tensor([[-6.0, -5.0]]))).tolist() == [1]
+    assert count_nonzero_per_token(torch.tensor([[-0.0, 0.0, 1e-30], [1.0, -1.0, -0.0]])).tolist() == [1, 2]
+    assert count_nonzero_per_token(F.gelu(torch.tensor([[-6.0, -5.0]]))).tolist() == [1]
 
 
 def test_the_scale_follows_the_product_and_ignores_outliers_and_padding() -> None:
     product = torch.randn(30, 50, generator=torch.Generator().manual_seed(1))
     counted = torch.arange(30) < 20
     product[~counted] = 1e6
-    wanted = scale(product[:20], None)
-    assert scale(product, counted) == pytest.approx(wanted)
-    assert scale(0.1 * product, counted) == pytest.approx(0.1 * wanted, rel=1e-5)
+    wanted = estimate_activation_scale(product[:20], None)
+    assert estimate_activation_scale(product, counted) == pytest.approx(wanted)
+    assert estimate_activation_scale(0.1 * product, counted) == pytest.approx(0.1 * wanted, rel=1e-5)
     product[3, 4] = 1e6
-    assert scale(product, counted) == pytest.approx(wanted, rel=0.05)
+    assert estimate_activation_scale(product, counted) == pytest.approx(wanted, rel=0.05)
     assert 0.9 < wanted < 1.05
 
 
 def test_a_sample_of_magnitudes_has_the_distribution_of_the_whole() -> None:
     product = torch.randn(2000, 700, generator=torch.Generator().manual_seed(2))
-    sample = magnitudes(product, None, 8192)
+    sample = sample_magnitudes(product, None, 8192)
     assert 4096 <= len(sample) <= 2 * 8192
     assert float(sample.median()) == pytest.approx(float(product.abs().median()), rel=0.05)

@@ -13,7 +13,7 @@ from transformers import (
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.export import export
+from fedtune.export import export_model
 from fedtune.techniques._mlps import find_mlps
 from tests.deft_models import gated_t5, gpt2, opt
 from tests.deft_twin import folded, task_of, unlabelled
@@ -31,7 +31,7 @@ def test_a_relu_swap_survives_folding_saving_and_loading(
     model = build()
     before = logits(model, unlabelled())
     applied = chosen(joined, relu=True)
-    shake(model, techniques.apply(applied, model, task_of(model), 0))
+    shake(model, techniques.apply_techniques(applied, model, task_of(model), 0))
     after = logits(model, unlabelled())
     loaded = folded(model, applied, tmp_path)
     assert all(isinstance(loaded.get_submodule(mlp.activation), nn.ReLU) for mlp in find_mlps(loaded))
@@ -72,7 +72,7 @@ def test_a_run_is_exported_as_an_adapter_only_where_the_base_stays(
 ) -> None:
     recipe = words(tmp_path, f"train.techniques=[{units}]", "federation.rounds=1")
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", None, "") == form
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == form
     inputs, expected = own_logits(recipe, tensors)
     if form == "full":
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

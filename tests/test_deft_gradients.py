@@ -9,17 +9,17 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Task, Unit
+from fedtune.recipe import TaskName, Unit
 from fedtune.techniques import Technique
-from fedtune.techniques.deft import probes
-from fedtune.training.loop import step_loss
+from fedtune.techniques.deft import get_probes
+from fedtune.training.loop import compute_step_loss
 from tests.deft_models import opt, relu_bert, t5
 from tests.deft_twin import deft, labelled, padded, slow_loss, step_gradients, task_of
 from tests.technique_steps import LANGUAGE, TEXT, shake
 from tests.tiny import bert, llama, llama_classifier
 
 _EPS = 1e-2
-_CASES: list[tuple[Callable[..., PreTrainedModel], Task]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
+_CASES: list[tuple[Callable[..., PreTrainedModel], TaskName]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
 
 
 def _with(names: Sequence[str], *builds: Any) -> list[tuple[Any, str]]:
@@ -35,13 +35,13 @@ ORDERS = ("full+deft", "lora+deft", "deft+lora", "bias+deft", "lora+deft+checkpo
 @pytest.mark.parametrize(("build", "order"), _with(ORDERS, bert, relu_bert, opt, llama))
 def test_loss_and_gradients_are_those_of_the_plain_twin(build: Callable[[], PreTrainedModel], order: str) -> None:
     model = build()
-    chosen = techniques.choose(
+    chosen = techniques.build_techniques(
         [Unit(name=n, settings={"alpha": 3.0, "eps": _EPS} if n == "deft" else {}) for n in order.split("+")]
     )
     plain = tuple(technique for technique in chosen if technique.name not in ("deft", "checkpointing"))
     twin = deepcopy(model)
-    names = techniques.apply(chosen, model, task_of(model), 0)
-    assert techniques.apply(plain, twin, task_of(model), 0) == names
+    names = techniques.apply_techniques(chosen, model, task_of(model), 0)
+    assert techniques.apply_techniques(plain, twin, task_of(model), 0) == names
     for one in (model, twin):
         shake(one, names)
         for name in names:
@@ -64,8 +64,8 @@ def test_a_product_with_dropout_in_it_is_followed_as_it_is() -> None:
     model = t5(feed_forward_proj="gated-gelu", dropout_rate=0.3, **words)
     twin = deepcopy(model)
     chosen = deft("full", alpha=3.0, eps=_EPS)
-    techniques.apply(chosen, model, TEXT, 0)
-    techniques.apply(chosen[:1], twin, TEXT, 0)
+    techniques.apply_techniques(chosen, model, TEXT, 0)
+    techniques.apply_techniques(chosen[:1], twin, TEXT, 0)
     batch = labelled(model)
     batch["input_ids"] = batch["input_ids"].clamp(min=2)
     batch["input_ids"][:, -1] = 1
@@ -74,7 +74,7 @@ def test_a_product_with_dropout_in_it_is_followed_as_it_is() -> None:
     torch.manual_seed(3)
     wanted = slow_loss(twin, batch, 2 * 3.0, _EPS, gated=True)  # two stacks, of which each has weight 1
     wanted.backward()
-    assert [probe.remade for probe in probes(model)] == [False] * 4
+    assert [probe.remade for probe in get_probes(model)] == [False] * 4
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, twin.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
@@ -86,15 +86,15 @@ def test_a_product_with_dropout_in_it_is_followed_as_it_is() -> None:
 )
 def test_no_byte_more_is_kept_for_the_backward_pass(build: Callable[[], PreTrainedModel], beside: str) -> None:
     kept = {}
-    for name, chosen in {"plain": techniques.choose([Unit(name=beside)]), "deft": deft(beside)}.items():
+    for name, chosen in {"plain": techniques.build_techniques([Unit(name=beside)]), "deft": deft(beside)}.items():
         model = build()
-        techniques.apply(chosen, model, task_of(model), 0)
+        techniques.apply_techniques(chosen, model, task_of(model), 0)
         techniques.begin_round(chosen, model, 1)  # B alone is trained: no narrowing layer keeps its input
         batch = padded(labelled(model, 16, 24), *[20] * 16)
         model.train()
         techniques.begin_step(chosen, model, batch, 1.0)
         with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-            loss = step_loss(model, batch)
+            loss = compute_step_loss(model, batch)
             kept[name] = meter.bytes
         loss.backward()
     tokens = 16 * 24
@@ -108,7 +108,7 @@ def test_blocks_that_run_again_give_the_gradients_of_stored_activations(
     build: Callable[[], PreTrainedModel], settings: dict[str, Any], joined: str
 ) -> None:
     own = {"deft": {"alpha": 3.0, "eps": _EPS, **settings}}
-    chosen = techniques.choose([Unit(name=name, settings=own.get(name, {})) for name in joined.split("+")])
+    chosen = techniques.build_techniques([Unit(name=name, settings=own.get(name, {})) for name in joined.split("+")])
     twins = [technique.stored() for technique in chosen]
     stored = tuple(twin for twin in twins if twin is not None)
     found, wanted = (_shaken_gradients(build(), techniques_of) for techniques_of in (chosen, stored))
@@ -117,6 +117,6 @@ def test_blocks_that_run_again_give_the_gradients_of_stored_activations(
 
 
 def _shaken_gradients(model: PreTrainedModel, chosen: tuple[Technique, ...]) -> dict[str, torch.Tensor]:
-    names = techniques.apply(chosen, model, task_of(model), 0)
+    names = techniques.apply_techniques(chosen, model, task_of(model), 0)
     shake(model, [name for name in names if "theta" not in name])
     return step_gradients(model, chosen, padded(labelled(model), 8, 5, 2, 7))[1]

@@ -7,7 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError
-from fedtune.recipe import Model
+from fedtune.recipe import ModelSettings
 from fedtune.techniques._mlps import find_mlps
 from tests.deft_models import gated_t5, gpt2, mistral, opt, qwen2, qwen3, roberta, t5, vit
 from tests.technique_steps import IMAGES, TEXT, shared
@@ -90,6 +90,9 @@ def test_experts_are_refused() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    for model in (models.load(Model(source="sample:logistic"), IMAGES, ("a", "b"), seed=0), nn.Linear(2, 2)):
+    for model in (
+        models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
+        nn.Linear(2, 2),
+    ):
         with pytest.raises(ModelError, match="has no transformer blocks whose MLPs deft could follow; leave it out"):
             find_mlps(model)

@@ -10,9 +10,9 @@ from transformers import OPTForCausalLM, PreTrainedModel
 
 from fedtune import techniques
 from fedtune.techniques import Technique
-from fedtune.techniques._probe import calibrate
-from fedtune.techniques.deft import probes
-from fedtune.training import score
+from fedtune.techniques._probe import calibrate_thresholds
+from fedtune.techniques.deft import get_probes
+from fedtune.training import evaluate_model
 from tests.deft_models import opt, relu_bert, relu_llama
 from tests.deft_twin import activations, deft
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits
@@ -21,13 +21,15 @@ from tests.tiny import bert, few_texts, llama, texts
 
 def _applied(model: PreTrainedModel, **settings: Any) -> tuple[Technique, ...]:
     chosen = deft("full", **settings)
-    techniques.apply(chosen, model, LANGUAGE if "CausalLM" in type(model).__name__ else TEXT, 0)
+    techniques.apply_techniques(chosen, model, LANGUAGE if "CausalLM" in type(model).__name__ else TEXT, 0)
     return chosen
 
 
 def _scored(model: PreTrainedModel, chosen: tuple[Technique, ...], batch: int) -> dict[str, float]:
     language = "CausalLM" in type(model).__name__
-    found = score(model, few_texts(language=language, domains=False), batch, LANGUAGE if language else TEXT, chosen)
+    found = evaluate_model(
+        model, few_texts(language=language, domains=False), batch, LANGUAGE if language else TEXT, chosen
+    )
     return {one.name: one.value for one in found}
 
 
@@ -109,11 +111,11 @@ def test_the_magnitude_control_keeps_the_wanted_share_of_each_layer(kept: float)
     model = llama()
     chosen = _applied(model, alpha=0.0)
     batch = {name: one for name, one in few_texts(language=True).batch(range(12)).items() if name != "labels"}
-    calibrate(model, probes(model), [batch], kept)
+    calibrate_thresholds(model, get_probes(model), [batch], kept)
     techniques.begin_step(chosen, model, batch, 1.0)
-    with techniques.watch(chosen, model) as figures:
+    with techniques.collect_metrics(chosen, model) as figures:
         logits(model, batch)
-        tallies = [probe.tally for probe in probes(model)]
+        tallies = [probe.tally for probe in get_probes(model)]
         figures()
     assert all(tally is not None and tally.above / tally.entries == pytest.approx(kept, abs=0.01) for tally in tallies)
 
@@ -125,7 +127,7 @@ def test_the_magnitude_control_zeroes_the_smallest_and_leaves_the_rest() -> None
     with activations(model) as seen:
         logits(model, batch)
     before = seen[0]
-    calibrate(model, probes(model), [batch], 0.25)
+    calibrate_thresholds(model, get_probes(model), [batch], 0.25)
     with activations(model) as seen:
         logits(model, batch)
     after = seen[0]
@@ -175,9 +177,9 @@ def test_two_lists_of_blocks_at_the_top_are_told_apart() -> None:
     torch.manual_seed(0)
     model = TwoStacks()
     chosen = deft("full")
-    techniques.apply(chosen, model, IMAGES, 0)
+    techniques.apply_techniques(chosen, model, IMAGES, 0)
     techniques.begin_round(chosen, model, 1)
-    with techniques.watch(chosen, model) as figures, torch.no_grad():
+    with techniques.collect_metrics(chosen, model) as figures, torch.no_grad():
         model.eval()(torch.randn(5, 4))
         found = figures()
     assert set(found) == {f"{name}_{stack}" for name in ("density", "density_padded") for stack in ("first", "second")}

@@ -25,11 +25,11 @@ _SKIP = {"gamma": 0.1, "below": 0.1}
 def test_weights_of_mlps_are_trained_shared_and_start_near_one(order: tuple[str, ...]) -> None:
     model = bert()
     applied = deft(*order, skip=_SKIP)
-    names = techniques.apply(applied, model, TEXT, 0)
+    names = techniques.apply_techniques(applied, model, TEXT, 0)
     assert [name for name in names if "theta" in name] == [f"bert.encoder.layer.{n}.deft_theta" for n in range(2)]
     _, found = step_gradients(model, applied, texts(model))
     assert all(float(found[name].abs()) > 0 for name in names if "theta" in name)
-    with techniques.watch(applied, model.eval()) as figures, torch.no_grad():
+    with techniques.collect_metrics(applied, model.eval()) as figures, torch.no_grad():
         techniques.begin_step(applied, model, texts(model), 1.0)
         model(**texts(model))
         assert figures()["mlps_skipped"] == 0
@@ -40,7 +40,7 @@ def test_the_terms_of_the_weights_have_the_value_and_the_gradients_of_the_formul
     alpha, gamma, eps = 2.0, 0.3, 1e-2
     model = opt(dropout=0.0)
     applied = deft("full", alpha=alpha, eps=eps, skip={"gamma": gamma, "below": 0.1})
-    names = techniques.apply(applied, model, LANGUAGE, 0)
+    names = techniques.apply_techniques(applied, model, LANGUAGE, 0)
     thetas = [name for name in names if "theta" in name]
     for name, value in zip(thetas, (0.01, -0.005), strict=True):
         model.get_parameter(name).data.fill_(value)
@@ -88,8 +88,8 @@ def test_a_dropped_mlp_is_one_of_weight_zero_and_the_exported_model_is_smaller(
     model = build()
     size = sum(p.numel() for p in model.parameters())
     units = [Unit(name=name, settings={"skip": _SKIP} if name == "deft" else {}) for name in joined.split("+")]
-    applied = techniques.choose(units)
-    names = techniques.apply(applied, model, task_of(model), 0)
+    applied = techniques.build_techniques(units)
+    names = techniques.apply_techniques(applied, model, task_of(model), 0)
     shake(model, [name for name in names if "theta" not in name])
     first, second = (name for name in names if "theta" in name)
     model.get_parameter(first).data.fill_(-0.005)
@@ -117,7 +117,7 @@ def _parts(build: Callable[[], PreTrainedModel]) -> tuple[str, ...]:
 def test_a_model_with_dropped_mlps_is_not_loaded_as_something_else(tmp_path: Path) -> None:
     model = llama()
     applied = deft("full", skip=_SKIP)
-    names = techniques.apply(applied, model, LANGUAGE, 0)
+    names = techniques.apply_techniques(applied, model, LANGUAGE, 0)
     model.get_parameter(next(name for name in names if "theta" in name)).data.fill_(-0.03)
     with pytest.raises(ValueError, match="trust_remote_code"):
         folded(model, applied, tmp_path, trust_remote_code=False)
@@ -126,7 +126,7 @@ def test_a_model_with_dropped_mlps_is_not_loaded_as_something_else(tmp_path: Pat
 def test_with_no_mlp_dropped_the_export_is_a_plain_model(tmp_path: Path) -> None:
     model = llama()
     applied = deft("full", skip=_SKIP)
-    techniques.apply(applied, model, LANGUAGE, 0)
+    techniques.apply_techniques(applied, model, LANGUAGE, 0)
     scored = logits(model, unlabelled())
     loaded = folded(model, applied, tmp_path)
     assert type(loaded) is type(llama())
@@ -136,7 +136,7 @@ def test_with_no_mlp_dropped_the_export_is_a_plain_model(tmp_path: Path) -> None
 def test_a_weight_under_pressure_falls_below_the_bound_and_its_mlp_is_skipped() -> None:
     model = llama()
     applied = deft("full", alpha=0.0, skip={"gamma": 1.0, "below": 0.1})
-    names = techniques.apply(applied, model, LANGUAGE, 0)
+    names = techniques.apply_techniques(applied, model, LANGUAGE, 0)
     thetas = [model.get_parameter(name) for name in names if "theta" in name]
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data.mul_(1e-3)
     optimiser = make_optimiser(a_training_recipe(lr=3e-3).train, thetas)
@@ -145,5 +145,5 @@ def test_a_weight_under_pressure_falls_below_the_bound_and_its_mlp_is_skipped() 
         step_gradients(model, applied, batch)
         optimiser.step(3e-3)
     assert float(torch.sigmoid(100 * thetas[1].detach())) < 0.1
-    with techniques.watch(applied, model) as figures:
+    with techniques.collect_metrics(applied, model) as figures:
         assert figures()["mlps_skipped"] >= 1

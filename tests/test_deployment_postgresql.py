@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.flower_process import free_port
-from fedtune.server.home import create
-from fedtune.server.operators import add
+from fedtune.server.flower_process import find_free_port
+from fedtune.server.home import create_server_home
+from fedtune.server.operators import write_operator_file
 from fedtune.tracking import Store
 from tests.federations import execute, trivial
 from tests.servers import ended, joined, serving
@@ -70,11 +70,11 @@ def database(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
     home.mkdir()
     with postgresql() as made:
-        place = create(["localhost"], f"127.0.0.1:{free_port()}")
+        place = create_server_home(["localhost"], f"127.0.0.1:{find_free_port()}")
         with (home / "server" / "server.yaml").open("a") as file:
             file.write(f"store: {made.url}\n")
         with Store.open(made.url) as store:
-            add(place, store.access, "local", place.operator)
+            write_operator_file(place, store.access, "local", place.operator)
         yield made
 
 

@@ -8,18 +8,26 @@ from torch import Tensor
 
 from fedtune import checkpoint, techniques
 from fedtune import home as homes
-from fedtune.contribution import Pair
+from fedtune.contribution import LowRankPair
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
-from fedtune.merging import narrowed, widened
+from fedtune.merging import pad_to_rank, truncate_to_rank
 from fedtune.recipe import Recipe
-from fedtune.simulation.workers import Pool
-from fedtune.training import Outcome, Workshop, adopt, discard, read_state, train, workshop
+from fedtune.simulation.workers import ProcessPoolWorkers
+from fedtune.training import (
+    LocalTrainingResult,
+    RunContext,
+    clear_run_context,
+    get_model_state,
+    get_run_context,
+    set_run_context,
+    train_local_model,
+)
 from tests.federations import execute, trivial, words
 
 D, K, WIDE, NARROW = 7, 5, 4, 2
-PAIR = Pair("up", "down", 2.0)
-OWN = Pair("up", "down", 8.0)
+PAIR = LowRankPair("up", "down", 2.0)
+OWN = LowRankPair("up", "down", 8.0)
 SHAPES = {"up": (D, WIDE), "down": (WIDE, K), "head": (3,)}
 NARROWED = {"up": (D, NARROW), "down": (NARROW, K), "head": (3,)}
 pytestmark = pytest.mark.usefixtures("home")
@@ -38,7 +46,7 @@ def product(scale: float, up: Tensor, down: Tensor) -> Tensor:
 
 def test_a_narrower_client_is_given_the_first_terms_of_the_product() -> None:
     state = drawn(SHAPES, 0)
-    own = narrowed(state, NARROWED, [PAIR], [OWN])
+    own = truncate_to_rank(state, NARROWED, [PAIR], [OWN])
     first = product(2.0, state["up"][:, :NARROW], state["down"][:NARROW])
     torch.testing.assert_close(product(8.0, own["up"], own["down"]), first)
     assert torch.equal(own["head"], state["head"])
@@ -46,8 +54,8 @@ def test_a_narrower_client_is_given_the_first_terms_of_the_product() -> None:
 
 def test_its_product_and_the_terms_it_never_had_add_up() -> None:
     state, deltas = drawn(SHAPES, 0), drawn(NARROWED, 1)
-    own = narrowed(state, NARROWED, [PAIR], [OWN])
-    back = widened(deltas, SHAPES, [PAIR], [OWN])
+    own = truncate_to_rank(state, NARROWED, [PAIR], [OWN])
+    back = pad_to_rank(deltas, SHAPES, [PAIR], [OWN])
     found = product(2.0, state["up"] + back["up"], state["down"] + back["down"])
     trained = product(8.0, own["up"] + deltas["up"], own["down"] + deltas["down"])
     rest = product(2.0, state["up"][:, NARROW:], state["down"][NARROW:])
@@ -57,30 +65,32 @@ def test_its_product_and_the_terms_it_never_had_add_up() -> None:
 
 def test_equal_ranks_and_scales_change_no_bit() -> None:
     state = drawn(SHAPES, 0)
-    for found in (narrowed(state, SHAPES, [PAIR], [PAIR]), widened(state, SHAPES, [PAIR], [PAIR])):
+    for found in (truncate_to_rank(state, SHAPES, [PAIR], [PAIR]), pad_to_rank(state, SHAPES, [PAIR], [PAIR])):
         assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-def start(recipe: Recipe) -> tuple[Workshop, dict[str, Tensor]]:
-    discard()
-    shop = workshop(recipe.model_dump_json())
-    discard()
-    return shop, read_state(shop.model, shop.shared)
+def start(recipe: Recipe) -> tuple[RunContext, dict[str, Tensor]]:
+    clear_run_context()
+    shop = get_run_context(recipe.model_dump_json())
+    clear_run_context()
+    return shop, get_model_state(shop.model, shop.shared)
 
 
-def alone(recipe: Recipe, client: int, state: dict[str, Tensor]) -> Outcome:
+def alone(recipe: Recipe, client: int, state: dict[str, Tensor]) -> LocalTrainingResult:
     """What a client makes of a state, by a workshop that knows no other class."""
-    discard()
-    shop = workshop(recipe.of(client).model_dump_json())
-    discard()
-    return train(shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, 1, client)
+    clear_run_context()
+    shop = get_run_context(recipe.of(client).model_dump_json())
+    clear_run_context()
+    return train_local_model(
+        shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, 1, client
+    )
 
 
 def ended(recipe: Recipe) -> dict[str, Tensor]:
     """The state after round 1."""
     found = execute(recipe).rounds[-1].checkpoint
     assert found is not None
-    return checkpoint.load(homes.runs() / found.path)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / found.path)
 
 
 @pytest.fixture
@@ -112,9 +122,9 @@ def test_ranks_may_differ(tmp_path: Path, exact: str, merge: str) -> None:
         f"merge=[{merge}]",
     )
     shop, state = start(recipe)
-    pair = next(iter(techniques.pairs(shop.techniques, shop.model)))
+    pair = next(iter(techniques.list_low_rank_pairs(shop.techniques, shop.model)))
     part = shop.of(2)
-    own = next(iter(techniques.pairs(part.techniques, part.model)))
+    own = next(iter(techniques.list_low_rank_pairs(part.techniques, part.model)))
     assert (pair.scale, own.scale) == (4.0, 8.0)
     total = torch.zeros(16, 16, dtype=torch.float64)
     examples = 0
@@ -135,18 +145,18 @@ def test_ranks_may_differ(tmp_path: Path, exact: str, merge: str) -> None:
     torch.testing.assert_close(found, kept, rtol=1e-4, atol=1e-7)
 
 
-def narrowed_state(shop: Workshop, part: Workshop, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in read_state(part.model, shop.shared).items()}
-    pairs = [techniques.pairs(each.techniques, each.model) for each in (shop, part)]
-    return narrowed(state, shapes, *pairs)
+def narrowed_state(shop: RunContext, part: RunContext, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_model_state(part.model, shop.shared).items()}
+    pairs = [techniques.list_low_rank_pairs(each.techniques, each.model) for each in (shop, part)]
+    return truncate_to_rank(state, shapes, *pairs)
 
 
 def test_worker_processes_give_the_same_bits(partly: Recipe) -> None:
     in_turn = execute(partly, app, "in-turn").hashes
-    discard()
-    shop = workshop(partly.model_dump_json())
-    pool = Pool(shop, 1)
-    adopt(shop)
+    clear_run_context()
+    shop = get_run_context(partly.model_dump_json())
+    pool = ProcessPoolWorkers(shop, 1)
+    set_run_context(shop)
     assert execute(partly, pool, "pool").hashes == in_turn
 
 
@@ -165,9 +175,9 @@ def test_a_class_may_have_its_own_precision(tmp_path: Path) -> None:
 
 
 def refused(recipe: Recipe) -> str:
-    discard()
+    clear_run_context()
     with pytest.raises(RecipeError) as caught:
-        workshop(recipe.model_dump_json())
+        get_run_context(recipe.model_dump_json())
     return str(caught.value)
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.enrolment import Token, enrol_device
+from fedtune.device.enrolment import EnrolmentToken, enrol_device
 from fedtune.errors import DeviceError
 from tests.federations import execute, trivial
 from tests.links import linked
@@ -248,16 +248,16 @@ def test_a_device_that_was_stopped_is_offline_at_once(server: Server, tmp_path: 
 
 
 def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, tmp_path: Path) -> None:
-    token = Token.read(server.token("one"))
+    token = EnrolmentToken.read(server.token("one"))
     home = DeviceHome(tmp_path / "one" / "device")
     with pytest.raises(DeviceError, match="not the server this token is from"):
-        enrol_device(home, None, Token(token.url, "0" * 64, token.secret), None)
+        enrol_device(home, None, EnrolmentToken(token.url, "0" * 64, token.secret), None)
     with pytest.raises(DeviceError, match="no https:// address"):
         enrol_device(home, server.url.replace("https", "http"), token, None)
     with pytest.raises(DeviceError, match="cannot be reached"):
         enrol_device(home, "https://127.0.0.1:1", token, None)
     with pytest.raises(DeviceError, match="the token is not whole"):
-        Token.read(server.token("two")[:-9])
+        EnrolmentToken.read(server.token("two")[:-9])
     assert not home.folder.exists(), "nothing stays of what failed"
     identity = enrol_device(home, None, token, None)
     assert (identity.name, home.identity()) == ("one", identity)

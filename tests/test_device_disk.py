@@ -16,15 +16,15 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
 from fedtune.device.channel import Frame
 from fedtune.device.clock import ServerClock
-from fedtune.device.device_home import DeviceHome, Identity
-from fedtune.device.fleet import Fleet, _opened
-from fedtune.device.keeper import Keeper
-from fedtune.device.node import Node
+from fedtune.device.device_home import DeviceHome, DeviceIdentity
+from fedtune.device.fleet import FleetClient, _opened
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.node import DeviceNode
 from fedtune.device.server_calls import NonsenseError
 from fedtune.errors import DeviceError
 from fedtune.server import authority
 
-CA = authority.authority(authority.new_key()).decode()
+CA = authority.make_ca_certificate(authority.generate_private_key()).decode()
 
 
 class Over(BaseException):
@@ -88,7 +88,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def place(home: Path) -> DeviceHome:
     made = DeviceHome()
     made.make_key()
-    made.keep(Identity("https://127.0.0.1:1", "pi", 7, CA))
+    made.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
     return made
 
 
@@ -117,7 +117,9 @@ def run(place: DeviceHome, line: Line) -> list[str]:
     """What a device says until its line ends it."""
     said: list[str] = []
     clock = ServerClock(lambda: 5.0)
-    node = Node(place, cast("Fleet", line), cast("Keeper", Resting()), clock, lambda _: None, said.append)
+    node = DeviceNode(
+        place, cast("FleetClient", line), cast("TrainerSupervisor", Resting()), clock, lambda _: None, said.append
+    )
     with pytest.raises(Over):
         node.run()
     return said

@@ -12,26 +12,26 @@ from fedtune.contribution import pack
 from fedtune.device import client_app as apps
 from fedtune.device.channel import Frame
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.node import Node
+from fedtune.device.node import DeviceNode
 from fedtune.device.problems import problem_of
-from fedtune.device.trainer import _Trainer
-from fedtune.errors import BudgetError, DataError, FedtuneError, SourceError
+from fedtune.device.trainer import Trainer
+from fedtune.errors import DataError, FedtuneError, MemoryBudgetError, SourceError
 from fedtune.protocol_codes import SENTENCES, Problem, parse_problem
 from fedtune.recipe import Recipe
-from fedtune.server.parts import Part
-from fedtune.server.receive import receive
-from fedtune.simulation.flower_private import be_node, number_message
-from fedtune.sparse import to_wire
-from fedtune.training import discard, read_state, workshop
+from fedtune.server.parts import ClassPayload
+from fedtune.server.receive import receive_update
+from fedtune.simulation.flower_private import set_message_id, set_node_identity
+from fedtune.sparse import encode_masked_state
+from fedtune.training import clear_run_context, get_model_state, get_run_context
 from tests.federations import words
 
 SECRET = "patient 4711 has a rash"
 
 
 def order_for(recipe: Recipe, labels: str) -> Frame:
-    shop = workshop(recipe.model_dump_json())
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    discard()
+    shop = get_run_context(recipe.model_dump_json())
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    clear_run_context()
     return Frame({"recipe": recipe.model_dump_json(), "round": 1, "client": 0, "labels": labels}, payload)
 
 
@@ -44,7 +44,7 @@ def csv(tmp_path: Path, name: str, *lines: str) -> str:
 @pytest.fixture
 def text_order(home: Path, tmp_path: Path) -> Frame:
     recipe = words(tmp_path)
-    return order_for(recipe, json.dumps(list(workshop(recipe.model_dump_json()).corpus.labels)))
+    return order_for(recipe, json.dumps(list(get_run_context(recipe.model_dump_json()).corpus.labels)))
 
 
 def told(answer: Frame, folder: Path) -> str:
@@ -55,7 +55,7 @@ def told(answer: Frame, folder: Path) -> str:
         def refuse(self, order: bytes, code: int, reason: str) -> None:
             sent.append(f"{code} {reason}")
 
-    node = Node(None, Fleet(), None, type("Clock", (), {"set": print})(), print, print)  # type: ignore[arg-type]
+    node = DeviceNode(None, Fleet(), None, type("Clock", (), {"set": print})(), print, print)  # type: ignore[arg-type]
     node._send(b"", answer)
     assert parse_problem(sent[0].partition(" ")[2].removeprefix("declined: ")) is not None
     return sent[0]
@@ -74,7 +74,7 @@ HOSTILE: Mapping[str, tuple[tuple[str, ...], str]] = {
 def test_an_error_about_the_data_tells_a_code_and_counts_only(text_order: Frame, tmp_path: Path, what: str) -> None:
     lines, code = HOSTILE[what]
     source = csv(tmp_path, "private-name.csv", *lines)
-    answer = _Trainer(source, 4_000_000_000, 0).answer(text_order, lambda: None)
+    answer = Trainer(source, 4_000_000_000, 0).answer(text_order, lambda: None)
     assert answer.header["kind"] == "failed"
     leaving = told(answer, tmp_path)
     assert leaving == f"2 {code}"
@@ -97,19 +97,19 @@ def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_
     clock: Any = type("Clock", (), {"set": print})()
     fleet: Any = Fleet()
     keeper: Any = None
-    node = Node(home, fleet, keeper, clock, done.append, print)
+    node = DeviceNode(home, fleet, keeper, clock, done.append, print)
     node._carry_out(b"order")
     assert done == [holding, "answered"]
 
 
 def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp_path: Path) -> None:
-    answer = _Trainer(f"csv:{tmp_path}/gone.csv", 4_000_000_000, 0).answer(text_order, lambda: None)
+    answer = Trainer(f"csv:{tmp_path}/gone.csv", 4_000_000_000, 0).answer(text_order, lambda: None)
     assert "gone.csv" in answer.header["detail"]
     assert told(answer, tmp_path) in ("2 data-unfit", "2 source-unreadable")
 
 
 def test_an_order_it_cannot_read_and_a_recipe_it_does_not_know_are_codes(text_order: Frame, tmp_path: Path) -> None:
-    trainer = _Trainer("sample:digits", 4_000_000_000, 0)
+    trainer = Trainer("sample:digits", 4_000_000_000, 0)
     for header in ({"recipe": SECRET}, {**text_order.header, "labels": SECRET}, {**text_order.header, "recipe": "{}"}):
         answer = trainer.answer(Frame(header, b""), lambda: None)
         assert SECRET not in told(answer, tmp_path)
@@ -125,7 +125,7 @@ def test_an_order_it_cannot_read_and_a_recipe_it_does_not_know_are_codes(text_or
         MemoryError(SECRET),
         DataError(SECRET),
         SourceError(SECRET),
-        BudgetError(SECRET),
+        MemoryBudgetError(SECRET),
         FedtuneError(SECRET),
         DataError(SECRET, code=SECRET),
         DataError("", code="unknown-labels", counts={SECRET: 1}),
@@ -169,19 +169,19 @@ def test_a_stock_supernode_s_app_replies_with_a_code_and_not_the_exception(
         raise DataError(SECRET, code="unknown-labels", counts={"rows": 3})
 
     monkeypatch.setattr(apps, "train_round", fail)
-    be_node(1)
+    set_node_identity(1)
     message = Message(RecordDict(), 2, "train")
-    number_message(message, "1")
+    set_message_id(message, "1")
     reply = apps.deployed(message, Context(1, 2, {}, RecordDict(), {}))
     assert (reply.error.code, reply.error.reason) == (2, "unknown-labels rows=3")
 
 
 def reply_with(reason: str) -> tuple[str, str]:
-    be_node(1)
+    set_node_identity(1)
     message = Message(RecordDict(), 2, "train")
-    number_message(message, "1")
+    set_message_id(message, "1")
     reply = Message(Error(code=2, reason=reason), reply_to=message)
-    record, sent = receive(reply, 0, "phone", Part({}, {}, {}), None, Path("nowhere"))
+    record, sent = receive_update(reply, 0, "phone", ClassPayload({}, {}, {}), None, Path("nowhere"))
     assert sent is None
     return record.status, record.reason
 

@@ -9,12 +9,12 @@ import psutil
 import pytest
 import torch
 
-from fedtune.contribution import Order, pack, unpack
-from fedtune.device.channel import Channel, Frame
-from fedtune.device.keeper import Keeper
-from fedtune.device.work import read_payload, work
-from fedtune.sparse import to_wire
-from fedtune.training import discard, read_state, workshop
+from fedtune.contribution import TrainRequest, decode_tensors, pack
+from fedtune.device.channel import Frame, TrainerChannel
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.sparse import encode_masked_state
+from fedtune.training import clear_run_context, get_model_state, get_run_context
 from tests.federations import trivial
 
 PLENTY = 4_000_000_000
@@ -23,35 +23,37 @@ PLENTY = 4_000_000_000
 @pytest.fixture
 def order(home: Path) -> Frame:
     recipe = trivial().model_dump_json()
-    shop = workshop(recipe)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    shop = get_run_context(recipe)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
     return Frame({"recipe": recipe, "round": 1, "client": 2, "labels": "[]"}, payload)
 
 
 @pytest.fixture
-def keepers() -> Iterator[list[Keeper]]:
-    made: list[Keeper] = []
+def keepers() -> Iterator[list[TrainerSupervisor]]:
+    made: list[TrainerSupervisor] = []
     yield made
     for keeper in made:
         keeper.close()
 
 
-def _keeper(keepers: list[Keeper], source: str = "part:2", budget: int = PLENTY, idle: float = 60.0) -> Keeper:
-    keepers.append(Keeper(source, budget, idle))
+def _keeper(
+    keepers: list[TrainerSupervisor], source: str = "part:2", budget: int = PLENTY, idle: float = 60.0
+) -> TrainerSupervisor:
+    keepers.append(TrainerSupervisor(source, budget, idle))
     return keepers[-1]
 
 
 def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
-    order: Frame, keepers: list[Keeper], home: Path
+    order: Frame, keepers: list[TrainerSupervisor], home: Path
 ) -> None:
     keeper = _keeper(keepers)
     first = keeper.ask(order)
     trainer = keeper.pid
     second = keeper.ask(order)
-    discard()
-    shop = workshop(order.header["recipe"])
-    deltas, report = work(
-        Order(**order.header), read_payload(order.payload, shop, 2), shop, shop.clients[2], home / "own"
+    clear_run_context()
+    shop = get_run_context(order.header["recipe"])
+    deltas, report = run_local_round(
+        TrainRequest(**order.header), read_payload(order.payload, shop, 2), shop, shop.clients[2], home / "own"
     )
     assert first.payload == second.payload == deltas
     assert first.header["report"]["loss"] == report.loss
@@ -61,7 +63,7 @@ def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
 
 
 def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
-    order: Frame, keepers: list[Keeper], tmp_path: Path
+    order: Frame, keepers: list[TrainerSupervisor], tmp_path: Path
 ) -> None:
     answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": _digits()}, order.payload))
     assert answer.header["kind"] == "trained", answer.header
@@ -69,14 +71,16 @@ def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
     assert set(answer.header["holding"]["labels"]) == {str(digit) for digit in range(10)}
 
 
-def test_a_file_with_a_label_the_model_does_not_know_fails(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_file_with_a_label_the_model_does_not_know_fails(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": '["0", "1"]'}, order.payload))
     assert answer.header["kind"] == "failed"
     assert "does not know the label" in answer.header["detail"]
     assert answer.header["problem"].startswith("unknown-labels rows=")
 
 
-def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_budget_that_cannot_hold_the_settings_declines_before_training(
+    order: Frame, keepers: list[TrainerSupervisor]
+) -> None:
     keeper = _keeper(keepers, budget=100_000_000)
     keeper._started()
     keeper._budget = PLENTY  # so that the trainer itself must tell, and is not ended from outside
@@ -87,7 +91,7 @@ def test_a_budget_that_cannot_hold_the_settings_declines_before_training(order: 
     assert answer.payload == b""
 
 
-def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers, budget=20_000_000)
     for _ in range(2):
         declined = keeper.ask(order)
@@ -100,17 +104,17 @@ def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepe
 
 
 def test_a_trainer_that_holds_too_much_while_it_trains_is_ended_and_asked_no_more(
-    order: Frame, keepers: list[Keeper], monkeypatch: pytest.MonkeyPatch
+    order: Frame, keepers: list[TrainerSupervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper, real = _keeper(keepers), Keeper._received
+    keeper, real = _keeper(keepers), TrainerSupervisor._received
 
-    def excessive(self: Keeper, channel: Channel, held: psutil.Process) -> Frame:
+    def excessive(self: TrainerSupervisor, channel: TrainerChannel, held: psutil.Process) -> Frame:
         answer = real(self, channel, held)
         if answer.header["kind"] == "trained":
             raise MemoryError
         return answer
 
-    monkeypatch.setattr(Keeper, "_received", excessive)
+    monkeypatch.setattr(TrainerSupervisor, "_received", excessive)
     died = keeper.ask(order)
     assert (died.header["kind"], died.header["problem"]) == ("died", "memory-training allowed_mb=4000")
     assert keeper._halvings == 4
@@ -118,7 +122,7 @@ def test_a_trainer_that_holds_too_much_while_it_trains_is_ended_and_asked_no_mor
 
 
 def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_time(
-    order: Frame, keepers: list[Keeper]
+    order: Frame, keepers: list[TrainerSupervisor]
 ) -> None:
     whole, halved = _keeper(keepers), _keeper(keepers)
     halved._recipe, halved._halvings = order.header["recipe"], 1
@@ -126,11 +130,11 @@ def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_t
     assert one.header["report"]["micro_batch"] == 0
     assert other.header["report"]["micro_batch"] == 5
     assert one.header["report"]["examples"] == other.header["report"]["examples"]
-    for name, delta in unpack(one.payload).items():
-        torch.testing.assert_close(unpack(other.payload)[name], delta, rtol=1e-4, atol=1e-6)
+    for name, delta in decode_tensors(one.payload).items():
+        torch.testing.assert_close(decode_tensors(other.payload)[name], delta, rtol=1e-4, atol=1e-6)
 
 
-def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers)
     expected = keeper.ask(order).payload
     before = keeper.pid
@@ -140,7 +144,9 @@ def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, ke
     assert keeper.pid != before
 
 
-def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(
+    order: Frame, keepers: list[TrainerSupervisor]
+) -> None:
     keeper, over = _keeper(keepers), threading.Event()
     killer = threading.Thread(target=_kill_each, args=(keeper, over))
     killer.start()
@@ -153,7 +159,7 @@ def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(order: Frame
     assert "killed by signal 9, 2 times" in answer.header["detail"]
 
 
-def test_a_resting_trainer_ends_after_its_time(order: Frame, keepers: list[Keeper]) -> None:
+def test_a_resting_trainer_ends_after_its_time(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers, idle=0.2)
     keeper.ask(order)
     keeper.rest()
@@ -167,7 +173,7 @@ def test_a_trainer_does_not_outlive_the_process_that_keeps_it(home: Path) -> Non
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        keeper = Keeper("part:0", PLENTY, 60.0)
+        keeper = TrainerSupervisor("part:0", PLENTY, 60.0)
         keeper._started()
         os.write(writing, str(keeper.pid).encode())
         time.sleep(1.0)
@@ -188,7 +194,7 @@ def _digits() -> str:
     return "[" + ", ".join(f'"{digit}"' for digit in range(10)) + "]"
 
 
-def _kill_each(keeper: Keeper, over: threading.Event) -> None:
+def _kill_each(keeper: TrainerSupervisor, over: threading.Event) -> None:
     """Kill whatever trainer there is, as soon as it is there."""
     while not over.wait(0.05):
         if (trainer := keeper.pid) is not None:

@@ -17,14 +17,14 @@ from fedtune.cli.device import device
 from fedtune.device import fleet
 from fedtune.device.channel import Frame
 from fedtune.device.clock import ServerClock
-from fedtune.device.device_home import DeviceHome, Identity
-from fedtune.device.patience import Backoff, pause
-from fedtune.device.persistence import RECOVERED, Persistence
-from fedtune.device.server_calls import NonsenseError, server_time
+from fedtune.device.device_home import DeviceHome, DeviceIdentity
+from fedtune.device.patience import Backoff, choose_poll_delay
+from fedtune.device.persistence import RECOVERED_MESSAGE, RetryLoop
+from fedtune.device.server_calls import NonsenseError, fetch_server_time
 from fedtune.errors import DeviceError
 from fedtune.server import authority
 
-CA = authority.authority(authority.new_key()).decode()
+CA = authority.make_ca_certificate(authority.generate_private_key()).decode()
 REQUEST = httpx.Request("POST", "https://server/")
 
 
@@ -51,7 +51,7 @@ def _raising(*errors: Exception) -> Callable[[], str]:
 def _identity(home: Path) -> DeviceHome:
     place = DeviceHome()
     place.make_key()
-    place.keep(Identity("https://127.0.0.1:1", "pi", 7, CA))
+    place.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
     return place
 
 
@@ -71,10 +71,10 @@ def test_flower_s_number_for_a_run_that_has_ended_is_the_one_devices_know() -> N
 def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
     said: list[str] = []
     clocks: list[int] = []
-    persistence = Persistence(said.append, lambda: clocks.append(1))
+    persistence = RetryLoop(said.append, lambda: clocks.append(1))
     line = [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut")] * 5
     assert persistence.until_done(_raising(*line)) == "done"
-    assert said == ["the server cannot be reached; trying again until it works", RECOVERED]
+    assert said == ["the server cannot be reached; trying again until it works", RECOVERED_MESSAGE]
     said.clear()
     assert persistence.until_done(_raising(_refused(500), _refused(503), _refused(401), _refused(412))) == "done"
     assert [sentence.split(";")[0].split(":")[0] for sentence in said] == [
@@ -82,7 +82,7 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
         "the server has trouble of its own (HTTP 503)",
         "the server does not know this device",
         "the server refuses (HTTP 412)",
-        RECOVERED,
+        RECOVERED_MESSAGE,
     ]
     assert clocks == [1], "a stranger's clock may be wrong"
 
@@ -91,13 +91,13 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
 def test_what_is_not_about_the_line_comes_through(error: Exception) -> None:
     said: list[str] = []
     with pytest.raises(type(error)):
-        Persistence(said.append, lambda: None).until_done(_raising(error))
+        RetryLoop(said.append, lambda: None).until_done(_raising(error))
     assert said == []
 
 
 def test_an_answer_that_is_none_of_the_protocol_is_told_as_what_it_is() -> None:
     said: list[str] = []
-    persistence = Persistence(said.append, lambda: None)
+    persistence = RetryLoop(said.append, lambda: None)
     assert persistence.until_done(_raising(NonsenseError("no message"), httpx.TooManyRedirects("x"))) == "done"
     assert said[0] == (
         "the server answers something else than fedtune; check its address and both versions; "
@@ -112,7 +112,7 @@ def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
     error.__cause__ = OSError()
     error.__cause__.__context__ = refused
     said: list[str] = []
-    assert Persistence(said.append, lambda: None).until_done(_raising(error)) == "done"
+    assert RetryLoop(said.append, lambda: None).until_done(_raising(error)) == "done"
     assert said[0].startswith(
         "the server's certificate does not hold (certificate has expired); on the server: fedtune"
     )
@@ -123,7 +123,7 @@ def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
 def test_a_time_that_is_none_is_no_time(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, text=told, request=REQUEST))
     with pytest.raises(NonsenseError):
-        server_time("https://server", ssl.create_default_context())
+        fetch_server_time("https://server", ssl.create_default_context())
 
 
 def test_waits_grow_to_a_limit_and_differ() -> None:
@@ -136,10 +136,17 @@ def test_waits_grow_to_a_limit_and_differ() -> None:
 
 
 def test_the_longer_no_order_came_the_seldomer_it_is_looked_for() -> None:
-    assert [pause(waited) for waited in (0.0, 1.0, 2.5, 5.0, 20.0, 1e9)] == [0.25, 0.25, 0.25, 0.5, 2.0, 2.0]
+    assert [choose_poll_delay(waited) for waited in (0.0, 1.0, 2.5, 5.0, 20.0, 1e9)] == [
+        0.25,
+        0.25,
+        0.25,
+        0.5,
+        2.0,
+        2.0,
+    ]
     looks, waited = 0, 0.0
     while waited < 20.0:
-        waited += pause(waited)
+        waited += choose_poll_delay(waited)
         looks += 1
     assert looks < 35, "a wait of twenty seconds took eighty looks at four a second"
 
@@ -218,11 +225,11 @@ def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     ],
 )
 def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, words: str) -> None:
-    from fedtune.device.join import join
+    from fedtune.device.join import run_device
     from fedtune.errors import DataError
 
     with pytest.raises(DataError, match=words):
-        join(_identity(home), source, 10**9, 60.0, print)
+        run_device(_identity(home), source, 10**9, 60.0, print)
 
 
 def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:

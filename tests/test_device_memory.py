@@ -15,12 +15,12 @@ from fedtune.device import budget, trainer
 from fedtune.device.channel import Frame
 from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.fleet import Fleet
-from fedtune.device.keeper import Keeper
-from fedtune.device.node import Node
+from fedtune.device.fleet import FleetClient
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.node import DeviceNode
 from fedtune.device.work import read_payload
 from fedtune.recipe import Recipe
-from fedtune.training import discard, read_state, workshop
+from fedtune.training import clear_run_context, get_model_state, get_run_context
 from tests.federations import tiny_bert, trivial, words
 
 SETTINGS = ("train.techniques=[full]", "train.schedule=constant", "train.steps=1", "devices=[{count: 2}]")
@@ -28,11 +28,11 @@ SETTINGS = ("train.techniques=[full]", "train.schedule=constant", "train.steps=1
 
 def task(recipe: Recipe) -> Any:
     """What a server asks in the first round of a recipe."""
-    discard()
+    clear_run_context()
     text = recipe.model_dump_json()
-    shop = workshop(text)
-    payload = pack(read_state(shop.model, shop.shared))
-    discard()
+    shop = get_run_context(text)
+    payload = pack(get_model_state(shop.model, shop.shared))
+    clear_run_context()
     return SimpleNamespace(order={"recipe": text, "round": 1, "client": 0, "labels": "[]"}, payload=payload)
 
 
@@ -46,19 +46,19 @@ def wide(folder: Path) -> Any:
 
 def train(keeper: Any, asked: Any, say: Callable[[str], None] = lambda _: None) -> Frame:
     """A device's answer to an order that its server hands out."""
-    fleet = cast("Fleet", SimpleNamespace(fetch=lambda _: asked))
-    return Node(DeviceHome(), fleet, keeper, ServerClock(lambda: 5.0), lambda _: None, say)._train(b"claim")
+    fleet = cast("FleetClient", SimpleNamespace(fetch=lambda _: asked))
+    return DeviceNode(DeviceHome(), fleet, keeper, ServerClock(lambda: 5.0), lambda _: None, say)._train(b"claim")
 
 
 @pytest.fixture
-def keeper(home: Path) -> Iterator[Keeper]:
-    made = Keeper("part:0", 1 << 34, 60.0)
+def keeper(home: Path) -> Iterator[TrainerSupervisor]:
+    made = TrainerSupervisor("part:0", 1 << 34, 60.0)
     yield made
     made.close()
 
 
 @pytest.mark.slow
-def test_a_trainer_holds_four_copies_of_the_model_and_half_a_one(keeper: Keeper, tmp_path: Path) -> None:
+def test_a_trainer_holds_four_copies_of_the_model_and_half_a_one(keeper: TrainerSupervisor, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     first, asked = task(words(tmp_path / "small", *SETTINGS)), wide(tmp_path / "wide")
     copies = [measured(keeper, first, asked)]
@@ -68,7 +68,7 @@ def test_a_trainer_holds_four_copies_of_the_model_and_half_a_one(keeper: Keeper,
     assert 3.9 < min(copies) < 4.5, copies
 
 
-def measured(keeper: Keeper, first: Any, asked: Any) -> float:
+def measured(keeper: TrainerSupervisor, first: Any, asked: Any) -> float:
     """Peak anonymous memory of the trainer over what it held before, as a multiple of the model."""
     assert train(keeper, first).header["kind"] == "trained"  # imports what a round needs
     assert keeper.pid is not None
@@ -111,7 +111,7 @@ def test_a_device_that_allows_what_a_round_held_trains_and_one_that_allows_less_
 
 def within(budget: int, asked: Any) -> Frame:
     """The answer of a device that allows so many bytes."""
-    keeper = Keeper("part:0", budget, 60.0)
+    keeper = TrainerSupervisor("part:0", budget, 60.0)
     try:
         return train(keeper, asked)
     finally:
@@ -126,8 +126,8 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
         return act(*given)
 
     monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
-    monkeypatch.setattr(budget, "need", partial(note, "need", budget.need))
-    trainer._Trainer("part:0", 1 << 34, 0).answer(Frame(dict(asked.order), asked.payload), lambda: done.append("fits"))
+    monkeypatch.setattr(budget, "estimate_memory", partial(note, "need", budget.estimate_memory))
+    trainer.Trainer("part:0", 1 << 34, 0).answer(Frame(dict(asked.order), asked.payload), lambda: done.append("fits"))
     assert done == ["read", "need", "fits"]
 
 
@@ -135,7 +135,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
 def test_a_state_that_is_none_is_told_as_such_in_a_file_and_beside_it(home: Path, garbage: bytes) -> None:
     asked = task(trivial())
     path = DeviceHome().spool(garbage)
-    made = trainer._Trainer("part:0", 1 << 34, 0)
+    made = trainer.Trainer("part:0", 1 << 34, 0)
     for frame in (Frame({**asked.order, "state": str(path)}), Frame({**asked.order, "state": ""}, garbage)):
         answer = made.answer(frame, lambda: None)
         assert (answer.header["kind"], answer.header["problem"]) == ("failed", "order-unreadable")

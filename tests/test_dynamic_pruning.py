@@ -17,19 +17,19 @@ from fedtune import checkpoint, techniques
 from fedtune import home as homes
 from fedtune.device.client_app import app
 from fedtune.errors import ModelError, RecipeError
-from fedtune.export import export
+from fedtune.export import export_model
 from fedtune.recipe import Unit
-from fedtune.server.server_app import carry
-from fedtune.server.watch import Event, RoundStarted, watcher
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.sparse import compact, masks, to_wire
-from fedtune.techniques import Answer, Moment, Technique
-from fedtune.techniques._layer_density import active_counts
-from fedtune.techniques._mask_moves import moved
-from fedtune.techniques._places import spread
-from fedtune.tracking import Store, claim
-from fedtune.training import read_state, step_loss, train
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.watch import Event, RoundStarted, event_handler
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.sparse import encode_masked_state, find_masks, select_active_values
+from fedtune.techniques import ExtraPayload, StepInfo, Technique
+from fedtune.techniques._layer_density import count_active_weights
+from fedtune.techniques._mask_moves import update_mask
+from fedtune.techniques._places import scatter_positions
+from fedtune.tracking import Store, claim_run
+from fedtune.training import compute_step_loss, get_model_state, train_local_model
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
 from tests.test_rounds import with_deltas
 from tests.tiny import a_training_recipe, bert, few_texts
@@ -46,8 +46,10 @@ def net() -> nn.Sequential:
 
 
 def applied(model: nn.Module, **settings: Any) -> tuple[tuple[Technique, ...], list[str]]:
-    chosen = techniques.choose([Unit(name="dynamic-pruning", settings={"density": 0.2, "every": 2, **settings})])
-    return chosen, techniques.apply(chosen, model, "image-classification", 0)
+    chosen = techniques.build_techniques(
+        [Unit(name="dynamic-pruning", settings={"density": 0.2, "every": 2, **settings})]
+    )
+    return chosen, techniques.apply_techniques(chosen, model, "image-classification", 0)
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -59,7 +61,7 @@ def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
 def test_layer_densities_make_the_budget_and_follow_the_kernel_rule(density: float) -> None:
     shapes = {"thin": (4, 3, 3, 3), "wide": (128, 64, 3, 3), "flat": (10, 200)}
     total, dense = sum(math.prod(shape) for shape in shapes.values()), 300
-    counts = active_counts(shapes, dense, density)
+    counts = count_active_weights(shapes, dense, density)
     assert sum(counts.values()) + dense == pytest.approx(density * (total + dense), abs=len(shapes))
     open_ones = {name: count for name, count in counts.items() if count < math.prod(shapes[name])}
     factors = [count / sum(shapes[name]) for name, count in open_ones.items()]
@@ -78,10 +80,10 @@ def test_the_start_has_the_density_and_its_weights_are_zero_elsewhere(start: str
     model, again, dense = net(), net(), net()
     _, shared = applied(model, start=start)
     applied(again, start=start)
-    state = read_state(model, shared)
+    state = get_model_state(model, shared)
     active = sum(int((tensor != 0).sum()) for name, tensor in state.items() if not name.endswith("mask"))
     assert active == pytest.approx(0.2 * sum(p.numel() for p in model.parameters()), abs=3)
-    for name, mask in masks(state).items():
+    for name, mask in find_masks(state).items():
         before = dense.get_parameter(name)
         assert mask.dtype == torch.uint8
         assert torch.equal(state[name], before * mask)
@@ -96,11 +98,11 @@ def test_masked_gradients_and_moments_leave_zeros_zero() -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(5):
         loss_of(model, step).backward()
-        assert techniques.before_update(chosen, model, Moment(1, step, 5, 0.1, 0.1)) == 0.1
+        assert techniques.before_optimiser_step(chosen, model, StepInfo(1, step, 5, 0.1, 0.1)) == 0.1
         optimiser.step()
         optimiser.zero_grad()
-    state = read_state(model, shared)
-    for name, mask in masks(state).items():
+    state = get_model_state(model, shared)
+    for name, mask in find_masks(state).items():
         assert torch.equal(state[name] == 0, mask == 0)
 
 
@@ -121,29 +123,30 @@ def test_a_mask_moves_as_its_slow_twin_ties_included(count: int) -> None:
     mask = (torch.rand(5, 8, generator=random) < 0.4).to(torch.uint8)
     weight = (torch.randn(5, 8, generator=random) * 2).round() * mask
     gradient = (torch.randn(5, 8, generator=random) * 2).round()
-    assert torch.equal(moved(weight, mask, gradient, count), slow_move(weight, mask, gradient, count))
+    assert torch.equal(update_mask(weight, mask, gradient, count), slow_move(weight, mask, gradient, count))
 
 
-def answers(model: nn.Module, chosen: tuple[Technique, ...], number: int, weights: list[float]) -> list[Answer]:
+def answers(model: nn.Module, chosen: tuple[Technique, ...], number: int, weights: list[float]) -> list[ExtraPayload]:
     def backward(seed: int) -> Callable[[], None]:
         return lambda: loss_of(model, seed).backward()
 
     return [
-        Answer(weight, techniques.answer(chosen, model, number, backward(seed))) for seed, weight in enumerate(weights)
+        ExtraPayload(weight, techniques.compute_extra_payload(chosen, model, number, backward(seed)))
+        for seed, weight in enumerate(weights)
     ]
 
 
 def test_density_holds_over_fifty_moves_and_what_wakes_starts_at_zero() -> None:
     model = net()
     chosen, shared = applied(model, every=1, until=60, share=0.6)
-    state = read_state(model, shared)
-    counts = {name: int(mask.sum()) for name, mask in masks(state).items()}
+    state = get_model_state(model, shared)
+    counts = {name: int(mask.sum()) for name, mask in find_masks(state).items()}
     woken = 0
     for number in range(1, 51):
-        after = techniques.revise(chosen, state, number, answers(model, chosen, number, [1.0]))
-        for name, mask in masks(after).items():
+        after = techniques.after_aggregation(chosen, state, number, answers(model, chosen, number, [1.0]))
+        for name, mask in find_masks(after).items():
             assert int(mask.sum()) == counts[name]
-            fresh = (mask == 1) & (masks(state)[name] == 0)
+            fresh = (mask == 1) & (find_masks(state)[name] == 0)
             woken += int(fresh.sum())
             assert not after[name][fresh].any()
             assert not after[name][mask == 0].any()
@@ -157,19 +160,19 @@ def test_density_holds_over_fifty_moves_and_what_wakes_starts_at_zero() -> None:
 def test_top_gradients_lead_to_the_same_mask_as_dense_ones_when_they_cover_all_that_is_inactive() -> None:
     model = net()
     chosen, shared = applied(model, density=0.9, every=1, until=1000, share=1.0)
-    state = read_state(model, shared)
+    state = get_model_state(model, shared)
     sent = answers(model, chosen, 1, [0.25, 0.75])
-    revised = techniques.revise(chosen, state, 1, sent)
+    revised = techniques.after_aggregation(chosen, state, 1, sent)
     dense: dict[str, Tensor] = {}
     for seed, weight in enumerate([0.25, 0.75]):
         model.zero_grad()
         loss_of(model, seed).backward()
-        for name in masks(state):
+        for name in find_masks(state):
             gradient = model.get_parameter(name).grad
             assert gradient is not None
             sent_as = gradient.bfloat16().double()
             dense[name] = dense.get(name, torch.zeros(gradient.shape).double()) + weight * sent_as
-    for name, mask in masks(state).items():
+    for name, mask in find_masks(state).items():
         inactive = int((mask == 0).sum())
         assert sent[0].tensors.get(f"{name.removesuffix('.weight')}.wake_gradient", torch.empty(0)).numel() == inactive
         assert torch.equal(revised[name.replace("weight", "mask")], slow_move(state[name], mask, dense[name], inactive))
@@ -180,7 +183,7 @@ def test_a_client_sends_its_largest_inactive_gradients_and_keeps_none() -> None:
     chosen, _ = applied(model)
     [found] = answers(model, chosen, 2, [1.0])
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert {name: tuple(form.shape) for name, form in techniques.asked(chosen, model, 2).items()} == {
+    assert {name: tuple(form.shape) for name, form in techniques.declare_extra_payload(chosen, model, 2).items()} == {
         name: tuple(tensor.shape) for name, tensor in found.tensors.items()
     }
     loss_of(model).backward()
@@ -192,7 +195,7 @@ def test_a_client_sends_its_largest_inactive_gradients_and_keeps_none() -> None:
     assert count > 0
     told = found.tensors["2.wake_gradient"]
     assert torch.equal(told.abs().sort(descending=True).values, inactive[:count].bfloat16())
-    spread_out = spread("2.wake", found.tensors, told, layer.weight.numel())
+    spread_out = scatter_positions("2.wake", found.tensors, told, layer.weight.numel())
     largest = layer.weight.grad.masked_fill(layer.get_buffer("mask") == 1, 0).flatten()
     assert torch.equal(spread_out, torch.where(largest.abs() >= inactive[count - 1], largest.bfloat16().double(), 0.0))
 
@@ -206,12 +209,12 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
     layer = "bert.encoder.layer.0.intermediate.dense"
     model.register_forward_hook(lambda _, __, out: seen.append(len(out.logits)))
     recipe = a_training_recipe(batch=8, steps=1, optimiser="sgd")
-    state = read_state(model, shared)
-    extras = train(model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro=micro).extras
+    state = get_model_state(model, shared)
+    extras = train_local_model(model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro=micro).extras
     assert max(seen) == (micro or 8)
     model.zero_grad()
     model.eval()
-    step_loss(model, few_texts().batch(range(8))).backward()
+    compute_step_loss(model, few_texts().batch(range(8))).backward()
     gradient = model.get_parameter(f"{layer}.weight").grad
     assert gradient is not None
     inactive = gradient[model.get_buffer(f"{layer}.mask") == 0]
@@ -225,18 +228,18 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
 def test_only_rounds_that_move_the_mask_ask_for_gradients(number: int, moves: bool) -> None:
     model = net()
     chosen, shared = applied(model, until=5)
-    state = read_state(model, shared)
-    assert bool(techniques.asked(chosen, model, number)) == moves
+    state = get_model_state(model, shared)
+    assert bool(techniques.declare_extra_payload(chosen, model, number)) == moves
     [found] = answers(model, chosen, number, [1.0])
     assert bool(found.tensors) == moves
-    after = techniques.revise(chosen, state, number, [found])
+    after = techniques.after_aggregation(chosen, state, number, [found])
     assert all(torch.equal(after[name], state[name]) for name in state) != moves
 
 
 def test_a_fixed_mask_never_moves() -> None:
     model = net()
     chosen, _ = applied(model, every=None)
-    assert not any(techniques.asked(chosen, model, number) for number in range(1, 100))
+    assert not any(techniques.declare_extra_payload(chosen, model, number) for number in range(1, 100))
 
 
 def marked_norm(model: nn.Module) -> float:
@@ -259,16 +262,16 @@ def test_extrusion_adds_its_gradient_and_raises_the_rate_by_the_equations() -> N
         assert layer.weight.grad is not None
         plain, theta = layer.weight.grad.clone(), layer.weight.detach().clone()
         mask = layer.get_buffer("mask")
-        lr = techniques.before_update(chosen, model, Moment(2, step, 8, 0.1, 0.001))
+        lr = techniques.before_optimiser_step(chosen, model, StepInfo(2, step, 8, 0.1, 0.001))
         marked = vars(layer)["marked"]
-        count = techniques.asked(chosen, model, 2)["0.wake_gradient"].shape[0]
+        count = techniques.declare_extra_payload(chosen, model, 2)["0.wake_gradient"].shape[0]
         assert int(marked.sum()) == count
         assert bool((mask[marked] == 1).all())
         torch.testing.assert_close(layer.weight.grad, plain * mask + 0.6 * theta * marked)
         p = (16 - 2 * step) / (16 - step)
         wanted = p * (2 * torch.sigmoid(torch.tensor(marked_norm(model))).item() - 1) * 0.1
         assert lr == pytest.approx(max(wanted, 0.001))
-    assert techniques.before_update(chosen, model, Moment(3, 0, 8, 0.1, 0.001)) == 0.001
+    assert techniques.before_optimiser_step(chosen, model, StepInfo(3, 0, 8, 0.1, 0.001)) == 0.001
 
 
 def test_with_a_constant_task_loss_the_marked_weights_shrink_and_the_others_stay() -> None:
@@ -279,7 +282,7 @@ def test_with_a_constant_task_loss_the_marked_weights_shrink_and_the_others_stay
     for step in range(20):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        lr = techniques.before_update(chosen, model, Moment(2, step, 20, 0.5, 0.01))
+        lr = techniques.before_optimiser_step(chosen, model, StepInfo(2, step, 20, 0.5, 0.01))
         norms.append(marked_norm(model))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -301,12 +304,14 @@ def test_a_smaller_drop_costs_less_after_extrusion() -> None:
         for step in range(40):
             optimiser.zero_grad()
             loss_of(model).backward()
-            optimiser.param_groups[0]["lr"] = techniques.before_update(chosen, model, Moment(2, step, 40, 0.2, 0.05))
+            optimiser.param_groups[0]["lr"] = techniques.before_optimiser_step(
+                chosen, model, StepInfo(2, step, 40, 0.2, 0.05)
+            )
             optimiser.step()
-        state = read_state(model, shared)
+        state = get_model_state(model, shared)
         before = loss_of(model).item()
-        after = techniques.revise(chosen, state, 2, answers(model, chosen, 2, [1.0]))
-        for name in masks(state):
+        after = techniques.after_aggregation(chosen, state, 2, answers(model, chosen, 2, [1.0]))
+        for name in find_masks(state):
             model.get_parameter(name).data.copy_(after[name])
         costs[extrusion is None] = loss_of(model).item() - before
     assert costs[False] < 0.5 * costs[True]
@@ -320,8 +325,8 @@ def test_each_client_moves_its_mask_midway_and_the_server_averages_over_holders(
     """Against dense arithmetic: every client's whole weights and masks in hand."""
     model = net()
     chosen, shared = applied(model, **feddst())
-    state = read_state(model, shared)
-    found = masks(state)
+    state = get_model_state(model, shared)
+    found = find_masks(state)
     finished, sent = [], []
     for seed, weight in enumerate([0.2, 0.3, 0.5]):
         for name, tensor in state.items():
@@ -329,19 +334,19 @@ def test_each_client_moves_its_mask_midway_and_the_server_averages_over_holders(
         for step in range(4):
             model.zero_grad()
             loss_of(model, 10 * seed + step).backward()
-            techniques.before_update(chosen, model, Moment(1, step, 4, 0.1, 0.1))
+            techniques.before_optimiser_step(chosen, model, StepInfo(1, step, 4, 0.1, 0.1))
             moved_yet = any(not torch.equal(model.get_buffer(n.replace("weight", "mask")), found[n]) for n in found)
             assert moved_yet == (step >= 2)
             with torch.no_grad():
                 for parameter in model.parameters():
                     assert parameter.grad is not None
                     parameter.sub_(parameter.grad, alpha=0.1)
-        finished.append(read_state(model, shared))
-        sent.append(Answer(weight, techniques.answer(chosen, model, 1, lambda: None)))
+        finished.append(get_model_state(model, shared))
+        sent.append(ExtraPayload(weight, techniques.compute_extra_payload(chosen, model, 1, lambda: None)))
     weights = torch.tensor([answer.weight for answer in sent])
     merged = {name: torch.tensordot(weights, torch.stack([one[name] for one in finished]), 1) for name in found}
     at_old = {name: tensor * found[name] for name, tensor in merged.items()}
-    revised = techniques.revise(chosen, {**state, **at_old}, 1, sent)
+    revised = techniques.after_aggregation(chosen, {**state, **at_old}, 1, sent)
     for name, mask in found.items():
         own = torch.stack([one[name.replace("weight", "mask")].float() for one in finished])
         held = torch.tensordot(weights, own, 1)
@@ -369,7 +374,7 @@ def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
 def weights_at(ended: Ended, number: int) -> dict[str, Tensor]:
     record = ended.rounds[number].checkpoint
     assert record is not None
-    return checkpoint.load(homes.runs() / record.path, record.sha256)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / record.path, record.sha256)
 
 
 def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path) -> None:
@@ -383,9 +388,9 @@ def test_a_federation_moves_its_mask_and_sends_what_the_formula_says(home: Path)
     for contribution in ended.rounds[1].contributions:
         values = 4 * (active + 10) + 3 * change + math.ceil(mask.numel() / 255)
         assert values < contribution.bytes_up <= values + 400
-        down = 4 * (active + 10) + to_wire(before)["classifier.mask"].numel()
+        down = 4 * (active + 10) + encode_masked_state(before)["classifier.mask"].numel()
         assert down < contribution.bytes_down <= down + 300
-    woken = compact(after, masks(after))["classifier.weight"] == 0
+    woken = select_active_values(after, find_masks(after))["classifier.weight"] == 0
     assert int(woken.sum()) >= change
 
 
@@ -397,13 +402,13 @@ def test_an_interrupted_federation_ends_with_the_bits_of_one_left_alone(home: Pa
             raise KeyboardInterrupt
 
     recipe = trivial(SETTINGS, "federation.rounds=4")
-    with Store.open() as store, claim(begin(store, recipe, "broken")):
-        token = watcher.set(stop)
+    with Store.open() as store, claim_run(begin(store, recipe, "broken")):
+        token = event_handler.set(stop)
         with pytest.raises(KeyboardInterrupt):
-            carry(LocalGrid(recipe.clients, InTurn(app)), store, "broken")
-        watcher.reset(token)
+            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "broken")
+        event_handler.reset(token)
         with silent():
-            carry(LocalGrid(recipe.clients, InTurn(app)), store, "broken")
+            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "broken")
     assert outcome("broken").hashes == whole.hashes
 
 
@@ -431,7 +436,7 @@ def test_an_exported_model_has_zeros_and_no_masks(home: Path, tmp_path: Path) ->
     recipe = trivial(SETTINGS)
     ended = execute(recipe)
     state = weights_at(ended, 2)
-    export(recipe, state, tmp_path / "out", None, "card")
+    export_model(recipe, state, tmp_path / "out", None, "card")
     saved = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith("mask") for name in saved)
     [weight] = [tensor for name, tensor in saved.items() if name.endswith("classifier.weight")]

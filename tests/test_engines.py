@@ -15,24 +15,24 @@ from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import train_round
 from fedtune.recipe import Recipe
-from fedtune.simulation.flower_engine import run_flower
-from fedtune.simulation.workers import Pool
+from fedtune.simulation.flower_engine import run_on_flower_engine
+from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.tracking import Store, default_url
-from fedtune.training import Workshop, workshop
+from fedtune.training import RunContext, get_run_context
 from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
 
 RAY = importlib.util.find_spec("ray") is not None
 
 
-def shop(recipe: Recipe) -> Workshop:
-    return workshop(recipe.model_dump_json())
+def shop(recipe: Recipe) -> RunContext:
+    return get_run_context(recipe.model_dump_json())
 
 
 @pytest.mark.slow
 def test_a_pool_ends_in_the_same_weights_and_metrics_as_clients_in_turn(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path)
     in_turn = execute(recipe, run="in-turn")
-    pool = execute(recipe, Pool(shop(recipe), 2), run="pool")
+    pool = execute(recipe, ProcessPoolWorkers(shop(recipe), 2), run="pool")
     assert in_turn.hashes == pool.hashes
     assert len(set(pool.hashes)) == 3
     assert [record.metrics for record in in_turn.rounds] == [record.metrics for record in pool.rounds]
@@ -47,7 +47,7 @@ def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_flower(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", default_url())
     flower = outcome("flower")
     assert flower.run.status == "completed"
     assert flower.hashes == in_turn.hashes
@@ -96,7 +96,7 @@ def _train(message: Message, context: Context) -> Message:
 @pytest.mark.slow
 def test_a_killed_worker_costs_what_it_was_doing_and_the_pool_recovers(home: Path) -> None:
     recipe = trivial()
-    ended = execute(recipe, Pool(shop(recipe), 2, fatal))
+    ended = execute(recipe, ProcessPoolWorkers(shop(recipe), 2, fatal))
     first, second = ended.rounds[1:]
     lost = [found for found in first.contributions if found.status == "error"]
     assert 1 in {found.client for found in lost}

@@ -21,7 +21,7 @@ def checkpoint(home: Path) -> str:
     ended = execute(trivial("federation.rounds=1"), run="run-1")
     saved = ended.rounds[0].checkpoint
     assert saved is not None
-    return str(homes.runs() / saved.path)
+    return str(homes.get_runs_folder() / saved.path)
 
 
 def test_options_that_would_do_nothing_are_refused(checkpoint: str) -> None:

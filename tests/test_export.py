@@ -22,11 +22,11 @@ from transformers import (
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.data import Encoded
+from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, ModelError, RecipeError, StoreError
-from fedtune.export import export
+from fedtune.export import export_model
 from fedtune.recipe import Recipe
-from fedtune.training import load_state, score, workshop
+from fedtune.training import evaluate_model, get_run_context, set_model_state
 from tests.federations import Ended, execute, trivial, words
 from tests.test_bad_input import fedtune
 
@@ -34,14 +34,14 @@ from tests.test_bad_input import fedtune
 def state(ended: Ended) -> dict[str, Tensor]:
     saved = ended.rounds[-1].checkpoint
     assert saved is not None
-    return checkpoint.load(homes.runs() / saved.path, saved.sha256)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path, saved.sha256)
 
 
 @torch.no_grad()
 def own_logits(recipe: Recipe, tensors: dict[str, Tensor], examples: int = 8) -> tuple[dict[str, Tensor], Tensor]:
     """Some inputs and what the model that fedtune trained says to them."""
-    shop = workshop(recipe.model_dump_json())
-    load_state(shop.model, tensors)
+    shop = get_run_context(recipe.model_dump_json())
+    set_model_state(shop.model, tensors)
     inputs = shop.test.batch(range(examples))
     inputs.pop("labels")
     return inputs, shop.model.eval()(**inputs).logits
@@ -58,7 +58,7 @@ def assert_same_logits(model: torch.nn.Module, inputs: dict[str, Tensor], expect
 def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path)
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", None, "# a card\n") == "adapter"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "# a card\n") == "adapter"
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(PeftModel.from_pretrained(base, str(tmp_path / "out")), inputs, expected)
@@ -69,7 +69,7 @@ def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
 def test_a_whole_model_loads_in_plain_transformers(home: Path, tmp_path: Path, techniques: str) -> None:
     recipe = words(tmp_path, f"train.techniques={techniques}")
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", "full", "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", "full", "") == "full"
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
@@ -84,9 +84,9 @@ def test_what_no_adapter_can_carry_becomes_a_whole_model_unless_an_adapter_is_as
     recipe = words(tmp_path, "train.techniques=bias", "federation.rounds=1")
     tensors = state(execute(recipe))
     with pytest.raises(ModelError, match=r"^bias trains what no PEFT adapter can carry; export with --format full$"):
-        export(recipe, tensors, tmp_path / "out", "adapter", "")
+        export_model(recipe, tensors, tmp_path / "out", "adapter", "")
     assert not (tmp_path / "out").exists()
-    assert export(recipe, tensors, tmp_path / "out", None, "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "full"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft itself
@@ -97,7 +97,7 @@ def test_an_adapter_carries_a_pooler_that_was_drawn(home: Path, tmp_path: Path) 
     body.save_pretrained(tmp_path / "bert")
     tensors = state(execute(recipe))
     assert any(".pooler.dense.lora_A." in name for name in tensors)
-    assert export(recipe, tensors, tmp_path / "out", None, "") == "adapter"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "adapter"
     torch.manual_seed(7)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
     inputs, expected = own_logits(recipe, tensors)
@@ -109,10 +109,10 @@ def test_a_pooler_that_was_drawn_is_not_quantised(home: Path, tmp_path: Path) ->
     body = BertModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False)
     body.save_pretrained(tmp_path / "bert")
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", "full", "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", "full", "") == "full"
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), inputs, expected)
-    export(recipe, tensors, tmp_path / "adapter", "adapter", "")
+    export_model(recipe, tensors, tmp_path / "adapter", "adapter", "")
     assert "base_model.model.bert.pooler.dense.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
@@ -121,7 +121,7 @@ def test_a_classifiers_adapter_carries_class_names_padding_and_tokenizer(home: P
     recipe = words(tmp_path, "train.techniques=lora", "federation.rounds=1")
     tensors = state(execute(recipe))
     out = tmp_path / "out"
-    assert export(recipe, tensors, out, "adapter", "# a card\n") == "adapter"
+    assert export_model(recipe, tensors, out, "adapter", "# a card\n") == "adapter"
     config = AutoConfig.from_pretrained(out)
     assert config.id2label == {0: "bad", 1: "good"}
     assert config.pad_token_id == AutoTokenizer.from_pretrained(out).pad_token_id == 0
@@ -139,7 +139,7 @@ def test_an_existing_folder_is_left_alone(home: Path, tmp_path: Path) -> None:
     tensors = state(execute(recipe))
     (tmp_path / "out").mkdir()
     with pytest.raises(StoreError, match="out exists already; choose another folder with -o"):
-        export(recipe, tensors, tmp_path / "out", None, "")
+        export_model(recipe, tensors, tmp_path / "out", None, "")
     assert not list((tmp_path / "out").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"out", "home"}
 
@@ -156,7 +156,7 @@ def test_an_image_model_brings_its_code_along(home: Path, tmp_path: Path, source
         "evaluation.batch=256",
     )
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", None, "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "full"
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
@@ -167,13 +167,13 @@ def verdicts(path: Path, rows: Sequence[str], heading: str = "text,label") -> st
     return f"csv:{path}"
 
 
-def labels_of(found: Encoded) -> list[int]:
+def labels_of(found: EncodedDataset) -> list[int]:
     labels: list[int] = found.batch(range(len(found)))["labels"].tolist()
     return labels
 
 
 def test_all_examples_of_another_source_are_numbered_by_the_names_the_model_knows(tmp_path: Path) -> None:
-    shop = workshop(words(tmp_path).model_dump_json())
+    shop = get_run_context(words(tmp_path).model_dump_json())
     assert shop.corpus.labels == ("bad", "good")
     rows = [f"the film was {word},{label}" for word, label in (("great", "good"), ("weak", "bad"), ("fine", "good"))]
     assert labels_of(shop.other(verdicts(tmp_path / "a.csv", rows), {})) == [1, 0, 1]
@@ -182,7 +182,7 @@ def test_all_examples_of_another_source_are_numbered_by_the_names_the_model_know
 
 
 def test_the_parts_of_another_source_are_scored_together(tmp_path: Path) -> None:
-    shop = workshop(words(tmp_path).model_dump_json())
+    shop = get_run_context(words(tmp_path).model_dump_json())
     (tmp_path / "parts").mkdir()
     for number, part in enumerate(("train", "test")):
         verdicts(tmp_path / "parts" / f"{part}.csv", ["the film was great,good"] * (number + 1))
@@ -193,13 +193,13 @@ def test_whole_real_numbers_stand_for_class_numbers(tmp_path: Path) -> None:
     recipe = words(tmp_path)
     rows = [f"text {row} a,{row % 2}" for row in range(60)]
     verdicts(tmp_path / "words.csv", rows)
-    shop = workshop(recipe.model_copy(update={"seed": 5}).model_dump_json())
+    shop = get_run_context(recipe.model_copy(update={"seed": 5}).model_dump_json())
     assert shop.corpus.labels == ("0", "1")
     assert labels_of(shop.other(verdicts(tmp_path / "real.csv", ["the film,1.0", "film was,0.0"]), {})) == [1, 0]
 
 
 def test_a_label_the_model_does_not_know_is_named(tmp_path: Path) -> None:
-    shop = workshop(words(tmp_path).model_dump_json())
+    shop = get_run_context(words(tmp_path).model_dump_json())
     source = verdicts(tmp_path / "a.csv", ["the film was fine,good", "the film was dull,so-so"])
     with pytest.raises(DataError, match=r"a.csv: the model does not know the label 'so-so'; it knows bad, good$"):
         shop.other(source, {})
@@ -208,10 +208,15 @@ def test_a_label_the_model_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 def test_another_domain_column_gives_figures_per_domain(tmp_path: Path) -> None:
-    shop = workshop(words(tmp_path).model_dump_json())
+    shop = get_run_context(words(tmp_path).model_dump_json())
     rows = ["the film was fine,good,a", "the film was dull,bad,b"]
     found = shop.other(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
-    assert {one.domain for one in score(shop.model, found, 2, "sequence-classification")} == {"a", "b", "all", "mean"}
+    assert {one.domain for one in evaluate_model(shop.model, found, 2, "sequence-classification")} == {
+        "a",
+        "b",
+        "all",
+        "mean",
+    }
 
 
 def test_evaluate_and_export_through_the_command_line(
@@ -241,7 +246,7 @@ def test_a_checkpoint_file_is_the_one_that_is_scored(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = execute(trivial())
-    path = homes.runs() / ended.run.id / "round-0001.safetensors"
+    path = homes.get_runs_folder() / ended.run.id / "round-0001.safetensors"
     assert fedtune(monkeypatch, "evaluate", str(path), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["round"] == 1
@@ -252,7 +257,7 @@ def test_a_checkpoint_file_is_the_one_that_is_scored(
 def test_a_picture_goes_through_the_exported_preprocessor_as_through_ours(home: Path, tmp_path: Path) -> None:
     recipe = trivial("federation.rounds=1")
     tensors = state(execute(recipe))
-    export(recipe, tensors, tmp_path / "out", None, "")
+    export_model(recipe, tensors, tmp_path / "out", None, "")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     grey = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     picture = Image.fromarray(grey).convert("RGB")

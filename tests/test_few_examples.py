@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from fedtune.contribution import FEWEST, Order, Report, pack
-from fedtune.device.supply import holding
-from fedtune.device.work import read_payload, work
-from fedtune.sparse import to_wire
-from fedtune.training import Workshop, discard, read_state, workshop
+from fedtune.contribution import FEWEST, ClientReport, TrainRequest, pack
+from fedtune.device.supply import summarise_local_data
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.sparse import encode_masked_state
+from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context
 from tests.federations import trivial
 
 
-def report(home: Path, rows: int, *overrides: str) -> Report:
+def report(home: Path, rows: int, *overrides: str) -> ClientReport:
     recipe = trivial(*overrides).model_dump_json()
-    discard()
-    shop = workshop(recipe)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    return work(Order(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.clients[0][:rows], home / "own")[1]
+    clear_run_context()
+    shop = get_run_context(recipe)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    return run_local_round(
+        TrainRequest(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.clients[0][:rows], home / "own"
+    )[1]
 
 
 @pytest.mark.parametrize(("rows", "told"), [(FEWEST, True), (FEWEST - 1, False), (1, False)])
@@ -40,5 +42,8 @@ def test_a_class_with_few_examples_is_not_counted() -> None:
     labels = [0] * 9 + [1] * FEWEST + [2] * (FEWEST - 1) + [3]
     corpus = SimpleNamespace(train=Dataset.from_dict({"label": labels}), labels=("a", "b", "c", "d", "e"))
     shop: Any = SimpleNamespace(recipe=trivial(), corpus=corpus)
-    typed: Workshop = shop
-    assert holding(typed, np.arange(len(labels))) == {"examples": len(labels), "labels": {"a": 9, "b": FEWEST}}
+    typed: RunContext = shop
+    assert summarise_local_data(typed, np.arange(len(labels))) == {
+        "examples": len(labels),
+        "labels": {"a": 9, "b": FEWEST},
+    }

@@ -17,8 +17,8 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.techniques import begin_round
-from fedtune.techniques.fused_head import LateHead
-from fedtune.training import score
+from fedtune.techniques.fused_head import DeferredHead
+from fedtune.training import evaluate_model
 from tests.families import FAMILIES, LANGUAGE_FAMILIES
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake, shared
 from tests.tiny import bert, few_texts, llama, llama_classifier, texts
@@ -69,7 +69,7 @@ def test_scoring_and_generation_see_plain_logits() -> None:
     batch = texts(model)
     assert torch.equal(logits(model, batch), logits(usual, batch))
     data = few_texts(language=True)
-    assert score(model, data, 4, LANGUAGE) == score(usual, data, 4, LANGUAGE)
+    assert evaluate_model(model, data, 4, LANGUAGE) == evaluate_model(usual, data, 4, LANGUAGE)
     model.train()
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert torch.equal(model(**unlabelled).logits, usual(**unlabelled).logits)
@@ -127,7 +127,7 @@ def test_a_copied_model_takes_the_same_step_on_its_own(copy: Any) -> None:
     assert (found.keys(), kept_too) == (wanted.keys(), kept)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert other.get_output_embeddings() is not model.get_output_embeddings()
-    assert isinstance(other.get_output_embeddings(), LateHead)
+    assert isinstance(other.get_output_embeddings(), DeferredHead)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

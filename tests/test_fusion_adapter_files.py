@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion.adapter import base_of
+from fedtune.fusion.adapter import read_base_model_name
 from fedtune.fusion.adapters import merge_adapters
-from fedtune.fusion.sources import open_source
+from fedtune.fusion.sources import open_model
 from tests.fusion_models import change_json, save, tensors
 from tests.tiny import llama
 from tests.trained_adapters import by_fedtune, by_peft, gpt2, trained
@@ -102,7 +102,7 @@ def test_magnitudes_that_are_not_spoken_of_are_refused(tmp_path: Path) -> None:
     adapter = trained(base, tmp_path / "adapter", use_dora=True)
     said(use_dora=False)(adapter)
     with pytest.raises(FedtuneError, match=r"has no use_dora and some of its magnitudes for model.*; fetch it again$"):
-        open_source(f"{base}+{adapter}")
+        open_model(f"{base}+{adapter}")
 
 
 def test_settings_that_only_tell_who_wrote_them_change_nothing(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_model_that_transformers_lacks_is_read_as_the_adapter_says(tmp_path: P
     base = save(llama(), tmp_path / "base")
     adapter = trained(base, tmp_path / "adapter", target_modules=["q_proj"])
     change_json(base / "config.json", {"model_type": "own"})
-    plain = open_source(f"{base}+{adapter}")
+    plain = open_model(f"{base}+{adapter}")
     said(fan_in_fan_out=True)(adapter)
-    turned = open_source(f"{base}+{adapter}")
+    turned = open_model(f"{base}+{adapter}")
     name = "model.layers.0.self_attn.q_proj.weight"
     before = tensors(base)[name]
     torch.testing.assert_close(turned.whole(name) - before, (plain.whole(name) - before).T)
@@ -163,9 +163,9 @@ def test_an_adapter_is_for_the_revision_of_its_base_that_it_names(tmp_path: Path
     base = save(llama(), tmp_path / "base")
     adapter = trained(base, tmp_path / "adapter")
     said(base_model_name_or_path="someone/model", revision=revision)(adapter)
-    assert base_of(adapter) == ("someone/model" if revision is None else "someone/model@abc")
+    assert read_base_model_name(adapter) == ("someone/model" if revision is None else "someone/model@abc")
     said(base_model_name_or_path=str(base), revision=revision)(adapter)
-    assert base_of(adapter) == str(base)
+    assert read_base_model_name(adapter) == str(base)
 
 
 def test_experts_that_are_stored_one_by_one_are_changed_one_by_one(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
-from fedtune.fusion import MergeConfig, merge, prepare
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
 from fedtune.fusion.adapters import merge_adapters
-from fedtune.models.quiet import quiet
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import save, save_tokenizer, tensors, words
 from tests.test_fusion_stacks import llava
 from tests.tiny import VOCABULARY, llama
@@ -67,7 +67,7 @@ def test_a_file_with_an_output_of_its_own_is_read_as_transformers_reads_it(tmp_p
     rows = found["model.embed_tokens.weight"]
     found["lm_head.weight"] = rows.clone() if same else rows.flip(0).clone()
     save_file(found, folder / "model.safetensors", {"format": "pt"})
-    with quiet():
+    with silence_transformers():
         wanted = logits(AutoModelForCausalLM.from_pretrained(folder))
     torch.testing.assert_close(by_fedtune(str(folder), tmp_path / "out"), wanted)
     assert ("lm_head.weight" in tensors(tmp_path / "out")) != same
@@ -77,7 +77,7 @@ def test_a_head_beside_a_tied_base_is_merged_by_what_it_differs(tmp_path: Path) 
     base = save(llama(tie_word_embeddings=True), tmp_path / "base")
     folders = [trained(base, tmp_path / f"a{seed}", seed, modules_to_save=["lm_head"]) for seed in (1, 2)]
     value = {"merge_method": "task_arithmetic", "base_model": str(base), "models": [f"{base}+{one}" for one in folders]}
-    merge(prepare(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
     embedding = tensors(base)["model.embed_tokens.weight"]
     name = "base_model.model.lm_head.weight"
     own = [tensors(folder)[name] for folder in folders]
@@ -117,7 +117,7 @@ def test_the_tokens_an_adapter_adds_are_the_results(tmp_path: Path, tie: bool, t
             by_fedtune(f"{base}+{adapter}", tmp_path / "out")
         return
     found = by_fedtune(f"{base}+{adapter}", tmp_path / "out")
-    with quiet():
+    with silence_transformers():
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
         model = AutoModelForCausalLM.from_pretrained(base)
         model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
@@ -130,8 +130,8 @@ def test_tokens_of_two_adapters_make_a_union(tmp_path: Path) -> None:
     base, one = grown(tmp_path, "one", "<call>", tie=False)
     _, two = grown(tmp_path, "two", "<think>", tie=False)
     value = {"models": [f"{base}+{one}", f"{base}+{two}"], "tokenizer_source": "union"}
-    merge(prepare(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
-    with quiet():
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
+    with silence_transformers():
         ids = AutoTokenizer.from_pretrained(tmp_path / "out")("<call> <think>")["input_ids"]
     name = "model.embed_tokens.weight"
     found, first, second = (
@@ -156,8 +156,8 @@ def test_an_adapter_of_a_vision_language_model_finds_its_weights(tmp_path: Path,
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
     adapted.save_pretrained(tmp_path / "adapter")
     value = {"models": [f"{base}+{tmp_path / 'adapter'}"]}
-    merge(prepare(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
-    with quiet():
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), tmp_path / "out", "a card")
+    with silence_transformers():
         found = auto.from_pretrained(tmp_path / "out")
         wanted = PeftModel.from_pretrained(auto.from_pretrained(base), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(found), logits(wanted), rtol=1e-4, atol=1e-5)
@@ -178,7 +178,7 @@ def test_adapters_of_other_tokens_are_not_merged_by_the_numbers_of_their_rows(tm
 def test_adapters_of_the_same_tokens_keep_their_tokenizer(tmp_path: Path) -> None:
     base, one = grown(tmp_path, "one", "<call>", tie=False)
     merge_adapters([one, one], tmp_path / "out")
-    with quiet():
+    with silence_transformers():
         assert AutoTokenizer.from_pretrained(tmp_path / "out")("<call>")["input_ids"] == [VOCABULARY]
     found, wanted = (
         by_fedtune(f"{base}+{folder}", tmp_path / f"{folder.name}-m") for folder in (tmp_path / "out", one)

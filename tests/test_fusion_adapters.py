@@ -12,7 +12,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.fusion.adapters import merge_adapters
-from fedtune.models.quiet import quiet
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import change_json, save, tensors
 from tests.tiny import llama
 from tests.trained_adapters import LINEARS, by_fedtune, by_peft, gpt2, logits, trained
@@ -136,7 +136,7 @@ def test_what_a_merge_of_dora_misses_is_measured_on_the_base(tmp_path: Path) -> 
 
 
 def _folded(base: Path, adapter: Path, out: Path) -> Path:
-    with quiet():
+    with silence_transformers():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
         model.merge_and_unload().save_pretrained(out)
     return out

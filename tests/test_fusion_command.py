@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedtune.cli.merge import merge
-from fedtune.models.quiet import quiet
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.tiny import bert
 
@@ -142,7 +142,7 @@ def test_models_are_aligned_before_they_are_merged() -> None:
     """A model and itself with permuted hidden units merge into that model."""
     own = tensors(Path("tuned1"))
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    with quiet():
+    with silence_transformers():
         twin = AutoModelForCausalLM.from_pretrained("tuned1")
     for layer in twin.model.layers:
         for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
@@ -156,7 +156,7 @@ def test_models_are_aligned_before_they_are_merged() -> None:
 
 
 def an_adapter(name: str, seed: int, rank: int) -> None:
-    with quiet():
+    with silence_transformers():
         model = AutoModelForCausalLM.from_pretrained("base")
     adapted: Any = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))
     random = torch.Generator().manual_seed(seed)
@@ -173,7 +173,7 @@ def test_adapters_become_a_model_or_an_adapter_of_the_same_weights() -> None:
     result = call("one", "two", "--weights", "1,3", "--as", "adapter", "-o", "adapter")
     assert result.exit_code == 0, result.output
     assert "2 to 5" in result.stdout or "rank 5" in result.stdout
-    with quiet():
+    with silence_transformers():
         loaded: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
     merged = loaded.merge_and_unload().state_dict()
     for name, tensor in tensors(Path("model")).items():

@@ -9,17 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fedtune.errors import ModelError
-from fedtune.fusion import merge, prepare, quick
-from fedtune.models.quiet import quiet
+from fedtune.fusion import build_merge_config, prepare_merge, write_merged_model
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, change_json, save
 from tests.tiny import llama
 
 
 def prepared(folders: list[Path], base: Path | None = None) -> Any:
-    config, _ = quick(
+    config, _ = build_merge_config(
         [str(folder) for folder in folders], "linear", [], [], base_model=None if base is None else str(base)
     )
-    return prepare(config)
+    return prepare_merge(config)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -111,14 +111,14 @@ def test_values_over_the_depth_tell_what_mergekit_does_otherwise(tmp_path: Path)
     """mergekit 0.1.5 gives what is behind the layers the first value: measured with its command."""
     base, one, two = base_and_tuned(tmp_path, 2)
     text = ["weight=[1, 0]"]
-    config, _ = quick([str(one), str(two)], "task_arithmetic", [], text, base_model=str(base))
-    [warning] = prepare(config).warnings
+    config, _ = build_merge_config([str(one), str(two)], "task_arithmetic", [], text, base_model=str(base))
+    [warning] = prepare_merge(config).warnings
     assert warning == (
         "of values over the depth, lm_head.weight, model.norm.weight take the last, as behind all layers; mergekit "
         "gives them the first"
     )
-    plain, _ = quick([str(one), str(two)], "task_arithmetic", [], ["weight=1"], base_model=str(base))
-    assert prepare(plain).warnings == []
+    plain, _ = build_merge_config([str(one), str(two)], "task_arithmetic", [], ["weight=1"], base_model=str(base))
+    assert prepare_merge(plain).warnings == []
 
 
 @pytest.mark.parametrize("large", [7e4, -7e4, 65520.0])
@@ -133,9 +133,9 @@ def test_a_cast_that_would_write_infinity_is_refused(tmp_path: Path, large: floa
         folders.append(save(net, tmp_path / str(seed)))
     keys = {} if said == "own" else {said: "float16"}
     normal = [] if said != "own" else ["normalise=false"]
-    config, _ = quick([str(folder) for folder in folders], "linear", [], normal, **keys)
+    config, _ = build_merge_config([str(folder) for folder in folders], "linear", [], normal, **keys)
     with pytest.raises(ModelError, match=r"model.norm.weight reaches \d+, but float16 ends at 65504; choose dtype: bf"):
-        merge(prepare(config), tmp_path / "out", "a card")
+        write_merged_model(prepare_merge(config), tmp_path / "out", "a card")
     assert not (tmp_path / "out").exists()
 
 
@@ -144,8 +144,8 @@ def test_what_rounds_to_the_largest_number_is_written(tmp_path: Path) -> None:
     with torch.no_grad():
         net.model.norm.weight[3] = 65519.0
     folder = save(net, tmp_path / "one")
-    config, _ = quick([str(folder)], "linear", [], [], dtype="float16")
-    merge(prepare(config), tmp_path / "out", "a card")
-    with quiet():
+    config, _ = build_merge_config([str(folder)], "linear", [], [], dtype="float16")
+    write_merged_model(prepare_merge(config), tmp_path / "out", "a card")
+    with silence_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.model.norm.weight[3] == 65504

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import compare, merge, parse, prepare
-from fedtune.fusion.result import unseen
+from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.fusion.result import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
 
@@ -21,9 +21,9 @@ INDEX = "model.safetensors.index.json"
 
 def merged(folder: Path, text: str) -> Path:
     """All of the command but the showing."""
-    prepared = prepare(parse(text, "merge.yaml"))
-    compare(prepared, unseen, trust_base=True)
-    merge(prepared, folder / "out", "a card")
+    prepared = prepare_merge(parse_merge_config(text, "merge.yaml"))
+    compare(prepared, ignore_progress, trust_base=True)
+    write_merged_model(prepared, folder / "out", "a card")
     return folder / "out"
 
 
@@ -219,4 +219,4 @@ def test_a_file_from_a_hub_cache_is_read_through_its_link(tmp_path: Path) -> Non
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     (blobs / "model.safetensors").unlink()
     with pytest.raises(FedtuneError, match=r"abc/model\.safetensors is no whole safetensors file .*; fetch it again"):
-        prepare(parse(both(tmp_path, "models--x/snapshots/abc"), "merge.yaml"))
+        prepare_merge(parse_merge_config(both(tmp_path, "models--x/snapshots/abc"), "merge.yaml"))

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtune import contribution
-from fedtune.fusion import MergeConfig, merge, parse, prepare
-from fedtune.merging import Activity, Evidence
-from fedtune.models.quiet import quiet
+from fedtune.fusion import MergeConfig, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.merging import ActivationStatistics, MergeContext
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.tiny import bert, llama
 
@@ -23,10 +23,10 @@ from tests.tiny import bert, llama
 def merged(
     config: MergeConfig,
     folder: Path,
-    evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
+    evidence: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
     shard_size: int = 10**9,
 ) -> dict[str, Tensor]:
-    merge(prepare(config), folder, "a card", evidence=evidence, shard_size=shard_size)
+    write_merged_model(prepare_merge(config), folder, "a card", evidence=evidence, shard_size=shard_size)
     return tensors(folder)
 
 
@@ -129,7 +129,7 @@ models:
 def test_weights_follow_filters_and_depth(tmp_path: Path) -> None:
     base, one, two = base_and_tuned(tmp_path, 2)
     text = YAML.format(method="task_arithmetic", base=base, one=one, two=two)
-    found = merged(parse(text, "merge.yaml"), tmp_path / "out")
+    found = merged(parse_merge_config(text, "merge.yaml"), tmp_path / "out")
     deltas = [{name: tensor - tensors(base)[name] for name, tensor in tensors(model).items()} for model in (one, two)]
     for name, before in tensors(base).items():
         first = 1.0 if "self_attn" in name else float("layers.1." in name) if "mlp" in name else 0.25
@@ -149,7 +149,7 @@ models:
   - model: {two}
     parameters: {{density: 0.3, weight: 0}}
 """
-    found = merged(parse(text, "merge.yaml"), tmp_path / "out")
+    found = merged(parse_merge_config(text, "merge.yaml"), tmp_path / "out")
     assert all((found[name] - tensor).abs().max() < 1e-6 for name, tensor in tensors(one).items())
 
 
@@ -164,7 +164,7 @@ slices:
 
 def test_layers_are_stacked(tmp_path: Path) -> None:
     _, one, two = base_and_tuned(tmp_path, 2, torch.bfloat16)
-    found = merged(parse(stacked(one, two), "stack.yaml"), tmp_path / "out")
+    found = merged(parse_merge_config(stacked(one, two), "stack.yaml"), tmp_path / "out")
     first, second = tensors(one), tensors(two)
     for name, tensor in found.items():
         if name.startswith("model.layers."):
@@ -173,7 +173,7 @@ def test_layers_are_stacked(tmp_path: Path) -> None:
             assert torch.equal(tensor, source[name.replace(f".{number}.", f".{own}.", 1)])
     assert torch.equal(found["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
     assert torch.equal(found["model.norm.weight"], second["model.norm.weight"])
-    with quiet():
+    with silence_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.num_hidden_layers == 3
 
@@ -189,7 +189,7 @@ slices:
   - sources: [{{model: {one}, layer_range: [1, 2]}}, {{model: {two}, layer_range: [0, 1]}}]
 parameters: {{t: 0}}
 """
-    found = merged(parse(text, "slices.yaml"), tmp_path / "out")
+    found = merged(parse_merge_config(text, "slices.yaml"), tmp_path / "out")
     first, second = tensors(one), tensors(two)
     for name in (name for name in found if ".layers." in name):
         wanted = second[name.replace(".0.", ".1.")] if ".layers.0." in name else first[name]
@@ -204,7 +204,7 @@ def _with_info(auto: Any, folder: Path) -> Any:
 def test_the_result_loads_in_plain_transformers(tmp_path: Path, tie: bool) -> None:
     base, *tuned = base_and_tuned(tmp_path, tie_word_embeddings=tie)
     merged(a_config("ties", tuned, base), tmp_path / "out")
-    with quiet():
+    with silence_transformers():
         loaded, info = _with_info(AutoModelForCausalLM, tmp_path / "out")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert not info["missing_keys"]
@@ -223,7 +223,7 @@ def test_a_model_that_is_untied_unties_the_result(tmp_path: Path) -> None:
     found = merged(a_config("linear", [one, two]), tmp_path / "out")
     head = (tensors(one)["model.embed_tokens.weight"] + tensors(two)["lm_head.weight"]) / 2
     torch.testing.assert_close(found["lm_head.weight"], head)
-    with quiet():
+    with silence_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.lm_head.weight, found["lm_head.weight"])
 
@@ -237,7 +237,7 @@ def test_shards_have_an_index_and_the_same_tensors(tmp_path: Path) -> None:
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    with quiet():
+    with silence_transformers():
         AutoModelForCausalLM.from_pretrained(tmp_path / "many")
 
 
@@ -261,7 +261,7 @@ def test_a_head_that_the_base_has_not_is_averaged(tmp_path: Path) -> None:
     name = "encoder.layer.0.output.dense.weight"
     before, (one, two) = tensors(base)[name], (tensors(folder)[f"bert.{name}"] for folder in tuned)
     torch.testing.assert_close(found[f"bert.{name}"], before + (one - before) + 3 * (two - before))
-    with quiet():
+    with silence_transformers():
         _, info = _with_info(AutoModelForSequenceClassification, tmp_path / "out")
     assert not info["missing_keys"]
 
@@ -281,7 +281,7 @@ def test_aim_follows_the_activity_of_the_base(tmp_path: Path) -> None:
     base, *tuned = base_and_tuned(tmp_path)
     name = "model.layers.0.self_attn.q_proj.weight"
     level = torch.linspace(1, 0, 16)
-    evidence = Evidence({name: Activity(level)})
+    evidence = MergeContext({name: ActivationStatistics(level)})
     plain = merged(a_config("ties", tuned, base), tmp_path / "plain")
     found = merged(a_config("ties", tuned, base, relax=[{"aim": {"omega": 0.4}}]), tmp_path / "out", evidence)
     before = tensors(base)[name]

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import compare, merge, output, parse, prepare, quick
-from fedtune.fusion.result import unseen
+from fedtune.fusion import build_merge_config, compare, output, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.fusion.result import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import bert, llama
 
@@ -27,11 +27,11 @@ def run(folder: Path, models: list[str], method: str = "ties", base: str | None 
     settings = keys.pop("settings", [])
     weights = keys.pop("weights", [])
     based = None if base is None else str(folder / base)
-    config, _ = quick(named, method, weights, settings, base_model=based, **keys)
-    prepared = prepare(config)
-    output.check_free(folder / "out", prepared.shards(10**9))
-    compare(prepared, unseen)
-    merge(prepared, folder / "out", "a card")
+    config, _ = build_merge_config(named, method, weights, settings, base_model=based, **keys)
+    prepared = prepare_merge(config)
+    output.check_output_space(folder / "out", prepared.shards(10**9))
+    compare(prepared, ignore_progress)
+    write_merged_model(prepared, folder / "out", "a card")
 
 
 def replace(folder: Path, **changed: torch.Tensor | None) -> None:
@@ -230,13 +230,13 @@ def test_values_that_overflow_are_refused_and_leave_nothing(spoilt: Path) -> Non
 )
 def test_a_bad_configuration_is_told_by_file_line_and_key(text: str, message: str) -> None:
     with pytest.raises(FedtuneError, match=message):
-        parse(text, "merge.yaml")
+        parse_merge_config(text, "merge.yaml")
 
 
 def test_slices_beyond_the_model_are_refused(spoilt: Path) -> None:
     text = f"merge_method: passthrough\nslices: [{{sources: [{{model: {spoilt / 'base'}, layer_range: [1, 4]}}]}}]\n"
     with pytest.raises(FedtuneError, match=r"layer_range \[1, 4\]: .*base has no layer 2"):
-        prepare(parse(text, "merge.yaml"))
+        prepare_merge(parse_merge_config(text, "merge.yaml"))
 
 
 def test_a_healthy_merge_leaves_only_its_folder(spoilt: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedtune.fusion import MergeConfig, merge, prepare
-from fedtune.fusion.output import Output
-from fedtune.merging import Evidence
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
+from fedtune.fusion.output import OutputFolder
+from fedtune.merging import MergeContext
 from fedtune.merging.repair import Repair
 from tests.fusion_models import tensors
 
@@ -38,9 +38,9 @@ def folders(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "net1"), str(tmp_path / "net2")]
 
 
-def evidence() -> Evidence:
+def evidence() -> MergeContext:
     random = torch.Generator().manual_seed(0)
-    return Evidence(model=Net(0), batches=[{"x": torch.randn(32, 6, generator=random)} for _ in range(3)])
+    return MergeContext(model=Net(0), batches=[{"x": torch.randn(32, 6, generator=random)} for _ in range(3)])
 
 
 def config(folders: list[str], **keys: object) -> MergeConfig:
@@ -48,8 +48,10 @@ def config(folders: list[str], **keys: object) -> MergeConfig:
 
 
 def test_repair_is_what_it_is_in_memory(tmp_path: Path, folders: list[str]) -> None:
-    merge(prepare(config(folders)), tmp_path / "plain", "")
-    merge(prepare(config(folders, renormalise=["repair"])), tmp_path / "out", "", evidence=evidence())
+    write_merged_model(prepare_merge(config(folders)), tmp_path / "plain", "")
+    write_merged_model(
+        prepare_merge(config(folders, renormalise=["repair"])), tmp_path / "out", "", evidence=evidence()
+    )
     plain, found = tensors(tmp_path / "plain"), tensors(tmp_path / "out")
     ends = [(0.5, tensors(Path(folder))) for folder in folders]
     wanted = plain | Repair().renormalise(plain, ends, evidence())
@@ -66,19 +68,19 @@ def test_one_that_is_stopped_while_it_writes_changes_goes_on_with_the_same_ones(
     tmp_path: Path, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = config(folders, renormalise=["repair"])
-    merge(prepare(asked), tmp_path / "alone", "", evidence=evidence())
-    real, calls = Output.write, []
+    write_merged_model(prepare_merge(asked), tmp_path / "alone", "", evidence=evidence())
+    real, calls = OutputFolder.write, []
 
-    def stopping(self: Output, name: str, start: int, rows: Tensor) -> None:
+    def stopping(self: OutputFolder, name: str, start: int, rows: Tensor) -> None:
         calls.append(name)
         if len(calls) == 8:  # six tensors, then the second of what repair changes
             raise KeyboardInterrupt
         real(self, name, start, rows)
 
-    monkeypatch.setattr(Output, "write", stopping)
+    monkeypatch.setattr(OutputFolder, "write", stopping)
     with pytest.raises(KeyboardInterrupt):
-        merge(prepare(asked), tmp_path / "out", "", evidence=evidence())
-    monkeypatch.setattr(Output, "write", real)
-    merge(prepare(asked), tmp_path / "out", "", evidence=evidence())
+        write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
+    monkeypatch.setattr(OutputFolder, "write", real)
+    write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
     alone, found = tensors(tmp_path / "alone"), tensors(tmp_path / "out")
     assert all(torch.equal(alone[name], tensor) for name, tensor in found.items())

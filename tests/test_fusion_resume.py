@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedtune.errors import StoreError
-from fedtune.fusion import MergeConfig, merge, prepare
-from fedtune.fusion.layout import Form
-from fedtune.fusion.output import Output, opening
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
+from fedtune.fusion.layout import TensorInfo
+from fedtune.fusion.output import OutputFolder, open_output_folder
 from tests.fusion_models import base_and_tuned
 
 KILLED = """
@@ -54,7 +54,7 @@ def a_merge(method: str = "dare_ties") -> MergeConfig:
 
 
 def run(out: str = "out", method: str = "dare_ties") -> None:
-    merge(prepare(a_merge(method)), Path(out), "a card", shard_size=6000)
+    write_merged_model(prepare_merge(a_merge(method)), Path(out), "a card", shard_size=6000)
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +83,13 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(
     run("alone")
     kill(where, count)
     assert not Path("out").exists()
-    names, real = list[str](), Output.finish
+    names, real = list[str](), OutputFolder.finish
 
-    def finish(self: Output, name: str) -> None:
+    def finish(self: OutputFolder, name: str) -> None:
         names.append(name)
         real(self, name)
 
-    monkeypatch.setattr(Output, "finish", finish)
+    monkeypatch.setattr(OutputFolder, "finish", finish)
     run()
     assert digests(Path("out")) == digests(Path("alone"))
     assert len(names) == written
@@ -114,12 +114,12 @@ def test_other_inputs_do_not_go_on_with_what_is_there() -> None:
     assert digests(Path("out")) == digests(Path("alone"))
 
 
-FORMS = {"model.safetensors": {"a": Form((2, 3), torch.float32), "b": Form((3,), torch.float32)}}
+FORMS = {"model.safetensors": {"a": TensorInfo((2, 3), torch.float32), "b": TensorInfo((3,), torch.float32)}}
 
 
 def interrupted(*, flushed: bool) -> None:
     """A merge that is stopped after its first tensor."""
-    with opening(Path("new"), FORMS, "key") as made:
+    with open_output_folder(Path("new"), FORMS, "key") as made:
         made.write("a", 0, torch.ones(2, 3))
         made.finish("a")
         if flushed:
@@ -132,27 +132,27 @@ def test_a_half_written_line_of_the_journal_does_not_count() -> None:
         interrupted(flushed=True)
     journal = Path(".new.merging/journal")
     journal.write_text(journal.read_text() + "b")
-    with opening(Path("new"), FORMS, "key") as made:
+    with open_output_folder(Path("new"), FORMS, "key") as made:
         assert made.done == {"a"}
 
 
 def test_what_was_not_forced_to_disk_does_not_count() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted(flushed=False)
-    with opening(Path("new"), FORMS, "key") as made:
+    with open_output_folder(Path("new"), FORMS, "key") as made:
         assert made.done == set()
 
 
 def test_only_one_process_fills_a_folder() -> None:
     with (
         pytest.raises(StoreError, match="another process is writing new; wait for it or choose another folder"),
-        opening(Path("new"), FORMS, "key"),
-        opening(Path("new"), FORMS, "key"),
+        open_output_folder(Path("new"), FORMS, "key"),
+        open_output_folder(Path("new"), FORMS, "key"),
     ):
         pass
 
 
 def test_files_have_their_size_from_the_start() -> None:
-    with opening(Path("new"), FORMS, "key") as made:
+    with open_output_folder(Path("new"), FORMS, "key") as made:
         size = (made.folder / "model.safetensors").stat().st_size
     assert (Path("new") / "model.safetensors").stat().st_size == size

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fedtune.cli.exported import exported
+from fedtune.cli.exported import export_run_to_cache
 from fedtune.errors import StoreError
-from fedtune.fusion import MergeConfig, merge, prepare
-from fedtune.models.quiet import quiet
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
+from fedtune.models.quiet import silence_transformers
 from tests.federations import execute, words
 from tests.fusion_models import tensors
 
@@ -24,15 +24,15 @@ def test_a_run_is_merged_with_its_own_start_as_the_base(home: Path, tmp_path: Pa
             "models": [{"model": "run:latest", "parameters": {"weight": 0.5}}],
         }
     )
-    merge(prepare(config, lambda name: exported(name, None)), tmp_path / "out", "a card")
-    before, after = tensors(exported("run-1@0", None)), tensors(exported("run-1", None))
+    write_merged_model(prepare_merge(config, lambda name: export_run_to_cache(name, None)), tmp_path / "out", "a card")
+    before, after = tensors(export_run_to_cache("run-1@0", None)), tensors(export_run_to_cache("run-1", None))
     for name, tensor in tensors(tmp_path / "out").items():
         torch.testing.assert_close(tensor, (before[name] + after[name]) / 2, rtol=0, atol=1e-6)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    with quiet():
+    with silence_transformers():
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 def test_what_is_no_round_is_refused(home: Path) -> None:
     with pytest.raises(StoreError, match="'last' is no round; write run:ID@ROUND"):
-        exported("run-1@last", None)
+        export_run_to_cache("run-1@last", None)

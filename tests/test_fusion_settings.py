@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import compare, merge, parse, prepare
-from fedtune.fusion.result import unseen
-from fedtune.fusion.settings import value_at
+from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.fusion.result import ignore_progress
+from fedtune.fusion.settings import resolve_value
 from tests.fusion_models import base_and_tuned, tensors
 
 
@@ -22,9 +22,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def merged(folders: list[Path], tmp_path: Path, text: str) -> dict[str, Tensor]:
     """The result of a configuration in which A and B are the fine-tunes and BASE the base."""
-    prepared = prepare(parse(named(folders, text), "merge.yaml"))
-    compare(prepared, unseen)
-    merge(prepared, tmp_path / "out", "a card")
+    prepared = prepare_merge(parse_merge_config(named(folders, text), "merge.yaml"))
+    compare(prepared, ignore_progress)
+    write_merged_model(prepared, tmp_path / "out", "a card")
     return tensors(tmp_path / "out")
 
 
@@ -63,7 +63,7 @@ SAME: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("what", SAME)
 def test_two_spellings_are_one_merge(folders: list[Path], tmp_path: Path, what: str) -> None:
-    one, other = (parse(named(folders, text), "merge.yaml").model_dump() for text in SAME[what])
+    one, other = (parse_merge_config(named(folders, text), "merge.yaml").model_dump() for text in SAME[what])
     first, second = (merged(folders, tmp_path / str(place), text) for place, text in enumerate(SAME[what]))
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
     if "list" not in what and "one value" not in what:
@@ -72,12 +72,12 @@ def test_two_spellings_are_one_merge(folders: list[Path], tmp_path: Path, what: 
 
 def test_a_path_with_the_name_of_a_key_in_it_is_a_path() -> None:
     text = "models: [the_parameters_of_a, {model: b, parameters: }, {model: c, statistics: }]\n"
-    assert parse(text, "merge.yaml").sources == ["the_parameters_of_a", "b", "c"]
+    assert parse_merge_config(text, "merge.yaml").sources == ["the_parameters_of_a", "b", "c"]
 
 
 def test_a_base_as_a_mapping_and_an_adapter_beside_a_model_are_read() -> None:
     text = "models: [{model: {model: {path: a}, lora: {path: b}}}]\nbase_model: {model: {path: a, revision: r1}}\n"
-    config = parse(text, "merge.yaml")
+    config = parse_merge_config(text, "merge.yaml")
     assert config.sources == ["a+b"]
     assert config.base_model == "a@r1"
 
@@ -196,13 +196,13 @@ def test_filters_in_slices_meet_the_names_in_the_models(folders: list[Path], tmp
     ],
 )
 def test_values_over_the_depth(setting: list[Any], at: float, value: object) -> None:
-    assert value_at(setting, "weight", at) == value
+    assert resolve_value(setting, "weight", at) == value
 
 
 @pytest.mark.parametrize("number", [".inf", ".nan", "inf", "nan", "1e999"])
 def test_a_weight_that_is_no_finite_number_is_refused(number: str) -> None:
     with pytest.raises(RecipeError, match=r"merge.yaml, line 1: models.0.parameters.weight: .* write a finite one"):
-        parse(f"models: [{{model: a, parameters: {{weight: {number}}}}}]\n", "merge.yaml")
+        parse_merge_config(f"models: [{{model: a, parameters: {{weight: {number}}}}}]\n", "merge.yaml")
 
 
 def test_a_weight_in_words_is_refused(folders: list[Path], tmp_path: Path) -> None:
@@ -213,12 +213,14 @@ def test_a_weight_in_words_is_refused(folders: list[Path], tmp_path: Path) -> No
 def test_more_modules_than_one_are_refused() -> None:
     text = "modules: {text: {models: [a]}, vision: {models: [b]}}\n"
     with pytest.raises(RecipeError, match=r"modules: only one module is merged at a time; .* models or slices"):
-        parse(text, "merge.yaml")
+        parse_merge_config(text, "merge.yaml")
 
 
 def test_a_slice_that_ends_where_it_begins_is_told(folders: list[Path]) -> None:
     sources = "".join(f"  - sources: [{{model: ONE, layer_range: {part}}}]\n" for part in ([0, 1], [1, 1]))
-    prepared = prepare(parse(named(folders, f"merge_method: passthrough\nslices:\n{sources}"), "merge.yaml"))
+    prepared = prepare_merge(
+        parse_merge_config(named(folders, f"merge_method: passthrough\nslices:\n{sources}"), "merge.yaml")
+    )
     said = f"layer_range [1, 1] of {folders[1]} holds no layer, as its end is not counted; [1, 2] is layer 1"
     assert prepared.warnings == [said]
 
@@ -226,5 +228,5 @@ def test_a_slice_that_ends_where_it_begins_is_told(folders: list[Path]) -> None:
 def test_a_weight_that_is_not_said_of_every_tensor_is_refused(folders: list[Path]) -> None:
     text = named(folders, WEIGHTS % ("[{filter: q_proj, value: 1}END]", 1))
     with pytest.raises(RecipeError, match=r"^parameters: weight says nothing of .*; end its list with {value: \.\.\.}"):
-        prepare(parse(text.replace("END", ""), "merge.yaml"))
-    prepare(parse(text.replace("END", ", {value: 0.5}"), "merge.yaml"))
+        prepare_merge(parse_merge_config(text.replace("END", ""), "merge.yaml"))
+    prepare_merge(parse_merge_config(text.replace("END", ", {value: 0.5}"), "merge.yaml"))

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedtune.fusion.sources import open_source
-from fedtune.fusion.weights import Weights
-from fedtune.models.quiet import quiet
+from fedtune.fusion.sources import open_model
+from fedtune.fusion.weights import ModelReader
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import bert, llama
 
@@ -25,7 +25,7 @@ pytestmark = [
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 
 
-def whole(weights: Weights) -> dict[str, Tensor]:
+def whole(weights: ModelReader) -> dict[str, Tensor]:
     """All tensors, read in pieces of three rows."""
     found = {}
     for name, form in weights.forms.items():
@@ -47,7 +47,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_folder_is_read_as_it_is_stored(tmp_path: Path, dtype: torch.dtype) -> None:
     [folder] = base_and_tuned(tmp_path, 0, dtype)
-    found = whole(open_source(str(folder)))
+    found = whole(open_model(str(folder)))
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert_same(found, tensors(folder))
 
@@ -55,7 +55,7 @@ def test_a_folder_is_read_as_it_is_stored(tmp_path: Path, dtype: torch.dtype) ->
 def test_shards_are_read_as_one_model(tmp_path: Path) -> None:
     folder = save(llama(), tmp_path / "sharded", max_shard_size="4KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    assert_same(whole(open_source(f"path:{folder}")), tensors(folder))
+    assert_same(whole(open_model(f"path:{folder}")), tensors(folder))
 
 
 def _gpt2() -> PreTrainedModel:
@@ -105,7 +105,7 @@ def test_an_adapter_is_read_as_peft_merges_it(tmp_path: Path, kind: str) -> None
     model = build().from_pretrained(base)
     adapted = _trained(get_peft_model(model, LoraConfig(**{"r": 2, "lora_alpha": 7, **settings})))
     adapted.save_pretrained(tmp_path / "adapter")
-    found = whole(open_source(f"{base}+{tmp_path / 'adapter'}"))
+    found = whole(open_model(f"{base}+{tmp_path / 'adapter'}"))
     merged = adapted.merge_and_unload()
     save(merged, tmp_path / "merged")
     assert_same(found, tensors(tmp_path / "merged"), 1e-6)
@@ -116,8 +116,8 @@ def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
     base = save(llama(), tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
     _trained(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))).save_pretrained(tmp_path / "a")
-    alone = whole(open_source(str(tmp_path / "a")))
-    assert_same(alone, whole(open_source(f"{base}+{tmp_path / 'a'}")))
+    alone = whole(open_model(str(tmp_path / "a")))
+    assert_same(alone, whole(open_model(f"{base}+{tmp_path / 'a'}")))
 
 
 def test_an_adapter_for_a_task_fits_a_base_without_the_prefix(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_adapter_for_a_task_fits_a_base_without_the_prefix(tmp_path: Path) ->
     save(model.bert, tmp_path / "base")
     adapted = _trained(get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")))
     adapted.save_pretrained(tmp_path / "adapter")
-    found = whole(open_source(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))
+    found = whole(open_model(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))
     save(adapted.merge_and_unload(), tmp_path / "merged")
     assert_same(found, tensors(tmp_path / "merged"), 1e-6)
 
@@ -153,7 +153,7 @@ def _quantised(folder: Path, nested: bool, width: int) -> dict[str, Tensor]:
 def test_four_bits_are_read_as_bitsandbytes_reads_them(tmp_path: Path, nested: bool, hidden: int) -> None:
     folder = save(llama(hidden_size=hidden), tmp_path / "model")
     wanted = _quantised(folder, nested, 64)
-    opened = open_source(str(folder))
+    opened = open_model(str(folder))
     assert opened.quantised
     assert_same(whole(opened), wanted, 1e-6)
 
@@ -191,8 +191,8 @@ def _write_gguf(path: Path, model: PreTrainedModel, kind: gguf.GGMLQuantizationT
 def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     model = moved(llama(hidden_size=32, intermediate_size=64, num_key_value_heads=1), 1)
     _write_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType[kind])
-    opened = open_source(str(tmp_path / "tiny.gguf"))
-    with quiet():
+    opened = open_model(str(tmp_path / "tiny.gguf"))
+    with silence_transformers():
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     assert_same(whole(opened), dict(read.state_dict()))
     assert opened.quantised == kind.startswith("Q")

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import merge, parse, prepare
-from fedtune.models.quiet import quiet
+from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.test_fusion_files import both, merged, unreadable_tokens, write
 from tests.test_fusion_stacks import t5
@@ -28,7 +28,7 @@ from tests.test_fusion_stacks import t5
 
 def loading(kind: Any, folder: Path) -> dict[str, Any]:
     """What transformers misses, or does not know, in a folder."""
-    with quiet():
+    with silence_transformers():
         info: dict[str, Any] = kind.from_pretrained(folder, output_loading_info=True)[1]
     return info
 
@@ -77,7 +77,7 @@ def test_masks_that_one_copy_keeps_are_no_difference_and_biases_are(tmp_path: Pa
     assert not any(loading(AutoModelForCausalLM, out).values())
     write(tmp_path / "one", plain | {"h.0.attn.bias": torch.ones(16)})
     with pytest.raises(FedtuneError, match=r"two has no tensor .*h\.0\.attn\.bias, which .*one has; only models of"):
-        prepare(parse(both(tmp_path, "one", "two"), "merge.yaml"))
+        prepare_merge(parse_merge_config(both(tmp_path, "one", "two"), "merge.yaml"))
 
 
 COPIES: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -114,7 +114,7 @@ def test_copies_of_tied_tensors_that_one_file_holds_are_no_difference(
     first = next(iter(copies))
     write(tmp_path / "one", plain | {first: plain[copies[first]] + 1})
     with pytest.raises(FedtuneError, match=rf"two has no tensor {first}, which .*one has; only models of one"):
-        prepare(parse(both(tmp_path, *order), "merge.yaml"))
+        prepare_merge(parse_merge_config(both(tmp_path, *order), "merge.yaml"))
 
 
 def test_old_tokenizers_that_are_one_need_no_reader(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_an_encoder_of_sentences_keeps_its_pooling(tmp_path: Path, dense: bool) 
         if dense:
             (folder / "2_Dense").mkdir()
             write(folder / "2_Dense", {"linear.weight": torch.ones(3, 16)})
-    prepared = prepare(parse(both(tmp_path, "one", "two"), "merge.yaml"))
+    prepared = prepare_merge(parse_merge_config(both(tmp_path, "one", "two"), "merge.yaml"))
     said = [f"2_Dense of {tmp_path / 'one'} is copied as it is: only transformers are merged"]
     assert prepared.warnings == (said if dense else [])
-    merge(prepared, tmp_path / "out", "a card")
+    write_merged_model(prepared, tmp_path / "out", "a card")
     for file in ("modules.json", "1_Pooling/config.json", *(["2_Dense/model.safetensors"] if dense else [])):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

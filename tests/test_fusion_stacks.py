@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import compare, merge, parse, prepare
-from fedtune.fusion.layers import depths, stacks
-from fedtune.fusion.result import unseen
-from fedtune.fusion.score import gather
-from fedtune.merging import Activity, Evidence
-from fedtune.models.quiet import quiet
+from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.fusion.layers import compute_relative_depths, stacks
+from fedtune.fusion.result import ignore_progress
+from fedtune.fusion.score import collect_merge_context
+from fedtune.merging import ActivationStatistics, MergeContext
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import llama
 
@@ -85,7 +85,7 @@ def test_slices_of_several_stacks_are_refused(tmp_path: Path, kind: str) -> None
     with pytest.raises(
         ModelError, match=r"one has several stacks of layers \(.*, .*\), and slices do not say whose layers"
     ):
-        prepare(parse(text, "merge.yaml"))
+        prepare_merge(parse_merge_config(text, "merge.yaml"))
 
 
 @pytest.mark.parametrize("kind", BUILDS)
@@ -93,7 +93,7 @@ def test_values_over_the_depth_run_through_each_stack(tmp_path: Path, kind: str)
     _, one, two = three(tmp_path, BUILDS[kind])
     entries = [f"{{model: {one}, parameters: {{weight: [0, 1]}}}}", f"{{model: {two}, parameters: {{weight: [1, 0]}}}}"]
     text = f"models: [{', '.join(entries)}]\n"
-    merge(prepare(parse(text, "merge.yaml")), tmp_path / "out", "a card")
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), tmp_path / "out", "a card")
     found, first, second = (tensors(folder) for folder in (tmp_path / "out", one, two))
     known = stacks(first)
     assert len(known) == 2
@@ -109,8 +109,8 @@ def test_values_over_the_depth_run_through_each_stack(tmp_path: Path, kind: str)
 def test_whole_merges_of_several_stacks_load(tmp_path: Path) -> None:
     base, one, two = three(tmp_path, t5)
     text = f"merge_method: ties\nbase_model: {base}\nmodels: [{one}, {two}]\n"
-    merge(prepare(parse(text, "merge.yaml")), tmp_path / "out", "a card")
-    with quiet():
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), tmp_path / "out", "a card")
+    with silence_transformers():
         auto: Any = AutoModelForSeq2SeqLM
         _, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -124,7 +124,7 @@ def test_stacks_are_told_from_steps_of_a_head() -> None:
     assert stacks([*names, *head, "norm.weight"]) == ["model.layers"]
     assert stacks(head) == ["classifier"]
     assert stacks(["weight"]) == []
-    assert depths(names[:3]) == dict.fromkeys(names[:3], 1.0)
+    assert compute_relative_depths(names[:3]) == dict.fromkeys(names[:3], 1.0)
 
 
 def stacked(*parts: tuple[Path, list[int]]) -> str:
@@ -157,14 +157,16 @@ def test_models_of_slices_are_compared_layer_by_layer(tmp_path: Path) -> None:
     base, one, two = deep(tmp_path)
     text = RENUMBERED.format(method="task_arithmetic", base=base, one=one, two=two)
     plain = f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{one}, {two}]\n"
-    sliced, whole = (compare(prepare(parse(each, "merge.yaml")), unseen) for each in (text, plain))
+    sliced, whole = (
+        compare(prepare_merge(parse_merge_config(each, "merge.yaml")), ignore_progress) for each in (text, plain)
+    )
     assert sliced == whole
 
 
 def test_stacked_layers_are_compared_as_the_models_have_them(tmp_path: Path) -> None:
     _, one, two = deep(tmp_path)
     text = stacked((one, [2, 4]), (two, [0, 2]))
-    found = compare(prepare(parse(text, "merge.yaml")), unseen)
+    found = compare(prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress)
     first, second = tensors(one), tensors(two)
     product = sum(float((first[name].double() * second[name]).sum()) for name in first)
     norms = [sum(float(side[name].double().square().sum()) for name in side) ** 0.5 for side in (first, second)]
@@ -179,7 +181,10 @@ merge_method: linear
 base_model: {base}
 slices: [{{sources: [{{model: {one}, layer_range: [3, 4]}}, {{model: {short}, layer_range: [0, 1]}}]}}]
 """
-    assert compare(prepare(parse(text, "merge.yaml")), unseen, trust_base=True).models == [str(one), str(short)]
+    assert compare(prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress, trust_base=True).models == [
+        str(one),
+        str(short),
+    ]
     assert two.exists()
 
 
@@ -188,10 +193,10 @@ def test_a_relaxed_layer_follows_the_activity_of_the_bases_layer(tmp_path: Path)
     text = RENUMBERED.format(method="task_arithmetic", base=base, one=one, two=two)
     rest = "self_attn.q_proj.weight"
     levels = {f"model.layers.{number}.{rest}": torch.linspace(1, 0, 16).roll(number) for number in range(4)}
-    evidence = Evidence({name: Activity(level) for name, level in levels.items()})
-    merge(prepare(parse(text, "merge.yaml")), tmp_path / "plain", "a card")
-    merge(
-        prepare(parse(text + "relax: {aim: {omega: 0.4}}\n", "merge.yaml")),
+    evidence = MergeContext({name: ActivationStatistics(level) for name, level in levels.items()})
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), tmp_path / "plain", "a card")
+    write_merged_model(
+        prepare_merge(parse_merge_config(text + "relax: {aim: {omega: 0.4}}\n", "merge.yaml")),
         tmp_path / "out",
         "a card",
         evidence=evidence,
@@ -216,7 +221,11 @@ def test_statistics_are_those_of_the_models_own_layer(tmp_path: Path) -> None:
         f"{{model: {folder}, layer_range: [3, 4], statistics: {file}}}"
         for folder, file in zip((one, two), files, strict=True)
     )
-    merge(prepare(parse(f"merge_method: fisher\nslices: [{{sources: [{sources}]}}]\n", "m.yaml")), tmp_path / "out", "")
+    write_merged_model(
+        prepare_merge(parse_merge_config(f"merge_method: fisher\nslices: [{{sources: [{sources}]}}]\n", "m.yaml")),
+        tmp_path / "out",
+        "",
+    )
     assert torch.allclose(tensors(tmp_path / "out")[f"model.layers.0.{rest}"], tensors(one)[f"model.layers.3.{rest}"])
 
 
@@ -227,14 +236,14 @@ def test_steps_on_whole_models_are_refused_with_slices(tmp_path: Path, key: str,
     with pytest.raises(
         RecipeError, match=f"^{key} needs whole models; give models in place of slices, or leave {key} out"
     ):
-        prepare(parse(text, "merge.yaml"))
+        prepare_merge(parse_merge_config(text, "merge.yaml"))
 
 
 def test_a_result_of_another_shape_than_the_net_is_refused_before_it_is_written(tmp_path: Path) -> None:
     folders = [save(llama(seed, vocab_size=40 + seed), tmp_path / str(seed)) for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         save_tokenizer(folder, words(), ("<new>",) * seed)
-    config = parse(
+    config = parse_merge_config(
         f"models: [{folders[0]}, {folders[1]}]\ntokenizer_source: union\nrenormalise: repair\n", "merge.yaml"
     )
     texts = tmp_path / "texts.csv"
@@ -246,7 +255,7 @@ def test_a_result_of_another_shape_than_the_net_is_refused_before_it_is_written(
     with pytest.raises(
         ModelError, match=r"repair watches the result in the net it was given, where .* is \[40, 16\], not"
     ):
-        gather(prepare(config), "causal-language-modelling", f"csv:{texts}", "text", runs)
+        collect_merge_context(prepare_merge(config), "causal-language-modelling", f"csv:{texts}", "text", runs)
 
 
 def test_what_is_said_of_single_layers_follows_them(tmp_path: Path) -> None:
@@ -265,10 +274,10 @@ def test_what_is_said_of_single_layers_follows_them(tmp_path: Path) -> None:
     )
     one = save(net, tmp_path / "one")
     text = stacked((one, [2, 4]), (one, [1, 2]))
-    merge(prepare(parse(text, "merge.yaml")), tmp_path / "out", "a card")
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), tmp_path / "out", "a card")
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (told["num_hidden_layers"], told["layer_types"]) == (3, [kinds[2], kinds[3], kinds[1]])
-    with quiet():
+    with silence_transformers():
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -276,7 +285,11 @@ def test_lists_that_are_not_of_layers_stay(tmp_path: Path) -> None:
     _, one, _ = base_and_tuned(tmp_path, 2, num_hidden_layers=2)
     told = {"eos_token_id": [1, 2], "mlp_only_layers": [1], "no_rope_layers": [1, 0], "architectures": ["A", "B"]}
     change_json(one / "config.json", told)
-    merge(prepare(parse(stacked((one, [1, 2]), (one, [0, 2])), "merge.yaml")), tmp_path / "out", "a card")
+    write_merged_model(
+        prepare_merge(parse_merge_config(stacked((one, [1, 2]), (one, [0, 2])), "merge.yaml")),
+        tmp_path / "out",
+        "a card",
+    )
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = {**told, "mlp_only_layers": [0, 2], "no_rope_layers": [0, 1, 0]}
     assert {key: found[key] for key in wanted} == wanted
@@ -290,4 +303,4 @@ def test_a_model_that_does_not_count_its_layers_is_no_source_of_slices(tmp_path:
     with pytest.raises(
         ModelError, match=r"one|tuned1 does not say in config.json how many layers it has; give models in"
     ):
-        prepare(parse(stacked((one, [0, 2])), "m"))
+        prepare_merge(parse_merge_config(stacked((one, [0, 2])), "m"))

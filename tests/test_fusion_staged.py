@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.merge import merge
 from fedtune.errors import FedtuneError, RecipeError, SourceError
-from fedtune.fusion import parse
+from fedtune.fusion import parse_merge_config
 from fedtune.fusion.stages import stages_of
 from fedtune.yaml_text import documents
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
@@ -136,7 +136,7 @@ def test_several_merges_that_make_no_result_are_refused(text: str, sentence: str
 
 def test_one_merge_is_wanted_where_one_is_read() -> None:
     with pytest.raises(RecipeError, match=r"^merge\.yaml holds 2 merges; give one$"):
-        parse(STAGES, "merge.yaml")
+        parse_merge_config(STAGES, "merge.yaml")
 
 
 def test_a_name_alone_is_the_results() -> None:

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
-from fedtune.fusion import merge, parse, prepare
+from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
 from fedtune.fusion.settings_file import with_vocabulary
-from fedtune.fusion.vocabulary import vocabulary
-from fedtune.models.quiet import quiet
+from fedtune.fusion.vocabulary import read_vocabulary
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import change_json, moved, save_tokenizer, tensors, words
 from tests.test_fusion_stacks import bart, llava, t5
 from tests.tiny import VOCABULARY, llama
@@ -99,7 +99,7 @@ def two(folder: Path, build: Any) -> list[Path]:
     folders = [folder / name for name in ("one", "two")]
     for seed, (path, added) in enumerate(zip(folders, ((), ("<call>", "<think>")), strict=True)):
         torch.manual_seed(seed)
-        with quiet():
+        with silence_transformers():
             moved(build(VOCABULARY + len(added)), seed).save_pretrained(path)
         save_tokenizer(path, words() if not seed else [*words()[:5], *words()[5:][::-1]], added)
     return folders
@@ -108,12 +108,12 @@ def two(folder: Path, build: Any) -> list[Path]:
 def merged(folders: list[Path], rule: str = "union") -> Path:
     out = folders[0].parent / "out"
     text = f"models: [{folders[0]}, {folders[1]}]\ntokenizer_source: {rule}\n"
-    merge(prepare(parse(text, "merge.yaml")), out, "a card")
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), out, "a card")
     return out
 
 
 def row(folder: Path, token: str, name: str) -> Tensor:
-    known = vocabulary(folder)
+    known = read_vocabulary(folder)
     assert known is not None
     [full] = [key for key in tensors(folder) if key.endswith(name)]
     return tensors(folder)[full][known[token]]
@@ -177,7 +177,7 @@ LOADS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", LOADS)
 def test_the_union_loads_in_plain_transformers(tmp_path: Path, kind: str) -> None:
     out = merged(two(tmp_path, BUILDS[kind][0]))
-    with quiet():
+    with silence_transformers():
         model, info = LOADS[kind].from_pretrained(out, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(out)
     assert not info["missing_keys"]
@@ -192,7 +192,9 @@ def test_the_union_loads_in_plain_transformers(tmp_path: Path, kind: str) -> Non
 def test_an_output_of_its_own_keeps_a_t5_what_it_was(tmp_path: Path) -> None:
     """T5 scales its last states where its output is the input's, and says so by two keys."""
     folder = two(tmp_path, BUILDS["t5, untied"][0])[0]
-    merge(prepare(parse(f"models: [{folder}]\n", "m.yaml")), tmp_path / "alone", "a card")
+    write_merged_model(
+        prepare_merge(parse_merge_config(f"models: [{folder}]\n", "m.yaml")), tmp_path / "alone", "a card"
+    )
     ids = torch.arange(3, 13)[None]
     found, wanted = (_t5_logits(path, ids) for path in (tmp_path / "alone", folder))
     torch.testing.assert_close(found, wanted)
@@ -200,7 +202,7 @@ def test_an_output_of_its_own_keeps_a_t5_what_it_was(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def _t5_logits(folder: Path, ids: Tensor) -> Tensor:
-    with quiet():
+    with silence_transformers():
         model = T5ForConditionalGeneration.from_pretrained(folder).eval()
     found: Tensor = model(input_ids=ids, decoder_input_ids=ids).logits
     return found
@@ -216,15 +218,15 @@ def test_columns_of_tokens_are_put_in_order_too(tmp_path: Path, rule: str) -> No
         save_file(found, folder / "model.safetensors", {"format": "pt"})
     out = tmp_path / "out"
     text = f"models: [{one}, {other}]\nbase_model: {one}\ntokenizer_source: {rule}\n"
-    merge(prepare(parse(text, "merge.yaml")), out, "a card")
-    known = [vocabulary(folder) for folder in (out, one, other)]
+    write_merged_model(prepare_merge(parse_merge_config(text, "merge.yaml")), out, "a card")
+    known = [read_vocabulary(folder) for folder in (out, one, other)]
     ids, first, second = ({} if one is None else one for one in known)
     made = tensors(out)[name]
     assert made.shape == (1, VOCABULARY + (2 if rule == "union" else 0))
     for token in ("word3", "word30"):
         assert made[0, ids[token]] == (first[token] + second[token] + 100) / 2
     assert rule == "base" or made[0, ids["<think>"]] == second["<think>"] + 100
-    with quiet():
+    with silence_transformers():
         _, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
     assert not info["mismatched_keys"]
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import MergeConfig, merge, prepare
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
 from fedtune.fusion.chat_templates import CHAT_TEMPLATES
-from fedtune.fusion.vocabulary import difference, union, vocabulary
-from fedtune.models.quiet import quiet
+from fedtune.fusion.vocabulary import compare_vocabularies, join_tokenizers, read_vocabulary
+from fedtune.models.quiet import silence_transformers
 from tests.fusion_models import save_tokenizer, tensors, words
 from tests.tiny import VOCABULARY, llama
 
@@ -24,7 +24,7 @@ def three(folder: Path) -> list[Path]:
     folders = [folder / name for name in ("base", "one", "two")]
     extra: tuple[tuple[str, ...], ...] = ((), ("<call>",), ("<think>", "<call>"))
     for seed, (path, added) in enumerate(zip(folders, extra, strict=True)):
-        with quiet():
+        with silence_transformers():
             llama(seed, vocab_size=VOCABULARY + len(added)).save_pretrained(path)
         save_tokenizer(path, words(), added)
     return folders
@@ -38,12 +38,12 @@ def merged(folders: list[Path], method: str = "linear", base: Path | None = None
         "tokenizer": rule,
     }
     out = folders[0].parent / "out"
-    merge(prepare(MergeConfig.model_validate(value)), out, "a card")
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), out, "a card")
     return out
 
 
 def rows(folder: Path, token: str, name: str = EMBEDDING) -> Tensor:
-    known = vocabulary(folder)
+    known = read_vocabulary(folder)
     assert known is not None
     return tensors(folder)[name][known[token]]
 
@@ -63,10 +63,10 @@ def test_a_union_holds_every_token_with_the_mean_of_its_owners(tmp_path: Path, n
 
 def test_a_union_loads_and_reads_the_new_tokens(tmp_path: Path) -> None:
     out = merged(three(tmp_path), source="union")
-    with quiet():
+    with silence_transformers():
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("word3 <think> word5 <call>")["input_ids"]
-    assert ids == [3, vocabulary(out)["<think>"], 5, vocabulary(out)["<call>"]]  # type: ignore[index]
+    assert ids == [3, read_vocabulary(out)["<think>"], 5, read_vocabulary(out)["<call>"]]  # type: ignore[index]
     assert model.config.vocab_size == VOCABULARY + 2
     assert str(tokenizer.decode(ids, skip_special_tokens=True)).split() == ["word3", "word5"]
     model(torch.tensor([ids]))
@@ -91,13 +91,13 @@ def test_the_bases_tokens_drop_what_others_added(tmp_path: Path) -> None:
     base, one, two = three(tmp_path)
     out = merged([one, two], "task_arithmetic", base, source="base")
     assert tensors(out)[EMBEDDING].shape[0] == VOCABULARY
-    assert vocabulary(out) == vocabulary(base)
+    assert read_vocabulary(out) == read_vocabulary(base)
 
 
 def test_a_models_tokens_keep_its_order(tmp_path: Path) -> None:
     base, one, two = three(tmp_path)
     out = merged([base, one, two], source=str(two))
-    assert vocabulary(out) == vocabulary(two)
+    assert read_vocabulary(out) == read_vocabulary(two)
     both = (rows(one, "<call>") + rows(two, "<call>")) / 2
     torch.testing.assert_close(rows(out, "<call>"), both)
     torch.testing.assert_close(rows(out, "<think>"), rows(two, "<think>"))
@@ -129,7 +129,7 @@ def test_a_token_without_a_row_in_any_model_has_the_mean_row(tmp_path: Path) -> 
     """A tokenizer that grew without its model."""
     base, one, _ = three(tmp_path)
     for folder in (base, one):
-        with quiet():
+        with silence_transformers():
             llama(0 if folder == base else 1).save_pretrained(folder)
     save_tokenizer(one, words(), ("<late>",))
     out = merged([base, one], source="union")
@@ -139,7 +139,7 @@ def test_a_token_without_a_row_in_any_model_has_the_mean_row(tmp_path: Path) -> 
 
 def test_rows_behind_the_tokens_are_not_taken_for_tokens(tmp_path: Path) -> None:
     base, one, two = three(tmp_path)
-    with quiet():
+    with silence_transformers():
         llama(3, vocab_size=VOCABULARY + 5).save_pretrained(base)
     save_tokenizer(base, words())
     out = merged([base, one, two], source="union")
@@ -163,7 +163,7 @@ def test_a_rule_that_names_nothing_is_refused(tmp_path: Path, rule: dict[str, An
 
 
 def test_differences_are_counted() -> None:
-    assert difference({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 1, "e": 3}) == (1, 2, 1)
+    assert compare_vocabularies({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 1, "e": 3}) == (1, 2, 1)
 
 
 def test_words_of_a_model_join_the_words_with_the_merges_that_make_them(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_words_of_a_model_join_the_words_with_the_merges_that_make_them(tmp_path
     for name, more, merges in (("one", {}, [("a", "b")]), ("two", {"abc": 4, "cc": 5}, [("a", "b"), ("ab", "c")])):
         (tmp_path / name).mkdir()
         Tokenizer(BPE({**base, **more}, merges)).save(str(tmp_path / name / "tokenizer.json"))
-    found = union([tmp_path / "one", tmp_path / "two"])
+    found = join_tokenizers([tmp_path / "one", tmp_path / "two"])
     assert found["model"]["vocab"] == {**base, "abc": 4, "cc": 5}
     import json
 
@@ -190,7 +190,7 @@ def chatting(folder: Path, wanted: str) -> str:
     value = {"merge_method": "linear", "models": [str(base), str(base)], "chat_template": wanted}
     if wanted == "auto":
         value["models"] = [str(one), str(one)]
-    merge(prepare(MergeConfig.model_validate(value)), folder / "out", "a card")
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), folder / "out", "a card")
     return (folder / "out" / "chat_template.jinja").read_text()
 
 
@@ -212,6 +212,6 @@ def test_a_chat_template_nobody_knows_is_refused_before_anything_is_read(tmp_pat
     base, *_ = three(tmp_path)
     value = {"merge_method": "linear", "models": [str(base), str(base)]}
     with pytest.raises(RecipeError, match="'chatlm' is none of auto, chatml, llama3, mistral, alpaca, exaone, nor a"):
-        prepare(MergeConfig.model_validate({**value, "chat_template": "chatlm"}))
+        prepare_merge(MergeConfig.model_validate({**value, "chat_template": "chatlm"}))
     with pytest.raises(RecipeError, match="auto finds none"):
-        prepare(MergeConfig.model_validate({**value, "chat_template": "auto"}))
+        prepare_merge(MergeConfig.model_validate({**value, "chat_template": "auto"}))

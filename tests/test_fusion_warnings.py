@@ -9,54 +9,54 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fedtune.cli.merge import merge
-from fedtune.fusion.warnings import faint_channels, outscored
-from fedtune.merging import Activity, choose
+from fedtune.fusion.warnings import warn_of_better_inputs, warn_of_dominant_channels
+from fedtune.merging import ActivationStatistics, build_pipeline
 from fedtune.recipe import Unit
-from fedtune.training import Score
+from fedtune.training import Metric
 from tests.fusion_models import base_and_tuned, save
 from tests.tiny import bert
 
 
-def figures(accuracy: float, loss: float, domain: str = "all") -> list[Score]:
-    return [Score(domain, "accuracy", accuracy), Score(domain, "loss", loss)]
+def figures(accuracy: float, loss: float, domain: str = "all") -> list[Metric]:
+    return [Metric(domain, "accuracy", accuracy), Metric(domain, "loss", loss)]
 
 
 def test_the_best_input_that_scores_better_is_named() -> None:
     scores = {"one": figures(0.8, 1), "two": figures(0.9, 2), "base": figures(0.3, 3), "merged": figures(0.85, 0.1)}
-    [sentence] = outscored(scores)
+    [sentence] = warn_of_better_inputs(scores)
     assert sentence.startswith("the merge is outshone by two, which has accuracy 0.9000 where the merge has accuracy")
 
 
 def test_a_merge_as_good_as_its_best_input_is_not_warned_of() -> None:
-    assert outscored({"one": figures(0.8, 1), "merged": figures(0.8, 2)}) == []
-    assert outscored({"merged": figures(0.1, 9)}) == []
+    assert warn_of_better_inputs({"one": figures(0.8, 1), "merged": figures(0.8, 2)}) == []
+    assert warn_of_better_inputs({"merged": figures(0.1, 9)}) == []
 
 
 def test_less_loss_is_better_where_there_is_no_accuracy() -> None:
-    lower, higher = [Score("all", "loss", 1.0)], [Score("all", "loss", 2.0)]
-    assert len(outscored({"one": lower, "merged": higher})) == 1
-    assert outscored({"one": higher, "merged": lower}) == []
+    lower, higher = [Metric("all", "loss", 1.0)], [Metric("all", "loss", 2.0)]
+    assert len(warn_of_better_inputs({"one": lower, "merged": higher})) == 1
+    assert warn_of_better_inputs({"one": higher, "merged": lower}) == []
 
 
 def test_language_models_are_ranked_by_perplexity() -> None:
-    sharp, right = [Score("all", "perplexity", 9.0)], [Score("all", "perplexity", 10.0)]
-    assert len(outscored({"one": [*sharp, *figures(0.1, 9)], "merged": [*right, *figures(0.2, 1)]})) == 1
+    sharp, right = [Metric("all", "perplexity", 9.0)], [Metric("all", "perplexity", 10.0)]
+    assert len(warn_of_better_inputs({"one": [*sharp, *figures(0.1, 9)], "merged": [*right, *figures(0.2, 1)]})) == 1
 
 
 def test_the_mean_over_domains_goes_before_all_examples() -> None:
     one = figures(0.9, 1, "all") + figures(0.5, 1, "mean")
-    assert outscored({"one": one, "merged": figures(0.8, 1, "all") + figures(0.6, 1, "mean")}) == []
+    assert warn_of_better_inputs({"one": one, "merged": figures(0.8, 1, "all") + figures(0.6, 1, "mean")}) == []
 
 
 def test_an_outlier_channel_is_told_until_the_quantile_leaves_it_out() -> None:
     level = torch.ones(200)
     level[3] = 1000
-    activity = {"outlier.weight": Activity(level), "plain.weight": Activity(torch.ones(200))}
-    [sentence] = faint_channels(choose([Unit(name="mean"), Unit(name="aim")]).relax, activity)
+    activity = {"outlier.weight": ActivationStatistics(level), "plain.weight": ActivationStatistics(torch.ones(200))}
+    [sentence] = warn_of_dominant_channels(build_pipeline([Unit(name="mean"), Unit(name="aim")]).relax, activity)
     assert sentence.startswith("aim leaves 1 of 2 weights nearly as merged")
     assert "median s 1.0e-03 in outlier.weight" in sentence
-    lower = choose([Unit(name="mean"), Unit(name="aim", settings={"quantile": 0.9})]).relax
-    assert faint_channels(lower, activity) == []
+    lower = build_pipeline([Unit(name="mean"), Unit(name="aim", settings={"quantile": 0.9})]).relax
+    assert warn_of_dominant_channels(lower, activity) == []
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def test_evaluate_warns_on_the_screen_and_in_the_card(folder: None) -> None:
     result = CliRunner().invoke(merge, arguments)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    [sentence] = outscored({name: [Score(**one) for one in kept] for name, kept in document["scores"].items()})
+    [sentence] = warn_of_better_inputs(
+        {name: [Metric(**one) for one in kept] for name, kept in document["scores"].items()}
+    )
     assert "outshone by all1, which has accuracy 1.0000 where the merge has accuracy 0.0000" in sentence
     assert document["warnings"] == [sentence]
     assert f"warning: {sentence}" in result.stderr

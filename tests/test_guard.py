@@ -12,10 +12,10 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from starlette.requests import Request
 
-from fedtune.device.fleet import signed_headers
+from fedtune.device.fleet import make_signed_headers
 from fedtune.server import guard
-from fedtune.server.guard import Guard
-from fedtune.server.refusal import RefusedError
+from fedtune.server.guard import Authenticator
+from fedtune.server.refusal import RequestRefusedError
 from fedtune.tracking import Store
 
 MOMENT = datetime(2026, 5, 4, 12, tzinfo=UTC)
@@ -23,20 +23,20 @@ KEY = ec.generate_private_key(ec.SECP384R1())
 
 
 @pytest.fixture
-def at_the_door(home: Path) -> Iterator[Guard]:
+def at_the_door(home: Path) -> Iterator[Authenticator]:
     pem = KEY.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with Store.open() as store:
         store.access.add_device(name="dev", node="1", public_key=pem.decode())
-        yield Guard(store.access)
+        yield Authenticator(store.access)
 
 
 def signed(**changed: str) -> Request:
-    headers = signed_headers(KEY, MOMENT.timestamp()) | changed
+    headers = make_signed_headers(KEY, MOMENT.timestamp()) | changed
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "headers": raw})
 
 
-def asked(door: Guard, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
+def asked(door: Authenticator, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(guard, "now", lambda: MOMENT + timedelta(seconds=age))
     return door.signed_device(signed())
 
@@ -44,7 +44,9 @@ def asked(door: Guard, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "age", [-SYSTEM_TIME_TOLERANCE + 0.5, 0, TIMESTAMP_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE - 0.5]
 )
-def test_a_request_is_good_within_the_window(at_the_door: Guard, age: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_good_within_the_window(
+    at_the_door: Authenticator, age: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert asked(at_the_door, age, monkeypatch) == "dev"
 
 
@@ -60,26 +62,26 @@ def test_a_request_is_good_within_the_window(at_the_door: Guard, age: float, mon
     ],
 )
 def test_a_request_is_refused_outside_the_window(
-    at_the_door: Guard, age: float, monkeypatch: pytest.MonkeyPatch
+    at_the_door: Authenticator, age: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RefusedError, match=f"signed {age:.0f} s ago") as refused:
+    with pytest.raises(RequestRefusedError, match=f"signed {age:.0f} s ago") as refused:
         asked(at_the_door, age, monkeypatch)
     assert (refused.value.status, refused.value.who) == (401, "dev")
 
 
 @pytest.mark.parametrize("moment", ["2026-05-04T12:00:01+00:00", "2026-05-04T12:00:00", "now", ""])
 def test_another_moment_than_the_signed_one_is_refused(
-    at_the_door: Guard, moment: str, monkeypatch: pytest.MonkeyPatch
+    at_the_door: Authenticator, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "now", lambda: MOMENT)
-    with pytest.raises(RefusedError, match="not signed with the device's key"):
+    with pytest.raises(RequestRefusedError, match="not signed with the device's key"):
         at_the_door.signed_device(signed(**{TIMESTAMP_HEADER: moment}))
 
 
-def test_another_keys_signature_is_refused(at_the_door: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_keys_signature_is_refused(at_the_door: Authenticator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "now", lambda: MOMENT)
-    others = signed_headers(ec.generate_private_key(ec.SECP384R1()), MOMENT.timestamp())
+    others = make_signed_headers(ec.generate_private_key(ec.SECP384R1()), MOMENT.timestamp())
     name = FLEET_HTTP_SIGNATURE_HEADER
     for signature in (others[name], b64encode(b"x").decode(), "no base64", ""):
-        with pytest.raises(RefusedError, match="not signed with the device's key"):
+        with pytest.raises(RequestRefusedError, match="not signed with the device's key"):
             at_the_door.signed_device(signed(**{name: signature}))

@@ -29,9 +29,9 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedtune.answers import REFUSED
 from fedtune.device.fleet import _reply_metadata
-from fedtune.server.exchange import replies
+from fedtune.server.exchange import stream_replies
 from fedtune.server.guarded_grid import GuardedGrid, guard_grid
-from fedtune.simulation.flower_private import be_node
+from fedtune.simulation.flower_private import set_node_identity
 
 EXPECTED = 31_000
 
@@ -128,7 +128,7 @@ def link() -> Link:
 
 @pytest.fixture
 def grid(link: Link) -> GuardedGrid:
-    be_node(SUPERLINK_NODE_ID, link.run)
+    set_node_identity(SUPERLINK_NODE_ID, link.run)
     flower = HttpGrid(token="none")
     flower._client = link  # type: ignore[assignment]
     flower._run = SimpleNamespace(run_id=link.run)  # type: ignore[assignment]
@@ -210,7 +210,7 @@ def test_a_device_that_confirms_its_order_before_it_is_there_costs_itself_the_ro
 def test_a_device_that_is_gone_gets_no_number(link: Link, grid: GuardedGrid) -> None:
     devices = [Device(link, link.node("a")), Device(link, 4711)]
     gone: list[int] = []
-    waiting = replies(grid, orders(devices), 0.3, 0.01, gone.append)
+    waiting = stream_replies(grid, orders(devices), 0.3, 0.01, gone.append)
     list(waiting)
     assert gone == [1]
 
@@ -353,5 +353,5 @@ def test_a_reply_to_nothing_that_was_sent_is_passed_over(link: Link) -> None:
             sent = [SimpleNamespace(reply_to_message_id=one) for one in ("7", "1", "1")]
             return [SimpleNamespace(metadata=one, has_error=lambda: False) for one in sent]
 
-    found = list(replies(Strange(), {5: None}, 5.0, 0.01))  # type: ignore[arg-type,dict-item]
+    found = list(stream_replies(Strange(), {5: None}, 5.0, 0.01))  # type: ignore[arg-type,dict-item]
     assert [client for client, _ in found] == [5]

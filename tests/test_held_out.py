@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.data import Encoded
-from fedtune.seeds import derive
-from fedtune.training import load_state, read_state, train, workshop
-from fedtune.training.held_out import held_out
+from fedtune.data import EncodedDataset
+from fedtune.seeds import derive_seed
+from fedtune.training import get_model_state, get_run_context, set_model_state, train_local_model
+from fedtune.training.held_out import split_holdout
 from tests.federations import execute, trivial
 
 SHARE = "evaluation.own=0.3"
@@ -21,7 +21,7 @@ SHARE = "evaluation.own=0.3"
 class Watched:
     """Encoded examples that remember which of them were asked for while gradients were taken."""
 
-    def __init__(self, data: Encoded) -> None:
+    def __init__(self, data: EncodedDataset) -> None:
         self._data, self.domains, self.lengths = data, data.domains, data.lengths
         self.trained: set[int] = set()
         self.scored: set[int] = set()
@@ -39,7 +39,7 @@ class Watched:
 )
 def test_a_share_rounded_down_is_held_out_and_the_rest_kept(count: int, share: float, wanted: int) -> None:
     rows = np.arange(100, 100 + count)
-    kept, held = held_out(rows, share, 5)
+    kept, held = split_holdout(rows, share, 5)
     assert len(held) == wanted
     assert sorted([*kept, *held]) == rows.tolist()
     assert [kept.tolist(), held.tolist()] == [sorted(kept), sorted(held)]
@@ -47,26 +47,26 @@ def test_a_share_rounded_down_is_held_out_and_the_rest_kept(count: int, share: f
 
 def test_without_a_share_rows_stay_as_they_are() -> None:
     rows = np.array([4, 2, 9])
-    assert held_out(rows, 0.0, 1)[0] is rows
+    assert split_holdout(rows, 0.0, 1)[0] is rows
 
 
 def test_each_seed_holds_out_other_rows() -> None:
-    drawn = {tuple(held_out(np.arange(30), 0.2, seed)[1]) for seed in range(60)}
+    drawn = {tuple(split_holdout(np.arange(30), 0.2, seed)[1]) for seed in range(60)}
     assert len(drawn) > 50
     assert set().union(*drawn) == set(range(30))
 
 
 def test_held_out_examples_are_never_trained_on_and_scored_as_by_hand() -> None:
-    shop = workshop(trivial(SHARE, "train={steps: null, epochs: 2}").model_dump_json())
+    shop = get_run_context(trivial(SHARE, "train={steps: null, epochs: 2}").model_dump_json())
     recipe, rows, client = shop.recipe, shop.clients[2], 2
-    kept, held = held_out(rows, 0.3, derive(recipe.seed, client, "own"))
-    state = {name: torch.randn_like(tensor) for name, tensor in read_state(shop.model, shop.shared).items()}
+    kept, held = split_holdout(rows, 0.3, derive_seed(recipe.seed, client, "own"))
+    state = {name: torch.randn_like(tensor) for name, tensor in get_model_state(shop.model, shop.shared).items()}
     for number in (1, 2):
         watched = Watched(shop.train)
-        got = train(shop.model, shop.techniques, state, watched, rows, recipe, number, client)
+        got = train_local_model(shop.model, shop.techniques, state, watched, rows, recipe, number, client)
         assert watched.trained == set(kept.tolist())
         assert watched.scored == set(held.tolist())
-        load_state(shop.model, state)
+        set_model_state(shop.model, state)
         batch = shop.train.batch(held.tolist())
         with torch.no_grad():
             logits = shop.model(pixel_values=batch["pixel_values"]).logits

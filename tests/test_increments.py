@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pack, packed_size, unpack
+from fedtune.contribution import decode_tensors, pack, packed_size
 from fedtune.memory import StorageMeter
 from fedtune.merging import Increment, add_increments, join_increments, split_increments
-from fedtune.merging._factors import Factors, remainder, stacked
+from fedtune.merging._factors import LowRankFactors, compute_averaging_residual, stack_factors
 from fedtune.merging._increments import add_increment, make_increment
 
 D, K = 24, 17
 RANKS, SCALES, WEIGHTS = (4, 2, 3), (2.0, 0.5, 16 / 7), (0.5, 0.2, 0.3)
 
 
-def drawn(ranks: Sequence[int] = RANKS, seed: int = 0) -> list[Factors]:
+def drawn(ranks: Sequence[int] = RANKS, seed: int = 0) -> list[LowRankFactors]:
     random = torch.Generator().manual_seed(seed)
     return [
-        Factors(torch.randn(D, r, generator=random), torch.randn(r, K, generator=random), s)
+        LowRankFactors(torch.randn(D, r, generator=random), torch.randn(r, K, generator=random), s)
         for r, s in zip(ranks, SCALES, strict=True)
     ]
 
 
-def dense(factors: Sequence[Factors]) -> Tensor:
+def dense(factors: Sequence[LowRankFactors]) -> Tensor:
     return torch.stack([w * f.scale * f.b.double() @ f.a.double() for w, f in zip(WEIGHTS, factors, strict=True)]).sum(
         0
     )
@@ -48,7 +48,7 @@ def weight(*shape: int, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_bits_are_those_of_sums_rank_by_rank(threads: int) -> None:
-    increment, before = make_increment(stacked(drawn(), WEIGHTS)), torch.get_num_threads()
+    increment, before = make_increment(stack_factors(drawn(), WEIGHTS)), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert torch.equal(add_increment(weight(), increment), slowly(weight(), increment))
@@ -65,7 +65,7 @@ def test_pieces_of_a_large_weight_have_the_bits_of_the_whole() -> None:
 
 def test_an_increment_is_the_sum_of_the_products_to_single_precision() -> None:
     wanted = dense(drawn())
-    increment = make_increment(stacked(drawn(), WEIGHTS))
+    increment = make_increment(stack_factors(drawn(), WEIGHTS))
     found = increment.left.double() @ increment.right.double()
     assert float((found - wanted).norm() / wanted.norm()) < 2e-7
     assert {tensor.dtype for tensor in increment} == {torch.float32}
@@ -74,9 +74,9 @@ def test_an_increment_is_the_sum_of_the_products_to_single_precision() -> None:
 
 def test_an_increment_tells_the_sum_and_not_its_summands() -> None:
     """Two sets of clients with the same sum give the same factors, up to signs and rounding."""
-    one = stacked(drawn(), WEIGHTS)
+    one = stack_factors(drawn(), WEIGHTS)
     mix, _ = torch.linalg.qr(torch.randn(one.rank, one.rank, generator=torch.Generator().manual_seed(5)).double())
-    other = Factors(one.b @ mix, mix.T @ one.a, one.scale)
+    other = LowRankFactors(one.b @ mix, mix.T @ one.a, one.scale)
     first, second = make_increment(one), make_increment(other)
     torch.testing.assert_close(first.left.abs(), second.left.abs(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(first.right.abs(), second.right.abs(), rtol=1e-3, atol=1e-4)
@@ -84,21 +84,21 @@ def test_an_increment_tells_the_sum_and_not_its_summands() -> None:
 
 def test_rank_that_is_rounding_only_is_not_kept() -> None:
     one = drawn()[0]
-    assert len(make_increment(stacked([one, one, one], WEIGHTS)).right) == one.rank
-    assert len(make_increment(remainder([one, one, one], WEIGHTS)).right) == 0
-    nothing = make_increment(stacked([Factors(torch.zeros(D, 2), one.a[:2])] * 3, WEIGHTS))
+    assert len(make_increment(stack_factors([one, one, one], WEIGHTS)).right) == one.rank
+    assert len(make_increment(compute_averaging_residual([one, one, one], WEIGHTS)).right) == 0
+    nothing = make_increment(stack_factors([LowRankFactors(torch.zeros(D, 2), one.a[:2])] * 3, WEIGHTS))
     assert torch.equal(add_increment(weight(), nothing), weight())
 
 
 def test_a_transposed_weight_gets_the_transpose_and_the_one_before_stays() -> None:
-    increment, before = make_increment(stacked(drawn(), WEIGHTS)), weight(K, D)
+    increment, before = make_increment(stack_factors(drawn(), WEIGHTS)), weight(K, D)
     after = add_increment(before, increment, transposed=True)
     assert torch.equal(after, slowly(weight(K, D).T, increment).T)
     assert torch.equal(before, weight(K, D))
 
 
 def test_a_convolutions_kernel_is_added_to() -> None:
-    one = Factors(torch.randn(D, 3), torch.randn(3, 4, 2, 2).flatten(1))
+    one = LowRankFactors(torch.randn(D, 3), torch.randn(3, 4, 2, 2).flatten(1))
     increment = make_increment(one)
     found = add_increment(torch.zeros(D, 4, 2, 2), increment).flatten(1)
     torch.testing.assert_close(found, (one.b @ one.a), rtol=1e-5, atol=1e-5)
@@ -113,13 +113,13 @@ def test_the_dense_product_is_never_held_whole() -> None:
 
 
 def test_rounds_are_added_one_after_the_other_also_after_a_way_over_the_wire() -> None:
-    steps = [{"a.weight": make_increment(stacked(drawn(seed=seed), WEIGHTS))} for seed in (1, 2, 3)]
+    steps = [{"a.weight": make_increment(stack_factors(drawn(seed=seed), WEIGHTS))} for seed in (1, 2, 3)]
     del steps[1]["a.weight"]
     wanted = slowly(slowly(weight(), steps[0]["a.weight"]), steps[2]["a.weight"])
     beside = {"a.lora_A": torch.randn(2, 3), "classifier.bias": torch.randn(3).bfloat16()}
     sent = {**beside, **join_increments(steps)}
     assert packed_size(sent) == len(pack(sent))
-    rest, came = split_increments(unpack(pack(sent)))
+    rest, came = split_increments(decode_tensors(pack(sent)))
     assert rest.keys() == beside.keys()
     assert torch.equal(add_increments(weight(), "a.weight", came), wanted)
     assert torch.equal(add_increments(weight(), "b.weight", came), weight())

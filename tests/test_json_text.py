@@ -41,12 +41,12 @@ def test_every_command_prints_by_it() -> None:
 
 def test_a_score_that_is_no_number_is_null(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune import training
-    from fedtune.training import Score
+    from fedtune.training import Metric
 
     path = tmp_path / "recipe.yaml"
     path.write_text(TRIVIAL, encoding="utf-8")
     CliRunner().invoke(cli, ["simulate", str(path), "--workers", "1", "--json"], catch_exceptions=False)
-    monkeypatch.setattr(training, "score", lambda *_, **__: [Score("all", "loss", math.nan)])
+    monkeypatch.setattr(training, "evaluate_model", lambda *_, **__: [Metric("all", "loss", math.nan)])
     done = CliRunner().invoke(cli, ["evaluate", "latest", "--json"], catch_exceptions=False)
     told = strict(done.stdout)
     assert isinstance(told, dict)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedtune.cli.runs_view import show_run
-from fedtune.contribution import Contribution, pack
+from fedtune.contribution import ClientUpdate, pack
 from fedtune.errors import RecipeError
-from fedtune.merging import staleness_scale
+from fedtune.merging import compute_staleness_weight
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
-from fedtune.simulation import resolve
+from fedtune.recipe_file import parse_recipe
+from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store
 from tests.federations import WORDS, trivial
 from tests.store_examples import a_contribution, a_round, start
@@ -21,14 +21,14 @@ from tests.store_examples import a_contribution, a_round, start
     ("tau", "exponent", "scale"), [(0, 0.5, 1.0), (3, 0.5, 0.5), (1, 1.0, 0.5), (8, 0.5, 1 / 3), (7, 0.0, 1.0)]
 )
 def test_staleness_scales_by_a_power_of_one_more_than_the_rounds(tau: int, exponent: float, scale: float) -> None:
-    assert staleness_scale(tau, exponent) == pytest.approx(scale, rel=1e-15)
+    assert compute_staleness_weight(tau, exponent) == pytest.approx(scale, rel=1e-15)
 
 
 def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_path: Path) -> None:
     delta = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     (tmp_path / "sent").write_bytes(pack({"weight": delta}))
-    assert torch.equal(Contribution(0, 5, tmp_path / "sent").rows("weight", 1, 4), delta[1:4])
-    halved = Contribution(0, 5, tmp_path / "sent", scale=0.5)
+    assert torch.equal(ClientUpdate(0, 5, tmp_path / "sent").rows("weight", 1, 4), delta[1:4])
+    halved = ClientUpdate(0, 5, tmp_path / "sent", scale=0.5)
     assert torch.equal(halved.rows("weight", 1, 4), delta[1:4] / 2)
 
 
@@ -50,7 +50,7 @@ def test_what_needs_the_models_of_one_round_is_refused(overrides: list[str], sen
 
 def adapted(lora: str, merge: str) -> Recipe:
     overrides = ("federation.late.buffer=2", f"train.techniques=[lora: {{exact: {lora}}}]", f"merge=[{merge}]")
-    return resolve(parse(WORDS.format(folder="nowhere"), "words", overrides))
+    return resolve_recipe(parse_recipe(WORDS.format(folder="nowhere"), "words", overrides))
 
 
 def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not() -> None:

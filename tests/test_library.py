@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.recipe import Task, Unit
+from fedtune.recipe import TaskName, Unit
 from tests.tiny import bert, llama, texts
 
-CLASSIFY: Task = "sequence-classification"
-SPEAK: Task = "causal-language-modelling"
+CLASSIFY: TaskName = "sequence-classification"
+SPEAK: TaskName = "causal-language-modelling"
 
 
-def applied(model: nn.Module, *units: Any, task: Task = CLASSIFY) -> tuple[techniques.Technique, ...]:
-    chosen = techniques.choose([Unit.model_validate(unit) for unit in units])
-    techniques.apply(chosen, model, task, 1)
+def applied(model: nn.Module, *units: Any, task: TaskName = CLASSIFY) -> tuple[techniques.Technique, ...]:
+    chosen = techniques.build_techniques([Unit.model_validate(unit) for unit in units])
+    techniques.apply_techniques(chosen, model, task, 1)
     return chosen
 
 
@@ -55,7 +55,7 @@ def test_a_plain_loop_trains_the_factors_a_first_round_trains(exact: str, moved:
 def test_a_plain_loop_trains_what_other_techniques_train(unit: str) -> None:
     model = bert()
     chosen = applied(model, unit)
-    assert set(techniques.trained(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(techniques.list_trainable_tensors(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained(model)
     assert chosen
 
@@ -63,7 +63,7 @@ def test_a_plain_loop_trains_what_other_techniques_train(unit: str) -> None:
 @pytest.mark.parametrize("unit", ["meft", "lora", {"lora": {"exact": "none"}}])
 @pytest.mark.parametrize("task", [CLASSIFY, SPEAK])
 def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
-    unit: Any, task: Task, tmp_path: Path
+    unit: Any, task: TaskName, tmp_path: Path
 ) -> None:
     model: Any = bert() if task == CLASSIFY else llama()
     chosen = applied(model, unit, task=task)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import techniques
-from fedtune.contribution import Contribution, pack
-from fedtune.merging import choose, merge
+from fedtune.contribution import ClientUpdate, pack
+from fedtune.merging import build_pipeline, merge_client_updates
 from fedtune.recipe import Unit
-from fedtune.techniques import LiveNorm, trained
-from fedtune.training import load_state, read_state, train_mode
+from fedtune.techniques import UnfrozenBatchNorm2d, list_trainable_tensors
+from fedtune.training import get_model_state, set_model_state, set_train_mode
 
 CHANNELS = 3
 
@@ -24,7 +24,7 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 def norms() -> nn.Sequential:
-    model = nn.Sequential(nn.BatchNorm2d(CHANNELS), LiveNorm.of(nn.BatchNorm2d(CHANNELS, momentum=0.25)))
+    model = nn.Sequential(nn.BatchNorm2d(CHANNELS), UnfrozenBatchNorm2d.of(nn.BatchNorm2d(CHANNELS, momentum=0.25)))
     model.requires_grad_(False)
     return model
 
@@ -34,7 +34,7 @@ def test_it_is_the_norm_it_was_made_of_in_training_and_out_of_it() -> None:
     nn.init.normal_(plain.weight)
     twin = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.25)
     twin.load_state_dict(plain.state_dict())
-    live = LiveNorm.of(plain)
+    live = UnfrozenBatchNorm2d.of(plain)
     assert live.weight is plain.weight
     assert live.running_var is plain.running_var
     for mode in (True, False):
@@ -45,7 +45,7 @@ def test_it_is_the_norm_it_was_made_of_in_training_and_out_of_it() -> None:
 
 
 def test_too_small_a_batch_is_normalised_by_what_ran_before() -> None:
-    live = LiveNorm.of(nn.BatchNorm2d(CHANNELS)).train()
+    live = UnfrozenBatchNorm2d.of(nn.BatchNorm2d(CHANNELS)).train()
     few, enough = pictures(1, 3)[..., :3], pictures(2, 3)
     assert torch.equal(live(few), live.eval()(few))
     assert live.running_mean is not None
@@ -57,20 +57,20 @@ def test_too_small_a_batch_is_normalised_by_what_ran_before() -> None:
 def test_only_its_statistics_are_trained_and_follow_the_data() -> None:
     model = norms()
     names = ["1.running_mean", "1.running_var"]
-    assert trained(model) == names
-    train_mode(model)
+    assert list_trainable_tensors(model) == names
+    set_train_mode(model)
     assert [layer.training for layer in model] == [False, True]
     model(pictures(2, 4))
-    before = read_state(model, ["0.running_mean", *names])
+    before = get_model_state(model, ["0.running_mean", *names])
     assert torch.equal(before["0.running_mean"], torch.zeros(CHANNELS))
     assert not torch.equal(before["1.running_mean"], torch.zeros(CHANNELS))
-    load_state(model, {name: tensor + 1 for name, tensor in before.items()})
-    assert torch.equal(read_state(model, names)["1.running_var"], before["1.running_var"] + 1)
+    set_model_state(model, {name: tensor + 1 for name, tensor in before.items()})
+    assert torch.equal(get_model_state(model, names)["1.running_var"], before["1.running_var"] + 1)
 
 
 def test_it_survives_being_sent_to_another_process() -> None:
     model = pickle.loads(pickle.dumps(norms()))
-    assert trained(model) == ["1.running_mean", "1.running_var"]
+    assert list_trainable_tensors(model) == ["1.running_mean", "1.running_var"]
 
 
 def moments(values: Tensor) -> dict[str, Tensor]:
@@ -89,13 +89,15 @@ def test_merged_statistics_are_those_of_all_examples_pooled(tmp_path: Path, coun
     for client, values in enumerate(data):
         path = tmp_path / f"{client}.safetensors"
         path.write_bytes(pack({name: tensor - start[name] for name, tensor in moments(values).items()}))
-        sent.append(Contribution(client, len(values), path))
-    merged = merge(choose([Unit(name="mean")]), start, start, sent)
+        sent.append(ClientUpdate(client, len(values), path))
+    merged = merge_client_updates(build_pipeline([Unit(name="mean")]), start, start, sent)
     for name, wanted in moments(torch.cat(data)).items():
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_techniques_that_train_no_statistics_send_none() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    shared = techniques.apply(techniques.choose([Unit(name="full")]), model, "image-classification", 0)
+    shared = techniques.apply_techniques(
+        techniques.build_techniques([Unit(name="full")]), model, "image-classification", 0
+    )
     assert not any("running" in name for name in shared)

@@ -12,9 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.simulation.flower_private import be_node, number_message
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.simulation.flower_private import set_message_id, set_node_identity
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 
 
 def a_message(node: int, word: str = "") -> Message:
@@ -37,7 +37,7 @@ def echo() -> ClientApp:
     return app
 
 
-def pull_all(grid: LocalGrid, numbers: list[str]) -> list[Message]:
+def pull_all(grid: InProcessGrid, numbers: list[str]) -> list[Message]:
     arrived: list[Message] = []
     while len(arrived) < len(numbers):
         arrived += grid.pull_messages(numbers)
@@ -49,21 +49,21 @@ def test_a_process_without_identity_cannot_make_a_message_until_it_is_a_node(mon
         monkeypatch.setattr(TaskIdentity, name, None)
     with pytest.raises(RuntimeError, match="not set"):
         a_message(3)
-    be_node(7, run=5)
+    set_node_identity(7, run=5)
     message = a_message(3)
     assert (message.metadata.run_id, message.metadata.src_node_id, message.metadata.dst_node_id) == (5, 7, 3)
 
 
 def test_a_reply_refers_to_the_number_its_message_was_given() -> None:
-    be_node(1)
+    set_node_identity(1)
     message = a_message(3)
-    assert number_message(message, "42") == message.metadata.message_id == "42"
+    assert set_message_id(message, "42") == message.metadata.message_id == "42"
     reply = Message(RecordDict(), reply_to=message)
     assert (reply.metadata.reply_to_message_id, reply.metadata.dst_node_id) == ("42", 1)
 
 
 def test_each_node_gets_its_message_and_its_answer_is_known_by_number() -> None:
-    grid = LocalGrid(3, InTurn(echo()))
+    grid = InProcessGrid(3, SequentialWorkers(echo()))
     nodes = list(grid.get_node_ids())
     numbers = grid.push_messages([a_message(node, f"to {node}") for node in nodes])
     replies = pull_all(grid, numbers)
@@ -74,7 +74,7 @@ def test_each_node_gets_its_message_and_its_answer_is_known_by_number() -> None:
 
 
 def test_answers_that_are_not_asked_for_yet_are_kept() -> None:
-    grid = LocalGrid(2, InTurn(echo()))
+    grid = InProcessGrid(2, SequentialWorkers(echo()))
     first, second = grid.push_messages([a_message(2, "first"), a_message(3, "second")])
     assert [word_of(reply) for reply in pull_all(grid, [second])] == ["second"]
     assert [word_of(reply) for reply in pull_all(grid, [first])] == ["first"]
@@ -82,7 +82,7 @@ def test_answers_that_are_not_asked_for_yet_are_kept() -> None:
 
 
 def test_a_client_app_that_raises_gives_an_error_reply_with_code_and_text() -> None:
-    grid = LocalGrid(2, InTurn(echo()))
+    grid = InProcessGrid(2, SequentialWorkers(echo()))
     bad, good = grid.push_messages([a_message(2, "raise"), a_message(3, "fine")])
     replies = {reply.metadata.reply_to_message_id: reply for reply in pull_all(grid, [bad, good])}
     assert (replies[bad].error.code, replies[bad].error.reason) == (2, "ValueError('no such word')")
@@ -90,7 +90,7 @@ def test_a_client_app_that_raises_gives_an_error_reply_with_code_and_text() -> N
 
 
 def test_messages_of_an_earlier_exchange_are_dropped() -> None:
-    grid = LocalGrid(2, InTurn(echo()))
+    grid = InProcessGrid(2, SequentialWorkers(echo()))
     old = grid.push_messages([a_message(2, "old"), a_message(3, "old")])
     assert len(grid.pull_messages(old)) == 1
     new = grid.push_messages([a_message(2, "new")])
@@ -99,12 +99,12 @@ def test_messages_of_an_earlier_exchange_are_dropped() -> None:
 
 
 def test_sending_and_receiving_stops_when_time_is_up() -> None:
-    class Deaf(InTurn):
+    class Deaf(SequentialWorkers):
         def submit(self, number: str, message: Message, context: Context) -> None:
             if word_of(message) != "lost":
                 super().submit(number, message, context)
 
-    grid = LocalGrid(2, Deaf(echo()))
+    grid = InProcessGrid(2, Deaf(echo()))
     started = time.monotonic()
     replies = grid.send_and_receive([a_message(2, "lost"), a_message(3, "heard")], timeout=0.3)
     assert [word_of(reply) for reply in replies] == ["heard"]
@@ -139,7 +139,7 @@ def test_a_stock_strategy_runs_unmodified_and_nodes_keep_their_state(tmp_path: P
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
         results.append(strategy.start(grid, ArrayRecord([np.zeros(2)]), num_rounds=2))
 
-    server(LocalGrid(3, InTurn(stock_client())), Context(1, 1, {}, RecordDict(), {}))
+    server(InProcessGrid(3, SequentialWorkers(stock_client())), Context(1, 1, {}, RecordDict(), {}))
     [weights] = results[0].arrays.to_numpy_ndarrays()
     step = (1 * 1 + 2 * 2 + 3 * 3) / (1 + 2 + 3)
     np.testing.assert_allclose(weights, np.full(2, 2 * step))

@@ -14,19 +14,19 @@ from torch import Tensor
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.cli.main import cli
-from fedtune.contribution import Contribution, Order, OwnScore, pack, unpack
+from fedtune.contribution import ClientUpdate, HoldoutMetrics, TrainRequest, decode_tensors, pack
 from fedtune.device import own_tensors
 from fedtune.device.channel import Frame
-from fedtune.device.keeper import Keeper
-from fedtune.device.work import read_payload, work
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.work import read_payload, run_local_round
 from fedtune.errors import RecipeError
-from fedtune.server.own_scores import own_scores
-from fedtune.simulation.flower_engine import run_flower
-from fedtune.simulation.workers import Pool
-from fedtune.sparse import to_wire
-from fedtune.techniques import own
+from fedtune.server.own_scores import average_holdout_metrics
+from fedtune.simulation.flower_engine import run_on_flower_engine
+from fedtune.simulation.workers import ProcessPoolWorkers
+from fedtune.sparse import encode_masked_state
+from fedtune.techniques import list_local_tensors
 from fedtune.tracking import Store, default_url
-from fedtune.training import read_state, workshop
+from fedtune.training import get_model_state, get_run_context
 from tests.federations import Ended, begin, execute, order_of, outcome, sent_state, silent, spoilt
 from tests.kills import start
 from tests.local_norms import local_norms, text
@@ -35,14 +35,14 @@ RAY = importlib.util.find_spec("ray") is not None
 
 
 def kept(run: str, client: int) -> dict[str, Tensor]:
-    return own_tensors.load(homes.runs() / run / "own" / f"client-{client:06d}", 99)
+    return own_tensors.load_local_state(homes.get_runs_folder() / run / "own" / f"client-{client:06d}", 99)
 
 
 def everything(run: str) -> dict[str, str]:
     """Digests of what each client of a run keeps, by file."""
-    files = sorted((homes.runs() / run / "own").rglob("*"))
+    files = sorted((homes.get_runs_folder() / run / "own").rglob("*"))
     return {
-        str(file.relative_to(homes.runs() / run)): checkpoint.digest(checkpoint.load(file))
+        str(file.relative_to(homes.get_runs_folder() / run)): checkpoint.hash_tensors(checkpoint.read_checkpoint(file))
         for file in files
         if file.is_file()
     }
@@ -54,8 +54,8 @@ def figures(ended: Ended) -> list[tuple[int, str, str, float]]:
 
 def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path, tmp_path: Path) -> None:
     recipe = local_norms(tmp_path)
-    shop = workshop(recipe.model_dump_json())
-    names, begun = own(shop.model), read_state(shop.model, own(shop.model))
+    shop = get_run_context(recipe.model_dump_json())
+    names, begun = list_local_tensors(shop.model), get_model_state(shop.model, list_local_tensors(shop.model))
     assert len(names) == 4 * 20, "weight, bias, mean and variance of each of ResNet-18's norms"
     sent: dict[tuple[int, int], tuple[bytes, bytes]] = {}
 
@@ -66,8 +66,8 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
 
     ended = execute(recipe, spoilt(note, range(3)))
     for down, up in sent.values():
-        assert unpack(down).keys() == unpack(up).keys() == set(shop.shared)
-        assert not set(names) & unpack(down).keys()
+        assert decode_tensors(down).keys() == decode_tensors(up).keys() == set(shop.shared)
+        assert not set(names) & decode_tensors(down).keys()
     for number in (1, 2, 3):
         assert len({sent[number, client][0] for client in range(3)}) == 1
     for name in names:
@@ -84,11 +84,11 @@ def test_only_clients_score_a_model_whose_norms_they_keep(home: Path, tmp_path: 
 
 def test_a_round_starts_from_the_norms_of_the_round_before(home: Path, tmp_path: Path) -> None:
     whole = execute(local_norms(tmp_path), run="whole")
-    folder = homes.runs() / "whole" / "own" / "client-000000"
+    folder = homes.get_runs_folder() / "whole" / "own" / "client-000000"
     assert [path.name for path in sorted(folder.iterdir())] == ["round-0002.safetensors", "round-0003.safetensors"]
 
     def forget(message: Message, reply: Message) -> Message:
-        for path in (homes.runs() / "forgetful" / "own" / "client-000000").iterdir():
+        for path in (homes.get_runs_folder() / "forgetful" / "own" / "client-000000").iterdir():
             path.unlink()
         return reply
 
@@ -100,7 +100,7 @@ def test_a_round_starts_from_the_norms_of_the_round_before(home: Path, tmp_path:
 def test_a_pool_of_processes_ends_in_the_bits_of_one(home: Path, tmp_path: Path) -> None:
     recipe = local_norms(tmp_path, "federation.rounds=2")
     alone = execute(recipe, run="alone")
-    pooled = execute(recipe, Pool(workshop(recipe.model_dump_json()), 2), run="pooled")
+    pooled = execute(recipe, ProcessPoolWorkers(get_run_context(recipe.model_dump_json()), 2), run="pooled")
     assert pooled.hashes == alone.hashes
     assert figures(pooled) == figures(alone)
     assert everything("pooled") == everything("alone")
@@ -124,7 +124,7 @@ def test_a_killed_and_resumed_run_keeps_what_an_undisturbed_one_keeps(
             ).read_text()
         monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / home))
         ended = outcome()
-        assert not list((homes.runs() / ended.run.id).rglob(".*.part"))
+        assert not list((homes.get_runs_folder() / ended.run.id).rglob(".*.part"))
         found.append((ended.hashes, figures(ended), everything(ended.run.id)))
     assert found[0] == found[1]
     assert len(found[0][2]) == 6
@@ -132,18 +132,18 @@ def test_a_killed_and_resumed_run_keeps_what_an_undisturbed_one_keeps(
 
 def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, tmp_path: Path) -> None:
     recipe = local_norms(tmp_path).model_dump_json()
-    shop = workshop(recipe)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
+    shop = get_run_context(recipe)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
     rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
-    orders = [Order(recipe, number, 1, run=run) for run, number in rounds]
-    keeper = Keeper("part:1", 4_000_000_000, 60.0)
+    orders = [TrainRequest(recipe, number, 1, run=run) for run, number in rounds]
+    keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
         answers = [keeper.ask(Frame(asdict(order), payload)) for order in orders]
     finally:
         keeper.close()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
     simulated = [
-        work(order, read_payload(payload, shop, order.client), shop, shop.clients[1], home / order.run)[0]
+        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.clients[1], home / order.run)[0]
         for order in orders
     ]
     assert [answer.payload for answer in answers] == simulated
@@ -158,28 +158,28 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_flower(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", default_url())
     assert outcome("flower").hashes == alone.hashes
     assert everything("flower") == everything("alone")
 
 
 def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlier_one(tmp_path: Path) -> None:
     for number in (1, 9, 10000):
-        own_tensors.save(tmp_path, number, {"n": torch.tensor(float(number))})
-    assert own_tensors.load(tmp_path, 10001)["n"] == 10000
-    assert own_tensors.load(tmp_path, 10000)["n"] == 9
-    assert own_tensors.load(tmp_path, 9) == {} == own_tensors.load(tmp_path / "none", 5)
+        own_tensors.save_local_state(tmp_path, number, {"n": torch.tensor(float(number))})
+    assert own_tensors.load_local_state(tmp_path, 10001)["n"] == 10000
+    assert own_tensors.load_local_state(tmp_path, 10000)["n"] == 9
+    assert own_tensors.load_local_state(tmp_path, 9) == {} == own_tensors.load_local_state(tmp_path / "none", 5)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
-    told = [OwnScore(3, 1.0, 0.0), OwnScore(), OwnScore(1, 3.0, 1.0)]
-    got = own_scores([Contribution(client, 5, tmp_path, score) for client, score in enumerate(told)])
+    told = [HoldoutMetrics(3, 1.0, 0.0), HoldoutMetrics(), HoldoutMetrics(1, 3.0, 1.0)]
+    got = average_holdout_metrics([ClientUpdate(client, 5, tmp_path, score) for client, score in enumerate(told)])
     assert {(m.part, m.domain, m.name): m.value for m in got} == {
         ("own", "all", "accuracy"): 0.25,
         ("own", "all", "loss"): 1.5,
     }
-    assert own_scores([Contribution(0, 5, tmp_path)]) == ()
+    assert average_holdout_metrics([ClientUpdate(0, 5, tmp_path)]) == ()
 
 
 @pytest.mark.parametrize(

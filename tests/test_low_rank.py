@@ -11,15 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from fedtune import models, techniques
 from fedtune.cli import main
 from fedtune.errors import FedtuneWarning
-from fedtune.recipe import Model, Task
-from fedtune.registry import card, settings
-from fedtune.techniques import begin_round, trained
+from fedtune.recipe import ModelSettings, TaskName
+from fedtune.registry import describe_unit_settings, read_unit_card
+from fedtune.techniques import begin_round, list_trainable_tensors
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, logits, shake, shared
 from tests.tiny import bert, llama, texts
 
 
 @pytest.mark.parametrize(("build", "task"), [(bert, TEXT), (llama, LANGUAGE)])
-def test_lora_starts_as_the_base_to_the_bit(build: Callable[[], PreTrainedModel], task: Task) -> None:
+def test_lora_starts_as_the_base_to_the_bit(build: Callable[[], PreTrainedModel], task: TaskName) -> None:
     model = build()
     batch = texts(model)
     before = logits(model, batch)
@@ -44,10 +44,10 @@ def test_lora_is_drawn_from_its_seed_alone() -> None:
 @pytest.mark.parametrize(("exact", "factors"), [("alternate", "BABAB"), ("freeze-a", "BBBBB")])
 def test_one_factor_is_trained_per_round(exact: str, factors: str) -> None:
     model, picked = bert(), chosen("lora", exact=exact)
-    names = techniques.apply(picked, model, TEXT, 0)
+    names = techniques.apply_techniques(picked, model, TEXT, 0)
     for number, factor in enumerate(factors, 1):
         begin_round(picked, model, number)
-        now = trained(model)
+        now = list_trainable_tensors(model)
         assert {name.split(".lora_")[1][0] for name in now if ".lora_" in name} == {factor}
         assert len([name for name in now if ".lora_" in name]) == 13
         assert "classifier.weight" in now
@@ -55,10 +55,10 @@ def test_one_factor_is_trained_per_round(exact: str, factors: str) -> None:
 
 
 @pytest.mark.parametrize(("build", "task"), [(bert, TEXT), (llama, LANGUAGE)])
-def test_a_folded_lora_gives_the_same_logits_without_lora(build: Callable[[], PreTrainedModel], task: Task) -> None:
+def test_a_folded_lora_gives_the_same_logits_without_lora(build: Callable[[], PreTrainedModel], task: TaskName) -> None:
     model, plain = build(), build()
     [lora] = chosen("lora", dropout=0.1)
-    names = techniques.apply([lora], model, task, 0)
+    names = techniques.apply_techniques([lora], model, task, 0)
     shake(model, names)
     batch = texts(model)
     wanted, start = logits(model, batch), logits(plain, batch)
@@ -75,7 +75,7 @@ def test_pairs_at_the_transposed_layers_of_gpt2_fold_too() -> None:
         GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
     )
     [lora] = chosen("lora")
-    names = techniques.apply([lora], model, LANGUAGE, 0)
+    names = techniques.apply_techniques([lora], model, LANGUAGE, 0)
     assert len(names) == 2 * 4
     shake(model, names)
     batch = texts(llama())
@@ -105,7 +105,7 @@ def test_pairs_at_pointwise_convolutions_fold_too() -> None:
     with pytest.warns(
         UserWarning, match=r"lora puts no pair beside 60% of the weights of Pointwise.* convolutions, such"
     ):
-        names = techniques.apply([lora], model, IMAGES, 0)
+        names = techniques.apply_techniques([lora], model, IMAGES, 0)
     assert names == ["head.bias", "head.weight", "point.lora_A.default.weight", "point.lora_B.default.weight"]
     shake(model, names)
     pixels = torch.randn(3, 4, 5, 5)
@@ -118,7 +118,7 @@ def test_pairs_at_pointwise_convolutions_fold_too() -> None:
 def test_peft_is_told_of_the_pair_and_the_head() -> None:
     model = bert()
     [lora] = chosen("lora", rank=3, alpha=6)
-    techniques.apply([lora], model, TEXT, 0)
+    techniques.apply_techniques([lora], model, TEXT, 0)
     config = lora.adapter(model, TEXT)
     assert config is not None
     told = config.to_dict()
@@ -131,14 +131,16 @@ def test_peft_is_told_of_the_pair_and_the_head() -> None:
 def four_bit(tmp_path: Path) -> nn.Module:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
-    return models.load(Model(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation())
+    return models.load_model(
+        ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation()
+    )
 
 
 def test_a_classifiers_new_head_stays_out_of_the_four_bits(tmp_path: Path) -> None:
     bert(hidden_size=64, intermediate_size=128).bert.save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
-    base = Model(source=f"path:{tmp_path}")
-    model = models.load(base, TEXT, ("a", "b", "c"), seed=0, quantisation=qlora.quantisation())
+    base = ModelSettings(source=f"path:{tmp_path}")
+    model = models.load_model(base, TEXT, ("a", "b", "c"), seed=0, quantisation=qlora.quantisation())
     assert type(model.get_submodule("classifier")) is nn.Linear
     assert type(model.get_submodule("bert.encoder.layer.0.intermediate.dense")) is Linear4bit
     qlora.apply(model, TEXT, seed=0)
@@ -153,7 +155,7 @@ def test_qlora_trains_pairs_beside_four_bit_layers(four_bit: PreTrainedModel) ->
     four_bit.train()
     four_bit(**texts(four_bit)).loss.backward()
     parameters = dict(four_bit.named_parameters())
-    for name in trained(four_bit):
+    for name in list_trainable_tensors(four_bit):
         assert ".lora_B." in name
         gradient = parameters[name].grad
         assert gradient is not None
@@ -181,7 +183,7 @@ def test_scoring_a_four_bit_model_changes_no_bit_of_the_training_after_it(four_b
 
 def test_a_folded_qlora_gives_the_same_logits_in_plain_layers(four_bit: PreTrainedModel) -> None:
     [qlora] = chosen("qlora", targets=["q_proj", "up_proj"])
-    shake(four_bit, techniques.apply([qlora], four_bit, LANGUAGE, 0))
+    shake(four_bit, techniques.apply_techniques([qlora], four_bit, LANGUAGE, 0))
     batch = texts(four_bit)
     wanted = logits(four_bit, batch)
     qlora.fold(four_bit)
@@ -206,5 +208,5 @@ def test_a_warning_is_one_line_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_the_card_says_that_one_factor_a_round_wants_a_higher_rate(name: str) -> None:
-    assert "about three times the" in " ".join(card("fedtune.techniques", name).split())
-    assert "3x the usual rate" in " ".join(settings("fedtune.techniques", name))
+    assert "about three times the" in " ".join(read_unit_card("fedtune.techniques", name).split())
+    assert "3x the usual rate" in " ".join(describe_unit_settings("fedtune.techniques", name))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedtune import models, techniques
 from fedtune.errors import ModelError
-from fedtune.export import export
+from fedtune.export import export_model
 from fedtune.techniques import Technique
 from tests.federations import execute, words
 from tests.meft_models import a_batch, made
@@ -24,13 +24,13 @@ def exported(family: str, joined: str, folder: Path, **settings: Any) -> torch.T
     """Write a model that moved from its start; returns what it says of ``a_batch``."""
     model, task = made(family)
     applied: tuple[Technique, ...] = chosen(joined, **settings)
-    shake(model, techniques.apply(applied, model, task, 0))
+    shake(model, techniques.apply_techniques(applied, model, task, 0))
     batch = a_batch(task)
     del batch["labels"]
     wanted = logits(model, batch)
     for technique in applied:
         technique.fold(model)
-    models.save(model, (), folder)
+    models.save_model(model, (), folder)
     return wanted
 
 
@@ -87,7 +87,7 @@ except ValueError:
 def test_a_run_with_meft_is_exported(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path, "train.techniques=meft")
     tensors = state(execute(recipe))
-    assert export(recipe, tensors, tmp_path / "out", None, "# a card\n") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "# a card\n") == "full"
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
@@ -95,4 +95,4 @@ def test_a_run_with_meft_is_exported(home: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len(tokenizer("the film was great")["input_ids"]) == 4
     with pytest.raises(ModelError, match="meft trains what no PEFT adapter can carry; export with --format full"):
-        export(recipe, tensors, tmp_path / "adapter", "adapter", "")
+        export_model(recipe, tensors, tmp_path / "adapter", "adapter", "")

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError
-from fedtune.recipe import Model
-from fedtune.techniques import apply, trained
-from fedtune.techniques._reversible import reversible
-from fedtune.techniques._terms import collecting, emit
-from fedtune.training.loop import step_loss
+from fedtune.recipe import ModelSettings
+from fedtune.techniques import apply_techniques, list_trainable_tensors
+from fedtune.techniques._reversible import run_reversible
+from fedtune.techniques._terms import add_loss_term, collect_loss_terms
+from fedtune.training.loop import compute_step_loss
 from tests.meft_models import FAMILIES, VARIANTS, a_batch, equal, stack_of, twins
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake
 from tests.tiny import llama
@@ -37,7 +37,7 @@ def test_every_family_and_variant_with_dropout_and_padding(family: str, variant:
     wanted, kept_stored = gradients(stored, task_of(family))
     assert equal(found, wanted)
     assert all(wanted[name].abs().sum() > 0 for name in wanted)
-    assert set(found) == set(trained(model))
+    assert set(found) == set(list_trainable_tensors(model))
     assert kept < kept_stored / 4
 
 
@@ -57,13 +57,13 @@ def test_a_four_bit_base(joined: str, tmp_path: Path) -> None:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     applied = chosen(joined)
     [quantisation] = [found for one in applied if (found := one.quantisation()) is not None]
-    model = models.load(Model(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=quantisation)
+    model = models.load_model(ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=quantisation)
     assert isinstance(model, PreTrainedModel)
     stored = deepcopy(model)
     twin = [made for one in applied if (made := one.stored()) is not None]
     found = []
     for one, units in ((model, applied), (stored, twin)):
-        shake(one, apply(units, one, LANGUAGE, 0))
+        shake(one, apply_techniques(units, one, LANGUAGE, 0))
         logits(one, a_batch(LANGUAGE))  # scoring must change nothing
         found.append(gradients(one, a_batch(LANGUAGE))[0])
     assert equal(*found)
@@ -198,7 +198,7 @@ def test_a_pickled_copy_has_the_same_gradients() -> None:
 
 
 def emits(module: torch.nn.Module, args: object, out: Tensor) -> None:
-    emit(0.1 * out.pow(2).mean())
+    add_loss_term(0.1 * out.pow(2).mean())
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -212,7 +212,7 @@ def test_terms_of_the_loss_that_blocks_add_are_differentiated_once(family: str) 
                 module.register_forward_hook(emits_first if name.endswith("self") else emits)
         one.zero_grad()
         torch.manual_seed(3)
-        loss = step_loss(one.train(), task_of(family))
+        loss = compute_step_loss(one.train(), task_of(family))
         loss.backward()
         found.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
     assert equal(*found)
@@ -225,7 +225,7 @@ def emits_first(module: torch.nn.Module, args: object, out: tuple[Tensor, ...]) 
 
 def test_terms_are_not_kept_while_nobody_asks() -> None:
     model, _ = twins("bert")
-    with collecting() as terms:
+    with collect_loss_terms() as terms:
         model.train()(**a_batch(TEXT))
     assert not terms
 
@@ -235,7 +235,7 @@ def test_what_is_passed_beside_the_hidden_states_must_not_want_gradients() -> No
     stack = stack_of(model)
     hidden, wanting = torch.randn(1, 4, 16), torch.randn(1, 1, 4, 4, requires_grad=True)
     with pytest.raises(ModelError, match="cannot give gradients to what is passed to its blocks"):
-        reversible(stack, hidden, [{"attention_mask": wanting}] * len(stack.blocks))
+        run_reversible(stack, hidden, [{"attention_mask": wanting}] * len(stack.blocks))
 
 
 @contextmanager
@@ -253,7 +253,9 @@ def test_the_whole_function_passes_gradcheck_in_double_precision(variant: str, m
     adapters = [p for block in stack.blocks for p in block.parameters() if p.requires_grad]
     hidden = torch.randn(1, 2, 16, dtype=torch.float64, requires_grad=True)
     with silent():
-        assert torch.autograd.gradcheck(lambda h, *_: reversible(stack, h, calls), (hidden, *adapters), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda h, *_: run_reversible(stack, h, calls), (hidden, *adapters), fast_mode=True
+        )
 
 
 def largest_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Model
+from fedtune.recipe import ModelSettings
 from tests.meft_models import equal
 from tests.technique_steps import TEXT, gradients, shared
 
@@ -15,14 +15,14 @@ SENTENCES = ["The film was great.", "A dull book, and far too long.", "The batte
 
 
 def minilm() -> PreTrainedModel:
-    model = models.load(Model(source="sample:minilm"), TEXT, ("bad", "good"), seed=0)
+    model = models.load_model(ModelSettings(source="sample:minilm"), TEXT, ("bad", "good"), seed=0)
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, Tensor]:
-    encoded = models.tokenizer(Model(source="sample:minilm"))(SENTENCES, padding=True, return_tensors="pt")
+    encoded = models.load_tokenizer(ModelSettings(source="sample:minilm"))(SENTENCES, padding=True, return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 

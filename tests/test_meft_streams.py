@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedtune.errors import RecipeError
-from fedtune.techniques._halves import Adapter
-from fedtune.techniques._two_streams import Stack, plain
+from fedtune.techniques._halves import BottleneckAdapter
+from fedtune.techniques._two_streams import ReversibleStack, run_with_autograd
 from fedtune.techniques.meft import Meft
 from tests.meft_models import VARIANTS, a_batch, equal, stack_of, twins
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shared
@@ -21,7 +21,7 @@ from tests.tiny import bert
 class ReadableBert:
     """A stack of BERT blocks written out with the adapters where the paper has them."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: ReversibleStack) -> None:
         self.blocks = stack.blocks
 
     def attention(self, n: int, h: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ReadableBert:
 
     def adapter(self, n: int, kind: str, h: Tensor) -> Tensor:
         found = self.blocks[n].get_submodule(f"adapters.{kind}")
-        assert isinstance(found, Adapter)
+        assert isinstance(found, BottleneckAdapter)
         inner = nn.functional.gelu(h @ found.down_weight.T + found.down_bias)
         return inner @ found.up_weight.T + found.up_bias
 
@@ -94,7 +94,7 @@ def test_the_coupling_is_the_published_recurrence(variant: str) -> None:
     model, _ = (one.double().eval() for one in twins("bert", variant=variant, mode="float", factor=0.1))
     stack, hidden = stack_of(model), torch.randn(2, 5, 16, dtype=torch.float64)
     with torch.no_grad():
-        found = plain(stack, hidden, [{"attention_mask": None}] * 3)
+        found = run_with_autograd(stack, hidden, [{"attention_mask": None}] * 3)
         torch.testing.assert_close(found, WRITTEN[variant](ReadableBert(stack), hidden, 0.1), rtol=1e-12, atol=1e-12)
 
 
@@ -196,7 +196,7 @@ def test_the_guard_keeps_a_block_whose_streams_outgrow_the_measured_range() -> N
     assert equal(gradients(model, batch)[0], gradients(stored, batch)[0])
 
 
-def record_kept(stack: Stack, batch: dict[str, Tensor], model: nn.Module) -> set[int]:
+def record_kept(stack: ReversibleStack, batch: dict[str, Tensor], model: nn.Module) -> set[int]:
     """The blocks whose inputs a forward pass keeps though no cut was planned there."""
     seen: set[int] = set()
     push = stack.push

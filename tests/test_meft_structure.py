@@ -22,9 +22,9 @@ from transformers import (
 
 from fedtune import models
 from fedtune.errors import ModelError
-from fedtune.recipe import Model
-from fedtune.techniques._blocks import find_stack, probe
-from fedtune.techniques._halves import Parts
+from fedtune.recipe import ModelSettings
+from fedtune.techniques._blocks import find_block_list, record_block_inputs
+from fedtune.techniques._halves import BlockParts
 from tests.meft_models import FAMILIES, a_batch, made, stack_of
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits, shared
 from tests.tiny import bert, llama
@@ -33,26 +33,26 @@ _SIZE: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_attention_hea
 _WIDE = {**_SIZE, "intermediate_size": 32}
 
 
-def parts(family: str) -> Parts:
+def parts(family: str) -> BlockParts:
     model, task = made(family)
     shared("meft", model, task)
     return stack_of(model).plan.parts[0]
 
 
 def test_the_parts_of_known_blocks() -> None:
-    assert parts("bert") == Parts(
+    assert parts("bert") == BlockParts(
         pre=False,
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
         attend=("attention.self", "attention.output.dense", "attention.output.dropout"),
         feed=("intermediate", "output.dense", "output.dropout"),
     )
-    assert parts("llama") == Parts(
+    assert parts("llama") == BlockParts(
         pre=True,
         norms=("input_layernorm", "post_attention_layernorm"),
         attend=("self_attn",),
         feed=("mlp",),
     )
-    assert parts("opt") == Parts(
+    assert parts("opt") == BlockParts(
         pre=True,
         norms=("self_attn_layer_norm", "final_layer_norm"),
         attend=("self_attn",),
@@ -69,7 +69,7 @@ def test_names_of_the_base_stay_and_probing_leaves_no_trace(family: str) -> None
     model, task = made(family)
     names, before = [name for name, _ in model.named_parameters()], logits(model, a_batch(task))
     state, torch_state = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
-    probe(model, find_stack(model))
+    record_block_inputs(model, find_block_list(model))
     assert not model.training
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert torch.equal(logits(model, a_batch(task)), before)
@@ -82,7 +82,7 @@ def test_names_of_the_base_stay_and_probing_leaves_no_trace(family: str) -> None
 def test_each_block_is_given_its_own_mask() -> None:
     model, task = made("qwen2-sliding")
     shared("meft", model, task)
-    _, calls = probe(model, find_stack(model))
+    _, calls = record_block_inputs(model, find_block_list(model))
     seen = [call["attention_mask"] for call in calls]
     assert seen[0] is not seen[1] or (seen[0] is None) != (seen[1] is None)
     ids = torch.randint(1, 40, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -161,7 +161,10 @@ def _doubled(block: nn.Module, args: object, out: Tensor) -> Tensor:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    for model in (models.load(Model(source="sample:logistic"), IMAGES, ("a", "b"), seed=0), nn.Linear(2, 2)):
+    for model in (
+        models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
+        nn.Linear(2, 2),
+    ):
         with pytest.raises(ModelError, match="has no stack of like blocks to make reversible; leave meft out"):
             shared("meft", model, IMAGES)
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, SourceError
-from fedtune.merging import Combine, Evidence, Operand, StatisticsFile, settle
+from fedtune.merging import CombineStep, MergeContext, MergeInput, StatisticsFile, bind_combine
 from fedtune.merging.fisher import Fisher
 from fedtune.merging.regmean import RegMean
 from fedtune.merging.trimmed_mean import TrimmedMean
@@ -17,13 +17,13 @@ from tests.merge_examples import Held, a_model, merged, models, whole
 WEIGHTS = [0.5, 0.3, 0.2]
 
 
-def weighed(step: Combine, deltas: list[Tensor], statistics: list[Tensor], weights: list[float]) -> Tensor:
+def weighed(step: CombineStep, deltas: list[Tensor], statistics: list[Tensor], weights: list[float]) -> Tensor:
     shape = tuple(deltas[0].shape)
     given = [
-        Operand(Held({"w": delta}), weight, {}, Held({"w": measured}))
+        MergeInput(Held({"w": delta}), weight, {}, Held({"w": measured}))
         for delta, measured, weight in zip(deltas, statistics, weights, strict=True)
     ]
-    settled = settle(step, {"w": shape}, given, Evidence())
+    settled = bind_combine(step, {"w": shape}, given, MergeContext())
     return whole(settled.combine, "w", shape, settled.operands)
 
 
@@ -97,7 +97,7 @@ def test_an_input_that_no_model_ever_had_takes_the_mean() -> None:
 
 
 def test_tensors_without_statistics_take_the_mean() -> None:
-    given = [Operand(Held(model), 0.5, {}, Held({"weight": torch.eye(14)})) for model in models(2)]
+    given = [MergeInput(Held(model), 0.5, {}, Held({"weight": torch.eye(14)})) for model in models(2)]
     for step in (RegMean(), Fisher()):
         found = whole(step, "bias", (19,), given)
         torch.testing.assert_close(found, (models(2)[0]["bias"] + models(2)[1]["bias"]) / 2)
@@ -133,9 +133,9 @@ def test_missing_statistics_are_refused(
     statistics: list[dict[str, int] | None], error: type[Exception], sentence: str
 ) -> None:
     held = [None if one is None else Held({name: torch.ones(2) for name in one}) for one in statistics]
-    given = [Operand(Held({"w": torch.ones(2)}), 0.5, {}, one) for one in held]
+    given = [MergeInput(Held({"w": torch.ones(2)}), 0.5, {}, one) for one in held]
     with pytest.raises(error, match=sentence):
-        settle(Fisher(), {"w": (2,)}, given, Evidence())
+        bind_combine(Fisher(), {"w": (2,)}, given, MergeContext())
 
 
 def test_regmean_refuses_statistics_that_are_no_gram_matrices() -> None:

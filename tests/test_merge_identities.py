@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fedtune import contribution
 from fedtune.errors import RecipeError
-from fedtune.merging import Combine, Evidence, settle
+from fedtune.merging import CombineStep, MergeContext, bind_combine
 from fedtune.recipe import Unit
-from fedtune.registry import build, names
+from fedtune.registry import build_unit, list_unit_names
 from tests.merge_examples import (
     METHODS,
     SHAPES,
@@ -39,8 +39,10 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
 
 
 def test_the_table_has_every_step_that_combines_tensors_one_by_one() -> None:
-    steps = {name: build("fedtune.merging", Unit(name=name), "merge") for name in names("fedtune.merging")}
-    combining = {name for name, step in steps.items() if isinstance(step, Combine) and step.takes == "tensors"}
+    steps = {
+        name: build_unit("fedtune.merging", Unit(name=name), "merge") for name in list_unit_names("fedtune.merging")
+    }
+    combining = {name for name, step in steps.items() if isinstance(step, CombineStep) and step.takes == "tensors"}
     assert combining == set(METHODS)
 
 
@@ -141,4 +143,4 @@ def test_knobs_of_a_model_go_before_the_steps_and_are_checked() -> None:
     found = whole(step, "weight", SHAPES["weight"], given)
     assert 1 <= int((found != a_model(0)["weight"]).sum()) <= 3  # floor(0.01 * 322) entries take part
     with pytest.raises(RecipeError, match=r"^merge, ties: density is 2"):
-        settle(step, SHAPES, operands(step, models(1), [1.0], {"density": 2.0}), Evidence())
+        bind_combine(step, SHAPES, operands(step, models(1), [1.0], {"density": 2.0}), MergeContext())

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import RecipeError
-from fedtune.merging import Combine
-from fedtune.recipe_file import parse
-from fedtune.simulation.resolve import resolve
+from fedtune.merging import CombineStep
+from fedtune.recipe_file import parse_recipe
+from fedtune.simulation.resolve import resolve_recipe
 from tests.merge_examples import METHODS, a_step, merged, plain, thinning
 from tests.recipe_examples import TEXT
 
@@ -25,11 +25,11 @@ WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 MIX = drawn(10, RANK, RANK)
 
 
-def one(step: Combine, deltas: list[Tensor], draw: int = 0) -> Tensor:
+def one(step: CombineStep, deltas: list[Tensor], draw: int = 0) -> Tensor:
     return merged(step, [{"x": delta} for delta in deltas], WEIGHTS, draw)["x"]
 
 
-def refactored(step: Combine) -> Tensor:
+def refactored(step: CombineStep) -> Tensor:
     """The product of what is merged of B M, with M^-1 A."""
     right: Tensor = torch.linalg.inv(MIX) @ A
     return one(step, [b @ MIX for b in B]) @ right
@@ -67,13 +67,13 @@ def test_exactly_those_are_declared() -> None:
 @pytest.mark.parametrize("exact", ["alternate", "freeze-a"])
 @pytest.mark.parametrize("name", [*PICKS, *SUMS, "dare-linear", "trimmed-mean"])
 def test_a_recipe_is_refused_where_entries_of_one_factor_would_be_picked(name: str, exact: str) -> None:
-    recipe = parse(TEXT, "a", [f"train.techniques=[{{lora: {{exact: {exact}}}}}]", f"merge=[{name}]"])
+    recipe = parse_recipe(TEXT, "a", [f"train.techniques=[{{lora: {{exact: {exact}}}}}]", f"merge=[{name}]"])
     if name not in PICKS:
-        resolve(recipe)
+        resolve_recipe(recipe)
         return
     with pytest.raises(RecipeError, match=f"^merge: {name} picks entries by sign or size, but lora sends one factor"):
-        resolve(recipe)
+        resolve_recipe(recipe)
 
 
 def test_whole_weights_may_be_picked_from() -> None:
-    resolve(parse(TEXT, "a", ["train.techniques=[full]", "merge=[ties]"]))
+    resolve_recipe(parse_recipe(TEXT, "a", ["train.techniques=[full]", "merge=[ties]"]))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.merging._select import cut
+from fedtune.merging._select import find_threshold
 from fedtune.merging._sums import sum_weighted
-from fedtune.merging._task_vectors import elected_sum
+from fedtune.merging._task_vectors import sum_with_elected_sign
 from tests.merge_examples import a_step, merged
 
 UNIT = 2.0**-24
@@ -91,8 +91,8 @@ def test_what_is_the_same_in_all_models_stays_as_it_is_to_the_last_bit(weights: 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_an_election_is_that_of_fractions(kind: str, weights: str, normalise: bool) -> None:
     parts, given = deltas(kind, size=4000), WEIGHTS[weights]
-    trimmed = [cut(lambda part=part: [part], 2000, len(part)).keep()(part) for part in parts]  # type: ignore[misc]
-    found, wanted = elected_sum(trimmed, given, normalise), elected(trimmed, given, normalise)
+    trimmed = [find_threshold(lambda part=part: [part], 2000, len(part)).keep()(part) for part in parts]  # type: ignore[misc]
+    found, wanted = sum_with_elected_sign(trimmed, given, normalise), elected(trimmed, given, normalise)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=5 * UNIT, atol=0)
 
@@ -102,14 +102,14 @@ def test_exact_ties_of_equal_models_go_to_plus_whatever_a_third_rounds_to() -> N
     grid = torch.arange(1.0, 60.0)
     one, two = (part.reshape(-1, 1).contiguous() for part in torch.meshgrid(grid, grid, indexing="ij"))
     parts = [one, two, -(one + two)]
-    assert bool((elected_sum(parts, WEIGHTS["equal"], normalise=True) == (one + two) / 2).all())
-    torch.testing.assert_close(elected_sum(parts, WEIGHTS["equal"], normalise=False), (one + two) / 3)
+    assert bool((sum_with_elected_sign(parts, WEIGHTS["equal"], normalise=True) == (one + two) / 2).all())
+    torch.testing.assert_close(sum_with_elected_sign(parts, WEIGHTS["equal"], normalise=False), (one + two) / 3)
 
 
 def test_a_vote_of_many_models_is_counted_in_double_precision() -> None:
     parts = [torch.tensor([[2.0**30]]), *[torch.tensor([[1.0]])] * 8, torch.tensor([[-(2.0**30) - 128]])]
     weights = [1.0, 1.0, *[0.5] * 7, 1.0]
-    assert elected_sum(parts, weights, normalise=False).item() == -(2.0**30) - 128
+    assert sum_with_elected_sign(parts, weights, normalise=False).item() == -(2.0**30) - 128
 
 
 def largest_by_topk(values: Tensor, keep: int) -> Tensor:
@@ -124,7 +124,7 @@ def test_the_threshold_is_that_of_topk(kind: str, keep: int, way: str, monkeypat
     monkeypatch.setattr("fedtune.merging._select._SHORT", 20_000 if way == "partitioned" else 19_999)
     [values] = deltas(kind, 1)
     stream: Callable[[], Sequence[Tensor]] = lambda: values.split(3000)  # noqa: E731
-    found, equal = cut(stream, keep, len(values)), int((values.abs() == largest_by_topk(values, keep)).sum())
+    found, equal = find_threshold(stream, keep, len(values)), int((values.abs() == largest_by_topk(values, keep)).sum())
     above = int((values.abs() > largest_by_topk(values, keep)).sum())
     assert found.threshold == float(largest_by_topk(values, keep))
     assert (found.ties, found.whole) == (keep - above, keep - above == equal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import RecipeError
-from fedtune.merging import Evidence, choose, merge, settle
+from fedtune.merging import MergeContext, bind_combine, build_pipeline, merge_client_updates
 from fedtune.recipe import Unit
 from tests.merge_examples import METHODS, models, operands, thinning
 from tests.merge_examples import SHAPES as MODEL_SHAPES
@@ -21,10 +21,10 @@ EXAMPLES = [10, 20, 30, 25, 15]
 def after_round(
     folder: Path, name: str, deltas: list[dict[str, Tensor]], draw: int = 1, **settings: Any
 ) -> dict[str, Tensor]:
-    pipeline = choose([Unit(name=name, settings=settings)])
+    pipeline = build_pipeline([Unit(name=name, settings=settings)])
     sent = [spool(folder, client, EXAMPLES[client], delta) for client, delta in enumerate(deltas)]
     state = {tensor: torch.zeros_like(value) for tensor, value in deltas[0].items()}
-    return merge(pipeline, state, state, sent, Evidence(draw=draw))
+    return merge_client_updates(pipeline, state, state, sent, MergeContext(draw=draw))
 
 
 def clients(count: int) -> list[dict[str, Tensor]]:
@@ -77,7 +77,7 @@ def test_too_few_or_too_many_clients_are_refused(tmp_path: Path, name: str, coun
 
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_a_round_sum_to_one(name: str) -> None:
-    combine = choose([Unit(name=name)]).combine
+    combine = build_pipeline([Unit(name=name)]).combine
     equal = name in ("model-stock", "sce", "trimmed-mean")
     assert combine.weights([1, 3]) == ([0.5, 0.5] if equal else [0.25, 0.75])
 
@@ -121,8 +121,8 @@ def test_a_robust_merge_does_not_pool_the_spread_of_means_that_a_hostile_client_
 @pytest.mark.parametrize("name", METHODS)
 def test_a_settled_step_treats_running_statistics_as_the_chosen_one_does(name: str) -> None:
     step = thinning(name)
-    settled = settle(
-        step, MODEL_SHAPES, operands(step, models(METHODS[name].models), [0.5] * METHODS[name].models), Evidence()
+    settled = bind_combine(
+        step, MODEL_SHAPES, operands(step, models(METHODS[name].models), [0.5] * METHODS[name].models), MergeContext()
     )
     assert settled.combine.thinning == step.thinning
 

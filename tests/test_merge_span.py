@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.merging import Evidence, settle
+from fedtune.merging import MergeContext, bind_combine
 from fedtune.merging.geometric_median import GeometricMedian
 from fedtune.merging.karcher import Karcher
 from fedtune.merging.model_stock import ModelStock
@@ -171,6 +171,6 @@ def test_distances_of_whole_models_give_one_set_of_coefficients() -> None:
 
 
 def test_a_median_of_whole_models_cannot_be_taken_one_tensor_at_a_time_by_mistake() -> None:
-    settled = settle(GeometricMedian(), SHAPES, operands(GeometricMedian(), models(3), WEIGHTS), Evidence())
+    settled = bind_combine(GeometricMedian(), SHAPES, operands(GeometricMedian(), models(3), WEIGHTS), MergeContext())
     assert settled.combine.name == "linear"
     assert sum(one.weight for one in settled.operands) == pytest.approx(1.0)

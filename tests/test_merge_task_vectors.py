@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fedtune import contribution
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
-from fedtune.merging import Operand
-from fedtune.merging._select import between, count_kept, cut, largest
-from fedtune.merging._task_vectors import elected_sum
+from fedtune.merging import MergeInput
+from fedtune.merging._select import between, count_entries_to_keep, find_threshold, keep_largest
+from fedtune.merging._task_vectors import sum_with_elected_sign
 from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -31,7 +31,7 @@ def stream(values: Tensor, piece: int) -> Iterator[Tensor]:
 
 
 def kept(values: Tensor, keep: int, piece: int = 7) -> Tensor:
-    found = torch.cat(list(largest(lambda: stream(values, piece), keep, len(values))()))[:, 0]
+    found = torch.cat(list(keep_largest(lambda: stream(values, piece), keep, len(values))()))[:, 0]
     return found.nonzero()[:, 0]
 
 
@@ -62,7 +62,11 @@ def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None)
     wanted = by_sorting(values, keep)
     assert torch.equal(kept(values, keep), wanted[values[wanted] != 0])
     chosen = torch.cat(
-        [mask(piece) for mask in [cut(lambda: stream(values, 7), keep, 500).inside()] for piece in stream(values, 7)]
+        [
+            mask(piece)
+            for mask in [find_threshold(lambda: stream(values, 7), keep, 500).inside()]
+            for piece in stream(values, 7)
+        ]
     )
     assert torch.equal(chosen[:, 0].nonzero()[:, 0], wanted)
 
@@ -83,8 +87,8 @@ def test_zeros_are_kept_last_and_infinities_first(way: None) -> None:
 
 @pytest.mark.parametrize(("density", "size", "count"), [(0.2, 64, 12), (0.9, 64, 57), (0.9, 576, 518), (0.01, 3, 1)])
 def test_the_share_kept_is_rounded_down_but_never_to_none(density: float, size: int, count: int) -> None:
-    assert count_kept(density, size) == count
-    assert count_kept(density, 0) == 0
+    assert count_entries_to_keep(density, size) == count
+    assert count_entries_to_keep(density, 0) == 0
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs-ties"])
@@ -176,8 +180,8 @@ def test_each_model_is_rescaled_by_itself() -> None:
 
 def test_a_tied_election_goes_to_plus_and_entries_that_were_dropped_have_no_vote() -> None:
     parts = [torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[-2.0, 0.0, -3.0]]), torch.tensor([[0.0, 5.0, 0.0]])]
-    assert elected_sum(parts, [1, 1, 1], normalise=True).tolist() == [[2.0, 5.0, -2.0]]
-    assert elected_sum(parts, [1, 1, 1], normalise=False).tolist() == [[2.0, 5.0, -4.0]]
+    assert sum_with_elected_sign(parts, [1, 1, 1], normalise=True).tolist() == [[2.0, 5.0, -2.0]]
+    assert sum_with_elected_sign(parts, [1, 1, 1], normalise=False).tolist() == [[2.0, 5.0, -4.0]]
 
 
 def test_scale_multiplies_the_merge() -> None:
@@ -292,8 +296,8 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
         return values[start:stop]
 
     step = a_step(name, settings)
-    other = Operand(Held({"w": values.flip(0)}), 1.0)
-    found = torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other])))
-    assert asked == (1 if fits else passes) * list(pieces(shape))
+    other = MergeInput(Held({"w": values.flip(0)}), 1.0)
+    found = torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other])))
+    assert asked == (1 if fits else passes) * list(iter_row_chunks(shape))
     monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 40 if not fits else 0)
-    assert torch.equal(found, torch.cat(list(step.combine("w", shape, [Operand(rows, 1.0), other]))))
+    assert torch.equal(found, torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other]))))

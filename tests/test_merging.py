@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fedtune import contribution
-from fedtune.contribution import Contribution, pack
+from fedtune.contribution import ClientUpdate, pack
 from fedtune.errors import RecipeError
 from fedtune.memory import StorageMeter
-from fedtune.merging import Combine, Operand, Pipeline, Shape, choose, merge
+from fedtune.merging import CombineStep, MergeInput, MergePipeline, Shape, build_pipeline, merge_client_updates
 from fedtune.merging.mean import Mean
 from fedtune.recipe import Unit
 
@@ -22,24 +22,24 @@ def a_state(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> dict[
     return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-def spool(folder: Path, client: int, examples: int, deltas: dict[str, Tensor]) -> Contribution:
+def spool(folder: Path, client: int, examples: int, deltas: dict[str, Tensor]) -> ClientUpdate:
     path = folder / f"{client}.safetensors"
     path.write_bytes(pack(deltas))
-    return Contribution(client, examples, path)
+    return ClientUpdate(client, examples, path)
 
 
-def several(folder: Path, examples: Sequence[int], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[Contribution]:
+def several(folder: Path, examples: Sequence[int], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[ClientUpdate]:
     return [spool(folder, client, n, a_state(shapes, client + 1)) for client, n in enumerate(examples)]
 
 
-def alone(combine: Combine) -> Pipeline:
-    return Pipeline((), combine, (), ())
+def alone(combine: CombineStep) -> MergePipeline:
+    return MergePipeline((), combine, (), ())
 
 
 def combined(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mean of deltas held in memory."""
     operands = [
-        Operand(lambda name, start, stop, delta=delta: delta[start:stop], weight)
+        MergeInput(lambda name, start, stop, delta=delta: delta[start:stop], weight)
         for delta, weight in zip(deltas, weights, strict=True)
     ]
     return torch.cat(list(Mean().combine("a", tuple(deltas[0].shape), operands)))
@@ -71,23 +71,23 @@ def test_the_mean_is_the_twin_whatever_the_piece(
     tmp_path: Path, weight: str, weights: list[float], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contribution, "_PIECE", piece)
-    step = choose([Unit(name="mean", settings={"weight": weight})])
-    merged = merge(step, a_state(), SHAPES, several(tmp_path, [10, 20, 70]))
+    step = build_pipeline([Unit(name="mean", settings={"weight": weight})])
+    merged = merge_client_updates(step, a_state(), SHAPES, several(tmp_path, [10, 20, 70]))
     assert_close(merged, readable_twin(a_state(), [a_state(seed=seed) for seed in (1, 2, 3)], weights))
 
 
 def test_the_bits_do_not_depend_on_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = several(tmp_path, [3, 5, 11])
-    whole = merge(alone(Mean()), a_state(), SHAPES, sent)
+    whole = merge_client_updates(alone(Mean()), a_state(), SHAPES, sent)
     monkeypatch.setattr(contribution, "_PIECE", 2)
-    pieces = merge(alone(Mean()), a_state(), SHAPES, sent)
+    pieces = merge_client_updates(alone(Mean()), a_state(), SHAPES, sent)
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 
 
 def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"wide": (3, 700_000), "long": (2_500_000,)}
     assert all(torch.Size(shape).numel() > 2 * contribution._PIECE for shape in shapes.values())
-    merged = merge(alone(Mean()), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
+    merged = merge_client_updates(alone(Mean()), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
     assert_close(merged, readable_twin(a_state(shapes), [a_state(shapes, 1), a_state(shapes, 2)], [0.25, 0.75]))
 
 
@@ -95,8 +95,8 @@ def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> No
 def test_the_bits_do_not_depend_on_who_answers_first(tmp_path: Path, arrival: list[int]) -> None:
     deltas = [torch.tensor([value]) for value in (2.0**60, 1.0, -(2.0**60), 0.5)]
     sent = [spool(tmp_path, client, 1, {"a": delta}) for client, delta in enumerate(deltas)]
-    in_order = merge(alone(Mean()), {"a": torch.zeros(1)}, ["a"], sent)
-    as_arrived = merge(alone(Mean()), {"a": torch.zeros(1)}, ["a"], [sent[client] for client in arrival])
+    in_order = merge_client_updates(alone(Mean()), {"a": torch.zeros(1)}, ["a"], sent)
+    as_arrived = merge_client_updates(alone(Mean()), {"a": torch.zeros(1)}, ["a"], [sent[client] for client in arrival])
     assert torch.equal(in_order["a"], as_arrived["a"])
 
 
@@ -107,14 +107,14 @@ def test_a_sum_in_another_order_would_have_other_bits() -> None:
 
 
 def test_one_client_alone_is_followed_exactly(tmp_path: Path) -> None:
-    merged = merge(alone(Mean()), a_state(), SHAPES, [spool(tmp_path, 4, 17, a_state(seed=9))])
+    merged = merge_client_updates(alone(Mean()), a_state(), SHAPES, [spool(tmp_path, 4, 17, a_state(seed=9))])
     assert all(torch.equal(merged[name], a_state()[name] + a_state(seed=9)[name]) for name in SHAPES)
 
 
 def test_tensors_that_were_not_sent_stay_and_the_state_before_is_not_touched(tmp_path: Path) -> None:
     state = a_state()
     sent = several(tmp_path, [1, 2], {"weight": SHAPES["weight"]})
-    merged = merge(alone(Mean()), state, ["weight"], sent)
+    merged = merge_client_updates(alone(Mean()), state, ["weight"], sent)
     assert all(torch.equal(state[name], before) for name, before in a_state().items())
     assert all(torch.equal(merged[name], state[name]) for name in SHAPES if name != "weight")
     assert not torch.equal(merged["weight"], state["weight"])
@@ -139,11 +139,11 @@ def test_combining_changes_no_delta() -> None:
 
 
 def test_exactly_one_step_may_combine() -> None:
-    assert choose([Unit(name="mean")]) == alone(Mean())
+    assert build_pipeline([Unit(name="mean")]) == alone(Mean())
     with pytest.raises(RecipeError, match=r"^merge: 2 steps combine, but exactly one must; keep or add one, e.g. mean"):
-        choose([Unit(name="mean"), Unit(name="mean")])
+        build_pipeline([Unit(name="mean"), Unit(name="mean")])
     with pytest.raises(RecipeError, match=r"^merge: 0 steps combine"):
-        choose([])
+        build_pipeline([])
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -158,7 +158,7 @@ def merged_and_mean_product(folder: Path, sent: Sequence[str]) -> tuple[Tensor, 
     start, examples = a_state(FACTORS), [3, 10, 17]
     clients = [{name: a_state(FACTORS, seed)[name] for name in sent} for seed in (1, 2, 3)]
     spooled = [spool(folder, k, n, deltas) for k, (n, deltas) in enumerate(zip(examples, clients, strict=True))]
-    merged = merge(alone(Mean()), start, sent, spooled)
+    merged = merge_client_updates(alone(Mean()), start, sent, spooled)
     mean = torch.zeros(24, 16, dtype=torch.float64)
     for n, deltas in zip(examples, clients, strict=True):
         own = {name: (start[name] + deltas.get(name, torch.zeros(()))).double() for name in FACTORS}
@@ -182,7 +182,7 @@ class Greedy(Mean):
 
     name: ClassVar[str] = "greedy"
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         held = [operand.rows(name, 0, shape[0]) for operand in operands]
         yield from super().combine(name, shape, operands)
         del held
@@ -192,7 +192,7 @@ def peak(step: Mean, folder: Path, count: int) -> int:
     shapes: dict[str, tuple[int, ...]] = {"a": (600, 500), "b": (600, 500)}
     state, sent = a_state(shapes), several(folder, [1] * count, shapes)
     with StorageMeter(excluded=state.values()) as meter:
-        merge(alone(step), state, shapes, sent)
+        merge_client_updates(alone(step), state, shapes, sent)
     return meter.peak
 
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from fedtune import checkpoint
 from fedtune import home as homes
-from fedtune.contribution import Order
+from fedtune.contribution import TrainRequest
 from fedtune.device.channel import Frame
-from fedtune.device.trainer import _Trainer
+from fedtune.device.trainer import Trainer
 from fedtune.errors import RecipeError
 from fedtune.protocol_codes import parse_problem
-from fedtune.simulation import resolve
-from fedtune.training import class_metrics, load_state, score, workshop
+from fedtune.simulation import resolve_recipe
+from fedtune.training import class_metrics, evaluate_model, get_run_context, set_model_state
 from fedtune.training.metrics import measure, register
 from tests.data_examples import a_recipe
 from tests.federations import execute, trivial, words
@@ -104,9 +104,9 @@ def test_without_scikit_learn_a_recipe_that_asks_for_a_figure_is_refused() -> No
 
 
 def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, request: pytest.FixtureRequest) -> None:
-    order = Order(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0)
+    order = TrainRequest(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0)
     request.getfixturevalue("without_scikit_learn")
-    said = _Trainer("part:0", 10**11, 0).answer(Frame(asdict(order)), lambda: pytest.fail("it trains"))
+    said = Trainer("part:0", 10**11, 0).answer(Frame(asdict(order)), lambda: pytest.fail("it trains"))
     problem = parse_problem(said.header["problem"])
     assert problem is not None
     assert "install scikit-learn, or the package that publishes the metric, on the device" in problem.remote_sentence
@@ -126,12 +126,12 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     register("always-half", lambda probabilities, labels: 0.5)
     recipe = words(tmp_path, "evaluation={metrics: [f1, auc, always-half]}")
     ended = execute(recipe)
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     last = {(one.part, one.name): one.value for one in ended.rounds[-1].metrics if one.domain == "all"}
     assert last["test", "always-half"] == 0.5
     state = ended.rounds[-1].checkpoint
     assert state is not None
-    load_state(shop.model, checkpoint.load(homes.runs() / state.path))
+    set_model_state(shop.model, checkpoint.read_checkpoint(homes.get_runs_folder() / state.path))
     batch = shop.test.batch(range(len(shop.test)))
     labels = batch.pop("labels").numpy()
     probabilities = shop.model.eval()(**batch).logits.softmax(-1).detach().double().numpy()
@@ -167,8 +167,8 @@ def test_a_package_publishes_a_metric_as_an_entry_point(tmp_path: Path) -> None:
 
 def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:
     recipe = words(tmp_path, "data.columns.domain=label")
-    shop = workshop(recipe.model_dump_json())
-    found = score(shop.model, shop.test, 4, recipe.task, shop.techniques, metrics=["f1"])
+    shop = get_run_context(recipe.model_dump_json())
+    found = evaluate_model(shop.model, shop.test, 4, recipe.task, shop.techniques, metrics=["f1"])
     assert {one.domain for one in found if one.name == "f1"} == {"all", "good", "bad"}
 
 
@@ -184,4 +184,4 @@ def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:
 )
 def test_a_metric_that_cannot_be_had_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        resolve(a_recipe(*overrides))
+        resolve_recipe(a_recipe(*overrides))

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from fedtune.device import budget
-from fedtune.device.budget import Need, fitting, need
-from fedtune.errors import BudgetError
+from fedtune.device.budget import MemoryEstimate, choose_micro_batch_size, estimate_memory
+from fedtune.errors import MemoryBudgetError
 from fedtune.recipe import Train
-from fedtune.training import Workshop, discard, read_state, train, workshop
-from fedtune.training.micro import cut, shares
+from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context, train_local_model
+from fedtune.training.micro import compute_loss_weights, split_into_micro_batches
 from fedtune.training.optimiser import _Wrapped, make_optimiser
 from tests.federations import trivial, words
 
@@ -29,9 +29,9 @@ def test_the_mean_over_tokens_is_that_of_the_parts_by_their_shares() -> None:
     def loss(rows: list[int]) -> torch.Tensor:
         return F.cross_entropy(logits[rows, :-1].flatten(0, 1), labels[rows, 1:].flatten())
 
-    parts = cut(range(7), 3)
+    parts = split_into_micro_batches(range(7), 3)
     assert parts == [[0, 1, 2], [3, 4, 5], [6]]
-    weights = shares([{"labels": labels[rows]} for rows in parts])
+    weights = compute_loss_weights([{"labels": labels[rows]} for rows in parts])
     found = sum(weight * loss(rows) for weight, rows in zip(weights, parts, strict=True))
     torch.testing.assert_close(found, loss(list(range(7))), rtol=1e-12, atol=0)
 
@@ -44,20 +44,20 @@ def test_a_client_s_round_in_micro_batches_is_its_round(tmp_path: Path) -> None:
         torch.testing.assert_close(parts[name], delta, rtol=1e-3, atol=1e-7)
 
 
-def _shop(recipe: str) -> Workshop:
-    discard()
-    shop = workshop(recipe)
-    discard()
+def _shop(recipe: str) -> RunContext:
+    clear_run_context()
+    shop = get_run_context(recipe)
+    clear_run_context()
     for module in shop.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return shop
 
 
-def _delta(shop: Workshop, micro: int | None) -> dict[str, torch.Tensor]:
-    state = read_state(shop.model, shop.shared)
+def _delta(shop: RunContext, micro: int | None) -> dict[str, torch.Tensor]:
+    state = get_model_state(shop.model, shop.shared)
     shop_of = (shop.model, shop.techniques, state, shop.train, shop.clients[0], shop.recipe, 1, 0)
-    return train(*shop_of, micro=micro).delta
+    return train_local_model(*shop_of, micro=micro).delta
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def _delta(shop: Workshop, micro: int | None) -> dict[str, torch.Tensor]:
 def test_a_batch_is_halved_until_it_fits(
     monkeypatch: pytest.MonkeyPatch, allowed: int, halvings: int, size: int | None
 ) -> None:
-    monkeypatch.setattr(budget, "need", lambda *_: Need(100, 10))
+    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100, 10))
     shop = _shop(trivial().model_dump_json())
-    assert fitting(shop, np.arange(50), 1, allowed, halvings) == size
+    assert choose_micro_batch_size(shop, np.arange(50), 1, allowed, halvings) == size
 
 
 def test_where_one_example_is_too_many_the_device_declines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "need", lambda *_: Need(100e6, 10e6))
+    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
     shop = _shop(trivial().model_dump_json())
-    with pytest.raises(BudgetError, match=r"needs about 110 MB of memory, even one example at a time, .* 109 MB"):
-        fitting(shop, np.arange(50), 1, 109_000_000)
+    with pytest.raises(MemoryBudgetError, match=r"needs about 110 MB of memory, even one example at a time, .* 109 MB"):
+        choose_micro_batch_size(shop, np.arange(50), 1, 109_000_000)
 
 
 def test_norms_that_follow_the_batch_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "need", lambda *_: Need(100e6, 10e6))
-    monkeypatch.setattr(budget, "divisible", lambda _: False)
+    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
+    monkeypatch.setattr(budget, "can_split_batch", lambda _: False)
     shop = _shop(trivial().model_dump_json())
-    with pytest.raises(BudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
-        fitting(shop, np.arange(50), 1, 150_000_000)
+    with pytest.raises(MemoryBudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
+        choose_micro_batch_size(shop, np.arange(50), 1, 150_000_000)
 
 
 def held_by(optimiser: object) -> int:
@@ -123,12 +123,12 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     monkeypatch.setattr(budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000))
     trained = sum(parameter.numel() for parameter in shop.model.parameters())
-    found = need(shop, np.arange(20), 1)
+    found = estimate_memory(shop, np.arange(20), 1)
     assert found.example == 1000
     assert found.fixed == pytest.approx(5_000 + 4 * trained * per_value, rel=0.01)
     assert trained == 7850
     shop.model.bfloat16()
-    assert need(shop, np.arange(20), 1).fixed - found.fixed == 4 * trained, "and an fp32 master of each"
+    assert estimate_memory(shop, np.arange(20), 1).fixed - found.fixed == 4 * trained, "and an fp32 master of each"
 
 
 def test_the_budget_counts_fp32_masters_of_what_is_trained_in_a_lower_precision() -> None:

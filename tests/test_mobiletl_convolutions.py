@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.models.efficientnet_lite import SameConv2d
-from fedtune.techniques._lean_conv import lean
+from fedtune.techniques._lean_conv import make_efficient_conv2d
 from tests.lean_layers import both, kept, same_bits
 
 
@@ -41,7 +41,7 @@ def test_same_padding_inside_equals_explicit_padding_to_the_bit_and_is_not_kept(
     torch.manual_seed(0)
     convolution = SameConv2d(6, 6, kernel, stride, groups=6)
     convolution.weight.requires_grad_(trained)
-    layer = lean(convolution)
+    layer = make_efficient_conv2d(convolution)
     x = torch.randn(2, 6, *size)
     wanted, found = both(explicit(convolution), layer, x)
     assert all(same_bits(*pair) for pair in zip(wanted, found, strict=True))
@@ -66,7 +66,7 @@ def test_a_frozen_convolution_keeps_nothing_and_passes_gradients_on_to_the_bit(
     torch.manual_seed(0)
     convolution = nn.Conv2d(**{"bias": False, **settings}).to(dtype)
     convolution.weight.requires_grad_(False)
-    layer = lean(convolution)
+    layer = make_efficient_conv2d(convolution)
     x = torch.randn(2, convolution.in_channels, size, size, dtype=dtype)
     if input_trained or convolution.bias is not None:
         wanted, found = both(convolution, layer, x, input_trained=input_trained)
@@ -80,13 +80,13 @@ def test_convolutions_that_need_nothing_done_stay_as_they_are() -> None:
     odd = nn.Conv2d(3, 3, 3, padding="same").requires_grad_(False)
     round_about = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular").requires_grad_(False)
     for convolution in (trained, odd, round_about, SameConv2d(3, 3, 3)):
-        assert lean(convolution) is convolution
+        assert make_efficient_conv2d(convolution) is convolution
 
 
 def test_changing_a_kept_map_in_place_is_noticed() -> None:
     convolution = SameConv2d(2, 2, 3, 2)
     x = torch.randn(1, 2, 4, 4)
-    out = lean(convolution)(x).sum()
+    out = make_efficient_conv2d(convolution)(x).sum()
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()

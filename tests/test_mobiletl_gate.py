@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.techniques._behind_gate import behind_gate
-from fedtune.techniques._recast import Restorable
+from fedtune.techniques._behind_gate import make_product_input_conv2d
+from fedtune.techniques._recast import ReplacementLayer
 from tests.lean_layers import kept
 
 Make = Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ INPUTS: dict[str, Make] = {
 def pair(bias: bool) -> tuple[nn.Conv2d, nn.Conv2d]:
     torch.manual_seed(1)
     plain = nn.Conv2d(6, 4, 1, bias=bias)
-    lean = behind_gate(plain)
+    lean = make_product_input_conv2d(plain)
     assert isinstance(lean, nn.Conv2d)
     assert lean is not plain
     return plain, lean
@@ -77,9 +77,9 @@ def test_without_gradients_or_with_a_frozen_weight_it_is_the_plain_layer() -> No
 
 def test_it_becomes_the_plain_convolution_again_and_leaves_others_alone() -> None:
     plain, lean = pair(bias=False)
-    assert isinstance(lean, Restorable)
+    assert isinstance(lean, ReplacementLayer)
     again = lean.plain()
     assert type(again) is nn.Conv2d
     assert again.weight is plain.weight
     odd = nn.Conv2d(6, 4, 3, padding="same")
-    assert behind_gate(odd) is odd
+    assert make_product_input_conv2d(odd) is odd

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import techniques
-from fedtune.techniques._inverted_residual import blocks
-from fedtune.training import train_mode
+from fedtune.techniques._inverted_residual import find_inverted_residuals
+from fedtune.training import set_train_mode
 from tests.mobile_nets import SmallNet, age, gradients, hard_net, in_transformers, pictures, switched_on
 from tests.own_nets import net
 from tests.technique_steps import IMAGES, chosen, shake, shared
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_untouched_net(kind: str, technique: str, set
 
 
 def with_last_norms_in_training(plain: nn.Module) -> list[nn.BatchNorm2d]:
-    last = [plain.get_submodule(block.last) for block in blocks(plain)[-2:]]
+    last = [plain.get_submodule(block.last) for block in find_inverted_residuals(plain)[-2:]]
     return [norm.train() for norm in last if isinstance(norm, nn.BatchNorm2d)]
 
 
@@ -58,7 +58,7 @@ def test_last_norms_that_learn_their_statistics_follow_the_untouched_net_for_thr
     names = shared("mobiletl", model, IMAGES, blocks=2)
     switched_on(plain, names)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_mode(model)
+    set_train_mode(model)
     norms = with_last_norms_in_training(plain)
     for step in range(3):
         batch = pictures(8, side=64, seed=step, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_last_norms_that_learn_their_statistics_follow_the_untouched_net_for_thr
 def test_a_batch_too_small_for_statistics_takes_the_running_ones_and_leaves_them() -> None:
     model, plain = age(SmallNet()).double(), age(SmallNet()).double()
     names = shared("mobiletl", model, IMAGES, blocks=2)
-    train_mode(model)
+    set_train_mode(model)
     batch = pictures(1, dtype=torch.float64)
     before = model.state_dict()["blocks.4._bn2.running_var"].clone()
     assert furthest(gradients(model, batch), gradients(switched_on(plain, names), batch)) <= 1e-12
@@ -156,9 +156,9 @@ def test_the_twin_with_stored_activations_has_the_same_gradients_to_the_bit(
     for made in (one, one.stored()):
         assert made is not None
         model = age(build())
-        names = techniques.apply([made], model, IMAGES, 0)
+        names = techniques.apply_techniques([made], model, IMAGES, 0)
         shake(model, [name for name in names if "running" not in name])
-        train_mode(model)
+        set_train_mode(model)
         found.append(gradients(model, pictures(8, side=64)))
         assert sorted(found[-1]) == [name for name in names if "running" not in name]
     assert furthest(*found) == 0

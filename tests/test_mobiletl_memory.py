@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune import models
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Model
-from fedtune.techniques._masked import Masked
-from fedtune.techniques._shift_norm import ShiftNorm
-from fedtune.training import step_loss, train_mode
+from fedtune.recipe import ModelSettings
+from fedtune.techniques._masked import OneBitActivation
+from fedtune.techniques._shift_norm import FrozenBatchNorm2d
+from fedtune.training import compute_step_loss, set_train_mode
 from tests.mobile_nets import SHAPES, SmallNet, age, pictures
 from tests.technique_steps import IMAGES, shared
 
@@ -55,7 +55,7 @@ def sizes(side: int) -> Iterator[Sizes]:
 
 def kept(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Bytes kept for a step, and those of packed masks among them."""
-    train_mode(model)
+    set_train_mode(model)
     packed: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ def kept(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        step_loss(model, batch)
+        compute_step_loss(model, batch)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         found = meter.bytes
     loss.backward()
     return found, sum(packed)
@@ -143,10 +143,10 @@ def test_inputs_of_norms_and_activations_die_before_the_backward_pass() -> None:
         held.append((type(module).__name__, weakref.ref(args[0].untyped_storage())))
 
     for layer in model.modules():
-        if isinstance(layer, ShiftNorm | Masked):
+        if isinstance(layer, FrozenBatchNorm2d | OneBitActivation):
             layer.register_forward_pre_hook(note)
-    train_mode(model)
-    loss = step_loss(model, pictures())
+    set_train_mode(model)
+    loss = compute_step_loss(model, pictures())
     assert len(held) == 2 * (3 * 2 + 1)
     assert [name for name, one in held if one() is not None] == []
     loss.backward()
@@ -156,7 +156,7 @@ def test_the_top_three_blocks_of_lite0_keep_what_was_claimed() -> None:
     """At 96 pixels and eight pictures: at most 2.6 MB, where PyTorch keeps 7.3."""
     figures = {}
     for technique in ("mobiletl", "last-blocks"):
-        model = models.load(Model(source="sample:efficientnet-lite0"), IMAGES, ("a", "b", "c"), seed=0)
+        model = models.load_model(ModelSettings(source="sample:efficientnet-lite0"), IMAGES, ("a", "b", "c"), seed=0)
         shared(technique, model, IMAGES)
         figures[technique] = kept(model, pictures(8, 96))[0]
     assert figures["mobiletl"] <= 2_600_000

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Task
-from fedtune.techniques import LiveNorm
-from fedtune.techniques._inverted_residual import Tail, blocks, top
-from fedtune.techniques._prefix import run_apart
-from fedtune.techniques._recast import StandIn
+from fedtune.recipe import TaskName
+from fedtune.techniques import UnfrozenBatchNorm2d
+from fedtune.techniques._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
+from fedtune.techniques._prefix import run_frozen_prefix
+from fedtune.techniques._recast import ForwardOverride
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.own_nets import net
 from tests.technique_steps import IMAGES, TEXT, chosen, logits, shared
@@ -31,7 +31,7 @@ from tests.tiny import bert
 def test_every_block_of_a_mobile_net_is_found(
     build: Callable[[], nn.Module], count: int, without_expansion: int, gates: int
 ) -> None:
-    found = blocks(build())
+    found = find_inverted_residuals(build())
     assert len(found) == count
     assert sum(len(block.convolutions) == 2 for block in found) == without_expansion
     assert sum(bool(block.gate) for block in found) == gates
@@ -39,7 +39,7 @@ def test_every_block_of_a_mobile_net_is_found(
 
 
 def test_a_blocks_layers_are_told_apart() -> None:
-    block = blocks(hard_net())[-1]
+    block = find_inverted_residuals(hard_net())[-1]
     assert block.name == "blocks.2"
     inside = [f"blocks.2.block.{name}" for name in ("0.0", "1.0", "3.0", "0.1", "1.1", "0.2", "1.2", "3.1")]
     assert [*block.convolutions, *block.inner, *block.activations, block.last] == inside
@@ -48,11 +48,11 @@ def test_a_blocks_layers_are_told_apart() -> None:
 
 
 def test_a_net_is_cut_below_its_top_blocks() -> None:
-    found = top(SmallNet(), 2)
+    found = split_before_last_blocks(SmallNet(), 2)
     assert found.before == ("stem", "blocks.0", "blocks.1", "blocks.2")
     assert [block.name for block in found.blocks] == ["blocks.3", "blocks.4"]
-    assert found.tail == Tail(("top.0",), ("top.1",), ("top.2",), ("dropout",))
-    assert top(in_transformers(), 16).before == ("mobilenet_v2.conv_stem",)
+    assert found.tail == TailLayers(("top.0",), ("top.1",), ("top.2",), ("dropout",))
+    assert split_before_last_blocks(in_transformers(), 16).before == ("mobilenet_v2.conv_stem",)
 
 
 @pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "tinytl"])
@@ -73,7 +73,7 @@ def test_a_net_is_cut_below_its_top_blocks() -> None:
     ],
 )
 def test_a_net_without_such_blocks_is_refused_with_what_it_lacks(
-    build: Callable[[], nn.Module], task: Task, sentence: str, technique: str
+    build: Callable[[], nn.Module], task: TaskName, sentence: str, technique: str
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         shared(technique, build(), task)
@@ -150,7 +150,7 @@ def test_last_blocks_trains_all_of_them_with_their_statistics() -> None:
     names = shared("last-blocks", model, IMAGES, blocks=2)
     state = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
     assert set(names) == {name for name in state if name.startswith(("blocks.3.", "blocks.4.", "top.", "fc."))}
-    assert sum(isinstance(layer, LiveNorm) for layer in model.modules()) == 7
+    assert sum(isinstance(layer, UnfrozenBatchNorm2d) for layer in model.modules()) == 7
     quiet = shared("last-blocks", SmallNet(), IMAGES, blocks=2, head="freeze", norms="frozen")
     assert set(quiet) == {name for name in names if "running" not in name and not name.startswith("top.")}
 
@@ -160,8 +160,8 @@ def test_the_frozen_part_gives_in_micro_batches_what_it_gives_on_the_whole_batch
     build: Callable[[], nn.Module],
 ) -> None:
     plain, model = age(build()), age(build())
-    cut = top(model, 2)
-    run_apart(model, cut.before, 1, keep=False)
+    cut = split_before_last_blocks(model, 2)
+    run_frozen_prefix(model, cut.before, 1, keep=False)
     seen: list[torch.Tensor] = []
     for one in (plain, model):
         block = one.get_submodule(cut.blocks[0].name)
@@ -173,7 +173,7 @@ def test_the_frozen_part_gives_in_micro_batches_what_it_gives_on_the_whole_batch
     assert float((pieces - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
 
 
-class _Twice(StandIn):
+class _Twice(ForwardOverride):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
@@ -182,7 +182,7 @@ def test_the_frozen_part_runs_what_already_stood_in_for_its_modules() -> None:
     plain, model = age(SmallNet()), age(SmallNet())
     for one in (plain, model):
         _Twice().stand_in(one.blocks[0])
-    run_apart(model, top(SmallNet(), 3).before, 5, keep=False)
+    run_frozen_prefix(model, split_before_last_blocks(SmallNet(), 3).before, 5, keep=False)
     assert torch.equal(logits(model, pictures(5)), logits(plain, pictures(5)))
 
 

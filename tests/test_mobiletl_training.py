@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.contribution import pack, unpack
+from fedtune.contribution import decode_tensors, pack
 from fedtune.errors import ModelError
-from fedtune.techniques import apply
+from fedtune.techniques import apply_techniques
 from fedtune.techniques._lite_residual import LiteResidual
-from fedtune.training import Outcome, load_state, read_state, train
+from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.technique_steps import IMAGES, chosen, logits, shake, shared
 from tests.tiny import a_training_recipe
@@ -45,10 +45,10 @@ def few_pictures() -> Any:
     return FewPictures(drawn["pixel_values"], drawn["labels"])
 
 
-def a_round(model: Any, names: list[str], joined: str, **settings: Any) -> Outcome:
+def a_round(model: Any, names: list[str], joined: str, **settings: Any) -> LocalTrainingResult:
     recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
-    return train(
-        model, chosen(joined, **settings), read_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1
+    return train_local_model(
+        model, chosen(joined, **settings), get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1
     )
 
 
@@ -69,7 +69,7 @@ def test_a_round_moves_what_is_shared_and_nothing_else_and_a_pickled_copy_trains
     assert all(torch.equal(outcome.delta[name], copied.delta[name]) for name in names)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(names)
-    assert set(unpack(pack(outcome.delta))) == set(names)
+    assert set(decode_tensors(pack(outcome.delta))) == set(names)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -114,7 +114,7 @@ def test_statistics_may_be_trained_beside_it_in_either_order(technique: str) -> 
 def test_what_was_learned_folds_into_the_plain_net(build: Callable[[], Any], technique: str) -> None:
     model, plain = age(build()), age(build())
     names = shared(technique, model, IMAGES)
-    load_state(model, {name: value * 1.1 for name, value in read_state(model, names).items()})
+    set_model_state(model, {name: value * 1.1 for name, value in get_model_state(model, names).items()})
     batch = pictures(5)
     wanted = logits(model, batch)
     for one in chosen(technique):
@@ -152,7 +152,7 @@ def test_tinytl_draws_its_branches_from_the_seed_alone() -> None:
         model = age(SmallNet())
         torch.manual_seed(len(drawn))
         before = torch.get_rng_state()
-        apply(chosen("tinytl"), model, IMAGES, seed)
+        apply_techniques(chosen("tinytl"), model, IMAGES, seed)
         assert torch.equal(torch.get_rng_state(), before)
         drawn.append(model.state_dict()["blocks.1.lite_residual.filter.weight"])
     assert torch.equal(drawn[0], drawn[1])

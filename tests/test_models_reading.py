@@ -21,9 +21,9 @@ from benchmarks.architecture_settings import WORDS
 from benchmarks.architecture_zoo import LABELS, write
 from fedtune import data, models
 from fedtune.errors import DataError, ModelError
-from fedtune.recipe import Model, Recipe, Task
-from fedtune.recipe_file import parse
-from fedtune.training import score, workshop
+from fedtune.recipe import ModelSettings, Recipe, TaskName
+from fedtune.recipe_file import parse_recipe
+from fedtune.training import evaluate_model, get_run_context
 from tests.federations import words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 
@@ -42,7 +42,7 @@ def reads(folder: Path, architecture: str, rows: list[str], *overrides: str) -> 
     """A model of the zoo, and texts for it."""
     write(architecture, folder / "model")
     (folder / "texts.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return parse(READS.format(folder=folder), "reads", overrides)
+    return parse_recipe(READS.format(folder=folder), "reads", overrides)
 
 
 def rows(count: int = 60, length: int = 4) -> list[str]:
@@ -60,7 +60,7 @@ def test_a_decoder_pads_as_its_tokenizer_does(tmp_path: Path) -> None:
     """Else the last word of a padded text would be a pad, and its class another."""
     recipe = reads(tmp_path, "llama-classifier", rows())
     edit(tmp_path / "model", pad_token_id=7)
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     model: Any = shop.model.eval()
     assert model.config.pad_token_id == 0
     ids = torch.tensor([[9, 12, 15, 18]])
@@ -77,7 +77,7 @@ def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path: Path, names: tu
     recipe = words(tmp_path)
     config = BertConfig.from_pretrained(tmp_path / "bert", id2label=dict(enumerate(names)))
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     assert shop.corpus.labels == ("good", "bad")
     trained = load_file(tmp_path / "bert" / "model.safetensors")
     assert torch.equal(shop.model.get_parameter("classifier.weight"), trained["classifier.weight"])
@@ -90,7 +90,7 @@ def test_classes_of_other_names_are_in_alphabetical_order(tmp_path: Path) -> Non
     assert models.class_names(recipe.model, TEXT) == ()
     edit(tmp_path / "bert", id2label={"0": "sport", "1": "politics"})
     assert models.class_names(recipe.model, TEXT) == ("sport", "politics")
-    assert data.load(recipe, ("sport", "politics")).labels == ("bad", "good")
+    assert data.load_data(recipe, ("sport", "politics")).labels == ("bad", "good")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_head_for_another_kind_of_labels_is_refused(tmp_path: Path, settings: 
     recipe = words(tmp_path)
     edit(tmp_path / "bert", **settings)
     with pytest.raises(ModelError, match=f"bert is made for {made_for}, but sequence-classification trains one class"):
-        models.load(recipe.model, TEXT, ("bad", "good"), seed=0)
+        models.load_model(recipe.model, TEXT, ("bad", "good"), seed=0)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     for file in (tmp_path / "bert").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="has a tokenizer that knows no words; put the tokenizer's files into"):
-        models.tokenizer(recipe.model)
+        models.load_tokenizer(recipe.model)
 
 
 def test_texts_of_unknown_words_are_refused(tmp_path: Path) -> None:
     recipe = reads(tmp_path, "bert", [f"ein anderes Wort {row},{LABELS[row % 3]}" for row in range(60)])
     with pytest.raises(DataError, match=r"its tokenizer knows 0 of the .* words and signs of the examples"):
-        _ = workshop(recipe.model_dump_json()).train
+        _ = get_run_context(recipe.model_dump_json()).train
 
 
 @pytest.mark.parametrize(("architecture", "most"), [("bert", 32), ("gpt2-classifier", 32), ("roberta", 31)])
@@ -129,14 +129,14 @@ def test_a_text_beyond_the_models_positions_is_refused(tmp_path: Path, architect
     with pytest.raises(
         ModelError, match=rf"reads at most {most} tokens, but a text has 36 .* set train.length to {most}"
     ):
-        _ = workshop(recipe.model_dump_json()).train
+        _ = get_run_context(recipe.model_dump_json()).train
     fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": most})})
-    assert len(workshop(fits.model_dump_json()).train)
+    assert len(get_run_context(fits.model_dump_json()).train)
 
 
 def test_texts_longer_than_rotary_positions_are_read(tmp_path: Path) -> None:
     recipe = reads(tmp_path, "llama-classifier", rows(length=40), "train.length=36")
-    assert len(workshop(recipe.model_dump_json()).train)
+    assert len(get_run_context(recipe.model_dump_json()).train)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
@@ -147,18 +147,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
     tokenizer.add_tokens(["new0", "new1"])
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match="its tokenizer has a token number 49, but its embedding only 48 rows"):
-        _ = workshop(recipe.model_dump_json()).train
+        _ = get_run_context(recipe.model_dump_json()).train
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart", "mbart"])
 def test_texts_for_an_encoder_decoder_end_in_one_end_token(tmp_path: Path, architecture: str) -> None:
     """Its classifier reads the state at the end token, and wants as many in each text."""
     recipe = reads(tmp_path, architecture, [*rows(), f"word1 </s> word2 {'word3 ' * 30},good"])
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     ids = shop.train.batch(range(len(shop.train)))["input_ids"]
     assert ((ids == 3).sum(1) == 1).all()
     assert ids.shape[1] <= recipe.train.length
-    assert score(shop.model, shop.train, 8, TEXT)
+    assert evaluate_model(shop.model, shop.train, 8, TEXT)
 
 
 def test_an_encoder_decoder_whose_padding_is_its_end_is_refused(tmp_path: Path) -> None:
@@ -166,20 +166,20 @@ def test_an_encoder_decoder_whose_padding_is_its_end_is_refused(tmp_path: Path) 
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "</s>"}))
     with pytest.raises(ModelError, match="without an end token of its own"):
-        models.tokenizer(recipe.model)
+        models.load_tokenizer(recipe.model)
 
 
 def test_t5_takes_a_head(tmp_path: Path) -> None:
     write("t5", tmp_path / "model")
-    model = models.load(Model(source=f"path:{tmp_path / 'model'}"), TEXT, LABELS, seed=0)
+    model = models.load_model(ModelSettings(source=f"path:{tmp_path / 'model'}"), TEXT, LABELS, seed=0)
     assert isinstance(model, T5ForSequenceClassification)
     assert isinstance(model.config, T5Config)
 
 
-def of_the_zoo(architecture: str, folder: Path) -> tuple[Any, Task]:
+def of_the_zoo(architecture: str, folder: Path) -> tuple[Any, TaskName]:
     task = write(architecture, folder)
     labels = () if task == LANGUAGE else LABELS
-    return models.load(Model(source=f"path:{folder}"), task, labels, seed=0), task
+    return models.load_model(ModelSettings(source=f"path:{folder}"), task, labels, seed=0), task
 
 
 @pytest.mark.parametrize(

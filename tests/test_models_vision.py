@@ -10,22 +10,24 @@ from torch import Tensor, nn
 
 from fedtune import models
 from fedtune.memory import StorageMeter
-from fedtune.models.kinds import KINDS
-from fedtune.models.logistic import Logistic
+from fedtune.models.kinds import IMAGE_MODEL_CLASSES
+from fedtune.models.logistic import LogisticRegression
 from fedtune.models.mobilenet_v3 import SqueezeExcite
-from fedtune.recipe import Model
+from fedtune.recipe import ModelSettings
 from tests.own_nets import net, pictures
 from tests.technique_steps import IMAGES
 
 TEN = tuple("0123456789")
 UNTRAINED = ["mobilenet-v2", "mobilenet-v3-small", "resnet18", "resnet18-small", "resnet18-narrow"]
 
-every_net = pytest.mark.parametrize("kind", KINDS)
-every_deep_net = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != Logistic.kind])
+every_net = pytest.mark.parametrize("kind", IMAGE_MODEL_CLASSES)
+every_deep_net = pytest.mark.parametrize(
+    "kind", [kind for kind in IMAGE_MODEL_CLASSES if kind != LogisticRegression.kind]
+)
 
 
 def load(name: str, seed: int = 0) -> nn.Module:
-    return models.load(Model(source=f"sample:{name}"), IMAGES, TEN, seed=seed)
+    return models.load_model(ModelSettings(source=f"sample:{name}"), IMAGES, TEN, seed=seed)
 
 
 @every_net
@@ -145,8 +147,8 @@ def test_an_untrained_net_is_drawn_as_he_and_others_wrote(name: str) -> None:
 
 def test_a_checkpoint_with_another_number_of_labels_gives_all_but_the_last_layer(tmp_path: Path) -> None:
     trained = net("mobilenet-v3-small", 7)
-    models.save(trained, "abcdefg", tmp_path / "saved")
-    loaded = models.load(Model(source=f"path:{tmp_path / 'saved'}"), IMAGES, TEN, seed=1).state_dict()
+    models.save_model(trained, "abcdefg", tmp_path / "saved")
+    loaded = models.load_model(ModelSettings(source=f"path:{tmp_path / 'saved'}"), IMAGES, TEN, seed=1).state_dict()
     different = [name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, loaded[name])]
     assert different == ["classifier.3.weight", "classifier.3.bias"]
 

@@ -23,8 +23,8 @@ from transformers import (
 from fedtune import models
 from fedtune.data.pixels import Images
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model
-from fedtune.training import build_model, read_state, train
+from fedtune.recipe import ModelSettings
+from fedtune.training import get_model_state, prepare_model, train_local_model
 from tests.data_examples import a_recipe
 from tests.technique_steps import IMAGES
 
@@ -96,8 +96,8 @@ def test_a_net_of_transformers_takes_the_step_that_plain_torch_takes(
         "train={techniques: full, optimiser: sgd, lr: 0.01, weight_decay: 0, clip: null, batch: 4, steps: 1}",
         "train.image=32",
     )
-    model, techniques, names = build_model(recipe, SEVEN)
-    outcome = train(model, techniques, read_state(model, names), pictures, np.arange(4), recipe, 1, 0)
+    model, techniques, names = prepare_model(recipe, SEVEN)
+    outcome = train_local_model(model, techniques, get_model_state(model, names), pictures, np.arange(4), recipe, 1, 0)
     expected = by_hand(published, pictures.batch(range(4)), 0.01)
     assert outcome.delta.keys() == expected.keys()
     for name, delta in outcome.delta.items():
@@ -108,7 +108,7 @@ def test_a_net_of_transformers_takes_the_step_that_plain_torch_takes(
 @every_net
 def test_only_the_head_is_new_for_other_labels(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     published = saved(build, tmp_path / "net").state_dict()
-    loaded = models.load(Model(source=f"path:{tmp_path / 'net'}"), IMAGES, ("yes", "no"), seed=0)
+    loaded = models.load_model(ModelSettings(source=f"path:{tmp_path / 'net'}"), IMAGES, ("yes", "no"), seed=0)
     new = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, published[name])]
     assert {name.split(".")[0] for name in new} == {"classifier"}
     assert loaded(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)

@@ -10,13 +10,13 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedtune.contribution import pack, unpack
-from fedtune.errors import RecipeError, RoundError
+from fedtune.contribution import decode_tensors, pack
+from fedtune.errors import RecipeError, RunError
 from fedtune.recipe import Recipe
 from fedtune.server.norm_bound import median_size, yardstick
-from fedtune.server.server_app import carry
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store
 from tests.federations import Ended, Spoil, begin, execute, order_of, outcome, silent, spoilt, trivial, words
 from tests.test_buffered import deployed
@@ -28,7 +28,7 @@ Deltas = dict[str, Tensor]
 def changed(change: Callable[[Deltas], Mapping[str, Tensor]]) -> Spoil:
     """The honest update and report with other deltas."""
     return lambda message, reply: answer(
-        message, pack(change(unpack(payload_of(reply)))), dict(reply.content.metric_records["report"])
+        message, pack(change(decode_tensors(payload_of(reply)))), dict(reply.content.metric_records["report"])
     )
 
 
@@ -89,9 +89,9 @@ def test_a_resumed_run_compares_with_the_same_rounds(home: Path) -> None:
     with Store.open() as store, silent():
         run = begin(store, recipe, "stopped")
         with pytest.raises(KeyboardInterrupt):
-            carry(LocalGrid(1, InTurn(client)), store, run)
+            run_to_completion(InProcessGrid(1, SequentialWorkers(client)), store, run)
         store.reopen(run)
-        carry(LocalGrid(1, InTurn(client)), store, run)
+        run_to_completion(InProcessGrid(1, SequentialWorkers(client)), store, run)
     assert outcome("stopped").hashes == whole.hashes
     assert statuses(outcome("stopped")) == statuses(whole)
 
@@ -166,10 +166,10 @@ def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
 
 
 def test_a_round_s_line_names_who_was_refused(home: Path) -> None:
-    from fedtune.server.watch import summary
+    from fedtune.server.watch import format_round
 
     ended = execute(trivial("federation.rounds=1"), spoilt(HUGE, {1}))
-    assert "refused toy (client 1)" in summary(ended.rounds[1])
+    assert "refused toy (client 1)" in format_round(ended.rounds[1])
 
 
 def test_a_merge_that_gives_no_finite_values_fails_its_round_and_the_state_stays(home: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_robust_merge_with_too_few_updates_left_fails_its_round_and_the_run_go
 
 
 def test_a_robust_merge_that_never_gets_enough_ends_as_every_run_without_a_round(home: Path) -> None:
-    with pytest.raises(RoundError, match="no round got enough"):
+    with pytest.raises(RunError, match="no round got enough"):
         execute(robust(), spoilt(HUGE, {1}))
     assert [record.status for record in outcome().rounds] == ["completed", "failed", "failed"]
 

@@ -11,8 +11,8 @@ from sqlalchemy import create_engine
 
 from fedtune import shipped
 from fedtune.cli.main import cli
-from fedtune.home import cache
-from fedtune.server.home import create
+from fedtune.home import get_cache_folder
+from fedtune.server.home import create_server_home
 from fedtune.server.superlink import SuperLink
 from fedtune.shipped import shipped_folder
 from fedtune.tracking import Store, default_url, file_url, schema, upgrade
@@ -43,12 +43,12 @@ def test_an_old_store_there_is_upgraded(odd: Path) -> None:
     odd.mkdir()
     engine = create_engine(file_url(odd / "store.sqlite"))
     with engine.begin() as connection:
-        command.upgrade(upgrade.settings(connection), "0001")
+        command.upgrade(upgrade.make_alembic_config(connection), "0001")
     engine.dispose()
     with Store.open() as store:
         assert store.runs() == []
     with engine.connect() as connection:
-        assert schema.revision(connection) == schema.HEAD
+        assert schema.read_revision(connection) == schema.HEAD_REVISION
     engine.dispose()
     assert [path.name for path in odd.parent.iterdir()] == [odd.name]
 
@@ -59,14 +59,14 @@ def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: p
     monkeypatch.setattr(shipped, "_PACKAGE", odd / "fedtune")
     assert shipped_folder("migrations") == installed
     with create_engine("sqlite://").connect() as connection:
-        command.upgrade(upgrade.settings(connection), "head")
-        assert schema.revision(connection) == schema.HEAD
+        command.upgrade(upgrade.make_alembic_config(connection), "head")
+        assert schema.read_revision(connection) == schema.HEAD_REVISION
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", ["a%20b?c=1#d"], indirect=True)
 def test_flower_opens_its_own_database_in_a_servers_home_of_that_name(odd: Path) -> None:
-    superlink = SuperLink(create(["localhost"], "127.0.0.1:8443").flower)
+    superlink = SuperLink(create_server_home(["localhost"], "127.0.0.1:8443").flower)
     try:
         superlink.start()
         assert superlink.control().online() == set()
@@ -93,4 +93,4 @@ def test_a_federation_runs_and_is_exported_there(tmp_path: Path, monkeypatch: py
 def test_a_cache_below_the_users_home_may_be_written_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somebody")
     monkeypatch.setenv("FEDTUNE_CACHE", "~/kept")
-    assert cache() == Path("/somebody/kept")
+    assert get_cache_folder() == Path("/somebody/kept")

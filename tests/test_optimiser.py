@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedtune.recipe import Optimiser, Train
-from fedtune.training.optimiser import _Wrapped, make_optimiser, rate
+from fedtune.training.optimiser import _Wrapped, compute_lr_factor, make_optimiser
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from fedtune.training.optimiser import _Wrapped, make_optimiser, rate
 )
 def test_the_rate_is_the_closed_form(schedule: str, warmup: float, progress: float, factor: float) -> None:
     settings = Train.model_validate({"steps": 1, "schedule": schedule, "warmup": warmup})
-    assert rate(settings, progress) == pytest.approx(factor, abs=1e-12)
+    assert compute_lr_factor(settings, progress) == pytest.approx(factor, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")

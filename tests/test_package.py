@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from fedtune.cli.main import cli
 from fedtune.device.wheel import write_wheel
 from fedtune.errors import DataError, FedtuneError
-from fedtune.server.home import create
+from fedtune.server.home import create_server_home
 from fedtune.systemd import service
 
 ODD = ["plain", "two words", "100%", "%h $HOME ${x}", "a;b #c", "dash - dash", "é 漢"]
@@ -98,7 +98,7 @@ def test_a_unit_says_what_was_meant_whatever_the_paths_are_called(
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_itself_finds_nothing_wrong_with_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home 100% of it"))
-    create(["localhost"], "127.0.0.1:8443")
+    create_server_home(["localhost"], "127.0.0.1:8443")
     assert packaged(tmp_path / "out", "part:0").exit_code == 0
     made = CliRunner().invoke(cli, ["server", "package", "--user", "daemon", "-o", str(tmp_path / "out")])
     assert made.exit_code == 0, made.output

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedtune.contribution import pack
-from fedtune.errors import ContributionError
-from fedtune.techniques._places import pack_places, place_forms, spread
+from fedtune.errors import ClientUpdateError
+from fedtune.techniques._places import declare_positions, pack_positions, scatter_positions
 from fedtune.update_checks import check
 
 
@@ -14,22 +14,22 @@ from fedtune.update_checks import check
 def test_places_come_back_with_their_values(entries: int, share: float) -> None:
     dense = torch.randn(entries).double() * (torch.rand(entries) < share)
     places = dense.nonzero().flatten()
-    packed = pack_places("wake", places, entries)
-    assert torch.equal(spread("wake", packed, dense[places], entries), dense)
+    packed = pack_positions("wake", places, entries)
+    assert torch.equal(scatter_positions("wake", packed, dense[places], entries), dense)
     assert sum(tensor.nbytes for tensor in packed.values()) == len(places) + -(-entries // 255)
 
 
 def test_what_is_packed_has_the_form_that_is_asked_for(tmp_path: Path) -> None:
-    packed = pack_places("wake", torch.tensor([0, 254, 255, 999]), 1000)
+    packed = pack_positions("wake", torch.tensor([0, 254, 255, 999]), 1000)
     path = tmp_path / "sent.safetensors"
     path.write_bytes(pack(packed))
-    check(path, {}, place_forms("wake", 4, 1000), None)
+    check(path, {}, declare_positions("wake", 4, 1000), None)
     path.write_bytes(pack({**packed, "wake_count": torch.tensor([1, 1, 0, 1], dtype=torch.uint8)}))
-    with pytest.raises(ContributionError, match="wake_count adds up to 3 in place of 4"):
-        check(path, {}, place_forms("wake", 4, 1000), None)
+    with pytest.raises(ClientUpdateError, match="wake_count adds up to 3 in place of 4"):
+        check(path, {}, declare_positions("wake", 4, 1000), None)
 
 
 def test_a_place_behind_the_end_is_let_go() -> None:
-    packed = pack_places("wake", torch.tensor([3]), 10)
+    packed = pack_positions("wake", torch.tensor([3]), 10)
     packed["wake_offset"][0] = 200
-    assert not spread("wake", packed, torch.ones(1), 10).any()
+    assert not scatter_positions("wake", packed, torch.ones(1), 10).any()

@@ -14,9 +14,17 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from scipy import stats
 from torch import Tensor
 
-from fedtune.errors import ContributionError, StoreError
-from fedtune.privacy import SLACK, Normals, clipped, deviation, largest_norm, noised, secret
-from fedtune.recipe import Privacy
+from fedtune.errors import ClientUpdateError, StoreError
+from fedtune.privacy import (
+    ROUNDING_SLACK,
+    NormalStream,
+    add_gaussian_noise,
+    clip_to_norm,
+    compute_max_update_norm,
+    compute_noise_std,
+    load_or_create_noise_key,
+)
+from fedtune.recipe import PrivacySettings
 
 KEY = bytes(range(32))
 
@@ -34,16 +42,16 @@ def deltas(scale: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 0.02, 1.0, 1e6])
 def test_the_norm_over_all_tensors_is_the_smaller_of_its_own_and_the_bound(scale: float) -> None:
     before = deltas(scale)
-    after = clipped(before, 1.5)
+    after = clip_to_norm(before, 1.5)
     assert norm(after) == pytest.approx(min(norm(before), 1.5), rel=1e-7)
-    assert norm(after) <= 1.5 * (1 + SLACK)
+    assert norm(after) <= 1.5 * (1 + ROUNDING_SLACK)
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor * min(1.0, 1.5 / norm(before)), rtol=1e-6, atol=0)
 
 
 def test_what_is_within_the_bound_keeps_its_bits() -> None:
     before = deltas(1e-3)
-    after = clipped(before, norm(before))
+    after = clip_to_norm(before, norm(before))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -51,8 +59,8 @@ def test_what_is_within_the_bound_keeps_its_bits() -> None:
 def test_what_has_no_norm_is_not_sent(value: float) -> None:
     spoilt = deltas(1.0)
     spoilt["b"][7] = value
-    with pytest.raises(ContributionError, match=r"^the training diverged .*; lower train\.lr$"):
-        clipped(spoilt, 1.0)
+    with pytest.raises(ClientUpdateError, match=r"^the training diverged .*; lower train\.lr$"):
+        clip_to_norm(spoilt, 1.0)
 
 
 def twin(key: bytes, place: str, index: int) -> float:
@@ -66,7 +74,7 @@ def twin(key: bytes, place: str, index: int) -> float:
 
 def test_noise_is_what_a_readable_twin_says_however_it_is_cut_into_pieces() -> None:
     zeros = {"wide": torch.zeros(3, 50_000), "none": torch.zeros(())}
-    found = noised(zeros, 2.5, KEY, "run", 7)
+    found = add_gaussian_noise(zeros, 2.5, KEY, "run", 7)
     for index in (0, 1, 49_999, 50_000, 149_999):
         assert float(found["wide"].view(-1)[index]) == pytest.approx(2.5 * twin(KEY, "run/7/wide", index), rel=1e-6)
     assert float(found["none"]) == pytest.approx(2.5 * twin(KEY, "run/7/none", 0), rel=1e-6)
@@ -74,13 +82,13 @@ def test_noise_is_what_a_readable_twin_says_however_it_is_cut_into_pieces() -> N
 
 
 def test_a_row_may_be_drawn_from_anywhere() -> None:
-    row = Normals(KEY, "here")
+    row = NormalStream(KEY, "here")
     assert np.array_equal(row.draw(70_000, 5), row.draw(0, 70_005)[70_000:])
 
 
 def test_noise_is_standard_normal() -> None:
     count = 400_000
-    drawn = Normals(KEY, "here").draw(0, count)
+    drawn = NormalStream(KEY, "here").draw(0, count)
     assert abs(drawn.mean()) < 5 / math.sqrt(count)
     assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / count)
     assert stats.kstest(drawn, "norm").pvalue > 1e-4
@@ -89,40 +97,45 @@ def test_noise_is_standard_normal() -> None:
 
 def test_noise_of_other_places_and_other_secrets_is_unrelated() -> None:
     count = 100_000
-    rows = [Normals(KEY, "a", 1), Normals(KEY, "a", 2), Normals(KEY, "b", 1), Normals(KEY[::-1], "a", 1)]
+    rows = [
+        NormalStream(KEY, "a", 1),
+        NormalStream(KEY, "a", 2),
+        NormalStream(KEY, "b", 1),
+        NormalStream(KEY[::-1], "a", 1),
+    ]
     apart = np.corrcoef([row.draw(0, count) for row in rows]) - np.eye(4)
     assert np.abs(apart).max() < 5 / math.sqrt(count)
-    assert np.array_equal(Normals(KEY, "a", 1).draw(0, 9), Normals(KEY, "a", 1).draw(0, 9))
+    assert np.array_equal(NormalStream(KEY, "a", 1).draw(0, 9), NormalStream(KEY, "a", 1).draw(0, 9))
 
 
 def test_noise_is_added_to_values_in_double_precision() -> None:
     values = torch.full((1000,), 3.0)
-    expected = torch.from_numpy(3.0 + 1e-4 * Normals(KEY, "x", "t").draw(0, 1000)).float()
-    assert torch.equal(noised({"t": values}, 1e-4, KEY, "x")["t"], expected)
+    expected = torch.from_numpy(3.0 + 1e-4 * NormalStream(KEY, "x", "t").draw(0, 1000)).float()
+    assert torch.equal(add_gaussian_noise({"t": values}, 1e-4, KEY, "x")["t"], expected)
 
 
 def test_a_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
-    made = secret(tmp_path / "one")
+    made = load_or_create_noise_key(tmp_path / "one")
     assert len(made) == 32
-    assert secret(tmp_path / "one") == made != secret(tmp_path / "two")
+    assert load_or_create_noise_key(tmp_path / "one") == made != load_or_create_noise_key(tmp_path / "two")
     assert stat.S_IMODE((tmp_path / "one" / "noise.key").stat().st_mode) == 0o600
 
 
 def test_a_secret_that_is_none_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "noise.key").write_bytes(b"")
     with pytest.raises(StoreError, match=r"noise\.key is damaged; delete it"):
-        secret(tmp_path)
+        load_or_create_noise_key(tmp_path)
 
 
 def test_norms_of_contributions_with_their_own_noise_stay_below_what_is_believed() -> None:
-    own = Privacy(clip=0.5, noise=2.0, where="client")
-    assert deviation(own) == pytest.approx(1.0, rel=1e-5)
-    assert largest_norm(Privacy(clip=0.5, noise=2.0), 10**6) == 0.5 * (1 + SLACK)
+    own = PrivacySettings(clip=0.5, noise=2.0, where="client")
+    assert compute_noise_std(own) == pytest.approx(1.0, rel=1e-5)
+    assert compute_max_update_norm(PrivacySettings(clip=0.5, noise=2.0), 10**6) == 0.5 * (1 + ROUNDING_SLACK)
     for elements in (1, 100, 20_000):
-        bound = largest_norm(own, elements)
+        bound = compute_max_update_norm(own, elements)
         assert bound == pytest.approx(0.5 + math.sqrt(elements) + 8, rel=1e-5)
         start = {"t": torch.zeros(elements)}
         start["t"][0] = 0.5
-        norms = [norm(noised(start, deviation(own), KEY, turn)) for turn in range(50)]
+        norms = [norm(add_gaussian_noise(start, compute_noise_std(own), KEY, turn)) for turn in range(50)]
         assert max(norms) < bound
         assert min(norms) > math.sqrt(elements) - 8

@@ -11,10 +11,10 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import Privacy
+from fedtune.recipe import PrivacySettings
 from fedtune.server import accounting
-from fedtune.server.accounting import Asked, Spending, charged, epsilon, require_accountant
-from fedtune.tracking import ContributionRecord, RoundRecord, Store
+from fedtune.server.accounting import RoundOutcome, Spending, charged, compute_epsilon, require_privacy_accountant
+from fedtune.tracking import ClientRecord, RoundRecord, Store
 from tests.federations import execute, trivial
 from tests.private_federations import private
 from tests.store_examples import a_contribution, a_round
@@ -44,7 +44,7 @@ def exact(noise: float, count: int) -> float:
 
 @pytest.mark.parametrize(("noise", "count"), [(0.8, 1), (1.0, 16), (2.0, 10), (4.0, 10), (8.0, 200)])
 def test_the_accountant_agrees_with_the_closed_form_and_is_no_less_than_the_truth(noise: float, count: int) -> None:
-    found = epsilon(trivial("privacy.clip=1", f"privacy.noise={noise}"), count)
+    found = compute_epsilon(trivial("privacy.clip=1", f"privacy.noise={noise}"), count)
     least = by_orders(noise, count)
     assert least * (1 - 1e-6) <= found <= least * 1.01, "a coarse grid of orders may cost a percent"
     assert exact(noise, count) < found < exact(noise, count) * 1.35
@@ -52,19 +52,19 @@ def test_the_accountant_agrees_with_the_closed_form_and_is_no_less_than_the_trut
 
 def test_clients_that_add_noise_are_charged_for_any_other_data_set() -> None:
     own = trivial("privacy.clip=1", "privacy.noise=4", "privacy.where=client")
-    assert epsilon(own, 3) == epsilon(trivial("privacy.clip=1", "privacy.noise=2"), 3)
-    assert epsilon(own, 0) == 0
+    assert compute_epsilon(own, 3) == compute_epsilon(trivial("privacy.clip=1", "privacy.noise=2"), 3)
+    assert compute_epsilon(own, 0) == 0
 
 
-def asked(*statuses: str, first: int = 0) -> list[ContributionRecord]:
+def asked(*statuses: str, first: int = 0) -> list[ClientRecord]:
     return [replace(a_contribution(0), client=first + place, status=status) for place, status in enumerate(statuses)]
 
 
-def releases(privacy: Privacy, rounds: Sequence[Asked]) -> int:
+def releases(privacy: PrivacySettings, rounds: Sequence[RoundOutcome]) -> int:
     return max(sum((charged(privacy, one) for one in rounds), Counter()).values(), default=0)
 
 
-ROUNDS: list[Asked] = [
+ROUNDS: list[RoundOutcome] = [
     ("completed", []),
     ("completed", asked("merged", "merged")),
     ("failed", asked("unused", "missing")),
@@ -74,13 +74,13 @@ ROUNDS: list[Asked] = [
 
 
 def test_with_the_servers_noise_a_failed_round_costs_nothing_and_clients_are_charged_for_their_own_rounds() -> None:
-    assert releases(Privacy(clip=1, noise=1), ROUNDS) == 3, "client 1 was asked in three rounds that completed"
-    assert releases(Privacy(clip=1, noise=1), ROUNDS[:3]) == 1
-    assert releases(Privacy(clip=1, noise=1), []) == 0
+    assert releases(PrivacySettings(clip=1, noise=1), ROUNDS) == 3, "client 1 was asked in three rounds that completed"
+    assert releases(PrivacySettings(clip=1, noise=1), ROUNDS[:3]) == 1
+    assert releases(PrivacySettings(clip=1, noise=1), []) == 0
 
 
 def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() -> None:
-    own = Privacy(clip=1, noise=1, where="client")
+    own = PrivacySettings(clip=1, noise=1, where="client")
     assert releases(own, ROUNDS) == 3, "client 0 sent in rounds 1, 2 and 3; client 1 declined once"
     assert releases(own, ROUNDS[:3]) == 2
     assert releases(own, [("completed", asked("declined"))]) == 0
@@ -88,9 +88,9 @@ def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() 
 
 def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "find_spec", lambda name: None)
-    require_accountant(trivial())
+    require_privacy_accountant(trivial())
     with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
-        require_accountant(trivial("privacy.clip=1", "privacy.noise=1"))
+        require_privacy_accountant(trivial("privacy.clip=1", "privacy.noise=1"))
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
@@ -100,10 +100,10 @@ def test_epsilon_after_each_round_is_that_of_all_rounds_so_far(where: str) -> No
     spending = Spending(recipe, [])
     for number in range(len(ROUNDS)):
         [told] = spending.after(ROUNDS[number])
-        assert told.value == epsilon(recipe, releases(recipe.privacy, ROUNDS[: number + 1]))
+        assert told.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[: number + 1]))
     done = [a_round(number, status=status, contributions=tuple(sent)) for number, (status, sent) in enumerate(ROUNDS)]
     [resumed] = Spending(recipe, done[:3]).after(ROUNDS[3])
-    assert resumed.value == epsilon(recipe, releases(recipe.privacy, ROUNDS[:4]))
+    assert resumed.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[:4]))
     assert Spending(trivial(), done).after(ROUNDS[3]) == ()
 
 

@@ -9,10 +9,10 @@ from click.testing import CliRunner, Result
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe, Unit
-from fedtune.recipe_file import parse
-from fedtune.registry import names
-from fedtune.simulation import resolve
-from fedtune.training import workshop
+from fedtune.recipe_file import parse_recipe
+from fedtune.registry import list_unit_names
+from fedtune.simulation import resolve_recipe
+from fedtune.training import get_run_context
 from tests.federations import execute, trivial
 from tests.local_norms import text
 from tests.private_federations import epsilons, private
@@ -39,7 +39,7 @@ def test_what_would_be_sent_without_noise_is_refused(where: str, setting: str) -
 def combining() -> list[str]:
     """Merges that a recipe without privacy takes as they are."""
     found = []
-    for name in names("fedtune.merging"):
+    for name in list_unit_names("fedtune.merging"):
         try:
             trivial(f"merge=[{name}]")
         except RecipeError:
@@ -61,7 +61,7 @@ def test_the_servers_noise_goes_with_means_alone_and_the_clients_own_with_any_me
 def test_a_recipe_that_was_not_resolved_is_refused_where_it_is_built() -> None:
     recipe = private("server").model_copy(update={"merge": [Unit(name="ties")]})
     with pytest.raises(RecipeError, match=r"^merge: ties is no mean of contributions"):
-        workshop(recipe.model_dump_json())
+        get_run_context(recipe.model_dump_json())
 
 
 def test_many_merges_were_tried() -> None:
@@ -88,14 +88,14 @@ def test_techniques_that_send_more_than_deltas_are_refused(
 ) -> None:
     recipe = nets(tmp_path, f"train.techniques={techniques}", f"privacy.where={where}")
     with pytest.raises(RecipeError, match=sentence):
-        workshop(recipe.model_dump_json())
-    workshop(recipe.model_copy(update={"privacy": None}).model_dump_json())
+        get_run_context(recipe.model_dump_json())
+    get_run_context(recipe.model_copy(update={"privacy": None}).model_dump_json())
 
 
 def nets(folder: Path, *overrides: str) -> Recipe:
     """A small net with batch norms."""
     settings = ("evaluation.own=0", "privacy.clip=1", "privacy.noise=1", "train.techniques=[bias]", *overrides)
-    return resolve(parse(text(folder), "nets", settings))
+    return resolve_recipe(parse_recipe(text(folder), "nets", settings))
 
 
 def test_a_fixed_mask_sends_nothing_but_deltas(home: Path, tmp_path: Path) -> None:

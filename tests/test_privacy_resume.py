@@ -9,11 +9,11 @@ from fedtune import checkpoint, files
 from fedtune import home as homes
 from fedtune.device.client_app import app
 from fedtune.recipe import Recipe
-from fedtune.server.accounting import epsilon
-from fedtune.server.server_app import carry
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.tracking import RoundRecord, Store, claim
+from fedtune.server.accounting import compute_epsilon
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tracking import RoundRecord, Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, silent
 from tests.kills import start
 from tests.private_federations import CLIP, NOISE, epsilons, private
@@ -25,8 +25,8 @@ class KilledError(Exception):
 
 def carried(recipe: Recipe) -> None:
     """Go on with run-1 in this home."""
-    with Store.open() as store, claim("run-1"), silent():
-        carry(LocalGrid(recipe.clients, InTurn(app)), store, "run-1")
+    with Store.open() as store, claim_run("run-1"), silent():
+        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "run-1")
 
 
 def cut_off(recipe: Recipe) -> None:
@@ -56,7 +56,7 @@ def test_an_interrupted_run_ends_in_the_bits_of_one_left_alone(
     assert len(set(keys.values())) == len(keys) == secrets
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
     for path, content in keys.items():
-        files.write(home / "other" / path, content)
+        files.write_bytes_atomically(home / "other" / path, content)
     cut_off(recipe)
     carried(recipe)
     resumed = outcome("run-1")
@@ -84,11 +84,13 @@ def test_a_run_killed_between_checkpoint_and_commit_makes_the_same_checkpoint_ag
     assert process.exitcode == -signal.SIGKILL, (home / "printed").read_text()
     stopped = outcome()
     assert [record.number for record in stopped.rounds] == [0, 1]
-    left = checkpoint.digest(checkpoint.load(homes.runs() / stopped.run.id / "round-0002.safetensors"))
+    left = checkpoint.hash_tensors(
+        checkpoint.read_checkpoint(homes.get_runs_folder() / stopped.run.id / "round-0002.safetensors")
+    )
     process = start(home, "simulate", "--resume", "latest", "--json")
     process.join()
     assert process.exitcode == 0, (home / "printed").read_text()
     ended = outcome()
     assert ended.hashes[2] == left
     recipe = private("server")
-    assert epsilons(ended) == [epsilon(recipe, count) for count in (1, 2)]
+    assert epsilons(ended) == [compute_epsilon(recipe, count) for count in (1, 2)]

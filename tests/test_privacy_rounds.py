@@ -12,23 +12,23 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune.contribution import Order, pack, unpack
+from fedtune.contribution import TrainRequest, decode_tensors, pack
 from fedtune.device.channel import Frame
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.keeper import Keeper
-from fedtune.device.private import private as made_private
-from fedtune.device.supply import holding
-from fedtune.device.work import read_payload, work
-from fedtune.errors import ContributionError
-from fedtune.privacy import SLACK
-from fedtune.recipe import Privacy
-from fedtune.server.accounting import epsilon
-from fedtune.sparse import to_wire
-from fedtune.training import read_state, workshop
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.private import make_update_private as made_private
+from fedtune.device.supply import summarise_local_data
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.errors import ClientUpdateError
+from fedtune.privacy import ROUNDING_SLACK
+from fedtune.recipe import PrivacySettings
+from fedtune.server.accounting import compute_epsilon
+from fedtune.sparse import encode_masked_state
+from fedtune.training import get_model_state, get_run_context
 from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 
-ORDER = Order("", 1, 0, run="run-1")
+ORDER = TrainRequest("", 1, 0, run="run-1")
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -88,11 +88,11 @@ def test_a_client_that_counts_fewer_examples_weighs_no_less(home: Path) -> None:
     assert [one.examples for one in ended.rounds[1].contributions] == [1, 20, 20, 20]
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1 + SLACK / 2, "merged"), (1.01, "refused")])
+@pytest.mark.parametrize(("factor", "status"), [(1 + ROUNDING_SLACK / 2, "merged"), (1.01, "refused")])
 def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: str) -> None:
     def enlarge(message: Message, reply: Message) -> Message:
         array = reply.content.array_records["delta"]["safetensors"]
-        deltas = unpack(array.data)
+        deltas = decode_tensors(array.data)
         norm = float(flat(deltas).norm())
         array.data = pack({name: (tensor.double() * (factor * CLIP / norm)).float() for name, tensor in deltas.items()})
         return reply
@@ -124,19 +124,19 @@ def test_a_client_with_its_own_noise_tells_neither_examples_nor_loss_nor_labels(
     ended = execute(recipe)
     told = [one for record in ended.rounds[1:] for one in record.contributions]
     assert all(one.examples == 1 and math.isnan(one.loss) for one in told)
-    shop = workshop(recipe.model_dump_json())
-    assert holding(shop, shop.clients[0]) == {}
-    other = workshop(private("server").model_dump_json())
-    assert holding(other, other.clients[0])["examples"] == len(other.clients[0])
+    shop = get_run_context(recipe.model_dump_json())
+    assert summarise_local_data(shop, shop.clients[0]) == {}
+    other = get_run_context(private("server").model_dump_json())
+    assert summarise_local_data(other, other.clients[0])["examples"] == len(other.clients[0])
 
 
 @pytest.mark.slow
 def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing_else(home: Path) -> None:
     recipe = private("client").model_dump_json()
-    shop = workshop(recipe)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    order = Order(recipe, 1, 1, run="one")
-    keeper = Keeper("part:1", 4_000_000_000, 60.0)
+    shop = get_run_context(recipe)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    order = TrainRequest(recipe, 1, 1, run="one")
+    keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
         answer = keeper.ask(Frame(asdict(order), payload))
     finally:
@@ -144,7 +144,7 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
     assert answer.header["kind"] == "trained", answer.header
     assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
     simulated = [
-        work(order, read_payload(payload, shop, order.client), shop, shop.clients[1], at)[0]
+        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.clients[1], at)[0]
         for at in (DeviceHome().own("one"), home / "new")
     ]
     assert answer.payload == simulated[0] != simulated[1]
@@ -152,7 +152,7 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
 
 def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: Path) -> None:
     """Whoever had both could subtract them, and see the difference in clear."""
-    own = Privacy(clip=10.0, noise=1.0, where="client")
+    own = PrivacySettings(clip=10.0, noise=1.0, where="client")
     one, other = {"t": torch.zeros(50_000)}, {"t": torch.zeros(50_000)}
     other["t"][0] = 1e-3
     noises = [made_private(deltas, {}, own, ORDER, tmp_path)["t"] - deltas["t"] for deltas in (one, other)]
@@ -164,14 +164,14 @@ def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: 
 
 
 def test_a_client_sends_nothing_that_is_neither_clipped_nor_noised(tmp_path: Path) -> None:
-    with pytest.raises(ContributionError, match="it would send sums, which is neither clipped nor noised"):
-        made_private({"t": torch.ones(3)}, {"sums": torch.ones(2)}, Privacy(clip=1, noise=1), ORDER, tmp_path)
+    with pytest.raises(ClientUpdateError, match="it would send sums, which is neither clipped nor noised"):
+        made_private({"t": torch.ones(3)}, {"sums": torch.ones(2)}, PrivacySettings(clip=1, noise=1), ORDER, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
 def test_epsilon_grows_with_every_round(home: Path, where: str) -> None:
     recipe = private(where, "federation.rounds=3")
-    assert epsilons(execute(recipe)) == [epsilon(recipe, count) for count in (1, 2, 3)]
+    assert epsilons(execute(recipe)) == [compute_epsilon(recipe, count) for count in (1, 2, 3)]
 
 
 def failing(message: Message, reply: Message) -> Message:
@@ -185,10 +185,10 @@ def test_a_failed_round_releases_nothing_of_the_servers_but_what_clients_have_se
     recipe = private(where, "federation.quorum=4")
     ended = execute(recipe, spoilt(failing, {3}, {1}))
     assert [record.status for record in ended.rounds] == ["completed", "failed", "completed"]
-    assert epsilons(ended) == [epsilon(recipe, count) for count in counts]
+    assert epsilons(ended) == [compute_epsilon(recipe, count) for count in counts]
 
 
 def test_a_client_that_is_chosen_more_often_is_charged_more(home: Path) -> None:
     few = ["federation.clients=2", "federation.quorum=2", "federation.rounds=3"]
     recipe = private("server", *few, "federation.select.prefer=longest-ago")
-    assert epsilons(execute(recipe)) == [epsilon(recipe, count) for count in (1, 1, 2)]
+    assert epsilons(execute(recipe)) == [compute_epsilon(recipe, count) for count in (1, 1, 2)]

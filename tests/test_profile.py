@@ -10,11 +10,11 @@ from torch import nn
 from fedtune import data, profile, techniques
 from fedtune.errors import DataError, ModelError, RecipeError
 from fedtune.memory import StorageMeter
-from fedtune.profile import Figures, measure, random_batch
-from fedtune.profile.apart import attempt
+from fedtune.profile import StepProfile, make_random_batch, profile_step
+from fedtune.profile.apart import try_profile
 from fedtune.recipe import Recipe, Unit
-from fedtune.registry import names
-from fedtune.training import build_model, step_loss, train_mode
+from fedtune.registry import list_unit_names
+from fedtune.training import compute_step_loss, prepare_model, set_train_mode
 from tests.federations import words
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
@@ -45,8 +45,8 @@ def shapes(model: nn.Module, having: str = "") -> dict[str, list[int]]:
 
 
 def test_full_trains_and_sends_every_parameter(recipe: Recipe) -> None:
-    figures = measure(a_case(recipe, "full"))
-    model, _, _ = build_model(recipe, LABELS)
+    figures = profile_step(a_case(recipe, "full"))
+    model, _, _ = prepare_model(recipe, LABELS)
     embeddings = (40 + 32 + 2) * HIDDEN + 2 * HIDDEN
     attention = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN
     feeding = (HIDDEN * BETWEEN + BETWEEN) + (BETWEEN * HIDDEN + HIDDEN) + 2 * HIDDEN
@@ -55,11 +55,11 @@ def test_full_trains_and_sends_every_parameter(recipe: Recipe) -> None:
 
 
 def test_low_rank_pairs_are_counted_in_the_costlier_round(recipe: Recipe) -> None:
-    figures = measure(a_case(recipe, "lora", rank=RANK))
+    figures = profile_step(a_case(recipe, "lora", rank=RANK))
     into_a = RANK * (LAYERS * (4 * HIDDEN + HIDDEN + BETWEEN) + HIDDEN)
     out_of_b = RANK * (LAYERS * (4 * HIDDEN + BETWEEN + HIDDEN) + HIDDEN)
     assert figures.trainable == max(into_a, out_of_b) + HEAD
-    model, _, _ = build_model(with_lora(recipe), LABELS)
+    model, _, _ = prepare_model(with_lora(recipe), LABELS)
     assert figures.wire_bytes == max(payload(shapes(model, ".lora_A.")), payload(shapes(model, ".lora_B.")))
     assert figures.down_bytes == payload(shapes(model, ".lora_"))
 
@@ -72,12 +72,12 @@ def with_lora(recipe: Recipe) -> Recipe:
 @pytest.mark.parametrize("joined", ["full", "full+checkpointing", "bias"])
 def test_bytes_kept_and_at_the_peak_are_those_of_a_direct_measurement(recipe: Recipe, joined: str) -> None:
     case = a_case(recipe, joined)
-    figures = measure(case)
-    model, _, _ = build_model(Recipe.model_validate_json(case.recipe), LABELS)
-    train_mode(model)
-    batch = random_batch(model, recipe, 3)
+    figures = profile_step(case)
+    model, _, _ = prepare_model(Recipe.model_validate_json(case.recipe), LABELS)
+    set_train_mode(model)
+    batch = make_random_batch(model, recipe, 3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
         loss.backward()
     assert (figures.kept_bytes, figures.peak_bytes) == (kept, meter.peak)
@@ -85,28 +85,28 @@ def test_bytes_kept_and_at_the_peak_are_those_of_a_direct_measurement(recipe: Re
 
 def test_where_rounds_differ_the_one_that_keeps_more_counts(recipe: Recipe) -> None:
     case = a_case(recipe, "lora")
-    model, chosen, _ = build_model(Recipe.model_validate_json(case.recipe), LABELS)
-    train_mode(model)
-    batch, kept = random_batch(model, recipe, 3), []
+    model, chosen, _ = prepare_model(Recipe.model_validate_json(case.recipe), LABELS)
+    set_train_mode(model)
+    batch, kept = make_random_batch(model, recipe, 3), []
     for number in (1, 2):
         techniques.begin_round(chosen, model, number)
         with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-            loss = step_loss(model, batch)
+            loss = compute_step_loss(model, batch)
             kept.append(meter.bytes)
         del loss
     assert kept[0] != kept[1]
-    assert measure(case).kept_bytes == max(kept)
+    assert profile_step(case).kept_bytes == max(kept)
 
 
 def test_nothing_is_compared_unless_it_is_asked_for(recipe: Recipe) -> None:
-    figures = measure(a_case(recipe, "bias"))
+    figures = profile_step(a_case(recipe, "bias"))
     assert figures.gradient_error is None
     assert figures.seconds > 0
 
 
 def test_random_inputs_repeat_fill_the_length_and_stay_in_the_vocabulary(recipe: Recipe) -> None:
-    model, _, _ = build_model(recipe, LABELS)
-    one, other = random_batch(model, recipe, 3), random_batch(model, recipe, 3)
+    model, _, _ = prepare_model(recipe, LABELS)
+    one, other = make_random_batch(model, recipe, 3), make_random_batch(model, recipe, 3)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["input_ids"].shape == (3, 8)
     assert 0 <= int(one["input_ids"].min()) <= int(one["input_ids"].max()) < 40
@@ -117,43 +117,45 @@ def test_random_inputs_repeat_fill_the_length_and_stay_in_the_vocabulary(recipe:
 def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -> None:
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": 33})})
     with pytest.raises(ModelError, match=r"reads at most 32 tokens; lower train\.length, which is 33"):
-        measure(a_case(longer, "full"))
+        profile_step(a_case(longer, "full"))
 
 
 def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_path: Path) -> None:
     recipe = words(tmp_path, "train.length=12", "train.batch=5")
-    corpus = data.load(recipe)
-    batch = profile.first_batch(recipe, corpus)
+    corpus = data.load_data(recipe)
+    batch = profile.encode_first_batch(recipe, corpus)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 12)
     assert batch["labels"].tolist() == corpus.train["label"][:5]
     padding = batch["attention_mask"] == 0
     assert padding.any(1).all()
     assert not batch["input_ids"][padding].any()
     with pytest.raises(DataError, match=r"fewer than a batch; lower train\.batch"):
-        profile.first_batch(words(tmp_path, "train.batch=5000"), corpus)
+        profile.encode_first_batch(words(tmp_path, "train.batch=5000"), corpus)
 
 
 def test_the_yardsticks_stand_first_and_nothing_is_measured_twice(recipe: Recipe) -> None:
     own = [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
-    found = profile.cases(recipe, [[Unit(name="bias")], own, [Unit(name="lora", settings={"rank": 8})]], LABELS, None)
-    assert [case.technique for case in found] == [*profile.YARDSTICKS, "bias", "lora(rank=4)+checkpointing"]
+    found = profile.make_profile_cases(
+        recipe, [[Unit(name="bias")], own, [Unit(name="lora", settings={"rank": 8})]], LABELS, None
+    )
+    assert [case.technique for case in found] == [*profile.BASELINES, "bias", "lora(rank=4)+checkpointing"]
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_measured(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="there is no 'lorra'; did you mean 'lora'"):
-        profile.cases(recipe, [[Unit(name="lorra")]], LABELS, None)
+        profile.make_profile_cases(recipe, [[Unit(name="lorra")]], LABELS, None)
     with pytest.raises(RecipeError, match="full cannot be combined with lora"):
-        profile.cases(recipe, [[Unit(name="full"), Unit(name="lora")]], LABELS, None)
+        profile.make_profile_cases(recipe, [[Unit(name="full"), Unit(name="lora")]], LABELS, None)
 
 
 def test_every_published_technique_is_among_all_of_them() -> None:
-    found = {unit.name for units in profile.every() for unit in units}
-    assert found == set(names("fedtune.techniques"))
+    found = {unit.name for units in profile.list_profiled_techniques() for unit in units}
+    assert found == set(list_unit_names("fedtune.techniques"))
 
 
 def test_a_case_that_misfits_fails_with_its_sentence(recipe: Recipe, tmp_path: Path) -> None:
     nowhere = a_recipe(tmp_path / "nowhere")
-    assert attempt(a_case(nowhere, "full")) == profile.Failed(
+    assert try_profile(a_case(nowhere, "full")) == profile.FailedProfile(
         "full", f"{tmp_path / 'nowhere'} is no model folder: it has no config.json; check model.source"
     )
 
@@ -172,10 +174,10 @@ def test_a_case_that_misfits_fails_with_its_sentence(recipe: Recipe, tmp_path: P
 def test_a_fault_nobody_foresaw_ends_as_one_sentence(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, raised: Exception, sentence: str
 ) -> None:
-    def fail(case: object) -> Figures:
+    def fail(case: object) -> StepProfile:
         raise raised
 
-    monkeypatch.setattr("fedtune.profile.apart.measure", fail)
-    row = attempt(a_case(recipe, "full"))
-    assert not isinstance(row, Figures)
+    monkeypatch.setattr("fedtune.profile.apart.profile_step", fail)
+    row = try_profile(a_case(recipe, "full"))
+    assert not isinstance(row, StepProfile)
     assert row.error == sentence

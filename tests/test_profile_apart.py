@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.profile import Case, Failed, Figures, measure_apart
+from fedtune.profile import FailedProfile, ProfileCase, StepProfile, profile_in_subprocess
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
 
-def die(sending: Connection, case: Case) -> None:
+def die(sending: Connection, case: ProfileCase) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_fresh_process_tells_its_own_peak(tmp_path: Path) -> None:
-    row = measure_apart(a_case(a_recipe(tiny_bert(tmp_path)), "full"))
-    assert isinstance(row, Figures)
+    row = profile_in_subprocess(a_case(a_recipe(tiny_bert(tmp_path)), "full"))
+    assert isinstance(row, StepProfile)
     assert 50 * 2**20 < row.loaded_bytes <= row.rss_bytes
     assert 0 < row.kept_bytes <= row.peak_bytes < row.rss_bytes
 
 
 def test_a_process_that_is_killed_leaves_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.profile.apart._answer", die)
-    row = measure_apart(a_case(a_recipe(tmp_path), "full"))
-    assert row == Failed("full", "its process was killed, perhaps for want of memory; try a smaller batch")
+    monkeypatch.setattr("fedtune.profile.apart._send_result", die)
+    row = profile_in_subprocess(a_case(a_recipe(tmp_path), "full"))
+    assert row == FailedProfile("full", "its process was killed, perhaps for want of memory; try a smaller batch")

@@ -10,9 +10,9 @@ from PIL import Image
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError
-from fedtune.profile import YARDSTICKS, Case, Failed, Figures, Row
-from fedtune.profile.apart import attempt
-from fedtune.profile.picture import picture
+from fedtune.profile import BASELINES, FailedProfile, ProfileCase, ProfileResult, StepProfile
+from fedtune.profile.apart import try_profile
+from fedtune.profile.picture import draw_profile
 from tests.federations import WORDS, words
 from tests.profile_examples import tiny_bert
 from tests.test_bad_input import fedtune
@@ -28,14 +28,16 @@ KEYS = {
     "wire_bytes",
     "down_bytes",
 }
-A_ROW = Figures("full", 576_000_000, 585_000_000, 1_640_000_000, 500_000_000, 4.38, 22_700_000, 90_900_000, 90_900_000)
+A_ROW = StepProfile(
+    "full", 576_000_000, 585_000_000, 1_640_000_000, 500_000_000, 4.38, 22_700_000, 90_900_000, 90_900_000
+)
 
 
 @pytest.fixture(autouse=True)
 def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedtune.profile.measure_apart", attempt)
+    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", try_profile)
 
 
 @pytest.fixture
@@ -46,15 +48,15 @@ def model(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[ProfileCase]:
     """Nothing is measured; the cases that would have been are collected."""
-    asked: list[Case] = []
+    asked: list[ProfileCase] = []
 
-    def pretend(case: Case) -> Row:
+    def pretend(case: ProfileCase) -> ProfileResult:
         asked.append(case)
-        return Failed(case.technique, "it was only pretended")
+        return FailedProfile(case.technique, "it was only pretended")
 
-    monkeypatch.setattr("fedtune.profile.measure_apart", pretend)
+    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", pretend)
     return asked
 
 
@@ -68,7 +70,7 @@ def call(*arguments: str) -> Result:
 def test_json_is_a_list_of_objects_and_progress_goes_elsewhere(model: list[str], home: Path) -> None:
     result = call(*model, "--json", "--check")
     rows: list[dict[str, Any]] = json.loads(result.stdout)
-    assert [row["technique"] for row in rows] == list(YARDSTICKS)
+    assert [row["technique"] for row in rows] == list(BASELINES)
     ran = [row for row in rows if "error" not in row]
     assert result.exit_code == 0
     assert {row["technique"] for row in ran} >= {"full", "lora", "lora+checkpointing"}
@@ -92,12 +94,12 @@ def test_a_case_that_cannot_run_is_a_row_that_says_why(model: list[str]) -> None
 def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(
     model: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def pretend(case: Case) -> Row:
+    def pretend(case: ProfileCase) -> ProfileResult:
         if case.technique != "full":
-            return Failed(case.technique, "the reason")
+            return FailedProfile(case.technique, "the reason")
         return A_ROW
 
-    monkeypatch.setattr("fedtune.profile.measure_apart", pretend)
+    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", pretend)
     result = call(*model, "-o", str(tmp_path / "here.png"))
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
@@ -113,11 +115,11 @@ def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(
         assert drawn.format == "PNG"
 
 
-def test_a_recipe_brings_its_techniques_its_batch_and_its_labels(tmp_path: Path, measured: list[Case]) -> None:
+def test_a_recipe_brings_its_techniques_its_batch_and_its_labels(tmp_path: Path, measured: list[ProfileCase]) -> None:
     words(tmp_path)
     (tmp_path / "words.yaml").write_text(WORDS.format(folder=tmp_path), encoding="utf-8")
     assert call("words.yaml", "--set", "train.techniques=[lora: {rank: 2}]").exit_code == 2
-    assert [case.technique for case in measured] == [*YARDSTICKS, "lora(rank=2)"]
+    assert [case.technique for case in measured] == [*BASELINES, "lora(rank=2)"]
     assert all(case.labels == ("bad", "good") for case in measured)
     assert all(case.batch == measured[0].batch is not None for case in measured)
     assert (tmp_path / "home" / "pictures" / "words-profile.png").is_file()
@@ -133,15 +135,15 @@ def test_a_recipe_brings_its_techniques_its_batch_and_its_labels(tmp_path: Path,
     ],
 )
 def test_techniques_are_written_as_in_a_recipe(
-    model: list[str], measured: list[Case], text: str, labels: list[str]
+    model: list[str], measured: list[ProfileCase], text: str, labels: list[str]
 ) -> None:
     call(*model, "--techniques", text)
-    assert [case.technique for case in measured] == [*YARDSTICKS, *labels]
+    assert [case.technique for case in measured] == [*BASELINES, *labels]
 
 
-def test_all_stands_for_every_published_technique(model: list[str], measured: list[Case]) -> None:
+def test_all_stands_for_every_published_technique(model: list[str], measured: list[ProfileCase]) -> None:
     call(*model, "--techniques", "all")
-    assert {"bias", "classifier", *YARDSTICKS} <= {case.technique for case in measured}
+    assert {"bias", "classifier", *BASELINES} <= {case.technique for case in measured}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_all_stands_for_every_published_technique(model: list[str], measured: li
 )
 def test_a_mistake_ends_in_one_sentence_before_anything_is_measured(
     model: list[str],
-    measured: list[Case],
+    measured: list[ProfileCase],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     argv: list[str],
@@ -177,9 +179,9 @@ def test_a_mistake_ends_in_one_sentence_before_anything_is_measured(
 
 @pytest.mark.parametrize("kept", [1_000_000, 3])
 def test_a_picture_is_drawn_whatever_the_scale(tmp_path: Path, kept: int) -> None:
-    small = Figures("small", kept, 2 * kept, 9, 9, 1.0, 1, 1, 1)
-    picture([A_ROW, small, Failed("other", "no")], "a title", tmp_path / "a" / "scale.svg")
+    small = StepProfile("small", kept, 2 * kept, 9, 9, 1.0, 1, 1, 1)
+    draw_profile([A_ROW, small, FailedProfile("other", "no")], "a title", tmp_path / "a" / "scale.svg")
     text = (tmp_path / "a" / "scale.svg").read_text(encoding="utf-8")
     assert ("logarithmic scale" in text) == (kept == 3)
     with pytest.raises(FedtuneError, match=r"must end in \.png or \.svg"):
-        picture([A_ROW], "a title", tmp_path / "scale")
+        draw_profile([A_ROW], "a title", tmp_path / "scale")

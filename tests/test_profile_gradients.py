@@ -7,7 +7,7 @@ import pytest
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.profile import measure
+from fedtune.profile import profile_step
 from fedtune.recipe import Recipe
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
@@ -55,18 +55,18 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("joined", ["full", "full+checkpointing", "lora+checkpointing", "bias"])
 def test_exact_gradients_differ_by_nothing_with_dropout_on(recipe: Recipe, joined: str) -> None:
-    assert measure(a_case(recipe, joined, check=True)).gradient_error == 0.0
+    assert profile_step(a_case(recipe, joined, check=True)).gradient_error == 0.0
 
 
 def test_exact_gradients_differ_by_nothing_in_half_precision(recipe: Recipe) -> None:
     half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
-    assert measure(a_case(half, "full+checkpointing", check=True)).gradient_error == 0.0
+    assert profile_step(a_case(half, "full+checkpointing", check=True)).gradient_error == 0.0
 
 
 @pytest.mark.usefixtures("planted")
 @pytest.mark.parametrize("trainer", ["full", "lora"])
 def test_a_broken_recomputation_is_caught(recipe: Recipe, trainer: str) -> None:
-    error = measure(a_case(recipe, f"{trainer}+forgetful", check=True)).gradient_error
+    error = profile_step(a_case(recipe, f"{trainer}+forgetful", check=True)).gradient_error
     assert error is not None
     assert error > 0.01
 
@@ -74,10 +74,10 @@ def test_a_broken_recomputation_is_caught(recipe: Recipe, trainer: str) -> None:
 @pytest.mark.usefixtures("planted")
 def test_a_technique_that_trains_other_tensors_than_its_twin_is_caught(recipe: Recipe) -> None:
     with pytest.raises(ModelError, match=r"classifier\.bias is trained by the technique or by its twin"):
-        measure(a_case(recipe, "full+stranger", check=True))
+        profile_step(a_case(recipe, "full+stranger", check=True))
 
 
 @pytest.mark.usefixtures("planted")
 def test_gradients_that_are_not_finite_are_no_agreement(recipe: Recipe) -> None:
     with pytest.raises(ModelError, match=r"is not finite; lower train\.lr"):
-        measure(a_case(recipe, "full+endless", check=True))
+        profile_step(a_case(recipe, "full+endless", check=True))

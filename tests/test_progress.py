@@ -9,11 +9,11 @@ from rich.console import Console
 from fedtune.cli import progress
 from fedtune.cli.progress import Clock
 from fedtune.device.client_app import app
-from fedtune.server.server_app import carry
-from fedtune.server.watch import Answered, Event, RoundEnded, RoundStarted, RunStarted, Scoring
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.tracking import Store, claim
+from fedtune.server.server_app import run_to_completion
+from fedtune.server.watch import Event, ReplyReceived, RoundEnded, RoundStarted, RunStarted, Scoring
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tracking import Store, claim_run
 from tests.federations import begin, execute, silent, trivial
 from tests.store_examples import a_contribution, a_round
 
@@ -48,7 +48,7 @@ def test_what_is_left_is_rounds_to_train_and_examples_to_score() -> None:
         (1.0, ended(0)),
     )
     assert clock.left() == ""
-    play(clock, time, (0.5, RoundStarted(1, 2)), (19.0, Answered(1, a_contribution(0))), (0.5, ended(1)))
+    play(clock, time, (0.5, RoundStarted(1, 2)), (19.0, ReplyReceived(1, a_contribution(0))), (0.5, ended(1)))
     assert clock.left() == "1:30 left"  # two rounds of 20 s, 500 examples at 0.1 s
     play(
         clock,
@@ -79,8 +79,8 @@ def test_the_start_is_not_taken_for_a_round() -> None:
 
 def test_a_scoring_tells_how_far_it_is_and_a_recipe_may_score_fewer_examples_before_the_end(home: Path) -> None:
     recipe = trivial("evaluation={examples: 30, batch: 25}", "federation.rounds=2")
-    with Store.open() as store, claim(begin(store, recipe)), silent() as seen:
-        carry(LocalGrid(recipe.clients, InTurn(app)), store, "run-1")
+    with Store.open() as store, claim_run(begin(store, recipe)), silent() as seen:
+        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "run-1")
     [started] = [event for event in seen if isinstance(event, RunStarted)]
     told = [(event.part, event.done, event.total) for event in seen if isinstance(event, Scoring)]
     whole, test = told[6][2], told[-1][2]

@@ -12,7 +12,7 @@ from fedtune.errors import RecipeError, StoreError
 from fedtune.keeping import Keep
 from fedtune.recipe import Recipe
 from fedtune.server.pruning import prune_checkpoints
-from fedtune.simulation import resolve
+from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store, pruning
 from fedtune.tracking.pruning import kept_rounds, prune, to_prune, with_checkpoint
 from tests.data_examples import a_recipe
@@ -67,7 +67,9 @@ def test_without_any_score_none_is_the_best() -> None:
 
 
 def files(run: str = "run-1") -> list[int]:
-    return sorted(int(path.stem.removeprefix("round-")) for path in (homes.runs() / run).glob("round-*.safetensors"))
+    return sorted(
+        int(path.stem.removeprefix("round-")) for path in (homes.get_runs_folder() / run).glob("round-*.safetensors")
+    )
 
 
 ROUNDS = "federation.rounds=6"
@@ -138,7 +140,7 @@ def test_a_copy_of_a_pruned_checkpoint_can_still_be_read(home: Path, tmp_path: P
     execute(trivial(ROUNDS, "checkpoints={keep: all}"))
     copy = tmp_path / "run-1" / "round-0003.safetensors"
     copy.parent.mkdir()
-    copy.write_bytes((homes.runs() / "run-1" / "round-0003.safetensors").read_bytes())
+    copy.write_bytes((homes.get_runs_folder() / "run-1" / "round-0003.safetensors").read_bytes())
     with Store.open() as store:
         assert prune(store, "run-1", Keep(last=1, best=False, every=None)) == [1, 2, 3, 4, 5]
     assert CliRunner().invoke(cli, ["evaluate", str(copy)], catch_exceptions=False).exit_code == 0
@@ -146,7 +148,7 @@ def test_a_copy_of_a_pruned_checkpoint_can_still_be_read(home: Path, tmp_path: P
 
 def test_late_answers_keep_the_checkpoints_they_begin_with(home: Path) -> None:
     late = "federation={rounds: 1, late: {buffer: 2, oldest: 5}}"
-    recipe = resolve(
+    recipe = resolve_recipe(
         a_recipe("train.techniques=[full]", late, "checkpoints={keep: {last: 1, best: false, every: null}}")
     )
     with Store.open() as store:

@@ -8,10 +8,10 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import StoreError
-from fedtune.recipe import Recipe, Select
+from fedtune.recipe import ClientSelection, Recipe
 from fedtune.server.quarantine import REFUSALS, Quarantine
-from fedtune.server.selection import qualifies
-from fedtune.server.server_app import carry
+from fedtune.server.selection import is_device_eligible
+from fedtune.server.server_app import run_to_completion
 from fedtune.tracking import Store
 from tests.federations import Ended, begin, outcome, silent, spoilt, trivial
 from tests.test_norm_bound import HUGE
@@ -26,7 +26,7 @@ def enrolled(store: Store, count: int = 4) -> None:
 def deployed(store: Store, recipe: Recipe, client: ClientApp, run: str = "run-1") -> Ended:
     with silent():
         seat(store, begin(store, recipe, run, engine="devices"), recipe.clients)
-        carry(TickingGrid(recipe.clients, client, lambda *_: 1.0), store, run)
+        run_to_completion(TickingGrid(recipe.clients, client, lambda *_: 1.0), store, run)
     return outcome(run)
 
 
@@ -46,7 +46,7 @@ def test_after_repeated_refusals_a_device_is_quarantined_and_asked_no_more(home:
     assert found is not None
     assert found.quarantined is not None
     assert found.quarantined.startswith("3 refused in a row: its values are")
-    assert not qualifies(Select(), found)
+    assert not is_device_eligible(ClientSelection(), found)
 
 
 def test_an_update_that_counts_ends_the_row(home: Path) -> None:

@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.device import device
 from fedtune.cli.main import cli
-from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.device_home import DeviceHome, DeviceIdentity
 from fedtune.device.enrolment import move_device
 from fedtune.errors import DeviceError, FedtuneError
 from fedtune.server import authority
-from fedtune.server.home import ServerHome, create, open_home
-from fedtune.server.operators import add
-from fedtune.server.secret import digest
+from fedtune.server.home import ServerHome, create_server_home, open_server_home
+from fedtune.server.operators import write_operator_file
+from fedtune.server.secret import hash_secret
 from fedtune.tracking import Store
 
 
@@ -35,7 +35,7 @@ def settings(place: ServerHome) -> str:
 @pytest.fixture
 def place(home: Path) -> ServerHome:
     assert init("--name", "old.example", "--listen", "0.0.0.0:8443").exit_code == 0
-    return open_home()
+    return open_server_home()
 
 
 def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> None:
@@ -44,14 +44,14 @@ def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> N
     done = init("--name", "new.example", "--name", "10.0.0.7", "--listen", "0.0.0.0:9443")
     assert done.exit_code == 0, done.output
     assert "fedtune device move https://new.example:9443" in done.output
-    moved = open_home()
+    moved = open_server_home()
     assert moved.settings.names == ["new.example", "10.0.0.7", "old.example"]
     assert moved.settings.url() == "https://new.example:9443"
     assert {path: path.read_bytes() for path in kept} == kept
     told = json.loads(moved.operator.read_text())
     assert (told["url"], told["key"]) == ("https://new.example:9443", key)
     with Store.open() as store:
-        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", digest(key))]
+        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", hash_secret(key))]
     changed = [line for line in settings(moved).splitlines() if line not in before.splitlines()]
     assert changed == ['listen: "0.0.0.0:9443"', 'names: ["new.example", "10.0.0.7", "old.example"]']
     assert settings(moved).count("#") == before.count("#"), "comments stay"
@@ -81,9 +81,9 @@ def test_init_again_without_an_address_or_with_one_that_is_none_changes_nothing(
 )
 def test_settings_in_any_form_of_yaml_are_changed_in_place(place: ServerHome, text: str) -> None:
     (place.folder / "server.yaml").write_text(text)
-    before = open_home().settings
+    before = open_server_home().settings
     assert init("--name", "new.example").exit_code == 0
-    now = open_home().settings
+    now = open_server_home().settings
     assert now == before.model_copy(update={"names": ["new.example", *before.names]})
     assert settings(place).count("#") == text.count("#")
     assert yaml.safe_load(settings(place))["deadline"] == 60
@@ -130,7 +130,7 @@ def answering(place: ServerHome) -> Iterator[int]:
 @pytest.fixture
 def moving(place: ServerHome) -> DeviceHome:
     made = DeviceHome()
-    made.keep(Identity("https://old.example:8443", "pi", 7, place.ca.read_text()))
+    made.keep(DeviceIdentity("https://old.example:8443", "pi", 7, place.ca.read_text()))
     return made
 
 
@@ -138,7 +138,7 @@ def test_a_device_moves_with_its_server_and_keeps_who_it_is(place: ServerHome, m
     with answering(place) as port:
         done = CliRunner().invoke(device, ["move", f"https://localhost:{port}/"], catch_exceptions=False)
     assert f"pi reaches its server at https://localhost:{port}\n" in done.output
-    assert moving.identity() == Identity(f"https://localhost:{port}", "pi", 7, place.ca.read_text())
+    assert moving.identity() == DeviceIdentity(f"https://localhost:{port}", "pi", 7, place.ca.read_text())
 
 
 def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certificate_is_not_for(
@@ -150,7 +150,7 @@ def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certifica
     with pytest.raises(DeviceError, match="cannot be reached"):
         move_device(moving, "https://localhost:1")
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "other"))
-    other = create(["localhost"], "127.0.0.1:8443")
+    other = create_server_home(["localhost"], "127.0.0.1:8443")
     with answering(other) as port, pytest.raises(DeviceError, match="certificate does not hold"):
         move_device(moving, f"https://localhost:{port}")
     with moving.claimed(), pytest.raises(DeviceError, match="stop that process first"):
@@ -163,7 +163,7 @@ def test_an_operators_file_of_this_machine_is_made_for_the_new_address_only_if_t
     assert init("--name", "new.example").exit_code == 0
     assert not place.operator.exists()
     with Store.open() as store:
-        add(open_home(), store.access, "local", place.operator)
+        write_operator_file(open_server_home(), store.access, "local", place.operator)
     assert json.loads(place.operator.read_text())["url"] == "https://new.example:8443"
-    assert authority.covers(place.certificate.read_bytes(), ["new.example", "old.example"], authority.ends(
-        place.certificate.read_bytes()).replace(year=2000))  # fmt: skip
+    certificate, names = place.certificate.read_bytes(), ["new.example", "old.example"]
+    assert authority.is_certificate_valid_for(certificate, names, authority.ends(certificate).replace(year=2000))

@@ -8,11 +8,11 @@ import pytest
 from fedtune.cli.device import _Bytes
 from fedtune.contribution import pack
 from fedtune.device.channel import Frame
-from fedtune.device.keeper import Keeper
-from fedtune.recipe_file import read
-from fedtune.simulation import resolve
-from fedtune.sparse import to_wire
-from fedtune.training import discard, read_state, workshop
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.recipe_file import read_recipe
+from fedtune.simulation import resolve_recipe
+from fedtune.sparse import encode_masked_state
+from fedtune.training import clear_run_context, get_model_state, get_run_context
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,15 +23,15 @@ SUBMIT = re.compile(r"^fedtune submit (\S+) --watch", re.MULTILINE)
 @pytest.mark.slow
 def test_a_device_joined_as_the_readme_says_trains_the_recipe_it_submits(home: Path) -> None:
     [(source, allowed)], [recipe_file] = JOIN.findall(README), SUBMIT.findall(README)
-    recipe = resolve(read(ROOT / recipe_file, ["train.steps=1"]))
+    recipe = resolve_recipe(read_recipe(ROOT / recipe_file, ["train.steps=1"]))
     memory = _Bytes().convert(allowed, None, None)
     assert recipe.clients == 4, "as many devices as the README says"
     assert memory >= max(device.memory for device in recipe.devices)
     text = recipe.model_dump_json()
-    shop = workshop(text)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    discard()
-    keeper = Keeper(source, memory, 60.0)
+    shop = get_run_context(text)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    clear_run_context()
+    keeper = TrainerSupervisor(source, memory, 60.0)
     try:
         answer = keeper.ask(Frame({"recipe": text, "round": 1, "client": 0, "labels": "[]", "run": "run"}, payload))
     finally:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.merging._activations import match_activations, similarities
-from fedtune.merging._assignment import assign, worth
-from fedtune.merging._matching import agreement, climb, gains, match_weights
-from fedtune.merging._symmetry import Heads, Kind, Orders, Symmetry, Units
+from fedtune.merging._activations import compute_similarities, match_activations
+from fedtune.merging._assignment import compute_total_gain, solve_assignment
+from fedtune.merging._matching import compute_agreement, compute_gain_matrices, match_weights, run_coordinate_ascent
+from fedtune.merging._symmetry import HeadLayout, PermutationKind, Permutations, PermutationSpec, UnitLayout
 from tests.rebasin_models import (
     NETS,
     TEXT,
@@ -25,15 +25,17 @@ from tests.rebasin_models import (
 )
 
 State = dict[str, Tensor]
-KINDS: dict[str, Kind] = {
-    "units": Units(5),
-    "units in groups": Units(6, 3),
-    "heads": Heads(3, 1, 2, 3, rotary=False),
-    "grouped heads": Heads(2, 2, 2, 3, rotary=True),
+KINDS: dict[str, PermutationKind] = {
+    "units": UnitLayout(5),
+    "units in groups": UnitLayout(6, 3),
+    "heads": HeadLayout(3, 1, 2, 3, rotary=False),
+    "grouped heads": HeadLayout(2, 2, 2, 3, rotary=True),
 }
 
 
-def shuffled_copy(model: nn.Module, noise: float = 0.0, seed: int = 0) -> tuple[Symmetry, State, State, Orders]:
+def shuffled_copy(
+    model: nn.Module, noise: float = 0.0, seed: int = 0
+) -> tuple[PermutationSpec, State, State, Permutations]:
     """The symmetry, a model, its units shuffled under noise (in deviations of each tensor), and what undoes that."""
     symmetry = symmetry_of(model)
     state, orders = {name: tensor.clone() for name, tensor in model.state_dict().items()}, shuffled(symmetry, seed)
@@ -46,11 +48,11 @@ def shuffled_copy(model: nn.Module, noise: float = 0.0, seed: int = 0) -> tuple[
     return symmetry, state, other, inverse(orders)
 
 
-def same(one: Orders, other: Orders) -> bool:
+def same(one: Permutations, other: Permutations) -> bool:
     return all(torch.equal(one[name][part], at) for name, parts in other.items() for part, at in parts.items())
 
 
-def weights(symmetry: Symmetry, state: State, other: State, visits: int = 1) -> Orders:
+def weights(symmetry: PermutationSpec, state: State, other: State, visits: int = 1) -> Permutations:
     start = symmetry.identity()
     return match_weights(symmetry, read(state), read(other), start, visits=visits, sweeps=100)[0]
 
@@ -72,14 +74,14 @@ def test_known_permutations_of_all_layers_and_heads_are_recovered(name: str) -> 
     symmetry, state, other, undone = shuffled_copy(drawn({**NETS, **TEXT}[name]()), 0.05)
     best, before, after = match_weights(symmetry, read(state), read(other), symmetry.identity(), visits=5, sweeps=100)
     assert after > before
-    assert after == pytest.approx(agreement(symmetry, read(state), read(other), undone), rel=1e-9)
+    assert after == pytest.approx(compute_agreement(symmetry, read(state), read(other), undone), rel=1e-9)
     assert same(best, undone)
 
 
 def test_the_inverse_of_the_order_found_is_not_an_answer() -> None:
     symmetry, state, other, undone = shuffled_copy(wide_mlp())
-    wrong = agreement(symmetry, read(state), read(other), inverse(undone))
-    assert wrong < 0.5 * agreement(symmetry, read(state), read(other), undone)
+    wrong = compute_agreement(symmetry, read(state), read(other), inverse(undone))
+    assert wrong < 0.5 * compute_agreement(symmetry, read(state), read(other), undone)
 
 
 @pytest.mark.parametrize("name", ["convolutional, norm batch", "resnet18", "bert", "gpt2", "llama"])
@@ -87,9 +89,9 @@ def test_agreement_falls_in_no_update(name: str) -> None:
     one, two = (drawn({**NETS, **TEXT}[name](), seed).state_dict() for seed in (1, 2))
     symmetry = symmetry_of({**NETS, **TEXT}[name]())
     start, random = symmetry.identity(), torch.Generator().manual_seed(0)
-    reached = [agreement(symmetry, read(one), read(two), start)]
-    for orders in climb(symmetry, read(one), read(two), start, random, 100):
-        reached.append(agreement(symmetry, read(one), read(two), orders))
+    reached = [compute_agreement(symmetry, read(one), read(two), start)]
+    for orders in run_coordinate_ascent(symmetry, read(one), read(two), start, random, 100):
+        reached.append(compute_agreement(symmetry, read(one), read(two), orders))
         assert reached[-1] >= reached[-2] - 1e-9 * abs(reached[-2])
     assert len(reached) > 2
     assert reached[-1] > reached[0]
@@ -99,12 +101,12 @@ def test_agreement_is_the_distance_in_other_words() -> None:
     one, two = (drawn(mlp(), seed).state_dict() for seed in (1, 2))
     symmetry = symmetry_of(mlp())
 
-    def square(orders: Orders) -> float:
+    def square(orders: Permutations) -> float:
         moved = {name: symmetry.permute(name, two[name], orders) for name in symmetry.moved()}
         return float(sum((one[name] - tensor).double().square().sum() for name, tensor in moved.items()))
 
     still, other = symmetry.identity(), shuffled(symmetry)
-    gained = [agreement(symmetry, read(one), read(two), orders) for orders in (still, other)]
+    gained = [compute_agreement(symmetry, read(one), read(two), orders) for orders in (still, other)]
     assert square(still) - square(other) == pytest.approx(2 * (gained[1] - gained[0]), rel=1e-5)
 
 
@@ -119,7 +121,7 @@ def test_one_hidden_layer_takes_one_update() -> None:
     symmetry = symmetry_of(mlp(12, 16, 5))
     one, two = (drawn(mlp(12, 16, 5), seed).state_dict() for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
-    assert len(list(climb(symmetry, read(one), read(two), symmetry.identity(), random, 100))) == 1
+    assert len(list(run_coordinate_ascent(symmetry, read(one), read(two), symmetry.identity(), random, 100))) == 1
 
 
 def test_more_orders_of_layers_find_no_worse_a_match() -> None:
@@ -143,19 +145,21 @@ def test_gains_are_what_an_update_gains() -> None:
     symmetry = symmetry_of(mlp())
     one, two = (read(drawn(mlp(), seed).state_dict()) for seed in (1, 2))
     orders = shuffled(symmetry)
-    gain = gains(symmetry, "2", one, two, orders)
+    gain = compute_gain_matrices(symmetry, "2", one, two, orders)
     other = {**orders, "2": arrangement(symmetry.kinds["2"], torch.Generator().manual_seed(9))}
-    difference = agreement(symmetry, one, two, other) - agreement(symmetry, one, two, orders)
-    assert worth(other["2"], gain) - worth(orders["2"], gain) == pytest.approx(difference, rel=1e-9)
+    difference = compute_agreement(symmetry, one, two, other) - compute_agreement(symmetry, one, two, orders)
+    assert compute_total_gain(other["2"], gain) - compute_total_gain(orders["2"], gain) == pytest.approx(
+        difference, rel=1e-9
+    )
 
 
-def every_order(kind: Kind) -> list[Any]:
+def every_order(kind: PermutationKind) -> list[Any]:
     """All orders that a kind allows: the twin of the assignments."""
 
     def shuffles(size: int) -> list[Tensor]:
         return [torch.tensor(order) for order in itertools.permutations(range(size))]
 
-    if isinstance(kind, Units):
+    if isinstance(kind, UnitLayout):
         width = kind.size // kind.groups
         inner = itertools.product(shuffles(width), repeat=kind.groups)
         chosen = itertools.product(shuffles(kind.groups), inner)
@@ -173,13 +177,13 @@ def test_assignments_find_the_best_of_all_orders(name: str) -> None:
     kind, random = KINDS[name], torch.Generator().manual_seed(5)
     for _ in range(2):
         gain = {part: torch.randn(n, n, generator=random, dtype=torch.float64) for part, n in kind.parts.items()}
-        best = max(worth(order, gain) for order in every_order(kind))
-        found = worth(assign(kind, gain), gain)
-        exact = not isinstance(kind, Heads) or kind.per_group == 1
+        best = max(compute_total_gain(order, gain) for order in every_order(kind))
+        found = compute_total_gain(solve_assignment(kind, gain), gain)
+        exact = not isinstance(kind, HeadLayout) or kind.per_group == 1
         assert found == pytest.approx(best, rel=1e-12) if exact else 0.8 * best < found <= best + 1e-9
 
 
-def by_activity(model: nn.Module, state: State, other: State, similarity: str = "pearson") -> Orders:
+def by_activity(model: nn.Module, state: State, other: State, similarity: str = "pearson") -> Permutations:
     symmetry = symmetry_of(model)
     net, start, batches = model.eval(), symmetry.identity(), [batch_for(model, 64)]
     return match_activations(symmetry, read(state), read(other), start, net, batches, similarity)[0]
@@ -191,9 +195,11 @@ def test_activations_recover_known_permutations(name: str, similarity: str) -> N
     model = lively(drawn({**NETS, **TEXT}[name]()))
     symmetry, state, other, undone = shuffled_copy(model)
     found = by_activity(model, state, other, similarity)
-    seen = similarities(symmetry, read(state), read(other), model, [batch_for(model, 64)], similarity)
+    seen = compute_similarities(symmetry, read(state), read(other), model, [batch_for(model, 64)], similarity)
     for permutation, gain in seen.items():
-        assert worth(found[permutation], gain) >= (1 - 1e-6) * worth(undone[permutation], gain)
+        assert compute_total_gain(found[permutation], gain) >= (1 - 1e-6) * compute_total_gain(
+            undone[permutation], gain
+        )
     if similarity == "pearson":
         assert same(found, undone)
 
@@ -202,7 +208,7 @@ def test_correlations_are_those_of_numpy_over_all_batches() -> None:
     model = drawn(mlp(12, 7, 5))
     one, two = (drawn(mlp(12, 7, 5), seed).state_dict() for seed in (1, 2))
     batches = [{"input": torch.randn(rows, 12, generator=torch.Generator().manual_seed(rows))} for rows in (30, 11)]
-    found = similarities(symmetry_of(model), read(one), read(two), model, batches, "pearson")["0"][""]
+    found = compute_similarities(symmetry_of(model), read(one), read(two), model, batches, "pearson")["0"][""]
     inputs = torch.cat([batch["input"] for batch in batches])
     active = [torch.relu(inputs @ state["0.weight"].T + state["0.bias"]).double() for state in (one, two)]
     wanted = torch.corrcoef(torch.cat(active, 1).T)[:7, 7:].nan_to_num(0)
@@ -214,9 +220,9 @@ def test_units_that_do_not_vary_correlate_with_none(level: float) -> None:
     model = drawn(mlp(12, 7, 5))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["0.weight"][2], state["0.bias"][2] = 0.0, level
-    found = similarities(symmetry_of(model), read(state), read(state), model, [batch_for(model, 64)], "pearson")["0"][
-        ""
-    ]
+    found = compute_similarities(
+        symmetry_of(model), read(state), read(state), model, [batch_for(model, 64)], "pearson"
+    )["0"][""]
     assert bool(found.isfinite().all())
     assert float(found[2].abs().max()) == 0.0
     assert torch.equal(found.argmax(1)[[0, 1, 3]], torch.tensor([0, 1, 3]))
@@ -234,7 +240,7 @@ def test_activities_are_seen_after_the_nonlinearity() -> None:
         }
     )
     batches = [{"input": torch.linspace(-2, 2, 50)[:, None]}]
-    seen = similarities(
+    seen = compute_similarities(
         symmetry_of(model), read(model.state_dict()), read(model.state_dict()), model, batches, "pearson"
     )
     assert 0.1 < float(seen["0"][""][0, 1]) < 0.95

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import contribution
-from fedtune.contribution import Contribution, pack, pieces
+from fedtune.contribution import ClientUpdate, iter_row_chunks, pack
 from fedtune.errors import ModelError
-from fedtune.merging import Evidence, Operand, choose, merge
-from fedtune.merging._graph import symmetry_of_graph
+from fedtune.merging import MergeContext, MergeInput, build_pipeline, merge_client_updates
+from fedtune.merging._graph import trace_permutation_spec
 from fedtune.merging.rebasin import Rebasin
 from fedtune.recipe import Unit
 from tests.rebasin_models import (
@@ -41,19 +41,19 @@ def permuted(model: nn.Module, seed: int) -> State:
     return {name: symmetry.permute(name, tensor, orders) for name, tensor in model.state_dict().items()}
 
 
-def ended(base: State, one: Operand) -> State:
+def ended(base: State, one: MergeInput) -> State:
     """A model from its operand, read piece by piece."""
     return {
         name: before
-        + torch.cat([one.rows(name, *piece) for piece in pieces(tuple(before.shape))]).reshape(before.shape)
+        + torch.cat([one.rows(name, *piece) for piece in iter_row_chunks(tuple(before.shape))]).reshape(before.shape)
         if before.is_floating_point()
         else before
         for name, before in base.items()
     }
 
 
-def evidence(model: nn.Module) -> Evidence:
-    return Evidence(model=model, batches=[batch_for(model, 64)])
+def evidence(model: nn.Module) -> MergeContext:
+    return MergeContext(model=model, batches=[batch_for(model, 64)])
 
 
 def aligned(model: nn.Module, base: State, ends: Sequence[State], **settings: Any) -> list[State]:
@@ -109,7 +109,7 @@ def test_a_gain_below_one_percent_is_not_taken() -> None:
     model = drawn(mlp(12, 300, 5))
     base, end = zeros(model.state_dict()), state_of(model)
     swapped = {name: tensor.clone() for name, tensor in end.items()}
-    symmetry = symmetry_of_graph(model)
+    symmetry = trace_permutation_spec(model)
     order = torch.arange(300)
     order[[0, 1]] = order[[1, 0]]
     swapped = {name: symmetry.permute(name, tensor, {"0": {"": order}}) for name, tensor in swapped.items()}
@@ -146,18 +146,18 @@ def test_in_the_pipeline_shuffled_copies_merge_into_the_model(tmp_path: Path) ->
     for client, end in enumerate([state_of(model), permuted(model, 1), permuted(model, 2)]):
         path = tmp_path / f"{client}.safetensors"
         path.write_bytes(pack({name: end[name] - base[name] for name in names}))
-        sent.append(Contribution(client, client + 1, path))
+        sent.append(ClientUpdate(client, client + 1, path))
     steps = [Unit(name="rebasin"), Unit(name="mean")]
-    merged = merge(choose(steps), base, names, sent, evidence(model))
+    merged = merge_client_updates(build_pipeline(steps), base, names, sent, evidence(model))
     torch.testing.assert_close(outputs(model, merged), outputs(model), rtol=1e-4, atol=1e-5)
-    naive = merge(choose(steps[1:]), base, names, sent, evidence(model))
+    naive = merge_client_updates(build_pipeline(steps[1:]), base, names, sent, evidence(model))
     assert float((outputs(model, naive) - outputs(model)).abs().max()) > 0.1
 
 
 def test_what_moves_must_be_sent_and_what_stays_need_not() -> None:
     model = drawn(mlp())
     base = state_of(model)
-    end, symmetry = permuted(model, 1), symmetry_of_graph(model)
+    end, symmetry = permuted(model, 1), trace_permutation_spec(model)
     for missing, moves in (("4.bias", False), ("2.bias", True)):
         sent = [operand(base, {name: t for name, t in one.items() if name != missing}) for one in (base, end)]
         assert (missing in symmetry.moved()) == moves
@@ -187,8 +187,8 @@ def test_what_a_method_needs_it_says_and_asks_for() -> None:
     base = zeros(model.state_dict())
     sent = [operand(base, state_of(model))] * 2
     with pytest.raises(ModelError, match="method weight needs model"):
-        Rebasin().align(base, sent, Evidence())
+        Rebasin().align(base, sent, MergeContext())
     with pytest.raises(ModelError, match="method activation needs batches and model"):
-        Rebasin(method="activation").align(base, sent, Evidence(model=model))
+        Rebasin(method="activation").align(base, sent, MergeContext(model=model))
     with pytest.raises(ModelError, match=r"nothing is known of 'other\.weight'"):
         Rebasin().align({**base, "other.weight": torch.zeros(1)}, sent, evidence(model))

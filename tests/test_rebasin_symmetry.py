@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.errors import ModelError
-from fedtune.merging._graph import symmetry_of_graph
-from fedtune.merging._symmetry import Axis, Heads, Symmetry, Units
+from fedtune.merging._graph import trace_permutation_spec
+from fedtune.merging._symmetry import HeadLayout, PermutationSpec, PermutedAxis, UnitLayout
 from tests.rebasin_models import (
     NETS,
     TEXT,
@@ -36,7 +36,7 @@ def centred(logits: Tensor) -> Tensor:
     return logits - logits.mean(0)
 
 
-def permuted(model: nn.Module, symmetry: Symmetry, orders: Any) -> dict[str, Tensor]:
+def permuted(model: nn.Module, symmetry: PermutationSpec, orders: Any) -> dict[str, Tensor]:
     return {name: symmetry.permute(name, tensor, orders) for name, tensor in model.state_dict().items()}
 
 
@@ -79,23 +79,23 @@ def test_a_permutation_forgotten_in_any_one_tensor_shows(name: str) -> None:
 
 
 def test_streams_blocks_and_depthwise_layers_are_read_off_the_graph() -> None:
-    residual = symmetry_of_graph(Residual()).axes
-    assert residual["stem.weight"] == (Axis("stem"), None, None, None)
-    assert residual["outer.weight"][:2] == (Axis("stem"), Axis("inner"))
-    assert residual["norm.running_var"] == (Axis("stem"),)
+    residual = trace_permutation_spec(Residual()).axes
+    assert residual["stem.weight"] == (PermutedAxis("stem"), None, None, None)
+    assert residual["outer.weight"][:2] == (PermutedAxis("stem"), PermutedAxis("inner"))
+    assert residual["norm.running_var"] == (PermutedAxis("stem"),)
     assert residual["norm.num_batches_tracked"] == ()
     assert residual["narrow.weight"][0] == residual["shortcut.weight"][0]
     assert residual["head.weight"] == (None, residual["narrow.weight"][0])
-    assert symmetry_of_graph(convolutional()).axes["8.weight"] == (Axis("8"), Axis("4", block=16))
-    mobile = symmetry_of_graph(NETS["mobilenet-v2"]()).axes
+    assert trace_permutation_spec(convolutional()).axes["8.weight"] == (PermutedAxis("8"), PermutedAxis("4", block=16))
+    mobile = trace_permutation_spec(NETS["mobilenet-v2"]()).axes
     assert mobile["features.2.conv.1.0.weight"] == (mobile["features.2.conv.0.0.weight"][0], None, None, None)
     assert mobile["features.2.conv.2.weight"][0] == mobile["features.3.conv.2.weight"][0]
 
 
 def test_channels_of_a_group_norm_stay_with_their_group() -> None:
-    assert set(symmetry_of_graph(convolutional("group")).kinds.values()) == {Units(8, 4), Units(12)}
+    assert set(trace_permutation_spec(convolutional("group")).kinds.values()) == {UnitLayout(8, 4), UnitLayout(12)}
     model = drawn(convolutional("group"))
-    symmetry = symmetry_of_graph(model)
+    symmetry = trace_permutation_spec(model)
     across = {name: {"": torch.randperm(kind.parts[""])} for name, kind in symmetry.kinds.items()}
     assert relative(outputs(model, permuted(model, symmetry, across)), outputs(model)) > 1e-3
 
@@ -135,7 +135,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_what_is_not_known_is_named(name: str) -> None:
     make, message = UNKNOWN[name]
     with pytest.raises(ModelError, match=message):
-        symmetry_of_graph(make())
+        trace_permutation_spec(make())
 
 
 def test_a_tensor_that_the_tables_lack_is_named() -> None:
@@ -146,12 +146,12 @@ def test_a_tensor_that_the_tables_lack_is_named() -> None:
 
 
 def test_other_names_other_shapes_and_layers_onto_themselves_are_refused() -> None:
-    symmetry = symmetry_of_graph(mlp())
+    symmetry = trace_permutation_spec(mlp())
     with pytest.raises(ModelError, match=r"nothing is known of 'other'"):
         symmetry.check({"other": (3,)})
     with pytest.raises(ModelError, match=r"'0\.weight' has shape \[3, 12\] in place of \[16, 'any'\]"):
         symmetry.check({"0.weight": (3, 12)})
-    onto = Symmetry({"a": (Axis("p"), Axis("p"))}, {"p": Units(4)})
+    onto = PermutationSpec({"a": (PermutedAxis("p"), PermutedAxis("p"))}, {"p": UnitLayout(4)})
     with pytest.raises(ModelError, match="'a' maps units onto themselves"):
         onto.check({"a": (4, 4)})
 
@@ -249,8 +249,8 @@ def turned(state: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
 
 
 def test_parts_of_heads_count_what_projections_have() -> None:
-    assert Heads(3, 3, 4, 4, rotary=True).parts == {"q": 36, "k": 12, "v": 12, "o": 36}
+    assert HeadLayout(3, 3, 4, 4, rotary=True).parts == {"q": 36, "k": 12, "v": 12, "o": 36}
     assert symmetry_of(TEXT["gpt2"]()).axes["transformer.h.0.attn.c_attn.weight"] == (
-        Axis("stream"),
-        Axis("transformer.h.0.heads", ("q", "k", "v")),
+        PermutedAxis("stream"),
+        PermutedAxis("transformer.h.0.heads", ("q", "k", "v")),
     )

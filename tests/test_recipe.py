@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from fedtune.errors import RecipeError
-from fedtune.explain import nearest
+from fedtune.explain import suggest_nearest
 from fedtune.recipe import Dirichlet, Natural, Recipe, Unit
-from fedtune.recipe_file import parse, read
-from fedtune.simulation import resolve
+from fedtune.recipe_file import parse_recipe, read_recipe
+from fedtune.simulation import resolve_recipe
 from tests.recipe_examples import TEXT, refusal
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -17,7 +17,7 @@ SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 def test_a_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(TEXT)
-    recipe = read(tmp_path / "a.yaml")
+    recipe = read_recipe(tmp_path / "a.yaml")
     assert recipe.data.split == Dirichlet(alpha=0.5)
     assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
     assert [int(device.memory) for device in recipe.devices] == [512 * 10**6, 2 * 2**30]
@@ -29,22 +29,22 @@ def test_a_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     [("lora+checkpointing", ["lora", "checkpointing"]), ("bias", ["bias"]), ("[bias, {full: {}}]", ["bias", "full"])],
 )
 def test_techniques_are_a_list_or_joined_by_plus(written: str, names: list[str]) -> None:
-    assert [unit.name for unit in parse(TEXT, "a", [f"train.techniques={written}"]).train.techniques] == names
+    assert [unit.name for unit in parse_recipe(TEXT, "a", [f"train.techniques={written}"]).train.techniques] == names
 
 
 @pytest.mark.parametrize("settings", ["{lora: {rank: 4}}", "{name: lora, settings: {rank: 4}}"])
 def test_a_unit_is_written_short_or_long(settings: str) -> None:
-    recipe = parse(TEXT, "a", [f"train.techniques=[{settings}]"])
+    recipe = parse_recipe(TEXT, "a", [f"train.techniques=[{settings}]"])
     assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4})]
 
 
 def test_a_unit_with_nothing_behind_its_name_has_no_settings() -> None:
-    assert parse(TEXT, "a", ["train.techniques=[{lora: }]"]).train.techniques == [Unit(name="lora")]
+    assert parse_recipe(TEXT, "a", ["train.techniques=[{lora: }]"]).train.techniques == [Unit(name="lora")]
 
 
 def test_overrides_go_deep_make_what_is_absent_and_the_last_one_wins() -> None:
     overrides = ["train.lr=1e-3", "evaluation.every=2", "train.lr=5e-4", "data.split={kind: natural, by: author}"]
-    recipe = parse(TEXT, "a.yaml", overrides)
+    recipe = parse_recipe(TEXT, "a.yaml", overrides)
     assert recipe.train.lr == 5e-4
     assert recipe.evaluation.every == 2
     assert recipe.data.split == Natural(by="author")
@@ -52,7 +52,7 @@ def test_overrides_go_deep_make_what_is_absent_and_the_last_one_wins() -> None:
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
-    assert parse(TEXT, "a", ["model.source=path:a=b"]).model.source == "path:a=b"
+    assert parse_recipe(TEXT, "a", ["model.source=path:a=b"]).model.source == "path:a=b"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_value_may_hold_an_equals_sign() -> None:
     [("{rounds: 1, fraction: 0.5}", 5, 2), ("{rounds: 1, fraction: 0.01}", 5, 1), ("{rounds: 1, clients: 3}", 5, 3)],
 )
 def test_clients_per_round_follow_the_fraction_or_the_count(federation: str, clients: int, sampled: int) -> None:
-    recipe = parse(TEXT, "a", [f"federation={federation}"])
+    recipe = parse_recipe(TEXT, "a", [f"federation={federation}"])
     assert (recipe.clients, recipe.clients_per_round) == (clients, sampled)
 
 
@@ -78,37 +78,37 @@ def test_a_round_cannot_ask_for_more_clients_than_there_are(federation: str, sen
 
 
 def test_a_quorum_of_all_sampled_clients_holds() -> None:
-    assert parse(TEXT, "a", ["federation={rounds: 1, clients: 2, quorum: 2}"]).federation.quorum == 2
+    assert parse_recipe(TEXT, "a", ["federation={rounds: 1, clients: 2, quorum: 2}"]).federation.quorum == 2
 
 
 def test_clients_are_numbered_through_the_device_classes() -> None:
-    recipe = parse(TEXT, "a")
+    recipe = parse_recipe(TEXT, "a")
     assert [recipe.device_of(client).name for client in range(5)] == ["phone"] * 3 + ["laptop"] * 2
     with pytest.raises(IndexError):
         recipe.device_of(5)
 
 
 def test_a_recipe_is_a_value() -> None:
-    assert parse(TEXT, "a") == parse(TEXT, "b")
+    assert parse_recipe(TEXT, "a") == parse_recipe(TEXT, "b")
     with pytest.raises(ValueError, match="frozen"):
-        parse(TEXT, "a").seed = 3  # type: ignore[misc]
+        parse_recipe(TEXT, "a").seed = 3  # type: ignore[misc]
 
 
 def test_json_and_yaml_give_the_recipe_back() -> None:
-    recipe = resolve(parse(TEXT, "a", ["train.clip=null", "merge=[{mean: {weight: equal}}]"]))
+    recipe = resolve_recipe(parse_recipe(TEXT, "a", ["train.clip=null", "merge=[{mean: {weight: equal}}]"]))
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
-    again = parse(yaml.safe_dump(recipe.model_dump(mode="json")), "again")
+    again = parse_recipe(yaml.safe_dump(recipe.model_dump(mode="json")), "again")
     assert again == recipe
     assert again.train.clip is None
 
 
 def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time() -> None:
-    recipe = parse(TEXT, "a")
-    resolved = resolve(recipe)
+    recipe = parse_recipe(TEXT, "a")
+    resolved = resolve_recipe(recipe)
     assert resolved.train.techniques[0].settings["rank"] == 4
     assert set(resolved.train.techniques[0].settings) == {"rank", "alpha", "dropout", "targets", "exact"}
     assert resolved.merge == [Unit(name="mean", settings={"weight": "examples"})]
-    assert resolve(resolved) == resolved
+    assert resolve_recipe(resolved) == resolved
     assert recipe.train.techniques[0].settings == {"rank": 4}
 
 
@@ -128,14 +128,14 @@ def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time(
 )
 def test_resolving_refuses_units_that_do_not_hold(override: str, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        resolve(parse(TEXT, "a", [override]))
+        resolve_recipe(parse_recipe(TEXT, "a", [override]))
     assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_holds_resolves_and_survives_json(path: Path) -> None:
-    resolved = resolve(read(path))
-    assert resolved.name == read(path).name
+    resolved = resolve_recipe(read_recipe(path))
+    assert resolved.name == read_recipe(path).name
     assert Recipe.model_validate_json(resolved.model_dump_json()) == resolved
 
 
@@ -147,11 +147,11 @@ def test_the_demo_is_shipped() -> None:
     ("word", "answer"), [("stps", "did you mean 'steps'?"), ("zzz", "allowed: epochs, steps"), ("", "allowed: epochs")]
 )
 def test_the_nearest_word_or_all_that_are_allowed(word: str, answer: str) -> None:
-    assert nearest(word, ["steps", "epochs"]).startswith(answer)
+    assert suggest_nearest(word, ["steps", "epochs"]).startswith(answer)
 
 
 def test_a_number_that_json_cannot_hold_never_enters_a_recipe() -> None:
-    stored: dict[str, Any] = json.loads(parse(TEXT, "a").model_dump_json())
+    stored: dict[str, Any] = json.loads(parse_recipe(TEXT, "a").model_dump_json())
     stored["train"]["lr"] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         Recipe.model_validate(stored)

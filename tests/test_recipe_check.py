@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RecipeError, ServerError
-from fedtune.recipe_file import parse
+from fedtune.recipe_file import parse_recipe
 from fedtune.server.recipe_check import RecipeCheck
-from fedtune.simulation import resolve
+from fedtune.simulation import resolve_recipe
 from tests.federations import TRIVIAL
 
 SUBMIT = """
@@ -30,7 +30,11 @@ def test_whoever_submits_a_recipe_imports_neither_torch_nor_flower(tmp_path: Pat
     from fedtune.server import authority
 
     (tmp_path / "recipe.yaml").write_text(TRIVIAL, encoding="utf-8")
-    told = {"url": "https://server:1", "ca": authority.authority(authority.new_key()).decode(), "key": "key"}
+    told = {
+        "url": "https://server:1",
+        "ca": authority.make_ca_certificate(authority.generate_private_key()).decode(),
+        "key": "key",
+    }
     (tmp_path / "operator.json").write_text(json.dumps(told))
     done = subprocess.run([sys.executable, "-c", SUBMIT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -41,14 +45,14 @@ def test_whoever_submits_a_recipe_imports_neither_torch_nor_flower(tmp_path: Pat
 
 
 def test_a_recipe_comes_back_as_a_simulation_would_have_it_and_a_whole_one_as_it_is() -> None:
-    recipe = parse(TRIVIAL, "trivial", ["merge=[ties]"])
+    recipe = parse_recipe(TRIVIAL, "trivial", ["merge=[ties]"])
     check = RecipeCheck()
     try:
         whole = check.whole(recipe)
-        assert whole == resolve(recipe) != recipe
+        assert whole == resolve_recipe(recipe) != recipe
         assert check.whole(whole) == whole
         with pytest.raises(RecipeError, match=r"train\.techniques: there is no 'loar'; did you mean 'lora'\?"):
-            check.whole(parse(TRIVIAL, "trivial", ["train.techniques=loar"]))
+            check.whole(parse_recipe(TRIVIAL, "trivial", ["train.techniques=loar"]))
         assert check._process is not None
         before = check._process.pid
         check._process.kill()
@@ -63,7 +67,7 @@ def test_a_recipe_comes_back_as_a_simulation_would_have_it_and_a_whole_one_as_it
 def test_a_check_that_does_not_work_is_told_and_leaves_no_process(script: str) -> None:
     check = RecipeCheck((sys.executable, "-c", script), 0.5)
     with pytest.raises(ServerError, match="could not be checked on the server"):
-        check.whole(parse(TRIVIAL, "trivial", []))
+        check.whole(parse_recipe(TRIVIAL, "trivial", []))
     assert check._process is None
 
 

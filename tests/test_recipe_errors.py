@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe_file import read
+from fedtune.recipe_file import read_recipe
 from tests.recipe_examples import TEXT, refusal
 
 
@@ -103,4 +103,4 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("name: fünf".encode("latin-1"))
     for name, reason in (("none.yaml", "No such file"), ("latin.yaml", "not UTF-8"), (".", "Is a directory")):
         with pytest.raises(RecipeError, match=rf"cannot read the recipe .*{reason}.*; check the path"):
-            read(tmp_path / name)
+            read_recipe(tmp_path / name)

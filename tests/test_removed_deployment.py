@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.enrolment import Token, enrol_device
+from fedtune.device.enrolment import EnrolmentToken, enrol_device
 from tests.federations import execute, trivial
 from tests.servers import Server, ended, joined, serving
 from tests.test_deployment import LONG, TWO, at_round, hashes, statuses, submit
@@ -36,7 +36,7 @@ def test_a_device_that_is_removed_and_enrolled_again_costs_no_round_and_no_bit(s
         devices[1].process.wait()
         waiting = _waiting(server, run)
         shutil.rmtree(devices[1].home / "device")
-        enrol_device(DeviceHome(devices[1].home / "device"), None, Token.read(server.token("device-1")), None)
+        enrol_device(DeviceHome(devices[1].home / "device"), None, EnrolmentToken.read(server.token("device-1")), None)
         devices[1].again()
         found = ended(server, run)
     assert "device-1 was removed, and too few devices are left for federation.quorum 2; enrol again" in waiting

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.merging import Evidence
-from fedtune.merging._moments import Moments, measured
-from fedtune.merging._renormalise import Mended
+from fedtune.merging import MergeContext
+from fedtune.merging._moments import ChannelMoments, measure_channel_moments
+from fedtune.merging._renormalise import MomentRenormaliseStep
 from fedtune.merging.repair import Repair
 from fedtune.merging.rescale import Rescale
 from fedtune.merging.reshift import Reshift
 from tests.rebasin_models import batch_for, convolutional, drawn, mlp
 
 State = dict[str, Tensor]
-STEPS: dict[str, Mended] = {"repair": Repair(), "rescale": Rescale(), "reshift": Reshift()}
+STEPS: dict[str, MomentRenormaliseStep] = {"repair": Repair(), "rescale": Rescale(), "reshift": Reshift()}
 NETS: dict[str, Any] = {"mlp": mlp, "convolutional": convolutional, "batch norm": lambda: convolutional("batch")}
 SITES = {
     "mlp": ["0", "2"],
@@ -40,16 +40,16 @@ def two_ends(make: Any) -> tuple[nn.Module, State, list[tuple[float, State]]]:
     return make().eval(), merged, [(0.3, one), (0.7, two)]
 
 
-def moments(net: nn.Module, state: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Moments]:
+def moments(net: nn.Module, state: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, ChannelMoments]:
     loaded = copy.deepcopy(net)
     loaded.load_state_dict(dict(state))
-    return measured(loaded.eval(), batches(net), set(layers))
+    return measure_channel_moments(loaded.eval(), batches(net), set(layers))
 
 
-def goal(net: nn.Module, ends: Sequence[tuple[float, State]], layers: Sequence[str]) -> dict[str, Moments]:
+def goal(net: nn.Module, ends: Sequence[tuple[float, State]], layers: Sequence[str]) -> dict[str, ChannelMoments]:
     found = [(weight, moments(net, state, layers)) for weight, state in ends]
     return {
-        layer: Moments(
+        layer: ChannelMoments(
             sum((w * of[layer].mean for w, of in found), torch.zeros(())),
             sum((w * of[layer].deviation for w, of in found), torch.zeros(())),
         )
@@ -61,7 +61,7 @@ def goal(net: nn.Module, ends: Sequence[tuple[float, State]], layers: Sequence[s
 @pytest.mark.parametrize("step", STEPS)
 def test_after_the_fold_every_channel_has_what_the_step_promises(step: str, name: str) -> None:
     net, merged, ends = two_ends(NETS[name])
-    mended = merged | STEPS[step].renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    mended = merged | STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     found, wanted = moments(net, mended, SITES[name]), goal(net, ends, SITES[name])
     before = moments(net, merged, SITES[name])
     for layer in SITES[name]:
@@ -79,7 +79,7 @@ def test_one_end_alone_and_like_ends_change_nothing(step: str, name: str) -> Non
     net, _, ends = two_ends(NETS[name])
     one, other = ends[0][1], ends[1][1]
     for weighted in ([(1.0, one), (0.0, other)], [(0.4, one), (0.6, one)]):
-        changed = STEPS[step].renormalise(one, weighted, Evidence(model=net, batches=batches(net)))
+        changed = STEPS[step].renormalise(one, weighted, MergeContext(model=net, batches=batches(net)))
         assert changed
         for key, tensor in changed.items():
             torch.testing.assert_close(tensor, one[key], rtol=1e-5, atol=1e-5)
@@ -99,7 +99,9 @@ class Wrapped(nn.Module):
         return out
 
 
-def wrapped(step: Mended, net: nn.Sequential, goals: dict[str, Moments], inputs: Tensor) -> nn.Sequential:
+def wrapped(
+    step: MomentRenormaliseStep, net: nn.Sequential, goals: dict[str, ChannelMoments], inputs: Tensor
+) -> nn.Sequential:
     """Layer after layer, each wrapped before the next is measured."""
     layers = list(net.double())
     for name, wanted in goals.items():
@@ -118,7 +120,7 @@ def wrapped(step: Mended, net: nn.Sequential, goals: dict[str, Moments], inputs:
 def test_the_folded_net_is_the_wrapped_net(step: str, name: str) -> None:
     net, merged, ends = two_ends(NETS[name])
     goals = goal(net, ends, SITES[name])
-    changed = STEPS[step].renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     inputs = torch.cat([batch["input"] for batch in batches(net)]).double()
     folded, plain = copy.deepcopy(net).double(), copy.deepcopy(net)
     folded.load_state_dict(merged | changed)
@@ -140,7 +142,7 @@ def test_mended_all_at_once_deep_layers_are_corrected_twice() -> None:
         shift = wanted[layer].mean.float() - gain * before[layer].mean.float()
         at_once[f"{layer}.weight"] = gain[:, None] * merged[f"{layer}.weight"]
         at_once[f"{layer}.bias"] = gain * merged[f"{layer}.bias"] + shift
-    in_turn = merged | Repair().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    in_turn = merged | Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     off = [
         float((moments(net, state, layers)["6"].deviation / wanted["6"].deviation - 1).abs().mean())
         for state in (at_once, in_turn)
@@ -150,7 +152,7 @@ def test_mended_all_at_once_deep_layers_are_corrected_twice() -> None:
 
 def test_rescaling_one_layer_multiplies_its_output_bias_and_all() -> None:
     net, merged, ends = two_ends(lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 5)))
-    changed = Rescale().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    changed = Rescale().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     x = batch_for(net)["input"]
     before, after = ((x @ of["0.weight"].T + of["0.bias"]).detach() for of in (merged, changed))
     gain = after / before
@@ -162,7 +164,7 @@ def test_rescaling_one_layer_multiplies_its_output_bias_and_all() -> None:
 def test_a_channel_that_does_not_vary_keeps_its_gain(step: str) -> None:
     net, merged, ends = two_ends(mlp)
     merged["0.weight"][3] = 0.0
-    changed = STEPS[step].renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     assert all(bool(tensor.isfinite().all()) for tensor in changed.values())
     assert bool((changed["0.weight"][3] == 0).all())
     wanted = goal(net, ends, ["0"])["0"].mean[3] if STEPS[step].shifts else merged["0.bias"][3]
@@ -176,14 +178,14 @@ def test_a_faint_channel_is_mended_and_what_rounding_alone_moves_is_not(size: fl
     merged["0.bias"][3] = 0.0
     before, wanted = moments(net, merged, ["0"])["0"].deviation[3], goal(net, ends, ["0"])["0"].deviation[3]
     assert (float(before) > 1e-8) == alive
-    mended = merged | Rescale().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    mended = merged | Rescale().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     found = moments(net, mended, ["0"])["0"].deviation[3]
     torch.testing.assert_close(found, wanted if alive else before, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("deviation", "gain"), [(2e-8, 1e8), (1e-8, 2e8), (0.9e-8, 1.0), (0.0, 1.0)])
 def test_a_channel_lives_from_a_deviation_of_1e_8_on(deviation: float, gain: float) -> None:
-    now, wanted = (Moments(torch.zeros(1), torch.tensor([d], dtype=torch.float64)) for d in (deviation, 2.0))
+    now, wanted = (ChannelMoments(torch.zeros(1), torch.tensor([d], dtype=torch.float64)) for d in (deviation, 2.0))
     assert float(Rescale()._change(now, wanted).gain) == pytest.approx(gain)
 
 
@@ -191,7 +193,7 @@ def test_moments_are_those_of_all_batches_together_even_far_from_zero() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     net.load_state_dict({name: torch.full_like(t, float(t.dim() > 1)) for name, t in net.state_dict().items()})
     values = 1000 + torch.randn(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
-    found = measured(net, [{"input": part} for part in values.split([3, 40, 7])], {"0"})["0"]
+    found = measure_channel_moments(net, [{"input": part} for part in values.split([3, 40, 7])], {"0"})["0"]
     assert float(found.mean) == pytest.approx(float(values.double().mean()), rel=1e-12)
     assert float(found.deviation) == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-9)
 
@@ -199,20 +201,20 @@ def test_moments_are_those_of_all_batches_together_even_far_from_zero() -> None:
 def test_the_logits_stay_as_merged_and_the_architecture_keeps_its_weights() -> None:
     net, merged, ends = two_ends(mlp)
     own = copy.deepcopy(net.state_dict())
-    changed = Repair().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    changed = Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     assert changed.keys() == {f"{layer}.{part}" for layer, part in itertools.product("02", ("weight", "bias"))}
     assert all(torch.equal(tensor, own[key]) for key, tensor in net.state_dict().items())
 
 
 def test_batch_norms_take_the_change_of_what_they_normalise() -> None:
     net, merged, ends = two_ends(NETS["batch norm"])
-    changed = Repair().renormalise(merged, ends, Evidence(model=net, batches=batches(net)))
+    changed = Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
     assert {key.split(".")[0] for key in changed} == {"1", "5", "8"}
 
 
 def test_layers_without_a_bias_are_rescaled_but_not_shifted() -> None:
     net, merged, ends = two_ends(lambda: mlp(12, 16, 16, 5, bias=False))
-    evidence = Evidence(model=net, batches=batches(net))
+    evidence = MergeContext(model=net, batches=batches(net))
     for step in (Repair(), Reshift()):
         with pytest.raises(ModelError, match="'0' has no bias to shift; take rescale"):
             step.renormalise(merged, ends, evidence)
@@ -225,9 +227,9 @@ def test_layers_without_a_bias_are_rescaled_but_not_shifted() -> None:
 def test_what_cannot_be_mended_is_refused_in_one_sentence() -> None:
     net, merged, ends = two_ends(mlp)
     with pytest.raises(ModelError, match="repair: it needs the model and calibration data"):
-        Repair().renormalise(merged, ends, Evidence(model=net))
+        Repair().renormalise(merged, ends, MergeContext(model=net))
     with pytest.raises(ModelError, match="the model has no 'other'"):
-        Repair().renormalise({**merged, "other": torch.ones(1)}, ends, Evidence(model=net, batches=batches(net)))
+        Repair().renormalise({**merged, "other": torch.ones(1)}, ends, MergeContext(model=net, batches=batches(net)))
     single, one, pair = two_ends(lambda: nn.Sequential(nn.Linear(12, 5)))
     with pytest.raises(ModelError, match="no layer to mend before its logits"):
-        Repair().renormalise(one, pair, Evidence(model=single, batches=batches(single)))
+        Repair().renormalise(one, pair, MergeContext(model=single, batches=batches(single)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.errors import ModelError
-from fedtune.merging import Evidence
+from fedtune.merging import MergeContext
 from fedtune.merging.bias_calibration import BiasCalibration
 from fedtune.merging.reset import Reset
 from tests.rebasin_models import batch_for, convolutional, drawn, mlp, pictures
@@ -23,7 +23,9 @@ def state_of(model: nn.Module) -> State:
 def test_reset_collects_the_cumulative_average_layer_by_layer() -> None:
     net = drawn(convolutional("batch"))
     state, inputs = state_of(net), batch_for(net, 48)["input"]
-    found = Reset().renormalise(state, [], Evidence(model=net, batches=[{"input": part} for part in inputs.split(16)]))
+    found = Reset().renormalise(
+        state, [], MergeContext(model=net, batches=[{"input": part} for part in inputs.split(16)])
+    )
     assert found.keys() == {"1.running_mean", "1.running_var", "5.running_mean", "5.running_var"}
     conv = nn.Sequential(*list(net)[:1])  # type: ignore[call-overload]
     with torch.no_grad():
@@ -37,7 +39,7 @@ def test_reset_collects_the_cumulative_average_layer_by_layer() -> None:
 def test_reset_leaves_the_architecture_as_it_was() -> None:
     net = drawn(convolutional("batch"))
     own, momenta = state_of(net), [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    Reset().renormalise(own, [], Evidence(model=net, batches=[batch_for(net, 8)]))
+    Reset().renormalise(own, [], MergeContext(model=net, batches=[batch_for(net, 8)]))
     assert all(torch.equal(tensor, own[name]) for name, tensor in net.state_dict().items())
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
     assert not any(module.training for module in net.modules())
@@ -63,7 +65,7 @@ def test_reset_of_an_unmerged_net_reproduces_its_accuracy() -> None:
 
     before = accuracy()
     state = state_of(net)
-    changed = Reset().renormalise(state, [], Evidence(model=net, batches=[{"input": p} for p in inputs.split(100)]))
+    changed = Reset().renormalise(state, [], MergeContext(model=net, batches=[{"input": p} for p in inputs.split(100)]))
     net.load_state_dict(state | changed)
     assert before > 0.6
     assert accuracy() == pytest.approx(before, abs=0.003)
@@ -73,12 +75,12 @@ def test_reset_of_an_unmerged_net_reproduces_its_accuracy() -> None:
 
 def test_reset_is_for_nets_with_running_statistics() -> None:
     with pytest.raises(ModelError, match="reset: Sequential has no batch norm with running statistics"):
-        Reset().renormalise({}, [], Evidence(model=convolutional("layer"), batches=[{"input": pictures()}]))
+        Reset().renormalise({}, [], MergeContext(model=convolutional("layer"), batches=[{"input": pictures()}]))
 
 
 def test_biases_fade_with_the_power_of_their_depth() -> None:
     one, two = (state_of(drawn(mlp(), seed)) for seed in (1, 2))
-    found = BiasCalibration().renormalise(one, [(0.3, one), (0.7, two)], Evidence(model=mlp()))
+    found = BiasCalibration().renormalise(one, [(0.3, one), (0.7, two)], MergeContext(model=mlp()))
     assert found.keys() == {"0.bias", "2.bias", "4.bias"}
     for depth, name in enumerate(("0.bias", "2.bias", "4.bias"), start=1):
         torch.testing.assert_close(found[name], 0.3**depth * one[name] + 0.7**depth * two[name])
@@ -86,13 +88,13 @@ def test_biases_fade_with_the_power_of_their_depth() -> None:
 
 def test_one_model_alone_keeps_its_biases() -> None:
     one, two = (state_of(drawn(mlp(), seed)) for seed in (1, 2))
-    found = BiasCalibration().renormalise(one, [(1.0, one), (0.0, two)], Evidence(model=mlp()))
+    found = BiasCalibration().renormalise(one, [(1.0, one), (0.0, two)], MergeContext(model=mlp()))
     assert all(torch.equal(tensor, one[name]) for name, tensor in found.items())
 
 
 def test_nets_with_norms_and_no_model_are_refused() -> None:
     with pytest.raises(ModelError, match="bias-calibration: '1' normalises what it would shrink"):
-        BiasCalibration().renormalise({}, [], Evidence(model=convolutional("batch")))
+        BiasCalibration().renormalise({}, [], MergeContext(model=convolutional("batch")))
     with pytest.raises(ModelError, match="needs the model"):
-        BiasCalibration().renormalise({}, [], Evidence())
+        BiasCalibration().renormalise({}, [], MergeContext())
     assert BiasCalibration().needs == {"model"}

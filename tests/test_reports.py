@@ -9,19 +9,19 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedtune.contribution import Form, Report, pack
-from fedtune.errors import ContributionError
-from fedtune.server.parts import Part
-from fedtune.server.receive import receive
+from fedtune.contribution import ClientReport, TensorSpec, pack
+from fedtune.errors import ClientUpdateError
+from fedtune.server.parts import ClassPayload
+from fedtune.server.receive import receive_update
 from fedtune.server.reports import read_report
-from fedtune.simulation.flower_private import be_node, number_message
-from fedtune.tracking import ContributionRecord
-from fedtune.tracking.summary import training_loss
+from fedtune.simulation.flower_private import set_message_id, set_node_identity
+from fedtune.tracking import ClientRecord
+from fedtune.tracking.summary import compute_train_loss
 from tests.federations import execute, spoilt, trivial
 from tests.test_rounds import answer, payload_of
 
 LISTS = {"own_more": [0.5], "own_after": [0.25, 1.0, 0.5]}
-GOOD = asdict(Report(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25)) | LISTS
+GOOD = asdict(ClientReport(5, 0.5, seconds=1.0, saved_bytes=10, peak_rss=20, own_predictions=4, own_loss=0.25)) | LISTS
 NAN, INF = math.nan, math.inf
 
 
@@ -43,18 +43,18 @@ NAN, INF = math.nan, math.inf
     ],
 )
 def test_a_report_with_a_field_out_of_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ContributionError, match=rf"its report: {field}\b.*update the client$"):
+    with pytest.raises(ClientUpdateError, match=rf"its report: {field}\b.*update the client$"):
         read_report(MetricRecord(GOOD | {field: value}))
 
 
 @pytest.mark.parametrize("report", [{}, {"examples": 5}, GOOD | {"more": 1}])
 def test_a_report_with_fields_too_few_or_too_many_is_refused(report: dict[str, Any]) -> None:
-    with pytest.raises(ContributionError, match="its report: "):
+    with pytest.raises(ClientUpdateError, match="its report: "):
         read_report(MetricRecord(report))
 
 
 def test_a_report_of_a_hundred_thousand_numbers_is_answered_shortly() -> None:
-    with pytest.raises(ContributionError) as caught:
+    with pytest.raises(ClientUpdateError) as caught:
         read_report(MetricRecord(GOOD | {"loss": [0.25] * 100_000}))
     assert len(str(caught.value)) < 300
 
@@ -67,25 +67,25 @@ def test_bounds_hold_at_their_ends_and_a_loss_may_be_kept_back() -> None:
 
 def test_more_examples_than_the_device_can_have_trained_on_are_refused() -> None:
     assert read_report(MetricRecord(GOOD), 5).examples == 5
-    with pytest.raises(ContributionError, match=r"counts 5 examples, but of what the device declared .* on 4 at most"):
+    with pytest.raises(ClientUpdateError, match=r"counts 5 examples, but of what the device declared .* on 4 at most"):
         read_report(MetricRecord(GOOD), 4)
 
 
-def receive_from(tmp_path: Path, payload: bytes, part: Part) -> ContributionRecord:
-    be_node(1)
+def receive_from(tmp_path: Path, payload: bytes, part: ClassPayload) -> ClientRecord:
+    set_node_identity(1)
     message = Message(RecordDict(), 2, "train")
-    number_message(message, "1")
+    set_message_id(message, "1")
     deltas = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     reply = Message(RecordDict({"delta": deltas, "report": MetricRecord(GOOD)}), reply_to=message)
-    return receive(reply, 0, "phone", part, None, tmp_path)[0]
+    return receive_update(reply, 0, "phone", part, None, tmp_path)[0]
 
 
 def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("fedtune.server.receive.write", lambda path, content: written.append(path))
-    part = Part({}, {"a": (100,)}, {})
+    monkeypatch.setattr("fedtune.server.receive.write_bytes_atomically", lambda path, content: written.append(path))
+    part = ClassPayload({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
     assert record.status == "refused"
     assert record.reason.startswith("it holds 1000000 bytes, and this round expects ")
@@ -96,7 +96,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
 def test_the_expected_size_admits_every_honest_payload_and_little_more(tmp_path: Path, count: int) -> None:
     """Names with letters that JSON writes as six, shapes of many dimensions, tensors of one byte."""
     shapes = {f'layer."{number}"\u00e9\x07.weight': (1,) * 12 for number in range(count)}
-    part = Part({}, shapes, {"moved_offset": Form((7,), "U8", 9)})
+    part = ClassPayload({}, shapes, {"moved_offset": TensorSpec((7,), "U8", 9)})
     extras = {"moved_offset": torch.zeros(7, dtype=torch.uint8)}
     payload = pack({**{name: torch.ones(shape) for name, shape in shapes.items()}, **extras})
     assert len(payload) <= part.most_bytes <= len(payload) + 1024 + 400 * (count + 1)
@@ -129,15 +129,15 @@ def test_a_simulated_client_cannot_claim_more_examples_than_it_holds(home: Path,
     assert "of what the device declared" in ended.rounds[1].contributions[2].reason
 
 
-def record(examples: int, loss: float) -> ContributionRecord:
+def record(examples: int, loss: float) -> ClientRecord:
     counts = dict.fromkeys(("bytes_down", "bytes_up", "saved_bytes", "peak_rss"), 0)
     kept = {"client": 0, "device": "", "status": "merged", "reason": "", "seconds": 0.0, "norm": 1.0}
-    return ContributionRecord(examples=examples, loss=loss, **kept, **counts)  # type: ignore[arg-type]
+    return ClientRecord(examples=examples, loss=loss, **kept, **counts)  # type: ignore[arg-type]
 
 
 def test_a_true_loss_of_zero_counts_and_a_withheld_one_does_not() -> None:
-    assert training_loss([record(10, 0.0), record(10, 1.0)]) == 0.5
-    assert training_loss([record(10, 0.0)]) == 0.0
-    assert training_loss([record(1, NAN), record(10, 1.0)]) == 1.0
-    assert math.isnan(training_loss([record(1, NAN)]))
-    assert math.isnan(training_loss([record(1, 0.0)])), "a withheld loss in a store from before"
+    assert compute_train_loss([record(10, 0.0), record(10, 1.0)]) == 0.5
+    assert compute_train_loss([record(10, 0.0)]) == 0.0
+    assert compute_train_loss([record(1, NAN), record(10, 1.0)]) == 1.0
+    assert math.isnan(compute_train_loss([record(1, NAN)]))
+    assert math.isnan(compute_train_loss([record(1, 0.0)])), "a withheld loss in a store from before"

@@ -9,16 +9,16 @@ from fedtune import home as homes
 from fedtune.cli.runs import runs
 from fedtune.device.client_app import app
 from fedtune.errors import StoreError
-from fedtune.server.server_app import carry
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.tracking import Store, claim
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tracking import Store, claim_run
 from fedtune.tracking.rollback import rollback
 from tests.federations import begin, execute, outcome, silent, trivial
 
 
 def files() -> list[str]:
-    return sorted(path.name for path in (homes.runs() / "run-1").glob("*.safetensors"))
+    return sorted(path.name for path in (homes.get_runs_folder() / "run-1").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -35,7 +35,7 @@ def test_a_run_rolled_back_and_resumed_ends_with_the_bits_it_had(home: Path, num
         assert files() == [f"round-{one:04d}.safetensors" for one in range(number + 1)]
         store.reopen("run-1")
         with silent():
-            carry(LocalGrid(4, InTurn(app)), store, "run-1")
+            run_to_completion(InProcessGrid(4, SequentialWorkers(app)), store, "run-1")
     assert outcome("run-1").hashes == whole.hashes
     assert [record.metrics for record in outcome("run-1").rounds] == [record.metrics for record in whole.rounds]
 
@@ -61,10 +61,10 @@ def test_a_round_that_is_not_there_or_whose_checkpoint_is_damaged_is_refused(hom
             match=r"has not recorded a checkpoint of round 7; its checkpoints are those of rounds 0, 1 and 2",
         ):
             rollback(store, "run-1", 7)
-        (homes.runs() / "run-1" / "round-0001.safetensors").write_bytes(b"damaged")
+        (homes.get_runs_folder() / "run-1" / "round-0001.safetensors").write_bytes(b"damaged")
         with pytest.raises(StoreError, match="is not a safetensors checkpoint"):
             rollback(store, "run-1", 1)
-        (homes.runs() / "run-1" / "round-0000.safetensors").unlink()
+        (homes.get_runs_folder() / "run-1" / "round-0000.safetensors").unlink()
         with pytest.raises(StoreError, match="is missing"):
             rollback(store, "run-1", 0)
     assert outcome("run-1") == before
@@ -73,7 +73,7 @@ def test_a_round_that_is_not_there_or_whose_checkpoint_is_damaged_is_refused(hom
 def test_a_run_that_is_executed_queued_or_kept_by_a_server_must_be_stopped_first(home: Path) -> None:
     execute(trivial())
     with Store.open() as store:
-        with claim("run-1"), pytest.raises(StoreError, match="is being executed by another process"):
+        with claim_run("run-1"), pytest.raises(StoreError, match="is being executed by another process"):
             rollback(store, "run-1", 1)
         store.finish("run-1", "queued")
         with pytest.raises(StoreError, match="is queued; stop it first: fedtune runs stop run-1"):

@@ -10,12 +10,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
-from fedtune.server.asking import Asking, Together
-from fedtune.server.buffered import Buffered
-from fedtune.server.crew import Crew, assemble
-from fedtune.server.desk import Desk
+from fedtune.server.asking import RoundScheduler, SynchronousScheduler
+from fedtune.server.buffered import AsynchronousScheduler
+from fedtune.server.crew import RunClients, wait_for_clients
+from fedtune.server.desk import InFlightTracker
 from fedtune.server.roster import Roster
-from fedtune.tracking import Seat, Store
+from fedtune.tracking import Assignment, Store
 from tests.federations import trivial
 
 
@@ -25,7 +25,7 @@ def store(home: Path) -> Iterator[Store]:
         opened.create_run(id="run", name="run", recipe="{}", seed=0, engine="devices", rounds_planned=2)
         for client in range(4):
             enrol(opened, client, 10 + client)
-        opened.access.seat("run", [Seat(client=one, device=f"dev-{one}", node=str(10 + one)) for one in range(4)])
+        opened.access.seat("run", [Assignment(client=one, device=f"dev-{one}", node=str(10 + one)) for one in range(4)])
         yield opened
 
 
@@ -33,7 +33,7 @@ def enrol(store: Store, client: int, node: int) -> None:
     store.access.add_device(name=f"dev-{client}", node=str(node), public_key=f"pem {node}")
 
 
-class Listening(Asking):
+class Listening(RoundScheduler):
     """Hears who may be asked."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ def test_a_device_enrolled_again_under_its_name_has_its_place_again(store: Store
 
 
 def test_a_run_goes_on_with_those_that_are_left_and_knows_who_moved(store: Store) -> None:
-    crew, asking = Crew([10, 11, 12, 13], [f"dev-{one}" for one in range(4)]), Listening()
+    crew, asking = RunClients([10, 11, 12, 13], [f"dev-{one}" for one in range(4)]), Listening()
     made = roster(store)
     store.access.remove_device("dev-1")
     assert made.removed() == [1]
@@ -143,18 +143,18 @@ def test_a_run_whose_devices_are_away_waits_and_spends_no_round(store: Store, mo
 
 def test_a_removed_device_is_not_waited_for_when_a_run_is_taken_up_again(store: Store) -> None:
     seats = store.access.seats("run")
-    crew = assemble(cast("Grid", Nodes(10, 11, 13)), trivial("federation.quorum=2"), seats, 60.0, lambda: [2])
+    crew = wait_for_clients(cast("Grid", Nodes(10, 11, 13)), trivial("federation.quorum=2"), seats, 60.0, lambda: [2])
     assert list(crew.nodes) == [10, 11, 12, 13], "clients keep their numbers"
 
 
 def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
-    crew = Crew([1, 2, 3], ["a", "b", "c"], removed=lambda: [2])
+    crew = RunClients([1, 2, 3], ["a", "b", "c"], removed=lambda: [2])
     assert crew.explained({1: "late", 2: "late"}) == {1: "late", 2: "its device was removed from the server"}
 
 
 def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
     recipe = trivial("devices=[{name: toy, count: 10}]", "federation.fraction=0.5", "federation.quorum=3")
-    asking = Together(cast("Grid", Nodes()), recipe, range(10), 0.0, dict)
+    asking = SynchronousScheduler(cast("Grid", Nodes()), recipe, range(10), 0.0, dict)
     assert asking.begin(1) == 5
     asking.admit([0, 1, 2, 3, 4, 5], set())
     for number in range(2, 12):
@@ -168,10 +168,10 @@ def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
 LATE = "federation.late={buffer: 2, oldest: 5}"
 
 
-def buffered(recipe: Recipe, grid: Nodes) -> Buffered:
+def buffered(recipe: Recipe, grid: Nodes) -> AsynchronousScheduler:
     late = recipe.federation.late
     assert late is not None
-    return Buffered(cast("Grid", grid), Desk(recipe, range(4), late), 2, 0.05, 0.0, dict)
+    return AsynchronousScheduler(cast("Grid", grid), InFlightTracker(recipe, range(4), late), 2, 0.05, 0.0, dict)
 
 
 def test_work_of_a_removed_device_is_not_waited_for_and_its_successor_is_asked_anew() -> None:

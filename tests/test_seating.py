@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime
 
-from fedtune.server.seating import seated
+from fedtune.server.seating import assign_devices
 from fedtune.tracking import DeviceRecord
 from tests.federations import trivial
 
@@ -26,7 +26,7 @@ def devices() -> list[DeviceRecord]:
 
 
 def places(*overrides: str) -> list[str]:
-    seats = seated(trivial(*overrides), devices())
+    seats = assign_devices(trivial(*overrides), devices())
     assert [seat.client for seat in seats] == list(range(len(seats)))
     assert [seat.node for seat in seats] == [str(list(MEMORY).index(seat.device)) for seat in seats]
     return [seat.device for seat in seats]

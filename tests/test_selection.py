@@ -11,14 +11,22 @@ import pytest
 from flwr.app import Message
 
 from fedtune.errors import RecipeError
-from fedtune.federation import Select
+from fedtune.federation import ClientSelection
 from fedtune.recipe import Recipe
-from fedtune.server.manager import Manager
+from fedtune.server.manager import RunManager
 from fedtune.server.presence import Presence
-from fedtune.server.selection import admits, candidates, check_enrolled, check_simulated, qualifies, ranked, sample
-from fedtune.server.server_app import carry
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.selection import (
+    check_enough_eligible_clients,
+    check_enough_enrolled_devices,
+    is_device_eligible,
+    is_eligible,
+    list_eligible_clients,
+    rank_clients,
+    sample_cohort,
+)
+from fedtune.server.server_app import run_to_completion
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import DeviceRecord, Store
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
 
@@ -41,9 +49,11 @@ KINDS = """devices=[{name: phone-a, count: 3, memory: 256MB, tags: [indoors]},
 )
 def test_a_simulation_asks_the_classes_for_which_all_of_it_holds(select: dict[str, Any], expected: list[int]) -> None:
     recipe = trivial(KINDS, f"federation.select={json.dumps(select)}")
-    assert candidates(recipe) == expected
+    assert list_eligible_clients(recipe) == expected
     if expected:
-        asked = {client for number in range(1, 30) for client in sample(recipe, number, candidates(recipe))}
+        asked = {
+            client for number in range(1, 30) for client in sample_cohort(recipe, number, list_eligible_clients(recipe))
+        }
         assert asked == set(expected)
 
 
@@ -54,15 +64,15 @@ def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
 
 
 def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
-    tagged, large = Select(tags=["mains"]), Select.model_validate({"memory": "512MB"})
+    tagged, large = ClientSelection(tags=["mains"]), ClientSelection.model_validate({"memory": "512MB"})
     boasting = device("a", {"memory": 10**12, "tags": ["mains"]})
-    assert not qualifies(tagged, boasting)
-    assert qualifies(tagged, device("a", {}, "mains", "indoors"))
-    assert qualifies(large, boasting)
-    assert not qualifies(large, device("a", {"memory": 511_999_999}))
-    assert not qualifies(large, device("a", {}))
-    assert not qualifies(large, device("a", {"memory": "1GB"}))
-    assert admits(Select(), "anybody", (), 0)
+    assert not is_device_eligible(tagged, boasting)
+    assert is_device_eligible(tagged, device("a", {}, "mains", "indoors"))
+    assert is_device_eligible(large, boasting)
+    assert not is_device_eligible(large, device("a", {"memory": 511_999_999}))
+    assert not is_device_eligible(large, device("a", {}))
+    assert not is_device_eligible(large, device("a", {"memory": "1GB"}))
+    assert is_eligible(ClientSelection(), "anybody", (), 0)
 
 
 @pytest.mark.parametrize(
@@ -76,25 +86,25 @@ def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
 )
 def test_too_few_qualifying_classes_are_one_sentence(overrides: list[str], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        check_simulated(trivial(KINDS, *overrides))
+        check_enough_eligible_clients(trivial(KINDS, *overrides))
 
 
 def test_a_fraction_is_of_those_that_qualify() -> None:
     recipe = trivial(KINDS, "federation.select.devices=[tablet]", "federation.fraction=0.4")
-    assert {len(sample(recipe, number, candidates(recipe))) for number in range(1, 9)} == {2}
+    assert {len(sample_cohort(recipe, number, list_eligible_clients(recipe))) for number in range(1, 9)} == {2}
 
 
 def test_without_a_selection_the_sample_is_what_it_always_was() -> None:
     recipe = trivial("devices=[{count: 10}]", "federation.clients=4")
-    assert [sample(recipe, number) for number in (1, 2, 3)] == [[3, 5, 6, 7], [0, 1, 8, 9], [5, 6, 7, 8]]
+    assert [sample_cohort(recipe, number) for number in (1, 2, 3)] == [[3, 5, 6, 7], [0, 1, 8, 9], [5, 6, 7, 8]]
 
 
 def test_those_that_were_away_longest_come_first_and_ties_are_drawn() -> None:
     recipe = trivial("devices=[{count: 6}]", "federation.clients=2", "federation.select.prefer=longest-ago")
     last = {0: 5, 1: 3, 2: 5, 4: 1, 5: 4}
-    assert ranked(recipe, 6, range(6), last)[:4] == [3, 4, 1, 5]
-    assert sample(recipe, 6, range(6), last) == [3, 4]
-    firsts = {ranked(recipe, number, range(6), {})[0] for number in range(1, 60)}
+    assert rank_clients(recipe, 6, range(6), last)[:4] == [3, 4, 1, 5]
+    assert sample_cohort(recipe, 6, range(6), last) == [3, 4]
+    firsts = {rank_clients(recipe, number, range(6), {})[0] for number in range(1, 60)}
     assert firsts == set(range(6))
 
 
@@ -128,10 +138,10 @@ def test_a_stopped_run_asks_the_same_clients_when_it_is_resumed(home: Path) -> N
     with Store.open() as store, silent():
         run = begin(store, recipe, "stopped")
         with pytest.raises(KeyboardInterrupt):
-            carry(LocalGrid(recipe.clients, InTurn(app)), store, run)
+            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, run)
         assert len(store.rounds(run)) == 4
         store.reopen(run)
-        carry(LocalGrid(recipe.clients, InTurn(app)), store, run)
+        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, run)
     assert clients(outcome("stopped")) == clients(whole)
     assert outcome("stopped").hashes == whole.hashes
 
@@ -164,11 +174,11 @@ def store(home: Path) -> Iterator[Store]:
         yield opened
 
 
-def managed(store: Store, home: Path) -> Manager:
+def managed(store: Store, home: Path) -> RunManager:
     presence = Presence(Online().online)
     for device in store.access.devices():
         presence.heard(device.name)
-    return Manager(store, cast("Any", Online()), presence, home, deadline=77.0)
+    return RunManager(store, cast("Any", Online()), presence, home, deadline=77.0)
 
 
 def selecting(*overrides: str) -> Recipe:
@@ -199,5 +209,9 @@ def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(st
     store.access.tag_device("dev-2", ["mains"], ["lab"])
     devices = {one.name: one.tags for one in store.access.devices()}
     assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
-    check_enrolled(trivial("devices=[{count: 4}]", "federation.select.tags=[mains]"), store.access.devices())
-    check_enrolled(trivial("devices=[{count: 99}]"), store.access.devices())  # without a selection a run may wait
+    check_enough_enrolled_devices(
+        trivial("devices=[{count: 4}]", "federation.select.tags=[mains]"), store.access.devices()
+    )
+    check_enough_enrolled_devices(
+        trivial("devices=[{count: 99}]"), store.access.devices()
+    )  # without a selection a run may wait

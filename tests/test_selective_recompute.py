@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Model
+from fedtune.recipe import ModelSettings
 from fedtune.techniques import begin_round
 from tests.families import FAMILIES
 from tests.technique_steps import IMAGES, LANGUAGE, chosen, gradients, logits, shake, shared
@@ -130,7 +130,9 @@ def test_four_bit_products_are_kept_and_no_weight_is(tmp_path: Path) -> None:
     [qlora] = chosen("qlora")
     steps, kept = [], []
     for joined, settings in (("qlora", {}), ("selective-recompute+qlora", {"terms": 63}), ("checkpointing+qlora", {})):
-        model = models.load(Model(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation())
+        model = models.load_model(
+            ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation()
+        )
         assert isinstance(model, PreTrainedModel)
         shake(model, shared(joined, model, LANGUAGE, **settings))
         batch = texts(model)
@@ -162,7 +164,10 @@ def test_scoring_is_left_alone() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    for model in (models.load(Model(source="sample:logistic"), IMAGES, ("a", "b"), seed=0), nn.Linear(2, 2)):
+    for model in (
+        models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
+        nn.Linear(2, 2),
+    ):
         with pytest.raises(ModelError, match="has no blocks to recompute; leave selective-recompute out"):
             shared("full+selective-recompute", model, IMAGES)
 

@@ -10,7 +10,7 @@ import pytest
 from flwr.proto.control_pb2 import StopRunRequest
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
-from fedtune.server.control import Again
+from fedtune.server.control import RetryOnceInterceptor
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def hanging_up(times: int) -> Iterator[str]:
 def call(address: str) -> str:
     context = ProtobufRequestContext("call", StopRunRequest(), httpx.Request("POST", address))
     with httpx.Client() as client:
-        return Again().intercept(context, lambda made: client.send(made.request)).text
+        return RetryOnceInterceptor().intercept(context, lambda made: client.send(made.request)).text
 
 
 def test_a_call_the_superlink_hung_up_on_is_made_once_more() -> None:

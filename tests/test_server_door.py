@@ -20,13 +20,13 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.cli.connection import Connection
+from fedtune.cli.connection import OperatorClient
 from fedtune.cli.server import devices
 from fedtune.errors import ServerError, StoreError
 from fedtune.server import authority
-from fedtune.server.control import Control
-from fedtune.server.home import open_home
-from fedtune.server.supervisor import up
+from fedtune.server.control import ControlClient
+from fedtune.server.home import open_server_home
+from fedtune.server.supervisor import run_server
 from tests.servers import Knocker, Server, serving
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def error(answer: httpx.Response) -> str:
 def test_the_authority_that_a_token_names_is_the_one_the_server_shows(server: Server) -> None:
     shown = server.knock("GET", "/fedtune/ca").text
     assert shown == server.place.ca.read_text()
-    assert len(authority.fingerprint(shown)) == 64
+    assert len(authority.compute_certificate_fingerprint(shown)) == 64
 
 
 def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, enrolled: Knocker) -> None:
@@ -103,7 +103,7 @@ def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> No
     assert line == ["tagged", "away", "0", "MB", "attic", "mains"]
 
 
-def tags_of(connection: Connection) -> list[str]:
+def tags_of(connection: OperatorClient) -> list[str]:
     [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "tagged"]
     return list(device["tags"])
 
@@ -249,7 +249,7 @@ def test_another_user_of_the_machine_cannot_reach_the_superlink(server: Server) 
         folder.chmod(folder.stat().st_mode | 0o011)
     knocked = subprocess.run([sys.executable, "-I", "-c", _KNOCK, str(socket_path)], capture_output=True, text=True)
     assert knocked.stdout.strip() == "Permission denied", knocked
-    control = Control(socket_path)
+    control = ControlClient(socket_path)
     assert isinstance(control.online(), set)  # the server's own user can
     control.close()
 
@@ -265,4 +265,4 @@ def test_secrets_are_in_files_of_the_owner_only_and_in_no_log_or_argument(server
 
 def test_a_second_server_in_the_same_home_is_refused(server: Server) -> None:
     with pytest.raises(StoreError, match="is up already"):
-        up(open_home())
+        run_server(open_server_home())

@@ -3,7 +3,7 @@
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata
 
-from fedtune.server.handout import Handout
+from fedtune.server.handout import RedeliveryBuffer
 
 
 def told(number: str) -> bytes:
@@ -14,7 +14,7 @@ def told(number: str) -> bytes:
 
 
 def test_a_message_comes_again_until_it_is_held() -> None:
-    handout = Handout()
+    handout = RedeliveryBuffer()
     assert handout.again("one", "") is None
     handout.handed("one", told("a"))
     assert handout.again("one", "") == told("a")
@@ -24,13 +24,13 @@ def test_a_message_comes_again_until_it_is_held() -> None:
 
 
 def test_a_node_that_tells_nothing_of_what_it_holds_gets_nothing_twice() -> None:
-    handout = Handout()
+    handout = RedeliveryBuffer()
     handout.handed("one", told("a"))
     assert handout.again("one", None) is None
 
 
 def test_an_empty_answer_takes_nothing_back_and_a_later_message_does() -> None:
-    handout = Handout()
+    handout = RedeliveryBuffer()
     handout.handed("one", told("a"))
     handout.handed("one", PullMessagesResponse().SerializeToString())
     assert handout.again("one", "") == told("a")
@@ -39,7 +39,7 @@ def test_an_empty_answer_takes_nothing_back_and_a_later_message_does() -> None:
 
 
 def test_an_answered_message_does_not_come_again_and_an_older_answer_settles_nothing() -> None:
-    handout = Handout()
+    handout = RedeliveryBuffer()
     handout.handed("one", told("b"))
     handout.answered("one", "a")
     handout.answered("two", "b")
@@ -49,7 +49,7 @@ def test_an_answered_message_does_not_come_again_and_an_older_answer_settles_not
 
 
 def test_an_answer_to_nothing_that_was_handed_out_settles_nothing() -> None:
-    handout = Handout()
+    handout = RedeliveryBuffer()
     for held in ("", None, "a"):
         handout.answered("one", held)
     handout.handed("one", told("b"))

@@ -15,11 +15,11 @@ from cryptography import x509
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, ServerError, StoreError
 from fedtune.server import authority
-from fedtune.server.home import create, open_home
-from fedtune.server.operators import add
-from fedtune.server.refusal import Audit
-from fedtune.server.secret import digest, new_secret
-from fedtune.tracking import Access, Seat, Store
+from fedtune.server.home import create_server_home, open_server_home
+from fedtune.server.operators import write_operator_file
+from fedtune.server.refusal import AuditLog
+from fedtune.server.secret import generate_secret, hash_secret
+from fedtune.tracking import Access, Assignment, Store
 
 
 def handshake(ca: bytes, certificate: Path, key: Path, name: str) -> None:
@@ -46,7 +46,7 @@ def handshake(ca: bytes, certificate: Path, key: Path, name: str) -> None:
 def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
     result = CliRunner().invoke(cli, ["server", "init", "--name", "lab.example", "--listen", "0.0.0.0:8443"])
     assert result.exit_code == 0, result.output
-    place = open_home()
+    place = open_server_home()
     assert place.settings.url() == "https://lab.example:8443"
     for path in (place.ca_key, place.key, place.operator):
         assert path.stat().st_mode & 0o777 == 0o600
@@ -54,46 +54,46 @@ def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
     assert told["url"] == "https://lab.example:8443"
     with Store.open() as store:
         assert [(one.name, one.sha256, one.role) for one in store.access.operators()] == [
-            ("local", digest(told["key"]), "admin")
+            ("local", hash_secret(told["key"]), "admin")
         ]
 
 
 def test_a_second_init_changes_nothing_and_says_so(home: Path) -> None:
-    place = create(["localhost"], "127.0.0.1:8443")
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
     before = place.ca.read_bytes()
     with pytest.raises(ServerError, match="is a server's home already"):
-        create(["localhost"], "127.0.0.1:8443")
+        create_server_home(["localhost"], "127.0.0.1:8443")
     assert place.ca.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["lab.example", "10.1.2.3", "localhost", "127.0.0.1"])
 def test_the_certificate_is_good_for_the_names_given_and_this_machine(home: Path, name: str) -> None:
-    place = create(["lab.example", "10.1.2.3"], "127.0.0.1:8443")
+    place = create_server_home(["lab.example", "10.1.2.3"], "127.0.0.1:8443")
     handshake(place.ca.read_bytes(), place.certificate, place.key, name)
 
 
 def test_the_certificate_is_refused_for_another_name_and_by_who_trusts_another_authority(home: Path) -> None:
-    place = create(["lab.example"], "127.0.0.1:8443")
+    place = create_server_home(["lab.example"], "127.0.0.1:8443")
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         handshake(place.ca.read_bytes(), place.certificate, place.key, "other.example")
-    stranger = authority.authority(authority.new_key())
+    stranger = authority.make_ca_certificate(authority.generate_private_key())
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(stranger, place.certificate, place.key, "lab.example")
 
 
 def test_a_new_name_in_the_settings_renews_the_certificate_but_nothing_else_does(home: Path) -> None:
-    place = create(["lab.example"], "127.0.0.1:8443")
+    place = create_server_home(["lab.example"], "127.0.0.1:8443")
     before = place.certificate.read_bytes()
     place.renew()
     assert place.certificate.read_bytes() == before
     path = place.folder / "server.yaml"
     path.write_text(path.read_text().replace('["lab.example"]', '["lab.example", "new.example"]'))
-    open_home().renew()
+    open_server_home().renew()
     handshake(place.ca.read_bytes(), place.certificate, place.key, "new.example")
 
 
 def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home: Path) -> None:
-    path = create(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
+    path = create_server_home(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
     assert yaml.safe_load(path.read_text()) == {
         "listen": "127.0.0.1:8443",
         "names": ["localhost"],
@@ -103,17 +103,17 @@ def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home:
     }
     path.write_text("listne: 127.0.0.1:1\n")
     with pytest.raises(ServerError, match=r"unknown key 'listne'; .*listen"):
-        open_home()
+        open_server_home()
 
 
 def test_a_name_that_is_none_is_refused(home: Path) -> None:
     with pytest.raises(ServerError, match="neither a host name nor an address"):
-        create(["a" * 300], "127.0.0.1:8443")
+        create_server_home(["a" * 300], "127.0.0.1:8443")
 
 
 def test_no_server_is_told_with_the_mend(home: Path) -> None:
     with pytest.raises(ServerError, match="make one with fedtune server init"):
-        open_home()
+        open_server_home()
 
 
 @pytest.fixture
@@ -131,12 +131,12 @@ def test_a_token_that_has_expired_is_refused_and_not_spent(access: Access) -> No
 
 
 def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: Access, tmp_path: Path) -> None:
-    place = create(["localhost"], "127.0.0.1:8443")
-    add(place, access, "ada", tmp_path / "first.json")
-    add(place, access, "ada", tmp_path / "second.json")
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
+    write_operator_file(place, access, "ada", tmp_path / "first.json")
+    write_operator_file(place, access, "ada", tmp_path / "second.json")
     keys = [json.loads((tmp_path / name).read_text())["key"] for name in ("first.json", "second.json")]
-    assert [(one.name, one.sha256) for one in access.operators()] == [("ada", digest(keys[1]))]
-    add(place, access, "local", tmp_path / "third.json")
+    assert [(one.name, one.sha256) for one in access.operators()] == [("ada", hash_secret(keys[1]))]
+    write_operator_file(place, access, "local", tmp_path / "third.json")
     access.remove_operator("ada")
     with pytest.raises(StoreError, match="no operator 'ada'"):
         access.remove_operator("ada")
@@ -146,7 +146,7 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
     with Store.open() as store:
         store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
         store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
-        seats = [Seat(client=0, device="dev", node="18446744073709551615")]
+        seats = [Assignment(client=0, device="dev", node="18446744073709551615")]
         store.access.seat("r", seats)
         assert store.access.seats("r") == seats
         assert store.run("r").status == "queued"
@@ -159,7 +159,7 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
 
 
 def test_one_address_cannot_fill_the_audit(access: Access) -> None:
-    audit = Audit(access)
+    audit = AuditLog(access)
     for _ in range(100):
         audit.refused("10.0.0.1", "knocked")
     audit.refused("10.0.0.2", "knocked too")
@@ -169,15 +169,15 @@ def test_one_address_cannot_fill_the_audit(access: Access) -> None:
 
 
 def test_secrets_are_long_and_never_the_same() -> None:
-    made = {new_secret() for _ in range(100)}
+    made = {generate_secret() for _ in range(100)}
     assert len(made) == 100
     assert min(map(len, made)) >= 43
 
 
 def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(home: Path, tmp_path: Path) -> None:
-    place = create(["localhost"], "127.0.0.1:1")
+    place = create_server_home(["localhost"], "127.0.0.1:1")
     with Store.open() as store:
-        add(place, store.access, "local", place.operator)
+        write_operator_file(place, store.access, "local", place.operator)
     result = CliRunner().invoke(cli, ["runs", "watch"])
     assert isinstance(result.exception, ServerError)
     assert "is fedtune server up there?" in str(result.exception)
@@ -188,7 +188,7 @@ def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(h
 
 
 def test_a_clock_that_was_never_set_finds_the_certificate_valid() -> None:
-    key, other = authority.new_key(), authority.new_key()
-    signer = authority.authority(key)
-    for pem in (signer, authority.certificate(key, signer, other, ["localhost"])):
+    key, other = authority.generate_private_key(), authority.generate_private_key()
+    signer = authority.make_ca_certificate(key)
+    for pem in (signer, authority.issue_server_certificate(key, signer, other, ["localhost"])):
         assert x509.load_pem_x509_certificate(pem).not_valid_before_utc <= datetime(1970, 1, 1, tzinfo=UTC)

@@ -7,14 +7,14 @@ from typing import Any, cast
 import pytest
 from flwr.serverapp import Grid
 
-from fedtune.errors import RoundError, StoreError
+from fedtune.errors import RunError, StoreError
 from fedtune.server import crew, manager
-from fedtune.server.control import Control, FlowerRun
-from fedtune.server.crew import assemble
-from fedtune.server.manager import Manager
+from fedtune.server.control import ControlClient, FlowerRunStatus
+from fedtune.server.crew import wait_for_clients
+from fedtune.server.manager import RunManager
 from fedtune.server.presence import Presence
 from fedtune.server.superlink import SuperLink
-from fedtune.tracking import Seat, Store
+from fedtune.tracking import Assignment, Store
 from tests.federations import trivial
 
 
@@ -29,8 +29,8 @@ class Hopeless:
     def executes(self) -> bool:
         return True
 
-    def control(self) -> Control:
-        return cast("Control", self)
+    def control(self) -> ControlClient:
+        return cast("ControlClient", self)
 
     def online(self) -> set[int]:
         return {1, 2, 3, 4}
@@ -39,8 +39,8 @@ class Hopeless:
         self.started += 1
         return self.started
 
-    def run(self, _: int) -> FlowerRun:
-        return FlowerRun("finished", "failed", "it fell over")
+    def run(self, _: int) -> FlowerRunStatus:
+        return FlowerRunStatus("finished", "failed", "it fell over")
 
     def stop(self, _: int) -> None:
         """It has ended."""
@@ -52,11 +52,11 @@ def store(home: Path) -> Iterator[Store]:
         yield opened
 
 
-def managed(store: Store, superlink: Any, home: Path) -> Manager:
+def managed(store: Store, superlink: Any, home: Path) -> RunManager:
     presence = Presence(superlink.online, lambda: 0.0)
     for number in range(10):
         presence.heard(f"dev-{number}")
-    return Manager(store, cast("SuperLink", superlink), presence, home, deadline=77.0)
+    return RunManager(store, cast("SuperLink", superlink), presence, home, deadline=77.0)
 
 
 def enrol(store: Store, *nodes: int) -> None:
@@ -152,18 +152,18 @@ class Connected:
         return list(self._nodes)
 
 
-SEATS = [Seat(client=client, device=f"dev-{client}", node=str(10 - client)) for client in range(4)]
+SEATS = [Assignment(client=client, device=f"dev-{client}", node=str(10 - client)) for client in range(4)]
 
 
 def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "_PATIENCE_FOR_ALL", 0.1)
-    found = assemble(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
+    found = wait_for_clients(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
     assert (found.nodes, found.names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
 
 
 def test_too_few_devices_for_a_round_are_told() -> None:
-    with pytest.raises(RoundError, match="only 1 of 2 devices connected"):
-        assemble(cast("Grid", Connected(7, 99)), trivial("federation.quorum=2"), SEATS, patience=0.1)
+    with pytest.raises(RunError, match="only 1 of 2 devices connected"):
+        wait_for_clients(cast("Grid", Connected(7, 99)), trivial("federation.quorum=2"), SEATS, patience=0.1)
 
 
 class Bereft(Hopeless):
@@ -179,8 +179,8 @@ class Bereft(Hopeless):
     def end(self) -> None:
         self.ended += 1
 
-    def run(self, _: int) -> FlowerRun:
-        return FlowerRun("pending", "", "")
+    def run(self, _: int) -> FlowerRunStatus:
+        return FlowerRunStatus("pending", "", "")
 
 
 def test_a_superlink_that_cannot_start_runs_is_ended_before_it_is_given_one(store: Store, home: Path) -> None:
@@ -217,8 +217,10 @@ class Working(Hopeless):
         super().__init__()
         self.works, self.stopped = True, 0
 
-    def run(self, _: int) -> FlowerRun:
-        return FlowerRun("running", "", "") if self.works else FlowerRun("finished", "failed", "it fell over")
+    def run(self, _: int) -> FlowerRunStatus:
+        return (
+            FlowerRunStatus("running", "", "") if self.works else FlowerRunStatus("finished", "failed", "it fell over")
+        )
 
     def stop(self, _: int) -> None:
         self.stopped += 1

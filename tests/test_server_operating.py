@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 from starlette.requests import Request
 
-from fedtune.server.operating import Operating, device_document
-from fedtune.server.refusal import RefusedError
+from fedtune.server.operating import OperatorApi, device_to_json
+from fedtune.server.refusal import RequestRefusedError
 from fedtune.tracking import Store
 from tests.federations import execute, outcome, trivial
 
@@ -21,9 +21,9 @@ class Audit:
         self.lines.append(f"{who}: {what}")
 
 
-def operating(store: Store, audit: Audit, manager: Any = None) -> Operating:
+def operating(store: Store, audit: Audit, manager: Any = None) -> OperatorApi:
     others: Any = None
-    return Operating(store, manager, others, others, cast("Any", audit), others, others)
+    return OperatorApi(store, manager, others, others, cast("Any", audit), others, others)
 
 
 def asking(**path: str) -> Request:
@@ -36,7 +36,7 @@ def test_an_operator_releases_a_device_that_is_listed_as_quarantined(home: Path)
         store.access.add_device(name="kitchen", node="5", public_key="key")
         store.access.quarantine("kitchen", "3 refused in a row: its report: examples is 0")
         [device] = store.access.devices()
-        assert device_document(device, True)["quarantined"] == "3 refused in a row: its report: examples is 0"
+        assert device_to_json(device, True)["quarantined"] == "3 refused in a row: its report: examples is 0"
         told = operating(store, audit).release("ada", asking(device="kitchen"), None)
         again = operating(store, audit).release("ada", asking(device="kitchen"), None)
         assert store.access.devices()[0].quarantined is None
@@ -59,5 +59,5 @@ def test_an_operator_rolls_a_run_back(home: Path) -> None:
 
 @pytest.mark.parametrize("sent", [None, [], {}, {"round": -1}, {"round": "1"}, {"round": True}, {"round": 10**30}])
 def test_a_rollback_without_a_round_s_number_is_refused(home: Path, sent: Any) -> None:
-    with Store.open() as store, pytest.raises(RefusedError):
+    with Store.open() as store, pytest.raises(RequestRefusedError):
         operating(store, Audit()).rollback("ada", asking(run="run-1"), sent)

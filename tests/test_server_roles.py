@@ -9,11 +9,11 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from fedtune.cli.connection import Connection, connect
+from fedtune.cli.connection import OperatorClient, connect_to_server
 from fedtune.cli.main import cli
 from fedtune.errors import ServerError
 from fedtune.recipe import Recipe
-from fedtune.server.operators import add
+from fedtune.server.operators import write_operator_file
 from fedtune.tracking import Store
 from tests.federations import trivial
 from tests.servers import Knocker, Server, serving
@@ -34,15 +34,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def connection(server: Server) -> Iterator[Connection]:
+def connection(server: Server) -> Iterator[OperatorClient]:
     with server.operator() as made:
         yield made
 
 
-def with_role(server: Server, folder: Path, role: str) -> Connection:
+def with_role(server: Server, folder: Path, role: str) -> OperatorClient:
     with Store.open() as store:
-        add(server.place, store.access, f"with-{role}", folder / f"{role}.json", role)
-    return connect(folder / f"{role}.json")
+        write_operator_file(server.place, store.access, f"with-{role}", folder / f"{role}.json", role)
+    return connect_to_server(folder / f"{role}.json")
 
 
 def told(*words: str) -> Result:
@@ -77,14 +77,14 @@ def test_a_role_allows_what_it_is_for_and_what_lesser_ones_allow(server: Server,
 
 
 def test_operators_are_listed_and_removed_but_not_the_last_admin(
-    server: Server, connection: Connection, tmp_path: Path
+    server: Server, connection: OperatorClient, tmp_path: Path
 ) -> None:
     ada = tmp_path / "ada.json"
     assert told("operator", "ada", "-o", str(ada), "--role", "read").exit_code == 0
     listed = json.loads(told("operators", "--json").output)
     assert {"local": "admin", "ada": "read"}.items() <= {one["name"]: one["role"] for one in listed}.items()
     assert "sha256" not in listed[0]
-    with connect(ada) as hers:
+    with connect_to_server(ada) as hers:
         hers.ask("GET", "runs")
         assert "ada" not in told("operators", "--remove", "ada").output
         with pytest.raises(ServerError, match="a key that is not known"):
@@ -98,7 +98,7 @@ def test_operators_are_listed_and_removed_but_not_the_last_admin(
         connection.ask("DELETE", "operators/local")
 
 
-def test_unspent_tokens_are_listed_and_removed(server: Server, connection: Connection) -> None:
+def test_unspent_tokens_are_listed_and_removed(server: Server, connection: OperatorClient) -> None:
     for left in connection.ask("GET", "tokens")["tokens"]:
         connection.ask("DELETE", f"tokens/{left['token']}")
     first, second = server.token("one"), server.token()
@@ -116,13 +116,13 @@ def test_unspent_tokens_are_listed_and_removed(server: Server, connection: Conne
         connection.ask("DELETE", f"tokens/{listed[0]['token']}")
 
 
-def test_a_token_for_a_name_no_device_can_have_is_not_made(connection: Connection) -> None:
+def test_a_token_for_a_name_no_device_can_have_is_not_made(connection: OperatorClient) -> None:
     for name in ("No Name", "[/x]", "a" * 65, "-a"):
         with pytest.raises(ServerError, match="is no name for a device"):
             connection.ask("POST", "tokens", {"name": name})
 
 
-def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection: Connection) -> None:
+def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection: OperatorClient) -> None:
     for number in range(12):
         server.knock("GET", f"/fedtune/nothing-{number}")
     first = connection.ask("GET", "audit?limit=5")
@@ -140,7 +140,7 @@ def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection:
     assert told("audit", "--since", "yesterday").exception
 
 
-def test_a_refusal_that_comes_again_is_one_line_with_a_count(server: Server, connection: Connection) -> None:
+def test_a_refusal_that_comes_again_is_one_line_with_a_count(server: Server, connection: OperatorClient) -> None:
     for _ in range(30):
         server.knock("GET", "/fedtune/again-and-again")
     lines = [one for one in connection.ask("GET", "audit")["audit"] if "again-and-again" in one["what"]]
@@ -165,7 +165,7 @@ STRANGE = [
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), STRANGE)
 def test_strange_requests_are_refused_and_told_and_shown_as_text(
-    server: Server, connection: Connection, method: str, path: str, body: bytes | None, status: int
+    server: Server, connection: OperatorClient, method: str, path: str, body: bytes | None, status: int
 ) -> None:
     before = max((line["id"] for line in connection.ask("GET", "audit")["audit"]), default=0)
     answer = server.knock(method, path, content=body)
@@ -191,7 +191,9 @@ PROFILES = [
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_profile_that_is_not_plausible_is_refused(server: Server, connection: Connection, profile: object) -> None:
+def test_a_profile_that_is_not_plausible_is_refused(
+    server: Server, connection: OperatorClient, profile: object
+) -> None:
     knocker = Knocker(server)
     name = f"profile-{PROFILES.index(profile)}"
     assert knocker.enroll(server.token(name)).status_code == 200
@@ -201,7 +203,7 @@ def test_a_profile_that_is_not_plausible_is_refused(server: Server, connection: 
     assert found["profile"] == {}
 
 
-def test_what_a_profile_names_is_cleaned_before_it_is_kept(server: Server, connection: Connection) -> None:
+def test_what_a_profile_names_is_cleaned_before_it_is_kept(server: Server, connection: OperatorClient) -> None:
     knocker = Knocker(server)
     assert knocker.enroll(server.token("odd")).status_code == 200
     profile = {"memory": 1, "labels": {"[/x]\x1b]0;a\x07": 3}, "later": [1]}
@@ -224,7 +226,7 @@ def test_a_round_number_that_is_none_is_refused_and_told(server: Server) -> None
     assert server.refused("is not a round's number")
 
 
-def test_a_run_that_is_submitted_directly_is_checked_and_made_whole(server: Server, connection: Connection) -> None:
+def test_a_run_that_is_submitted_directly_is_checked_and_made_whole(server: Server, connection: OperatorClient) -> None:
     knocker = Knocker(server)
     assert knocker.enroll(server.token("for-runs")).status_code == 200
     recipe = trivial("devices=[{name: any, count: 1, memory: 64MB}]").model_dump(mode="json")

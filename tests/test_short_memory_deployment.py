@@ -11,8 +11,8 @@ from torch import Tensor
 from fedtune import checkpoint
 from fedtune import home as homes
 from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse
-from fedtune.simulation import resolve
+from fedtune.recipe_file import parse_recipe
+from fedtune.simulation import resolve_recipe
 from tests.federations import tiny_bert
 from tests.servers import Device, Server, ended, joined, serving
 from tests.test_deployment import submit
@@ -39,7 +39,7 @@ def long_words(folder: Path) -> Recipe:
     said = " ".join(["the film was"] * 40)
     rows = [f"{said} {row} {word},{label}" for row in range(40) for word, label in (("fine", "good"), ("dull", "bad"))]
     (folder / "words.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return resolve(parse(RECIPE.format(folder=folder), "long-words", []))
+    return resolve_recipe(parse_recipe(RECIPE.format(folder=folder), "long-words", []))
 
 
 class Ended:
@@ -51,7 +51,7 @@ class Ended:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return checkpoint.load(homes.runs() / self.checkpoint["path"], self.checkpoint["sha256"])
+        return checkpoint.read_checkpoint(homes.get_runs_folder() / self.checkpoint["path"], self.checkpoint["sha256"])
 
 
 def a_round(server: Server, device: Device, recipe: Recipe, memory: int) -> Ended:

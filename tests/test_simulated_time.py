@@ -11,13 +11,13 @@ from flwr.clientapp import ClientApp
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe
-from fedtune.server.asking import DROPPED_OUT, NO_REPLY_IN_TIME, NOT_NEEDED, Together
-from fedtune.server.selection import sample
-from fedtune.server.server_app import carry
+from fedtune.server.asking import DROPPED_OUT, NO_REPLY_BEFORE_DEADLINE, NOT_NEEDED, SynchronousScheduler
+from fedtune.server.selection import sample_cohort
+from fedtune.server.server_app import run_to_completion
 from fedtune.server.simulated_time import drops_out, duration, plan_round
-from fedtune.server.timetable import timetable
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
+from fedtune.server.timetable import make_simulated_schedule
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from tests.federations import Ended, begin, execute, outcome, spoilt, trivial
 
@@ -37,9 +37,9 @@ def statuses(record: RoundRecord) -> dict[int, tuple[str, str]]:
 def by_hand(recipe: Recipe, number: int) -> dict[int, tuple[str, str]]:
     """What a deadline does, said slowly."""
     found: dict[int, tuple[str, str]] = {}
-    for client in sample(recipe, number):
+    for client in sample_cohort(recipe, number):
         late = duration(recipe, 0, client, number) > (recipe.federation.deadline or np.inf)
-        found[client] = ("missing", NO_REPLY_IN_TIME) if late else ("merged", "")
+        found[client] = ("missing", NO_REPLY_BEFORE_DEADLINE) if late else ("merged", "")
     return found
 
 
@@ -63,7 +63,7 @@ def test_a_real_second_is_no_simulated_one(home: Path) -> None:
 
 def test_a_class_that_names_no_speed_is_never_late(home: Path) -> None:
     ended = execute(trivial("devices=[{name: any, count: 2}, {name: slow, count: 1, speed: 0.001}]", *HURRIED[1:]))
-    assert statuses(ended.rounds[1]) == {0: ("merged", ""), 1: ("merged", ""), 2: ("missing", NO_REPLY_IN_TIME)}
+    assert statuses(ended.rounds[1]) == {0: ("merged", ""), 1: ("merged", ""), 2: ("missing", NO_REPLY_BEFORE_DEADLINE)}
     assert not simulated_seconds(ended)
 
 
@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(home: Path, override
 
 
 def carry_on(store: Store, recipe: Recipe, client: ClientApp) -> None:
-    carry(LocalGrid(recipe.clients, InTurn(client)), store, "stopped")
+    run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(client)), store, "stopped")
 
 
 def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> None:
@@ -191,7 +191,7 @@ def test_settings_that_do_not_hold_are_refused(overrides: list[str], sentence: s
         trivial(*overrides)
 
 
-class Deaf(InTurn):
+class Deaf(SequentialWorkers):
     """One node never gets its message."""
 
     def submit(self, number: str, message: Message, context: Context) -> None:
@@ -202,7 +202,7 @@ class Deaf(InTurn):
 
 @pytest.mark.parametrize(
     ("overrides", "reason", "merged"),
-    [(("federation.deadline=3",), NO_REPLY_IN_TIME, 3), (("federation.take_first=2",), NOT_NEEDED, 2)],
+    [(("federation.deadline=3",), NO_REPLY_BEFORE_DEADLINE, 3), (("federation.take_first=2",), NOT_NEEDED, 2)],
 )
 def test_on_devices_the_clock_is_the_real_one(
     home: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], reason: str, merged: int
@@ -210,13 +210,13 @@ def test_on_devices_the_clock_is_the_real_one(
     """The scheduler that real devices get: a node that stays silent costs the round its deadline, not for ever."""
     monkeypatch.setattr(
         "fedtune.server.ways.Simulated",
-        lambda grid, recipe, among, sizes, poll, last: Together(grid, recipe, among, poll, last),
+        lambda grid, recipe, among, sizes, poll, last: SynchronousScheduler(grid, recipe, among, poll, last),
     )
     recipe = trivial("federation.rounds=1", *overrides)
     with Store.open() as store:
         begin(store, recipe)
         started = time.monotonic()
-        carry(LocalGrid(recipe.clients, Deaf(app)), store, "run-1")
+        run_to_completion(InProcessGrid(recipe.clients, Deaf(app)), store, "run-1")
     found = list(statuses(outcome().rounds[1]).values())
     assert found == [("merged", "")] * merged + [("missing", reason)] * (4 - merged)
     if merged == 3:
@@ -230,6 +230,6 @@ def test_a_timetable_of_two_thousand_rounds_is_made_round_by_round() -> None:
     )
     assert recipe.federation.late is not None
     started = time.process_time()
-    first = next(timetable(recipe, range(1000), [10] * 1000, recipe.federation.late))
+    first = next(make_simulated_schedule(recipe, range(1000), [10] * 1000, recipe.federation.late))
     assert len(first.begun) == 50
     assert time.process_time() - started < 5

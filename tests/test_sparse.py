@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Form, pack, unpack
-from fedtune.errors import ContributionError
-from fedtune.sparse import compact, from_wire, masks, spread_out, to_wire
+from fedtune.contribution import TensorSpec, decode_tensors, pack
+from fedtune.errors import ClientUpdateError
+from fedtune.sparse import (
+    decode_masked_state,
+    encode_masked_state,
+    find_masks,
+    restore_dense_tensors,
+    select_active_values,
+)
 from fedtune.update_checks import check
 
 SHAPES = {"a.weight": (13, 5), "weight": (4, 3, 3, 3)}
@@ -28,7 +34,7 @@ def a_state(density: float, seed: int = 0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 def test_a_state_arrives_as_it_was_sent(density: float) -> None:
     state = a_state(density)
-    back = from_wire(unpack(pack(to_wire(state))), SHAPES)
+    back = decode_masked_state(decode_tensors(pack(encode_masked_state(state))), SHAPES)
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert back[name].dtype == tensor.dtype
@@ -38,23 +44,26 @@ def test_a_state_arrives_as_it_was_sent(density: float) -> None:
 def test_values_are_those_under_the_mask_in_memory_order() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     mask = torch.tensor([[0, 1, 0], [1, 1, 0]], dtype=torch.uint8)
-    found = masks({"weight": weight, "mask": mask, "b.mask": mask})
+    found = find_masks({"weight": weight, "mask": mask, "b.mask": mask})
     assert found.keys() == {"weight"}
-    assert compact({"weight": weight, "b": weight}, found)["weight"].tolist() == [1, 3, 4]
-    assert spread_out({"weight": torch.tensor([1.0, 3, 4])}, found)["weight"].tolist() == [[0, 1, 0], [3, 4, 0]]
+    assert select_active_values({"weight": weight, "b": weight}, found)["weight"].tolist() == [1, 3, 4]
+    assert restore_dense_tensors({"weight": torch.tensor([1.0, 3, 4])}, found)["weight"].tolist() == [
+        [0, 1, 0],
+        [3, 4, 0],
+    ]
 
 
 def test_a_mask_costs_a_bit_per_weight_and_less_where_it_deflates() -> None:
     for density, at_most in ((0.5, 1.0), (0.1, 0.6), (0.02, 0.25)):
         mask = (torch.rand(80_000, generator=torch.Generator().manual_seed(1)) < density).to(torch.uint8)
-        bits = to_wire({"weight": mask.float(), "mask": mask})["mask"]
+        bits = encode_masked_state({"weight": mask.float(), "mask": mask})["mask"]
         assert bits.numel() <= math.ceil(at_most * 80_000 / 8)
 
 
 def test_a_mask_of_no_weight_of_the_model_is_refused() -> None:
     state = {**a_state(0.3), "b.weight": torch.ones(2), "b.mask": torch.ones(2, dtype=torch.uint8)}
-    with pytest.raises(ContributionError, match=r"there is a mask of b\.weight, which is no weight of this model"):
-        from_wire(to_wire(state), SHAPES)
+    with pytest.raises(ClientUpdateError, match=r"there is a mask of b\.weight, which is no weight of this model"):
+        decode_masked_state(encode_masked_state(state), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +76,8 @@ def test_a_mask_of_no_weight_of_the_model_is_refused() -> None:
 )
 def test_a_mask_that_does_not_fit_is_refused(spoil: object, reason: str) -> None:
     assert callable(spoil)
-    with pytest.raises(ContributionError, match=reason):
-        from_wire(spoil(to_wire(a_state(0.3))), SHAPES)
+    with pytest.raises(ClientUpdateError, match=reason):
+        decode_masked_state(spoil(encode_masked_state(a_state(0.3))), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +96,9 @@ def test_what_travels_beside_deltas_is_checked(
 ) -> None:
     path = tmp_path / "sent.safetensors"
     path.write_bytes(pack({"delta": torch.tensor([3.0, 4.0]), "place": place, "gradient": gradient}))
-    forms = {"place": Form((2,), "I32", 10), "gradient": Form((2,))}
+    forms = {"place": TensorSpec((2,), "I32", 10), "gradient": TensorSpec((2,))}
     if reason is None:
         assert check(path, {"delta": (2,)}, forms, 5.0) == 5.0
         return
-    with pytest.raises(ContributionError, match=reason):
+    with pytest.raises(ClientUpdateError, match=reason):
         check(path, {"delta": (2,)}, forms, None)

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim, new_run_id
+from fedtune.tracking import Store, claim_run, new_run_id
 from tests.store_examples import a_contribution, a_metric, a_round, fill, start
 
 
@@ -156,7 +156,7 @@ def test_a_failed_run_can_be_reopened_and_a_completed_one_cannot(store: Store) -
     store.finish("film-1a2b", "failed", "no quorum")
     assert (store.run("latest").status, store.run("latest").reason) == ("failed", "no quorum")
     store.reopen("film-1a2b")
-    with claim("film-1a2b"):
+    with claim_run("film-1a2b"):
         run = store.run("latest")
     assert (run.status, run.reason, run.finished) == ("running", "", None)
     store.finish("film-1a2b", "completed")
@@ -166,7 +166,7 @@ def test_a_failed_run_can_be_reopened_and_a_completed_one_cannot(store: Store) -
 
 def test_a_running_run_reads_as_interrupted_once_nobody_owns_it(store: Store) -> None:
     start(store)
-    with claim("film-1a2b"):
+    with claim_run("film-1a2b"):
         assert [store.run("latest").status, store.runs()[0].status] == ["running", "running"]
     assert [store.run("latest").status, store.runs()[0].status] == ["interrupted", "interrupted"]
     store.finish("film-1a2b", "completed")

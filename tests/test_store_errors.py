@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import Engine, event, text
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, claim
-from fedtune.tracking.database import connect, reader
-from fedtune.tracking.lock import held
+from fedtune.tracking import Store, claim_run
+from fedtune.tracking.database import make_engine, reader
+from fedtune.tracking.lock import hold_file_lock
 from tests.store_examples import a_metric, a_round, fill, start
 
 NOBODY = 65534
@@ -72,7 +72,7 @@ def sentence(caught: pytest.ExceptionInfo[StoreError]) -> str:
 
 def test_the_database_is_set_up_to_be_shared_and_durable(home: Path) -> None:
     Store.open().close()
-    engine = connect(f"sqlite:///{home / 'store.sqlite'}")
+    engine = make_engine(f"sqlite:///{home / 'store.sqlite'}")
     names = ("journal_mode", "foreign_keys", "synchronous", "busy_timeout")
     with reader(engine) as connection:
         assert [connection.execute(text(f"PRAGMA {name}")).scalar() for name in names] == ["wal", 1, 2, 30_000]
@@ -110,7 +110,7 @@ def test_readers_neither_wait_for_a_writer_nor_hold_one_up(home: Path) -> None:
         with locked(home / "store.sqlite"), Store.open(url) as other:
             assert other.rounds("film-1a2b") == recorded
             assert other.run("latest").id == "film-1a2b"
-        engine = connect(url)
+        engine = make_engine(url)
         with reader(engine) as connection:
             connection.execute(text("SELECT * FROM runs")).all()
             start(store, "second")
@@ -170,7 +170,10 @@ def test_a_folder_one_may_not_write_is_said_so(folder: Path) -> None:
         with pytest.raises(StoreError, match=r"cannot make .*/deeper for the store: Permission denied") as caught:
             Store.open(f"sqlite:///{folder}/deeper/store.sqlite")
         sentence(caught)
-        with pytest.raises(StoreError, match=r"cannot write .*/runs/a/lock: Permission denied") as caught, claim("a"):
+        with (
+            pytest.raises(StoreError, match=r"cannot write .*/runs/a/lock: Permission denied") as caught,
+            claim_run("a"),
+        ):
             pass
         sentence(caught)
     assert list(folder.iterdir()) == []
@@ -178,7 +181,7 @@ def test_a_folder_one_may_not_write_is_said_so(folder: Path) -> None:
 
 def test_a_store_that_another_process_is_upgrading_is_said_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.tracking.schema._PATIENCE", 0.1)
-    lock = held(home / "store.sqlite.lock", 1, "")
+    lock = hold_file_lock(home / "store.sqlite.lock", 1, "")
     with lock, pytest.raises(StoreError, match="is being upgraded by another process") as caught:
         Store.open()
     sentence(caught)

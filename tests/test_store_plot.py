@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.plot import plot
+from fedtune.tracking.plot import draw_runs
 from tests.store_examples import a_contribution, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
@@ -34,14 +34,14 @@ def texts(path: Path) -> str:
 
 
 def test_one_run_is_drawn_by_domain(recorded: Recorded, tmp_path: Path) -> None:
-    plot(recorded[:1], tmp_path / "one.svg")
+    draw_runs(recorded[:1], tmp_path / "one.svg")
     said = texts(tmp_path / "one.svg")
     for expected in ("film-1a2b", "Accuracy on validation", "tweets", "Training loss", "from clients", "tablet", "GB"):
         assert expected in said
 
 
 def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> None:
-    plot(recorded, tmp_path / "both.svg")
+    draw_runs(recorded, tmp_path / "both.svg")
     said = texts(tmp_path / "both.svg")
     assert "2 runs compared" in said
     assert "other" in said
@@ -60,16 +60,16 @@ def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> 
     ids=["untrained", "nothing measured", "diverged", "test only", "crowd"],
 )
 def test_whatever_was_recorded_can_be_drawn(recorded: Recorded, rounds: list[RoundRecord], tmp_path: Path) -> None:
-    plot([(recorded[0][0], rounds)], tmp_path / "odd.png")
+    draw_runs([(recorded[0][0], rounds)], tmp_path / "odd.png")
     assert (tmp_path / "odd.png").read_bytes().startswith(PNG)
-    plot([(recorded[0][0], rounds), recorded[1]], tmp_path / "odd2.png")
+    draw_runs([(recorded[0][0], rounds), recorded[1]], tmp_path / "odd2.png")
 
 
 def test_a_picture_needs_a_known_ending_a_round_and_a_place(recorded: Recorded, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"must end in \.png or \.svg"):
-        plot(recorded, tmp_path / "one.jpeg")
+        draw_runs(recorded, tmp_path / "one.jpeg")
     with pytest.raises(StoreError, match="no recorded round to draw yet"):
-        plot([(recorded[0][0], [])], tmp_path / "one.png")
+        draw_runs([(recorded[0][0], [])], tmp_path / "one.png")
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot write"):
-        plot(recorded, tmp_path / "file" / "one.png")
+        draw_runs(recorded, tmp_path / "file" / "one.png")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, alive, claim
+from fedtune.tracking import Store, claim_run, is_run_active
 from tests.store_examples import a_round, start
 
 ROOT = Path(__file__).parents[1]
@@ -137,15 +137,15 @@ def owner() -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_a_run_is_owned_by_one_process_at_a_time(owner: "subprocess.Popen[str]") -> None:
-    assert alive("film-1a2b")
+    assert is_run_active("film-1a2b")
     refused = pytest.raises(StoreError, match="run film-1a2b is being executed by another process")
-    with refused, claim("film-1a2b"):
+    with refused, claim_run("film-1a2b"):
         pass
-    with claim("another"):
+    with claim_run("another"):
         pass
     owner.communicate("\n", timeout=60)
-    assert not alive("film-1a2b")
-    with claim("film-1a2b"):
+    assert not is_run_active("film-1a2b")
+    with claim_run("film-1a2b"):
         pass
 
 
@@ -159,40 +159,40 @@ def test_an_owner_that_is_killed_owns_nothing(owner: "subprocess.Popen[str]") ->
 
 
 def test_owning_twice_in_one_process_is_refused_and_the_first_owner_stays() -> None:
-    with claim("a"):
-        with pytest.raises(StoreError, match="being executed"), claim("a"):
+    with claim_run("a"):
+        with pytest.raises(StoreError, match="being executed"), claim_run("a"):
             pass
-        assert alive("a")
-    assert not alive("a")
+        assert is_run_active("a")
+    assert not is_run_active("a")
 
 
 def test_a_forked_child_does_not_keep_a_dead_owner_alive() -> None:
-    with claim("a"):
+    with claim_run("a"):
         read, write = os.pipe()
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=read, pass_fds=[read])
         os.close(read)
-    assert not alive("a")
+    assert not is_run_active("a")
     os.close(write)
     assert child.wait(10) == 1
 
 
 def test_others_who_look_at_the_same_time_are_no_owners(home: Path) -> None:
-    with claim("a"):
+    with claim_run("a"):
         pass
     with (home / "runs" / "a" / "lock").open("rb") as looked_at:
         fcntl.flock(looked_at, fcntl.LOCK_SH)
-        assert not alive("a")
+        assert not is_run_active("a")
 
 
 def test_looking_whether_a_run_is_owned_makes_no_file_and_shuts_nobody_out(home: Path) -> None:
-    assert not alive("a")
+    assert not is_run_active("a")
     assert not (home / "runs").exists()
-    with claim("a"):
+    with claim_run("a"):
         pass
     looker = begin("from fedtune.tracking import alive\nprint('ready', flush=True)\ninput()\nwhile True: alive('a')")
     go(looker)
     for _ in range(50):
-        with claim("a"):
-            assert alive("a")
+        with claim_run("a"):
+            assert is_run_active("a")
     looker.kill()
     looker.communicate()

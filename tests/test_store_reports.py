@@ -12,18 +12,18 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.document import document, text
-from fedtune.tracking.export import export
+from fedtune.tracking.document import make_run_document, text
+from fedtune.tracking.export import export_runs
 from fedtune.tracking.summary import (
-    before_and_after,
-    differences,
-    domains,
-    main_metric,
-    result,
-    scores,
-    series,
+    compare_before_and_after,
+    compute_train_loss,
+    diff_recipes,
+    find_main_metric_name,
+    get_headline_metric,
+    get_metric_series,
+    list_domains,
+    list_metrics,
     totals,
-    training_loss,
 )
 from tests.store_examples import a_contribution, a_metric, a_round, fill
 
@@ -50,7 +50,7 @@ def test_totals_are_sums_and_peaks() -> None:
 
 def test_the_main_metric_is_accuracy_then_perplexity_then_loss_of_held_out_examples() -> None:
     def of(*metrics: tuple[str, str]) -> str | None:
-        return main_metric((0, a_metric(1.0, part, "all", name)) for part, name in metrics)
+        return find_main_metric_name((0, a_metric(1.0, part, "all", name)) for part, name in metrics)
 
     assert of(("validation", "loss"), ("validation", "accuracy")) == "accuracy"
     assert of(("test", "loss"), ("test", "perplexity")) == "perplexity"
@@ -62,46 +62,50 @@ def test_the_result_is_the_test_part_once_it_was_scored_after_training() -> None
     untrained = a_round(0, metrics=(a_metric(0.4), a_metric(0.3, "test")))
     half_way = a_round(1, metrics=(a_metric(0.6),))
     last = a_round(2, metrics=(a_metric(0.7), a_metric(0.65, "test")))
-    assert result(scores([untrained, half_way])) == ("validation", "accuracy", 0.6)
-    assert result(scores([untrained, half_way, last])) == ("test", "accuracy", 0.65)
-    assert result([(0, a_metric(0.3, "test"))]) == ("test", "accuracy", 0.3)
-    assert result([]) is None
+    assert get_headline_metric(list_metrics([untrained, half_way])) == ("validation", "accuracy", 0.6)
+    assert get_headline_metric(list_metrics([untrained, half_way, last])) == ("test", "accuracy", 0.65)
+    assert get_headline_metric([(0, a_metric(0.3, "test"))]) == ("test", "accuracy", 0.3)
+    assert get_headline_metric([]) is None
 
 
 def test_before_is_round_zero_and_after_is_the_last_round_that_was_scored() -> None:
     rounds = [a_round(0), a_round(1), a_round(2, metrics=())]
-    found = before_and_after(rounds, "validation", "accuracy")
+    found = compare_before_and_after(rounds, "validation", "accuracy")
     assert found == {"film": (0.6, 0.7), "tweets": (0.5, 0.6), "all": (0.55, 0.65)}
-    assert list(found) == domains(rounds, "validation", "accuracy") == ["film", "tweets", "all"]
-    [(before, after)] = before_and_after([a_round(0, metrics=(a_metric(0.5),))], "validation", "accuracy").values()
+    assert list(found) == list_domains(rounds, "validation", "accuracy") == ["film", "tweets", "all"]
+    [(before, after)] = compare_before_and_after(
+        [a_round(0, metrics=(a_metric(0.5),))], "validation", "accuracy"
+    ).values()
     assert before == 0.5
     assert math.isnan(after)
-    [(before, after)] = before_and_after([a_round(3, metrics=(a_metric(0.5),))], "validation", "accuracy").values()
+    [(before, after)] = compare_before_and_after(
+        [a_round(3, metrics=(a_metric(0.5),))], "validation", "accuracy"
+    ).values()
     assert math.isnan(before)
     assert after == 0.5
 
 
 def test_a_series_follows_one_metric_of_one_domain() -> None:
-    assert series([a_round(0), a_round(2)], "validation", "tweets", "accuracy") == {0: 0.5, 2: 0.7}
+    assert get_metric_series([a_round(0), a_round(2)], "validation", "tweets", "accuracy") == {0: 0.5, 2: 0.7}
 
 
 def test_the_training_loss_weighs_merged_contributions_by_examples() -> None:
     light = a_contribution(0, examples=1, loss=3.0)
     heavy = a_contribution(1, examples=3, loss=1.0)
     refused = a_contribution(2, examples=1000, loss=math.nan, status="refused")
-    assert training_loss([light, heavy, refused]) == 1.5
-    assert math.isnan(training_loss([refused]))
+    assert compute_train_loss([light, heavy, refused]) == 1.5
+    assert math.isnan(compute_train_loss([refused]))
 
 
 def test_differences_are_the_settings_that_are_not_the_same_everywhere() -> None:
     one = {"seed": 1, "train": {"lr": 0.1, "steps": 5}, "merge": [{"mean": {}}]}
     two = {"seed": 1, "train": {"lr": 0.2}, "merge": [{"mean": {}}]}
-    assert differences([one, two]) == {"train.lr": [0.1, 0.2], "train.steps": [5, None]}
-    assert differences([one]) == {}
+    assert diff_recipes([one, two]) == {"train.lr": [0.1, 0.2], "train.steps": [5, None]}
+    assert diff_recipes([one]) == {}
 
 
 def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
-    found = document(*recorded[0])
+    found = make_run_document(*recorded[0])
     assert set(found) == {
         *("id", "name", "status", "reason", "recipe", "seed", "engine", "created", "finished"),
         *("rounds_planned", "rounds_completed", "metrics", "checkpoint"),
@@ -120,7 +124,7 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
 
 
 def test_a_detailed_document_adds_the_rounds_and_their_contributions(recorded: Recorded) -> None:
-    rounds = document(*recorded[0], detailed=True)["rounds"]
+    rounds = make_run_document(*recorded[0], detailed=True)["rounds"]
     assert [one["number"] for one in rounds] == [0, 1, 2, 3]
     assert rounds[2]["contributions"][1] == asdict(a_contribution(1))
     assert rounds[0]["checkpoint"]["sha256"] == f"{0:064x}"
@@ -128,7 +132,7 @@ def test_a_detailed_document_adds_the_rounds_and_their_contributions(recorded: R
 
 def test_every_key_of_a_document_is_documented(recorded: Recorded) -> None:
     described = (Path(__file__).parents[1] / "docs" / "runs-schema.md").read_text()
-    found = document(*recorded[0], detailed=True)
+    found = make_run_document(*recorded[0], detailed=True)
     last = found["rounds"][-1]
     for keys in (found, found["metrics"][0], found["checkpoint"], last, last["contributions"][0]):
         assert [key for key in keys if f"`{key}`" not in described] == []
@@ -139,7 +143,7 @@ def test_json_has_null_where_a_number_is_not_one() -> None:
 
 
 def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_path: Path) -> None:
-    written = export(recorded, "parquet", tmp_path / "out")
+    written = export_runs(recorded, "parquet", tmp_path / "out")
     tables = {path.stem: pyarrow.parquet.read_table(path) for path in written}
     assert {name: table.num_rows for name, table in tables.items()} == {
         "runs": 2,
@@ -155,7 +159,7 @@ def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_pat
 
 
 def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
-    export(recorded, "csv", tmp_path / "out")
+    export_runs(recorded, "csv", tmp_path / "out")
     with (tmp_path / "out" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 18
@@ -170,7 +174,7 @@ def test_csv_tables_hold_every_row(recorded: Recorded, tmp_path: Path) -> None:
 
 
 def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_path: Path) -> None:
-    written = export([(recorded[0][0], [])], "parquet", tmp_path / "out")
+    written = export_runs([(recorded[0][0], [])], "parquet", tmp_path / "out")
     assert [path.stem for path in written] == [
         "checkpoints",
         "client_scores",
@@ -183,18 +187,18 @@ def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_p
 
 
 def test_json_export_is_the_detailed_documents(recorded: Recorded, tmp_path: Path) -> None:
-    export(recorded, "json", tmp_path / "runs.json")
+    export_runs(recorded, "json", tmp_path / "runs.json")
     found = json.loads((tmp_path / "runs.json").read_text())
-    assert found == [json.loads(text(document(run, rounds, detailed=True))) for run, rounds in recorded]
+    assert found == [json.loads(text(make_run_document(run, rounds, detailed=True))) for run, rounds in recorded]
 
 
 def test_an_export_never_writes_over_or_into_what_is_there(recorded: Recorded, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(StoreError, match="is there already; choose a new folder"):
-        export(recorded, "csv", tmp_path / "out")
+        export_runs(recorded, "csv", tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot write .*/file/out"):
-        export(recorded, "csv", tmp_path / "file" / "out")
+        export_runs(recorded, "csv", tmp_path / "file" / "out")
 
 
 def test_an_export_that_breaks_off_leaves_nothing(
@@ -207,5 +211,5 @@ def test_an_export_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr("fedtune.tracking.export.os.rename", break_off)
     with pytest.raises(StoreError, match="No space left on device"):
-        export(recorded, "csv", tmp_path / "out")
+        export_runs(recorded, "csv", tmp_path / "out")
     assert set(tmp_path.iterdir()) == before

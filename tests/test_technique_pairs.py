@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fedtune import models, registry, techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Model, Unit
+from fedtune.recipe import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
-from fedtune.training import Outcome, read_state, step_loss, train, train_mode
+from fedtune.training import LocalTrainingResult, compute_step_loss, get_model_state, set_train_mode, train_local_model
 from tests.families import FAMILIES
 from tests.technique_steps import shake
 from tests.tiny import a_training_recipe, few_texts
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BASES = ("bert", "opt")
 """A classifier and a language model, both with biases and dropout."""
 
-NAMES = registry.names("fedtune.techniques")
+NAMES = registry.list_unit_names("fedtune.techniques")
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 
 CLASHES = {
@@ -112,7 +112,7 @@ MISFITS = {
 def units(joined: str) -> list[Unit]:
     """The pair with its settings; where neither trains anything, lora does."""
     found = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if any(registry.build("fedtune.techniques", unit, "here").trains for unit in found):
+    if any(registry.build_unit("fedtune.techniques", unit, "here").trains for unit in found):
         return found
     return [*found, Unit(name="lora", settings=SETTINGS["lora"])]
 
@@ -145,19 +145,19 @@ class Bench:
         if key not in self.loaded:
             task, labels = FAMILIES[base].task, () if base == "opt" else ("a", "b", "c")
             quantisation = found[0] if found else None
-            self.loaded[key] = models.load(
-                Model(source=f"path:{self.folders[base]}"), task, labels, seed=0, quantisation=quantisation
+            self.loaded[key] = models.load_model(
+                ModelSettings(source=f"path:{self.folders[base]}"), task, labels, seed=0, quantisation=quantisation
             )
         return deepcopy(self.loaded[key])
 
     def chosen(self, base: str, joined: str) -> tuple[nn.Module, list[str], tuple[Technique, ...]]:
         """A model with a pair applied, what the federation shares, and the techniques."""
-        chosen = techniques.choose(units(joined))
+        chosen = techniques.build_techniques(units(joined))
         return *self.prepared(base, chosen), chosen
 
     def prepared(self, base: str, chosen: Sequence[Technique]) -> tuple[nn.Module, list[str]]:
         model = self.model(base, chosen)
-        return model, techniques.apply(chosen, model, FAMILIES[base].task, 0)
+        return model, techniques.apply_techniques(chosen, model, FAMILIES[base].task, 0)
 
 
 @pytest.fixture(scope="module")
@@ -169,24 +169,24 @@ def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Te
     """Gradients of one step in round 1, away from the start, with dropout on."""
     shake(model, names)
     begin_round(chosen, model, 1)
-    train_mode(model)
+    set_train_mode(model)
     batch = FAMILIES[base].batch(rows=3, length=11)
     batch["attention_mask"][0, 7:] = 0
     begin_step(chosen, model, batch, 0.5)
     torch.manual_seed(3)
-    step_loss(model, batch).backward()
+    compute_step_loss(model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def a_round(
     base: str, model: nn.Module, names: list[str], chosen: Sequence[Technique], optimiser: str = "adamw"
-) -> Outcome:
+) -> LocalTrainingResult:
     recipe = a_training_recipe(steps=2, batch=3, optimiser=optimiser)
     data = few_texts(language=base == "opt")
-    return train(model, chosen, read_state(model, names), data, np.arange(8), recipe, 1, 1)
+    return train_local_model(model, chosen, get_model_state(model, names), data, np.arange(8), recipe, 1, 1)
 
 
-def moved(outcome: Outcome) -> bool:
+def moved(outcome: LocalTrainingResult) -> bool:
     """Whether training changed something, to finite numbers."""
     finite = all(bool(delta.isfinite().all()) for delta in outcome.delta.values())
     return finite and any(bool(delta.any()) for delta in outcome.delta.values()) and np.isfinite(outcome.loss)

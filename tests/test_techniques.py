@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Model, Task
-from fedtune.techniques import begin_round, trained
-from fedtune.techniques._technique import head_names
+from fedtune.recipe import ModelSettings, TaskName
+from fedtune.techniques import begin_round, list_trainable_tensors
+from fedtune.techniques._technique import list_head_parameters
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, shared
 from tests.tiny import bert, llama, llama_classifier, texts
 
@@ -75,9 +75,9 @@ def test_the_order_of_techniques_does_not_change_what_is_trained(joined: str) ->
 
 def test_a_head_is_what_lies_behind_the_backbone_or_the_last_layer_with_weights() -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Flatten())
-    assert head_names(plain) == ["2.weight", "2.bias"]
-    assert head_names(bert()) == ["classifier.weight", "classifier.bias"]
-    assert head_names(llama_classifier()) == ["score.weight"]
+    assert list_head_parameters(plain) == ["2.weight", "2.bias"]
+    assert list_head_parameters(bert()) == ["classifier.weight", "classifier.bias"]
+    assert list_head_parameters(llama_classifier()) == ["score.weight"]
 
 
 def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
@@ -88,7 +88,7 @@ def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
         model.train()
         model(**texts(model)).loss.backward()
         with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert with_gradient == set(trained(model)) <= names, joined
+        assert with_gradient == set(list_trainable_tensors(model)) <= names, joined
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,10 @@ def test_classifier_is_refused_for_a_language_model() -> None:
 
 
 def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
-    for model in (models.load(Model(source="sample:logistic"), IMAGES, ("a", "b"), seed=0), nn.Linear(2, 2)):
+    for model in (
+        models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
+        nn.Linear(2, 2),
+    ):
         with pytest.raises(ModelError, match="has no blocks to checkpoint; leave the technique out"):
             shared("full+checkpointing", model, IMAGES)
 
@@ -146,7 +149,7 @@ def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
     [(bert, TEXT, "full"), (bert, TEXT, "lora"), (llama, LANGUAGE, "full"), (llama, LANGUAGE, "lora")],
 )
 def test_checkpointing_keeps_the_gradients_to_the_bit_and_fewer_bytes(
-    build: Callable[[], PreTrainedModel], task: Task, technique: str
+    build: Callable[[], PreTrainedModel], task: TaskName, technique: str
 ) -> None:
     plain = build()
     checkpointed = deepcopy(plain)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedtune import thin
-from fedtune.contribution import Order, pack
-from fedtune.device.supply import Supply
-from fedtune.device.work import read_payload, work
-from fedtune.sparse import to_wire
-from fedtune.training import discard, read_state
+from fedtune.contribution import TrainRequest, pack
+from fedtune.device.supply import LocalData
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.sparse import encode_masked_state
+from fedtune.training import clear_run_context, get_model_state
 from tests.federations import execute, trivial, words
 from tests.servers import ended, joined, serving
 from tests.test_deployment import hashes, submit
@@ -24,7 +24,7 @@ from importlib.machinery import PathFinder
 class Thin(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        left_out = name.split(".")[0].replace("_", "-") in {set(thin.LEFT_OUT)!r}
+        left_out = name.split(".")[0].replace("_", "-") in {set(thin.EXCLUDED_PACKAGES)!r}
         return None if left_out else super().find_spec(name, path, target)
 sys.meta_path = [Thin if finder is PathFinder else finder for finder in sys.meta_path]
 """
@@ -62,14 +62,14 @@ FAKES = {
 def test_everything_is_listed_but_what_is_left_out_and_what_only_that_requires(monkeypatch: pytest.MonkeyPatch) -> None:
     by_name: dict[str, Any] = FAKES | {"torch": FAKES["Torch"]}
     monkeypatch.setattr(thin, "distribution", by_name.__getitem__)
-    assert thin.requirements() == ["cycle-of==4", "fedtune==1", "numbers==3", "quick==6", "torch==2+cpu", "web==5"]
+    assert thin.list_requirements() == ["cycle-of==4", "fedtune==1", "numbers==3", "quick==6", "torch==2+cpu", "web==5"]
 
 
 def test_the_list_holds_this_machine_s_versions_and_none_of_the_rest() -> None:
-    listed = dict(line.split("==") for line in thin.requirements())
+    listed = dict(line.split("==") for line in thin.list_requirements())
     for name in ("fedtune", "flwr", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy"):
         assert listed[name] == version(name)
-    assert not listed.keys() & {*thin.LEFT_OUT, "greenlet", "mako", "fonttools", "uvloop", "ray", "pytest"}
+    assert not listed.keys() & {*thin.EXCLUDED_PACKAGES, "greenlet", "mako", "fonttools", "uvloop", "ray", "pytest"}
 
 
 def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -80,11 +80,11 @@ def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("kind", ["image", pytest.param("text", marks=pytest.mark.deployed)])
 def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_path: Path, kind: str) -> None:
     recipe = trivial() if kind == "image" else words(tmp_path)
-    order = Order(recipe.model_dump_json(), 1, 0, "[]", "run")
-    shop, rows = Supply("part:0").of(order)
-    payload = pack(to_wire(read_state(shop.model, shop.shared)))
-    deltas, _ = work(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")
-    discard()
+    order = TrainRequest(recipe.model_dump_json(), 1, 0, "[]", "run")
+    shop, rows = LocalData("part:0").of(order)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    deltas, _ = run_local_round(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")
+    clear_run_context()
     paths = [tmp_path / name for name in ("recipe", "payload", "sent")]
     paths[0].write_text(order.recipe)
     paths[1].write_bytes(payload)
@@ -126,6 +126,6 @@ def test_a_command_that_needs_more_says_so_in_one_sentence(home: Path) -> None:
 
 
 def test_a_module_that_should_be_there_is_no_matter_of_a_thin_install() -> None:
-    assert thin.lacking("torch.nn") is None
-    assert thin.lacking("") is None
-    assert str(thin.lacking("matplotlib.figure")).startswith("matplotlib.figure is not installed")
+    assert thin.explain_missing_module("torch.nn") is None
+    assert thin.explain_missing_module("") is None
+    assert str(thin.explain_missing_module("matplotlib.figure")).startswith("matplotlib.figure is not installed")

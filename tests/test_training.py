@@ -10,42 +10,52 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fedtune import techniques
-from fedtune.errors import ContributionError, DataError
-from fedtune.recipe import Recipe, Task, Unit
-from fedtune.seeds import derive
+from fedtune.errors import ClientUpdateError, DataError
+from fedtune.recipe import Recipe, TaskName, Unit
+from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
-from fedtune.training import Outcome, load_state, processor_threads, read_state, score, step_loss, train
+from fedtune.training import (
+    LocalTrainingResult,
+    compute_step_loss,
+    evaluate_model,
+    get_model_state,
+    set_model_state,
+    train_local_model,
+    use_cpu_threads,
+)
 from fedtune.training.masters import masters_of
 from fedtune.training.order import batches
 from fedtune.training.start import Start
 from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 
-TEXT: Task = "sequence-classification"
-LANGUAGE: Task = "causal-language-modelling"
+TEXT: TaskName = "sequence-classification"
+LANGUAGE: TaskName = "causal-language-modelling"
 
 
 def prepared(model: nn.Module, technique: str = "full") -> tuple[tuple[Technique, ...], dict[str, Tensor]]:
     """The techniques, applied, and the state they share."""
-    chosen = techniques.choose([Unit(name=name) for name in technique.split("+")])
-    return chosen, read_state(model, techniques.apply(chosen, model, TEXT, 0))
+    chosen = techniques.build_techniques([Unit(name=name) for name in technique.split("+")])
+    return chosen, get_model_state(model, techniques.apply_techniques(chosen, model, TEXT, 0))
 
 
 INDICES = np.array([0, 2, 3, 4, 5, 7, 8, 9, 10, 11])
 
 
-def a_round(model: nn.Module, recipe: Recipe, number: int = 1, client: int = 1, technique: str = "full") -> Outcome:
+def a_round(
+    model: nn.Module, recipe: Recipe, number: int = 1, client: int = 1, technique: str = "full"
+) -> LocalTrainingResult:
     chosen, state = prepared(model, technique)
-    return train(model, chosen, state, few_texts(), INDICES, recipe, number, client)
+    return train_local_model(model, chosen, state, few_texts(), INDICES, recipe, number, client)
 
 
 def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: int) -> tuple[dict[str, Tensor], float]:
-    """What ``train`` promises, as one would write it for a notebook: deltas and the mean loss."""
+    """What ``train_local_model`` promises, as one would write it for a notebook: deltas and the mean loss."""
     settings, data = recipe.train, few_texts()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    shuffling = np.random.default_rng(derive(recipe.seed, number, client, "order"))
+    shuffling = np.random.default_rng(derive_seed(recipe.seed, number, client, "order"))
     per_round = settings.steps or (settings.epochs or 0) * math.ceil(len(INDICES) / settings.batch)
-    torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
+    torch.manual_seed(derive_seed(recipe.seed, number, client, "dropout"))
     model.train()
     losses: list[float] = []
     while len(losses) < per_round:
@@ -93,7 +103,7 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
 def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number: int) -> None:
     recipe = a_training_recipe(**settings)
     outcome = a_round(bert(), recipe, number)
-    with processor_threads(recipe.train.threads):
+    with use_cpu_threads(recipe.train.threads):
         deltas, loss = readable_twin(bert(), recipe, number, client=1)
     assert outcome.delta.keys() == deltas.keys()
     assert all(torch.equal(outcome.delta[name], deltas[name]) for name in deltas)
@@ -109,7 +119,7 @@ def test_every_setting_the_bare_loop_is_compared_with_matters(settings: dict[str
     assert any(not torch.equal(plain.delta[name], changed.delta[name]) for name in plain.delta)
 
 
-def same_bits(one: Outcome, other: Outcome) -> bool:
+def same_bits(one: LocalTrainingResult, other: LocalTrainingResult) -> bool:
     return one.loss == other.loss and all(torch.equal(one.delta[name], other.delta[name]) for name in one.delta)
 
 
@@ -117,23 +127,23 @@ def same_bits(one: Outcome, other: Outcome) -> bool:
 def test_a_round_gives_the_same_bits_whatever_ran_before(technique: str) -> None:
     model, recipe, data = bert(), a_training_recipe(), few_texts()
     chosen, state = prepared(model, technique)
-    first = train(model, chosen, state, data, INDICES, recipe, 1, 0)
-    train(model, chosen, state, data, np.array([1, 6]), recipe, 2, 1)
-    score(model, data, 5, TEXT)
+    first = train_local_model(model, chosen, state, data, INDICES, recipe, 1, 0)
+    train_local_model(model, chosen, state, data, np.array([1, 6]), recipe, 2, 1)
+    evaluate_model(model, data, 5, TEXT)
     torch.manual_seed(99)
     model(**data.batch([0, 1])).loss.backward()
-    assert same_bits(first, train(model, chosen, state, data, INDICES, recipe, 1, 0))
+    assert same_bits(first, train_local_model(model, chosen, state, data, INDICES, recipe, 1, 0))
 
 
 def test_a_client_that_fails_midway_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model, recipe = bert(), a_training_recipe()
     chosen, state = prepared(model)
-    first = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 0)
+    first = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0)
     with monkeypatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train(model, chosen, state, few_texts(), INDICES, recipe, 1, 1)
-    assert same_bits(first, train(model, chosen, state, few_texts(), INDICES, recipe, 1, 0))
+            train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 1)
+    assert same_bits(first, train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0))
 
 
 def test_rounds_and_clients_draw_their_own_numbers() -> None:
@@ -148,7 +158,7 @@ def test_a_round_leaves_the_random_state_and_the_threads_of_the_process_alone() 
     a_round(model, recipe)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.get_num_threads() == threads
-    with processor_threads(2):
+    with use_cpu_threads(2):
         assert torch.get_num_threads() == 2
 
 
@@ -157,7 +167,7 @@ def test_only_what_is_trained_in_the_round_is_sent_and_the_rest_stays() -> None:
     chosen, state = prepared(model, "lora")
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name not in state}
     for number, factor in ((1, "B"), (2, "A")):
-        outcome = train(model, chosen, state, few_texts(), INDICES, recipe, number, 0)
+        outcome = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, number, 0)
         head = {"classifier.weight", "classifier.bias"}
         assert outcome.delta.keys() == {name for name in state if f".lora_{factor}." in name} | head
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
@@ -185,14 +195,14 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
     chosen, rounded = prepared(model)
     state = {name: tensor + 1e-5 for name, tensor in rounded.items()}
     recipe = a_training_recipe(optimiser="sgd", lr=1e-4, clip=None, schedule="constant", steps=3, batch=12)
-    found = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
+    found = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
     copies = {name: tensor.clone() for name, tensor in state.items()}
     model.train()
-    for batch in batches(INDICES, 12, 3, derive(recipe.seed, 1, 0, "order")):
-        load_state(model, copies)
+    for batch in batches(INDICES, 12, 3, derive_seed(recipe.seed, 1, 0, "order")):
+        set_model_state(model, copies)
         model.zero_grad()
-        with processor_threads(recipe.train.threads):
-            step_loss(model, few_texts().batch(batch)).backward()
+        with use_cpu_threads(recipe.train.threads):
+            compute_step_loss(model, few_texts().batch(batch)).backward()
         for name, copy in copies.items():
             gradient = model.get_parameter(name).grad
             assert gradient is not None
@@ -207,7 +217,7 @@ def test_a_round_that_moves_nothing_is_told() -> None:
     chosen, state = prepared(model)
     recipe = a_training_recipe(optimiser="sgd", lr=1e-60)
     with pytest.warns(UserWarning, match="client 4 moved nothing in round 1: no gradient arrives, or train.lr is lost"):
-        still = train(model, chosen, state, few_texts(), INDICES, recipe, 1, 4)
+        still = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 4)
     assert not any(delta.any() for delta in still.delta.values())
 
 
@@ -219,26 +229,26 @@ def _short_texts(rows: list[list[int]]) -> FewTexts:
 def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
     """A language model predicts nothing of them; 0 x nan must not reach the client's loss."""
     texts = _short_texts([[5], [6, 7, 8], [9], [4, 3]])
-    chosen = techniques.choose([Unit(name="full")])
+    chosen = techniques.build_techniques([Unit(name="full")])
     model = llama()
-    state = read_state(model, techniques.apply(chosen, model, LANGUAGE, 0))
+    state = get_model_state(model, techniques.apply_techniques(chosen, model, LANGUAGE, 0))
     recipe = a_training_recipe(batch=4, steps=2).model_copy(update={"task": LANGUAGE})
-    found = train(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro=micro)
+    found = train_local_model(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro=micro)
     assert math.isfinite(found.loss)
     assert all(delta.isfinite().all() for delta in found.delta.values())
-    load_state(model, state)
-    several = train(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
+    set_model_state(model, state)
+    several = train_local_model(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
     assert math.isfinite(several.loss)
     with pytest.raises(DataError, match="no example of the client has a second token"):
-        train(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
+        train_local_model(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
 
 
 def test_tensors_of_another_client_are_refused() -> None:
     model = bert()
     chosen, state = prepared(model)
     other = {"bert.pooler.dense.bias": torch.zeros(16)}
-    with pytest.raises(ContributionError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
-        train(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, own=other)
+    with pytest.raises(ClientUpdateError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
+        train_local_model(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, own=other)
 
 
 def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
@@ -246,24 +256,24 @@ def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
     model, recipe = bert().bfloat16(), a_training_recipe(epochs=1, lr=1e-5)
     chosen, rounded = prepared(model)
     received = {name: tensor + 1e-5 for name, tensor in rounded.items()}
-    outcome = train(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)
-    with processor_threads(recipe.train.threads):
+    outcome = train_local_model(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)
+    with use_cpu_threads(recipe.train.threads):
         moved = twin_with_masters(bert().bfloat16(), received, recipe)
     assert all(torch.equal(outcome.delta[name], moved[name]) for name in moved)
     assert {delta.dtype for delta in outcome.delta.values()} == {torch.float32}
-    load_state(model, received)
-    starts = read_state(model, received)
+    set_model_state(model, received)
+    starts = get_model_state(model, received)
     ends = {name: (received[name] + delta).bfloat16().float() for name, delta in outcome.delta.items()}
     unseen = [name for name in ends if torch.equal(ends[name], starts[name]) and bool(outcome.delta[name].any())]
     assert unseen  # tensors that bfloat16 alone would not have moved at all
 
 
 def twin_with_masters(model: PreTrainedModel, received: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
-    load_state(model, received)
+    set_model_state(model, received)
     masters = {name: received[name].clone() for name, _ in model.named_parameters()}
     optimiser = torch.optim.AdamW(masters.values(), weight_decay=recipe.train.weight_decay)
-    order = np.random.default_rng(derive(recipe.seed, 1, 1, "order")).permutation(INDICES)
-    torch.manual_seed(derive(recipe.seed, 1, 1, "dropout"))
+    order = np.random.default_rng(derive_seed(recipe.seed, 1, 1, "order")).permutation(INDICES)
+    torch.manual_seed(derive_seed(recipe.seed, 1, 1, "dropout"))
     model.train()
     steps = -(-len(order) // recipe.train.batch)
     for step in range(steps):
@@ -277,7 +287,7 @@ def twin_with_masters(model: PreTrainedModel, received: dict[str, Tensor], recip
         for group in optimiser.param_groups:
             group["lr"] = recipe.train.lr * (1 - step / steps / recipe.federation.rounds)
         optimiser.step()
-        load_state(model, masters)
+        set_model_state(model, masters)
     return {name: masters[name] - received[name] for name in masters}
 
 
@@ -291,7 +301,7 @@ def test_fp32_training_makes_no_masters() -> None:
 def test_what_a_technique_changed_as_the_round_began_is_no_part_of_the_delta() -> None:
     model = bert()
     _, state = prepared(model)
-    load_state(model, state)
+    set_model_state(model, state)
     name = "classifier.weight"
     model.get_parameter(name).data[0, 0] += 1.0  # a technique did this in begin_round
     start = Start(model, list(state), state)
@@ -304,11 +314,11 @@ def test_what_a_technique_changed_as_the_round_began_is_no_part_of_the_delta() -
 
 def test_the_state_is_a_copy_in_single_precision() -> None:
     model = bert().bfloat16()
-    state = read_state(model, ["classifier.weight"])
+    state = get_model_state(model, ["classifier.weight"])
     state["classifier.weight"] += 1
     assert state["classifier.weight"].dtype == torch.float32
     assert not torch.equal(model.get_parameter("classifier.weight").float(), state["classifier.weight"])
-    load_state(model, state)
+    set_model_state(model, state)
     assert torch.equal(model.get_parameter("classifier.weight"), state["classifier.weight"].bfloat16())
 
 

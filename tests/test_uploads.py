@@ -9,7 +9,7 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequ
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedtune.device import records
-from fedtune.server.refusal import RefusedError
+from fedtune.server.refusal import RequestRefusedError
 from fedtune.server.uploads import Uploads
 
 MEGABYTE = 1 << 20
@@ -41,7 +41,7 @@ def send(uploads: Uploads, content: RecordDict, *, backwards: bool = False) -> i
 
 
 def answer(count: int) -> RecordDict:
-    return records.answer(bytes(range(256)) * (count // 256), {"examples": 3})
+    return records.make_update_record(bytes(range(256)) * (count // 256), {"examples": 3})
 
 
 def test_an_answer_as_its_round_asks_for_passes_and_may_be_sent_again() -> None:
@@ -52,14 +52,18 @@ def test_an_answer_as_its_round_asks_for_passes_and_may_be_sent_again() -> None:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_equal_pieces_count_as_often_as_they_occur(backwards: bool) -> None:
-    bomb = records.answer(b"\0" * (120 * 5 * MEGABYTE), {"examples": 3})  # 600 MB of zeros, 5 MB on the wire
-    with pytest.raises(RefusedError, match=r"its answer has \d+ bytes, and its round asks for \d+ at most|120 pieces"):
+    bomb = records.make_update_record(
+        b"\0" * (120 * 5 * MEGABYTE), {"examples": 3}
+    )  # 600 MB of zeros, 5 MB on the wire
+    with pytest.raises(
+        RequestRefusedError, match=r"its answer has \d+ bytes, and its round asks for \d+ at most|120 pieces"
+    ):
         send(Uploads(lambda _: 8 * MEGABYTE), bomb, backwards=backwards)
     assert send(Uploads(lambda _: 601 * MEGABYTE), bomb) < 6 * MEGABYTE
 
 
 def test_more_than_the_round_asks_for_is_refused_as_it_comes() -> None:
-    with pytest.raises(RefusedError, match=r"asks for 31000 at most") as refused:
+    with pytest.raises(RequestRefusedError, match=r"asks for 31000 at most") as refused:
         send(Uploads(lambda _: 31_000), answer(400_000))
     assert (refused.value.status, refused.value.who) == (413, "dev")
 
@@ -69,17 +73,17 @@ def test_another_announcement_of_the_same_answer_does_not_begin_to_count_anew() 
     for name, piece in list(objects(content).items()):
         uploads.begin("dev", announced(content))
         if len(piece) > MEGABYTE:
-            with pytest.raises(RefusedError, match="at most"):
+            with pytest.raises(RequestRefusedError, match="at most"):
                 uploads.add("dev", pushed(name, piece))
 
 
 def test_objects_that_were_not_announced_are_refused() -> None:
     uploads = Uploads(lambda _: MEGABYTE)
     name, piece = next(iter(objects(answer(256)).items()))
-    with pytest.raises(RefusedError, match="announce it again"):
+    with pytest.raises(RequestRefusedError, match="announce it again"):
         uploads.add("dev", pushed(name, piece))
     uploads.begin("dev", announced(answer(512)))
-    with pytest.raises(RefusedError, match="announce it again"):
+    with pytest.raises(RequestRefusedError, match="announce it again"):
         uploads.add("dev", pushed("f" * 64, piece))
 
 
@@ -99,7 +103,7 @@ def test_an_array_that_cannot_be_read_is_refused(body: bytes) -> None:
     content = RecordDict({"delta": ArrayRecord({"safetensors": Array("uint8", (1,), "safetensors", b"x")})})
     uploads.begin("dev", announced(content))
     [name] = [name for name, piece in objects(content).items() if piece.startswith(b"Array ")]
-    with pytest.raises(RefusedError, match=r"cannot be read|too many for its round"):
+    with pytest.raises(RequestRefusedError, match=r"cannot be read|too many for its round"):
         uploads.add("dev", pushed(name, b"Array %s %d\0%s" % (b"a" * 64, len(body), body)))
 
 
@@ -112,9 +116,9 @@ def test_trees_that_are_too_deep_or_too_wide_and_what_is_no_request_are_refused(
     message = Message(metadata=Metadata(run_id=7))
     for tree in (deep, wide):
         request = PushMessagesRequest(messages_list=[message], message_object_trees=[tree])
-        with pytest.raises(RefusedError, match="too many objects"):
+        with pytest.raises(RequestRefusedError, match="too many objects"):
             uploads.begin("dev", request.SerializeToString())
-    with pytest.raises(RefusedError, match="one message"):
+    with pytest.raises(RequestRefusedError, match="one message"):
         uploads.begin("dev", PushMessagesRequest(messages_list=[message] * 2).SerializeToString())
-    with pytest.raises(RefusedError, match="cannot be read"):
+    with pytest.raises(RequestRefusedError, match="cannot be read"):
         uploads.begin("dev", b"\xff\xff\xff")

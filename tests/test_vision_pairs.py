@@ -12,9 +12,9 @@ import torch
 from fedtune import registry, techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import Unit
-from fedtune.sparse import masks
+from fedtune.sparse import find_masks
 from fedtune.techniques import Technique
-from fedtune.training import Outcome, load_state, read_state, train
+from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
 from tests.mobile_nets import SmallNet, age
 from tests.technique_steps import IMAGES, logits
 from tests.test_mobiletl_training import few_pictures
@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS_ONLY = {"checkpointing", "deft", "fused-head", "meft", "qlora", "selective-recompute"}
 """What a small net of plain layers refuses, or keeps as it is."""
-NAMES = [name for name in registry.names("fedtune.techniques") if name not in TEXTS_ONLY]
+NAMES = [name for name in registry.list_unit_names("fedtune.techniques") if name not in TEXTS_ONLY]
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 NO_EXPORT = {"tinytl"}
 pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWarning")
@@ -37,19 +37,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWar
 def chosen(joined: str) -> tuple[Technique, ...]:
     """The pair with its settings; where neither trains anything, full does."""
     units = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if not any(registry.build("fedtune.techniques", unit, "here").trains for unit in units):
+    if not any(registry.build_unit("fedtune.techniques", unit, "here").trains for unit in units):
         units.append(Unit(name="full"))
-    return techniques.choose(units)
+    return techniques.build_techniques(units)
 
 
 def prepared(joined: str) -> tuple[Any, list[str], tuple[Technique, ...]]:
     model, found = age(SmallNet()), chosen(joined)
-    return model, techniques.apply(found, model, IMAGES, 0), found
+    return model, techniques.apply_techniques(found, model, IMAGES, 0), found
 
 
-def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> Outcome:
+def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> LocalTrainingResult:
     recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
-    return train(model, found, read_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
+    return train_local_model(model, found, get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
 
 
 def refused(joined: str) -> bool:
@@ -86,9 +86,9 @@ def test_what_a_pair_learned_stays_when_all_is_folded_into_plain_layers(joined: 
         return
     model, names, found = prepared(joined)
     outcome = a_round(model, names, found)
-    state = read_state(model, names)
-    load_state(model, {name: tensor + outcome.delta.get(name, 0 * tensor) for name, tensor in state.items()})
-    for name, mask in masks(state).items():
+    state = get_model_state(model, names)
+    set_model_state(model, {name: tensor + outcome.delta.get(name, 0 * tensor) for name, tensor in state.items()})
+    for name, mask in find_masks(state).items():
         model.get_parameter(name).data.mul_(mask)
     picture = {"pixel_values": few_pictures().batch(range(4))["pixel_values"]}
     before = logits(deepcopy(model), picture)

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, ServerError
-from fedtune.recipe_file import parse, read
-from fedtune.server.home import create, open_home
+from fedtune.recipe_file import parse_recipe, read_recipe
+from fedtune.server.home import create_server_home, open_server_home
 from fedtune.yaml_text import YamlError, load, load_with_lines
 from tests.federations import TRIVIAL
 
@@ -58,14 +58,14 @@ def test_every_reader_of_yaml_refuses_it_in_a_sentence(
     path = tmp_path / "bomb.yaml"
     path.write_text(TRIVIAL + bomb, encoding="utf-8")
     with pytest.raises(RecipeError, match=rf"bomb.yaml {OVER}"):
-        read(path)
+        read_recipe(path)
     value = "{" + ", ".join(bomb.splitlines()) + "}"
     with pytest.raises(RecipeError, match=f"--set train.*: the value {OVER}"):
-        parse(TRIVIAL, "recipe", [f"train={value}"])
-    place = create(["localhost"], "127.0.0.1:8443")
+        parse_recipe(TRIVIAL, "recipe", [f"train={value}"])
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
     (place.folder / "server.yaml").write_text(bomb, encoding="utf-8")
     with pytest.raises(ServerError, match=rf"server.yaml {OVER}"):
-        open_home()
+        open_server_home()
     (tmp_path / "trivial.yaml").write_text(TRIVIAL, encoding="utf-8")
     for words in (
         ["simulate", str(path)],
@@ -129,5 +129,5 @@ def test_lines_are_those_of_keys_and_items_also_behind_aliases() -> None:
 
 def test_a_long_value_is_cut_in_the_message_that_names_it() -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(TRIVIAL.replace("lr: 0.03", f"lr: [{', '.join(['1'] * 4000)}]"), "a.yaml")
+        parse_recipe(TRIVIAL.replace("lr: 0.03", f"lr: [{', '.join(['1'] * 4000)}]"), "a.yaml")
     assert len(str(caught.value)) < 400

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.simulation.flower_private import number_message
-from fedtune.simulation.local_grid import LocalGrid
-from fedtune.simulation.workers import InTurn
-from fedtune.tracking import Seat, Store
+from fedtune.simulation.flower_private import set_message_id
+from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tracking import Assignment, Store
 from tests.federations import order_of
 
 __all__ = ["NEVER", "TickingGrid", "seat"]
@@ -16,13 +16,13 @@ __all__ = ["NEVER", "TickingGrid", "seat"]
 NEVER = float("inf")
 
 
-class TickingGrid(LocalGrid):
+class TickingGrid(InProcessGrid):
     """``takes(client, round)`` says how long an order takes; clients in ``gone`` cannot be sent anything."""
 
     def __init__(
         self, nodes: int, app: ClientApp, takes: Callable[[int, int], float], gone: Sequence[int] = ()
     ) -> None:
-        super().__init__(nodes, InTurn(app))
+        super().__init__(nodes, SequentialWorkers(app))
         self._app, self._takes, self._gone = app, takes, gone
         self._due: dict[str, tuple[float, int, Message]] = {}
         self._now = 0.0
@@ -35,7 +35,7 @@ class TickingGrid(LocalGrid):
         begun, client = order_of(message)
         if client in self._gone:
             return None
-        number = number_message(message, str(next(self._numbers)))
+        number = set_message_id(message, str(next(self._numbers)))
         self._due[number] = (self._now + self._takes(client, begun), client, self._answer(message))
         return number
 
@@ -60,4 +60,4 @@ def seat(store: Store, run: str, clients: int) -> None:
     known = {device.name for device in store.access.devices()}
     for i in (i for i in range(clients) if f"dev-{i}" not in known):
         store.access.add_device(name=f"dev-{i}", node=str(i + 2), public_key=f"key-{i}")
-    store.access.seat(run, [Seat(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])
+    store.access.seat(run, [Assignment(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedtune.fusion import MergeConfig, merge, prepare
-from fedtune.models.quiet import quiet
+from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
+from fedtune.models.quiet import silence_transformers
 from tests.tiny import VOCABULARY
 
 __all__ = ["LINEARS", "by_fedtune", "by_peft", "gpt2", "logits", "trained"]
@@ -45,15 +45,15 @@ def logits(model: Any) -> Tensor:
 
 def by_peft(base: Path, adapter: Path) -> Tensor:
     """The logits of peft's own model, nothing merged."""
-    with quiet():
+    with silence_transformers():
         return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
 
 
 def by_fedtune(source: str, out: Path, **keys: Any) -> Tensor:
     """The logits of the folder that a merge of one model writes, loaded by plain transformers."""
     value = {"merge_method": "linear", "models": [source], **keys}
-    merge(prepare(MergeConfig.model_validate(value)), out, "a card")
-    with quiet():
+    write_merged_model(prepare_merge(MergeConfig.model_validate(value)), out, "a card")
+    with silence_transformers():
         model, info = _loaded(out)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

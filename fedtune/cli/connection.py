@@ -10,12 +10,12 @@ import click
 from fedtune import home
 from fedtune.errors import ServerError
 
-__all__ = ["Connection", "connect", "server_option"]
+__all__ = ["OperatorClient", "add_operator_file_option", "connect_to_server"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def server_option(command: Command) -> Command:
+def add_operator_file_option(command: Command) -> Command:
     """The option that names an operator's file."""
     return click.option(
         "--server",
@@ -26,7 +26,7 @@ def server_option(command: Command) -> Command:
     )(command)
 
 
-class Connection:
+class OperatorClient:
     """An operator's connection to a server."""
 
     def __init__(self, url: str, ca: str, key: str) -> None:
@@ -64,12 +64,12 @@ class Connection:
         return told
 
 
-def connect(file: Path | None) -> Connection:
+def connect_to_server(file: Path | None) -> OperatorClient:
     """The server an operator's file names, by default the one of this machine."""
-    path = file or home.home() / "server" / "operator.json"
+    path = file or home.get_home_folder() / "server" / "operator.json"
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        connection = Connection(told["url"], told["ca"], told["key"])
+        connection = OperatorClient(told["url"], told["ca"], told["key"])
     except FileNotFoundError as error:
         raise ServerError(f"there is no operator's file {path}; name one with --server, or FEDTUNE_SERVER") from error
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -8,11 +8,11 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedtune.data import Summary
+    from fedtune.data import PartitionSummary
 
 __all__ = ["data"]
 
-MOST_ROWS = 40
+MAX_ROWS = 40
 
 
 @click.group()
@@ -33,21 +33,21 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
       fedtune data show recipes/sentiment.yaml --set data.split.kind=iid
     """
     from fedtune import data as library
-    from fedtune.data.picture import picture as draw
-    from fedtune.home import home
-    from fedtune.recipe_file import read
+    from fedtune.data.picture import draw_partition as draw
+    from fedtune.home import get_home_folder
+    from fedtune.recipe_file import read_recipe
 
-    wanted = read(recipe, overrides)
-    corpus = library.load(wanted)
-    summary = library.summary(wanted, corpus, library.split(wanted, corpus.train))
-    path = picture or home() / "pictures" / f"{wanted.name}-split.png"
+    wanted = read_recipe(recipe, overrides)
+    corpus = library.load_data(wanted)
+    summary = library.summarise_partition(wanted, corpus, library.partition_examples(wanted, corpus.train))
+    path = picture or get_home_folder() / "pictures" / f"{wanted.name}-split.png"
     draw(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
     _print(summary, path, as_json)
 
 
-def _print(summary: "Summary", path: Path, as_json: bool) -> None:
+def _print(summary: "PartitionSummary", path: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
@@ -58,12 +58,12 @@ def _print(summary: "Summary", path: Path, as_json: bool) -> None:
         click.echo(json_text({**asdict(summary), "picture": str(path)}))
         return
     Console(markup=False).print(_table(summary))
-    if (hidden := len(summary.holdings) - MOST_ROWS) > 0:
+    if (hidden := len(summary.holdings) - MAX_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
     click.echo(f"picture: {path}")
 
 
-def _table(summary: "Summary") -> "Table":
+def _table(summary: "PartitionSummary") -> "Table":
     from rich.table import Table
 
     sizes = ", ".join(f"{count} {part}" for part, count in summary.parts.items())
@@ -71,7 +71,7 @@ def _table(summary: "Summary") -> "Table":
     values = summary.values if len(summary.values) > 1 else ()
     for heading in ("client", "device", "examples", "groups", *values):
         table.add_column(heading, justify="left" if heading == "device" else "right")
-    for holding in summary.holdings[:MOST_ROWS]:
+    for holding in summary.holdings[:MAX_ROWS]:
         counts = holding.counts if values else ()
         numbers = (holding.examples, holding.groups, *counts)
         table.add_row(str(holding.client), holding.device, *map(str, numbers))

@@ -57,10 +57,10 @@ def enroll(url: str | None, token: str, name: str | None) -> None:
     Example: fedtune device enroll --token -
     """
     from fedtune.device.device_home import DeviceHome
-    from fedtune.device.enrolment import Token, enrol_device
+    from fedtune.device.enrolment import EnrolmentToken, enrol_device
 
     text = _typed() if token == "-" else token
-    identity = enrol_device(DeviceHome(), url, Token.read(text), name)
+    identity = enrol_device(DeviceHome(), url, EnrolmentToken.read(text), name)
     click.echo(f"enrolled as {identity.name} at {identity.url}\ntry next  fedtune device join --data csv:FILE")
 
 
@@ -101,12 +101,12 @@ def join(source: str, memory: int | None, idle: float) -> None:
     import psutil
 
     from fedtune.device.device_home import DeviceHome
-    from fedtune.device.join import join as take_part
+    from fedtune.device.join import run_device as take_part
 
-    take_part(DeviceHome(), source, memory or psutil.virtual_memory().total, idle * 60, _say)
+    take_part(DeviceHome(), source, memory or psutil.virtual_memory().total, idle * 60, print_with_time)
 
 
-def _say(sentence: str) -> None:
+def print_with_time(sentence: str) -> None:
     from datetime import datetime
 
     with suppress(OSError):  # the terminal may be gone
@@ -163,7 +163,7 @@ def package(source: str, memory: int | None, user: str | None, output: Path) -> 
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from fedtune.device.package import package as write_files
+    from fedtune.device.package import write_deployment_files as write_files
     from fedtune.systemd import service_user
 
     for path in write_files(output, source, memory, service_user(user)):

@@ -7,7 +7,7 @@ import click
 from fedtune.json_text import json_text
 
 if TYPE_CHECKING:
-    from fedtune.training import Score
+    from fedtune.training import Metric
 
 __all__ = ["evaluate"]
 
@@ -38,25 +38,27 @@ def evaluate(
       fedtune evaluate latest --part test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
-    from fedtune.cli.target import load_target
+    from fedtune.cli.target import load_checkpoint_target
     from fedtune.errors import ModelError
-    from fedtune.training import load_state, score, workshop
+    from fedtune.training import evaluate_model, get_run_context, set_model_state
 
     if source is not None and part is not None:
         raise click.UsageError("--part is a part of the run's own data, and all of --data is scored; leave one out")
     if source is None and columns is not None:
         raise click.UsageError("--columns are those of --data; name that too, e.g. --data csv:reviews.csv")
-    recipe, state, run, at = load_target(target, number, store)
-    shop = workshop(recipe.model_dump_json())
+    recipe, state, run, at = load_checkpoint_target(target, number, store)
+    shop = get_run_context(recipe.model_dump_json())
     if shop.own:
         raise ModelError(
             f"run {run} kept a part of its model on the devices; see its part own: fedtune runs show {run}"
         )
     examples = getattr(shop, part or "validation") if source is None else shop.other(source, _columns(columns))
     told = source or part or "validation"
-    load_state(shop.model, state)
+    set_model_state(shop.model, state)
     settings = recipe.evaluation
-    scores = score(shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics)
+    scores = evaluate_model(
+        shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics
+    )
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json_text({"run": run, "round": at, "data": told, "metrics": figures}))
@@ -71,7 +73,7 @@ def _columns(text: str | None) -> dict[str, str]:
     return {key: name for key, _, name in pairs}
 
 
-def _show(scores: "list[Score]", title: str) -> None:
+def _show(scores: "list[Metric]", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -26,27 +26,29 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
       fedtune export latest -o my-model
       fedtune export latest -o my-model --format full
     """
-    from fedtune.cli.target import load_target
-    from fedtune.export import export as write
-    from fedtune.export import remark
+    from fedtune.cli.target import load_checkpoint_target
+    from fedtune.export import describe_missing_tensors
+    from fedtune.export import export_model as write
 
-    recipe, state, run, at = load_target(target, number, store)
+    recipe, state, run, at = load_checkpoint_target(target, number, store)
     card = _card(recipe.model_dump_json(indent=2), run, at) + _private(run, at, store)
     form = write(recipe, state, output, form, card)  # type: ignore[arg-type]
     if as_json:
         click.echo(json_text({"path": str(output.absolute()), "format": form, "run": run, "round": at}))
     else:
         click.echo(f"{output}: {form} of run {run}, round {at}")
-        click.echo(remark(recipe), nl=False)
+        click.echo(describe_missing_tensors(recipe), nl=False)
 
 
 def _private(run: str, number: int, store: str | None) -> str:
     """What the weights of a round may tell of a client, where the run has an answer to that."""
-    from fedtune.cli.private import card
+    from fedtune.cli.private import make_privacy_paragraph
     from fedtune.tracking import Store
 
     with Store.open(store) as opened:
-        return card(opened.run(run), [record for record in opened.rounds(run) if record.number <= number])
+        return make_privacy_paragraph(
+            opened.run(run), [record for record in opened.rounds(run) if record.number <= number]
+        )
 
 
 def _card(recipe: str, run: str, number: int) -> str:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedtune.recipe import Recipe
 
-__all__ = ["exported", "with_base"]
+__all__ = ["export_run_to_cache", "with_base"]
 
 
-def exported(reference: str, store: str | None) -> Path:
+def export_run_to_cache(reference: str, store: str | None) -> Path:
     """The folder of ``RUN`` or ``RUN@ROUND``; it is written once and found again."""
     return _export(reference, store)[2]
 
@@ -33,19 +33,19 @@ def with_base(recipe: "Recipe", store: str | None, *, new: bool = False) -> "Rec
 
 def _export(reference: str, store: str | None) -> tuple[str, int, Path]:
     from fedtune import checkpoint
-    from fedtune.cli.target import load_target
+    from fedtune.cli.target import load_checkpoint_target
     from fedtune.errors import StoreError
-    from fedtune.export import export
+    from fedtune.export import export_model
     from fedtune.models.sources import is_made, run_folder
 
     run, _, number = reference.partition("@")
     if number and not number.isdecimal():
         raise StoreError(f"run:{reference}: {number!r} is no round; write run:ID@ROUND, e.g. run:latest@0")
-    recipe, state, found, at = load_target(run, int(number) if number else None, store)
+    recipe, state, found, at = load_checkpoint_target(run, int(number) if number else None, store)
     folder = run_folder(f"{found}@{at}")
-    digest = checkpoint.digest(state)
+    digest = checkpoint.hash_tensors(state)
     if is_made(folder) and digest not in (folder / "README.md").read_text(encoding="utf-8"):
         shutil.rmtree(folder)  # of another run of that id, or of a round that was done again since
     if not is_made(folder):
-        export(recipe, state, folder, "full", f"# {found}\n\nRound {at}, SHA-256 {digest}.\n")
+        export_model(recipe, state, folder, "full", f"# {found}\n\nRound {at}, SHA-256 {digest}.\n")
     return found, at, folder

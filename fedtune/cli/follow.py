@@ -5,18 +5,18 @@ from typing import Any
 
 import click
 
-from fedtune.cli.connection import Connection
-from fedtune.errors import RoundError
+from fedtune.cli.connection import OperatorClient
+from fedtune.errors import RunError
 from fedtune.untrusted import clean_text
 
-__all__ = ["follow"]
+__all__ = ["follow_run"]
 
 _LOOK_SECONDS = 0.5
 _LONGEST_LINE = 2000
 _WORKING = ("queued", "running")
 
 
-def follow(connection: Connection, run: str, *, quiet: bool = False) -> dict[str, Any]:
+def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> dict[str, Any]:
     """Print what happens until a run ends, and return its newest state; RoundError when it failed."""
     show = (lambda _: None) if quiet else _show
     last, said = -1, ""
@@ -33,7 +33,7 @@ def follow(connection: Connection, run: str, *, quiet: bool = False) -> dict[str
         said = found["reason"]
         time.sleep(_LOOK_SECONDS)
     if found["status"] == "failed":
-        raise RoundError(f"run {run} failed: {found['reason']}")
+        raise RunError(f"run {run} failed: {found['reason']}")
     show(f"run {run} is {found['status']}" + (f": {found['reason']}" if found["reason"] else ""))
     return found
 

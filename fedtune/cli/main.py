@@ -84,7 +84,7 @@ def _run() -> int:
     except FedtuneError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        return _refuse(_lacking(error))
+        return _refuse(explain_missing_module(error))
     except OSError as error:
         return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}; mend that and try again")
     except (KeyboardInterrupt, click.Abort):
@@ -92,11 +92,11 @@ def _run() -> int:
         return 130
 
 
-def _lacking(error: ModuleNotFoundError) -> str:
+def explain_missing_module(error: ModuleNotFoundError) -> str:
     """A sentence for what a thin install left out; whatever else is missing is an error of ours."""
-    from fedtune.thin import lacking
+    from fedtune.thin import explain_missing_module
 
-    sentence = lacking(error.name or "")
+    sentence = explain_missing_module(error.name or "")
     if sentence is None:
         raise error
     return sentence

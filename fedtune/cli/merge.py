@@ -70,7 +70,7 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
 
 
 def _stages(asked: Asked) -> "list[Stage]":
-    from fedtune.fusion import quick, read
+    from fedtune.fusion import build_merge_config, read_merge_config
     from fedtune.fusion.stages import Stage
 
     first = Path(asked.sources[0])
@@ -79,8 +79,8 @@ def _stages(asked: Asked) -> "list[Stage]":
         if len(asked.sources) > 1 or any(said) or asked.align or asked.relax or asked.renormalise:
             raise click.UsageError(f"{first} says how to merge; change it with --set, e.g. --set base_model=./base")
         seeded = () if asked.seed is None else (f"seed={asked.seed}",)
-        return read(first, (*asked.settings, *seeded))
-    config, text = quick(
+        return read_merge_config(first, (*asked.settings, *seeded))
+    config, text = build_merge_config(
         asked.sources,
         asked.method or "linear",
         numbers(asked.weights),
@@ -96,15 +96,15 @@ def _stages(asked: Asked) -> "list[Stage]":
 
 def _merge_adapters(asked: Asked) -> None:
     """Adapters of one base into one adapter, which nothing but the method and its parameters shape."""
-    from fedtune.cli.merge_adapters import merge_adapters
-    from fedtune.fusion.methods import method
+    from fedtune.cli.merge_adapters import write_merged_adapter
+    from fedtune.fusion.methods import build_merge_method
 
     *more, (config, _, _) = _stages(asked)
     if more:
         raise click.UsageError(f"--as adapter makes one merge, but {asked.sources[0]} holds {len(more) + 1}")
     if asked.output is None or config.relax or config.align or config.renormalise or config.slices:
         raise click.UsageError("--as adapter writes at once (-o) and takes no align, relax, renormalise or slices")
-    chosen = method(config.merge_method)
+    chosen = build_merge_method(config.merge_method)
     chosen.check(config.parameters, "parameters")
     for entry in config.entries:
         chosen.check(entry.parameters, f"the parameters of {entry.model}", own=True)
@@ -117,4 +117,4 @@ def _merge_adapters(asked: Asked) -> None:
     folders = [Path(entry.model.removeprefix("path:")).expanduser() for entry in config.entries]
     step = chosen.step([config.parameters], "", 0.0, config.seed)
     weights, knobs = [part.weight for part in parts], [part.knobs for part in parts]
-    merge_adapters(folders, asked.output, step, weights, knobs, asked.rank, asked.energy, asked.as_json)
+    write_merged_adapter(folders, asked.output, step, weights, knobs, asked.rank, asked.energy, asked.as_json)

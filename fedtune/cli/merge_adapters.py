@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-__all__ = ["merge_adapters"]
+__all__ = ["write_merged_adapter"]
 
 
 _UNKNOWN = "how far it is from the merge, only the base can tell, which is not at hand (DoRA)"
 
 
-def merge_adapters(
+def write_merged_adapter(
     folders: Sequence[Path],
     output: Path,
     unit: Any,
@@ -24,11 +24,11 @@ def merge_adapters(
     as_json: bool,
 ) -> None:
     """Write the adapter and tell what each module lost."""
-    from fedtune.fusion.adapters import Cut, overall_error
+    from fedtune.fusion.adapters import RankLimit, compute_overall_error
     from fedtune.fusion.adapters import merge_adapters as write
 
-    modules = write(folders, output, unit, weights or None, Cut(rank, energy), knobs=knobs)
-    error = overall_error(modules)
+    modules = write(folders, output, unit, weights or None, RankLimit(rank, energy), knobs=knobs)
+    error = compute_overall_error(modules)
     if as_json:
         from fedtune.json_text import json_text
 

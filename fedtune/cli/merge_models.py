@@ -9,8 +9,8 @@ import click
 from fedtune.cli.merge_options import Asked, columns, size
 
 if TYPE_CHECKING:
-    from fedtune.fusion import Comparison, Merge, MergeConfig
-    from fedtune.fusion.card import Scores
+    from fedtune.fusion import MergeConfig, ModelComparison, PreparedMerge
+    from fedtune.fusion.card import ModelMetrics
     from fedtune.fusion.stages import Stage
 
 __all__ = ["merge_stages"]
@@ -43,9 +43,9 @@ def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
 
 def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path:
     """The folder of one merge's result, which is there already when the same one was made before."""
-    from fedtune.fusion import prepare
+    from fedtune.fusion import prepare_merge
 
-    key = prepare(config, asked.export).key()
+    key = prepare_merge(config, asked.export).key()
     folder = beside / f"{config.name}-{key[:12]}"
     if not folder.exists():
         click.echo(f"{config.name}:", err=asked.as_json)
@@ -54,18 +54,18 @@ def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path
 
 
 def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = True) -> None:
-    from fedtune.cli.merge_view import showing
-    from fedtune.fusion import compare, prepare
+    from fedtune.cli.merge_view import show_byte_progress
+    from fedtune.fusion import compare, prepare_merge
 
-    prepared = prepare(config, asked.export)
+    prepared = prepare_merge(config, asked.export)
     shards = prepared.shards(size(asked.shard_size))
     if asked.output is not None:
-        from fedtune.fusion.output import check_free
+        from fedtune.fusion.output import check_output_space
 
-        check_free(asked.output, shards)
+        check_output_space(asked.output, shards)
     found = None
     if asked.report or asked.dry_run:
-        with showing("comparing", prepared.bytes) as progress:
+        with show_byte_progress("comparing", prepared.bytes) as progress:
             found = compare(prepared, progress, trust_base=asked.trust_base)
     if found is not None and not asked.as_json:
         from fedtune.cli.merge_view import show_comparison
@@ -77,15 +77,15 @@ def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = T
 
 
 def _write(
-    asked: Asked, prepared: "Merge", text: str, found: "Comparison | None"
+    asked: Asked, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
     """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
     from fedtune import fusion
-    from fedtune.cli.merge_view import showing
-    from fedtune.files import write
-    from fedtune.fusion.card import card, hashes
+    from fedtune.cli.merge_view import show_byte_progress
+    from fedtune.files import write_bytes_atomically
+    from fedtune.fusion.card import build_model_card, hashes
     from fedtune.fusion.result import CARD
-    from fedtune.fusion.warnings import MERGED, faint_channels, outscored
+    from fedtune.fusion.warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
 
     assert asked.output is not None
     named = columns(asked.columns)
@@ -93,47 +93,53 @@ def _write(
     for name in prepared.models.by_name if asked.evaluate else ():
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
-    warned = [*prepared.warnings, *faint_channels(prepared.steps.relax, evidence.activity)]
+    warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activity)]
     read = hashes(prepared)
-    with showing("merging", prepared.bytes) as progress:
-        fusion.merge(
+    with show_byte_progress("merging", prepared.bytes) as progress:
+        fusion.write_merged_model(
             prepared,
             asked.output,
-            card(asked.output.name, prepared, text, read, found, scores, warned),
+            build_model_card(asked.output.name, prepared, text, read, found, scores, warned),
             shard_size=size(asked.shard_size),
             evidence=evidence,
             progress=progress,
         )
     if asked.evaluate:
-        scores[MERGED] = _score(asked, f"path:{asked.output}", named)
-        warned += outscored(scores)
-        told = card(asked.output.name, prepared, text, read, found, scores, warned)
-        write(asked.output / CARD, told.encode())
+        scores[RESULT_NAME] = _score(asked, f"path:{asked.output}", named)
+        warned += warn_of_better_inputs(scores)
+        told = build_model_card(asked.output.name, prepared, text, read, found, scores, warned)
+        write_bytes_atomically(asked.output / CARD, told.encode())
     return scores, warned
 
 
-def _evidence(asked: Asked, prepared: "Merge", columns: dict[str, str]) -> Any:
+def _evidence(asked: Asked, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
     if not prepared.steps.needs:
-        from fedtune.merging import Evidence
+        from fedtune.merging import MergeContext
 
-        return Evidence()
-    from fedtune.fusion.score import gather
+        return MergeContext()
+    from fedtune.fusion.score import collect_merge_context
 
     kind = "image" if asked.task == "image-classification" else "text"
-    return gather(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
+    return collect_merge_context(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
 
 
 def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
-    from fedtune.fusion.score import score_folder, whole_folder
+    from fedtune.fusion.score import evaluate_folder, materialise_model
 
     if asked.task is None:
         raise click.UsageError("--evaluate needs --task, e.g. --task sequence-classification")
     assert asked.evaluate is not None
-    with whole_folder(source, asked.export) as folder:
-        return score_folder(folder, asked.task, asked.evaluate, columns, asked.part)
+    with materialise_model(source, asked.export) as folder:
+        return evaluate_folder(folder, asked.task, asked.evaluate, columns, asked.part)
 
 
-def _tell(asked: Asked, prepared: "Merge", found: "Comparison | None", scores: "Scores", warned: Sequence[str]) -> None:
+def _tell(
+    asked: Asked,
+    prepared: "PreparedMerge",
+    found: "ModelComparison | None",
+    scores: "ModelMetrics",
+    warned: Sequence[str],
+) -> None:
     for sentence in warned:
         click.echo(f"warning: {sentence}", err=True)
     if asked.as_json:
@@ -150,9 +156,9 @@ def _tell(asked: Asked, prepared: "Merge", found: "Comparison | None", scores: "
         }
         click.echo(json_text(document))
         return
-    from fedtune.cli.merge_view import show_scores
+    from fedtune.cli.merge_view import show_metrics
 
     if scores:
-        show_scores(scores)
+        show_metrics(scores)
     if not asked.dry_run:
         click.echo(f"{asked.output}: {len(prepared.targets)} tensors, {prepared.bytes / 1e6:.1f} MB")

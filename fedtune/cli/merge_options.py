@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from fedtune.recipe import Task
+    from fedtune.recipe import TaskName
 
 __all__ = ["Asked", "Command", "columns", "numbers", "size", "unit"]
 
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
     evaluate: str | None
     part: str
     columns: str | None
-    task: "Task | None"
+    task: "TaskName | None"
     shard_size: str
     report: bool
     trust_base: bool
@@ -58,9 +58,9 @@ class Asked(NamedTuple):
 
     def export(self, reference: str) -> Path:
         """What a run learned, kept in the cache as a whole model."""
-        from fedtune.cli.exported import exported
+        from fedtune.cli.exported import export_run_to_cache
 
-        return exported(reference, self.store)
+        return export_run_to_cache(reference, self.store)
 
 
 def unit(text: str) -> Any:

@@ -12,17 +12,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedtune.fusion import Comparison
-    from fedtune.fusion.card import Scores
+    from fedtune.fusion import ModelComparison
+    from fedtune.fusion.card import ModelMetrics
 
-__all__ = ["show_comparison", "show_scores", "showing"]
+__all__ = ["show_byte_progress", "show_comparison", "show_metrics"]
 
 _EVERY = 30.0
 """Seconds between lines where no terminal shows a bar."""
 
 
 @contextmanager
-def showing(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def show_byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Progress in bytes on standard error, with the time left: a bar in a terminal, now and then a line elsewhere."""
     console = Console(stderr=True, markup=False)
     if not console.is_terminal or console.is_dumb_terminal:
@@ -47,7 +47,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
     return tell
 
 
-def show_comparison(found: "Comparison") -> None:
+def show_comparison(found: "ModelComparison") -> None:
     """One row per model, then what holds for all."""
     table = _table("model", "norm>", "cosines>", "changed>", "first tensor changed", "tokens")
     for place, name in enumerate(found.models):
@@ -69,7 +69,7 @@ def show_comparison(found: "Comparison") -> None:
         )
 
 
-def show_scores(scores: "Scores") -> None:
+def show_metrics(scores: "ModelMetrics") -> None:
     """One row per model and domain."""
     names = sorted({one.name for figures in scores.values() for one in figures})
     table = _table("model", "domain", *(f"{name}>" for name in names))
@@ -80,7 +80,7 @@ def show_scores(scores: "Scores") -> None:
     _console().print(table)
 
 
-def _words(found: "Comparison", place: int) -> str:
+def _words(found: "ModelComparison", place: int) -> str:
     words = found.words[place]
     if words is None:
         return "-"

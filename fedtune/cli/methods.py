@@ -21,15 +21,20 @@ def methods(name: str | None, as_json: bool) -> None:
       fedtune methods lora
     """
     from fedtune.errors import RecipeError
-    from fedtune.explain import nearest
-    from fedtune.registry import card, names, settings
+    from fedtune.explain import suggest_nearest
+    from fedtune.registry import describe_unit_settings, list_unit_names, read_unit_card
 
     rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
-    known = {found: (kind, package) for kind, package in rooms.items() for found in names(package)}
+    known = {found: (kind, package) for kind, package in rooms.items() for found in list_unit_names(package)}
     if name is not None and name not in known:
-        raise RecipeError(f"there is no method {name!r}; {nearest(name, list(known))}")
+        raise RecipeError(f"there is no method {name!r}; {suggest_nearest(name, list(known))}")
     rows = [
-        {"name": found, "kind": kind, "card": card(package, found), "settings": settings(package, found)}
+        {
+            "name": found,
+            "kind": kind,
+            "card": read_unit_card(package, found),
+            "settings": describe_unit_settings(package, found),
+        }
         for found, (kind, package) in known.items()
         if name in (None, found)
     ]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from fedtune.tracking import RoundRecord, RunRecord
-from fedtune.tracking.summary import privacy
+from fedtune.tracking.summary import get_privacy_spent
 
-__all__ = ["card", "sentence"]
+__all__ = ["describe_privacy", "make_privacy_paragraph"]
 
 _NEIGHBOURS = {
     "server": "with any one client's contributions and with zeros in their place; the server sees them in clear",
@@ -13,22 +13,23 @@ _NEIGHBOURS = {
 }
 
 
-def sentence(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
+def describe_privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
     """Epsilon, delta and who added the noise; empty for a run without privacy."""
-    found = privacy(run, rounds)
+    found = get_privacy_spent(run, rounds)
     if found is None:
         return ""
     value = "none spent" if found["epsilon"] is None else f"epsilon {found['epsilon']:.4g}"
     return f"{value} at delta {found['delta']:g}, noise by the {found['noise_by']}"
 
 
-def card(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
+def make_privacy_paragraph(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
     """A paragraph for a model's card; empty for a run without privacy."""
-    found = privacy(run, rounds)
+    found = get_privacy_spent(run, rounds)
     if found is None:
         return ""
     return (
-        f"\nDifferential privacy of its weights: {sentence(run, rounds)}. It holds {_NEIGHBOURS[found['noise_by']]}. "
+        f"\nDifferential privacy of its weights: {describe_privacy(run, rounds)}. "
+        f"It holds {_NEIGHBOURS[found['noise_by']]}. "
         "The noise comes from a secret key of whoever added it, and holds against all who lack that key. Who took part "
         "and the run's tables of losses and counts are not covered.\n"
     )

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 
 if TYPE_CHECKING:
-    from fedtune.profile import Case, Row
+    from fedtune.profile import ProfileCase, ProfileResult
     from fedtune.recipe import Recipe, Unit
 
 __all__ = ["profile"]
@@ -18,7 +18,7 @@ __all__ = ["profile"]
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
 @click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
-@click.option("--task", type=click.Choice(get_args(Task)), help="What the model of --model is to do.")
+@click.option("--task", type=click.Choice(get_args(TaskName)), help="What the model of --model is to do.")
 @click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
 @click.option("--batch", metavar="N", help="Short for --set train.batch=N.")
 @click.option("--length", metavar="N", help="Short for --set train.length=N: tokens a text is padded to.")
@@ -54,9 +54,9 @@ def profile(
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
     wanted = _recipe(path, model, task, added)
     if output is not None:
-        from fedtune.profile.picture import check_suffix
+        from fedtune.profile.picture import parse_image_format
 
-        check_suffix(output)
+        parse_image_format(output)
     found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
     rows = _measured(found)
     from fedtune import models
@@ -67,10 +67,10 @@ def profile(
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
     from fedtune.cli.exported import with_base
-    from fedtune.recipe_file import parse, read
+    from fedtune.recipe_file import parse_recipe, read_recipe
 
     if path is not None and model is None and task is None:
-        return with_base(read(path, overrides), None)
+        return with_base(read_recipe(path, overrides), None)
     if path is not None or model is None or task is None:
         raise click.UsageError("name either a RECIPE or --model with --task, e.g. recipes/sentiment.yaml")
     import yaml
@@ -78,7 +78,7 @@ def _recipe(path: Path | None, model: str | None, task: str | None, overrides: S
     train = {"steps": 1, "batch": 16, "length": 128}
     made_up = {"name": _name(model), "task": task, "model": {"source": model}, "data": {"source": "random"}}
     text = yaml.safe_dump({**made_up, "devices": [{"count": 1}], "train": train, "federation": {"rounds": 1}})
-    return with_base(parse(text, "--model", overrides), None)
+    return with_base(parse_recipe(text, "--model", overrides), None)
 
 
 def _name(model: str) -> str:
@@ -92,9 +92,9 @@ def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]
     if text is None:
         return [recipe.train.techniques] if given else []
     if text == "all":
-        from fedtune.profile import every
+        from fedtune.profile import list_profiled_techniques
 
-        return every()
+        return list_profiled_techniques()
     from fedtune.errors import RecipeError
     from fedtune.yaml_text import YamlError, load
 
@@ -109,7 +109,7 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
     from pydantic import ValidationError
 
     from fedtune.errors import RecipeError
-    from fedtune.explain import explain
+    from fedtune.explain import explain_validation_error
     from fedtune.recipe import Train
 
     settings = recipe.train.model_dump(mode="json")
@@ -117,55 +117,55 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
         one_or_more = item if isinstance(item, str | list) else [item]
         return Train.model_validate({**settings, "techniques": one_or_more}).techniques
     except ValidationError as error:
-        raise RecipeError(explain(error, Train, f"--techniques {item}")) from error
+        raise RecipeError(explain_validation_error(error, Train, f"--techniques {item}")) from error
 
 
-def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[Case]":
+def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[ProfileCase]":
     """What to measure; whatever can be refused is refused here, before the first step."""
     from fedtune import data, models, profile
     from fedtune.contribution import pack
-    from fedtune.models.sources import resolve
+    from fedtune.models.sources import resolve_model_source
 
-    profile.cases(recipe, asked, (), None)
-    resolve(recipe.model.source)
+    profile.make_profile_cases(recipe, asked, (), None)
+    resolve_model_source(recipe.model.source)
     if random:
         labels = () if recipe.task == "causal-language-modelling" else ("no", "yes")
-        return profile.cases(recipe, asked, labels, None, check)
-    corpus = data.load(recipe, models.class_names(recipe.model, recipe.task))
-    batch = pack(profile.first_batch(recipe, corpus))
-    return profile.cases(recipe, asked, corpus.labels, batch, check)
+        return profile.make_profile_cases(recipe, asked, labels, None, check)
+    corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
+    batch = pack(profile.encode_first_batch(recipe, corpus))
+    return profile.make_profile_cases(recipe, asked, corpus.labels, batch, check)
 
 
-def _measured(cases: "Sequence[Case]") -> "list[Row]":
+def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":
     from fedtune import profile
-    from fedtune.cli.profile_view import progress
+    from fedtune.cli.profile_view import show_profile_progress
 
     rows = []
-    with progress(len(cases)) as (begin, end):
+    with show_profile_progress(len(cases)) as (begin, end):
         for case in cases:
             begin(case.technique)
-            rows.append(profile.measure_apart(case))
+            rows.append(profile.profile_in_subprocess(case))
             end(rows[-1])
     return rows
 
 
-def _show(recipe: "Recipe", rows: "list[Row]", *, random: bool, output: Path | None, as_json: bool) -> None:
+def _show(recipe: "Recipe", rows: "list[ProfileResult]", *, random: bool, output: Path | None, as_json: bool) -> None:
     """The table and the picture, or JSON; code 2 when nothing could run."""
-    from fedtune.cli.profile_view import as_objects, show, title
-    from fedtune.home import home
+    from fedtune.cli.profile_view import make_result_dicts, make_title, show_profile
+    from fedtune.home import get_home_folder
     from fedtune.json_text import json_text
-    from fedtune.profile import Failed
-    from fedtune.profile.picture import picture
+    from fedtune.profile import FailedProfile
+    from fedtune.profile.picture import draw_profile
 
-    heading = title(recipe, random)
-    path = output or home() / "pictures" / f"{recipe.name}-profile.png"
+    heading = make_title(recipe, random)
+    path = output or get_home_folder() / "pictures" / f"{recipe.name}-profile.png"
     if as_json:
-        click.echo(json_text(as_objects(rows)))
+        click.echo(json_text(make_result_dicts(rows)))
     else:
-        show(rows, heading)
+        show_profile(rows, heading)
     if output is not None or not as_json:
-        picture(rows, heading, path)
+        draw_profile(rows, heading, path)
     if not as_json:
         click.echo(f"picture: {path}")
-    if all(isinstance(row, Failed) for row in rows):
+    if all(isinstance(row, FailedProfile) for row in rows):
         raise click.exceptions.Exit(2)

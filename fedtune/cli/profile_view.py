@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedtune.profile import Failed, Figures, Row
+from fedtune.profile import FailedProfile, ProfileResult, StepProfile
 from fedtune.recipe import Recipe
 
-__all__ = ["as_objects", "progress", "show", "title"]
+__all__ = ["make_result_dicts", "make_title", "show_profile", "show_profile_progress"]
 
 _NAME = 18
 """Characters a technique's name may take in 80 columns."""
 
-Shown = tuple[Callable[[str], None], Callable[[Row], None]]
+Shown = tuple[Callable[[str], None], Callable[[ProfileResult], None]]
 
 
 @contextmanager
-def progress(cases: int) -> Iterator[Shown]:
+def show_profile_progress(cases: int) -> Iterator[Shown]:
     """On standard error: what to call when a case begins and when it is done; a line each in a plain terminal."""
     console = Console(stderr=True, markup=False, highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
@@ -34,7 +34,7 @@ def progress(cases: int) -> Iterator[Shown]:
 def _plain(console: Console, cases: int) -> Iterator[Shown]:
     started, done = time.monotonic(), []
 
-    def end(row: Row) -> None:
+    def end(row: ProfileResult) -> None:
         done.append(row)
         line = f"{len(done)}/{cases}  {_line(row)}  {_left(started, len(done), cases)}"
         print(line, file=console.file, flush=True)
@@ -56,7 +56,7 @@ def _live(console: Console, cases: int) -> Iterator[Shown]:
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("", total=cases, note="")
 
-        def end(row: Row) -> None:
+        def end(row: ProfileResult) -> None:
             done.append(row)
             bars.update(bar, completed=len(done), note=_left(started, len(done), cases))
             bars.console.print(_line(row), highlight=False)
@@ -69,13 +69,13 @@ def _left(started: float, done: int, cases: int) -> str:
     return f"{left // 60}:{left % 60:02} left"
 
 
-def _line(row: Row) -> str:
-    if isinstance(row, Failed):
+def _line(row: ProfileResult) -> str:
+    if isinstance(row, FailedProfile):
         return f"{row.technique}: {row.error}"
     return f"{row.technique}: {_size(row.kept_bytes)} kept, {_size(row.peak_bytes)} peak, {row.seconds:.2f} s"
 
 
-def title(recipe: Recipe, random: bool) -> str:
+def make_title(recipe: Recipe, random: bool) -> str:
     """What was measured, in one line."""
     train = recipe.train
     side = f"{train.image} pixels" if recipe.task == "image-classification" else f"{train.length} tokens"
@@ -83,7 +83,7 @@ def title(recipe: Recipe, random: bool) -> str:
     return f"{recipe.model.source}, {train.batch} x {side}, {inputs}"
 
 
-def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def make_result_dicts(rows: Sequence[ProfileResult]) -> list[dict[str, Any]]:
     """One object per case with the same keys; ``gradient_error`` where it was asked for, ``error`` where it failed."""
     objects = [_as_object(row) for row in rows]
     unchecked = all(one["gradient_error"] is None for one in objects)
@@ -92,11 +92,11 @@ def as_objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_object(row: Row) -> dict[str, Any]:
-    return dict.fromkeys(field.name for field in fields(Figures)) | asdict(row)
+def _as_object(row: ProfileResult) -> dict[str, Any]:
+    return dict.fromkeys(field.name for field in fields(StepProfile)) | asdict(row)
 
 
-def show(rows: Sequence[Row], heading: str) -> None:
+def show_profile(rows: Sequence[ProfileResult], heading: str) -> None:
     """The table, what its columns mean, and why cases failed."""
     console = Console(markup=False, highlight=False)
     console.print(_table(rows, heading))
@@ -104,8 +104,8 @@ def show(rows: Sequence[Row], heading: str) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _table(rows: Sequence[Row], heading: str) -> Table:
-    figures = [row for row in rows if isinstance(row, Figures)]
+def _table(rows: Sequence[ProfileResult], heading: str) -> Table:
+    figures = [row for row in rows if isinstance(row, StepProfile)]
     columns = ["kept", "peak", "RSS", "+RSS", "time", "trained", "up", "down"]
     columns += ["error"] if any(row.gradient_error is not None for row in figures) else []
     look: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False, "header_style": "bold"}
@@ -114,30 +114,30 @@ def _table(rows: Sequence[Row], heading: str) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = _cells(row, _full_seconds(rows)) if isinstance(row, Figures) else ["-"] * len(columns)
+        cells = _cells(row, _full_seconds(rows)) if isinstance(row, StepProfile) else ["-"] * len(columns)
         table.add_row(_folded(row.technique), *cells[: len(columns)])
     return table
 
 
-def _cells(row: Figures, full: float | None) -> list[str]:
+def _cells(row: StepProfile, full: float | None) -> list[str]:
     sizes = (row.kept_bytes, row.peak_bytes, row.rss_bytes, row.rss_bytes - row.loaded_bytes)
     time_taken = f"{row.seconds / full:.2f}x" if full else f"{row.seconds:.3g} s"
     error = f"{row.gradient_error:.0e}" if row.gradient_error else "0"
     return [*map(_size, sizes), time_taken, _short(row.trainable), *map(_size, (row.wire_bytes, row.down_bytes)), error]
 
 
-def _notes(rows: Sequence[Row]) -> Iterator[str]:
+def _notes(rows: Sequence[ProfileResult]) -> Iterator[str]:
     yield "kept: for the backward pass; peak: of the step; both without parameters and their gradients"
     yield "+RSS: the process's peak over what it held with the model loaded; up, down: sent per round"
     if full := _full_seconds(rows):
         yield f"time: of a whole step, as a multiple of full's {full:.3g} s"
     for row in rows:
-        if isinstance(row, Failed):
+        if isinstance(row, FailedProfile):
             yield f"{row.technique} did not run: {row.error}"
 
 
-def _full_seconds(rows: Sequence[Row]) -> float | None:
-    return next((row.seconds for row in rows if isinstance(row, Figures) and row.technique == "full"), None)
+def _full_seconds(rows: Sequence[ProfileResult]) -> float | None:
+    return next((row.seconds for row in rows if isinstance(row, StepProfile) and row.technique == "full"), None)
 
 
 def _folded(technique: str) -> str:

@@ -8,36 +8,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedtune.server.watch import (
-    Answered,
     Event,
+    ReplyReceived,
     RoundEnded,
     RoundStarted,
     RunStarted,
     Scoring,
     Unscored,
-    headline,
-    summary,
+    event_handler,
+    format_round,
+    format_run_start,
     unscored,
-    watcher,
 )
 
-__all__ = ["Clock", "watching"]
+__all__ = ["Clock", "show_run_progress"]
 
 _QUIET_SECONDS = 10.0
 """Without a terminal a long scoring prints a line so often."""
 
 
 @contextmanager
-def watching(rounds: int) -> Iterator[None]:
+def show_run_progress(rounds: int) -> Iterator[None]:
     """Show the events of a run of so many rounds on standard error while the block runs."""
     console = Console(stderr=True, markup=False)
     live = console.is_terminal and not console.is_dumb_terminal
     with _live(console, rounds) if live else _plain(console, rounds) as show:
-        token = watcher.set(show)
+        token = event_handler.set(show)
         try:
             yield
         finally:
-            watcher.reset(token)
+            event_handler.reset(token)
 
 
 class Clock:
@@ -109,14 +109,14 @@ def _plain(console: Console, rounds: int) -> Iterator[Callable[[Event], None]]:
 def _line(event: Event, clock: Clock, rounds: int) -> str:
     match event:
         case RunStarted():
-            return headline(event)
+            return format_run_start(event)
         case Scoring():
             return f"scoring {event.part}  {event.done}/{event.total}"
         case Unscored():
             return unscored(event)
         case RoundEnded():
             left = clock.left()
-            return f"round {event.record.number}/{rounds}  {summary(event.record)}" + (f"  {left}" if left else "")
+            return f"round {event.record.number}/{rounds}  {format_round(event.record)}" + (f"  {left}" if left else "")
     return ""
 
 
@@ -144,7 +144,7 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
             bars.update(round_bar, completed=event.first - 1, note="")
         case RoundStarted():
             bars.reset(client_bar, total=event.clients, visible=True, description="clients", note="")
-        case Answered():
+        case ReplyReceived():
             bars.update(client_bar, advance=1, note=_answer(event))
         case Scoring():
             scoring = f"scoring {event.part}"
@@ -154,10 +154,10 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
         case RoundEnded():
             number = event.record.number
             bars.update(round_bar, completed=number, note=clock.left())
-            bars.console.print(f"round {number}  {summary(event.record)}", highlight=False)
+            bars.console.print(f"round {number}  {format_round(event.record)}", highlight=False)
 
 
-def _answer(event: Answered) -> str:
+def _answer(event: ReplyReceived) -> str:
     sent = event.contribution
     if sent.status != "merged":
         return f"client {sent.client} {sent.status}: {sent.reason}"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.tracking import ContributionRecord, RoundRecord
-from fedtune.tracking.summary import before_and_after
+from fedtune.tracking import ClientRecord, RoundRecord
+from fedtune.tracking.summary import compare_before_and_after
 
-__all__ = ["DomainRow", "domain_rows", "show_rows"]
+__all__ = ["DomainRow", "make_domain_rows", "show_domain_table"]
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class DomainRow:
     peak_rss: int
 
 
-def domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
+def make_domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
     """One row per domain, then their mean and one over all; ``clients`` names each client's domain."""
     sent = [contribution for record in rounds for contribution in record.contributions]
-    found = before_and_after(rounds, "test", figure)
+    found = compare_before_and_after(rounds, "test", figure)
     return [_row(domain, before, after, _of(sent, clients, domain)) for domain, (before, after) in found.items()]
 
 
-def _of(sent: Sequence[ContributionRecord], clients: Mapping[int, str], domain: str) -> list[ContributionRecord]:
+def _of(sent: Sequence[ClientRecord], clients: Mapping[int, str], domain: str) -> list[ClientRecord]:
     return [s for s in sent if domain in ("all", "mean") or clients.get(s.client) == domain]
 
 
-def _row(domain: str, before: float, after: float, sent: Sequence[ContributionRecord]) -> DomainRow:
+def _row(domain: str, before: float, after: float, sent: Sequence[ClientRecord]) -> DomainRow:
     return DomainRow(
         domain,
         before,
@@ -48,7 +48,7 @@ def _row(domain: str, before: float, after: float, sent: Sequence[ContributionRe
     )
 
 
-def show_rows(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
+def show_domain_table(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
     """Print the rows as a table that fits 80 columns."""
     table = Table(title=f"test {figure}", box=None, header_style="bold", title_justify="left")
     for heading in ("domain", "before", "after", "sent up", "sent down", "peak saved"):

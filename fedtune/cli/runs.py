@@ -50,7 +50,7 @@ def list_(store: str | None, as_json: bool) -> None:
         found = opened.runs()
         if as_json:
             rounds = opened.rounds_of(run.id for run in found)
-            click.echo(document.text([document.document(run, rounds[run.id]) for run in found]))
+            click.echo(document.text([document.make_run_document(run, rounds[run.id]) for run in found]))
         else:
             runs_view.show_list(found, opened.newest_scores())
 
@@ -71,7 +71,7 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
     with Store.open(store) as opened:
         [(found, rounds)] = _recorded(opened, [run])
     if as_json:
-        click.echo(document.text(document.document(found, rounds, detailed=True)))
+        click.echo(document.text(document.make_run_document(found, rounds, detailed=True)))
     else:
         runs_view.show_run(found, rounds, None if every else last)
 
@@ -91,9 +91,9 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
-    settings = summary.differences([json.loads(run.recipe) for run, _ in recorded])
+    settings = summary.diff_recipes([json.loads(run.recipe) for run, _ in recorded])
     if as_json:
-        documents = [document.document(run, rounds) for run, rounds in recorded]
+        documents = [document.make_run_document(run, rounds) for run, rounds in recorded]
         click.echo(document.text({"runs": documents, "differences": settings}))
     else:
         runs_view.show_comparison(recorded, settings)
@@ -112,12 +112,12 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
     """
     from fedtune import home
     from fedtune.tracking import Store, document
-    from fedtune.tracking.plot import plot as draw
+    from fedtune.tracking.plot import draw_runs as draw
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
     alone = len(recorded) == 1
-    path = output or (home.runs() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
+    path = output or (home.get_runs_folder() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
     draw(recorded, path)
     click.echo(document.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
 
@@ -136,7 +136,7 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
     from fedtune.tracking import Store, document
-    from fedtune.tracking.export import export as write
+    from fedtune.tracking.export import export_runs as write
 
     with Store.open(store) as opened:
         written = write(_recorded(opened, chosen), format_, output)
@@ -153,13 +153,13 @@ def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
 
     Example: fedtune runs delete sentiment-2 --yes
     """
-    from fedtune.tracking import Store, claim, document
+    from fedtune.tracking import Store, claim_run, document
 
     with Store.open(store) as opened:
         found = opened.run(run)
         if not yes:
             click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) for good?", abort=True, err=True)
-        with claim(found.id):
+        with claim_run(found.id):
             # Rows first: files without a row are only litter, a row without files is a lie.
             opened.delete(found.id)
             _remove_files(found.id)
@@ -173,7 +173,7 @@ def _remove_files(run_id: str) -> None:
     from fedtune.errors import StoreError
 
     try:
-        shutil.rmtree(home.runs() / run_id)
+        shutil.rmtree(home.get_runs_folder() / run_id)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise StoreError(f"run {run_id} is removed, but its files are not ({reason}); remove them by hand") from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import connect
+from fedtune.cli.connection import connect_to_server
 
 __all__ = ["rollback"]
 
@@ -38,7 +38,7 @@ def rollback(run: str, number: int, yes: bool, server: Path | None, store: str |
 
 
 def _there(server: Path, run: str, number: int) -> dict[str, object]:
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         told: dict[str, object] = connection.ask("POST", f"runs/{run}/rollback", {"round": number})
     return told
 

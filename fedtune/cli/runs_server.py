@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from fedtune.cli.connection import connect, server_option
+from fedtune.cli.connection import add_operator_file_option, connect_to_server
 from fedtune.json_text import json_text
 
 __all__ = ["resume", "stop", "watch"]
@@ -17,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def _shared(command: Command) -> Command:
     """The argument and the options of every command here."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
-    return click.argument("run", metavar="RUN", default="latest")(server_option(command))
+    return click.argument("run", metavar="RUN", default="latest")(add_operator_file_option(command))
 
 
 @click.command()
@@ -27,10 +27,10 @@ def watch(run: str, server: Path | None, as_json: bool) -> None:
 
     Example: fedtune runs watch latest
     """
-    from fedtune.cli.follow import follow
+    from fedtune.cli.follow import follow_run
 
-    with connect(server) as connection:
-        last = follow(connection, run, quiet=as_json)
+    with connect_to_server(server) as connection:
+        last = follow_run(connection, run, quiet=as_json)
         if as_json:
             click.echo(json_text(connection.ask("GET", f"runs/{last['id']}")))
 
@@ -42,7 +42,7 @@ def stop(run: str, server: Path | None, as_json: bool) -> None:
 
     Example: fedtune runs stop latest
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         told = connection.ask("POST", f"runs/{run}/stop")
     click.echo(json_text(told) if as_json else f"stopped: {told['run']}")
 
@@ -54,6 +54,6 @@ def resume(run: str, server: Path | None, as_json: bool) -> None:
 
     Example: fedtune runs resume latest
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         told = connection.ask("POST", f"runs/{run}/resume")
     click.echo(json_text(told) if as_json else f"queued: {told['run']}")

@@ -11,10 +11,19 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.private import sentence
-from fedtune.tracking import ContributionRecord, RoundRecord, RunRecord
+from fedtune.cli.private import describe_privacy
+from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import spreads
-from fedtune.tracking.summary import Score, before_and_after, curve, main_metric, result, scores, totals, training_loss
+from fedtune.tracking.summary import (
+    RoundMetric,
+    compare_before_and_after,
+    compute_train_loss,
+    find_main_metric_name,
+    get_headline_metric,
+    get_progress_series,
+    list_metrics,
+    totals,
+)
 from fedtune.untrusted import clean_text
 
 __all__ = ["show_comparison", "show_list", "show_run"]
@@ -27,7 +36,7 @@ _REASON = 500
 _COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
-def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[Score]]) -> None:
+def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetric]]) -> None:
     """One line per run; ``newest`` holds each run's newest scores."""
     if not runs:
         _console().print("No runs yet. Start one: fedtune simulate recipes/sentiment.yaml")
@@ -46,13 +55,13 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
     console = _console()
     console.print(_facts(run, rounds), "")
     console.print(_rounds(rounds, last), "")
-    if (name := main_metric(scores(rounds))) is not None:
+    if (name := find_main_metric_name(list_metrics(rounds))) is not None:
         console.print(_domains(rounds, name), "")
     if any(record.client_scores for record in rounds):
         console.print(_clients(rounds), "")
     if any(record.contributions for record in rounds):
         console.print(_devices(rounds), "")
-    for line in _newest(_mishaps(rounds), last):
+    for line in _newest(list_problems(rounds), last):
         console.print(line, style="yellow")
     console.print(f"Next: fedtune runs plot {run.id}", soft_wrap=True)
 
@@ -62,7 +71,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table = _table("", *(run.id for run, _ in recorded))
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
-    table.add_row("result", *(_headline(scores(rounds)) for _, rounds in recorded))
+    table.add_row("result", *(_headline(list_metrics(rounds)) for _, rounds in recorded))
     costs = [totals(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
@@ -84,7 +93,7 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
     grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
-    if private := sentence(run, rounds):
+    if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
     kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
     if kept and kept[-1].checkpoint:
@@ -95,8 +104,8 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
 
 
 def _rounds(rounds: Rounds, last: int | None) -> Table:
-    name = main_metric(scores(rounds)) or "accuracy"
-    part, values = curve(rounds, name)
+    name = find_main_metric_name(list_metrics(rounds)) or "accuracy"
+    part, values = get_progress_series(rounds, name)
     table = _table(
         "round>",
         "status",
@@ -112,7 +121,7 @@ def _rounds(rounds: Rounds, last: int | None) -> Table:
             table.add_row("…", f"{hidden} more: --all")
         cost = totals([record])
         merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
-        loss, sent = _number(training_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
+        loss, sent = _number(compute_train_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
         value = _number(values.get(record.number, math.nan))
         table.add_row(str(record.number), _status(record.status), value, loss, merged, sent, _seconds(record.seconds))
     return table
@@ -121,7 +130,7 @@ def _rounds(rounds: Rounds, last: int | None) -> Table:
 def _domains(rounds: Rounds, name: str) -> Table:
     table = _table("domain", "part", f"{name} before>", "after>")
     for part in ("validation", "own", "test"):
-        for domain, (before, after) in before_and_after(rounds, part, name).items():
+        for domain, (before, after) in compare_before_and_after(rounds, part, name).items():
             table.add_row(
                 clean_text(domain), part, _number(before), _number(after), style="bold" if domain == "all" else ""
             )
@@ -160,13 +169,13 @@ def _devices(rounds: Rounds) -> Table:
     return table
 
 
-def _staleness(contributions: Sequence[ContributionRecord]) -> str:
+def _staleness(contributions: Sequence[ClientRecord]) -> str:
     """Mean and largest number of rounds by which merged answers were late."""
     found = [one.staleness for one in contributions if one.status == "merged" and one.staleness is not None]
     return f"{sum(found) / len(found):.1f}, at most {max(found)}" if found else "-"
 
 
-def _mishaps(rounds: Rounds) -> list[str]:
+def list_problems(rounds: Rounds) -> list[str]:
     """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
     lines = [
         f"round {one.number} failed: {clean_text(one.reason, _REASON)}" for one in rounds if one.status == "failed"
@@ -203,8 +212,8 @@ def _status(status: str) -> Text:
     return Text(status, _COLOURS.get(status, ""))
 
 
-def _headline(scored: Sequence[Score]) -> str:
-    found = result(scored)
+def _headline(scored: Sequence[RoundMetric]) -> str:
+    found = get_headline_metric(scored)
     return f"{found[1]} {_number(found[2])}" if found else "-"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from fedtune.cli import server_access, server_view
-from fedtune.cli.connection import connect, server_option
+from fedtune.cli.connection import add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, shown
 from fedtune.untrusted import clean_lines
 
@@ -37,17 +37,17 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
     Example:
       fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
     """
-    from fedtune.server.home import create, exists
-    from fedtune.server.operators import add
+    from fedtune.server.home import create_server_home, exists
+    from fedtune.server.operators import write_operator_file
     from fedtune.server.readdress import readdress
     from fedtune.tracking import Store
 
     if exists() and (names or listen):
         _readdressed(readdress(list(names), listen))
         return
-    made = create(list(names) or ["localhost"], listen or _LISTEN)
+    made = create_server_home(list(names) or ["localhost"], listen or _LISTEN)
     with Store.open(made.settings.store) as store:
-        add(made, store.access, "local", made.operator)
+        write_operator_file(made, store.access, "local", made.operator)
     click.echo(f"made      {made.folder}")
     click.echo(f"settings  {made.folder / 'server.yaml'}")
     click.echo("try next  fedtune server up")
@@ -68,10 +68,10 @@ def up() -> None:
     Example: fedtune server up
     """
     click.echo("fedtune server: starting; Ctrl-C ends it", err=True)
-    from fedtune.server.home import open_home
-    from fedtune.server.supervisor import up as serve
+    from fedtune.server.home import open_server_home
+    from fedtune.server.supervisor import run_server as serve
 
-    serve(open_home())
+    serve(open_server_home())
 
 
 @server.command()
@@ -92,20 +92,20 @@ def package(user: str | None, output: Path) -> None:
 @click.argument("name", metavar="[DEVICE]", default="")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="What recipes select the device by.")
-@server_option
+@add_operator_file_option
 def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -> None:
     """Print a one-time token for a device, which it enrolls with.
 
     Example: fedtune server token kitchen-pi --tag indoors
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         click.echo(connection.ask("POST", "tokens", {"name": name, "hours": hours, "tags": tags})["token"])
 
 
 @server.command()
 @click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
 @click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
-@server_option
+@add_operator_file_option
 @json_option
 def devices(
     added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
@@ -117,7 +117,7 @@ def devices(
       fedtune server devices
       fedtune server devices --tag kitchen-pi indoors
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         for change, pairs in (("add", added), ("remove", taken)):
             for device, tag in pairs:
                 connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
@@ -127,39 +127,39 @@ def devices(
 
 @server.command()
 @click.argument("device")
-@server_option
+@add_operator_file_option
 def release(device: str, server: Path | None) -> None:
     """Let a device that was quarantined take part again; fedtune server devices says why it was.
 
     Example: fedtune server release kitchen-pi
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         released = connection.ask("POST", f"devices/{device}/release")["released"]
     click.echo(f"released: {device}" if released else f"{device} was not quarantined")
 
 
 @server.command()
 @click.argument("device")
-@server_option
+@add_operator_file_option
 def remove(device: str, server: Path | None) -> None:
     """Shut a device out: its key is worthless from now on.
 
     Example: fedtune server remove kitchen-pi
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         removed = connection.ask("DELETE", f"devices/{device}")["device"]
     click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
 
 
 @server.command()
-@server_option
+@add_operator_file_option
 @json_option
 def runs(server: Path | None, as_json: bool) -> None:
     """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
 
     Example: fedtune server runs --server ada.json
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         found = connection.ask("GET", "runs")["runs"]
     shown(found, server_view.RUNS, as_json)
 
@@ -167,7 +167,7 @@ def runs(server: Path | None, as_json: bool) -> None:
 @server.command()
 @click.argument("run", metavar="[RUN]", default="")
 @click.option("-n", "--lines", type=click.IntRange(1, 5000), default=200, show_default=True, help="Newest lines.")
-@server_option
+@add_operator_file_option
 @json_option
 def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     """What the server and Flower below it printed, or the process that coordinates RUN; oldest of the newest first.
@@ -182,7 +182,7 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         found = connection.ask("GET", f"{path}?lines={lines}")
     if as_json or found["lines"]:
         click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 import click
 
 from fedtune.cli import server_view
-from fedtune.cli.connection import Connection, connect, server_option
+from fedtune.cli.connection import OperatorClient, add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, shown
 
 __all__ = ["audit", "operator", "operators", "tokens"]
@@ -31,19 +31,19 @@ def operator(name: str, output: Path, role: str) -> None:
 
     Example: fedtune server operator ada -o ada.json --role submit
     """
-    from fedtune.server.home import open_home
-    from fedtune.server.operators import add
+    from fedtune.server.home import open_server_home
+    from fedtune.server.operators import write_operator_file
     from fedtune.tracking import Store
 
-    place = open_home()
+    place = open_server_home()
     with Store.open(place.settings.store) as store:
-        add(place, store.access, name, output, role)
+        write_operator_file(place, store.access, name, output, role)
     click.echo(f"written: {output}, to be kept like a password")
 
 
 @click.command()
 @click.option("--remove", "removed", multiple=True, metavar="NAME", help="Make an operator's key worthless first.")
-@server_option
+@add_operator_file_option
 @json_option
 def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
     """Operators and their roles.
@@ -53,7 +53,7 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
       fedtune server operators
       fedtune server operators --remove ada
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         for name in removed:
             connection.ask("DELETE", f"operators/{quote(name, safe='')}")
         found = connection.ask("GET", "operators")["operators"]
@@ -62,7 +62,7 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
 
 @click.command()
 @click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Make a token worthless first.")
-@server_option
+@add_operator_file_option
 @json_option
 def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
     """Tokens that no device has used; each is named by the beginning of its hash.
@@ -72,7 +72,7 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
       fedtune server tokens
       fedtune server tokens --remove 3f9c21d0a4be
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         for token in removed:
             connection.ask("DELETE", f"tokens/{quote(token, safe='')}")
         found = connection.ask("GET", "tokens")["tokens"]
@@ -84,7 +84,7 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
 @click.option("--limit", type=click.IntRange(1, _LARGEST_PAGE), default=_PAGE, show_default=True, help="Lines.")
 @click.option("--before", type=click.IntRange(1), metavar="LINE", help="Lines older than one with this number.")
 @click.option("--all", "every", is_flag=True, help="All lines, however many.")
-@server_option
+@add_operator_file_option
 @json_option
 def audit(since: str | None, limit: int, before: int | None, every: bool, server: Path | None, as_json: bool) -> None:
     """What was refused and what was done, newest first.
@@ -94,7 +94,7 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
       fedtune server audit
       fedtune server audit --since 12h --all
     """
-    with connect(server) as connection:
+    with connect_to_server(server) as connection:
         found, more = _page(connection, since, _LARGEST_PAGE if every else limit, before)
         while every and more:
             lines, more = _page(connection, since, _LARGEST_PAGE, found[-1]["id"])
@@ -104,7 +104,7 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
         click.echo(f"older lines: fedtune server audit --before {found[-1]['id']}, or --all", err=True)
 
 
-def _page(connection: Connection, since: str | None, limit: int, before: int | None) -> tuple[list[Any], bool]:
+def _page(connection: OperatorClient, since: str | None, limit: int, before: int | None) -> tuple[list[Any], bool]:
     asked = {"limit": limit, "since": _moment(since) if since else None, "before": before}
     query = urlencode({key: value for key, value in asked.items() if value is not None})
     told = connection.ask("GET", f"audit?{query}")

@@ -8,7 +8,7 @@ import click
 
 from fedtune.untrusted import clean_text
 
-__all__ = ["AUDIT", "DEVICES", "OPERATORS", "RUNS", "TOKENS", "Columns", "Row", "json_option", "show", "shown"]
+__all__ = ["AUDIT", "DEVICES", "OPERATORS", "RUNS", "TOKENS", "Columns", "Row", "json_option", "show_table", "shown"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LONGEST_CELL = 500
@@ -29,10 +29,10 @@ def shown(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
 
         click.echo(json_text(rows))
     else:
-        show(rows, columns)
+        show_table(rows, columns)
 
 
-def show(rows: Sequence[Row], columns: Columns) -> None:
+def show_table(rows: Sequence[Row], columns: Columns) -> None:
     """One line per row."""
     from rich.console import Console
     from rich.table import Table
@@ -46,7 +46,7 @@ def show(rows: Sequence[Row], columns: Columns) -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-def _told(key: str) -> Callable[[Row], str]:
+def make_text_cell(key: str) -> Callable[[Row], str]:
     return lambda row: str(row[key])
 
 
@@ -86,22 +86,22 @@ def _times(line: Row) -> str:
 
 
 DEVICES: Columns = {
-    "device": _told("name"),
+    "device": make_text_cell("name"),
     "state": _state,
     "memory": _memory,
     "examples": _examples,
     "tags": _tags,
 }
 RUNS: Columns = {
-    "run": _told("id"),
-    "status": _told("status"),
+    "run": make_text_cell("id"),
+    "status": make_text_cell("status"),
     "rounds": _rounds,
     "started": _time("created"),
-    "reason": _told("reason"),
+    "reason": make_text_cell("reason"),
 }
-OPERATORS: Columns = {"operator": _told("name"), "role": _told("role"), "since": _time("created")}
+OPERATORS: Columns = {"operator": make_text_cell("name"), "role": make_text_cell("role"), "since": _time("created")}
 TOKENS: Columns = {
-    "token": _told("token"),
+    "token": make_text_cell("token"),
     "for": lambda token: token["device"] or "any device",
     "made": _time("created"),
     "ends": lambda token: "expired" if token["expired"] else _time("expires")(token),
@@ -109,8 +109,8 @@ TOKENS: Columns = {
 }
 AUDIT: Columns = {
     "at": _time("at"),
-    "kind": _told("kind"),
-    "who": _told("who"),
-    "what": _told("what"),
+    "kind": make_text_cell("kind"),
+    "who": make_text_cell("who"),
+    "what": make_text_cell("what"),
     "times": _times,
 }

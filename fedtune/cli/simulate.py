@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from fedtune.recipe import Recipe
     from fedtune.tracking import Store
-    from fedtune.training import Workshop
+    from fedtune.training import RunContext
 
 __all__ = ["simulate"]
 
@@ -71,21 +71,21 @@ def simulate(
 
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
-    from fedtune.recipe_file import read
-    from fedtune.server.selection import check_simulated
-    from fedtune.simulation import resolve
+    from fedtune.recipe_file import read_recipe
+    from fedtune.server.selection import check_enough_eligible_clients
+    from fedtune.simulation import resolve_recipe
 
-    recipe = resolve(read(path, overrides))
-    check_simulated(recipe)
+    recipe = resolve_recipe(read_recipe(path, overrides))
+    check_enough_eligible_clients(recipe)
     return recipe
 
 
-def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Workshop"]:
+def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
     """Build everything first, so that what cannot run leaves no trace in the store."""
-    from fedtune.server.accounting import require_accountant
+    from fedtune.server.accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
-    require_accountant(recipe)
+    require_privacy_accountant(recipe)
     shop = _workshop(recipe)
     run = new_run_id(recipe.name)
     store.create_run(
@@ -99,7 +99,7 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "Worksho
     return run, shop
 
 
-def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "Workshop"]:
+def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
     from fedtune.cli.exported import with_base
     from fedtune.recipe import Recipe
 
@@ -109,13 +109,13 @@ def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "Workshop"]:
     return found.id, shop
 
 
-def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "Workshop"]:
+def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
     """More rounds for a run of this machine, which go on from its last one."""
     from fedtune.cli.exported import with_base
     from fedtune.errors import StoreError
     from fedtune.recipe import Recipe
-    from fedtune.tracking import claim
-    from fedtune.training.optimiser import rate
+    from fedtune.tracking import claim_run
+    from fedtune.training.optimiser import compute_lr_factor
 
     found = store.run(reference)
     recipe = with_base(Recipe.model_validate_json(found.recipe), url)
@@ -126,66 +126,68 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
     federation = recipe.federation.model_copy(update={"rounds": rounds})
     longer = recipe.model_copy(update={"federation": federation})
     shop = _workshop(longer)
-    with claim(found.id):
+    with claim_run(found.id):
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.schedule != "constant":
-        factor = rate(longer.train, found.rounds_planned / rounds)
+        factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
         said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
         click.echo(f"the {recipe.train.schedule} schedule is that of {rounds} rounds now: {said}", err=True)
     return found.id, shop
 
 
-def _workshop(recipe: "Recipe") -> "Workshop":
-    from fedtune.training import workshop
+def _workshop(recipe: "Recipe") -> "RunContext":
+    from fedtune.training import get_run_context
 
     if sys.stderr.isatty():
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
-    shop = workshop(recipe.model_dump_json())
+    shop = get_run_context(recipe.model_dump_json())
     _ = shop.clients, shop.train, shop.validation, shop.test
     for note in shop.corpus.notes:
         click.echo(f"warning: {note}", err=True)
     return shop
 
 
-def _execute(shop: "Workshop", run: str, url: str, engine: str, workers: int | None) -> None:
-    from fedtune.cli.progress import watching
-    from fedtune.simulation import default_workers, run_local
+def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
+    from fedtune.cli.progress import show_run_progress
+    from fedtune.simulation import choose_worker_count, run_in_process
 
     recipe = shop.recipe
-    with watching(recipe.federation.rounds):
+    with show_run_progress(recipe.federation.rounds):
         if engine == "flower":
-            from fedtune.simulation.flower_engine import run_flower
+            from fedtune.simulation.flower_engine import run_on_flower_engine
 
-            run_flower(recipe, run, url)
+            run_on_flower_engine(recipe, run, url)
         else:
-            run_local(shop, run, url, workers or default_workers(shop))
+            run_in_process(shop, run, url, workers or choose_worker_count(shop))
 
 
-def _show(store: "Store", shop: "Workshop", run: str, as_json: bool) -> None:
+def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     """The table, the picture and what to try next; or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         from fedtune.json_text import json_text
-        from fedtune.tracking.document import document
+        from fedtune.tracking.document import make_run_document
 
-        click.echo(json_text(document(record, rounds)))
+        click.echo(json_text(make_run_document(record, rounds)))
         return
     from rich.console import Console
 
     from fedtune import home
-    from fedtune.cli.private import sentence
-    from fedtune.cli.report import domain_rows, show_rows
-    from fedtune.tracking.plot import plot
+    from fedtune.cli.private import describe_privacy
+    from fedtune.cli.report import make_domain_rows, show_domain_table
+    from fedtune.tracking.plot import draw_runs
 
     figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
     console = Console(markup=False)
     console.print()
-    if rows := domain_rows(rounds, shop.domain_of_client, figure):  # none where the server has no whole model to score
-        show_rows(rows, figure, console)
-    if private := sentence(record, rounds):
+    if rows := make_domain_rows(
+        rounds, shop.domain_of_client, figure
+    ):  # none where the server has no whole model to score
+        show_domain_table(rows, figure, console)
+    if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
-    picture = home.runs() / run / "run.png"
-    plot([(record, rounds)], picture)
+    picture = home.get_runs_folder() / run / "run.png"
+    draw_runs([(record, rounds)], picture)
     click.echo(f"\npicture   {picture}")
     click.echo(f"try next  fedtune runs show {run}")
     click.echo(f"          fedtune export {run} -o {record.name}-model")

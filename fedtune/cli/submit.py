@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import connect, server_option
+from fedtune.cli.connection import add_operator_file_option, connect_to_server
 
 __all__ = ["submit"]
 
@@ -14,7 +14,7 @@ __all__ = ["submit"]
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
 @click.option("--watch", is_flag=True, help="Follow the run to its end.")
-@server_option
+@add_operator_file_option
 def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, watch: bool, server: Path | None) -> None:
     """Run the federation RECIPE describes on the devices of a server; settings are sent, never code.
 
@@ -24,17 +24,17 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
     """
     import json
 
-    from fedtune.cli.follow import follow
-    from fedtune.recipe_file import read
+    from fedtune.cli.follow import follow_run
+    from fedtune.recipe_file import read_recipe
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    chosen = read(recipe, added)  # what its techniques and merge steps allow is checked by the server
-    with connect(server) as connection:
+    chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
+    with connect_to_server(server) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
         run = connection.ask("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
         click.echo(f"run       {run}")
         if watch:
             click.echo("watching it; Ctrl-C ends the watching, not the run", err=True)
-            follow(connection, run)
+            follow_run(connection, run)
             return
     click.echo(f"try next  fedtune runs watch {run}")

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from fedtune.recipe import Recipe
     from fedtune.tracking import RoundRecord
 
-__all__ = ["load_target"]
+__all__ = ["load_checkpoint_target"]
 
 
-def load_target(target: str, number: int | None, store: str | None) -> "tuple[Recipe, Mapping[str, Tensor], str, int]":
+def load_checkpoint_target(
+    target: str, number: int | None, store: str | None
+) -> "tuple[Recipe, Mapping[str, Tensor], str, int]":
     """Recipe, state, run and round of a run (by id, its beginning, or ``latest``) or of a checkpoint file."""
     from fedtune import checkpoint, home
     from fedtune.cli.exported import with_base
@@ -33,7 +35,9 @@ def load_target(target: str, number: int | None, store: str | None) -> "tuple[Re
     there = with_checkpoint if file is None else _recorded  # a file may be a copy of one that was pruned
     record = there(run.id, rounds, number)
     assert record.checkpoint is not None
-    state = checkpoint.load(file or home.runs() / record.checkpoint.path, record.checkpoint.sha256)
+    state = checkpoint.read_checkpoint(
+        file or home.get_runs_folder() / record.checkpoint.path, record.checkpoint.sha256
+    )
     return with_base(Recipe.model_validate_json(run.recipe), store), state, run.id, record.number
 
 

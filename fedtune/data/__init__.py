@@ -1,23 +1,23 @@
 """Where examples come from, how they are parted and split over clients, and how they become tensors."""
 
 from fedtune.data.column import Values
-from fedtune.data.corpus import Corpus, everything, load, training
-from fedtune.data.encode import Encoded, encode
-from fedtune.data.split import split
-from fedtune.data.summary import Holding, Summary, summary
+from fedtune.data.corpus import DataSplits, load_all_examples, load_data, training
+from fedtune.data.encode import EncodedDataset, encode_examples
+from fedtune.data.split import partition_examples
+from fedtune.data.summary import ClientExamples, PartitionSummary, summarise_partition
 from fedtune.data.table import Table
 
 __all__ = [
-    "Corpus",
-    "Encoded",
-    "Holding",
-    "Summary",
+    "ClientExamples",
+    "DataSplits",
+    "EncodedDataset",
+    "PartitionSummary",
     "Table",
     "Values",
-    "encode",
-    "everything",
-    "load",
-    "split",
-    "summary",
+    "encode_examples",
+    "load_all_examples",
+    "load_data",
+    "partition_examples",
+    "summarise_partition",
     "training",
 ]

@@ -3,15 +3,15 @@
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
-from fedtune.explain import nearest
+from fedtune.explain import suggest_nearest
 from fedtune.recipe import Natural, Recipe
 
-__all__ = ["canonical", "split_column"]
+__all__ = ["get_canonical_column_name", "rename_columns"]
 
 Named = dict[str, tuple[str, str]]
 
 
-def canonical(recipe: Recipe, table: Table) -> Table:
+def rename_columns(recipe: Recipe, table: Table) -> Table:
     """The columns the recipe names, renamed; DataError when one is missing or has a null."""
     columns: dict[str, Column] = {}
     kinds: dict[str, Kind] = {}
@@ -28,7 +28,7 @@ def canonical(recipe: Recipe, table: Table) -> Table:
     return Table(columns, kinds)
 
 
-def split_column(recipe: Recipe, by: str) -> str:
+def get_canonical_column_name(recipe: Recipe, by: str) -> str:
     """The canonical name of the source's column ``by``."""
     columns = recipe.data.columns
     return {columns.label: "label", columns.domain: "domain", columns.group: "group"}.get(by, by)
@@ -50,13 +50,13 @@ def _named(recipe: Recipe, present: list[str]) -> Named:
     if columns.domain:
         named["domain"] = ("data.columns.domain", columns.domain)
     if isinstance(split, Natural):
-        named.setdefault(split_column(recipe, split.by), ("data.split.by", split.by))
+        named.setdefault(get_canonical_column_name(recipe, split.by), ("data.split.by", split.by))
     return named
 
 
 def _column(source: str, table: Table, key: str, column: str) -> Column:
     if column not in table.column_names:
-        hint = nearest(column, table.column_names)
+        hint = suggest_nearest(column, table.column_names)
         raise DataError(
             f"{source} has no column {column!r}, which {key} names; {hint}", code="data-columns", counts={"columns": 1}
         )

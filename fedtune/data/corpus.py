@@ -5,26 +5,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.data.columns import canonical
+from fedtune.data.columns import rename_columns
 from fedtune.data.decode import readable
-from fedtune.data.labels import encode_labels, label_by_name
-from fedtune.data.parts import divide, groups
-from fedtune.data.sources import read
+from fedtune.data.labels import encode_known_labels, encode_labels
+from fedtune.data.parts import number_groups, split_dataset
+from fedtune.data.sources import read_data_source
 from fedtune.data.table import Pictures, Table, concatenate
 from fedtune.errors import DataError
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
+from fedtune.seeds import derive_seed
 
-__all__ = ["Corpus", "everything", "load", "training"]
+__all__ = ["DataSplits", "load_all_examples", "load_data", "training"]
 
-RESERVED = frozenset({"all", "mean"})
+RESERVED_DOMAINS = frozenset({"all", "mean"})
 """What scores over several domains are called."""
 LONGEST_DOMAIN = 255
 """Characters of a domain's name that every database keeps."""
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DataSplits:
     """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
 
     A natural split by a further column keeps that column under its own name. ``labels`` is empty for causal language
@@ -38,7 +38,7 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
+def load_data(recipe: Recipe, known: Sequence[str] = ()) -> DataSplits:
     """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
 
     ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
@@ -48,18 +48,18 @@ def load(recipe: Recipe, known: Sequence[str] = ()) -> Corpus:
     labels: tuple[str, ...] = ()
     if recipe.task != "causal-language-modelling":
         found, labels = encode_labels(found, source, known)
-    divided = divide(recipe.data, found)
+    divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
     train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
     told = (*notes, *_absent(source, divided, labels))
-    return Corpus(train, divided["validation"], divided["test"], labels, told)
+    return DataSplits(train, divided["validation"], divided["test"], labels, told)
 
 
-def everything(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
+def load_all_examples(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
     """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
     found = _labelled(recipe, labels)
-    whole = concatenate(list(found.values())) if part == "all" else divide(recipe.data, found)[part]
+    whole = concatenate(list(found.values())) if part == "all" else split_dataset(recipe.data, found)[part]
     _check(recipe.data.source, part, whole)
     return whole
 
@@ -73,13 +73,13 @@ def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Table]:
     found, _ = _found(recipe)
     if not labels:
         return found
-    return {name: label_by_name(table, labels, recipe.data.source) for name, table in found.items()}
+    return {name: encode_known_labels(table, labels, recipe.data.source) for name, table in found.items()}
 
 
 def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
-    source = read(recipe.data)
-    found = {part: canonical(recipe, table) for part, table in source.parts.items()}
+    source = read_data_source(recipe.data)
+    found = {part: rename_columns(recipe, table) for part, table in source.parts.items()}
     if not isinstance(found["train"].kinds.get("image"), Pictures):
         return found, source.notes
     lost: list[str] = []
@@ -101,7 +101,7 @@ def _check(source: str, part: str, table: Table) -> None:
 
 def _check_domains(source: str, domains: Sequence[str]) -> None:
     """Scores are told by them."""
-    if taken := RESERVED.intersection(domains):
+    if taken := RESERVED_DOMAINS.intersection(domains):
         raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
     if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
         raise DataError(
@@ -123,9 +123,9 @@ def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) 
 
 def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
     """Whole groups in an order drawn from the seed, as many as fit."""
-    group = groups(train)
+    group = number_groups(train)
     sizes = np.bincount(group)
-    order = np.random.default_rng(derive(recipe.seed, "limit")).permutation(len(sizes))
+    order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))
     kept = order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]
     if not len(kept):
         raise DataError(f"data.limit is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples")

@@ -16,12 +16,12 @@ from fedtune.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["EncodedDataset", "encode_examples"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
-class Encoded(Protocol):
+class EncodedDataset(Protocol):
     """Examples ready to be batched."""
 
     @property
@@ -38,7 +38,9 @@ class Encoded(Protocol):
         """The model's inputs for some examples, ``labels`` among them."""
 
 
-def encode(table: Table, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None") -> Encoded:
+def encode_examples(
+    table: Table, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None"
+) -> EncodedDataset:
     """Tokenise texts, cut to ``train.length``; decode pictures as the model reads them: ``models.reader(recipe)``."""
     domains = list(table["domain"]) if "domain" in table.column_names else None
     labels = torch.tensor(table["label"][:]) if "label" in table.column_names else None
@@ -75,7 +77,7 @@ class Texts:
         longest = int(lengths.max())
         ids = self.ids[rows, :longest].long()
         mask = torch.arange(longest) < lengths[:, None]
-        labels = ids.masked_fill(~mask, IGNORED) if self.labels is None else self.labels[rows]
+        labels = ids.masked_fill(~mask, IGNORE_INDEX) if self.labels is None else self.labels[rows]
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 

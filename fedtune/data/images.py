@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from fedtune.data.column import Values
 from fedtune.data.table import Classes, Greys, Kind, Table
 from fedtune.errors import ChecksumError, SourceError
-from fedtune.samples import PACKAGES, fetch
+from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
 __all__ = ["digits", "fashion_mnist", "mnist_5k"]
 
-CLOTHES = (
+FASHION_MNIST_LABELS = (
     "T-shirt/top",
     "Trouser",
     "Pullover",
@@ -39,13 +39,13 @@ FASHION_SHA256 = {
 
 def mnist_5k() -> dict[str, Table]:
     """5000 digits of MNIST, 28 x 28, 500 of each class."""
-    table = _csv(fetch("mnist-5k") / PACKAGES["mnist-5k"].members[0])
+    table = _csv(fetch_sample("mnist-5k") / SAMPLE_PACKAGES["mnist-5k"].members[0])
     return {"train": _table(table[:, :-1].reshape(-1, 28, 28), table[:, -1])}
 
 
 def digits() -> dict[str, Table]:
     """1797 digits, 8 x 8: the 17 shades of grey are stretched to 0..255."""
-    table = _csv(fetch("digits") / "digits.csv.gz")
+    table = _csv(fetch_sample("digits") / "digits.csv.gz")
     return {"train": _table((table[:, :-1] * 255 / 16).round().reshape(-1, 8, 8), table[:, -1])}
 
 
@@ -54,7 +54,7 @@ def fashion_mnist() -> dict[str, Table]:
 
     Raises SourceError when a file is absent or damaged, ChecksumError when it is not what was published.
     """
-    folder = fetch("fashion-mnist")
+    folder = fetch_sample("fashion-mnist")
     return {part: _clothes(folder, prefix) for part, prefix in {"train": "train", "test": "t10k"}.items()}
 
 
@@ -69,7 +69,7 @@ def _clothes(folder: Path, prefix: str) -> Table:
     """The IDX format: a heading of 16 bytes before images, of 8 before labels, then unsigned bytes."""
     images = np.frombuffer(_published(folder, f"{prefix}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_published(folder, f"{prefix}-labels-idx1-ubyte"), np.uint8, offset=8)
-    return _table(images.reshape(-1, 28, 28), labels, Classes(CLOTHES))
+    return _table(images.reshape(-1, 28, 28), labels, Classes(FASHION_MNIST_LABELS))
 
 
 def _published(folder: Path, name: str) -> bytes:

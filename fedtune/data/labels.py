@@ -10,9 +10,9 @@ from fedtune.data.column import Column, Values
 from fedtune.data.table import Classes, Kind, Table
 from fedtune.errors import DataError
 
-__all__ = ["encode_labels", "label_by_name"]
+__all__ = ["encode_known_labels", "encode_labels"]
 
-MOST_REAL_VALUES = 20
+MAX_FLOAT_CLASSES = 20
 
 
 def encode_labels(
@@ -54,7 +54,7 @@ def _values(found: Mapping[str, Table], source: str) -> list[Any]:
         return values
     if all(value.is_integer() for value in values):
         return [int(value) for value in values]
-    if len(values) > MOST_REAL_VALUES:
+    if len(values) > MAX_FLOAT_CLASSES:
         raise DataError(f"{source} has {len(values)} different real numbers as labels; cut them into classes first")
     return values
 
@@ -89,7 +89,7 @@ def _number(table: Table, values: list[Any], where: str) -> Table:
     return table.with_column("label", Values(np.array([numbers[value] for value in found], np.int64)))
 
 
-def label_by_name(table: Table, labels: Sequence[str], source: str) -> Table:
+def encode_known_labels(table: Table, labels: Sequence[str], source: str) -> Table:
     """Labels as numbers of the class names ``labels``; DataError names one that is none of them."""
     column, kind = table.column("label"), table.kinds.get("label")
     _check_type(column, source)

@@ -25,7 +25,7 @@ from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError, SourceError
-from fedtune.home import cache
+from fedtune.home import get_cache_folder
 
 __all__ = ["as_table", "from_disk", "from_files", "from_hub"]
 
@@ -46,7 +46,7 @@ def from_files(path: Path, builder: str, **where: object) -> dict[str, Table]:
     """What a builder of ``datasets`` makes of files; ``path`` is what messages name."""
     try:
         with _quiet():
-            return _tables(load_dataset(builder, cache_dir=str(cache() / "datasets"), **where))
+            return _tables(load_dataset(builder, cache_dir=str(get_cache_folder() / "datasets"), **where))
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(_unreadable(path, builder, _first_line(error.__cause__ or error))) from error
 

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.table import Pictures, Table
-from fedtune.recipe import Data
+from fedtune.recipe import DataSettings
 
-__all__ = ["divide", "groups"]
+__all__ = ["number_groups", "split_dataset"]
 
 
-def divide(data: Data, found: Mapping[str, Table]) -> dict[str, Table]:
+def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, Table]:
     """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
     divided, start = dict(found), 0.0
     shares = {"test": data.parts.test, "validation": data.parts.validation}
@@ -29,7 +29,7 @@ def divide(data: Data, found: Mapping[str, Table]) -> dict[str, Table]:
     return divided
 
 
-def groups(table: Table) -> NDArray[np.int64]:
+def number_groups(table: Table) -> NDArray[np.int64]:
     """The group of each row, numbered from 0; a row is its own group where the data has none."""
     if "group" not in table.column_names:
         return np.arange(len(table))

@@ -13,11 +13,11 @@ import numpy as np
 from fedtune.data.column import Values, objects
 from fedtune.data.table import Table
 from fedtune.errors import SourceError
-from fedtune.samples import PACKAGES, fetch
+from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
 __all__ = ["films", "sentiment"]
 
-NEUTRAL = 0.25
+MAX_NEUTRAL_RATING = 0.25
 FILES = {
     "tweets": "tweets_GroundTruth.txt",
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -31,7 +31,7 @@ def sentiment() -> dict[str, Table]:
 
     Sentences with a rating of at most 0.25 to either side count as neutral and are left out.
     """
-    rows = [row for row in _read() if abs(row["rating"]) > NEUTRAL]
+    rows = [row for row in _read() if abs(row["rating"]) > MAX_NEUTRAL_RATING]
     told = [row | {"label": "positive" if row["rating"] > 0 else "negative"} for row in rows]
     return {"train": _table(told, ("text", "rating", "group", "domain", "label"))}
 
@@ -48,7 +48,7 @@ def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
 
 def _read() -> list[dict[str, Any]]:
     """The four wanted members, read in memory: nothing of the inner archive is written to disk."""
-    archive = fetch("sentiment") / PACKAGES["sentiment"].members[0]
+    archive = fetch_sample("sentiment") / SAMPLE_PACKAGES["sentiment"].members[0]
     rows = []
     with tarfile.open(archive) as opened:
         for domain, file in FILES.items():

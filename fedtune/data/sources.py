@@ -13,10 +13,10 @@ from fedtune.data.split_column import by_column
 from fedtune.data.table import Table
 from fedtune.data.text_files import text_files, with_places
 from fedtune.errors import DataError, SourceError
-from fedtune.examples import Data
-from fedtune.explain import nearest
+from fedtune.examples import DataSettings
+from fedtune.explain import suggest_nearest
 
-__all__ = ["Found", "read"]
+__all__ = ["Found", "read_data_source"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def read(data: Data) -> Found:
+def read_data_source(data: DataSettings) -> Found:
     """The parts a source has of its own, ``train`` at least, with its own columns.
 
     A hub id may be followed by a configuration: ``hub:ID:CONFIGURATION``; a sample by a domain: ``sample:NAME:DOMAIN``.
@@ -51,7 +51,7 @@ def read(data: Data) -> Found:
     return Found(parts, found.notes)
 
 
-def _hub(name: str, _data: Data) -> Found:
+def _hub(name: str, _data: DataSettings) -> Found:
     from fedtune.data.loaded import from_hub  # half a second and 100 MB
 
     return Found(from_hub(name))
@@ -64,17 +64,17 @@ def _there(name: str) -> Path:
     return path
 
 
-def _delimited(kind: str) -> Callable[[str, Data], Found]:
-    def read_text(name: str, data: Data) -> Found:
+def _delimited(kind: str) -> Callable[[str, DataSettings], Found]:
+    def read_text(name: str, data: DataSettings) -> Found:
         return Found(*text_files(kind, _there(name), data))
 
     return read_text
 
 
-def _local(builder: str, *endings: str) -> Callable[[str, Data], Found]:
+def _local(builder: str, *endings: str) -> Callable[[str, DataSettings], Found]:
     """Files that ``tables`` reads; those of a folder by the parts they are named after."""
 
-    def read_path(name: str, data: Data) -> Found:
+    def read_path(name: str, data: DataSettings) -> Found:
         from fedtune.data.loaded import from_files
 
         path = _there(name)
@@ -88,12 +88,12 @@ def _local(builder: str, *endings: str) -> Callable[[str, Data], Found]:
     return read_path
 
 
-def _placed(table: Table, data: Data, path: Path) -> Table:
+def _placed(table: Table, data: DataSettings, path: Path) -> Table:
     column, folder = data.columns.image, path if path.is_dir() else path.parent
     return table if column in table.kinds else Table(with_places(table.columns, column, folder), table.kinds)
 
 
-def _folder(name: str, data: Data) -> Found:
+def _folder(name: str, data: DataSettings) -> Found:
     path = _there(name)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; name the folder that holds a folder of pictures for each class")
@@ -104,16 +104,16 @@ def _folder(name: str, data: Data) -> Found:
     return Found(from_files(path, "imagefolder", data_dir=str(path)))
 
 
-def _disk(name: str, _data: Data) -> Found:
+def _disk(name: str, _data: DataSettings) -> Found:
     from fedtune.data.loaded import from_disk
 
     return Found(from_disk(_there(name)))
 
 
-def _sample(name: str, _data: Data) -> Found:
+def _sample(name: str, _data: DataSettings) -> Found:
     sample, _, domain = name.partition(":")
     if sample not in _SAMPLES:
-        raise SourceError(f"there is no sample data {sample!r}; {nearest(sample, list(_SAMPLES))}")
+        raise SourceError(f"there is no sample data {sample!r}; {suggest_nearest(sample, list(_SAMPLES))}")
     found = _SAMPLES[sample]()
     return Found({part: _of_domain(sample, table, domain) for part, table in found.items()} if domain else found)
 
@@ -121,7 +121,7 @@ def _sample(name: str, _data: Data) -> Found:
 def _of_domain(sample: str, table: Table, domain: str) -> Table:
     known = table.unique("domain") if "domain" in table.column_names else []
     if domain not in known:
-        told = nearest(domain, known) if known else "leave it out"
+        told = suggest_nearest(domain, known) if known else "leave it out"
         raise SourceError(f"sample:{sample} has no domain {domain!r}; {told}")
     return table.select(np.flatnonzero(np.asarray(table["domain"][:]) == domain))
 
@@ -133,7 +133,7 @@ _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
     "mnist-5k": images.mnist_5k,
     "sentiment": sentiment.sentiment,
 }
-_KINDS: dict[str, Callable[[str, Data], Found]] = {
+_KINDS: dict[str, Callable[[str, DataSettings], Found]] = {
     "csv": _delimited("csv"),
     "disk": _disk,
     "folder": _folder,

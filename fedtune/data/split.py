@@ -10,35 +10,35 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fedtune.data.by_class import by_class
-from fedtune.data.columns import split_column
-from fedtune.data.parts import groups
+from fedtune.data.columns import get_canonical_column_name
+from fedtune.data.parts import number_groups
 from fedtune.data.table import Table
 from fedtune.errors import DataError
 from fedtune.recipe import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
-from fedtune.seeds import derive
+from fedtune.seeds import derive_seed
 
-__all__ = ["split"]
+__all__ = ["partition_examples"]
 
-Ints = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
-def split(recipe: Recipe, train: Table) -> list[Ints]:
+def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
     """The sorted row numbers of each client; DataError when a client would have none."""
-    group = groups(train)
-    rng = np.random.default_rng(derive(recipe.seed, "split"))
+    group = number_groups(train)
+    rng = np.random.default_rng(derive_seed(recipe.seed, "split"))
     owner = _owners(recipe, train, group, rng)[group]
     counts = np.bincount(owner, minlength=recipe.clients)
     _check(recipe, counts)
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
 
 
-def _owners(recipe: Recipe, train: Table, group: Ints, rng: Generator) -> Ints:
+def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> IntArray:
     kind, clients, sizes = recipe.data.split, recipe.clients, np.bincount(group)
     match kind:
         case Iid():
             return _deal(rng.permutation(len(sizes)), sizes, clients)
         case Natural():
-            column = split_column(recipe, kind.by)
+            column = get_canonical_column_name(recipe, kind.by)
             values = np.unique(np.asarray(train[column][:]), return_inverse=True)[1]
             return _natural(_majority(group, values), sizes, clients, rng)
         case Size():
@@ -52,7 +52,7 @@ def _owners(recipe: Recipe, train: Table, group: Ints, rng: Generator) -> Ints:
             return _shards(_majority(group, _labels(train, kind.kind)), kind.per_client, clients, rng)
 
 
-def _check(recipe: Recipe, counts: Ints) -> None:
+def _check(recipe: Recipe, counts: IntArray) -> None:
     kind = recipe.data.split
     least = kind.min_examples if isinstance(kind, EqualDirichlet) else 1
     short = np.flatnonzero(counts < least)
@@ -64,13 +64,13 @@ def _check(recipe: Recipe, counts: Ints) -> None:
         )
 
 
-def _labels(train: Table, kind: str) -> Ints:
+def _labels(train: Table, kind: str) -> IntArray:
     if "label" not in train.column_names:
         raise DataError(f"the split {kind!r} goes by labels, but these examples have none; use iid, size or natural")
     return np.asarray(train["label"][:])
 
 
-def _majority(group: Ints, values: Ints) -> Ints:
+def _majority(group: IntArray, values: IntArray) -> IntArray:
     """The most frequent value in each group; the highest of several that are equally frequent."""
     pairs, counts = np.unique(np.stack([group, values]), axis=1, return_counts=True)
     order = np.argsort(counts, kind="stable")
@@ -79,7 +79,7 @@ def _majority(group: Ints, values: Ints) -> Ints:
     return common
 
 
-def _deal(order: Ints, sizes: Ints, clients: int) -> Ints:
+def _deal(order: IntArray, sizes: IntArray, clients: int) -> IntArray:
     """Each next group of ``order`` goes to the client with the fewest examples; -1 for groups not in ``order``."""
     owner = np.full(len(sizes), -1, np.int64)
     loads = [(0, client) for client in range(clients)]
@@ -90,7 +90,7 @@ def _deal(order: Ints, sizes: Ints, clients: int) -> Ints:
     return owner
 
 
-def _natural(values: Ints, sizes: Ints, clients: int, rng: Generator) -> Ints:
+def _natural(values: IntArray, sizes: IntArray, clients: int, rng: Generator) -> IntArray:
     """Values from large to small go to clients in turn; a value with several clients is dealt over them evenly."""
     totals = np.bincount(values, weights=sizes)
     owner = np.full(len(values), -1, np.int64)
@@ -101,7 +101,7 @@ def _natural(values: Ints, sizes: Ints, clients: int, rng: Generator) -> Ints:
     return owner
 
 
-def _by_size(labels: Ints, exponent: float, clients: int, rng: Generator) -> Ints:
+def _by_size(labels: IntArray, exponent: float, clients: int, rng: Generator) -> IntArray:
     """Each label's groups in proportion to rank ** -exponent; what rounding owes a client carries to the next label."""
     weights = np.arange(1, clients + 1) ** -exponent
     weights /= weights.sum()
@@ -115,7 +115,7 @@ def _by_size(labels: Ints, exponent: float, clients: int, rng: Generator) -> Int
     return owner
 
 
-def _round(shares: NDArray[np.float64], total: int) -> Ints:
+def _round(shares: NDArray[np.float64], total: int) -> IntArray:
     """Whole numbers >= 0 near the shares that add up to total: largest remainders first."""
     counts = np.maximum(np.floor(shares), 0).astype(np.int64)
     while (missing := total - counts.sum()) != 0:
@@ -125,7 +125,7 @@ def _round(shares: NDArray[np.float64], total: int) -> Ints:
     return counts
 
 
-def _equal_dirichlet(labels: Ints, sizes: Ints, alpha: float, clients: int, rng: Generator) -> Ints:
+def _equal_dirichlet(labels: IntArray, sizes: IntArray, alpha: float, clients: int, rng: Generator) -> IntArray:
     """The client with the fewest examples takes a group of a label drawn from its own proportions, and so on."""
     wishes = rng.dirichlet(np.full(labels.max() + 1, alpha), size=clients)
     left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in range(labels.max() + 1)]
@@ -140,7 +140,7 @@ def _equal_dirichlet(labels: Ints, sizes: Ints, alpha: float, clients: int, rng:
     return owner
 
 
-def _shards(labels: Ints, per_client: int, clients: int, rng: Generator) -> Ints:
+def _shards(labels: IntArray, per_client: int, clients: int, rng: Generator) -> IntArray:
     """Groups sorted by label, shuffled within one, cut into equal shards; each client draws ``per_client`` of them."""
     order = np.lexsort((rng.permutation(len(labels)), labels))
     owner = np.full(len(labels), -1, np.int64)

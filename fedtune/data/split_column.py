@@ -5,15 +5,15 @@ import numpy as np
 from fedtune.data.listing import part_named
 from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.examples import Data
-from fedtune.explain import nearest
+from fedtune.examples import DataSettings
+from fedtune.explain import suggest_nearest
 
 __all__ = ["by_column"]
 
 _USUAL = "split"
 
 
-def by_column(table: Table, data: Data) -> dict[str, Table]:
+def by_column(table: Table, data: DataSettings) -> dict[str, Table]:
     """The parts that ``columns.split`` names, or a column called split whose every word names a part; else all train.
 
     DataError when a named column is missing or says something else, or only a part of its words name parts.
@@ -23,7 +23,7 @@ def by_column(table: Table, data: Data) -> dict[str, Table]:
         return {"train": table}
     column = chosen or _USUAL
     if column not in table.column_names:
-        hint = nearest(column, table.column_names)
+        hint = suggest_nearest(column, table.column_names)
         raise DataError(f"{data.source} has no column {column!r}, which data.columns.split names; {hint}")
     words = table[column][:]
     part_of = {word: part_named(word) if isinstance(word, str) else None for word in set(words)}

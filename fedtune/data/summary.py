@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.corpus import Corpus
-from fedtune.data.parts import groups
+from fedtune.data.corpus import DataSplits
+from fedtune.data.parts import number_groups
 from fedtune.data.table import Table
 from fedtune.recipe import Natural, Recipe
 
-__all__ = ["Holding", "Summary", "summary"]
+__all__ = ["ClientExamples", "PartitionSummary", "summarise_partition"]
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What one client has; ``counts`` are examples per domain or label, in the order of ``Summary.values``."""
+class ClientExamples:
+    """What one client has; ``counts`` are examples per domain or label, in the order of ``PartitionSummary.values``."""
 
     client: int
     device: str
@@ -26,7 +26,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Summary:
+class PartitionSummary:
     """A split: examples in each part, and each client's holding.
 
     A natural split is counted ``by`` domain where there are domains, any other by label where there are labels.
@@ -36,15 +36,15 @@ class Summary:
     parts: dict[str, int]
     by: str
     values: tuple[str, ...]
-    holdings: tuple[Holding, ...]
+    holdings: tuple[ClientExamples, ...]
 
 
-def summary(recipe: Recipe, corpus: Corpus, clients: Sequence[NDArray[np.int64]]) -> Summary:
+def summarise_partition(recipe: Recipe, corpus: DataSplits, clients: Sequence[NDArray[np.int64]]) -> PartitionSummary:
     """Count examples, groups and domains or labels of each client; ``clients`` are rows of the training part."""
     by, values, numbers = _values(corpus, prefers_domains=isinstance(recipe.data.split, Natural))
-    group = groups(corpus.train)
+    group = number_groups(corpus.train)
     holdings = tuple(
-        Holding(
+        ClientExamples(
             client=client,
             device=recipe.device_of(client).name,
             examples=len(rows),
@@ -53,14 +53,14 @@ def summary(recipe: Recipe, corpus: Corpus, clients: Sequence[NDArray[np.int64]]
         )
         for client, rows in enumerate(clients)
     )
-    return Summary(recipe.name, _parts(corpus), by, values, holdings)
+    return PartitionSummary(recipe.name, _parts(corpus), by, values, holdings)
 
 
-def _parts(corpus: Corpus) -> dict[str, int]:
+def _parts(corpus: DataSplits) -> dict[str, int]:
     return {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)}
 
 
-def _values(corpus: Corpus, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
+def _values(corpus: DataSplits, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
     """What is counted, its names, and the number of the name of each training row."""
     train: Table = corpus.train
     if "domain" in train.column_names and (prefers_domains or not corpus.labels):

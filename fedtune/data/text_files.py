@@ -8,14 +8,14 @@ from fedtune.data.delimited import lines, table
 from fedtune.data.listing import files_in, parts_of
 from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.examples import Data
+from fedtune.examples import DataSettings
 
 __all__ = ["text_files", "with_places"]
 
 _ENDINGS = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "text": (".txt", ".text", ".txt.gz")}
 
 
-def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Table], tuple[str, ...]]:
+def text_files(kind: str, path: Path, data: DataSettings) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The parts in a file or a folder of files of a kind, and what was guessed of their encoding."""
     files = files_in(path, _ENDINGS[kind])
     if not files:
@@ -30,7 +30,7 @@ def text_files(kind: str, path: Path, data: Data) -> tuple[dict[str, Table], tup
     return {part: Table(found) for part, found in joined.items()}, tuple(notes[:1])
 
 
-def _read(kind: str, file: Path, data: Data) -> tuple[dict[str, Column], str]:
+def _read(kind: str, file: Path, data: DataSettings) -> tuple[dict[str, Column], str]:
     if kind == "text":
         return lines(file, data.encoding)
     columns = data.columns

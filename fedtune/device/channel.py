@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["STATE", "Channel", "Frame"]
+__all__ = ["STATE", "Frame", "TrainerChannel"]
 
 STATE = "state"
 """Names, in the header of an order, the file with the state to begin with; without one the payload is the state."""
@@ -41,7 +41,7 @@ class Frame:
         return cls(json.loads(content[start : start + header]), content[start + header :])
 
 
-class Channel:
+class TrainerChannel:
     """One end of a stream socket; EOFError once the other end is gone."""
 
     def __init__(self, end: socket.socket) -> None:

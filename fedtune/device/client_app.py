@@ -1,4 +1,4 @@
-"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand an order to ``work``.
+"""The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand an order to ``run_local_round``.
 
 In a simulation nothing leaves the machine, so its errors are told whole. A SuperNode would send an exception's text to
 the server, and that may quote its data: the other app sends a code of :mod:`fedtune.protocol_codes` in its place.
@@ -11,12 +11,12 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedtune import home
-from fedtune.answers import FAILED
-from fedtune.contribution import Order
+from fedtune.answers import TRAINING_FAILED
+from fedtune.contribution import TrainRequest
 from fedtune.device import records
 from fedtune.device.problems import problem_of
-from fedtune.device.work import read_payload, work
-from fedtune.training import workshop
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.training import get_run_context
 
 __all__ = ["app", "deployed"]
 
@@ -27,13 +27,13 @@ deployed = ClientApp()
 @app.train()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
-    order = Order(**records.order(message.content))  # type: ignore[arg-type]
-    shop = workshop(order.recipe)
-    own = home.runs() / order.run / "own" / f"client-{order.client:06d}"
-    payload = records.state_file(message.content) or records.state(message.content)
+    order = TrainRequest(**records.read_train_request(message.content))  # type: ignore[arg-type]
+    shop = get_run_context(order.recipe)
+    own = home.get_runs_folder() / order.run / "own" / f"client-{order.client:06d}"
+    payload = records.state_file(message.content) or records.read_shared_state(message.content)
     state = read_payload(payload, shop, order.client)
-    deltas, report = work(order, state, shop, shop.clients[order.client], own)
-    return Message(records.answer(deltas, asdict(report)), reply_to=message)
+    deltas, report = run_local_round(order, state, shop, shop.clients[order.client], own)
+    return Message(records.make_update_record(deltas, asdict(report)), reply_to=message)
 
 
 @deployed.train()
@@ -43,4 +43,4 @@ def train_round_and_keep_errors(message: Message, context: Context) -> Message:
         return train_round(message, context)
     except Exception as error:
         logging.getLogger("fedtune").exception("an order was not carried out")
-        return Message(Error(FAILED, problem_of(error).text), reply_to=message)
+        return Message(Error(TRAINING_FAILED, problem_of(error).text), reply_to=message)

@@ -22,15 +22,15 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedtune import home
 from fedtune.errors import DeviceError, StoreError
-from fedtune.files import write, writing
+from fedtune.files import replace_file_atomically, write_bytes_atomically
 
-__all__ = ["DeviceHome", "Identity"]
+__all__ = ["DeviceHome", "DeviceIdentity"]
 
 _DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
-class Identity:
+class DeviceIdentity:
     """Where a device is enrolled, and as whom; ``ca`` is the server's authority as PEM."""
 
     url: str
@@ -43,14 +43,14 @@ class DeviceHome:
     """The folder; it holds one identity at most."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or home.home() / "device"
+        self.folder = folder or home.get_home_folder() / "device"
 
     @property
     def enrolled(self) -> bool:
         """Whether there is an identity."""
         return (self.folder / "identity.json").exists()
 
-    def identity(self) -> Identity:
+    def identity(self) -> DeviceIdentity:
         """Who this device is; DeviceError when it is nobody yet."""
         try:
             return _identity(json.loads((self.folder / "identity.json").read_text()))
@@ -59,15 +59,15 @@ class DeviceHome:
         except (ValueError, TypeError) as error:
             raise DeviceError(f"{self.folder}/identity.json is damaged; leave, and enrol with a new token") from error
 
-    def keep(self, identity: Identity) -> None:
+    def keep(self, identity: DeviceIdentity) -> None:
         """Be somebody from now on."""
-        write(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
+        write_bytes_atomically(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
 
     def make_key(self) -> ec.EllipticCurvePrivateKey:
         """A new private key, readable by its owner alone; it never leaves this folder."""
         key = ec.generate_private_key(ec.SECP384R1())
         self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(self._key) as beside:  # made with mode 0600
+        with replace_file_atomically(self._key) as beside:  # made with mode 0600
             beside.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return key
 
@@ -125,7 +125,7 @@ class DeviceHome:
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
-        with writing(self.folder / what) as beside, beside.open("wb") as file:
+        with replace_file_atomically(self.folder / what) as beside, beside.open("wb") as file:
             file.writelines([digest.digest(), *pieces])
 
     def held(self, what: str) -> bytes | None:
@@ -183,9 +183,9 @@ class DeviceHome:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _identity(told: Any) -> Identity:
+def _identity(told: Any) -> DeviceIdentity:
     """An identity from its file; ValueError or TypeError when that is damaged."""
-    found = Identity(**told)
+    found = DeviceIdentity(**told)
     for value, kind in ((found.url, str), (found.name, str), (found.node, int), (found.ca, str)):
         if not isinstance(value, kind):
             raise TypeError(f"{value!r} is no {kind.__name__}")

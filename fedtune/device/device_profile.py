@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe"]
+__all__ = ["make_device_profile"]
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def describe(memory: int, holding: dict[str, Any] | None = None) -> dict[str, Any]:
+def make_device_profile(memory: int, holding: dict[str, Any] | None = None) -> dict[str, Any]:
     """Memory allowed in bytes, cores, precisions the processor computes in; examples and labels once counted."""
     known = holding or {"examples": None, "labels": {}}
     return {"memory": memory, "cores": os.cpu_count() or 1, "dtypes": _dtypes(), **known}

@@ -13,20 +13,26 @@ import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedtune.device.device_home import DeviceHome, Identity
+from fedtune.device.device_home import DeviceHome, DeviceIdentity
 from fedtune.device.persistence import unreachable
-from fedtune.device.server_calls import NonsenseError, authority_of, enrol, server_time, trusting
+from fedtune.device.server_calls import (
+    NonsenseError,
+    fetch_ca_certificate,
+    fetch_server_time,
+    make_tls_context,
+    request_enrolment,
+)
 from fedtune.errors import DeviceError
 from fedtune.untrusted import clean_text
 
-__all__ = ["Token", "authority_ends", "ending", "enrol_device", "move_device"]
+__all__ = ["EnrolmentToken", "authority_ends", "ending", "enrol_device", "move_device"]
 
 _SOON_SECONDS = 180 * 86_400.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Token:
+class EnrolmentToken:
     """Where to enrol, the SHA-256 of the authority's certificate (DER, hexadecimal), and what opens the door once."""
 
     url: str
@@ -34,7 +40,7 @@ class Token:
     secret: str
 
     @classmethod
-    def read(cls, text: str) -> "Token":
+    def read(cls, text: str) -> "EnrolmentToken":
         """From the text an operator hands over; DeviceError when it is not whole."""
         try:
             padded = text.strip() + "=" * (-len(text.strip()) % 4)
@@ -43,7 +49,7 @@ class Token:
             raise DeviceError("the token is not whole; copy all of it, or ask the operator for a new one") from error
 
 
-def enrol_device(home: DeviceHome, url: str | None, token: Token, name: str | None) -> Identity:
+def enrol_device(home: DeviceHome, url: str | None, token: EnrolmentToken, name: str | None) -> DeviceIdentity:
     """Make a key, show its public half and the token, and keep what the server answers; nothing stays if it fails."""
     if home.enrolled:
         raise DeviceError(f"{home.folder} holds device {home.identity().name} already; leave first")
@@ -53,8 +59,8 @@ def enrol_device(home: DeviceHome, url: str | None, token: Token, name: str | No
     ca = _checked_authority(where, token)
     try:
         key = home.make_key().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-        answer = enrol(where, ca, {"secret": token.secret, "name": chosen, "public_key": key})
-        identity = Identity(where, str(answer["name"]), int(answer["node_id"]), ca)
+        answer = request_enrolment(where, ca, {"secret": token.secret, "name": chosen, "public_key": key})
+        identity = DeviceIdentity(where, str(answer["name"]), int(answer["node_id"]), ca)
         home.keep(identity)
     except BaseException:
         home.forget()
@@ -62,7 +68,7 @@ def enrol_device(home: DeviceHome, url: str | None, token: Token, name: str | No
     return identity
 
 
-def move_device(home: DeviceHome, url: str) -> Identity:
+def move_device(home: DeviceHome, url: str) -> DeviceIdentity:
     """Keep another address of the same server; DeviceError when it is another server or cannot be reached there."""
     identity, where = home.identity(), url.rstrip("/")
     if home.joined:
@@ -70,7 +76,9 @@ def move_device(home: DeviceHome, url: str) -> Identity:
     if not where.startswith("https://"):
         raise DeviceError(f"{url} is no https:// address; write e.g. https://192.168.1.20:8443")
     try:
-        server_time(where, trusting(identity.ca))  # whoever answers holds a certificate of this device's own authority
+        fetch_server_time(
+            where, make_tls_context(identity.ca)
+        )  # whoever answers holds a certificate of this device's own authority
     except httpx.RequestError as error:
         raise DeviceError(f"{where}: {unreachable(error)}") from error
     except (httpx.HTTPStatusError, httpx.InvalidURL, NonsenseError) as error:
@@ -80,12 +88,12 @@ def move_device(home: DeviceHome, url: str) -> Identity:
     return moved
 
 
-def authority_ends(identity: Identity) -> datetime:
+def authority_ends(identity: DeviceIdentity) -> datetime:
     """When the server's authority, and with it this enrolment, ends."""
     return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
 
 
-def ending(identity: Identity, now: float) -> str:
+def ending(identity: DeviceIdentity, now: float) -> str:
     """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
     until = authority_ends(identity)
     if until.timestamp() > now + _SOON_SECONDS:
@@ -97,10 +105,10 @@ def _own_name() -> str:
     return re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower()).strip("-._") or "device"
 
 
-def _checked_authority(url: str, token: Token) -> str:
+def _checked_authority(url: str, token: EnrolmentToken) -> str:
     if not url.startswith("https://"):
         raise DeviceError(f"{url} is no https:// address; nothing is enrolled over a connection that can be read")
-    ca = authority_of(url)
+    ca = fetch_ca_certificate(url)
     try:
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(ca)).hexdigest()
     except ValueError as error:

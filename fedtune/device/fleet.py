@@ -35,25 +35,25 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientIntercept
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError
 
-from fedtune.answers import HELD
+from fedtune.answers import STORED_MESSAGE_HEADER
 from fedtune.device import records
 from fedtune.device.server_calls import NonsenseError
 
-__all__ = ["GRACE_SECONDS", "Fleet", "GoneError", "Task", "signed_headers"]
+__all__ = ["OFFLINE_AFTER_SECONDS", "FleetClient", "ObsoleteRequestError", "TrainMessage", "make_signed_headers"]
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 _FORBIDDEN, _RUN_HAS_ENDED = 403, 2007
-GRACE_SECONDS = 120.0
+OFFLINE_AFTER_SECONDS = 120.0
 """How long the server believes in a device it hears nothing of; Flower counts two heartbeat intervals."""
 
 
-class GoneError(Exception):
+class ObsoleteRequestError(Exception):
     """The server no longer wants this: its run has ended, or its objects are no longer there."""
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainMessage:
     """A message to train: what it asks and the state to start from."""
 
     metadata: Metadata
@@ -61,7 +61,7 @@ class Task:
     payload: bytes
 
 
-def signed_headers(key: ec.EllipticCurvePrivateKey, unix: float) -> dict[str, str]:
+def make_signed_headers(key: ec.EllipticCurvePrivateKey, unix: float) -> dict[str, str]:
     """The three headers by which a device proves who it is; the server's clock must be near ``unix``."""
     timestamp = datetime.datetime.fromtimestamp(unix, datetime.UTC).isoformat()
     return {
@@ -78,7 +78,7 @@ class _Signer:
         self._key, self._now = key, now
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers.update(signed_headers(self._key, self._now()))
+        context.request.headers.update(make_signed_headers(self._key, self._now()))
         return call_next(context)
 
 
@@ -89,7 +89,7 @@ class _Holding:
         self.message = ""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers[HELD] = self.message
+        context.request.headers[STORED_MESSAGE_HEADER] = self.message
         return call_next(context)
 
 
@@ -105,7 +105,7 @@ class _Client(FleetHttpClient):
             raise
 
 
-class Fleet:
+class FleetClient:
     """Calls of one registered node.
 
     Raises httpx's errors for what may pass, NonsenseError for an answer that is none, GoneError for what will not pass.
@@ -120,8 +120,10 @@ class Fleet:
         self._client = _Client.from_server_address(address, False, ca.encode(), interceptors)
 
     def beat(self) -> None:
-        """Be online for the next ``GRACE_SECONDS``."""
-        self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=GRACE_SECONDS / 2))
+        """Be online for the next ``OFFLINE_AFTER_SECONDS``."""
+        self._client.SendNodeHeartbeat(
+            SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=OFFLINE_AFTER_SECONDS / 2)
+        )
 
     def leave(self) -> None:
         """Be offline from now on."""
@@ -140,7 +142,7 @@ class Fleet:
         """A message that was taken is on the disk."""
         self._holding.message = _opened(claim)[0].metadata.message_id
 
-    def fetch(self, claim: bytes) -> Task:
+    def fetch(self, claim: bytes) -> TrainMessage:
         """The message that was taken, with its content."""
         message, tree = _opened(claim)
         wanted = [one.object_id for one in iterate_object_tree(tree)]
@@ -148,7 +150,9 @@ class Fleet:
         whole = inflate_object_from_contents(tree.object_id, contents)
         if not isinstance(whole, Message):
             raise TypeError(f"the server sent a {type(whole).__name__} in place of a message")
-        return Task(message.metadata, records.order(whole.content), records.state(whole.content))
+        return TrainMessage(
+            message.metadata, records.read_train_request(whole.content), records.read_shared_state(whole.content)
+        )
 
     def _object(self, run: int, name: str) -> bytes:
         """One object, as soon as the server has it whole."""
@@ -156,14 +160,14 @@ class Fleet:
         while True:
             response = _wanted(self._client.PullObject, request)
             if not response.object_found:
-                raise GoneError("the server no longer holds what it sent")
+                raise ObsoleteRequestError("the server no longer holds what it sent")
             if response.object_available:
                 return response.object_content
             time.sleep(0.1)
 
     def answer(self, claim: bytes, payload: bytes, report: Mapping[str, float], seconds: float) -> None:
         """Send deltas for a message that was taken."""
-        self._push(claim, records.answer(payload, report), None, seconds)
+        self._push(claim, records.make_update_record(payload, report), None, seconds)
 
     def refuse(self, claim: bytes, code: int, reason: str) -> None:
         """Say why there are no deltas."""
@@ -217,7 +221,7 @@ def _wanted(call: Callable[[Request], Response], request: Request) -> Response:
         return call(request)
     except httpx.HTTPStatusError as error:
         if error.response.status_code == _FORBIDDEN and _code(error.response) == _RUN_HAS_ENDED:
-            raise GoneError("the run has ended") from error
+            raise ObsoleteRequestError("the run has ended") from error
         raise
 
 

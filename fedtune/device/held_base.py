@@ -13,33 +13,35 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune import checkpoint, techniques
-from fedtune.contribution import Order
+from fedtune.contribution import TrainRequest
 from fedtune.errors import DeviceError, StoreError
 from fedtune.merging import add_increments, split_increments
 from fedtune.protocol_codes import LACKS_BASE
 from fedtune.stored_state import StoredState
-from fedtune.training import Workshop, precise, tensors_of
+from fedtune.training import RunContext, named_tensors, precise
 
 __all__ = ["leave_others", "with_base"]
 
 State = Mapping[str, Tensor]
 
 
-def with_base(order: Order, sent: State, part: Workshop, folder: Path) -> State:
+def with_base(order: TrainRequest, sent: State, part: RunContext, folder: Path) -> State:
     """The state of an order with its base weights whole, which are kept in ``folder`` for the next one.
 
     DeviceError with the code ``base-lacking`` where the device does not hold what the order counts on.
     """
     if not order.base:
         return sent
-    transposed = {pair.base: pair.transposed for pair in techniques.pairs(part.techniques, part.model) if pair.base}
+    transposed = {
+        pair.base: pair.transposed for pair in techniques.list_low_rank_pairs(part.techniques, part.model) if pair.base
+    }
     rest, steps = split_increments(sent)
     if not order.held:
         base = {name: rest.pop(name) for name in transposed}
     else:
         held = _held(order.held, list(transposed), part, folder)
         base = {name: add_increments(held[name], name, steps, turned) for name, turned in transposed.items()}
-        if checkpoint.digest(base) != order.base:
+        if checkpoint.hash_tensors(base) != order.base:
             raise _lacking()
     kept = _keep(order.base, base, folder)
     _forget_all_but({order.held, order.base}, folder)
@@ -53,16 +55,16 @@ def leave_others(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _held(digest: str, names: Sequence[str], part: Workshop, folder: Path) -> State:
+def _held(digest: str, names: Sequence[str], part: RunContext, folder: Path) -> State:
     """The base with this digest, from its file or, before the first round, from the model as it was built.
 
     What the model holds is kept too: once it has trained it is another one.
     """
     with suppress(StoreError):
         return StoredState(_path(folder, digest))
-    tensors = tensors_of(part.model)
+    tensors = named_tensors(part.model)
     built = {name: precise(tensors[name].detach()) for name in names}
-    if checkpoint.digest(built) != digest:
+    if checkpoint.hash_tensors(built) != digest:
         raise _lacking()
     return _keep(digest, built, folder)
 
@@ -72,7 +74,7 @@ def _keep(digest: str, base: State, folder: Path) -> State:
     path = _path(folder, digest)
     with suppress(StoreError):
         if not path.exists():
-            checkpoint.save(path, base)
+            checkpoint.write_checkpoint(path, base)
         return StoredState(path)
     return base
 

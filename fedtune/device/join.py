@@ -7,22 +7,22 @@ from typing import Any
 
 from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.device_profile import describe
+from fedtune.device.device_profile import make_device_profile
 from fedtune.device.enrolment import ending
-from fedtune.device.fleet import Fleet, signed_headers
-from fedtune.device.keeper import Keeper
-from fedtune.device.node import Node
-from fedtune.device.server_calls import send_profile, server_time, trusting
+from fedtune.device.fleet import FleetClient, make_signed_headers
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.node import DeviceNode
+from fedtune.device.server_calls import fetch_server_time, make_tls_context, send_profile
 from fedtune.errors import DataError
 
-__all__ = ["FILES", "check_source", "join"]
+__all__ = ["FILES", "check_data_source", "run_device"]
 
 FILES = ("csv", "jsonl", "parquet", "folder")
 """Sources that name a path."""
 _KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or part:NUMBER"
 
 
-def check_source(source: str) -> None:
+def check_data_source(source: str) -> None:
     """DataError when ``--data`` cannot be what the trainer will read, long before it tries."""
     kind, _, name = source.partition(":")
     if kind not in (*FILES, "sample", "part") or not name:
@@ -33,23 +33,23 @@ def check_source(source: str) -> None:
         raise DataError(f"--data is {source!r}; parts are numbered: part:0, part:1, ...")
 
 
-def join(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:
+def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:
     """Be the device until interrupted. ``budget`` is in bytes, ``idle`` in seconds; DeviceError when it cannot be."""
-    check_source(source)
+    check_data_source(source)
     identity, key = home.identity(), home.key()
-    trust = trusting(identity.ca)
-    clock = ServerClock(partial(server_time, identity.url, trust))
+    trust = make_tls_context(identity.ca)
+    clock = ServerClock(partial(fetch_server_time, identity.url, trust))
 
     def tell(holding: Mapping[str, Any] | None) -> None:
-        headers = signed_headers(key, clock.now())
-        send_profile(identity.url, trust, headers, describe(budget, dict(holding) if holding else None))
+        headers = make_signed_headers(key, clock.now())
+        send_profile(identity.url, trust, headers, make_device_profile(budget, dict(holding) if holding else None))
 
     address = identity.url.removeprefix("https://")
     with home.claimed():
-        fleet = Fleet(address, identity.ca, key, identity.node, clock.now)
+        fleet = FleetClient(address, identity.ca, key, identity.node, clock.now)
         if sentence := ending(identity, clock.now()):
             say(sentence)
         try:
-            Node(home, fleet, Keeper(source, budget, idle), clock, tell, say).run()
+            DeviceNode(home, fleet, TrainerSupervisor(source, budget, idle), clock, tell, say).run()
         finally:
             fleet.close()

@@ -11,11 +11,11 @@ from contextlib import suppress
 import psutil
 
 from fedtune.child import environment, isolated
-from fedtune.device.channel import Channel, Frame
-from fedtune.errors import BudgetError
+from fedtune.device.channel import Frame, TrainerChannel
+from fedtune.errors import MemoryBudgetError
 from fedtune.protocol_codes import Problem
 
-__all__ = ["Keeper"]
+__all__ = ["TrainerSupervisor"]
 
 _LOOK_SECONDS = 0.2
 _TRIES = 2
@@ -26,13 +26,13 @@ _SHORT = 0.05
 """Share of the machine's memory below which a resting trainer makes room."""
 
 
-class Keeper:
+class TrainerSupervisor:
     """One trainer for examples from ``source`` that may hold ``budget`` bytes and rest for ``idle`` seconds."""
 
     def __init__(self, source: str, budget: int, idle: float) -> None:
         self._source, self._budget, self._idle = source, budget, idle
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._channel: TrainerChannel | None = None
         self._worked = 0.0
         self._recipe: object = None
         self._halvings = 0
@@ -56,7 +56,7 @@ class Keeper:
                 return self._exchange(frame)
             except EOFError:
                 killed, problem = killed + 1, self._ended()
-            except BudgetError as error:
+            except MemoryBudgetError as error:
                 self.close()
                 if not rested:  # otherwise another recipe may have been held as well
                     self._declines = Problem(error.code, error.counts)
@@ -80,13 +80,15 @@ class Keeper:
             answer = self._received(channel, held)
         except MemoryError as error:
             allowed = self._allowed()
-            raise BudgetError("model and data need too much memory", code="memory-model", counts=allowed) from error
+            raise MemoryBudgetError(
+                "model and data need too much memory", code="memory-model", counts=allowed
+            ) from error
         if answer.header["kind"] == "fits":
             answer = self._received(channel, held)
         self._worked = time.monotonic()
         return answer
 
-    def _received(self, channel: Channel, held: psutil.Process) -> Frame:
+    def _received(self, channel: TrainerChannel, held: psutil.Process) -> Frame:
         """The trainer's next frame; MemoryError when it holds more than it may before that comes."""
         while not channel.ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
@@ -94,7 +96,7 @@ class Keeper:
                     raise MemoryError
         return channel.receive()
 
-    def _started(self) -> tuple[Channel, psutil.Process]:
+    def _started(self) -> tuple[TrainerChannel, psutil.Process]:
         if self._process is None or self._channel is None or self._process.poll() is not None:
             self.close()
             ours, theirs = socket.socketpair()
@@ -104,7 +106,7 @@ class Keeper:
                 command, env=environment(), stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]
             )
             theirs.close()
-            self._channel = Channel(ours)
+            self._channel = TrainerChannel(ours)
         return self._channel, psutil.Process(self._process.pid)
 
     def rest(self) -> None:

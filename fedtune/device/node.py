@@ -17,38 +17,38 @@ from fedtune import answers
 from fedtune.device.channel import STATE, Frame
 from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.fleet import Fleet, GoneError
-from fedtune.device.keeper import Keeper
-from fedtune.device.patience import pause
-from fedtune.device.persistence import RECOVERED, Persistence
+from fedtune.device.fleet import FleetClient, ObsoleteRequestError
+from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.patience import choose_poll_delay
+from fedtune.device.persistence import RECOVERED_MESSAGE, RetryLoop
 from fedtune.device.server_calls import NonsenseError
 from fedtune.errors import StoreError
 from fedtune.protocol_codes import Problem, parse_problem
 
-__all__ = ["Node"]
+__all__ = ["DeviceNode"]
 
 _BEAT_SECONDS = 15.0
 _REFUSALS = {
-    "declined": (answers.FAILED, answers.DECLINED),
+    "declined": (answers.TRAINING_FAILED, answers.DECLINED_PREFIX),
     "died": (answers.TRAINER_DIED, ""),
-    "failed": (answers.FAILED, ""),
+    "failed": (answers.TRAINING_FAILED, ""),
 }
 
 
-class Node:
+class DeviceNode:
     """``tell`` sends what the device holds to its server; ``say`` is for whoever reads its log."""
 
     def __init__(
         self,
         home: DeviceHome,
-        fleet: Fleet,
-        keeper: Keeper,
+        fleet: FleetClient,
+        keeper: TrainerSupervisor,
         clock: ServerClock,
         tell: Callable[[dict[str, Any] | None], None],
         say: Callable[[str], None],
     ) -> None:
         self._home, self._fleet, self._keeper, self._clock = home, fleet, keeper, clock
-        self._until_done = Persistence(self._meet, clock.set).until_done
+        self._until_done = RetryLoop(self._meet, clock.set).until_done
         self._tell, self._say = tell, say
         self._told: dict[str, Any] | None = None
         self._noted: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class Node:
                 self._carry_out(self._newest(order))
             else:
                 self._keeper.rest()
-                time.sleep(pause(time.monotonic() - self._last_order))
+                time.sleep(choose_poll_delay(time.monotonic() - self._last_order))
 
     def _order_in_hand(self) -> bytes | None:
         """The order that a process before this one did not finish; what is damaged of it is dropped."""
@@ -113,7 +113,7 @@ class Node:
             elif isinstance(holding := answer.header.get("holding"), dict):
                 self._introduce(holding)  # a new process has told of no data yet, and the server checks updates by it
             self._until_done(partial(self._send, order, answer))
-        except GoneError as error:
+        except ObsoleteRequestError as error:
             self._say(f"an order was dropped: {error}")
         self._home.release()
         self._last_order = time.monotonic()
@@ -199,7 +199,7 @@ class Node:
     def _meet(self, trouble: str) -> None:
         """A trouble, or its end."""
         self._say(trouble)
-        self._note("online" if trouble == RECOVERED else "waiting", trouble=trouble)
+        self._note("online" if trouble == RECOVERED_MESSAGE else "waiting", trouble=trouble)
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:

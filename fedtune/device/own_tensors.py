@@ -10,18 +10,18 @@ from torch import Tensor
 
 from fedtune import checkpoint
 
-__all__ = ["load", "save"]
+__all__ = ["load_local_state", "save_local_state"]
 
 
-def load(folder: Path, before: int) -> dict[str, Tensor]:
+def load_local_state(folder: Path, before: int) -> dict[str, Tensor]:
     """The latest tensors of a round earlier than ``before``; none when there was no such round."""
     earlier = [number for number in _rounds(folder) if number < before]
-    return checkpoint.load(_path(folder, earlier[-1])) if earlier else {}
+    return checkpoint.read_checkpoint(_path(folder, earlier[-1])) if earlier else {}
 
 
-def save(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+def save_local_state(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
     """Keep the tensors of round ``number`` and of the latest one before it."""
-    checkpoint.save(_path(folder, number), tensors)
+    checkpoint.write_checkpoint(_path(folder, number), tensors)
     for old in _rounds(folder)[:-2]:
         _path(folder, old).unlink()
 

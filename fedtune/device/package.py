@@ -6,14 +6,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from fedtune.device.join import FILES, check_source
+from fedtune.device.join import FILES, check_data_source
 from fedtune.device.wheel import write_wheel
-from fedtune.files import write
+from fedtune.files import write_bytes_atomically
 from fedtune.shipped import fill_template
 from fedtune.systemd import service, service_home
-from fedtune.thin import requirements
+from fedtune.thin import list_requirements
 
-__all__ = ["package"]
+__all__ = ["write_deployment_files"]
 
 _ARM_TORCH = "2.10.0"
 """The last torch whose build for arm64 on an ordinary index is without CUDA: 146 MB; later ones need its libraries."""
@@ -21,12 +21,12 @@ _INTEL, _ARM = (f'sys_platform == "linux" and platform_machine == "{name}"' for 
 _LOCAL_LABEL = re.compile(r"\+[a-z0-9.]+$")
 
 
-def package(folder: Path, source: str, memory: int | None, user: str) -> tuple[Path, ...]:
+def write_deployment_files(folder: Path, source: str, memory: int | None, user: str) -> tuple[Path, ...]:
     """Write the files; ``source`` and ``memory`` are those of ``fedtune device join``, ``user`` is the unit's.
 
     A path in ``source`` is made absolute, since what joins the device starts elsewhere. DataError when it is not there.
     """
-    check_source(source)
+    check_data_source(source)
     source, path = _whole(source)
     words = ["device", "join", "--data", source, *(["--memory", f"{memory}"] if memory else [])]
     unit = service("clients/fedtune-device.service", words, user, service_home(user))
@@ -38,10 +38,12 @@ def package(folder: Path, source: str, memory: int | None, user: str) -> tuple[P
         mount=f"-v {shlex.quote(f'{path}:{path}:ro')} " if path else "",
         command=json.dumps(["fedtune", *words], ensure_ascii=False),
     )
-    needed = fill_template("clients/requirements.txt", requirements="\n".join(_portable(requirements(), wheel.name)))
+    needed = fill_template(
+        "clients/requirements.txt", requirements="\n".join(_portable(list_requirements(), wheel.name))
+    )
     written = folder / "fedtune-device.service", folder / "Dockerfile", folder / "requirements.txt"
     for target, text in zip(written, (unit, docker, needed), strict=True):
-        write(target, text.encode())
+        write_bytes_atomically(target, text.encode())
         target.chmod(0o644)
     return (*written, wheel)
 

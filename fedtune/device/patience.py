@@ -2,12 +2,12 @@
 
 import random
 
-__all__ = ["Backoff", "pause"]
+__all__ = ["Backoff", "choose_poll_delay"]
 
 _LEAST, _MOST, _SHARE = 0.25, 2.0, 0.1
 
 
-def pause(waited: float) -> float:
+def choose_poll_delay(waited: float) -> float:
     """Seconds until the next look for an order, after ``waited`` seconds without one: a tenth of them, within limits.
 
     Each look costs the server a signature to check; looking four times a second, sixteen devices kept it busy.

@@ -11,14 +11,14 @@ from fedtune.device.patience import Backoff
 from fedtune.device.server_calls import NonsenseError
 from fedtune.untrusted import clean_text
 
-__all__ = ["RECOVERED", "Persistence", "unreachable"]
+__all__ = ["RECOVERED_MESSAGE", "RetryLoop", "unreachable"]
 
 Result = TypeVar("Result")
-RECOVERED = "the server answers again"
+RECOVERED_MESSAGE = "the server answers again"
 _STRANGER = 401
 
 
-class Persistence:
+class RetryLoop:
     """``say`` hears of a trouble once, and of its end; ``reset_clock`` is called when the server knows us not."""
 
     def __init__(self, say: Callable[[str], None], reset_clock: Callable[[], None]) -> None:
@@ -57,7 +57,7 @@ class Persistence:
 
     def _be_rid(self) -> None:
         if self.trouble:
-            self._say(RECOVERED)
+            self._say(RECOVERED_MESSAGE)
         self.trouble = ""
 
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedtune.contribution import Order, Report, pack
-from fedtune.errors import ContributionError
-from fedtune.privacy import clipped, deviation, noised, secret
-from fedtune.recipe import Privacy
+from fedtune.contribution import ClientReport, TrainRequest, pack
+from fedtune.errors import ClientUpdateError
+from fedtune.privacy import add_gaussian_noise, clip_to_norm, compute_noise_std, load_or_create_noise_key
+from fedtune.recipe import PrivacySettings
 
-__all__ = ["private", "withheld"]
+__all__ = ["make_update_private", "redact_report"]
 
 
-def private(
-    deltas: Mapping[str, Tensor], extras: Mapping[str, Tensor], privacy: Privacy, order: Order, folder: Path
+def make_update_private(
+    deltas: Mapping[str, Tensor],
+    extras: Mapping[str, Tensor],
+    privacy: PrivacySettings,
+    order: TrainRequest,
+    folder: Path,
 ) -> dict[str, Tensor]:
     """The deltas, clipped and, with ``where: client``, noised by the secret in ``folder``, which is the client's own.
 
@@ -25,15 +29,23 @@ def private(
     contribution in its place never has the same noise. ContributionError when more than deltas would be sent.
     """
     if extras:
-        raise ContributionError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")
-    bounded = clipped(deltas, privacy.clip)
+        raise ClientUpdateError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")
+    bounded = clip_to_norm(deltas, privacy.clip)
     if privacy.where == "server":
         return bounded
     content = hashlib.sha256(pack(bounded)).hexdigest()
-    return noised(bounded, deviation(privacy), secret(folder), order.run, order.round, order.client, content)
+    return add_gaussian_noise(
+        bounded,
+        compute_noise_std(privacy),
+        load_or_create_noise_key(folder),
+        order.run,
+        order.round,
+        order.client,
+        content,
+    )
 
 
-def withheld(report: Report) -> Report:
+def redact_report(report: ClientReport) -> ClientReport:
     """What a client with noise of its own says beside it: what its work cost, but neither its examples nor its loss."""
     bare = replace(report, own_predictions=0, own_loss=0.0, own_accuracy=0.0, own_more=(), own_after=())
     return replace(bare, examples=1, loss=math.nan)

@@ -5,10 +5,10 @@ import errno
 from pydantic import ValidationError
 
 from fedtune.errors import (
-    BudgetError,
-    ContributionError,
+    ClientUpdateError,
     DataError,
     FedtuneError,
+    MemoryBudgetError,
     ModelError,
     RecipeError,
     SourceError,
@@ -19,8 +19,8 @@ from fedtune.protocol_codes import Problem
 __all__ = ["problem_of"]
 
 _CODES: tuple[tuple[type[BaseException], str], ...] = (
-    (BudgetError, "memory-short"),
-    (ContributionError, "privacy-broken"),
+    (MemoryBudgetError, "memory-short"),
+    (ClientUpdateError, "privacy-broken"),
     (DataError, "data-unfit"),
     (ModelError, "model-unfit"),
     (RecipeError, "recipe-unknown"),

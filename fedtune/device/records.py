@@ -5,15 +5,15 @@ from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-__all__ = ["answer", "order", "state", "state_file"]
+__all__ = ["make_update_record", "read_shared_state", "read_train_request", "state_file"]
 
 
-def order(content: RecordDict) -> dict[str, str | int]:
+def read_train_request(content: RecordDict) -> dict[str, str | int]:
     """The fields of the order in a message; KeyError when it carries none."""
     return {key: value for key, value in content.config_records["order"].items() if isinstance(value, str | int)}
 
 
-def state(content: RecordDict) -> bytes:
+def read_shared_state(content: RecordDict) -> bytes:
     """The shared state in a message, as safetensors."""
     return content.array_records["state"]["safetensors"].data
 
@@ -24,7 +24,7 @@ def state_file(content: RecordDict) -> Path | None:
     return None if record is None else Path(str(record["path"]))
 
 
-def answer(deltas: bytes, report: Mapping[str, float | Sequence[float]]) -> RecordDict:
+def make_update_record(deltas: bytes, report: Mapping[str, float | Sequence[float]]) -> RecordDict:
     """Deltas, as safetensors, and a report, of numbers and of lists of real ones."""
     fields: dict[str, int | float | list[int] | list[float]] = {
         name: list(figure) if isinstance(figure, Sequence) else figure for name, figure in report.items()

@@ -8,7 +8,14 @@ import httpx
 
 from fedtune.errors import DeviceError
 
-__all__ = ["NonsenseError", "authority_of", "enrol", "send_profile", "server_time", "trusting"]
+__all__ = [
+    "NonsenseError",
+    "fetch_ca_certificate",
+    "fetch_server_time",
+    "make_tls_context",
+    "request_enrolment",
+    "send_profile",
+]
 
 _SECONDS = 20.0
 _LAST_SECOND = 253_402_300_799.0
@@ -19,14 +26,14 @@ class NonsenseError(Exception):
     """A server's answer is not what the protocol says: another program answers, or another version."""
 
 
-def trusting(ca: str) -> ssl.SSLContext:
+def make_tls_context(ca: str) -> ssl.SSLContext:
     """TLS that trusts one authority and no other."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=ca)
     return context
 
 
-def authority_of(url: str) -> str:
+def fetch_ca_certificate(url: str) -> str:
     """The certificate, as PEM, that a server says is its authority's: to be believed once its hash has been checked."""
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname = False
@@ -34,13 +41,13 @@ def authority_of(url: str) -> str:
     return _call("GET", f"{url}/fedtune/ca", anyone).text
 
 
-def enrol(url: str, ca: str, request: Mapping[str, str]) -> dict[str, Any]:
+def request_enrolment(url: str, ca: str, request: Mapping[str, str]) -> dict[str, Any]:
     """What the server answers a device that shows its token's secret."""
-    answer: dict[str, Any] = _call("POST", f"{url}/fedtune/enroll", trusting(ca), json=dict(request)).json()
+    answer: dict[str, Any] = _call("POST", f"{url}/fedtune/enroll", make_tls_context(ca), json=dict(request)).json()
     return answer
 
 
-def server_time(url: str, context: ssl.SSLContext) -> float:
+def fetch_server_time(url: str, context: ssl.SSLContext) -> float:
     """Seconds since 1970 on the server; httpx's errors when it cannot be reached, NonsenseError for no time."""
     response = httpx.get(f"{url}/fedtune/time", verify=context, timeout=_SECONDS).raise_for_status()
     try:

@@ -8,32 +8,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune import data
-from fedtune.contribution import FEWEST, Order
+from fedtune.contribution import FEWEST, TrainRequest
 from fedtune.errors import DataError
-from fedtune.recipe import Columns, Data, Recipe
-from fedtune.training import Workshop, build_model, discard, workshop
+from fedtune.recipe import ColumnSettings, DataSettings, Recipe
+from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
 from fedtune.training.metrics import load_metrics
 
-__all__ = ["Supply", "holding"]
+__all__ = ["LocalData", "summarise_local_data"]
 
 Rows = NDArray[np.int64]
 
 
-class Supply:
+class LocalData:
     """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or part:I of the recipe's own split."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._key: tuple[str, str] | None = None
-        self._held: tuple[Workshop, Rows] | None = None
+        self._held: tuple[RunContext, Rows] | None = None
 
-    def of(self, order: Order) -> tuple[Workshop, Rows]:
+    def of(self, order: TrainRequest) -> tuple[RunContext, Rows]:
         """The workshop for an order and the rows of its training part that are this device's."""
         recipe = Recipe.model_validate_json(order.recipe).of(order.client)
         key = (recipe.model_dump_json(), order.labels)
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
-            discard()
+            clear_run_context()
             if recipe.evaluation.own:
                 load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
             if self._source.startswith("part:"):
@@ -44,7 +44,7 @@ class Supply:
         return self._held
 
 
-def holding(shop: Workshop, rows: Rows) -> dict[str, int | dict[str, int]]:
+def summarise_local_data(shop: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
     """What the operator may know of a device's data: how many examples, and how many of each class.
 
     Classes with fewer than :data:`fedtune.contribution.FEWEST` examples are left out: a count of one or two points at
@@ -63,22 +63,22 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
     return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
 
 
-def _part(recipe: Recipe, source: str) -> tuple[Workshop, Rows]:
-    shop = workshop(recipe.model_dump_json())
+def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
+    shop = get_run_context(recipe.model_dump_json())
     number = source.removeprefix("part:")
     if not number.isdecimal() or int(number) >= len(shop.clients):
         raise DataError(f"--data {source} is none of the recipe's {len(shop.clients)} parts; count from part:0")
     return shop, shop.clients[int(number)]
 
 
-def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[Workshop, Rows]:
+def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
     """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
     columns = recipe.data.columns.model_dump(include={"text", "image", "label", "split"})
     skip = recipe.data.skip_unreadable
-    chosen = Data(source=source, columns=Columns.model_validate(columns), skip_unreadable=skip)
+    chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})
     examples = data.training(recipe, labels)
     nothing = examples.select([])
-    corpus = data.Corpus(examples, nothing, nothing, labels)
-    model, techniques, shared = build_model(recipe, labels)
-    return Workshop(recipe, corpus, model, techniques, shared), np.arange(len(examples))
+    corpus = data.DataSplits(examples, nothing, nothing, labels)
+    model, techniques, shared = prepare_model(recipe, labels)
+    return RunContext(recipe, corpus, model, techniques, shared), np.arange(len(examples))

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedtune.contribution import Order
-from fedtune.device.budget import fitting
-from fedtune.device.channel import STATE, Channel, Frame
+from fedtune.contribution import TrainRequest
+from fedtune.device.budget import choose_micro_batch_size
+from fedtune.device.channel import STATE, Frame, TrainerChannel
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.held_base import leave_others
 from fedtune.device.problems import problem_of
-from fedtune.device.supply import Supply, holding
-from fedtune.device.work import read_payload, work
-from fedtune.errors import BudgetError, ContributionError, FedtuneError, StoreError
-from fedtune.training import Workshop
+from fedtune.device.supply import LocalData, summarise_local_data
+from fedtune.device.work import read_payload, run_local_round
+from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, StoreError
+from fedtune.training import RunContext
 
 __all__ = ["main"]
 
@@ -32,7 +32,7 @@ __all__ = ["main"]
 def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     """Answer until the other end is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel, trainer = Channel(socket.socket(fileno=descriptor)), _Trainer(source, budget, halvings)
+    channel, trainer = TrainerChannel(socket.socket(fileno=descriptor)), Trainer(source, budget, halvings)
     while True:
         try:
             channel.send(trainer.answer(channel.receive(), lambda: channel.send(Frame({"kind": "fits"}))))
@@ -40,12 +40,12 @@ def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
             return
 
 
-class _Trainer:
+class Trainer:
     """``budget`` is the resident memory it may reach; ``halvings`` of the batch have proved necessary."""
 
     def __init__(self, source: str, budget: int, halvings: int) -> None:
-        self._supply, self._budget, self._halvings = Supply(source), budget, halvings
-        self._looked: Workshop | None = None
+        self._supply, self._budget, self._halvings = LocalData(source), budget, halvings
+        self._looked: RunContext | None = None
         self._micro: int | None = None
 
     def answer(self, frame: Frame, fits: Callable[[], None]) -> Frame:
@@ -55,31 +55,31 @@ class _Trainer:
         """
         try:
             path = frame.header.pop(STATE, "")
-            return self._train(Order(**frame.header), Path(path) if path else frame.payload, fits)
+            return self._train(TrainRequest(**frame.header), Path(path) if path else frame.payload, fits)
         except Exception as error:
-            kind = "declined" if isinstance(error, BudgetError) else "failed"
+            kind = "declined" if isinstance(error, MemoryBudgetError) else "failed"
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
-    def _train(self, order: Order, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
+    def _train(self, order: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
         shop, rows = self._supply.of(order)
         state = _state(payload, shop, order.client)  # before it is looked what is held
         if self._looked is not shop:
-            self._micro = fitting(shop, rows, order.round, self._budget, self._halvings)
+            self._micro = choose_micro_batch_size(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
         folder = DeviceHome().own(order.run)
         leave_others(folder)
-        deltas, report = work(order, state, shop, rows, folder, self._micro)
-        return Frame({"kind": "trained", "report": asdict(report), "holding": holding(shop, rows)}, deltas)
+        deltas, report = run_local_round(order, state, shop, rows, folder, self._micro)
+        return Frame({"kind": "trained", "report": asdict(report), "holding": summarise_local_data(shop, rows)}, deltas)
 
 
-def _state(payload: bytes | Path, shop: Workshop, client: int) -> Mapping[str, Tensor]:
+def _state(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
     """The state an order begins with; ContributionError when what came is none of this model's."""
     try:
         return read_payload(payload, shop, client)
-    except (ContributionError, StoreError) as error:
-        raise ContributionError(str(error), code="order-unreadable") from error
+    except (ClientUpdateError, StoreError) as error:
+        raise ClientUpdateError(str(error), code="order-unreadable") from error
 
 
 def _end_with_parent() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import fedtune
 from fedtune.errors import DeviceError
-from fedtune.files import write
+from fedtune.files import write_bytes_atomically
 from fedtune.shipped import SHIPPED, shipped_folder
 
 __all__ = ["write_wheel"]
@@ -38,7 +38,7 @@ def write_wheel(folder: Path) -> Path:
     lines = [f"{name},sha256={_digest(content)},{len(content)}\n" for name, content in files.items()]
     files[record] = "".join([*lines, f"{record},,\n"]).encode()
     path = folder / f"fedtune-{found.version}-py3-none-any.whl"
-    write(path, _zipped(files))
+    write_bytes_atomically(path, _zipped(files))
     path.chmod(0o644)
     return path
 

@@ -10,34 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune.contribution import FEWEST, Order, OwnScore, Report, pack, unpack
-from fedtune.data import Encoded
+from fedtune.contribution import FEWEST, ClientReport, HoldoutMetrics, TrainRequest, decode_tensors, pack
+from fedtune.data import EncodedDataset
 from fedtune.device import own_tensors
 from fedtune.device.held_base import with_base
-from fedtune.device.private import private, withheld
+from fedtune.device.private import make_update_private, redact_report
 from fedtune.memory import peak_rss, reset_peak_rss
-from fedtune.sparse import compact, from_wire, masks
+from fedtune.sparse import decode_masked_state, find_masks, select_active_values
 from fedtune.stored_state import StoredState
-from fedtune.training import Workshop, score_received, shapes, train
+from fedtune.training import RunContext, get_tensor_shapes, score_received, train_local_model
 from fedtune.training.held_out import count_held_out
 
-__all__ = ["read_payload", "work"]
+__all__ = ["read_payload", "run_local_round"]
 
 
-def read_payload(payload: bytes | Path, shop: Workshop, client: int) -> Mapping[str, Tensor]:
+def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
     """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
-    sent = StoredState(payload) if isinstance(payload, Path) else unpack(payload)
-    return from_wire(sent, shapes(shop.of(client).model))
+    sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
+    return decode_masked_state(sent, get_tensor_shapes(shop.of(client).model))
 
 
-def work(
-    order: Order,
+def run_local_round(
+    order: TrainRequest,
     state: Mapping[str, Tensor],
-    shop: Workshop,
+    shop: RunContext,
     rows: NDArray[np.int64],
     folder: Path,
     micro: int | None = None,
-) -> tuple[bytes, Report]:
+) -> tuple[bytes, ClientReport]:
     """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
 
     An order to score brings no deltas, and a report of scores alone.
@@ -49,26 +49,31 @@ def work(
     if order.scoring:
         return pack({}), _scored(order, state, part, shop.train, rows, folder)
     state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
-    outcome = train(
+    outcome = train_local_model(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
     )
     if outcome.own:
-        own_tensors.save(folder, order.round, outcome.own)
+        own_tensors.save_local_state(folder, order.round, outcome.own)
     held_out = count_held_out(len(rows), part.recipe.evaluation.own)
     loss = outcome.loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.own_score, outcome.trained_score) if held_out >= FEWEST else {}
     cost = outcome.examples, loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
-    report = Report(*cost, micro_batch=micro or 0, **scores)
-    deltas, privacy = compact(outcome.delta, masks(state)), part.recipe.privacy
+    report = ClientReport(*cost, micro_batch=micro or 0, **scores)
+    deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extras}), report
-    sent = private(deltas, outcome.extras, privacy, order, folder)
-    return pack(sent), withheld(report) if privacy.where == "client" else report
+    sent = make_update_private(deltas, outcome.extras, privacy, order, folder)
+    return pack(sent), redact_report(report) if privacy.where == "client" else report
 
 
 def _scored(
-    order: Order, state: Mapping[str, Tensor], part: Workshop, data: Encoded, rows: NDArray[np.int64], folder: Path
-) -> Report:
+    order: TrainRequest,
+    state: Mapping[str, Tensor],
+    part: RunContext,
+    data: EncodedDataset,
+    rows: NDArray[np.int64],
+    folder: Path,
+) -> ClientReport:
     """The report of a client that scores the state after a round; with privacy no score leaves it."""
     started, recipe = time.perf_counter(), part.recipe
     reset_peak_rss()
@@ -76,15 +81,15 @@ def _scored(
     score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
     tells = count_held_out(len(rows), recipe.evaluation.own) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
-    return Report(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
+    return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
 
 
-def _own(part: Workshop, folder: Path, before: int) -> dict[str, Tensor]:
+def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:
     """What the client keeps for itself, as it is before a round."""
-    return {**part.own, **own_tensors.load(folder, before)} if part.own else {}
+    return {**part.own, **own_tensors.load_local_state(folder, before)} if part.own else {}
 
 
-def _told(before: OwnScore, after: OwnScore | None = None) -> dict[str, Any]:
+def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[str, Any]:
     """Fields of a report; with nothing held out there is nothing to tell."""
     if not before.predictions:
         return {}

@@ -1,9 +1,19 @@
 """Fine-tunes from anywhere read, compared, merged and written, a few rows at a time."""
 
-from fedtune.fusion.compare import Comparison, compare
+from fedtune.fusion.compare import ModelComparison, compare
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.config_file import parse, quick, read
-from fedtune.fusion.fuse import Merge, prepare
-from fedtune.fusion.result import merge
+from fedtune.fusion.config_file import build_merge_config, parse_merge_config, read_merge_config
+from fedtune.fusion.fuse import PreparedMerge, prepare_merge
+from fedtune.fusion.result import write_merged_model
 
-__all__ = ["Comparison", "Merge", "MergeConfig", "compare", "merge", "parse", "prepare", "quick", "read"]
+__all__ = [
+    "MergeConfig",
+    "ModelComparison",
+    "PreparedMerge",
+    "build_merge_config",
+    "compare",
+    "parse_merge_config",
+    "prepare_merge",
+    "read_merge_config",
+    "write_merged_model",
+]

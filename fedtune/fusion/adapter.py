@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, module_of
-from fedtune.fusion.folder import as_fp32
+from fedtune.fusion.adapter_file import CONFIG, TENSORS, LoraAdapterReader, strip_peft_prefix
+from fedtune.fusion.folder import convert_to_fp32
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.layout import Form
+from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.starts import RESIDUAL, taken_out
 from fedtune.fusion.token_names import is_embedding, is_output, output_of
 from fedtune.fusion.transposed import is_transposed
 from fedtune.fusion.vocabulary import has_tokenizer
-from fedtune.fusion.weights import Weights, by_their_rest, spelt_like
-from fedtune.merging._factors import Factors
+from fedtune.fusion.weights import ModelReader, by_their_rest, match_tensor_names
+from fedtune.merging._factors import LowRankFactors
 
-__all__ = ["Adapted", "base_of"]
+__all__ = ["AdapterModelReader", "read_base_model_name"]
 
 _MAGNITUDE = ".lora_magnitude_vector"
 _BELOW = ".base_layer."
@@ -31,7 +31,7 @@ _ASIDE = ".original_module."
 """What PEFT keeps of a module that the adapter has its own copy of."""
 
 
-def base_of(folder: Path) -> str:
+def read_base_model_name(folder: Path) -> str:
     """What an adapter says it was made for: a hub id, with its revision where one is told, or a folder."""
     told = read_json(folder / CONFIG)
     base, revision = told.get("base_model_name_or_path"), told.get("revision")
@@ -40,11 +40,11 @@ def base_of(folder: Path) -> str:
     return str(base) if revision is None or Path(base).expanduser().exists() else f"{base}@{revision}"
 
 
-class Adapted(Weights):
+class AdapterModelReader(ModelReader):
     """The base with the adapter's change."""
 
-    def __init__(self, folder: Path, origin: str, base: Weights) -> None:
-        self._adapter = AdapterFile(folder)
+    def __init__(self, folder: Path, origin: str, base: ModelReader) -> None:
+        self._adapter = LoraAdapterReader(folder)
         self.origin, self.folder, self.quantised = origin, base.folder, base.quantised
         self.own_tokens = folder if has_tokenizer(folder) else base.own_tokens
         self.files = (*base.files, folder / TENSORS)
@@ -52,7 +52,7 @@ class Adapted(Weights):
         self._magnitudes = {name.partition(_MAGNITUDE)[0]: own[name] for name in own if _MAGNITUDE in name}
         self._whole = {name: stored for name, stored in own.items() if _MAGNITUDE not in name}
         self._modules = {f"{module}.weight": module for module in self._adapter.places}
-        self._base = spelt_like(base, [*self._modules, *self._whole])
+        self._base = match_tensor_names(base, [*self._modules, *self._whole])
         if any(name not in self._base.forms for name in self._modules):
             self._base = base
             meant = by_their_rest([*self._modules, *self._whole], base.forms)
@@ -63,7 +63,7 @@ class Adapted(Weights):
         self.forms = dict(self._base.forms)
         for name, stored in self._whole.items():
             dtype = self._base.forms[name].dtype if name in self._base.forms else self._adapter.dtype
-            self.forms[name] = Form(self._adapter.forms[stored], dtype)
+            self.forms[name] = TensorInfo(self._adapter.forms[stored], dtype)
         self._untie()
         self._factors, self._taken = lru_cache(1)(self._adapter.factors), lru_cache(1)(self._taken_out)
         for name, module in self._modules.items():
@@ -71,7 +71,7 @@ class Adapted(Weights):
         self._check_rows()
 
     @property
-    def base(self) -> Weights:
+    def base(self) -> ModelReader:
         """What the adapter changes, under the adapter's names."""
         return self._base
 
@@ -92,7 +92,7 @@ class Adapted(Weights):
         """Rows without the product: the adapter's own where it holds the tensor whole, or else the base's."""
         if name not in self._whole:
             return self._left(name, start, stop)
-        whole = as_fp32(self._adapter.read(self._whole[name]))
+        whole = convert_to_fp32(self._adapter.read(self._whole[name]))
         return whole[start:stop] if whole.dim() else whole
 
     def _left(self, name: str, start: int, stop: int) -> Tensor:
@@ -103,14 +103,14 @@ class Adapted(Weights):
         left = rows.double() - self._taken(name).rows(start, stop)
         return left.to(self.forms[name].dtype).to(rows.dtype)  # rounded once, as PEFT keeps it
 
-    def _taken_out(self, name: str) -> Factors:
+    def _taken_out(self, name: str) -> LowRankFactors:
         """What was taken out of a weight, in the order of its own axes."""
         weight, module = self._base.whole(self._same.get(name, name)), self._modules[name]
         rank = self._adapter.forms[self._adapter.places[module].a][0]
         flipped = self._flipped(module)
         scale = self._adapter.scale(module, rank)
         found = taken_out(self._adapter.start, weight.T if flipped else weight, rank, scale)
-        return Factors(found.a.T, found.b.T, found.scale) if flipped else found
+        return LowRankFactors(found.a.T, found.b.T, found.scale) if flipped else found
 
     def _untie(self) -> None:
         """Give the model an output of its own where the base ties it to the input and the adapter changes one of them.
@@ -141,12 +141,12 @@ class Adapted(Weights):
         """Rows of W + s B A, or of W + s (B A)^T where the weight is stored as [in, out]."""
         factors = self._factors(module)
         if self._flipped(module):
-            factors = Factors(factors.a.T, factors.b.T, factors.scale)
+            factors = LowRankFactors(factors.a.T, factors.b.T, factors.scale)
         rows = self._before(name, start, stop)
         return rows + factors.rows(start, stop).reshape(rows.shape).to(rows.dtype)
 
     def _rescaled(self, name: str, module: str, start: int, stop: int) -> Tensor:
-        magnitude: Tensor = as_fp32(self._adapter.read(self._magnitudes[module])).flatten()
+        magnitude: Tensor = convert_to_fp32(self._adapter.read(self._magnitudes[module])).flatten()
         if self._flipped(module):  # norms run over all rows
             whole = self._moved(name, module, 0, self.forms[name].height)
             columns: Tensor = magnitude / torch.linalg.vector_norm(whole, dim=0)
@@ -193,4 +193,4 @@ class Adapted(Weights):
 
 def _in_the_base(name: str) -> str:
     """The name in the base of what an adapter holds whole; a module's own copy or its base layer is that module."""
-    return module_of(name).replace(".modules_to_save.", ".").replace(_BELOW, ".")
+    return strip_peft_prefix(name).replace(".modules_to_save.", ".").replace(_BELOW, ".")

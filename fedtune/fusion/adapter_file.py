@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.fusion.adapter_settings import check_adapter
-from fedtune.fusion.folder import as_fp32
+from fedtune.fusion.folder import convert_to_fp32
 from fedtune.fusion.json_file import read_json
 from fedtune.fusion.starts import check_start
-from fedtune.merging._factors import Factors
+from fedtune.merging._factors import LowRankFactors
 
-__all__ = ["CONFIG", "TENSORS", "AdapterFile", "Place", "module_of"]
+__all__ = ["CONFIG", "TENSORS", "FactorNames", "LoraAdapterReader", "strip_peft_prefix"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _INSIDE = "base_model.model."
@@ -30,7 +30,7 @@ _FACTOR = re.compile(r"^(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<factor
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 
 
-class Place(NamedTuple):
+class FactorNames(NamedTuple):
     """The names of a module's factors in the file; of an embedding they are those of the transposed weight."""
 
     a: str
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     embedding: bool
 
 
-class AdapterFile:
+class LoraAdapterReader:
     """One adapter; factors are read when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class AdapterFile:
         return found
 
     @cached_property
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, FactorNames]:
         """Modules by their names in the base, and where their factors are."""
         found: dict[str, dict[str, str]] = {}
         embeddings = set()
@@ -74,7 +74,10 @@ class AdapterFile:
         for owner, names in found.items():
             self._check(owner, names)
         self._check_magnitudes(set(found))
-        return {module_of(own): Place(names["A"], names["B"], own in embeddings) for own, names in found.items()}
+        return {
+            strip_peft_prefix(own): FactorNames(names["A"], names["B"], own in embeddings)
+            for own, names in found.items()
+        }
 
     @cached_property
     def whole(self) -> list[str]:
@@ -89,15 +92,15 @@ class AdapterFile:
         """A tensor as it is stored; ModelError for values that are not finite."""
         with safe_open(self.folder / TENSORS, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        if not bool(as_fp32(tensor).isfinite().all()):
+        if not bool(convert_to_fp32(tensor).isfinite().all()):
             raise ModelError(f"{self.folder} holds values that are not finite in {name}; train or fetch it again")
         return tensor
 
-    def factors(self, module: str) -> Factors:
+    def factors(self, module: str) -> LowRankFactors:
         """B [d, r] and A [r, k] with the module's scale; a kernel's further dimensions count as columns."""
         place = self.places[module]
         a, b = self.read(place.a).flatten(1), self.read(place.b).flatten(1)
-        return Factors(b, a, self.scale(module, len(a)))
+        return LowRankFactors(b, a, self.scale(module, len(a)))
 
     def scale(self, module: str, rank: int) -> float:
         """What multiplies a module's product."""
@@ -131,9 +134,9 @@ class AdapterFile:
     def _check(self, owner: str, names: Mapping[str, str]) -> None:
         if names.keys() != {"A", "B"}:
             raise SourceError(
-                f"{self.folder} has only factor {next(iter(names))} of {module_of(owner)}; fetch it again"
+                f"{self.folder} has only factor {next(iter(names))} of {strip_peft_prefix(owner)}; fetch it again"
             )
-        self._check_shapes(module_of(owner), self.forms[names["A"]], self.forms[names["B"]])
+        self._check_shapes(strip_peft_prefix(owner), self.forms[names["A"]], self.forms[names["B"]])
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
         """SourceError for factors that are not whole, ModelError for those that do not multiply as it is said."""
@@ -158,10 +161,11 @@ class AdapterFile:
         if odd := sorted(having ^ wanted):
             says, has = ("has", "none") if odd[0] in wanted else ("has no", "some")
             raise SourceError(
-                f"{self.folder} {says} use_dora and {has} of its magnitudes for {module_of(odd[0])}; fetch it again"
+                f"{self.folder} {says} use_dora and {has} of its magnitudes for {strip_peft_prefix(odd[0])}; "
+                "fetch it again"
             )
 
 
-def module_of(owner: str) -> str:
+def strip_peft_prefix(owner: str) -> str:
     """A module's name in the base."""
     return owner.removeprefix(_INSIDE)

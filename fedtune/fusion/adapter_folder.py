@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.files import write
-from fedtune.fusion.adapter_file import CONFIG, TENSORS, AdapterFile, Place
+from fedtune.files import write_bytes_atomically
+from fedtune.fusion.adapter_file import CONFIG, TENSORS, FactorNames, LoraAdapterReader
 from fedtune.fusion.adapter_tokens import copy_tokenizer
 from fedtune.fusion.layout import fits, too_large
-from fedtune.merging._factors import Factors
+from fedtune.merging._factors import LowRankFactors
 
-__all__ = ["cast", "merged_config", "write_adapter"]
+__all__ = ["build_adapter_config", "cast", "write_adapter"]
 
 _ALL_TARGETS: dict[str, Any] = {
     "exclude_modules": None,
@@ -32,9 +32,9 @@ _ALL_TARGETS: dict[str, Any] = {
 
 def write_adapter(
     out: Path,
-    adapters: Sequence[AdapterFile],
-    places: Mapping[str, Place],
-    factors: Mapping[str, Factors],
+    adapters: Sequence[LoraAdapterReader],
+    places: Mapping[str, FactorNames],
+    factors: Mapping[str, LowRankFactors],
     whole: Mapping[str, Tensor],
     tokens: Path | None,
 ) -> None:
@@ -50,10 +50,12 @@ def write_adapter(
         tensors[place.a] = cast(place.a, made.a.reshape(-1, *like[place.a][1:]), dtype)
         tensors[place.b] = cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
     payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
-    write(out / TENSORS, payload)
+    write_bytes_atomically(out / TENSORS, payload)
     if tokens is not None:
         copy_tokenizer(tokens, out)
-    write(out / CONFIG, (json.dumps(merged_config(adapters, factors), indent=2) + "\n").encode())
+    write_bytes_atomically(
+        out / CONFIG, (json.dumps(build_adapter_config(adapters, factors), indent=2) + "\n").encode()
+    )
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +65,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def merged_config(adapters: Sequence[AdapterFile], factors: Mapping[str, Factors]) -> dict[str, Any]:
+def build_adapter_config(
+    adapters: Sequence[LoraAdapterReader], factors: Mapping[str, LowRankFactors]
+) -> dict[str, Any]:
     """The first adapter's settings with the modules, ranks and alphas of the result; scale = alpha / r in each."""
     ranks = {module: made.rank for module, made in factors.items()}
     alphas = {module: made.scale * made.rank for module, made in factors.items()}

@@ -5,24 +5,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.errors import ModelError
-from fedtune.fusion.adapter_file import AdapterFile, module_of
+from fedtune.fusion.adapter_file import LoraAdapterReader, strip_peft_prefix
 from fedtune.fusion.token_names import is_of_tokens
-from fedtune.fusion.vocabulary import TOKENIZER, difference, has_tokenizer, one_file, vocabulary
+from fedtune.fusion.vocabulary import (
+    TOKENIZER,
+    compare_vocabularies,
+    has_same_tokenizer_file,
+    has_tokenizer,
+    read_vocabulary,
+)
 
 __all__ = ["common_tokens", "copy_tokenizer"]
 
 
-def common_tokens(adapters: Sequence[AdapterFile]) -> Path | None:
+def common_tokens(adapters: Sequence[LoraAdapterReader]) -> Path | None:
     """A folder with the tokenizer of all adapters that have one; None where none has one, or theirs differ.
 
     ModelError where they differ and the adapters hold rows of tokens, which would be merged by their numbers.
     """
     folders = [one.folder for one in adapters if has_tokenizer(one.folder)]
     for other in folders[1:]:
-        if not one_file(folders[0], other) and (found := vocabulary(other)) != (first := vocabulary(folders[0])):
+        if not has_same_tokenizer_file(folders[0], other) and (found := read_vocabulary(other)) != (
+            first := read_vocabulary(folders[0])
+        ):
             if not any(_holds_rows(one) for one in adapters):
                 return None
-            more, less, moved = difference(found or {}, first or {})
+            more, less, moved = compare_vocabularies(found or {}, first or {})
             raise ModelError(
                 f"{other} has {more} tokens that {folders[0]} lacks, lacks {less} and numbers {moved} differently, and "
                 "the adapters hold rows of tokens; merge them as models with a tokenizer rule"
@@ -37,6 +45,6 @@ def copy_tokenizer(source: Path, into: Path) -> None:
             shutil.copyfile(source / name, into / name)
 
 
-def _holds_rows(adapter: AdapterFile) -> bool:
-    names = [f"{module}.weight" for module in adapter.places] + [module_of(name) for name in adapter.whole]
+def _holds_rows(adapter: LoraAdapterReader) -> bool:
+    names = [f"{module}.weight" for module in adapter.places] + [strip_peft_prefix(name) for name in adapter.whole]
     return any(is_of_tokens(name) for name in names)

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, StoreError
-from fedtune.fusion.adapter_file import AdapterFile
+from fedtune.fusion.adapter_file import LoraAdapterReader
 from fedtune.fusion.adapter_folder import cast, write_adapter
 from fedtune.fusion.adapter_tokens import common_tokens
 from fedtune.fusion.products import Products
 from fedtune.fusion.starts import RESIDUAL
-from fedtune.merging import Combine, Evidence, Relax, settle
-from fedtune.merging._factors import Factors, padded
-from fedtune.merging._pairs import CombinePairs
-from fedtune.merging._small_svd import Reduced, split
-from fedtune.merging._span import Span
+from fedtune.merging import CombineStep, MergeContext, RelaxStep, bind_combine
+from fedtune.merging._factors import LowRankFactors, pad_factors
+from fedtune.merging._pairs import LowRankPairCombineStep
+from fedtune.merging._small_svd import TruncatedProduct, truncate_matrix
+from fedtune.merging._span import GramCombineStep
 from fedtune.merging.linear import Linear
 
-__all__ = ["Cut", "MergedModule", "merge_adapters", "overall_error"]
+__all__ = ["MergedModule", "RankLimit", "compute_overall_error", "merge_adapters"]
 
 _AGREE = ("fan_in_fan_out", "use_dora", "task_type")
 
 
-class Cut(NamedTuple):
+class RankLimit(NamedTuple):
     """How small a merged module is made: at most ``rank``, or keeping a share ``energy`` of its squared norm, or both.
 
     With neither all is kept, and ranks add up as far as adapters differ.
@@ -60,7 +60,7 @@ class MergedModule(NamedTuple):
         return self.missed / self.whole if self.missed else 0.0
 
 
-def overall_error(modules: Sequence[MergedModule]) -> float:
+def compute_overall_error(modules: Sequence[MergedModule]) -> float:
     """Relative, over all modules together; NaN where one is not known."""
     missed = math.hypot(*(one.missed for one in modules))
     return missed / math.hypot(*(one.whole for one in modules)) if missed else 0.0
@@ -69,11 +69,11 @@ def overall_error(modules: Sequence[MergedModule]) -> float:
 def merge_adapters(
     folders: Sequence[Path],
     out: Path,
-    step: Combine | None = None,
+    step: CombineStep | None = None,
     weights: Sequence[float] | None = None,
-    cut: Cut = Cut(),  # noqa: B008 - an immutable value
-    relax: Sequence[Relax] = (),
-    evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
+    cut: RankLimit = RankLimit(),  # noqa: B008 - an immutable value
+    relax: Sequence[RelaxStep] = (),
+    evidence: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
     knobs: Sequence[Mapping[str, float]] = (),
 ) -> list[MergedModule]:
     """Merge PEFT LoRA adapters of one base into a new adapter folder; what each module lost is returned.
@@ -82,11 +82,11 @@ def merge_adapters(
     ``relax`` steps scale the columns of A by the activity of the base's weights.
     """
     step, shares = step or Linear(), [1.0] * len(folders) if weights is None else list(weights)
-    if isinstance(step, CombinePairs):
+    if isinstance(step, LowRankPairCombineStep):
         raise RecipeError(f"merge: {step.name} is for rounds of a federation; name linear, ties or another step")
     if out.exists():
         raise StoreError(f"{out} exists already; choose another folder")
-    adapters = [AdapterFile(folder) for folder in folders]
+    adapters = [LoraAdapterReader(folder) for folder in folders]
     _check_alike(adapters)
     tokens = common_tokens(adapters)
     places = {module: place for one in reversed(adapters) for module, place in one.places.items()}
@@ -95,7 +95,7 @@ def merge_adapters(
     parts = _Parts(shares, knobs or [{}] * len(shares))
     for module, made in _merged(adapters, sorted(places), step, parts, cut, evidence):
         relaxed = _relaxed(made.factors, module, adapters, relax, evidence)
-        factors[module] = padded(relaxed, max(1, relaxed.rank))
+        factors[module] = pad_factors(relaxed, max(1, relaxed.rank))
         modules.append(MergedModule(module, factors[module].rank, made.missed, made.whole))
     write_adapter(out, adapters, places, factors, whole, tokens)
     return _with_magnitudes(modules, folders, out, step, parts) if adapters[0].setting("use_dora") else modules
@@ -109,7 +109,7 @@ class _Parts(NamedTuple):
 
 
 def _with_magnitudes(
-    modules: Sequence[MergedModule], folders: Sequence[Path], out: Path, step: Combine, parts: _Parts
+    modules: Sequence[MergedModule], folders: Sequence[Path], out: Path, step: CombineStep, parts: _Parts
 ) -> list[MergedModule]:
     """The modules with what they miss as a whole, DoRA's magnitudes included."""
     from fedtune.fusion.dora import missed_by_dora
@@ -121,27 +121,31 @@ def _with_magnitudes(
 
 
 def _merged(
-    adapters: Sequence[AdapterFile],
+    adapters: Sequence[LoraAdapterReader],
     modules: Sequence[str],
-    step: Combine,
+    step: CombineStep,
     parts: _Parts,
-    cut: Cut,
-    evidence: Evidence,
-) -> Iterator[tuple[str, Reduced]]:
+    cut: RankLimit,
+    evidence: MergeContext,
+) -> Iterator[tuple[str, TruncatedProduct]]:
     """Each module's merged product as it is cut, at the scale of the first adapter that has it."""
-    products = Products(adapters, small=isinstance(step, Span) and step.groups == "tensor")
+    products = Products(adapters, small=isinstance(step, GramCombineStep) and step.groups == "tensor")
     shapes = {module: products.shape(module) for module in modules}
-    step, operands = settle(step, shapes, products.operands(parts.weights, parts.knobs), evidence)
-    energy = 1.0 if cut == Cut() else cut.energy
+    step, operands = bind_combine(step, shapes, products.operands(parts.weights, parts.knobs), evidence)
+    energy = 1.0 if cut == RankLimit() else cut.energy
     for module, shape in shapes.items():
         matrix = torch.cat(list(step.combine(module, shape, operands)))
-        made = split(matrix, cut.rank, energy, products.scale(module))
+        made = truncate_matrix(matrix, cut.rank, energy, products.scale(module))
         yield module, made._replace(factors=products.outward(module, made.factors))
 
 
 def _relaxed(
-    factors: Factors, module: str, adapters: Sequence[AdapterFile], relax: Sequence[Relax], evidence: Evidence
-) -> Factors:
+    factors: LowRankFactors,
+    module: str,
+    adapters: Sequence[LoraAdapterReader],
+    relax: Sequence[RelaxStep],
+    evidence: MergeContext,
+) -> LowRankFactors:
     """A with the columns scaled as steps scale the weight's columns, or rows where the weight is transposed."""
     owner = next(one for one in adapters if module in one.places)
     place = owner.places[module]
@@ -153,13 +157,13 @@ def _relaxed(
     return factors._replace(a=a.flatten(1))
 
 
-def _averaged(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> dict[str, Tensor]:
+def _averaged(adapters: Sequence[LoraAdapterReader], weights: Sequence[float]) -> dict[str, Tensor]:
     """Magnitudes, biases and heads: each the mean over the adapters that have it."""
     names = sorted({name for one in adapters for name in one.whole})
     return {name: _mean(name, adapters, weights) for name in names}
 
 
-def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) -> Tensor:
+def _mean(name: str, adapters: Sequence[LoraAdapterReader], weights: Sequence[float]) -> Tensor:
     having = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if name in one.forms]
     shapes = {one.forms[name] for one, _ in having}
     if len(shapes) > 1:
@@ -174,7 +178,7 @@ def _mean(name: str, adapters: Sequence[AdapterFile], weights: Sequence[float]) 
     return cast(name, mean, first.dtype)
 
 
-def _check_alike(adapters: Sequence[AdapterFile]) -> None:
+def _check_alike(adapters: Sequence[LoraAdapterReader]) -> None:
     """What no merge can bridge, and a module that is an embedding in one adapter alone."""
     first, *others = adapters
     for one in adapters:

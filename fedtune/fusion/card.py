@@ -6,36 +6,36 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from fedtune.files import sha256
-from fedtune.fusion.compare import Comparison
-from fedtune.fusion.fuse import Merge
+from fedtune.files import hash_file
+from fedtune.fusion.compare import ModelComparison
+from fedtune.fusion.fuse import PreparedMerge
 
 if TYPE_CHECKING:
-    from fedtune.training import Score
+    from fedtune.training import Metric
 
-__all__ = ["Hashes", "Scores", "card", "hashes"]
+__all__ = ["Hashes", "ModelMetrics", "build_model_card", "hashes"]
 
 Hashes = Mapping[str, Mapping[str, str]]
 """SHA-256 by file name, by model."""
-Scores = Mapping[str, "Sequence[Score]"]
+ModelMetrics = Mapping[str, "Sequence[Metric]"]
 """Figures by model."""
 
 
-def hashes(merge: Merge) -> dict[str, dict[str, str]]:
+def hashes(merge: PreparedMerge) -> dict[str, dict[str, str]]:
     """What the inputs were, byte for byte; a file that several models share is read once."""
     known: dict[Path, str] = {}
     for model in merge.models.by_name.values():
-        known |= {file: sha256(file) for file in model.files if file not in known}
+        known |= {file: hash_file(file) for file in model.files if file not in known}
     return {name: {file.name: known[file] for file in model.files} for name, model in merge.models.by_name.items()}
 
 
-def card(
+def build_model_card(
     title: str,
-    merge: Merge,
+    merge: PreparedMerge,
     text: str,
     read: Hashes,
-    compared: Comparison | None,
-    scored: Scores,
+    compared: ModelComparison | None,
+    scored: ModelMetrics,
     warned: Sequence[str] = (),
 ) -> str:
     """The README's text; ``text`` is the configuration as it was given, ``warned`` what speaks against the result."""
@@ -54,7 +54,7 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front(merge: Merge) -> str:
+def _front(merge: PreparedMerge) -> str:
     meta = {
         "base_model": list(merge.models.by_name),
         "base_model_relation": "merge",
@@ -69,7 +69,7 @@ def _inputs(read: Hashes) -> str:
     return _table(("model", "file", "SHA-256"), rows)
 
 
-def _figures(compared: Comparison) -> str:
+def _figures(compared: ModelComparison) -> str:
     rows = []
     for place, name in enumerate(compared.models):
         others = ", ".join(f"{value:.3f}" for at, value in enumerate(compared.cosines[place]) if at != place)
@@ -81,7 +81,7 @@ def _figures(compared: Comparison) -> str:
     return f"{_table(('model', 'norm', 'cosine to the others', 'tensors changed'), rows)}\n\n{share}"
 
 
-def _scores(scored: Scores) -> str:
+def _scores(scored: ModelMetrics) -> str:
     names = sorted({found.name for figures in scored.values() for found in figures})
     rows = []
     for model, figures in scored.items():

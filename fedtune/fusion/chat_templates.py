@@ -10,7 +10,7 @@ from pathlib import Path
 from fedtune.errors import RecipeError
 from fedtune.fusion.json_file import read_json
 
-__all__ = ["CHAT_TEMPLATES", "chat_template"]
+__all__ = ["CHAT_TEMPLATES", "resolve_chat_template"]
 
 _ALTERNATE = (
     "{% if (turn.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -47,7 +47,7 @@ CHAT_TEMPLATES = {
 }
 
 
-def chat_template(wanted: str, folders: Iterable[Path]) -> str:
+def resolve_chat_template(wanted: str, folders: Iterable[Path]) -> str:
     """The template itself, one with a name, or with ``auto`` the one that most models, by their folders, have."""
     if wanted != "auto":
         if "{" not in wanted and wanted not in CHAT_TEMPLATES:

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
-from fedtune.fusion.fuse import Merge, Progress
-from fedtune.fusion.pipeline import Base, Deltas
+from fedtune.fusion.fuse import PreparedMerge, ProgressCallback
+from fedtune.fusion.pipeline import BaseReader, DeltaReader
 from fedtune.fusion.threads import one_thread
-from fedtune.fusion.vocabulary import difference, one_file, vocabulary
-from fedtune.merging import cosine_table, opposed, scale_that_keeps_length
+from fedtune.fusion.vocabulary import compare_vocabularies, has_same_tokenizer_file, read_vocabulary
+from fedtune.merging import compute_cosine_matrix, compute_norm_preserving_scale, count_opposing_signs
 
-__all__ = ["Comparison", "Words", "compare"]
+__all__ = ["ModelComparison", "Words", "compare"]
 
-_NO_BASE = 0.9
+_MAX_RELATIVE_DELTA = 0.9
 """Norm of a delta over that of the base from which on the base is none: two unrelated nets of one norm have 1.4.
 
 Taken over matrices: the scales of norms are near one in every net, and outweigh the rest of a small one.
@@ -38,7 +38,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """Figures over all tensors that are merged.
 
     ``cosines`` [K, K] are between what the models differ from the base, or between whole models without one.
@@ -64,7 +64,7 @@ class Comparison:
 
 
 @one_thread()
-def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Comparison:
+def compare(merge: PreparedMerge, progress: ProgressCallback, *, trust_base: bool = False) -> ModelComparison:
     """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
     names = list(merge.models.tuned) or list(merge.models.by_name)
     based = merge.models.base is not None
@@ -78,15 +78,15 @@ def compare(merge: Merge, progress: Progress, *, trust_base: bool = False) -> Co
     norms = (sums.gram.diagonal().sqrt() / math.sqrt(sums.base or 1.0)).tolist()
     if based and not trust_base:
         _check_base(merge, names, (sums.matrices.sqrt() / math.sqrt(sums.base_matrices or 1.0)).tolist())
-    return Comparison(
+    return ModelComparison(
         models=names,
-        cosines=cosine_table(sums.gram),
+        cosines=compute_cosine_matrix(sums.gram),
         conflicts=sums.conflicts / max(1, sums.entries),
         norms=norms if based else None,
         changed=[len(found) for found in sums.changed] if based else None,
         first=[next(iter(found), None) for found in sums.changed] if based else None,
         words=list(_words(merge, names)),
-        scale=scale_that_keeps_length(sums.gram, _weights(merge, names)) if based else None,
+        scale=compute_norm_preserving_scale(sums.gram, _weights(merge, names)) if based else None,
         tensors=len(sums.seen),
         entries=sums.entries,
     )
@@ -110,7 +110,7 @@ class _Sums:
         if not self.broken and not bool(gram.isfinite().all()):
             self.broken = name
         self.gram += gram
-        self.conflicts += opposed(parts)
+        self.conflicts += count_opposing_signs(parts)
         self.seen[name] = None
         for place, found in enumerate(gram.diagonal().tolist()):
             if found:
@@ -130,26 +130,28 @@ def _products(parts: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def _pieces(merge: Merge, names: list[str], progress: Progress) -> Iterator[tuple[str, list[Tensor], Tensor | None]]:
+def _pieces(
+    merge: PreparedMerge, names: list[str], progress: ProgressCallback
+) -> Iterator[tuple[str, list[Tensor], Tensor | None]]:
     """Each piece of the tensors that all models have and, if there is a base, it has too, under the models' own names.
 
     Slices renumber layers in the result; what models differ from the base does not depend on them.
     """
     models = [merge.models.by_name[name] for name in names]
     shared = {name: name for name in models[0].forms if _shared(merge, name)}
-    base = None if merge.models.base is None else Base(merge.models.by_name[merge.models.base], shared)
-    readers = [Deltas(model, shared, base) for model in models]
+    base = None if merge.models.base is None else BaseReader(merge.models.by_name[merge.models.base], shared)
+    readers = [DeltaReader(model, shared, base) for model in models]
     done = 0
     for name in shared:
         form = models[0].forms[name]
-        for start, stop in pieces(form.shape, math.ceil(len(models) / _TOGETHER)):
+        for start, stop in iter_row_chunks(form.shape, math.ceil(len(models) / _TOGETHER)):
             parts = [reader(name, start, stop).flatten() for reader in readers]
             yield name, parts, None if base is None else base.rows(name, start, stop).flatten()
         done += form.bytes
         progress(done)
 
 
-def _shared(merge: Merge, name: str) -> bool:
+def _shared(merge: PreparedMerge, name: str) -> bool:
     known = [model.forms.get(name) for model in merge.models.by_name.values()]
     first = known[0]
     return (
@@ -159,16 +161,16 @@ def _shared(merge: Merge, name: str) -> bool:
     )
 
 
-def _check_base(merge: Merge, names: list[str], norms: list[float]) -> None:
+def _check_base(merge: PreparedMerge, names: list[str], norms: list[float]) -> None:
     for name, norm in zip(names, norms, strict=True):
-        if norm > _NO_BASE:
+        if norm > _MAX_RELATIVE_DELTA:
             raise ModelError(
                 f"{merge.models.base} is not the base of {name}: its matrices differ from it by {norm:.2f} times the "
                 "base's own norm; name the base it was trained from, or say --trust-base"
             )
 
 
-def _weights(merge: Merge, names: list[str]) -> Tensor:
+def _weights(merge: PreparedMerge, names: list[str]) -> Tensor:
     """Each model's weight where nothing is said of single tensors."""
     entries = {entry.model: entry for entry in merge.config.entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
@@ -176,13 +178,13 @@ def _weights(merge: Merge, names: list[str]) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def _words(merge: Merge, names: list[str]) -> Iterator[Words | None]:
+def _words(merge: PreparedMerge, names: list[str]) -> Iterator[Words | None]:
     """Differences of each model's own tokens to those of the first model named, or the base."""
     folder = merge.models.first.tokens
     for name in names:
         own = merge.models.by_name[name].tokens
-        if one_file(folder, own):
+        if has_same_tokenizer_file(folder, own):
             yield Words(0, 0, 0)
             continue
-        first, found = vocabulary(folder), vocabulary(own)
-        yield None if first is None or found is None else Words(*difference(found, first))
+        first, found = read_vocabulary(folder), read_vocabulary(own)
+        yield None if first is None or found is None else Words(*compare_vocabularies(found, first))

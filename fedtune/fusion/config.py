@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from fedtune.fusion.settings import Setting
-from fedtune.recipe import Section, Unit
+from fedtune.fusion.settings import LayeredValue
+from fedtune.recipe import SettingsModel, Unit
 
-__all__ = ["Entry", "MergeConfig", "Slice", "Source", "TokenRule", "TokenSource", "Tokenizer"]
+__all__ = ["MergeConfig", "ModelEntry", "OutputSlice", "SliceSource", "TokenRule", "TokenSource", "TokenizerRule"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -33,10 +33,10 @@ def _nothing(value: Any) -> Any:
 
 
 Reference = Annotated[str, BeforeValidator(reference)]
-Parameters = Annotated[dict[str, Setting], BeforeValidator(_nothing)]
+Parameters = Annotated[dict[str, LayeredValue], BeforeValidator(_nothing)]
 
 
-class Entry(Section):
+class ModelEntry(SettingsModel):
     """One model and its own parameters; ``statistics`` is a safetensors file with what some methods measure on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -51,7 +51,7 @@ class Entry(Section):
         return {"model": value} if isinstance(reference(value), str) else value
 
 
-class Source(Entry):
+class SliceSource(ModelEntry):
     """Some layers of one model: the first and the one after the last, counted from 0."""
 
     layer_range: tuple[int, int]
@@ -64,10 +64,10 @@ class Source(Entry):
         return value
 
 
-class Slice(Section):
+class OutputSlice(SettingsModel):
     """Layers of the result, merged from the same number of layers of each source."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[SliceSource] = Field(min_length=1)
     parameters: Parameters = Field({})
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ class Slice(Section):
         return self
 
 
-class TokenSource(Section):
+class TokenSource(SettingsModel):
     """Where a token's rows come from: zeros, or another token of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -94,14 +94,14 @@ class TokenSource(Section):
         return self
 
 
-class TokenRule(Section):
+class TokenRule(SettingsModel):
     """The rows of one token in the models that lack it, or with ``force`` in all of them."""
 
     source: Annotated[str | TokenSource | None, BeforeValidator(reference)] = None
     force: bool = False
 
 
-class Tokenizer(Section):
+class TokenizerRule(SettingsModel):
     """Whose tokens the result has: ``union``, ``base`` or a model's."""
 
     source: Reference = "union"
@@ -109,19 +109,19 @@ class Tokenizer(Section):
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
-class MergeConfig(Section):
+class MergeConfig(SettingsModel):
     """A merge of models, or of slices of them; ``name`` is what other documents of its file call the result."""
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     merge_method: str = "linear"
-    models: list[Entry] | None = Field(None, min_length=1)
-    slices: list[Slice] | None = Field(None, min_length=1)
+    models: list[ModelEntry] | None = Field(None, min_length=1)
+    slices: list[OutputSlice] | None = Field(None, min_length=1)
     base_model: Annotated[str | None, BeforeValidator(reference)] = None
     parameters: Parameters = Field({})
     dtype: Precision | None = None
     out_dtype: Precision | None = None
     tokenizer_source: Annotated[str | None, BeforeValidator(reference)] = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
     align: list[Unit] = Field([])
     relax: list[Unit] = Field([])
@@ -155,12 +155,12 @@ class MergeConfig(Section):
         return self
 
     @property
-    def token_rule(self) -> Tokenizer | None:
+    def token_rule(self) -> TokenizerRule | None:
         """Whose tokens the result has, if anything is said about it."""
-        return Tokenizer(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
+        return TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
 
     @property
-    def entries(self) -> Sequence[Entry]:
+    def entries(self) -> Sequence[ModelEntry]:
         """Every mention of a model, in order."""
         if self.models is not None:
             return self.models

@@ -9,17 +9,17 @@ import yaml
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.stages import Stage, stages_of
-from fedtune.recipe_file import override, text_of
+from fedtune.recipe_file import apply_override, read_text_file
 
-__all__ = ["parse", "quick", "read"]
+__all__ = ["build_merge_config", "parse_merge_config", "read_merge_config"]
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+def read_merge_config(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """The merges in a file, mostly one, the last with ``key.key=value`` overrides; RecipeError names line and key."""
-    return stages_of(text_of(path, "the configuration"), str(path), overrides)
+    return stages_of(read_text_file(path, "the configuration"), str(path), overrides)
 
 
-def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> MergeConfig:
+def parse_merge_config(text: str, origin: str, overrides: Sequence[str] = ()) -> MergeConfig:
     """The one configuration in a YAML text; ``origin`` is what messages call it."""
     stages = stages_of(text, origin, overrides)
     if len(stages) > 1:
@@ -27,7 +27,7 @@ def parse(text: str, origin: str, overrides: Sequence[str] = ()) -> MergeConfig:
     return stages[0].config
 
 
-def quick(
+def build_merge_config(
     models: Sequence[str], method: str, weights: Sequence[float], settings: Sequence[str], **keys: Any
 ) -> tuple[MergeConfig, str]:
     """The configuration that command-line options stand for, and its text; ``settings`` are parameters as key=value."""
@@ -39,6 +39,6 @@ def quick(
         entries = [{"model": model, "parameters": {"weight": weight}} for model, weight in pairs]
     value = {"merge_method": method, "models": entries, **{key: found for key, found in keys.items() if found}}
     for item in settings:
-        override(value, f"parameters.{item}")
+        apply_override(value, f"parameters.{item}")
     text = yaml.safe_dump(value, sort_keys=False)
-    return parse(text, "the command line"), text
+    return parse_merge_config(text, "the command line"), text

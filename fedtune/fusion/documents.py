@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.fusion.fuse import Merge
+from fedtune.fusion.fuse import PreparedMerge
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.layout import Form
-from fedtune.fusion.models import settings_of
+from fedtune.fusion.layout import TensorInfo
+from fedtune.fusion.models import read_model_config
 from fedtune.fusion.sentence_modules import sentence_files
 from fedtune.fusion.settings_file import resliced, with_token_ids, with_vocabulary
 from fedtune.fusion.token_names import is_of_tokens, is_output
 from fedtune.fusion.vocabulary import TOKENIZER
-from fedtune.fusion.weights import Weights
+from fedtune.fusion.weights import ModelReader
 
-__all__ = ["add_documents"]
+__all__ = ["write_model_files"]
 
 _MODEL = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "*.py")
 _GENERATION = "generation_config.json"
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
-def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, Form]]) -> None:
+def write_model_files(merge: PreparedMerge, folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Write all but the tensors and the card."""
     model = _owner(merge)
     _write_json(folder / "config.json", _settings(merge, model))
@@ -42,14 +42,14 @@ def add_documents(merge: Merge, folder: Path, shards: Mapping[str, Mapping[str, 
         _set_chat_template(folder, template)
 
 
-def _owner(merge: Merge) -> Weights:
+def _owner(merge: PreparedMerge) -> ModelReader:
     """Whose config.json the result has: the base's, but a model's where this has a head that the base has not."""
     first = next(iter(merge.models.tuned.values()), merge.models.first)
     return merge.models.first if first.forms.keys() <= merge.models.first.forms.keys() else first
 
 
-def _settings(merge: Merge, model: Weights) -> dict[str, Any]:
-    settings = settings_of(model)
+def _settings(merge: PreparedMerge, model: ModelReader) -> dict[str, Any]:
+    settings = read_model_config(model)
     settings.pop("quantization_config", None)
     forms = {target.name: target.form for target in merge.targets}
     largest = max(forms.values(), key=lambda form: form.bytes)
@@ -65,17 +65,17 @@ def _settings(merge: Merge, model: Weights) -> dict[str, Any]:
     return settings
 
 
-def _token_rows(forms: Mapping[str, Form]) -> int | None:
+def _token_rows(forms: Mapping[str, TensorInfo]) -> int | None:
     rows = [form.height for name, form in forms.items() if is_of_tokens(name)]
     return max(rows, default=None)
 
 
-def _renumbered(merge: Merge, settings: dict[str, Any], file: str) -> dict[str, Any]:
+def _renumbered(merge: PreparedMerge, settings: dict[str, Any], file: str) -> dict[str, Any]:
     """Special tokens as the model numbers them whose tokens a rule chose."""
     return settings if merge.config.token_rule is None else with_token_ids(settings, merge.models, file)
 
 
-def _set_labels(settings: dict[str, Any], forms: Mapping[str, Form]) -> None:
+def _set_labels(settings: dict[str, Any], forms: Mapping[str, TensorInfo]) -> None:
     """An adapter brings a head without saying of how many labels."""
     heads = [form.height for name, form in forms.items() if name.endswith(_HEADS)]
     if heads and "id2label" not in settings and heads[0] != 2:
@@ -83,7 +83,7 @@ def _set_labels(settings: dict[str, Any], forms: Mapping[str, Form]) -> None:
         settings["label2id"] = {label: int(number) for number, label in settings["id2label"].items()}
 
 
-def _index(shards: Mapping[str, Mapping[str, Form]]) -> dict[str, Any]:
+def _index(shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Any]:
     total = sum(form.bytes for forms in shards.values() for form in forms.values())
     return {
         "metadata": {"total_size": total},

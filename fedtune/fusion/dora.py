@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import FedtuneError
-from fedtune.fusion.adapter import Adapted, base_of
+from fedtune.fusion.adapter import AdapterModelReader, read_base_model_name
 from fedtune.fusion.sources import open_base
-from fedtune.fusion.weights import Weights
-from fedtune.merging import Combine, Evidence, Operand, settle
+from fedtune.fusion.weights import ModelReader
+from fedtune.merging import CombineStep, MergeContext, MergeInput, bind_combine
 
 __all__ = ["Missed", "missed_by_dora"]
 
@@ -31,8 +31,8 @@ class Missed(NamedTuple):
 class _Change(NamedTuple):
     """What an adapter changes of the base, by the base's rows."""
 
-    adapted: Weights
-    base: Weights
+    adapted: ModelReader
+    base: ModelReader
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
         rows = self.adapted.rows(name, start, stop)
@@ -43,7 +43,7 @@ def missed_by_dora(
     folders: Sequence[Path],
     made: Path,
     modules: Sequence[str],
-    step: Combine,
+    step: CombineStep,
     weights: Sequence[float],
     knobs: Sequence[Mapping[str, float]],
 ) -> Mapping[str, Missed] | None:
@@ -52,24 +52,26 @@ def missed_by_dora(
     None where the base is not at hand.
     """
     try:
-        base = open_base(base_of(folders[0]))
-        inputs = [Adapted(folder, str(folder), base) for folder in folders]
-        result = Adapted(made, str(made), base)
+        base = open_base(read_base_model_name(folders[0]))
+        inputs = [AdapterModelReader(folder, str(folder), base) for folder in folders]
+        result = AdapterModelReader(made, str(made), base)
     except FedtuneError:
         return None
     before = inputs[0].base
     told = zip(inputs, weights, knobs, strict=True)
-    dense = [Operand(_Change(adapted, before), weight, own) for adapted, weight, own in told]
+    dense = [MergeInput(_Change(adapted, before), weight, own) for adapted, weight, own in told]
     names = {module: result.weight_of(module) for module in modules}
     shapes = {name: before.forms[name].shape for name in names.values()}
-    step, dense_parts = settle(step, shapes, dense, Evidence())
+    step, dense_parts = bind_combine(step, shapes, dense, MergeContext())
     found = _Change(result, before)
     return {module: _missed(name, shapes[name], step, dense_parts, found) for module, name in names.items()}
 
 
-def _missed(name: str, shape: tuple[int, ...], step: Combine, operands: Sequence[Operand], found: _Change) -> Missed:
+def _missed(
+    name: str, shape: tuple[int, ...], step: CombineStep, operands: Sequence[MergeInput], found: _Change
+) -> Missed:
     missed = whole = 0.0
-    for (start, stop), wanted in zip(pieces(shape), step.combine(name, shape, operands), strict=True):
+    for (start, stop), wanted in zip(iter_row_chunks(shape), step.combine(name, shape, operands), strict=True):
         missed += float((found(name, start, stop) - wanted).double().square().sum())
         whole += float(wanted.double().square().sum())
     return Missed(missed**0.5, whole**0.5)

@@ -5,22 +5,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtune.fusion.layout import Reader, places
+from fedtune.fusion.layout import Reader, read_tensor_locations
 from fedtune.fusion.shards import check_index, check_once, shards
-from fedtune.fusion.weights import Weights
-from fedtune.models.sources import resolve
+from fedtune.fusion.weights import ModelReader
+from fedtune.models.sources import resolve_model_source
 
-__all__ = ["Folder", "as_fp32"]
+__all__ = ["SafetensorsModelReader", "convert_to_fp32"]
 
 
-class Folder(Weights):
+class SafetensorsModelReader(ModelReader):
     """The tensors of a folder, as they are stored."""
 
     def __init__(self, folder: Path, origin: str, files: tuple[Path, ...] | None = None) -> None:
         self.origin, self.folder = origin, folder
         self.files = _found(folder) if files is None else files
         self._reader = Reader()
-        read = [(file, places(file)) for file in self.files]
+        read = [(file, read_tensor_locations(file)) for file in self.files]
         check_once(read)
         self._places = {name: (file, place) for file, held in read for name, place in held.items()}
         if files is None:
@@ -29,7 +29,7 @@ class Folder(Weights):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in fp32; integers as they are."""
-        return as_fp32(self.stored(name, start, stop))
+        return convert_to_fp32(self.stored(name, start, stop))
 
     def stored(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in the precision they are stored in."""
@@ -39,10 +39,10 @@ class Folder(Weights):
 
 def _found(folder: Path) -> tuple[Path, ...]:
     """The files of a model; SourceError for pickles."""
-    resolve(f"path:{folder}", "the path")
+    resolve_model_source(f"path:{folder}", "the path")
     return shards(folder)
 
 
-def as_fp32(tensor: Tensor) -> Tensor:
+def convert_to_fp32(tensor: Tensor) -> Tensor:
     """Real numbers in fp32, integers as they are."""
     return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

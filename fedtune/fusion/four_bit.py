@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import SourceError
-from fedtune.fusion.folder import Folder
-from fedtune.fusion.layout import Form
-from fedtune.fusion.weights import Weights
+from fedtune.fusion.folder import SafetensorsModelReader
+from fedtune.fusion.layout import TensorInfo
+from fedtune.fusion.weights import ModelReader
 
-__all__ = ["FourBit", "is_four_bit"]
+__all__ = ["FourBitModelReader", "is_four_bit_checkpoint"]
 
 _MARK = ".quant_state.bitsandbytes__"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
-def is_four_bit(folder: Folder) -> bool:
+def is_four_bit_checkpoint(folder: SafetensorsModelReader) -> bool:
     """Whether some tensor carries the marks of four-bit quantisation."""
     return any(_MARK in name for name in folder.forms)
 
@@ -38,18 +38,18 @@ class _Nested(NamedTuple):
 class _Code(NamedTuple):
     """How one tensor is dequantised: values by code [16], one scale per block of so many values."""
 
-    form: Form
+    form: TensorInfo
     values: Tensor
     block: int
     nested: _Nested | None
 
 
-class FourBit(Weights):
+class FourBitModelReader(ModelReader):
     """The tensors of a quantised folder as numbers."""
 
     quantised = True
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: SafetensorsModelReader) -> None:
         self._stored = folder
         self.origin, self.folder, self.files = folder.origin, folder.folder, folder.files
         states = {name.partition(_MARK)[0]: name for name in folder.forms if _MARK in name}
@@ -83,7 +83,7 @@ class FourBit(Weights):
 
     def _code(self, name: str, state: str) -> _Code:
         told = self._state(state)
-        form = Form(tuple(told["shape"]), getattr(torch, told["dtype"]))
+        form = TensorInfo(tuple(told["shape"]), getattr(torch, told["dtype"]))
         return _Code(form, self._stored.whole(f"{name}.quant_map"), told["blocksize"], self._nested(name, told))
 
     def _nested(self, name: str, told: dict[str, Any]) -> _Nested | None:

@@ -8,34 +8,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
-from fedtune.fusion.chat_templates import chat_template
+from fedtune.fusion.chat_templates import resolve_chat_template
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.layout import Form, fits, too_large
-from fedtune.fusion.models import Models, open_models
-from fedtune.fusion.output import Output
-from fedtune.fusion.pipeline import Base, Steps, aligned, operands, steps
-from fedtune.fusion.plan import Target, empty_slices, gradients_outside, plan
-from fedtune.fusion.sources import Exporter, no_runs
+from fedtune.fusion.layout import TensorInfo, fits, too_large
+from fedtune.fusion.models import ModelSet, open_models
+from fedtune.fusion.output import OutputFolder
+from fedtune.fusion.pipeline import BaseReader, OfflineSteps, align_inputs, build_model_inputs, build_steps
+from fedtune.fusion.plan import OutputTensor, empty_slices, gradients_outside, plan_output_tensors
+from fedtune.fusion.sources import RunExporter, refuse_runs
 from fedtune.fusion.threads import one_thread
-from fedtune.merging import Combine, Evidence, Operand, Pipeline, merged_pieces, settle
+from fedtune.merging import CombineStep, MergeContext, MergeInput, MergePipeline, bind_combine, merge_row_chunks
 from fedtune.merging.mean import Mean
 
-__all__ = ["Merge", "Progress", "fill", "prepare", "shares_of"]
+__all__ = ["PreparedMerge", "ProgressCallback", "prepare_merge", "shares_of", "write_merged_tensors"]
 
-Progress = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 """Told the bytes of the result that are done."""
 
 
-class Merge(NamedTuple):
+class PreparedMerge(NamedTuple):
     """A merge that may begin: everything that can be told without reading tensors holds."""
 
     config: MergeConfig
-    models: Models
-    steps: Steps
-    targets: list[Target]
-    base: Base | None
+    models: ModelSet
+    steps: OfflineSteps
+    targets: list[OutputTensor]
+    base: BaseReader | None
 
     @property
     def bytes(self) -> int:
@@ -53,9 +53,9 @@ class Merge(NamedTuple):
         acts = self.steps.combine.acts
         return acts == "deltas" or (acts == "either" and self.base is not None)
 
-    def shards(self, size: int) -> dict[str, dict[str, Form]]:
+    def shards(self, size: int) -> dict[str, dict[str, TensorInfo]]:
         """The result's files, none of more bytes than ``size`` unless it holds one tensor."""
-        groups: list[dict[str, Form]] = [{}]
+        groups: list[dict[str, TensorInfo]] = [{}]
         filled = 0
         for target in self.targets:
             if groups[-1] and filled + target.form.bytes > size:
@@ -71,7 +71,7 @@ class Merge(NamedTuple):
         """What the configuration asks for, as a Jinja template; RecipeError when there is no such."""
         wanted = self.config.chat_template
         folders = [model.tokens for model in self.models.by_name.values()]
-        return None if wanted is None else chat_template(wanted, folders)
+        return None if wanted is None else resolve_chat_template(wanted, folders)
 
     def key(self) -> str:
         """A hash of the configuration and of which files it reads, by path, size and time."""
@@ -81,32 +81,32 @@ class Merge(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def prepare(config: MergeConfig, runs: Exporter = no_runs) -> Merge:
+def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> PreparedMerge:
     """Open the models and plan the result; an error of fedtune, in one sentence, when they cannot be merged."""
-    chosen = steps(config)
+    chosen = build_steps(config)
     models = open_models(config, runs)
-    targets = plan(config, models)
+    targets = plan_output_tensors(config, models)
     base = None
     if models.base is not None:
-        base = Base(models.by_name[models.base], {target.name: target.base for target in targets if target.base})
-    merge = Merge(config, models, chosen, targets, base)
+        base = BaseReader(models.by_name[models.base], {target.name: target.base for target in targets if target.base})
+    merge = PreparedMerge(config, models, chosen, targets, base)
     merge.chat_template()
-    _rehearse(merge)
+    _try_settings(merge)
     return merge
 
 
-def _rehearse(merge: Merge) -> None:
+def _try_settings(merge: PreparedMerge) -> None:
     """Let each setting of the method merge one zero, so that one that does not hold is refused before any reading."""
     seen = []
     targets = {target.name: target for target in merge.targets}
     combined = [target for target in merge.targets if not target.averaged]
-    for name, parts in operands(merge.steps, combined, merge.models, None).items():
+    for name, parts in build_model_inputs(merge.steps, combined, merge.models, None).items():
         step, zeros = _step(merge, targets[name]), [part._replace(rows=_zero) for part in parts]
         told = (step, [(part.weight, dict(part.knobs)) for part in parts])
         if told not in seen:
             seen.append(told)
             measured = any(part.statistics is not None for part in parts)
-            settled = settle(step, dict.fromkeys(targets if measured else [name], (1,)), zeros, Evidence())
+            settled = bind_combine(step, dict.fromkeys(targets if measured else [name], (1,)), zeros, MergeContext())
             if not measured:
                 list(settled.combine.combine(name, (1,), settled.operands))
 
@@ -116,11 +116,13 @@ def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read li
 
 
 @one_thread()
-def fill(merge: Merge, output: Output, evidence: Evidence, progress: Progress) -> list[Operand]:
+def write_merged_tensors(
+    merge: PreparedMerge, output: OutputFolder, evidence: MergeContext, progress: ProgressCallback
+) -> list[MergeInput]:
     """Write every tensor that is not written yet; returns the models as they were aligned, by their first part."""
     base = merge.base if merge.acts_on_deltas else None
-    found = operands(merge.steps, merge.targets, merge.models, base)
-    found = aligned(merge.steps, merge.targets, found, base, evidence)
+    found = build_model_inputs(merge.steps, merge.targets, merge.models, base)
+    found = align_inputs(merge.steps, merge.targets, found, base, evidence)
     settled = _settled(merge, found, evidence)
     done = 0
     for target in merge.targets:
@@ -138,29 +140,35 @@ def fill(merge: Merge, output: Output, evidence: Evidence, progress: Progress) -
 class _Settled(NamedTuple):
     """A step and operands for all tensors, of a method that must see whole models first."""
 
-    combine: Combine
-    operands: Sequence[Operand]
+    combine: CombineStep
+    operands: Sequence[MergeInput]
 
 
-def _settled(merge: Merge, found: Mapping[str, Sequence[Operand]], evidence: Evidence) -> _Settled | None:
+def _settled(
+    merge: PreparedMerge, found: Mapping[str, Sequence[MergeInput]], evidence: MergeContext
+) -> _Settled | None:
     """What whole models tell a method; None where each tensor is set by itself."""
     first = next((target for target in merge.targets if not target.copied and not target.averaged), None)
     if first is None:
         return None
     step = _step(merge, first)
     shapes = {target.name: target.form.shape for target in merge.targets if not target.copied}
-    told = settle(step, shapes, found[first.name], evidence)
+    told = bind_combine(step, shapes, found[first.name], evidence)
     if told.combine == step and told.operands is found[first.name]:
         return None
     return _Settled(told.combine, told.operands)
 
 
-def _step(merge: Merge, target: Target) -> Combine:
+def _step(merge: PreparedMerge, target: OutputTensor) -> CombineStep:
     return merge.steps.combine.step(target.layers, target.name, target.depth, merge.config.seed)
 
 
 def _rows(
-    merge: Merge, target: Target, parts: Sequence[Operand], settled: _Settled | None, evidence: Evidence
+    merge: PreparedMerge,
+    target: OutputTensor,
+    parts: Sequence[MergeInput],
+    settled: _Settled | None,
+    evidence: MergeContext,
 ) -> Iterator[tuple[int, int, Tensor]]:
     if target.copied:
         yield from _copied(merge, target)
@@ -169,14 +177,16 @@ def _rows(
     parts = parts if settled is None else settled.operands
     if target.averaged or (merge.acts_on_deltas and target.base is None):  # a head the base has not
         step, parts = Mean(), shares_of(parts)
-    pipeline = Pipeline((), step, (), ())
-    for start, stop, rows in merged_pieces(pipeline, target.name, target.form.shape, parts, evidence):
+    pipeline = MergePipeline((), step, (), ())
+    for start, stop, rows in merge_row_chunks(pipeline, target.name, target.form.shape, parts, evidence):
         whole = _whole(merge, target, start, stop, rows, evidence)
         _check_finite(merge, target, whole)
         yield start, stop, whole
 
 
-def _whole(merge: Merge, target: Target, start: int, stop: int, rows: Tensor, evidence: Evidence) -> Tensor:
+def _whole(
+    merge: PreparedMerge, target: OutputTensor, start: int, stop: int, rows: Tensor, evidence: MergeContext
+) -> Tensor:
     """The result's rows: what was combined, relaxed around the base, added to it."""
     if target.base is None or merge.base is None:
         return rows
@@ -189,23 +199,23 @@ def _whole(merge: Merge, target: Target, start: int, stop: int, rows: Tensor, ev
     return base + delta
 
 
-def _copied(merge: Merge, target: Target) -> Iterator[tuple[int, int, Tensor]]:
+def _copied(merge: PreparedMerge, target: OutputTensor) -> Iterator[tuple[int, int, Tensor]]:
     """A tensor of integers as the base has it, or else the first model."""
     part = target.parts[0]
     model, name = merge.models.by_name[part.entry.model], part.tensor
     if target.base is not None and merge.models.base is not None:
         model, name = merge.models.by_name[merge.models.base], target.base
-    for start, stop in pieces(target.form.shape):
+    for start, stop in iter_row_chunks(target.form.shape):
         yield start, stop, model.rows(name, start, stop)
 
 
-def shares_of(parts: Sequence[Operand]) -> list[Operand]:
+def shares_of(parts: Sequence[MergeInput]) -> list[MergeInput]:
     """Weights that sum to one; equal where they sum to zero."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=part.weight / total if total else 1 / len(parts)) for part in parts]
 
 
-def _check_finite(merge: Merge, target: Target, rows: Tensor) -> None:
+def _check_finite(merge: PreparedMerge, target: OutputTensor, rows: Tensor) -> None:
     """ModelError for rows that are not finite, or would not be in the result's precision.
 
     The extremes are NaN where one entry is, and cost one pass.
@@ -223,10 +233,10 @@ def _finite(rows: Tensor) -> bool:
     return not rows.numel() or bool(torch.stack(rows.aminmax()).isfinite().all())
 
 
-def _not_finite(merge: Merge, target: Target) -> str:
+def _not_finite(merge: PreparedMerge, target: OutputTensor) -> str:
     for part in target.parts:
         model = merge.models.by_name[part.entry.model]
-        for start, stop in pieces(target.form.shape):
+        for start, stop in iter_row_chunks(target.form.shape):
             if not _finite(model.rows(part.tensor, start, stop)):
                 return f"{model.origin}: {part.tensor} holds values that are not finite; take a sound release"
     return f"{target.name} comes out with values that are not finite; take smaller weights"

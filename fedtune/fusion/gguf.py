@@ -22,17 +22,17 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from fedtune.errors import ModelError, SourceError
-from fedtune.fusion.layout import Form
-from fedtune.fusion.weights import Weights
-from fedtune.models.quiet import quiet
+from fedtune.fusion.layout import TensorInfo
+from fedtune.fusion.weights import ModelReader
+from fedtune.models.quiet import silence_transformers
 
-__all__ = ["Gguf"]
+__all__ = ["GgufModelReader"]
 
 _ROW_BY_ROW = ("token_embd.weight",)
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Gguf(Weights):
+class GgufModelReader(ModelReader):
     """The tensors of a GGUF file under the names transformers gives them."""
 
     def __init__(self, file: Path, origin: str) -> None:
@@ -41,7 +41,7 @@ class Gguf(Weights):
             if opened.read(4) != b"GGUF":
                 raise SourceError(f"{file} is not a GGUF file; check the path")
         try:
-            with quiet():
+            with silence_transformers():
                 self._read(file)
         except (KeyError, NotImplementedError, ValueError) as error:
             raise SourceError(f"{file} cannot be read as a language model: {error}; use safetensors") from error
@@ -62,7 +62,7 @@ class Gguf(Weights):
         stored = {tensor.name: _Stored(tensor) for tensor in reader.tensors}
         self._stored = {self._names[name]: found for name, found in stored.items() if name in self._names}
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        self.forms = {name: Form(shapes[name], found.dtype) for name, found in self._stored.items()}
+        self.forms = {name: TensorInfo(shapes[name], found.dtype) for name, found in self._stored.items()}
         self.quantised = any(found.quantised for found in stored.values())
 
     @cached_property
@@ -70,7 +70,7 @@ class Gguf(Weights):
         """config.json and the tokenizer in a folder that lives as long as this object."""
         self._folder = tempfile.TemporaryDirectory(prefix="fedtune-gguf-")
         [file] = self.files
-        with quiet():
+        with silence_transformers():
             self._config.save_pretrained(self._folder.name)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(self._folder.name)
         return Path(self._folder.name)

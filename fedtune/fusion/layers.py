@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["Layered", "depths", "layer_of", "stacks"]
+__all__ = ["LayerTensorName", "compute_relative_depths", "parse_layer_name", "stacks"]
 
 _LAYER = 3
 """Tensors of a numbered part from which on it is a layer of a stack; a step of a sequential head has two at most."""
 
 
-class Layered(NamedTuple):
+class LayerTensorName(NamedTuple):
     """A tensor's name in three: what stands before the number of its layer, the number, and the rest."""
 
     before: str
@@ -22,12 +22,12 @@ class Layered(NamedTuple):
         return f"{self.before}.{number}.{self.rest}"
 
 
-def layer_of(name: str) -> Layered | None:
+def parse_layer_name(name: str) -> LayerTensorName | None:
     """The layer a tensor belongs to; None when its name holds no number."""
     parts = name.split(".")
     for place, part in enumerate(parts[:-1]):
         if part.isdigit() and place:
-            return Layered(".".join(parts[:place]), int(part), ".".join(parts[place + 1 :]))
+            return LayerTensorName(".".join(parts[:place]), int(part), ".".join(parts[place + 1 :]))
     return None
 
 
@@ -39,20 +39,20 @@ def stacks(names: Iterable[str]) -> list[str]:
     """
     counts: dict[str, Counter[int]] = {}
     for name in names:
-        if (found := layer_of(name)) is not None:
+        if (found := parse_layer_name(name)) is not None:
             counts.setdefault(found.before, Counter())[found.number] += 1
     large = [before for before, numbers in counts.items() if max(numbers.values()) >= _LAYER]
     return sorted(large or counts, key=lambda before: -counts[before].total())
 
 
-def depths(names: Iterable[str]) -> dict[str, float]:
+def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
     """From 0 at the first layer of its stack to 1 at the last; embeddings count as the first, what is outside as last.
 
     The only layer of a stack is its last.
     """
     listed = list(names)
     known = set(stacks(listed))
-    layers = {name: found for name in listed if (found := layer_of(name)) is not None and found.before in known}
+    layers = {name: found for name in listed if (found := parse_layer_name(name)) is not None and found.before in known}
     last = {before: max(one.number for one in layers.values() if one.before == before) for before in known}
 
     def depth(name: str) -> float:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fedtune.errors import SourceError
 
-__all__ = ["Form", "Place", "Reader", "arrange", "fits", "places", "too_large", "write_rows"]
+__all__ = [
+    "Reader",
+    "TensorInfo",
+    "TensorLocation",
+    "build_file_layout",
+    "fits",
+    "read_tensor_locations",
+    "too_large",
+    "write_rows",
+]
 
 Shape = tuple[int, ...]
 
@@ -38,7 +47,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ALIGNED = 8
 
 
-class Form(NamedTuple):
+class TensorInfo(NamedTuple):
     """What a tensor looks like."""
 
     shape: Shape
@@ -60,14 +69,14 @@ class Form(NamedTuple):
         return self.height * self.row_bytes
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor lies in a file."""
 
-    form: Form
+    form: TensorInfo
     offset: int
 
 
-def places(path: Path) -> dict[str, Place]:
+def read_tensor_locations(path: Path) -> dict[str, TensorLocation]:
     """Where each tensor of a file lies; SourceError when it is not safetensors, cut short or damaged."""
     try:
         with safe_open(path, "pt"):
@@ -80,14 +89,16 @@ def places(path: Path) -> dict[str, Place]:
     header.pop("__metadata__", None)
     try:
         return {
-            name: Place(Form(tuple(entry["shape"]), _DTYPES[entry["dtype"]]), 8 + length + entry["data_offsets"][0])
+            name: TensorLocation(
+                TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]]), 8 + length + entry["data_offsets"][0]
+            )
             for name, entry in header.items()
         }
     except KeyError as error:
         raise SourceError(f"{path} holds tensors of type {error}, which torch does not have; convert it") from error
 
 
-def arrange(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, Place], int]:
+def build_file_layout(forms: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, TensorLocation], int]:
     """The header of a file with these tensors in this order, where each will lie, and the file's size in bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
@@ -101,7 +112,11 @@ def arrange(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, Place], int]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     head = struct.pack("<Q", len(text)) + text
-    return head, {name: Place(form, len(head) + offsets[name]) for name, form in forms.items()}, len(head) + end
+    return (
+        head,
+        {name: TensorLocation(form, len(head) + offsets[name]) for name, form in forms.items()},
+        len(head) + end,
+    )
 
 
 class Reader:
@@ -111,7 +126,7 @@ class Reader:
         self._path: Path | None = None
         self._file: IO[bytes] | None = None
 
-    def rows(self, path: Path, place: Place, start: int, stop: int) -> Tensor:
+    def rows(self, path: Path, place: TensorLocation, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` as they are stored; a tensor without dimensions has the one row 0."""
         form = place.form
         shape = (stop - start, *form.shape[1:]) if form.shape else ()
@@ -164,7 +179,7 @@ def too_large(name: str, values: Tensor, dtype: torch.dtype, mend: str = "choose
     return f"{name} reaches {found:.6g}, but {kind} ends at {most:.6g}; {mend}"
 
 
-def write_rows(file: IO[bytes], place: Place, start: int, rows: Tensor) -> None:
+def write_rows(file: IO[bytes], place: TensorLocation, start: int, rows: Tensor) -> None:
     """Write rows, cast to the type they are stored in, from row ``start`` on."""
     if rows.numel():
         file.seek(place.offset + start * place.form.row_bytes)

@@ -9,28 +9,30 @@ from torch import Tensor
 
 from fedtune.contribution import pack
 from fedtune.errors import ModelError
-from fedtune.files import write
-from fedtune.fusion.folder import Folder
-from fedtune.fusion.fuse import Merge, shares_of
+from fedtune.files import write_bytes_atomically
+from fedtune.fusion.folder import SafetensorsModelReader
+from fedtune.fusion.fuse import PreparedMerge, shares_of
 from fedtune.fusion.layout import fits, too_large
-from fedtune.fusion.output import Output
-from fedtune.fusion.pipeline import End
-from fedtune.fusion.weights import Lazy
-from fedtune.merging import Evidence, Operand
+from fedtune.fusion.output import OutputFolder
+from fedtune.fusion.pipeline import EndpointStateDict
+from fedtune.fusion.weights import LazyStateDict
+from fedtune.merging import MergeContext, MergeInput
 
 __all__ = ["renormalise"]
 
 
-def renormalise(merge: Merge, output: Output, parts: Sequence[Operand], evidence: Evidence) -> None:
+def renormalise(
+    merge: PreparedMerge, output: OutputFolder, parts: Sequence[MergeInput], evidence: MergeContext
+) -> None:
     """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
     base = merge.base if merge.acts_on_deltas else None
-    ends = [(part.weight, End(merge.targets, base, part)) for part in shares_of(parts)]
+    ends = [(part.weight, EndpointStateDict(merge.targets, base, part)) for part in shares_of(parts)]
     for place, step in enumerate(merge.steps.renormalise):
         kept = _changes(output.folder, place)
         if not kept.is_file():
             files = tuple(sorted(output.folder.glob("*.safetensors")))
-            merged = Lazy(Folder(output.folder, str(output.folder), files))
-            write(kept, pack(step.renormalise(merged, ends, evidence)))
+            merged = LazyStateDict(SafetensorsModelReader(output.folder, str(output.folder), files))
+            write_bytes_atomically(kept, pack(step.renormalise(merged, ends, evidence)))
         for name, tensor in safetensors.torch.load_file(kept).items():
             output.write(name, 0, _fitting(merge, name, tensor.to(torch.float32)))
         output.flush()
@@ -38,7 +40,7 @@ def renormalise(merge: Merge, output: Output, parts: Sequence[Operand], evidence
         _changes(output.folder, place).unlink()
 
 
-def _fitting(merge: Merge, name: str, tensor: Tensor) -> Tensor:
+def _fitting(merge: PreparedMerge, name: str, tensor: Tensor) -> Tensor:
     """The tensor; ModelError when it is not finite in the result's precision."""
     dtype = next(target.form.dtype for target in merge.targets if target.name == name)
     if not fits(tensor, dtype):

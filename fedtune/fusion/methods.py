@@ -8,13 +8,13 @@ from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 
 from fedtune.errors import RecipeError
-from fedtune.explain import nearest
-from fedtune.fusion.settings import Layer, Value, lookup
-from fedtune.merging import Combine
+from fedtune.explain import suggest_nearest
+from fedtune.fusion.settings import ParameterLayer, Value, find_value
+from fedtune.merging import CombineStep
 from fedtune.recipe import Unit
-from fedtune.registry import build, names
+from fedtune.registry import build_unit, list_unit_names
 
-__all__ = ["Method", "Own", "method"]
+__all__ = ["MergeMethod", "Own", "build_merge_method"]
 
 Acts = Literal["models", "deltas", "either"]
 
@@ -72,14 +72,14 @@ class Own(NamedTuple):
     nothing: bool = False
 
 
-class Method(NamedTuple):
+class MergeMethod(NamedTuple):
     """A method by its name here, and what it acts on; ``copies``: passthrough, which takes one source as it is."""
 
     name: str
     acts: Acts
     copies: bool = False
 
-    def check(self, layer: Layer, where: str, *, own: bool = False) -> None:
+    def check(self, layer: ParameterLayer, where: str, *, own: bool = False) -> None:
         """RecipeError when some parameter means nothing to the method, or, with ``own``, nothing for one model."""
         spelt = {} if self.copies else _spellings(self.name)
         allowed = {"scale"} if self.copies else {"weight", *spelt, *_switches(self.name)}
@@ -90,30 +90,32 @@ class Method(NamedTuple):
                     value = str(fixed[key]).lower()
                     raise RecipeError(f"{where}: {self.name} knows {key} only as {value}; leave it out")
             elif key not in allowed:
-                raise RecipeError(f"{where}: {self.name} has no parameter {key!r}; {nearest(key, sorted(allowed))}")
+                raise RecipeError(
+                    f"{where}: {self.name} has no parameter {key!r}; {suggest_nearest(key, sorted(allowed))}"
+                )
             elif own and not self.copies and key != "weight" and spelt.get(key) not in _OWN:
                 raise RecipeError(
                     f"{where}: {key} of {self.name} is a setting of the whole merge, not of one model; move it to the "
                     "merge's parameters"
                 )
 
-    def step(self, layers: Sequence[Layer], name: str, depth: float, seed: int = 0) -> Combine:
+    def step(self, layers: Sequence[ParameterLayer], name: str, depth: float, seed: int = 0) -> CombineStep:
         """The combining step as it is set for one tensor; ``seed`` is for methods that draw."""
         if self.copies:
             return _built("linear", (("normalise", False),))
         spelt, fixed = _spellings(self.name), _FIXED.get(self.name, {})
         told = {key for layer in layers for key in layer} - {"weight", *_ignored(self.name), *fixed}
-        found = {key: lookup(key, layers, name, depth) for key in sorted(told) if spelt.get(key) not in _OWN}
+        found = {key: find_value(key, layers, name, depth) for key in sorted(told) if spelt.get(key) not in _OWN}
         drawn = {"seed": seed} if "seed" in spelt else {}
         return _built(self.name, _settings(self.name, {**drawn, **found}))
 
-    def own(self, layers: Sequence[Layer], name: str, depth: float) -> Own:
+    def own(self, layers: Sequence[ParameterLayer], name: str, depth: float) -> Own:
         """One model's part in a tensor; ``layers`` begin with its own parameters, ``name`` is the tensor's in it.
 
         mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
         """
         key = "scale" if self.copies else "weight"
-        found = lookup(key, layers, name, depth)
+        found = find_value(key, layers, name, depth)
         if found is None and not self.copies and any(layer.get(key) for layer in layers):
             raise RecipeError(
                 f"parameters: weight says nothing of {name}; end its list with {{value: ...}} for the rest"
@@ -122,7 +124,7 @@ class Method(NamedTuple):
         if self.copies:
             return Own(weight, {})
         fields = [field for field in _OWN if field in _spellings(self.name)]
-        values = {field: value for field in fields if (value := lookup(field, layers, name, depth)) is not None}
+        values = {field: value for field in fields if (value := find_value(field, layers, name, depth)) is not None}
         if values.get("density") == 0:
             return Own(weight, {}, nothing=True)
         checked = _built(self.name, tuple({**_DEFAULTS.get(self.name, {}), **values}.items()))
@@ -139,21 +141,21 @@ def _real(value: Value, what: str) -> float:
     return float(value)
 
 
-def method(name: str) -> Method:
+def build_merge_method(name: str) -> MergeMethod:
     """The method of a configuration; RecipeError names what is near."""
     spelt = name.replace("_", "-")
     if spelt == "passthrough":
-        return Method(spelt, "models", copies=True)
-    if spelt not in names("fedtune.merging") or not _combines(spelt):
-        combining = [one for one in names("fedtune.merging") if _combines(one)]
-        raise RecipeError(f"merge_method: there is no {name!r}; {nearest(spelt, [*combining, 'passthrough'])}")
-    return Method(spelt, _ACTS.get(spelt, "deltas"))
+        return MergeMethod(spelt, "models", copies=True)
+    if spelt not in list_unit_names("fedtune.merging") or not _combines(spelt):
+        combining = [one for one in list_unit_names("fedtune.merging") if _combines(one)]
+        raise RecipeError(f"merge_method: there is no {name!r}; {suggest_nearest(spelt, [*combining, 'passthrough'])}")
+    return MergeMethod(spelt, _ACTS.get(spelt, "deltas"))
 
 
 def _combines(name: str) -> bool:
     """Whether a unit merges tensors one by one; those of low-rank pairs are for rounds of a federation."""
     step: object = _built(name, ())
-    return isinstance(step, Combine) and step.takes == "tensors"
+    return isinstance(step, CombineStep) and step.takes == "tensors"
 
 
 def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, Value], ...]:
@@ -173,8 +175,8 @@ def _switches(name: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
-def _built(name: str, chosen: tuple[tuple[str, Any], ...]) -> Combine:
-    step: Combine = build("fedtune.merging", Unit(name=name, settings=dict(chosen)), "parameters")
+def _built(name: str, chosen: tuple[tuple[str, Any], ...]) -> CombineStep:
+    step: CombineStep = build_unit("fedtune.merging", Unit(name=name, settings=dict(chosen)), "parameters")
     return step
 
 

@@ -12,21 +12,21 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.fusion.config import MergeConfig
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.layers import layer_of
-from fedtune.fusion.layout import Form
+from fedtune.fusion.layers import parse_layer_name
+from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.sentence_modules import unmerged_modules
 from fedtune.fusion.settings_alike import check_settings
-from fedtune.fusion.sources import Exporter, no_runs, open_source
+from fedtune.fusion.sources import RunExporter, open_model, refuse_runs
 from fedtune.fusion.spare import without_spare
 from fedtune.fusion.token_names import is_embedding, is_of_tokens, is_output
-from fedtune.fusion.token_rows import retokenised
-from fedtune.fusion.vocabulary import difference, one_file, vocabulary
-from fedtune.fusion.weights import Weights, are_same, spelt_like
+from fedtune.fusion.token_rows import remap_token_rows
+from fedtune.fusion.vocabulary import compare_vocabularies, has_same_tokenizer_file, read_vocabulary
+from fedtune.fusion.weights import ModelReader, are_same, match_tensor_names
 
-__all__ = ["Models", "open_models", "settings_of"]
+__all__ = ["ModelSet", "open_models", "read_model_config"]
 
 
-class Models(NamedTuple):
+class ModelSet(NamedTuple):
     """Every model by the name the configuration has for it, the base among them where one is named.
 
     ``first`` is the one whose config.json the result has: the base, or else the first model. ``tokens`` is the folder
@@ -34,7 +34,7 @@ class Models(NamedTuple):
     tokenizer.json where that is new, ``tied`` whether input and output embeddings are one tensor.
     """
 
-    by_name: Mapping[str, Weights]
+    by_name: Mapping[str, ModelReader]
     base: str | None
     tokens: Path
     numbered: Path
@@ -43,34 +43,34 @@ class Models(NamedTuple):
     warnings: Sequence[str]
 
     @property
-    def first(self) -> Weights:
+    def first(self) -> ModelReader:
         """The base, or else the first model."""
         return self.by_name[self.base] if self.base is not None else next(iter(self.by_name.values()))
 
     @property
-    def tuned(self) -> Mapping[str, Weights]:
+    def tuned(self) -> Mapping[str, ModelReader]:
         """All but the base."""
         return {name: model for name, model in self.by_name.items() if name != self.base}
 
 
-def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
+def open_models(config: MergeConfig, runs: RunExporter = refuse_runs) -> ModelSet:
     """Open all that a configuration names; ModelError when it cannot be merged, SourceError when one is unreadable."""
     named = list(dict.fromkeys([*config.sources, *([config.base_model] if config.base_model else [])]))
-    opened = {name: open_source(name, runs) for name in named}
+    opened = {name: open_model(name, runs) for name in named}
     _check_kinds(opened)
     _check_inputs(opened)
     reference = next(iter(opened.values()))
-    alike = without_spare({name: spelt_like(model, reference.forms) for name, model in opened.items()})
+    alike = without_spare({name: match_tensor_names(model, reference.forms) for name, model in opened.items()})
     tied = all(_ties(model) for model in alike.values())
     outputs = [output for model in alike.values() for output in model.forms if is_output(output)]
-    alike = {name: _Untwined(model, tied, outputs) for name, model in alike.items()}
-    leader: Weights = next(iter(alike.values()))
+    alike = {name: _UniformOutputEmbeddings(model, tied, outputs) for name, model in alike.items()}
+    leader: ModelReader = next(iter(alike.values()))
     described: Mapping[str, Any] | None = None
     if config.base_model is not None:
         leader = alike[config.base_model]
     if config.token_rule is not None:
         base = None if config.base_model is None else alike[config.base_model]
-        changed, leader, described = retokenised(list(alike.values()), base, config.token_rule)
+        changed, leader, described = remap_token_rows(list(alike.values()), base, config.token_rule)
         alike = dict(zip(alike, changed, strict=True))
     else:
         _check_tokens(alike)
@@ -84,18 +84,18 @@ def open_models(config: MergeConfig, runs: Exporter = no_runs) -> Models:
         warnings.append(
             f"{', '.join(unmerged)} of {based[0][1].origin} is copied as it is: only transformers are merged"
         )
-    return Models(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
+    return ModelSet(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
 
 
-def settings_of(model: Weights) -> dict[str, Any]:
+def read_model_config(model: ModelReader) -> dict[str, Any]:
     """A model's config.json."""
     return read_json(model.folder / "config.json")
 
 
-class _Untwined(Weights):
+class _UniformOutputEmbeddings(ModelReader):
     """A model without its output embeddings where all models tie them to the input's, with them where one does not."""
 
-    def __init__(self, model: Weights, tied: bool, outputs: Sequence[str]) -> None:
+    def __init__(self, model: ModelReader, tied: bool, outputs: Sequence[str]) -> None:
         self.origin, self.folder, self.files = model.origin, model.folder, model.files
         self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
         self._same: dict[str, str] = {}
@@ -114,54 +114,54 @@ class _Untwined(Weights):
         return self._model.rows(self._same.get(name, name), start, stop)
 
 
-def _ties(model: Weights) -> bool:
+def _ties(model: ModelReader) -> bool:
     """Whether the output's embeddings are the input's: not where a file has others, whatever its config.json says."""
     embedding = next((name for name in model.forms if is_embedding(name)), None)
     outputs = [name for name in model.forms if is_output(name)]
-    if embedding is None or not settings_of(model).get("tie_word_embeddings", not outputs):
+    if embedding is None or not read_model_config(model).get("tie_word_embeddings", not outputs):
         return False
     return all(are_same(model, embedding, output) for output in outputs)
 
 
-def _check_kinds(models: Mapping[str, Weights]) -> None:
-    kinds = {model.origin: settings_of(model).get("model_type") for model in models.values()}
+def _check_kinds(models: Mapping[str, ModelReader]) -> None:
+    kinds = {model.origin: read_model_config(model).get("model_type") for model in models.values()}
     (one, kind), *others = kinds.items()
     for other, found in others:
         if found != kind:
             raise ModelError(f"{other} is a {found} model and {one} a {kind}; only models of one architecture merge")
 
 
-def _check_inputs(models: Mapping[str, Weights]) -> None:
+def _check_inputs(models: Mapping[str, ModelReader]) -> None:
     """ModelError for a model whose file has the output's tensor alone, though its settings say it is the input's."""
     for model in models.values():
         outputs = [form.shape for name, form in model.forms.items() if is_output(name)]
         others = [form.shape for name, form in model.forms.items() if not is_output(name)]
-        if outputs and outputs[0] not in others and settings_of(model).get("tie_word_embeddings"):
+        if outputs and outputs[0] not in others and read_model_config(model).get("tie_word_embeddings"):
             raise ModelError(
                 f"{model.origin} holds its output's embeddings and not its input's, which they are tied to; load and "
                 "save it with transformers"
             )
 
 
-def _check_tokens(models: Mapping[str, Weights]) -> None:
+def _check_tokens(models: Mapping[str, ModelReader]) -> None:
     """One after the other: a vocabulary takes many megabytes, and most are one file."""
     one, *others = models.values()
     for other in others:
-        if one_file(one.tokens, other.tokens):
+        if has_same_tokenizer_file(one.tokens, other.tokens):
             continue
-        first, found = vocabulary(one.tokens), vocabulary(other.tokens)
+        first, found = read_vocabulary(one.tokens), read_vocabulary(other.tokens)
         if first is not None and found is not None and found != first:
-            more, less, moved = difference(found, first)
+            more, less, moved = compare_vocabularies(found, first)
             raise ModelError(
                 f"{other.origin} has {more} tokens that {one.origin} lacks, lacks {less} and numbers {moved} "
                 "differently; say whose tokens the result has, e.g. tokenizer_source: union"
             )
 
 
-def _check_labels(models: Mapping[str, Weights], base: str | None) -> None:
+def _check_labels(models: Mapping[str, ModelReader], base: str | None) -> None:
     """Heads are merged row by row, so that each row must stand for the same class."""
     labels = {
-        model.origin: settings_of(model).get("id2label")
+        model.origin: read_model_config(model).get("id2label")
         for name, model in models.items()
         if name != base and any(name.startswith(("classifier.", "score.")) for name in model.forms)
     }
@@ -179,7 +179,7 @@ def _listed(labels: Mapping[str, str]) -> str:
     return ", ".join(map(str, labels.values()))
 
 
-def _check_forms(models: Mapping[str, Weights], base: str | None) -> None:
+def _check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
     """All tensors of the first model in all others, in the same shape; the base may lack a head."""
     (first, *others) = [model for name, model in models.items() if name != base] or list(models.values())
     for other in others:
@@ -199,15 +199,15 @@ def _check_forms(models: Mapping[str, Weights], base: str | None) -> None:
         _check_names(first, models[base], layers_only=True)
 
 
-def _check_names(one: Weights, other: Weights, *, layers_only: bool = False) -> None:
+def _check_names(one: ModelReader, other: ModelReader, *, layers_only: bool = False) -> None:
     for name in one.forms:
-        if name not in other.forms and not (layers_only and layer_of(name) is None):
+        if name not in other.forms and not (layers_only and parse_layer_name(name) is None):
             raise ModelError(
                 f"{other.origin} has no tensor {name}, which {one.origin} has; only models of one architecture merge"
             )
 
 
-def _other_shape(one: Weights, name: str, form: Form, other: Weights, wanted: Form) -> str:
+def _other_shape(one: ModelReader, name: str, form: TensorInfo, other: ModelReader, wanted: TensorInfo) -> str:
     mend = "take another base or model"
     if is_of_tokens(name):
         mend = "say whose tokens the result has, e.g. tokenizer_source: union"
@@ -217,10 +217,10 @@ def _other_shape(one: Weights, name: str, form: Form, other: Weights, wanted: Fo
     )
 
 
-def _check_precision(models: Mapping[str, Weights], config: MergeConfig) -> None:
+def _check_precision(models: Mapping[str, ModelReader], config: MergeConfig) -> None:
     if config.dtype is not None or config.out_dtype is not None:
         return
-    tuned: Sequence[Weights] = [
+    tuned: Sequence[ModelReader] = [
         model for name, model in models.items() if name != config.base_model and not model.quantised
     ]
     for model in tuned:
@@ -231,7 +231,7 @@ def _check_precision(models: Mapping[str, Weights], config: MergeConfig) -> None
             )
 
 
-def _precision(model: Weights) -> str:
+def _precision(model: ModelReader) -> str:
     """The precision of the largest tensor."""
     largest = max(model.forms.values(), key=lambda form: form.bytes)
     return str(largest.dtype).removeprefix("torch.")

@@ -15,22 +15,22 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedtune.errors import FedtuneError, StoreError
-from fedtune.files import write
-from fedtune.fusion.layout import Form, Place, arrange, write_rows
+from fedtune.files import write_bytes_atomically
+from fedtune.fusion.layout import TensorInfo, TensorLocation, build_file_layout, write_rows
 
-__all__ = ["Output", "check_free", "opening"]
+__all__ = ["OutputFolder", "check_output_space", "open_output_folder"]
 
 _JOURNAL = "journal"
 _SAFE_EVERY = 64_000_000
 """Bytes after which what was written is forced to disk and noted."""
 
 
-class Output:
+class OutputFolder:
     """The tensors of a folder that is being filled."""
 
-    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, Form]], key: str) -> None:
+    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]], key: str) -> None:
         self.folder = folder
-        self._layout = {file: arrange(forms) for file, forms in shards.items()}
+        self._layout = {file: build_file_layout(forms) for file, forms in shards.items()}
         self._file_of = {name: file for file, forms in shards.items() for name in forms}
         self._open: dict[str, IO[bytes]] = {}
         self._pending: list[str] = []
@@ -71,7 +71,7 @@ class Output:
         self._journal.close()
         self._open = {}
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str) -> TensorLocation:
         return self._layout[self._file_of[name]][1][name]
 
     def _resumed(self, key: str) -> set[str] | None:
@@ -92,7 +92,7 @@ class Output:
             with (self.folder / file).open("wb") as opened:
                 opened.write(head)
                 _reserve(opened, size)
-        write(self.folder / _JOURNAL, f"{key}\n".encode())
+        write_bytes_atomically(self.folder / _JOURNAL, f"{key}\n".encode())
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
@@ -105,13 +105,15 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 @contextmanager
-def opening(wanted: Path, shards: Mapping[str, Mapping[str, Form]], key: str) -> Iterator[Output]:
+def open_output_folder(
+    wanted: Path, shards: Mapping[str, Mapping[str, TensorInfo]], key: str
+) -> Iterator[OutputFolder]:
     """A folder beside the wanted one, renamed to it when the block ends well.
 
     It stays for the same command to go on with when the block is interrupted, and goes when it is refused. Raises
     StoreError when the folder exists, another process fills it, or the disk is full.
     """
-    check_free(wanted, shards)
+    check_output_space(wanted, shards)
     beside = wanted.absolute().with_name(f".{wanted.name}.merging")
     lock = beside.with_name(f"{beside.name}.lock")
     try:
@@ -125,9 +127,11 @@ def opening(wanted: Path, shards: Mapping[str, Mapping[str, Form]], key: str) ->
         raise StoreError(f"cannot write {wanted}: {error.strerror}; free or choose another place") from error
 
 
-def _filled(wanted: Path, beside: Path, shards: Mapping[str, Mapping[str, Form]], key: str) -> Iterator[Output]:
+def _filled(
+    wanted: Path, beside: Path, shards: Mapping[str, Mapping[str, TensorInfo]], key: str
+) -> Iterator[OutputFolder]:
     try:
-        output = Output(beside, shards, key)
+        output = OutputFolder(beside, shards, key)
         try:
             yield output
             output.flush()
@@ -141,7 +145,7 @@ def _filled(wanted: Path, beside: Path, shards: Mapping[str, Mapping[str, Form]]
     beside.replace(wanted)
 
 
-def check_free(wanted: Path, shards: Mapping[str, Mapping[str, Form]]) -> None:
+def check_output_space(wanted: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """StoreError when the folder exists or its tensors do not fit the disk."""
     if wanted.exists():
         raise StoreError(f"{wanted} exists already; choose another folder with -o")

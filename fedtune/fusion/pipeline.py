@@ -9,40 +9,59 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.methods import Method, method
-from fedtune.fusion.models import Models
-from fedtune.fusion.plan import Part, Target
-from fedtune.fusion.weights import Weights
-from fedtune.merging import Align, Evidence, Operand, Relax, Renormalise, Rows, StatisticsFile, choose
+from fedtune.fusion.methods import MergeMethod, build_merge_method
+from fedtune.fusion.models import ModelSet
+from fedtune.fusion.plan import OutputTensor, TensorSource
+from fedtune.fusion.weights import ModelReader
+from fedtune.merging import (
+    AlignStep,
+    MergeContext,
+    MergeInput,
+    RelaxStep,
+    RenormaliseStep,
+    RowReader,
+    StatisticsFile,
+    build_pipeline,
+)
 from fedtune.recipe import Unit
 
-__all__ = ["Base", "Deltas", "End", "Steps", "aligned", "operands", "steps"]
+__all__ = [
+    "BaseReader",
+    "DeltaReader",
+    "EndpointStateDict",
+    "OfflineSteps",
+    "align_inputs",
+    "build_model_inputs",
+    "build_steps",
+]
 
 
-class Steps(NamedTuple):
+class OfflineSteps(NamedTuple):
     """The steps beside the combining one, which is set anew for every tensor."""
 
-    align: tuple[Align, ...]
-    combine: Method
-    relax: tuple[Relax, ...]
-    renormalise: tuple[Renormalise, ...]
+    align: tuple[AlignStep, ...]
+    combine: MergeMethod
+    relax: tuple[RelaxStep, ...]
+    renormalise: tuple[RenormaliseStep, ...]
     needs: frozenset[str]
     """What must be in the evidence."""
 
 
-def steps(config: MergeConfig) -> Steps:
+def build_steps(config: MergeConfig) -> OfflineSteps:
     """The steps a configuration names; RecipeError for one of the wrong kind."""
     for what, step in {"align": config.align, "renormalise": config.renormalise}.items():
         if step and config.slices is not None:
             raise RecipeError(f"{what} needs whole models; give models in place of slices, or leave {what} out")
-    chosen = choose([*config.align, Unit(name="mean"), *config.relax, *config.renormalise])
-    return Steps(chosen.align, method(config.merge_method), chosen.relax, chosen.renormalise, chosen.needs)
+    chosen = build_pipeline([*config.align, Unit(name="mean"), *config.relax, *config.renormalise])
+    return OfflineSteps(
+        chosen.align, build_merge_method(config.merge_method), chosen.relax, chosen.renormalise, chosen.needs
+    )
 
 
-class Base:
+class BaseReader:
     """The base's rows under the names of the result, the last ones kept: several deltas are to the same rows."""
 
-    def __init__(self, weights: Weights, tensors: Mapping[str, str]) -> None:
+    def __init__(self, weights: ModelReader, tensors: Mapping[str, str]) -> None:
         self._weights, self._tensors = weights, tensors
         self._kept: tuple[tuple[str, int, int], Tensor] | None = None
 
@@ -57,10 +76,10 @@ class Base:
         return self._kept[1]
 
 
-class Deltas:
+class DeltaReader:
     """What one model's rows differ from the base; where the base lacks the tensor, or there is none, the rows."""
 
-    def __init__(self, weights: Weights, tensors: Mapping[str, str], base: Base | None) -> None:
+    def __init__(self, weights: ModelReader, tensors: Mapping[str, str], base: BaseReader | None) -> None:
         self._weights, self._tensors, self._base = weights, tensors, base
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
@@ -74,7 +93,7 @@ class Deltas:
 class Nothing:
     """The rows of a model of which nothing is kept."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RowReader) -> None:
         self._rows = rows
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
@@ -96,10 +115,10 @@ class Renamed:
         return self._measured(self._tensors[name], start, stop)
 
 
-class End(Mapping[str, Tensor]):
+class EndpointStateDict(Mapping[str, Tensor]):
     """One model's whole tensors by the result's names, read when asked for: the base and its delta."""
 
-    def __init__(self, targets: Sequence[Target], base: Base | None, delta: Operand | None) -> None:
+    def __init__(self, targets: Sequence[OutputTensor], base: BaseReader | None, delta: MergeInput | None) -> None:
         self._targets = {target.name: target for target in targets if not target.copied}
         self._base, self._delta = base, delta
 
@@ -119,18 +138,20 @@ class End(Mapping[str, Tensor]):
         return len(self._targets)
 
 
-def operands(chosen: Steps, targets: Sequence[Target], models: Models, base: Base | None) -> dict[str, list[Operand]]:
+def build_model_inputs(
+    chosen: OfflineSteps, targets: Sequence[OutputTensor], models: ModelSet, base: BaseReader | None
+) -> dict[str, list[MergeInput]]:
     """The models' parts in each tensor, weights and knobs as they are set for it."""
     files: dict[str, StatisticsFile] = {}
-    readers: dict[tuple[int, str], tuple[Deltas, Renamed | None]] = {}
-    found: dict[str, list[Operand]] = {}
+    readers: dict[tuple[int, str], tuple[DeltaReader, Renamed | None]] = {}
+    found: dict[str, list[MergeInput]] = {}
     tensors = _tensors(targets)
     for target in (target for target in targets if not target.copied):
         found[target.name] = []
         for place, part in enumerate(target.parts):
             key = (place, part.entry.model)
             if key not in readers:
-                rows = Deltas(models.by_name[part.entry.model], tensors[key], base)
+                rows = DeltaReader(models.by_name[part.entry.model], tensors[key], base)
                 readers[key] = (rows, _measured(part.entry.statistics, files, tensors[key]))
             found[target.name].append(_operand(chosen.combine, target, part, *readers[key]))
     return found
@@ -145,7 +166,7 @@ def _measured(path: str | None, files: dict[str, StatisticsFile], tensors: Mappi
     return Renamed(files[path], tensors)
 
 
-def _tensors(targets: Sequence[Target]) -> dict[tuple[int, str], dict[str, str]]:
+def _tensors(targets: Sequence[OutputTensor]) -> dict[tuple[int, str], dict[str, str]]:
     """For each place and model: its tensor by the result's."""
     found: dict[tuple[int, str], dict[str, str]] = {}
     for target in targets:
@@ -154,26 +175,28 @@ def _tensors(targets: Sequence[Target]) -> dict[tuple[int, str], dict[str, str]]
     return found
 
 
-def _operand(chosen: Method, target: Target, part: Part, rows: Deltas, statistics: Renamed | None) -> Operand:
+def _operand(
+    chosen: MergeMethod, target: OutputTensor, part: TensorSource, rows: DeltaReader, statistics: Renamed | None
+) -> MergeInput:
     """Filters of a model's parameters meet the tensor's name in that model, as in mergekit."""
     own = chosen.own((part.entry.parameters, *target.layers), part.tensor, target.depth)
-    return Operand(Nothing(rows) if own.nothing else rows, own.weight, own.knobs, statistics)
+    return MergeInput(Nothing(rows) if own.nothing else rows, own.weight, own.knobs, statistics)
 
 
-def aligned(
-    chosen: Steps,
-    targets: Sequence[Target],
-    found: Mapping[str, Sequence[Operand]],
-    base: Base | None,
-    evidence: Evidence,
-) -> dict[str, list[Operand]]:
+def align_inputs(
+    chosen: OfflineSteps,
+    targets: Sequence[OutputTensor],
+    found: Mapping[str, Sequence[MergeInput]],
+    base: BaseReader | None,
+    evidence: MergeContext,
+) -> dict[str, list[MergeInput]]:
     """The same parts, read after the models were aligned; each model is one part in every tensor."""
     merged = [target for target in targets if not target.copied]
     if not chosen.align or not merged:
         return {name: list(parts) for name, parts in found.items()}
     whole = list(found[merged[0].name])
     for step in chosen.align:
-        whole = step.align(End(targets, base, None), whole, evidence)
+        whole = step.align(EndpointStateDict(targets, base, None), whole, evidence)
     return {
         name: [part._replace(rows=one.rows) for part, one in zip(parts, whole, strict=True)]
         for name, parts in found.items()

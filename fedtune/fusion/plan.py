@@ -6,26 +6,33 @@ from typing import NamedTuple
 import torch
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion.config import Entry, MergeConfig, Slice, Source
-from fedtune.fusion.layers import Layered, depths, layer_of, stacks
-from fedtune.fusion.layout import Form
-from fedtune.fusion.methods import Method, method
-from fedtune.fusion.models import Models, settings_of
-from fedtune.fusion.settings import Layer, over_depth
+from fedtune.fusion.config import MergeConfig, ModelEntry, OutputSlice, SliceSource
+from fedtune.fusion.layers import LayerTensorName, compute_relative_depths, parse_layer_name, stacks
+from fedtune.fusion.layout import TensorInfo
+from fedtune.fusion.methods import MergeMethod, build_merge_method
+from fedtune.fusion.models import ModelSet, read_model_config
+from fedtune.fusion.settings import ParameterLayer, over_depth
 from fedtune.fusion.settings_file import resliced
-from fedtune.fusion.weights import Weights
+from fedtune.fusion.weights import ModelReader
 
-__all__ = ["Part", "Target", "check_parameters", "empty_slices", "gradients_outside", "plan"]
+__all__ = [
+    "OutputTensor",
+    "TensorSource",
+    "check_parameters",
+    "empty_slices",
+    "gradients_outside",
+    "plan_output_tensors",
+]
 
 
-class Part(NamedTuple):
+class TensorSource(NamedTuple):
     """One model's tensor in a merge, and the model's own parameters."""
 
-    entry: Entry
+    entry: ModelEntry
     tensor: str
 
 
-class Target(NamedTuple):
+class OutputTensor(NamedTuple):
     """One tensor of the result; ``base`` is what deltas are to, ``copied`` that it is taken from there as it is.
 
     ``layers`` are the parameters that hold for all parts, the most particular first. ``averaged``: a model lacks the
@@ -33,18 +40,18 @@ class Target(NamedTuple):
     """
 
     name: str
-    form: Form
-    parts: tuple[Part, ...]
+    form: TensorInfo
+    parts: tuple[TensorSource, ...]
     base: str | None
     copied: bool
-    layers: tuple[Layer, ...]
+    layers: tuple[ParameterLayer, ...]
     depth: float
     averaged: bool = False
 
 
-def plan(config: MergeConfig, models: Models) -> list[Target]:
+def plan_output_tensors(config: MergeConfig, models: ModelSet) -> list[OutputTensor]:
     """The tensors of the result in order; RecipeError and ModelError when the configuration does not fit."""
-    chosen = method(config.merge_method)
+    chosen = build_merge_method(config.merge_method)
     if chosen.acts == "deltas" and config.base_model is None:
         raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
     check_parameters(config, chosen)
@@ -54,14 +61,14 @@ def plan(config: MergeConfig, models: Models) -> list[Target]:
     return targets
 
 
-def gradients_outside(config: MergeConfig, targets: Sequence[Target]) -> list[str]:
+def gradients_outside(config: MergeConfig, targets: Sequence[OutputTensor]) -> list[str]:
     """Whether values over the depth reach tensors behind the layers, which mergekit gives the first value."""
     layers = [config.parameters, *(entry.parameters for entry in config.entries)]
     layers += [part.parameters for part in config.slices or []]
     if not any(over_depth(setting) for layer in layers for setting in layer.values()):
         return []
     known = set(stacks(target.name for target in targets))
-    outside = [target for target in targets if (at := layer_of(target.name)) is None or at.before not in known]
+    outside = [target for target in targets if (at := parse_layer_name(target.name)) is None or at.before not in known]
     behind = [target.name for target in outside if target.depth == 1]
     told = ", ".join(behind[:3]) + (" ..." if len(behind) > 3 else "")
     if not behind:
@@ -79,7 +86,7 @@ def empty_slices(config: MergeConfig) -> list[str]:
     ]
 
 
-def check_parameters(config: MergeConfig, chosen: Method) -> None:
+def check_parameters(config: MergeConfig, chosen: MergeMethod) -> None:
     """RecipeError for a parameter that means nothing to the method, of the whole, a slice or a model."""
     chosen.check(config.parameters, "parameters")
     for part in config.slices or []:
@@ -88,19 +95,19 @@ def check_parameters(config: MergeConfig, chosen: Method) -> None:
         chosen.check(entry.parameters, f"the parameters of {entry.model}", own=True)
 
 
-def _whole(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
-    entries = _counted(config.models or [], config, chosen)
+def _whole(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterator[OutputTensor]:
+    entries = _list_merged_entries(config.models or [], config, chosen)
     if config.base_model is not None and _base_counts(config, chosen, entries):
-        entries = [Entry(model=config.base_model), *entries]
+        entries = [ModelEntry(model=config.base_model), *entries]
     forms = next(iter(models.tuned.values()), models.first).forms
-    depth = depths(forms)
+    depth = compute_relative_depths(forms)
     for name, form in forms.items():
-        parts = tuple(Part(entry, name) for entry in entries if name in models.by_name[entry.model].forms)
+        parts = tuple(TensorSource(entry, name) for entry in entries if name in models.by_name[entry.model].forms)
         target = _target(config, models, name, form, parts, (config.parameters,), depth[name])
         yield target._replace(averaged=len(parts) < len(entries))
 
 
-def _base_counts(config: MergeConfig, chosen: Method, entries: Sequence[Entry]) -> bool:
+def _base_counts(config: MergeConfig, chosen: MergeMethod, entries: Sequence[ModelEntry]) -> bool:
     """Whether the base, named only as such, is one of the models on which the method acts, as it is in mergekit."""
     if config.base_model in [entry.model for entry in entries] or config.relax:
         return False
@@ -109,7 +116,7 @@ def _base_counts(config: MergeConfig, chosen: Method, entries: Sequence[Entry]) 
     return chosen.name == "karcher" or (chosen.name == "linear" and "weight" in config.parameters)
 
 
-def _counted(entries: Sequence[Entry], config: MergeConfig, chosen: Method) -> list[Entry]:
+def _list_merged_entries(entries: Sequence[ModelEntry], config: MergeConfig, chosen: MergeMethod) -> list[ModelEntry]:
     """The entries that take part: not the base where deltas to it are merged, and the base first on an arc."""
     if chosen.acts == "deltas" or (chosen.acts == "either" and config.base_model is not None):
         kept = [entry for entry in entries if entry.model != config.base_model]
@@ -123,19 +130,19 @@ def _counted(entries: Sequence[Entry], config: MergeConfig, chosen: Method) -> l
 
 def _target(
     config: MergeConfig,
-    models: Models,
+    models: ModelSet,
     name: str,
-    form: Form,
-    parts: tuple[Part, ...],
-    layers: tuple[Layer, ...],
+    form: TensorInfo,
+    parts: tuple[TensorSource, ...],
+    layers: tuple[ParameterLayer, ...],
     depth: float,
     base: str | None = None,
-) -> Target:
+) -> OutputTensor:
     base = name if base is None else base
     known = config.base_model is not None and base in models.by_name[config.base_model].forms
-    form = Form(form.shape, _precision(config, form.dtype))
+    form = TensorInfo(form.shape, _precision(config, form.dtype))
     copied = not form.dtype.is_floating_point
-    return Target(name, form, parts, base if known else None, copied, layers, depth)
+    return OutputTensor(name, form, parts, base if known else None, copied, layers, depth)
 
 
 def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
@@ -143,13 +150,15 @@ def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
     return own if said is None or not own.is_floating_point else getattr(torch, said)
 
 
-def _sliced(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Target]:
+def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterator[OutputTensor]:
     """Tensors before the layers from the first slice's models, those after them from the last one's."""
     slices = config.slices or []
     first = models.by_name[slices[0].sources[0].model]
     forms, before = first.forms, _stack(first)
-    resliced(settings_of(first), slices, models)  # for what it refuses
-    outside = {name: depth for name, depth in depths(forms).items() if _at(name, before) is None}
+    resliced(read_model_config(first), slices, models)  # for what it refuses
+    outside = {
+        name: depth for name, depth in compute_relative_depths(forms).items() if _parse_in_stack(name, before) is None
+    }
     for name in (name for name, depth in outside.items() if depth == 0):
         yield _outside(config, models, chosen, slices[0], name, 0.0)
     number = 0
@@ -162,7 +171,7 @@ def _sliced(config: MergeConfig, models: Models, chosen: Method) -> Iterator[Tar
         yield _outside(config, models, chosen, slices[-1], name, 1.0)
 
 
-def _stack(model: Weights) -> str:
+def _stack(model: ModelReader) -> str:
     """What stands before the numbers of the layers that slices count; ModelError unless there is exactly one stack."""
     found = stacks(model.forms)
     if not found:
@@ -175,18 +184,22 @@ def _stack(model: Weights) -> str:
     return found[0]
 
 
-def _outside(config: MergeConfig, models: Models, chosen: Method, part: Slice, name: str, depth: float) -> Target:
-    parts = tuple(Part(source, name) for source in _counted(part.sources, config, chosen))
+def _outside(
+    config: MergeConfig, models: ModelSet, chosen: MergeMethod, part: OutputSlice, name: str, depth: float
+) -> OutputTensor:
+    parts = tuple(TensorSource(source, name) for source in _list_merged_entries(part.sources, config, chosen))
     form = _form(models, part.sources[0], name)
     _check_parts(models, name, form, parts)
     return _target(config, models, name, form, parts, (part.parameters, config.parameters), depth)
 
 
 def _layer(
-    config: MergeConfig, models: Models, chosen: Method, part: Slice, before: str, offset: int, number: int
-) -> Iterator[Target]:
+    config: MergeConfig, models: ModelSet, chosen: MergeMethod, part: OutputSlice, before: str, offset: int, number: int
+) -> Iterator[OutputTensor]:
     first = part.sources[0]
-    counted: list[Source] = [source for source in _counted(part.sources, config, chosen) if isinstance(source, Source)]
+    counted: list[SliceSource] = [
+        source for source in _list_merged_entries(part.sources, config, chosen) if isinstance(source, SliceSource)
+    ]
     bases = [source for source in part.sources if source.model == config.base_model]
     if chosen.acts == "deltas" and not bases:
         raise RecipeError(f"{chosen.name} needs layers of the base; name {config.base_model} in every slice's sources")
@@ -194,7 +207,7 @@ def _layer(
     depth = offset / last if last else 1.0
     for layered in _tensors(models, first, before, offset):
         name = layered.at(number)
-        parts = tuple(Part(source, layered.at(source.layer_range[0] + offset)) for source in counted)
+        parts = tuple(TensorSource(source, layered.at(source.layer_range[0] + offset)) for source in counted)
         base = layered.at((bases or [first])[0].layer_range[0] + offset)
         form = _form(models, first, layered.at(first.layer_range[0] + offset))
         _check_parts(models, name, form, parts)
@@ -202,27 +215,27 @@ def _layer(
         yield _target(config, models, name, form, parts, layers, depth, base)
 
 
-def _tensors(models: Models, source: Source, before: str, offset: int) -> list[Layered]:
+def _tensors(models: ModelSet, source: SliceSource, before: str, offset: int) -> list[LayerTensorName]:
     number = source.layer_range[0] + offset
-    found = [_at(name, before) for name in models.by_name[source.model].forms]
+    found = [_parse_in_stack(name, before) for name in models.by_name[source.model].forms]
     layer = [layered for layered in found if layered is not None and layered.number == number]
     if not layer:
         raise RecipeError(f"layer_range {list(source.layer_range)}: {source.model} has no layer {number}")
     return layer
 
 
-def _at(name: str, before: str) -> Layered | None:
-    found = layer_of(name)
+def _parse_in_stack(name: str, before: str) -> LayerTensorName | None:
+    found = parse_layer_name(name)
     return found if found is not None and found.before == before else None
 
 
-def _form(models: Models, source: Source, name: str) -> Form:
+def _form(models: ModelSet, source: SliceSource, name: str) -> TensorInfo:
     return models.by_name[source.model].forms[name]
 
 
-def _check_parts(models: Models, name: str, form: Form, parts: Sequence[Part]) -> None:
+def _check_parts(models: ModelSet, name: str, form: TensorInfo, parts: Sequence[TensorSource]) -> None:
     for part in parts:
-        found: Mapping[str, Form] = models.by_name[part.entry.model].forms
+        found: Mapping[str, TensorInfo] = models.by_name[part.entry.model].forms
         if part.tensor not in found:
             raise ModelError(f"{part.entry.model} has no tensor {part.tensor}, which {name} is merged from")
         if found[part.tensor].shape != form.shape:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.fusion.adapter_file import AdapterFile
-from fedtune.merging import Operand, Shape
-from fedtune.merging._factors import Factors
+from fedtune.fusion.adapter_file import LoraAdapterReader
+from fedtune.merging import MergeInput, Shape
+from fedtune.merging._factors import LowRankFactors
 
 __all__ = ["Products"]
 
@@ -24,7 +24,7 @@ class _Bases(NamedTuple):
 
     q1: Tensor
     q2: Tensor
-    cores: list[Factors]
+    cores: list[LowRankFactors]
 
 
 class _Reader(NamedTuple):
@@ -40,17 +40,17 @@ class _Reader(NamedTuple):
 class Products:
     """What merge steps read of adapters; ``small`` gives them the cores. One module is held at a time."""
 
-    def __init__(self, adapters: Sequence[AdapterFile], small: bool) -> None:
+    def __init__(self, adapters: Sequence[LoraAdapterReader], small: bool) -> None:
         self._adapters, self._small = adapters, small
         self._read = lru_cache(1)(self._factors)
         self._bases = lru_cache(1)(self._between)
 
-    def operands(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[Operand]:
+    def operands(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[MergeInput]:
         """One per adapter."""
         told = enumerate(zip(weights, knobs, strict=True))
-        return [Operand(_Reader(self, number), weight, own) for number, (weight, own) in told]
+        return [MergeInput(_Reader(self, number), weight, own) for number, (weight, own) in told]
 
-    def of(self, module: str) -> list[Factors]:
+    def of(self, module: str) -> list[LowRankFactors]:
         """Each adapter's product or core."""
         return self._bases(module).cores if self._small else self._read(module)
 
@@ -63,14 +63,14 @@ class Products:
         """The first adapter's that has the module."""
         return next((one.scale for one in self._read(module) if one.rank), 1.0)
 
-    def outward(self, module: str, factors: Factors) -> Factors:
+    def outward(self, module: str, factors: LowRankFactors) -> LowRankFactors:
         """Factors of a product or core as factors of the product."""
         if not self._small:
             return factors
         q1, q2, _ = self._bases(module)
         return factors._replace(b=q1 @ factors.b, a=factors.a @ q2)
 
-    def _factors(self, module: str) -> list[Factors]:
+    def _factors(self, module: str) -> list[LowRankFactors]:
         """Every adapter's factors; of rank zero where it does not have the module."""
         found = {number: one.factors(module) for number, one in enumerate(self._adapters) if module in one.places}
         first = next(iter(found.values()))
@@ -80,11 +80,13 @@ class Products:
                 raise ModelError(
                     f"{folder} changes {module} in another shape than the others; give adapters of one base"
                 )
-        nothing = Factors(first.b[:, :0], first.a[:0])
+        nothing = LowRankFactors(first.b[:, :0], first.a[:0])
         return [found.get(number, nothing) for number in range(len(self._adapters))]
 
     def _between(self, module: str) -> _Bases:
         factors = self._read(module)
         q1 = torch.linalg.qr(torch.cat([one.b.double() for one in factors], 1))[0]
         q2 = torch.linalg.qr(torch.cat([one.a.double() for one in factors]).T)[0].T
-        return _Bases(q1, q2, [Factors(q1.T @ one.b.double(), one.a.double() @ q2.T, one.scale) for one in factors])
+        return _Bases(
+            q1, q2, [LowRankFactors(q1.T @ one.b.double(), one.a.double() @ q2.T, one.scale) for one in factors]
+        )

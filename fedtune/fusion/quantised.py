@@ -8,7 +8,7 @@ import torch
 
 from fedtune.errors import SourceError
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.layout import Form
+from fedtune.fusion.layout import TensorInfo
 
 __all__ = ["check_plain"]
 
@@ -32,7 +32,7 @@ _MASK = 4
 """Dimensions of a causal mask that older models keep as bytes."""
 
 
-def check_plain(folder: Path, origin: str, forms: Mapping[str, Form]) -> None:
+def check_plain(folder: Path, origin: str, forms: Mapping[str, TensorInfo]) -> None:
     """SourceError where config.json or the tensors tell of a quantisation."""
     told = [str(found.get("quant_method", "a method it does not name")) for found in _told(_settings(folder))]
     if told:

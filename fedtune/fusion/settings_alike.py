@@ -106,10 +106,10 @@ def _completed(one: Path, other: Path) -> Sequence[Mapping[str, Any]]:
     """
     from transformers import AutoConfig  # seconds, so only where files differ
 
-    from fedtune.models.quiet import quiet
+    from fedtune.models.quiet import silence_transformers
 
     try:
-        with quiet():
+        with silence_transformers():
             return [AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict() for folder in (one, other)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         first, second = (dict(_flat(read_json(folder / "config.json"))) for folder in (one, other))

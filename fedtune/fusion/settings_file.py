@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtune.errors import ModelError
-from fedtune.fusion.config import Slice
+from fedtune.fusion.config import OutputSlice
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.models import Models, settings_of
+from fedtune.fusion.models import ModelSet, read_model_config
 
 __all__ = ["resliced", "with_token_ids", "with_vocabulary"]
 
@@ -16,7 +16,7 @@ _INDICES = ("_layers", "_idxs", "_indices")
 _NOT_BY_LAYER = ("architectures", "bad_words_ids")
 
 
-def resliced(settings: Mapping[str, Any], slices: Sequence[Slice], models: Models) -> dict[str, Any]:
+def resliced(settings: Mapping[str, Any], slices: Sequence[OutputSlice], models: ModelSet) -> dict[str, Any]:
     """The settings with as many layers as the slices have, and what is said of single layers in their new order.
 
     ModelError where the settings do not count layers, none are left, or say less of single layers than is asked for.
@@ -30,7 +30,7 @@ def resliced(settings: Mapping[str, Any], slices: Sequence[Slice], models: Model
     if not taken:
         raise ModelError("the slices have no layer at all; take some")
     changed = {**settings, **dict.fromkeys(keys, len(taken))}
-    own = {model: settings_of(models.by_name[model]) for model, _ in taken}
+    own = {model: read_model_config(models.by_name[model]) for model, _ in taken}
     for key, value in settings.items():
         if not isinstance(value, list) or not value or key in _NOT_BY_LAYER or key.endswith(_ENDINGS):
             continue
@@ -71,7 +71,7 @@ def _with_rows(key: str, value: Any, before: int | None, rows: int) -> Any:
     return rows if key == "vocab_size" and value == before else value
 
 
-def with_token_ids(settings: Mapping[str, Any], models: Models, file: str) -> dict[str, Any]:
+def with_token_ids(settings: Mapping[str, Any], models: ModelSet, file: str) -> dict[str, Any]:
     """The settings with the special tokens' ids that ``file`` of the model has whose tokens the result has."""
     path = models.numbered / file
     return _with_ids(settings, read_json(path)) if path.is_file() else dict(settings)

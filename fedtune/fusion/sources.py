@@ -4,27 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.errors import SourceError
-from fedtune.fusion.folder import Folder
-from fedtune.fusion.four_bit import FourBit, is_four_bit
+from fedtune.fusion.folder import SafetensorsModelReader
+from fedtune.fusion.four_bit import FourBitModelReader, is_four_bit_checkpoint
 from fedtune.fusion.quantised import check_plain
-from fedtune.fusion.weights import Weights
-from fedtune.models.sources import resolve
+from fedtune.fusion.weights import ModelReader
+from fedtune.models.sources import resolve_model_source
 
-__all__ = ["Exporter", "no_runs", "open_base", "open_source"]
+__all__ = ["RunExporter", "open_base", "open_model", "refuse_runs"]
 
-Exporter = Callable[[str], Path]
+RunExporter = Callable[[str], Path]
 """Writes what a run of fedtune learned, named by id, to a folder of safetensors."""
 
 _KINDS = ("hub", "path", "gguf", "sample", "run")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm", "*.codes"]
 
 
-def no_runs(reference: str) -> Path:
+def refuse_runs(reference: str) -> Path:
     """For callers that know no run store."""
     raise SourceError(f"run:{reference} needs a run store; export the run first")
 
 
-def open_source(source: str, runs: Exporter = no_runs) -> Weights:
+def open_model(source: str, runs: RunExporter = refuse_runs) -> ModelReader:
     """A model: path:FOLDER, gguf:FILE, hub:ID, sample:NAME or run:ID, or BASE+ADAPTER.
 
     Without a kind it is the folder or the GGUF file of that name if there is one, else a hub id. Raises SourceError
@@ -33,23 +33,23 @@ def open_source(source: str, runs: Exporter = no_runs) -> Weights:
     kind, name = _kind(source)
     if kind is None and "+" in source:
         base, _, adapter = source.partition("+")
-        return _adapted(source, _folder(adapter), open_source(base, runs))
+        return _adapted(source, _folder(adapter), open_model(base, runs))
     if kind == "gguf":
         return _gguf(Path(name).expanduser(), source)
     folder = runs(name) if kind == "run" else _folder(source)
     if _is_adapter(folder):
-        from fedtune.fusion.adapter import base_of
+        from fedtune.fusion.adapter import read_base_model_name
 
         _check_one(folder)
-        return _adapted(source, folder, open_source(_named(base_of(folder)), runs))
+        return _adapted(source, folder, open_model(_named(read_base_model_name(folder)), runs))
     return _stored(folder, source)
 
 
-def open_base(base: str) -> Weights:
+def open_base(base: str) -> ModelReader:
     """What an adapter names as its base, where it is at hand: nothing is fetched. SourceError where it is not."""
     name = _named(base)
     if not name.startswith("hub:"):
-        return open_source(name)
+        return open_model(name)
     return _stored(_fetched(name.removeprefix("hub:"), local=True), name)
 
 
@@ -76,18 +76,18 @@ def _folder(source: str) -> Path:
         return path if path.exists() else _fetched(source)
     if kind == "hub":
         return _fetched(name)
-    return Path(name).expanduser() if kind == "path" else Path(resolve(source, "the model"))
+    return Path(name).expanduser() if kind == "path" else Path(resolve_model_source(source, "the model"))
 
 
 def _fetched(name: str, *, local: bool = False) -> Path:
     """A repository of the hub, ID or ID@REVISION, in its local cache, without the pickles."""
     from huggingface_hub import snapshot_download
 
-    from fedtune.models.quiet import quiet
+    from fedtune.models.quiet import silence_transformers
 
     name, _, revision = name.partition("@")
     try:
-        with quiet():
+        with silence_transformers():
             return Path(
                 snapshot_download(name, revision=revision or None, allow_patterns=_WANTED, local_files_only=local)
             )
@@ -111,27 +111,27 @@ def _check_one(folder: Path) -> None:
         )
 
 
-def _adapted(source: str, folder: Path, base: Weights) -> Weights:
-    from fedtune.fusion.adapter import Adapted  # imports peft
+def _adapted(source: str, folder: Path, base: ModelReader) -> ModelReader:
+    from fedtune.fusion.adapter import AdapterModelReader  # imports peft
 
     if not _is_adapter(folder):
         raise SourceError(f"{folder} is no adapter: it has no adapter_config.json; write BASE+ADAPTER")
-    return Adapted(folder, source, base)
+    return AdapterModelReader(folder, source, base)
 
 
-def _gguf(file: Path, source: str) -> Weights:
+def _gguf(file: Path, source: str) -> ModelReader:
     if not file.is_file():
         raise SourceError(f"there is no file {file}; check the path")
-    from fedtune.fusion.gguf import Gguf  # imports transformers
+    from fedtune.fusion.gguf import GgufModelReader  # imports transformers
 
-    return Gguf(file, source)
+    return GgufModelReader(file, source)
 
 
-def _stored(folder: Path, source: str) -> Weights:
-    opened = Folder(folder, source)
+def _stored(folder: Path, source: str) -> ModelReader:
+    opened = SafetensorsModelReader(folder, source)
     if not opened.forms:
         raise SourceError(f"{source} holds no tensor; fetch it again")
-    if is_four_bit(opened):
-        return FourBit(opened)
+    if is_four_bit_checkpoint(opened):
+        return FourBitModelReader(opened)
     check_plain(folder, source, opened.forms)
     return opened

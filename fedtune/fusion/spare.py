@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from fedtune.fusion.layout import Form
+from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.token_names import is_of_tokens, is_output
-from fedtune.fusion.weights import Weights, are_same
+from fedtune.fusion.weights import ModelReader, are_same
 
 __all__ = ["without_spare"]
 
@@ -19,7 +19,7 @@ _MASKS = ("attn.bias", "attention.bias")
 _MASK = 4
 
 
-def without_spare(models: Mapping[str, Weights]) -> dict[str, Weights]:
+def without_spare(models: Mapping[str, ModelReader]) -> dict[str, ModelReader]:
     """The models, each without such tensors as one of the others lacks."""
     held = [set(model.forms) for model in models.values()]
     common = set.intersection(*held)
@@ -32,7 +32,7 @@ def without_spare(models: Mapping[str, Weights]) -> dict[str, Weights]:
     return {name: _Without(model, spare) if spare & model.forms.keys() else model for name, model in models.items()}
 
 
-def _is_spare(model: Weights, name: str, common: Collection[str]) -> bool:
+def _is_spare(model: ModelReader, name: str, common: Collection[str]) -> bool:
     """Whether a tensor follows from the model's settings, or is another one of tokens, which all models have."""
     if _is_made(name, model.forms[name]):
         return True
@@ -41,15 +41,15 @@ def _is_spare(model: Weights, name: str, common: Collection[str]) -> bool:
     return any(is_of_tokens(other) and are_same(model, name, other) for other in sorted(common))
 
 
-def _is_made(name: str, form: Form) -> bool:
+def _is_made(name: str, form: TensorInfo) -> bool:
     """A mask has four dimensions where a bias has one."""
     return name.endswith(_MADE) or (name.endswith(_MASKS) and len(form.shape) == _MASK)
 
 
-class _Without(Weights):
+class _Without(ModelReader):
     """A model without some of its tensors."""
 
-    def __init__(self, model: Weights, names: Collection[str]) -> None:
+    def __init__(self, model: ModelReader, names: Collection[str]) -> None:
         self.origin, self.folder, self.files = model.origin, model.folder, model.files
         self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
         self.forms = {name: form for name, form in model.forms.items() if name not in names}

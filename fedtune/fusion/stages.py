@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from fedtune.errors import RecipeError
 from fedtune.fusion.config import MergeConfig
-from fedtune.fusion.pipeline import steps
+from fedtune.fusion.pipeline import build_steps
 from fedtune.fusion.plan import check_parameters
-from fedtune.recipe_file import settled
+from fedtune.recipe_file import parse_settings
 from fedtune.yaml_text import YamlError, documents
 
 __all__ = ["Stage", "check", "renamed", "stages_of"]
@@ -35,10 +35,10 @@ def stages_of(text: str, origin: str, overrides: Sequence[str] = ()) -> list[Sta
     except YamlError as error:
         raise RecipeError(f"{origin} {error}") from error
     if len(texts) == 1:
-        return [Stage(settled(MergeConfig, texts[0], origin, "merge", overrides), text, frozenset())]
-    configs = [settled(MergeConfig, one, origin, "merge") for one in texts]
+        return [Stage(parse_settings(MergeConfig, texts[0], origin, "merge", overrides), text, frozenset())]
+    configs = [parse_settings(MergeConfig, one, origin, "merge") for one in texts]
     last = _last([config.name for config in configs], origin)
-    configs[last] = settled(MergeConfig, texts[last], origin, "merge", overrides)
+    configs[last] = parse_settings(MergeConfig, texts[last], origin, "merge", overrides)
     names = frozenset(config.name for place, config in enumerate(configs) if config.name and place != last)
     stages = [Stage(config, one.strip(), _needs(config, names)) for config, one in zip(configs, texts, strict=True)]
     return _in_order([*stages[:last], *stages[last + 1 :], stages[last]], origin)
@@ -80,7 +80,7 @@ def _in_order(stages: Sequence[Stage], origin: str) -> list[Stage]:
 def check(stages: Sequence[Stage]) -> None:
     """RecipeError for a method, a step or a parameter that there is not, before the first merge is made."""
     for stage in stages:
-        check_parameters(stage.config, steps(stage.config).combine)
+        check_parameters(stage.config, build_steps(stage.config).combine)
 
 
 def renamed(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:

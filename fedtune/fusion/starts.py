@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.merging._factors import Factors
+from fedtune.merging._factors import LowRankFactors
 
 __all__ = ["RESIDUAL", "check_start", "taken_out"]
 
@@ -27,10 +27,10 @@ def check_start(start: object, origin: str) -> str:
     raise ModelError(f"{origin} has init_lora_weights {start}, which changed the base by what {why}; {_CONVERT}")
 
 
-def taken_out(start: str, weight: Tensor, rank: int, scale: float) -> Factors:
+def taken_out(start: str, weight: Tensor, rank: int, scale: float) -> LowRankFactors:
     """What was taken out of a weight [out, in] of fp32, as factors of ``rank``."""
     if start == "olora":
         q, r = torch.linalg.qr(weight)
-        return Factors(q[:, :rank], r[:rank], scale)
+        return LowRankFactors(q[:, :rank], r[:rank], scale)
     u, values, v = torch.linalg.svd(weight, full_matrices=False)
-    return Factors(u[:, :rank] * values[:rank], v[:rank])
+    return LowRankFactors(u[:, :rank] * values[:rank], v[:rank])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedtune.fusion.json_file import read_json
-from fedtune.fusion.layers import layer_of
+from fedtune.fusion.layers import parse_layer_name
 
 __all__ = ["is_embedding", "is_of_columns", "is_of_tokens", "is_output", "looks_like_tokens", "output_of"]
 
@@ -75,7 +75,7 @@ def is_output(name: str) -> bool:
 
 def looks_like_tokens(name: str, shape: tuple[int, ...], rows: int) -> bool:
     """Whether a tensor that is not known as one of tokens, outside the layers, has an axis as long as they are many."""
-    return layer_of(name) is None and rows in shape[:2] and not is_of_tokens(name) and "position" not in name
+    return parse_layer_name(name) is None and rows in shape[:2] and not is_of_tokens(name) and "position" not in name
 
 
 def output_of(folder: Path) -> str | None:

@@ -11,41 +11,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
-from fedtune.fusion.config import Tokenizer, TokenSource
+from fedtune.fusion.config import TokenizerRule, TokenSource
 from fedtune.fusion.token_names import is_of_columns, is_of_tokens, looks_like_tokens
 from fedtune.fusion.turned import Turned
-from fedtune.fusion.vocabulary import union, vocabulary
-from fedtune.fusion.weights import Weights
+from fedtune.fusion.vocabulary import join_tokenizers, read_vocabulary
+from fedtune.fusion.weights import ModelReader
 
-__all__ = ["Outcome", "retokenised"]
+__all__ = ["RemappedModels", "remap_token_rows"]
 
 
-class Outcome(NamedTuple):
+class RemappedModels(NamedTuple):
     """The models with the result's tokens, the one whose ids they keep, and a tokenizer.json if it is new."""
 
-    models: list[Weights]
-    leader: Weights
+    models: list[ModelReader]
+    leader: ModelReader
     described: dict[str, Any] | None
 
 
 class _Known(NamedTuple):
     """A model and where its rows lie: for each token of the result its row in the model, or -1."""
 
-    weights: Weights
+    weights: ModelReader
     rows: Tensor
 
 
 class _Given(NamedTuple):
     """Rows a rule names: by row of the result the model and row to take, None for zeros; and whether always."""
 
-    model: Weights | None
+    model: ModelReader | None
     row: int
     force: bool
 
 
-def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> Outcome:
+def remap_token_rows(models: Sequence[ModelReader], base: ModelReader | None, rule: TokenizerRule) -> RemappedModels:
     """All models read in the order of the tokens that the rule chooses; the base, if any, is one of the models."""
     turned = {id(model): Turned(model) for model in models}
     models, base = [turned[id(model)] for model in models], None if base is None else turned[id(base)]
@@ -64,11 +64,11 @@ def retokenised(models: Sequence[Weights], base: Weights | None, rule: Tokenizer
     ]
     given = dict(_given(rule, ids, models, words))
     order = sorted(known, key=lambda one: one.weights is not base)
-    changed: list[Weights] = [Turned(_Retokenised(one, order, base is not None, height, given)) for one in known]
-    return Outcome(changed, models[leader], described)
+    changed: list[ModelReader] = [Turned(_Retokenised(one, order, base is not None, height, given)) for one in known]
+    return RemappedModels(changed, models[leader], described)
 
 
-def _check_known(model: Weights) -> None:
+def _check_known(model: ModelReader) -> None:
     """ModelError unless all tensors of tokens are known, and have one row for each."""
     rows = {form.height for name, form in model.forms.items() if _is_of_tokens(name)}
     if len(rows) != 1:
@@ -88,33 +88,33 @@ def _is_of_tokens(name: str) -> bool:
     return is_of_tokens(name) or is_of_columns(name)
 
 
-def _vocabulary(model: Weights) -> dict[str, int]:
-    found = vocabulary(model.tokens)
+def _vocabulary(model: ModelReader) -> dict[str, int]:
+    found = read_vocabulary(model.tokens)
     if found is None:
         raise ModelError(f"{model.origin} has no tokenizer, which the tokenizer rule needs; leave the rule out")
     return found
 
 
-def _leader(models: Sequence[Weights], base: Weights | None, rule: Tokenizer) -> int:
+def _leader(models: Sequence[ModelReader], base: ModelReader | None, rule: TokenizerRule) -> int:
     """The model whose tokens keep their ids."""
     if rule.source in ("union", "base"):
         return next((place for place, model in enumerate(models) if model is base), 0)
     return _named(models, rule.source)
 
 
-def _named(models: Sequence[Weights], name: str) -> int:
+def _named(models: Sequence[ModelReader], name: str) -> int:
     for place, model in enumerate(models):
         if model.origin == name:
             return place
     raise ModelError(f"the tokenizer rule names {name!r}, which is none of the models; name one of them")
 
 
-def _grown(models: Sequence[Weights], leader: int, words: Sequence[Mapping[str, int]]) -> dict[str, Any] | None:
+def _grown(models: Sequence[ModelReader], leader: int, words: Sequence[Mapping[str, int]]) -> dict[str, Any] | None:
     """A tokenizer of all tokens; None when the leader has them all."""
     if all(word.keys() <= words[leader].keys() for word in words):
         return None
     others = [model.tokens for place, model in enumerate(models) if place != leader]
-    return union([models[leader].tokens, *others])
+    return join_tokenizers([models[leader].tokens, *others])
 
 
 def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
@@ -124,11 +124,11 @@ def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def _embedding_rows(model: Weights) -> int:
+def _embedding_rows(model: ModelReader) -> int:
     return max((form.height for name, form in model.forms.items() if _is_of_tokens(name)), default=0)
 
 
-def _height(model: Weights, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
+def _height(model: ModelReader, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
     """Rows of the result: the leader's, more where its tokens need them, rounded up if the rule says so."""
     height = max(_embedding_rows(model), max(ids.values()) + 1) if grown else _embedding_rows(model)
     return -(-height // multiple) * multiple if multiple else height
@@ -148,7 +148,7 @@ def _places(ids: Mapping[str, int], height: int, words: Mapping[str, int], rows:
 
 
 def _given(
-    rule: Tokenizer, ids: Mapping[str, int], models: Sequence[Weights], words: Sequence[Mapping[str, int]]
+    rule: TokenizerRule, ids: Mapping[str, int], models: Sequence[ModelReader], words: Sequence[Mapping[str, int]]
 ) -> Iterator[tuple[int, _Given]]:
     for token, told in rule.tokens.items():
         if token not in ids:
@@ -168,7 +168,7 @@ def _given(
         yield ids[token], _Given(models[place], row, told.force)
 
 
-class _Retokenised(Weights):
+class _Retokenised(ModelReader):
     """A model whose tensors of tokens are read in another order; ``order`` has the base first, if there is one."""
 
     def __init__(
@@ -217,7 +217,7 @@ class _Retokenised(Weights):
         """The mean of the model's own rows."""
         if name not in self._means:
             total, form = torch.zeros(self.forms[name].shape[1:], dtype=torch.float64), self._own.weights.forms[name]
-            for start, stop in pieces(form.shape):
+            for start, stop in iter_row_chunks(form.shape):
                 total += self._own.weights.rows(name, start, stop).double().sum(0)
             self._means[name] = (total / form.height).to(torch.float32)
         return self._means[name]

@@ -3,15 +3,15 @@
 from torch import Tensor
 
 from fedtune.fusion.token_names import is_of_columns
-from fedtune.fusion.weights import Weights
+from fedtune.fusion.weights import ModelReader
 
 __all__ = ["Turned"]
 
 
-class Turned(Weights):
+class Turned(ModelReader):
     """A model with such matrices transposed; they are small and read whole."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: ModelReader) -> None:
         self._weights = weights
         self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
         self.quantised, self.own_tokens = weights.quantised, weights.own_tokens

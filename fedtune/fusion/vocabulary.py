@@ -11,7 +11,14 @@ from tokenizers import Tokenizer as Tokens
 from fedtune.errors import ModelError, SourceError
 from fedtune.fusion.json_file import read_json
 
-__all__ = ["TOKENIZER", "difference", "has_tokenizer", "one_file", "union", "vocabulary"]
+__all__ = [
+    "TOKENIZER",
+    "compare_vocabularies",
+    "has_same_tokenizer_file",
+    "has_tokenizer",
+    "join_tokenizers",
+    "read_vocabulary",
+]
 
 TOKENIZER = (
     "tokenizer.json",
@@ -57,7 +64,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (_FILE, *_OTHER))
 
 
-def vocabulary(folder: Path) -> dict[str, int] | None:
+def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Ids by token, added ones too; None where there is no tokenizer."""
     if (folder / _FILE).is_file():
         return _of_file(folder / _FILE)
@@ -84,7 +91,7 @@ def _of_old_format(folder: Path) -> dict[str, int]:
         ) from error
 
 
-def one_file(one: Path, other: Path) -> bool:
+def has_same_tokenizer_file(one: Path, other: Path) -> bool:
     """Whether two folders have the same tokenizer to the byte, so that their vocabularies need not be read."""
     held, found = ([name for name in (_FILE, *_OTHER, *_ADDED) if (folder / name).is_file()] for folder in (one, other))
     if _FILE in held and _FILE in found:
@@ -92,13 +99,13 @@ def one_file(one: Path, other: Path) -> bool:
     return bool(held) and held == found and all(filecmp.cmp(one / name, other / name, shallow=False) for name in held)
 
 
-def difference(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
+def compare_vocabularies(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
     """How many tokens only the first has, only the second, and how many have another id in each."""
     common = one.keys() & other.keys()
     return len(one) - len(common), len(other) - len(common), sum(one[token] != other[token] for token in common)
 
 
-def union(folders: Sequence[Path]) -> dict[str, Any]:
+def join_tokenizers(folders: Sequence[Path]) -> dict[str, Any]:
     """The first folder's tokenizer.json with all tokens of the others behind its own.
 
     A token that its owner added stays an added one, a word of its owner's model joins the model's vocabulary, with the

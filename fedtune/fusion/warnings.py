@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from fedtune.merging import Activity, ByActivity, Relax, outshone
+from fedtune.merging import ActivationRelaxStep, ActivationStatistics, RelaxStep, find_dominated_weights
 
-__all__ = ["MERGED", "faint_channels", "outscored"]
+__all__ = ["RESULT_NAME", "warn_of_better_inputs", "warn_of_dominant_channels"]
 
-MERGED = "merged"
+RESULT_NAME = "merged"
 """What the result is called among the scored models."""
 _RISES = {"perplexity": False, "accuracy": True, "loss": False}
 """The figures models are ranked by, the first that was taken, and whether more is better."""
@@ -28,11 +28,11 @@ class _Rank(NamedTuple):
     told: str
 
 
-def faint_channels(steps: Sequence[Relax], activity: Mapping[str, Activity]) -> list[str]:
+def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str, ActivationStatistics]) -> list[str]:
     """Where one input channel outshines all others, so that a step that follows activity does next to nothing."""
     found = []
-    for step in (step for step in steps if isinstance(step, ByActivity) and step.needs):
-        medians = outshone(activity, step.quantile)
+    for step in (step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs):
+        medians = find_dominated_weights(activity, step.quantile)
         if medians:
             name = min(medians, key=lambda weight: medians[weight])
             found.append(
@@ -42,10 +42,10 @@ def faint_channels(steps: Sequence[Relax], activity: Mapping[str, Activity]) -> 
     return found
 
 
-def outscored(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
+def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
     """Whether an input, or the base, scores better than the result: over domains if there are several."""
     ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures)) is not None}
-    merged = ranks.pop(MERGED, None)
+    merged = ranks.pop(RESULT_NAME, None)
     if merged is None or not ranks:
         return []
     best = max(ranks, key=lambda model: ranks[model].better)

@@ -8,16 +8,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.fusion.layout import Form
+from fedtune.contribution import iter_row_chunks
+from fedtune.fusion.layout import TensorInfo
 
-__all__ = ["Lazy", "Prefixed", "Weights", "are_same", "by_their_rest", "prefix_before", "spelt_like"]
+__all__ = [
+    "LazyStateDict",
+    "ModelReader",
+    "Prefixed",
+    "are_same",
+    "by_their_rest",
+    "find_name_prefix",
+    "match_tensor_names",
+]
 
 _WRAPPERS = ("model", "language_model")
 """Parts of a name that say only how modules are nested, which transformers has changed between memory and file."""
 
 
-class Weights(ABC):
+class ModelReader(ABC):
     """A model's tensors.
 
     ``origin`` is what the user called it, ``folder`` holds config.json, ``tokens`` the tokenizer: the same folder
@@ -29,7 +37,7 @@ class Weights(ABC):
     folder: Path
     own_tokens: Path | None = None
     files: tuple[Path, ...]
-    forms: Mapping[str, Form]
+    forms: Mapping[str, TensorInfo]
     quantised: bool = False
 
     @property
@@ -46,10 +54,10 @@ class Weights(ABC):
         return self.rows(name, 0, self.forms[name].height)
 
 
-class Prefixed(Weights):
+class Prefixed(ModelReader):
     """The same tensors with other beginnings of their names: one prefix taken away, one put before all."""
 
-    def __init__(self, weights: Weights, put: str, take: str = "") -> None:
+    def __init__(self, weights: ModelReader, put: str, take: str = "") -> None:
         self._weights, self._put, self._take = weights, put, take
         self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
         self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
@@ -61,10 +69,10 @@ class Prefixed(Weights):
         return self._weights.rows(self._names[name], start, stop)
 
 
-class Lazy(Mapping[str, Tensor]):
+class LazyStateDict(Mapping[str, Tensor]):
     """Whole tensors by name, read each time they are asked for and held by nobody."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: ModelReader) -> None:
         self._weights = weights
 
     def __getitem__(self, name: str) -> Tensor:
@@ -77,15 +85,15 @@ class Lazy(Mapping[str, Tensor]):
         return len(self._weights.forms)
 
 
-def are_same(model: Weights, one: str, other: str) -> bool:
+def are_same(model: ModelReader, one: str, other: str) -> bool:
     """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
     form = model.forms[one]
     if form.shape != model.forms[other].shape:
         return False
-    return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in pieces(form.shape))
+    return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in iter_row_chunks(form.shape))
 
 
-def prefix_before(wanted: Collection[str], known: Collection[str]) -> str:
+def find_name_prefix(wanted: Collection[str], known: Collection[str]) -> str:
     """The prefix that, put before the ``known`` names, makes most of them ``wanted``; empty when they agree best so.
 
     A fine-tune for a task holds ``bert.encoder...`` where its base may hold ``encoder...``.
@@ -96,11 +104,11 @@ def prefix_before(wanted: Collection[str], known: Collection[str]) -> str:
     return max(candidates, key=lambda prefix: sum(prefix + name in names for name in known))
 
 
-def spelt_like(weights: Weights, names: Collection[str]) -> Weights:
+def match_tensor_names(weights: ModelReader, names: Collection[str]) -> ModelReader:
     """The tensors under the names of another model of the same kind, where only a prefix differs."""
-    if put := prefix_before(names, weights.forms):
+    if put := find_name_prefix(names, weights.forms):
         return Prefixed(weights, put)
-    if take := prefix_before(weights.forms, names):
+    if take := find_name_prefix(weights.forms, names):
         return Prefixed(weights, "", take)
     return weights
 

@@ -80,7 +80,7 @@ class StorageMeter(TorchDispatchMode):
         return sum(one.size for one in self._live.values() if one.number in gradients)
 
     def __enter__(self) -> "StorageMeter":
-        self._block.enter_context(_resizes_told(self._meet))
+        self._block.enter_context(_watch_resizes(self._meet))
         self._block.enter_context(saved_tensors_hooks(self._pack, _unpack))
         for tensor in self._excluded:
             if tensor.requires_grad and tensor.is_leaf:  # a gradient may be used and dropped before anybody looks
@@ -179,7 +179,7 @@ def _unpack(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _resizes_told(meet: Callable[[UntypedStorage, bool], object]) -> Iterator[None]:
+def _watch_resizes(meet: Callable[[UntypedStorage, bool], object]) -> Iterator[None]:
     """Tell of storages that are resized directly, which no operation shows: reversible layers empty them so."""
     plain = UntypedStorage.resize_
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtune.merging._assignment import Gains, assign, worth
-from fedtune.merging._hooks import hooked, with_state
-from fedtune.merging._matching import Model
-from fedtune.merging._symmetry import Axis, Orders, Symmetry
+from fedtune.merging._assignment import GainMatrices, compute_total_gain, solve_assignment
+from fedtune.merging._hooks import hook_layers, use_state_dict
+from fedtune.merging._matching import TensorReader
+from fedtune.merging._symmetry import Permutations, PermutationSpec, PermutedAxis
 
-__all__ = ["match_activations", "similarities"]
+__all__ = ["compute_similarities", "match_activations"]
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -26,11 +26,11 @@ class _Site(NamedTuple):
 
     layer: str
     reads: bool
-    axis: Axis
+    axis: PermutedAxis
     part: str
 
 
-class _Moments:
+class _PairMoments:
     """Sums over samples of two models' units, in double precision."""
 
     def __init__(self, size: int) -> None:
@@ -60,30 +60,43 @@ class _Moments:
 
 
 def match_activations(
-    symmetry: Symmetry, reference: Model, model: Model, start: Orders, net: nn.Module, batches: Batches, similarity: str
-) -> tuple[Orders, float, float]:
+    symmetry: PermutationSpec,
+    reference: TensorReader,
+    model: TensorReader,
+    start: Permutations,
+    net: nn.Module,
+    batches: Batches,
+    similarity: str,
+) -> tuple[Permutations, float, float]:
     """The best orders by ``similarity``, and its sum over all units before and after."""
-    found = similarities(symmetry, reference, model, net, batches, similarity)
-    orders = {name: assign(kind, found[name]) for name, kind in symmetry.kinds.items()}
-    before, after = (sum(worth(one[name], found[name]) for name in found) for one in (start, orders))
+    found = compute_similarities(symmetry, reference, model, net, batches, similarity)
+    orders = {name: solve_assignment(kind, found[name]) for name, kind in symmetry.kinds.items()}
+    before, after = (sum(compute_total_gain(one[name], found[name]) for name in found) for one in (start, orders))
     return orders, before, after
 
 
-def similarities(
-    symmetry: Symmetry, reference: Model, model: Model, net: nn.Module, batches: Batches, similarity: str
-) -> dict[str, Gains]:
+def compute_similarities(
+    symmetry: PermutationSpec,
+    reference: TensorReader,
+    model: TensorReader,
+    net: nn.Module,
+    batches: Batches,
+    similarity: str,
+) -> dict[str, GainMatrices]:
     """For each permutation and part, ``similarity`` (pearson or inner) of all pairs of units, summed over sites."""
     sites = _sites(symmetry, net)
-    moments = {site: _Moments(symmetry.kinds[site.axis.permutation].parts[site.part]) for site in sites}
+    moments = {site: _PairMoments(symmetry.kinds[site.axis.permutation].parts[site.part]) for site in sites}
     states = [{name: read(name) for name in symmetry.axes} for read in (reference, model)]
     for batch in batches:
-        ours, theirs = (_seen(net, state, batch, sites, symmetry) for state in states)
+        ours, theirs = (_collect_units(net, state, batch, sites, symmetry) for state in states)
         for site in sites:
             moments[site].add(ours[site], theirs[site])
     return {name: _summed(symmetry, name, moments, similarity) for name in symmetry.kinds}
 
 
-def _summed(symmetry: Symmetry, permutation: str, moments: Mapping[_Site, _Moments], similarity: str) -> Gains:
+def _summed(
+    symmetry: PermutationSpec, permutation: str, moments: Mapping[_Site, _PairMoments], similarity: str
+) -> GainMatrices:
     found = {
         part: torch.zeros(size, size, dtype=torch.float64) for part, size in symmetry.kinds[permutation].parts.items()
     }
@@ -93,20 +106,20 @@ def _summed(symmetry: Symmetry, permutation: str, moments: Mapping[_Site, _Momen
     return found
 
 
-def _sites(symmetry: Symmetry, net: nn.Module) -> list[_Site]:
+def _sites(symmetry: PermutationSpec, net: nn.Module) -> list[_Site]:
     """Where each part of each permutation is read, or else where it is made."""
     reading, making = [], []
     for name, axes in symmetry.axes.items():
         layer = net.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is not None and len(axes) > 1 and not isinstance(layer, (nn.Embedding, nn.LayerNorm)):
             inputs, outputs = _directions(layer)
-            reading += _of(axes[inputs], name, reads=True)
-            making += _of(axes[outputs], name, reads=False)
+            reading += _make_sites(axes[inputs], name, reads=True)
+            making += _make_sites(axes[outputs], name, reads=False)
     read = {(site.axis.permutation, site.part) for site in reading}
     return reading + [site for site in making if (site.axis.permutation, site.part) not in read]
 
 
-def _of(axis: Axis | None, name: str, *, reads: bool) -> list[_Site]:
+def _make_sites(axis: PermutedAxis | None, name: str, *, reads: bool) -> list[_Site]:
     return [_Site(name.removesuffix(".weight"), reads, axis, part) for part in axis.parts] if axis else []
 
 
@@ -118,8 +131,12 @@ def _directions(layer: nn.Module) -> tuple[int, int]:
     return (0, 0) if depthwise else (1, 0)
 
 
-def _seen(
-    net: nn.Module, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], sites: Sequence[_Site], symmetry: Symmetry
+def _collect_units(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    sites: Sequence[_Site],
+    symmetry: PermutationSpec,
 ) -> dict[_Site, Tensor]:
     """Each site's units as samples [m, n] in double precision."""
     seen: dict[_Site, Tensor] = {}
@@ -130,11 +147,11 @@ def _seen(
             convolves = isinstance(net.get_submodule(layer), nn.modules.conv._ConvNd)
             seen[site] = _samples(values, 1 if convolves else values.dim() - 1, site, symmetry)
 
-    with with_state(net, state), hooked(net, {site.layer for site in sites}, note), torch.no_grad():
+    with use_state_dict(net, state), hook_layers(net, {site.layer for site in sites}, note), torch.no_grad():
         net(**batch)
     return seen
 
 
-def _samples(values: Tensor, channels: int, site: _Site, symmetry: Symmetry) -> Tensor:
+def _samples(values: Tensor, channels: int, site: _Site, symmetry: PermutationSpec) -> Tensor:
     units = dict(site.axis.rows(values, channels, symmetry.kinds[site.axis.permutation]))
     return units[site.part].T

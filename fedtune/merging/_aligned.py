@@ -6,20 +6,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.merging._matching import Model
-from fedtune.merging._step import Operand
-from fedtune.merging._symmetry import Orders, Symmetry
+from fedtune.merging._matching import TensorReader
+from fedtune.merging._step import MergeInput
+from fedtune.merging._symmetry import Permutations, PermutationSpec
 
-__all__ = ["Aligned", "whole"]
+__all__ = ["PermutedDelta", "make_tensor_reader"]
 
 
-class Aligned:
+class PermutedDelta:
     """The rows of a permuted model's delta; the tensor read last is kept whole, so that its pieces cost one read."""
 
-    def __init__(self, symmetry: Symmetry, orders: Orders, base: Mapping[str, Tensor], operand: Operand) -> None:
+    def __init__(
+        self, symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], operand: MergeInput
+    ) -> None:
         self._symmetry, self._orders, self._base, self._operand = symmetry, orders, base, operand
         self._moved = frozenset(symmetry.moved())
-        self._model = whole(base, operand, self._moved)
+        self._model = make_tensor_reader(base, operand, self._moved)
         self._held: tuple[str, Tensor] | None = None
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
@@ -33,7 +35,7 @@ class Aligned:
         return self._held[1][start:stop]
 
 
-def whole(base: Mapping[str, Tensor], operand: Operand, moved: Set[str]) -> Model:
+def make_tensor_reader(base: Mapping[str, Tensor], operand: MergeInput, moved: Set[str]) -> TensorReader:
     """Reads a model's tensors, fp32: the base and its delta, or the base alone where neither was sent nor is moved."""
 
     def read(name: str) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedtune.merging._symmetry import Heads, Kind, Order, Units
+from fedtune.merging._symmetry import HeadLayout, Permutation, PermutationKind, UnitLayout
 
-__all__ = ["Gains", "assign", "worth"]
+__all__ = ["GainMatrices", "compute_total_gain", "solve_assignment"]
 
-Gains = Mapping[str, Tensor]
+GainMatrices = Mapping[str, Tensor]
 
 
 class _Pair(NamedTuple):
@@ -27,12 +27,12 @@ class _Pair(NamedTuple):
     v: Tensor
 
 
-def assign(kind: Kind, gains: Gains) -> Order:
+def solve_assignment(kind: PermutationKind, gains: GainMatrices) -> Permutation:
     """The order worth most; for heads that share keys, a local optimum over queries and channels in turn."""
-    return _groups_of_units(kind, gains[""]) if isinstance(kind, Units) else _heads(kind, gains)
+    return _groups_of_units(kind, gains[""]) if isinstance(kind, UnitLayout) else _heads(kind, gains)
 
 
-def worth(order: Order, gains: Gains) -> float:
+def compute_total_gain(order: Permutation, gains: GainMatrices) -> float:
     """The sum over all parts of C[i, order[i]]."""
     return sum(_at(gains[part], places) for part, places in order.items())
 
@@ -50,7 +50,7 @@ def _outer(size: int, worth_of: Callable[[int, int], float]) -> Tensor:
     return _best(torch.tensor(values, dtype=torch.float64))
 
 
-def _groups_of_units(kind: Units, gain: Tensor) -> Order:
+def _groups_of_units(kind: UnitLayout, gain: Tensor) -> Permutation:
     if kind.groups == 1:
         return {"": _best(gain)}
     count, width = kind.groups, kind.size // kind.groups
@@ -60,7 +60,7 @@ def _groups_of_units(kind: Units, gain: Tensor) -> Order:
     return {"": torch.cat([inner[new, old] + old * width for new, old in enumerate(outer.tolist())])}
 
 
-def _heads(kind: Heads, gains: Gains) -> Order:
+def _heads(kind: HeadLayout, gains: GainMatrices) -> Permutation:
     groups, per_group, qk, v, _ = kind
     q = gains["q"].reshape(groups, per_group, qk, groups, per_group, qk)
     o = gains["o"].reshape(groups, per_group, v, groups, per_group, v)

@@ -5,13 +5,13 @@ from math import floor
 
 from pydantic import Field
 
-from fedtune.merging._select import Stream, between, count_kept
+from fedtune.merging._select import Stream, between, count_entries_to_keep
 from fedtune.merging._task_vectors import Density, Trimmed
 
-__all__ = ["Breadcrumbs"]
+__all__ = ["BreadcrumbsCombineStep"]
 
 
-class Breadcrumbs(Trimmed, ABC):
+class BreadcrumbsCombineStep(Trimmed, ABC):
     """A band of magnitudes."""
 
     density: Density = 0.9
@@ -19,6 +19,6 @@ class Breadcrumbs(Trimmed, ABC):
 
     def kept(self, stream: Stream, size: int) -> Stream:
         """floor(density * n) entries below the floor(gamma * n) largest, fewer of which go where both do not fit."""
-        keep = count_kept(self.density, size)
+        keep = count_entries_to_keep(self.density, size)
         top = min(floor(self.gamma * size), size - keep)
         return between(stream, top, top + keep, size)

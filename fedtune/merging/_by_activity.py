@@ -14,23 +14,31 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtune.errors import RecipeError
-from fedtune.merging._step import Activity, Align, Combine, Evidence, Relax, Renormalise
+from fedtune.merging._step import ActivationStatistics, AlignStep, CombineStep, MergeContext, RelaxStep, RenormaliseStep
 
-__all__ = ["ByActivity", "Measurement", "channel_scale", "measurement", "outshone", "over_rows", "share"]
+__all__ = [
+    "ActivationRelaxStep",
+    "CalibrationRequest",
+    "broadcast_scale_to_rows",
+    "build_calibration_request",
+    "compute_channel_scale",
+    "compute_relative_activity",
+    "find_dominated_weights",
+]
 
-_FAINT = 0.01
+_DOMINATED_MEDIAN = 0.01
 _EXAMPLES = 256
 _ON_DATA = frozenset({"activity", "batches", "model"})
 
 
-class Measurement(NamedTuple):
+class CalibrationRequest(NamedTuple):
     """Where activation statistics are taken, and on how many examples at each place."""
 
     by: Literal["server", "clients"]
     examples: int | None
 
 
-class ByActivity(Relax, ABC):
+class ActivationRelaxStep(RelaxStep, ABC):
     """Settings of the steps that follow the activity of input channels."""
 
     omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
@@ -39,27 +47,27 @@ class ByActivity(Relax, ABC):
     statistics: Literal["server", "clients"] = Field("server", description="who measures in a federation")
     examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 
-    def scale(self, name: str, delta: Tensor, evidence: Evidence) -> tuple[Tensor, int] | None:
+    def scale(self, name: str, delta: Tensor, evidence: MergeContext) -> tuple[Tensor, int] | None:
         """c and the axis it belongs to, fp64; None for a tensor that is left as merged."""
         activity = evidence.activity.get(name)
         if activity is None or (delta.dim() == 1 and not self.norms):
             return None
-        return channel_scale(activity, self.omega, self.quantile), activity.axis
+        return compute_channel_scale(activity, self.omega, self.quantile), activity.axis
 
 
-def share(activity: Activity, quantile: float = 1.0) -> Tensor:
+def compute_relative_activity(activity: ActivationStatistics, quantile: float = 1.0) -> Tensor:
     """s in 0..1: mean |x| over the ``quantile`` of it, cut at 1, fp64; zero where nothing is active at all."""
     level = activity.mean_abs.double().abs()
     top = torch.quantile(level, quantile) if quantile < 1 else level.max()
     return (level / top).clamp(max=1.0) if top > 0 else torch.zeros_like(level)
 
 
-def channel_scale(activity: Activity, omega: float, quantile: float = 1.0) -> Tensor:
+def compute_channel_scale(activity: ActivationStatistics, omega: float, quantile: float = 1.0) -> Tensor:
     """c = 1 - (1 - omega) s, of the shape of the statistic, fp64."""
-    return 1 - (1 - omega) * share(activity, quantile)
+    return 1 - (1 - omega) * compute_relative_activity(activity, quantile)
 
 
-def over_rows(scale: Tensor, axis: int, start: int, delta: Tensor) -> Tensor:
+def broadcast_scale_to_rows(scale: Tensor, axis: int, start: int, delta: Tensor) -> Tensor:
     """The part of c that belongs to rows ``start`` and on, in a shape and precision that multiplies them.
 
     A matrix holds a row per row of the weight, as a grouped convolution needs.
@@ -69,18 +77,20 @@ def over_rows(scale: Tensor, axis: int, start: int, delta: Tensor) -> Tensor:
     return part.reshape(*part.shape, *trailing).to(delta.dtype)
 
 
-def outshone(activity: Mapping[str, Activity], quantile: float = 1.0) -> dict[str, float]:
+def find_dominated_weights(activity: Mapping[str, ActivationStatistics], quantile: float = 1.0) -> dict[str, float]:
     """Median s of the weights where one channel outshines the rest, so that AIM leaves nearly all else as merged."""
-    medians = {name: float(share(one, quantile).median()) for name, one in activity.items()}
-    return {name: median for name, median in medians.items() if median < _FAINT}
+    medians = {name: float(compute_relative_activity(one, quantile).median()) for name, one in activity.items()}
+    return {name: median for name, median in medians.items() if median < _DOMINATED_MEDIAN}
 
 
-def measurement(steps: Sequence[Align | Combine | Relax | Renormalise]) -> Measurement | None:
+def build_calibration_request(
+    steps: Sequence[AlignStep | CombineStep | RelaxStep | RenormaliseStep],
+) -> CalibrationRequest | None:
     """What a merge's steps need measured in a federation; RecipeError when they do not agree on it."""
-    by_activity = [step for step in steps if isinstance(step, ByActivity) and step.needs]
-    asked = {Measurement(step.statistics, step.examples) for step in by_activity}
+    by_activity = [step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs]
+    asked = {CalibrationRequest(step.statistics, step.examples) for step in by_activity}
     if len(asked) > 1:
         raise RecipeError("merge: steps differ in statistics or examples, but one measurement serves all; align them")
     if asked:
         return asked.pop()
-    return Measurement("server", _EXAMPLES) if any(step.needs & _ON_DATA for step in steps) else None
+    return CalibrationRequest("server", _EXAMPLES) if any(step.needs & _ON_DATA for step in steps) else None

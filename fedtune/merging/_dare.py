@@ -6,25 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._draws import draws, dropped, redrawn
-from fedtune.merging._step import Evidence, Operand, Settled, Shape
-from fedtune.merging._task_vectors import Density, TaskVectors, deltas
+from fedtune.merging._draws import derive_merge_seed, drop_at_random, make_generator
+from fedtune.merging._step import BoundCombine, MergeContext, MergeInput, Shape
+from fedtune.merging._task_vectors import Density, TaskVectorCombineStep, iter_delta_chunks
 
-__all__ = ["Dare"]
+__all__ = ["DareCombineStep"]
 
 
-class Dare(TaskVectors, ABC):
+class DareCombineStep(TaskVectorCombineStep, ABC):
     """Drop and rescale."""
 
     density: Density = 0.5
     rescale: bool = True
     seed: int = Field(0, ge=0)
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """The step with the masks of this merge."""
-        return Settled(self.model_copy(update={"seed": redrawn(self.seed, evidence)}), operands)
+        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
         """Kept with probability density and, rescaled, divided by it."""
-        kept = dropped(deltas(name, shape, operand), self.density, draws(self.seed, index, name))
+        kept = drop_at_random(
+            iter_delta_chunks(name, shape, operand), self.density, make_generator(self.seed, index, name)
+        )
         return (piece.div_(self.density) for piece in kept) if self.rescale else kept

@@ -1,8 +1,8 @@
 """Symmetries of published transformers, declared by tensor name: BERT and RoBERTa, GPT-2, Llama and its kin.
 
 Exact ones only. One permutation for the residual stream through all layers; the hidden units of each MLP; the heads of
-each attention layer (see ``Heads``). The vocabulary stays. Words in the tables, one per axis: ``stream``, ``hidden``,
-``pooled``, parts of heads, ``qkv`` for the three in a row, ``-`` for none.
+each attention layer (see ``HeadLayout``). The vocabulary stays. Words in the tables, one per axis: ``stream``,
+``hidden``, ``pooled``, parts of heads, ``qkv`` for the three in a row, ``-`` for none.
 """
 
 import re
@@ -12,43 +12,43 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._symmetry import Axis, Heads, Kind, Symmetry, Units
+from fedtune.merging._symmetry import HeadLayout, PermutationKind, PermutationSpec, PermutedAxis, UnitLayout
 
-__all__ = ["declared", "is_declared"]
+__all__ = ["build_spec_from_tables", "has_architecture_table"]
 
-Rows = Mapping[str, str]
+AxisTable = Mapping[str, str]
 
 
 class _Family(NamedTuple):
     layer: str
     """A pattern of the names before a layer's own."""
-    inside: Rows
-    outside: Rows
-    heads: Callable[[Any], Heads]
+    inside: AxisTable
+    outside: AxisTable
+    heads: Callable[[Any], HeadLayout]
     hidden: Callable[[Any], int]
 
 
-def _linear(name: str, outputs: str, inputs: str) -> Rows:
+def _linear(name: str, outputs: str, inputs: str) -> AxisTable:
     return {f"{name}.weight": f"{outputs} {inputs}", f"{name}.bias": outputs}
 
 
-def _transposed(name: str, inputs: str, outputs: str) -> Rows:
+def _transposed(name: str, inputs: str, outputs: str) -> AxisTable:
     return {f"{name}.weight": f"{inputs} {outputs}", f"{name}.bias": outputs}
 
 
-def _norm(name: str) -> Rows:
+def _norm(name: str) -> AxisTable:
     return {f"{name}.weight": "stream", f"{name}.bias": "stream"}
 
 
-def _plain_heads(config: Any) -> Heads:
+def _plain_heads(config: Any) -> HeadLayout:
     width = config.hidden_size // config.num_attention_heads
-    return Heads(config.num_attention_heads, 1, width, width, rotary=False)
+    return HeadLayout(config.num_attention_heads, 1, width, width, rotary=False)
 
 
-def _rotary_heads(config: Any) -> Heads:
+def _rotary_heads(config: Any) -> HeadLayout:
     groups = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Heads(groups, config.num_attention_heads // groups, width, width, rotary=True)
+    return HeadLayout(groups, config.num_attention_heads // groups, width, width, rotary=True)
 
 
 _BERT = _Family(
@@ -130,26 +130,28 @@ _FAMILIES = {
 _PREFIXES = ("bert.", "roberta.", "transformer.", "model.")
 
 
-def is_declared(model: nn.Module) -> bool:
+def has_architecture_table(model: nn.Module) -> bool:
     """Whether a model is of a family in the tables."""
     return _model_type(model) in _FAMILIES
 
 
-def declared(model: nn.Module) -> Symmetry:
+def build_spec_from_tables(model: nn.Module) -> PermutationSpec:
     """The symmetry of a transformer; ModelError names the first tensor that the tables do not have."""
     family, config = _FAMILIES[_model_type(model)], model.config
     names = list(model.state_dict())
     axes = {name: _axes(family, name) for name in names}
     if not any(axis and axis.permutation == "pooled" and at == 0 for of in axes.values() for at, axis in enumerate(of)):
         axes = {name: tuple(_unpooled(axis) for axis in of) for name, of in axes.items()}
-    return Symmetry(axes, {axis.permutation: _kind(family, config, axis.permutation) for axis in _all(axes)})
+    return PermutationSpec(
+        axes, {axis.permutation: _kind(family, config, axis.permutation) for axis in _list_axes(axes)}
+    )
 
 
 def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def _axes(family: _Family, name: str) -> tuple[Axis | None, ...]:
+def _axes(family: _Family, name: str) -> tuple[PermutedAxis | None, ...]:
     layer = re.match(rf"({family.layer})\.", name)
     rest = name[layer.end() :] if layer else next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name)
     words = (family.inside if layer else family.outside).get(rest)
@@ -158,22 +160,22 @@ def _axes(family: _Family, name: str) -> tuple[Axis | None, ...]:
     return tuple(_axis(word, layer.group(1) if layer else "") for word in words.split())
 
 
-def _axis(word: str, layer: str) -> Axis | None:
+def _axis(word: str, layer: str) -> PermutedAxis | None:
     if word in ("q", "k", "v", "o", "qkv"):
-        return Axis(f"{layer}.heads", tuple(word))
-    return None if word == "-" else Axis(f"{layer}.hidden" if word == "hidden" else word)
+        return PermutedAxis(f"{layer}.heads", tuple(word))
+    return None if word == "-" else PermutedAxis(f"{layer}.hidden" if word == "hidden" else word)
 
 
-def _unpooled(axis: Axis | None) -> Axis | None:
+def _unpooled(axis: PermutedAxis | None) -> PermutedAxis | None:
     """A classifier without a pooler before it reads the stream."""
-    return Axis("stream") if axis and axis.permutation == "pooled" else axis
+    return PermutedAxis("stream") if axis and axis.permutation == "pooled" else axis
 
 
-def _all(axes: Mapping[str, tuple[Axis | None, ...]]) -> list[Axis]:
+def _list_axes(axes: Mapping[str, tuple[PermutedAxis | None, ...]]) -> list[PermutedAxis]:
     return [axis for of in axes.values() for axis in of if axis]
 
 
-def _kind(family: _Family, config: Any, permutation: str) -> Kind:
+def _kind(family: _Family, config: Any, permutation: str) -> PermutationKind:
     if permutation.endswith(".heads"):
         return family.heads(config)
-    return Units(family.hidden(config) if permutation.endswith(".hidden") else int(config.hidden_size))
+    return UnitLayout(family.hidden(config) if permutation.endswith(".hidden") else int(config.hidden_size))

@@ -8,15 +8,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._draws import draws, ranked, redrawn
-from fedtune.merging._step import Evidence, Operand, Settled, Shape
-from fedtune.merging._task_vectors import Density, TaskVectors, deltas
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._draws import derive_merge_seed, drop_by_rank, make_generator
+from fedtune.merging._step import BoundCombine, MergeContext, MergeInput, Shape
+from fedtune.merging._task_vectors import Density, TaskVectorCombineStep, iter_delta_chunks
 
-__all__ = ["Della"]
+__all__ = ["DellaCombineStep"]
 
 
-class Della(TaskVectors, ABC):
+class DellaCombineStep(TaskVectorCombineStep, ABC):
     """Drop by rank and rescale."""
 
     density: Density = 0.5
@@ -30,21 +30,23 @@ class Della(TaskVectors, ABC):
             raise ValueError("density - epsilon and density + epsilon must both lie between 0 and 1; lower epsilon")
         return self
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """The step with the masks of this merge."""
-        return Settled(self.model_copy(update={"seed": redrawn(self.seed, evidence)}), operands)
+        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
         """Kept with a probability by rank and, rescaled, divided by it; a tensor of one dimension is one row.
 
         A density of 1 drops nothing.
         """
         if self.density == 1:
-            return deltas(name, shape, operand)
-        random = draws(self.seed, index, name)
-        stream = deltas(name, shape, operand)
+            return iter_delta_chunks(name, shape, operand)
+        random = make_generator(self.seed, index, name)
+        stream = iter_delta_chunks(name, shape, operand)
         if len(shape) > 1:
-            return ranked(stream, self.density, self.epsilon, random, rescale=self.rescale)
+            return drop_by_rank(stream, self.density, self.epsilon, random, rescale=self.rescale)
         row = torch.cat([torch.empty(0, 1), *stream]).reshape(1, -1)
-        [found] = ranked([row], self.density, self.epsilon, random, rescale=self.rescale)
-        return (found[0, start:stop, None] for start, stop in pieces(shape))
+        [found] = drop_by_rank([row], self.density, self.epsilon, random, rescale=self.rescale)
+        return (found[0, start:stop, None] for start, stop in iter_row_chunks(shape))

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fedtune.merging._sphere import cosines
+from fedtune.merging._sphere import compute_cosines
 
-__all__ = ["cosine_table", "opposed", "scale_that_keeps_length"]
+__all__ = ["compute_cosine_matrix", "compute_norm_preserving_scale", "count_opposing_signs"]
 
 
-def cosine_table(gram: Tensor) -> list[list[float]]:
+def compute_cosine_matrix(gram: Tensor) -> list[list[float]]:
     """Cosines between deltas from their inner products [K, K], double; those with a zero delta are zero."""
-    table: list[list[float]] = cosines(gram[:, :, None])[:, :, 0].tolist()
+    table: list[list[float]] = compute_cosines(gram[:, :, None])[:, :, 0].tolist()
     return table
 
 
-def opposed(parts: Sequence[Tensor]) -> int:
+def count_opposing_signs(parts: Sequence[Tensor]) -> int:
     """The number of entries [n] at which two models move in opposite directions."""
     up, down = np.zeros(parts[0].shape, dtype=np.bool_), np.zeros(parts[0].shape, dtype=np.bool_)
     for part in parts:
@@ -27,7 +27,7 @@ def opposed(parts: Sequence[Tensor]) -> int:
     return int(np.count_nonzero(up & down))
 
 
-def scale_that_keeps_length(gram: Tensor, weights: Tensor) -> float | None:
+def compute_norm_preserving_scale(gram: Tensor, weights: Tensor) -> float | None:
     """mean_i |x_i| / |sum_i w_i x_i| from inner products [K, K]; None where the sum vanishes.
 
     A rule of thumb, not from a paper: times it the weighted sum is as long as a delta is on average.

@@ -5,18 +5,18 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fedtune.merging._step import Evidence
-from fedtune.seeds import derive
+from fedtune.merging._step import MergeContext
+from fedtune.seeds import derive_seed
 
-__all__ = ["draws", "dropped", "ranked", "redrawn"]
+__all__ = ["derive_merge_seed", "drop_at_random", "drop_by_rank", "make_generator"]
 
 
-def draws(seed: int, model: int, name: str) -> torch.Generator:
+def make_generator(seed: int, model: int, name: str) -> torch.Generator:
     """The random numbers of one model's tensor."""
-    return torch.Generator().manual_seed(derive(seed, model, name, "merge"))
+    return torch.Generator().manual_seed(derive_seed(seed, model, name, "merge"))
 
 
-def dropped(stream: Iterable[Tensor], density: float, random: torch.Generator) -> Iterator[Tensor]:
+def drop_at_random(stream: Iterable[Tensor], density: float, random: torch.Generator) -> Iterator[Tensor]:
     """Each entry kept with probability ``density``; no piece is held between two."""
 
     def drop(piece: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def dropped(stream: Iterable[Tensor], density: float, random: torch.Generator) -
     return map(drop, stream)
 
 
-def ranked(
+def drop_by_rank(
     stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator, *, rescale: bool = True
 ) -> Iterator[Tensor]:
     """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank and, rescaled, divided by it.
@@ -45,6 +45,6 @@ def ranked(
     return map(drop, stream)
 
 
-def redrawn(seed: int, evidence: Evidence) -> int:
+def derive_merge_seed(seed: int, evidence: MergeContext) -> int:
     """The seed of one merge of a run; the first is as given."""
-    return derive(seed, evidence.draw, "merge") if evidence.draw else seed
+    return derive_seed(seed, evidence.draw, "merge") if evidence.draw else seed

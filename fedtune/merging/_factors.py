@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "Factors",
-    "averaged",
-    "averaging_error",
-    "inner",
-    "norm",
-    "padded",
+    "LowRankFactors",
+    "average_factors",
+    "compute_averaging_error",
+    "compute_averaging_residual",
+    "compute_inner_product",
+    "compute_product_norm",
+    "pad_factors",
     "relative",
-    "remainder",
-    "stacked",
+    "stack_factors",
 ]
 
 
-class Factors(NamedTuple):
+class LowRankFactors(NamedTuple):
     """scale * b @ a with b [d, r] and a [r, k]; r may be zero."""
 
     b: Tensor
@@ -42,46 +42,46 @@ class Factors(NamedTuple):
         return self.b[start:stop].double() * self.scale @ self.a.double()
 
 
-def stacked(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def stack_factors(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
     """sum_i w_i s_i B_i A_i exactly: B = [B_1 B_2 ..], A = [w_i s_i A_i] one upon the other; fp64, ranks add up.
 
     Wang et al., "FLoRA" (arXiv 2409.05976); what weighs nothing is left out.
     """
     used = [(one, weight) for one, weight in zip(factors, weights, strict=True) if weight] or [(factors[0], 0.0)]
     b = torch.cat([one.b.double() for one, _ in used], 1)
-    return Factors(b, torch.cat([one.a.double() * (weight * one.scale) for one, weight in used]))
+    return LowRankFactors(b, torch.cat([one.a.double() * (weight * one.scale) for one, weight in used]))
 
 
-def inner(one: Factors, other: Factors) -> float:
+def compute_inner_product(one: LowRankFactors, other: LowRankFactors) -> float:
     """<D, D'> = s s' sum((B^T B') * (A A'^T)), in O((d + k) r r')."""
     left = one.b.double().T @ other.b.double()
     right = one.a.double() @ other.a.double().T
     return one.scale * other.scale * float((left * right).sum())
 
 
-def norm(factors: Factors) -> float:
+def compute_product_norm(factors: LowRankFactors) -> float:
     """The Frobenius norm of the product."""
-    return math.sqrt(max(0.0, inner(factors, factors)))
+    return math.sqrt(max(0.0, compute_inner_product(factors, factors)))
 
 
-def padded(factors: Factors, rank: int) -> Factors:
+def pad_factors(factors: LowRankFactors, rank: int) -> LowRankFactors:
     """The first ``rank`` columns of b and rows of a, zeros where there are fewer."""
     more = rank - factors.rank
-    return Factors(F.pad(factors.b, (0, more)), F.pad(factors.a, (0, 0, 0, more)), factors.scale)
+    return LowRankFactors(F.pad(factors.b, (0, more)), F.pad(factors.a, (0, 0, 0, more)), factors.scale)
 
 
-def averaged(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def average_factors(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
     """(sum_i w_i B_i)(sum_i w_i A_i), which is not the mean of the products; fp64, of the largest rank.
 
     Smaller ranks are padded with zeros; scales other than the first's are folded into B.
     """
     b, a, _ = _side_by_side(factors, weights)
     weight = torch.tensor(weights, dtype=torch.float64)
-    return Factors(torch.tensordot(weight, b, 1), torch.tensordot(weight, a, 1), factors[0].scale)
+    return LowRankFactors(torch.tensordot(weight, b, 1), torch.tensordot(weight, a, 1), factors[0].scale)
 
 
-def remainder(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """What ``averaged`` misses, for weights that sum to one: sum_i w_i (B_i - Bbar)(A_i - Abar) = D - Bbar Abar; fp64.
+def compute_averaging_residual(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
+    """What ``average_factors`` misses: sum_i w_i (B_i - Bbar)(A_i - Abar) = D - Bbar Abar; weights sum to one; fp64.
 
     As the centred A_i sum to zero, B_K may stand in for Bbar, so that K - 1 of the K blocks are left.
     """
@@ -90,12 +90,15 @@ def remainder(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     left, right = b - b[used[-1]], a - a[used[-1]]
     left, right = left[used[:-1]], (weight * (right - (weight * right).sum(0)))[used[:-1]]
     flat = left.permute(1, 0, 2).reshape(b.shape[1], -1)
-    return Factors(flat, right.reshape(-1, a.shape[2]), factors[0].scale)
+    return LowRankFactors(flat, right.reshape(-1, a.shape[2]), factors[0].scale)
 
 
-def averaging_error(factors: Sequence[Factors], weights: Sequence[float]) -> float:
+def compute_averaging_error(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> float:
     """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, see ``relative``."""
-    return relative(norm(remainder(factors, weights)), norm(stacked(factors, weights)))
+    return relative(
+        compute_product_norm(compute_averaging_residual(factors, weights)),
+        compute_product_norm(stack_factors(factors, weights)),
+    )
 
 
 def relative(missed: float, whole: float) -> float:
@@ -105,10 +108,10 @@ def relative(missed: float, whole: float) -> float:
     return missed / whole if whole else math.inf
 
 
-def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
+def _side_by_side(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
     """All B [K, d, r] and A [K, r, k] at the first's scale and the largest rank, and whose weight is not zero."""
     rank, scale = max(one.rank for one in factors), factors[0].scale
-    wide = [padded(one, rank) for one in factors]
+    wide = [pad_factors(one, rank) for one in factors]
     b = torch.stack([one.b.double() * (one.scale / scale) for one in wide])
     used = [place for place, weight in enumerate(weights) if weight] or [0]
     return b, torch.stack([one.a.double() for one in wide]), used

@@ -11,24 +11,24 @@ from typing import Any
 
 from torch import fx, nn
 
-from fedtune.merging._layers import passed
-from fedtune.merging._symmetry import Symmetry
-from fedtune.merging._wires import Reading, Wire, misfit
+from fedtune.merging._layers import apply_layer_rule
+from fedtune.merging._symmetry import PermutationSpec
+from fedtune.merging._wires import PermutationSpecBuilder, TracedChannels, make_unsupported_error
 
-__all__ = ["symmetry_of_graph"]
+__all__ = ["trace_permutation_spec"]
 
 
-def symmetry_of_graph(model: nn.Module) -> Symmetry:
+def trace_permutation_spec(model: nn.Module) -> PermutationSpec:
     """Raises ModelError, naming the first layer, function or tensor, when the net holds something that is not known."""
-    reading = Reading(model)
-    wires: dict[fx.Node, Wire] = {}
+    reading = PermutationSpecBuilder(model)
+    wires: dict[fx.Node, TracedChannels] = {}
     for node in _traced(model).nodes:
-        wire = _after(reading, node, [wires[one] for one in node.all_input_nodes if one in wires])
+        wire = _trace_node(reading, node, [wires[one] for one in node.all_input_nodes if one in wires])
         if wire is not None:
             wires[node] = wire
     missing = [name for name in model.state_dict() if name not in reading.axes]
     if missing:
-        raise misfit(repr(missing[0]), "belongs to no layer that rebasin knows")
+        raise make_unsupported_error(repr(missing[0]), "belongs to no layer that rebasin knows")
     return reading.symmetry()
 
 
@@ -49,19 +49,19 @@ def _traced(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(nn.Sequential(model))
     except Exception as error:  # a forward pass may do anything with what stands for its input
-        raise misfit(type(model).__name__, f"cannot be traced ({error})") from error
+        raise make_unsupported_error(type(model).__name__, f"cannot be traced ({error})") from error
 
 
-def _after(reading: Reading, node: fx.Node, inputs: list[Wire]) -> Wire | None:
+def _trace_node(reading: PermutationSpecBuilder, node: fx.Node, inputs: list[TracedChannels]) -> TracedChannels | None:
     if node.op == "placeholder":
-        return Wire()
+        return TracedChannels()
     if node.op == "output" or _bundles(node):
         for wire in inputs:
-            reading.join(Wire(), wire, "the output")
+            reading.join(TracedChannels(), wire, "the output")
         return None
     if node.op == "call_module":
         where = str(node.target).removeprefix("0.")
-        return passed(reading, where, reading.model.get_submodule(where), inputs[0])
+        return apply_layer_rule(reading, where, reading.model.get_submodule(where), inputs[0])
     return _function(reading, node, inputs)
 
 
@@ -82,7 +82,7 @@ _SHAPES = ("size", "getitem", "getattr")
 _HEIGHT_AND_WIDTH = ("(2, 3)", "(-2, -1)", "(-1, -2)")
 
 
-def _function(reading: Reading, node: fx.Node, inputs: list[Wire]) -> Wire | None:
+def _function(reading: PermutationSpecBuilder, node: fx.Node, inputs: list[TracedChannels]) -> TracedChannels | None:
     """After a function of torch or a method of tensors."""
     called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     name = _JOINS.get(node.target, called)
@@ -94,10 +94,10 @@ def _function(reading: Reading, node: fx.Node, inputs: list[Wire]) -> Wire | Non
         return inputs[0]
     if inputs and (_flattens(node, name) or _averages(node, name)):
         return inputs[0]._replace(spatial=bool(node.kwargs.get("keepdim")))
-    raise misfit(f"the net calls or reads {name!r},", "which rebasin does not know")
+    raise make_unsupported_error(f"the net calls or reads {name!r},", "which rebasin does not know")
 
 
-def _said(node: fx.Node, key: str) -> str:
+def _read_first_argument(node: fx.Node, key: str) -> str:
     """The first argument beside the tensor, by place or by name."""
     found = node.args[1] if len(node.args) > 1 else node.kwargs.get(key)
     return str(found).replace("[", "(").replace("]", ")")
@@ -106,8 +106,8 @@ def _said(node: fx.Node, key: str) -> str:
 def _flattens(node: fx.Node, name: str) -> bool:
     """From the channels to the end."""
     folds = name in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1
-    return bool(folds) or (name == "flatten" and _said(node, "start_dim") == "1" and len(node.args) < 3)
+    return bool(folds) or (name == "flatten" and _read_first_argument(node, "start_dim") == "1" and len(node.args) < 3)
 
 
 def _averages(node: fx.Node, name: str) -> bool:
-    return name == "mean" and _said(node, "dim") in _HEIGHT_AND_WIDTH
+    return name == "mean" and _read_first_argument(node, "dim") in _HEIGHT_AND_WIDTH

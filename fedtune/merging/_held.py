@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._step import Operand, Shape
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._step import MergeInput, Shape
 
 __all__ = ["held"]
 
@@ -21,19 +21,19 @@ class _Pieces:
         self.by_start: dict[int, Tensor] = {}
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
-        """A piece as ``pieces`` cuts it; it must not be changed."""
+        """A piece as ``iter_row_chunks`` cuts it; it must not be changed."""
         return self.by_start[start]
 
 
-def held(name: str, shape: Shape, operands: Sequence[Operand]) -> Sequence[Operand]:
-    """The operands with the deltas of one tensor in memory, as ``pieces(shape)`` cuts them, where they fit the budget.
+def held(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Sequence[MergeInput]:
+    """The operands with the deltas of one tensor in memory, cut by ``iter_row_chunks``, where they fit the budget.
 
     Each piece is read of all models before the next one, so that a base that keeps its last rows is read once.
     """
     if 4 * math.prod(shape) * len(operands) > _BUDGET:
         return operands
     found = [_Pieces() for _ in operands]
-    for start, stop in pieces(shape):
+    for start, stop in iter_row_chunks(shape):
         for own, operand in zip(found, operands, strict=True):
             own.by_start[start] = operand.rows(name, start, stop)
     return [operand._replace(rows=own) for own, operand in zip(found, operands, strict=True)]

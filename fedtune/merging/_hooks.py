@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 
-__all__ = ["hooked", "with_state"]
+__all__ = ["hook_layers", "use_state_dict"]
 
 
 @contextmanager
-def hooked(net: nn.Module, layers: Set[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def hook_layers(net: nn.Module, layers: Set[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call ``note`` with a layer's name, input and output whenever one of them has run."""
     handles = [net.get_submodule(layer).register_forward_hook(_hook(layer, note)) for layer in sorted(layers)]
     try:
@@ -30,7 +30,7 @@ def _hook(layer: str, note: Callable[[str, Tensor, Tensor], None]) -> Callable[[
 
 
 @contextmanager
-def with_state(net: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def use_state_dict(net: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """The net in evaluation mode with these weights, and with its own again afterwards."""
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     unknown = net.load_state_dict(state, strict=False).unexpected_keys

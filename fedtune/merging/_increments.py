@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._factors import Factors
-from fedtune.merging._small_svd import core_of
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._factors import LowRankFactors
+from fedtune.merging._small_svd import compute_core
 
 __all__ = [
     "Increment",
@@ -42,12 +42,12 @@ Increments = Mapping[str, Increment]
 """What one round adds to the base weights, by the weight's name."""
 
 
-def make_increment(factors: Factors) -> Increment:
+def make_increment(factors: LowRankFactors) -> Increment:
     """The product in fp32 factors, which share its singular values evenly; values that are rounding only are left out.
 
     The factors' rounding is about 1e-7 of the product, whose own sum with the weight is rounded to fp32 anyway.
     """
-    q1, core, q2 = core_of(factors)
+    q1, core, q2 = compute_core(factors)
     u, s, vh = torch.linalg.svd(core)
     least = s[:1] * max(len(q1), q2.shape[1]) * torch.finfo(s.dtype).eps
     root = s[s > least].sqrt()
@@ -63,7 +63,7 @@ def add_increment(weight: Tensor, increment: Increment, transposed: bool = False
     after = weight.clone(memory_format=torch.contiguous_format)
     view = after.flatten(1).T if transposed else after.flatten(1)
     left, right = increment.left.T.double().contiguous(), increment.right.double()
-    for start, stop in pieces(tuple(view.shape), together=_SMALLER):
+    for start, stop in iter_row_chunks(tuple(view.shape), together=_SMALLER):
         total = torch.zeros(view[start:stop].shape, dtype=torch.float64)
         for column, row in zip(left[:, start:stop], right, strict=True):
             total.addr_(column, row)  # exact products: with or without a fused multiply-add the same bits

@@ -5,72 +5,86 @@ from typing import Any
 
 from torch import nn
 
-from fedtune.merging._wires import Reading, Wire, misfit
-from fedtune.models.layers import GlobalMean
+from fedtune.merging._wires import PermutationSpecBuilder, TracedChannels, make_unsupported_error
+from fedtune.models.layers import GlobalAveragePool
 
-__all__ = ["passed"]
+__all__ = ["apply_layer_rule"]
 
 
-def passed(reading: Reading, where: str, layer: nn.Module, wire: Wire) -> Wire:
+def apply_layer_rule(
+    reading: PermutationSpecBuilder, where: str, layer: nn.Module, wire: TracedChannels
+) -> TracedChannels:
     """The wire after a layer, whose tensors are given their axes; ModelError when its kind is not known."""
     for kinds, rule in _RULES:
         if isinstance(layer, kinds):
             return rule(reading, where, layer, wire)
     if layer.state_dict() or not (isinstance(layer, _PER_CHANNEL) or reading.is_fixed(wire)):
-        raise misfit(where, f"is a {type(layer).__name__}, which rebasin does not know")
-    return wire._replace(spatial=wire.spatial and not isinstance(layer, (nn.Flatten, GlobalMean)))
+        raise make_unsupported_error(where, f"is a {type(layer).__name__}, which rebasin does not know")
+    return wire._replace(spatial=wire.spatial and not isinstance(layer, (nn.Flatten, GlobalAveragePool)))
 
 
-def _linear(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _linear(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if wire.spatial:
-        raise misfit(where, "is a linear layer on the columns of maps")
+        raise make_unsupported_error(where, "is a linear layer on the columns of maps")
     return _made(reading, where, layer, (layer.out_features, layer.in_features), wire, spatial=False)
 
 
-def _convolution(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _convolution(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if layer.groups > 1:
         return _depthwise(reading, where, layer, wire)
     if layer.transposed or wire.channels not in (0, layer.in_channels):
-        raise misfit(where, f"is a convolution that rebasin does not know where {wire.channels} channels arrive")
+        raise make_unsupported_error(
+            where, f"is a convolution that rebasin does not know where {wire.channels} channels arrive"
+        )
     return _made(reading, where, layer, (layer.out_channels, layer.in_channels), wire, spatial=True)
 
 
-def _depthwise(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _depthwise(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if not layer.groups == layer.in_channels == layer.out_channels:
-        raise misfit(where, "is a grouped convolution that is not depthwise")
+        raise make_unsupported_error(where, "is a grouped convolution that is not depthwise")
     return _kept(reading, where, layer, layer.in_channels, wire)
 
 
-def _made(reading: Reading, where: str, layer: nn.Module, size: tuple[int, int], wire: Wire, *, spatial: bool) -> Wire:
+def _made(
+    reading: PermutationSpecBuilder,
+    where: str,
+    layer: nn.Module,
+    size: tuple[int, int],
+    wire: TracedChannels,
+    *,
+    spatial: bool,
+) -> TracedChannels:
     """A layer with channels of its own; ``size`` counts outputs and inputs."""
     out = reading.found(where, size[0], spatial=spatial)
     reading.put(where, layer, reading.axis(out, size[0], where), reading.axis(wire, size[1], where))
     return out
 
 
-def _kept(reading: Reading, where: str, layer: nn.Module, size: int, wire: Wire) -> Wire:
+def _kept(
+    reading: PermutationSpecBuilder, where: str, layer: nn.Module, size: int, wire: TracedChannels
+) -> TracedChannels:
     """A layer that treats each channel alone."""
     reading.put(where, layer, reading.axis(wire, size, where))
     return wire
 
 
-def _batch_norm(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _batch_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     return _kept(reading, where, layer, layer.num_features, wire)
 
 
-def _group_norm(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _group_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if layer.num_groups not in (1, layer.num_channels):
         reading.group(wire, layer.num_groups, where)
     return _kept(reading, where, layer, layer.num_channels, wire)
 
 
-def _layer_norm(reading: Reading, where: str, layer: Any, wire: Wire) -> Wire:
+def _layer_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if wire.spatial and len(layer.normalized_shape) == 1:
-        raise misfit(where, "is a layer norm over the columns of maps")
+        raise make_unsupported_error(where, "is a layer norm over the columns of maps")
     return _kept(reading, where, layer, layer.normalized_shape[0], wire)
 
 
-_RULES: list[tuple[Any, Callable[[Reading, str, Any, Wire], Wire]]] = [
+_RULES: list[tuple[Any, Callable[[PermutationSpecBuilder, str, Any, TracedChannels], TracedChannels]]] = [
     (nn.Linear, _linear),
     (nn.modules.conv._ConvNd, _convolution),
     ((nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm), _batch_norm),
@@ -81,5 +95,5 @@ _PER_CHANNEL = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Identity, nn.modules.dropout._DropoutNd),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Flatten, GlobalMean),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Flatten, GlobalAveragePool),
 )

@@ -5,26 +5,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.merging._matching import Model
-from fedtune.merging._symmetry import Orders, Symmetry
-from fedtune.seeds import derive
+from fedtune.merging._matching import TensorReader
+from fedtune.merging._symmetry import Permutations, PermutationSpec
+from fedtune.seeds import derive_seed
 
-__all__ = ["Match", "cycle", "to_first"]
+__all__ = ["MatchFunction", "cycle", "match_to_first"]
 
-Match = Callable[[Model, Model, Orders], Orders]
+MatchFunction = Callable[[TensorReader, TensorReader, Permutations], Permutations]
 """From a reference, a model and its orders so far: its orders, the same ones unless others are better."""
 
 
-def to_first(match: Match, symmetry: Symmetry, models: Sequence[Model]) -> list[Orders]:
+def match_to_first(
+    match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader]
+) -> list[Permutations]:
     """The orders of each model; the first stays."""
     still = symmetry.identity()
     return [still, *(match(models[0], model, still) for model in models[1:])]
 
 
-def cycle(match: Match, symmetry: Symmetry, models: Sequence[Model], rounds: int) -> list[Orders]:
+def cycle(
+    match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader], rounds: int
+) -> list[Permutations]:
     """MergeMany, Ainsworth et al., algorithm 3: until a round over all models, in random order, moves none."""
     orders = [symmetry.identity() for _ in models]
-    random = torch.Generator().manual_seed(derive(0, "rebasin", "cycle"))
+    random = torch.Generator().manual_seed(derive_seed(0, "rebasin", "cycle"))
     for _ in range(rounds):
         before = list(orders)
         for at in torch.randperm(len(models), generator=random).tolist():
@@ -34,7 +38,9 @@ def cycle(match: Match, symmetry: Symmetry, models: Sequence[Model], rounds: int
     return orders
 
 
-def _mean_of_others(symmetry: Symmetry, models: Sequence[Model], orders: Sequence[Orders], but: int) -> Model:
+def _mean_of_others(
+    symmetry: PermutationSpec, models: Sequence[TensorReader], orders: Sequence[Permutations], but: int
+) -> TensorReader:
     others = [(model, order) for at, (model, order) in enumerate(zip(models, orders, strict=True)) if at != but]
 
     def mean(name: str) -> Tensor:

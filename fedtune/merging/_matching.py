@@ -10,37 +10,48 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fedtune.merging._assignment import Gains, assign, worth
-from fedtune.merging._symmetry import Order, Orders, Symmetry
-from fedtune.seeds import derive
+from fedtune.merging._assignment import GainMatrices, compute_total_gain, solve_assignment
+from fedtune.merging._symmetry import Permutation, Permutations, PermutationSpec
+from fedtune.seeds import derive_seed
 
-__all__ = ["Model", "agreement", "climb", "gains", "match_weights"]
+__all__ = ["TensorReader", "compute_agreement", "compute_gain_matrices", "match_weights", "run_coordinate_ascent"]
 
-Model = Callable[[str], Tensor]
+TensorReader = Callable[[str], Tensor]
 """Reads a whole tensor by name."""
 _STATISTICS = (".running_mean", ".running_var")
 _TOLERANCE = 1e-12
 
 
 def match_weights(
-    symmetry: Symmetry, reference: Model, model: Model, start: Orders, *, visits: int, sweeps: int
-) -> tuple[Orders, float, float]:
+    symmetry: PermutationSpec,
+    reference: TensorReader,
+    model: TensorReader,
+    start: Permutations,
+    *,
+    visits: int,
+    sweeps: int,
+) -> tuple[Permutations, float, float]:
     """The best orders of ``visits`` climbs that visit permutations in other orders, and the agreement at both ends."""
-    before = agreement(symmetry, reference, model, start)
+    before = compute_agreement(symmetry, reference, model, start)
     best, most = start, before
     for visit in range(visits):
-        random = torch.Generator().manual_seed(derive(visit, "rebasin", "visits"))
-        last = deque(climb(symmetry, reference, model, start, random, sweeps), maxlen=1)
+        random = torch.Generator().manual_seed(derive_seed(visit, "rebasin", "visits"))
+        last = deque(run_coordinate_ascent(symmetry, reference, model, start, random, sweeps), maxlen=1)
         orders = last[0] if last else start
-        found = agreement(symmetry, reference, model, orders)
+        found = compute_agreement(symmetry, reference, model, orders)
         if found > most:
             best, most = orders, found
     return best, before, most
 
 
-def climb(
-    symmetry: Symmetry, reference: Model, model: Model, start: Orders, random: torch.Generator, sweeps: int
-) -> Iterator[Orders]:
+def run_coordinate_ascent(
+    symmetry: PermutationSpec,
+    reference: TensorReader,
+    model: TensorReader,
+    start: Permutations,
+    random: torch.Generator,
+    sweeps: int,
+) -> Iterator[Permutations]:
     """The orders after each update that gained, until a whole sweep gains nothing."""
     orders, names = dict(start), list(symmetry.kinds)
     for _ in range(sweeps):
@@ -55,15 +66,19 @@ def climb(
             return
 
 
-def _improved(symmetry: Symmetry, permutation: str, reference: Model, model: Model, orders: Orders) -> Order | None:
+def _improved(
+    symmetry: PermutationSpec, permutation: str, reference: TensorReader, model: TensorReader, orders: Permutations
+) -> Permutation | None:
     """A permutation's best order with all others held, unless rounding alone makes it better."""
-    gain = gains(symmetry, permutation, reference, model, orders)
-    found, held = assign(symmetry.kinds[permutation], gain), orders[permutation]
-    noise = _TOLERANCE * worth(found, {part: c.abs() for part, c in gain.items()})
-    return found if worth(found, gain) - worth(held, gain) > noise else None
+    gain = compute_gain_matrices(symmetry, permutation, reference, model, orders)
+    found, held = solve_assignment(symmetry.kinds[permutation], gain), orders[permutation]
+    noise = _TOLERANCE * compute_total_gain(found, {part: c.abs() for part, c in gain.items()})
+    return found if compute_total_gain(found, gain) - compute_total_gain(held, gain) > noise else None
 
 
-def gains(symmetry: Symmetry, permutation: str, reference: Model, model: Model, orders: Orders) -> Gains:
+def compute_gain_matrices(
+    symmetry: PermutationSpec, permutation: str, reference: TensorReader, model: TensorReader, orders: Permutations
+) -> GainMatrices:
     """C[i, j] = <row i of A, row j of B> over all places of a permutation, the other axes of B already in order."""
     kind = symmetry.kinds[permutation]
     found = {part: torch.zeros(size, size, dtype=torch.float64) for part, size in kind.parts.items()}
@@ -76,7 +91,9 @@ def gains(symmetry: Symmetry, permutation: str, reference: Model, model: Model, 
     return found
 
 
-def agreement(symmetry: Symmetry, reference: Model, model: Model, orders: Orders) -> float:
+def compute_agreement(
+    symmetry: PermutationSpec, reference: TensorReader, model: TensorReader, orders: Permutations
+) -> float:
     """sum <A, pi(B)> over all tensors that are permuted, running statistics apart."""
     total = 0.0
     for name in symmetry.moved():

@@ -7,9 +7,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, SourceError
-from fedtune.merging._step import Operand, Statistics
+from fedtune.merging._step import MergeInput, StatisticsReader
 
-__all__ = ["StatisticsFile", "check_statistics", "statistics_of"]
+__all__ = ["StatisticsFile", "check_statistics", "require_statistics"]
 
 
 class StatisticsFile:
@@ -36,13 +36,13 @@ class StatisticsFile:
         return rows.float()
 
 
-def statistics_of(operand: Operand) -> Statistics:
+def require_statistics(operand: MergeInput) -> StatisticsReader:
     """A model's statistics, where the merge was settled with them."""
     assert operand.statistics is not None
     return operand.statistics
 
 
-def check_statistics(step: str, names: Iterable[str], operands: Sequence[Operand]) -> None:
+def check_statistics(step: str, names: Iterable[str], operands: Sequence[MergeInput]) -> None:
     """RecipeError when a model has no statistics; ModelError when they are of no tensor, or not of the same ones."""
     wanted = list(names)
     for number, operand in enumerate(operands):
@@ -52,11 +52,11 @@ def check_statistics(step: str, names: Iterable[str], operands: Sequence[Operand
                 "for each, or choose a step that needs none, e.g. mean"
             )
     for name in wanted:
-        having = [name in statistics_of(operand) for operand in operands]
+        having = [name in require_statistics(operand) for operand in operands]
         if any(having) and not all(having):
             raise ModelError(
                 f"merge: the statistics of model {having.index(False) + 1} lack {name}, which others have; "
                 "measure all models alike"
             )
-    if not any(name in statistics_of(operands[0]) for name in wanted):
+    if not any(name in require_statistics(operands[0]) for name in wanted):
         raise ModelError("merge: the statistics name no tensor of the models; measure these models")

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtune.merging._hooks import hooked
+from fedtune.merging._hooks import hook_layers
 
-__all__ = ["Batches", "Moments", "measured"]
+__all__ = ["Batches", "ChannelMoments", "measure_channel_moments"]
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
-class Moments(NamedTuple):
+class ChannelMoments(NamedTuple):
     """Of every channel of a layer's output, in double precision; the deviation is that of a population."""
 
     mean: Tensor
@@ -34,15 +34,15 @@ class _Pool:
         self._mean = self._mean + shift * len(rows) / total
         self._count = total
 
-    def moments(self) -> Moments:
-        return Moments(self._mean, (self._squares / self._count).sqrt())
+    def moments(self) -> ChannelMoments:
+        return ChannelMoments(self._mean, (self._squares / self._count).sqrt())
 
 
-class _EnoughError(Exception):
+class _StopForwardError(Exception):
     """Everything asked for has been seen; the rest of the forward pass may be spared."""
 
 
-def measured(net: nn.Module, batches: Batches, layers: Set[str]) -> dict[str, Moments]:
+def measure_channel_moments(net: nn.Module, batches: Batches, layers: Set[str]) -> dict[str, ChannelMoments]:
     """Moments of each layer's output over all batches; a pass ends with the last layer that is asked for."""
     pools = {layer: _Pool() for layer in layers}
     for batch in batches:
@@ -52,12 +52,12 @@ def measured(net: nn.Module, batches: Batches, layers: Set[str]) -> dict[str, Mo
             pools[layer].add(_rows(output, net.get_submodule(layer)))
             unseen.discard(layer)
             if not unseen:
-                raise _EnoughError
+                raise _StopForwardError
 
-        with hooked(net, layers, note), torch.no_grad():
+        with hook_layers(net, layers, note), torch.no_grad():
             try:
                 net(**batch)
-            except _EnoughError:
+            except _StopForwardError:
                 continue
     return {layer: pool.moments() for layer, pool in pools.items()}
 

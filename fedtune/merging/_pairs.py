@@ -7,14 +7,21 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fedtune.contribution import Pair, Sent
+from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.errors import RecipeError
-from fedtune.merging._factors import Factors, norm, padded, relative, remainder, stacked
+from fedtune.merging._factors import (
+    LowRankFactors,
+    compute_averaging_residual,
+    compute_product_norm,
+    pad_factors,
+    relative,
+    stack_factors,
+)
 from fedtune.merging._increments import Increment, add_increment, make_increment
-from fedtune.merging._step import Combine, Evidence, Operand, Shape
+from fedtune.merging._step import CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging.mean import Mean
 
-__all__ = ["CombinePairs", "MergedPairs", "merged_pairs", "pair_errors", "written"]
+__all__ = ["LowRankPairCombineStep", "MergedPairs", "measure_pair_errors", "merge_low_rank_pairs", "write_factors"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -26,39 +33,44 @@ class MergedPairs(NamedTuple):
     increments: dict[str, Increment]
 
 
-class CombinePairs(Combine, ABC):
+class LowRankPairCombineStep(CombineStep, ABC):
     """Makes one pair of factors out of those of several models, all of them whole: they are small."""
 
-    takes: ClassVar[Sent] = "pairs"
+    takes: ClassVar[UpdateKind] = "pairs"
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted mean: heads, biases and magnitudes belong to no product."""
         return Mean().combine(name, shape, operands)
 
     @abstractmethod
     def pair(
-        self, pair: Pair, state: Tensors, factors: Sequence[Factors], weights: Sequence[float], evidence: Evidence
+        self,
+        pair: LowRankPair,
+        state: Tensors,
+        factors: Sequence[LowRankFactors],
+        weights: Sequence[float],
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """The next factors of the pair, by name; ``weights`` sum to one."""
 
-    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors | None:
+    def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors | None:
         """The product that is added to the weight beside the pair; None for merges that leave it alone."""
         return None
 
-    def missed(self, factors: Sequence[Factors], weights: Sequence[float]) -> dict[str, float]:
+    def missed(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
         """Frobenius norms of errors by name: what a mean of the factors misses of the mean of the products."""
-        return {"factor_error": norm(remainder(factors, weights))}
+        return {"factor_error": compute_product_norm(compute_averaging_residual(factors, weights))}
 
 
-def merged_pairs(
-    combine: Combine, state: Tensors, names: Sequence[str], operands: Sequence[Operand], evidence: Evidence
+def merge_low_rank_pairs(
+    combine: CombineStep, state: Tensors, names: Sequence[str], operands: Sequence[MergeInput], evidence: MergeContext
 ) -> MergedPairs:
     """What a merge of pairs makes of those among the names; nothing for any other merge."""
     merged = MergedPairs({}, {})
-    if not isinstance(combine, CombinePairs):
+    if not isinstance(combine, LowRankPairCombineStep):
         return merged
     weights = [operand.weight for operand in operands]
-    for pair in _among(evidence.pairs, names):
+    for pair in _select_pairs(evidence.pairs, names):
         factors = _factors(pair, state, operands)
         merged.tensors.update(combine.pair(pair, state, factors, weights, evidence))
         if (product := combine.into_base(factors, weights)) is not None:
@@ -68,49 +80,49 @@ def merged_pairs(
     return merged
 
 
-def pair_errors(
-    combine: Combine, state: Tensors, names: Sequence[str], operands: Sequence[Operand], evidence: Evidence
+def measure_pair_errors(
+    combine: CombineStep, state: Tensors, names: Sequence[str], operands: Sequence[MergeInput], evidence: MergeContext
 ) -> dict[str, float]:
     """Relative errors over all pairs: sqrt(sum ||missed||^2 / sum ||mean of the products||^2); see ``relative``."""
-    if not isinstance(combine, CombinePairs):
+    if not isinstance(combine, LowRankPairCombineStep):
         return {}
     weights, missed, whole = [operand.weight for operand in operands], dict[str, float](), 0.0
-    for pair in _among(evidence.pairs, names):
+    for pair in _select_pairs(evidence.pairs, names):
         factors = _factors(pair, state, operands)
-        whole += norm(stacked(factors, weights)) ** 2
+        whole += compute_product_norm(stack_factors(factors, weights)) ** 2
         for name, value in combine.missed(factors, weights).items():
             missed[name] = missed.get(name, 0.0) + value**2
     return {name: relative(math.sqrt(square), math.sqrt(whole)) for name, square in missed.items()}
 
 
-def written(pair: Pair, factors: Factors, state: Tensors) -> dict[str, Tensor]:
+def write_factors(pair: LowRankPair, factors: LowRankFactors, state: Tensors) -> dict[str, Tensor]:
     """Factors at the pair's own scale in the shapes the state has, fp32."""
     rank = state[pair.right].shape[0]
-    fitted = padded(factors, rank)
+    fitted = pad_factors(factors, rank)
     return {
         pair.left: fitted.b.reshape(state[pair.left].shape).float(),
         pair.right: fitted.a.reshape(state[pair.right].shape).float(),
     }
 
 
-def _shared_base(pair: Pair) -> str:
+def _shared_base(pair: LowRankPair) -> str:
     if pair.base is None:
         raise RecipeError(f"merge: the weight beside {pair.left} is not shared; set lora: {{exact: remainder}}")
     return pair.base
 
 
-def _among(pairs: Sequence[Pair], names: Sequence[str]) -> list[Pair]:
+def _select_pairs(pairs: Sequence[LowRankPair], names: Sequence[str]) -> list[LowRankPair]:
     known = set(names)
     return [pair for pair in pairs if {pair.left, pair.right} <= known]
 
 
-def _factors(pair: Pair, state: Tensors, operands: Sequence[Operand]) -> list[Factors]:
+def _factors(pair: LowRankPair, state: Tensors, operands: Sequence[MergeInput]) -> list[LowRankFactors]:
     """Each model's own factors [d, r] and [r, k]; a convolution's further dimensions count as columns."""
     return [
-        Factors(_whole(pair.left, state, operand), _whole(pair.right, state, operand), pair.scale)
+        LowRankFactors(_read_factor(pair.left, state, operand), _read_factor(pair.right, state, operand), pair.scale)
         for operand in operands
     ]
 
 
-def _whole(name: str, state: Tensors, operand: Operand) -> Tensor:
+def _read_factor(name: str, state: Tensors, operand: MergeInput) -> Tensor:
     return (state[name] + operand.rows(name, 0, len(state[name]))).flatten(1)

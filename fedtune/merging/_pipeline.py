@@ -7,30 +7,49 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedtune.contribution import Contribution, pieces
+from fedtune.contribution import ClientUpdate, iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging._increments import Increment
-from fedtune.merging._pairs import CombinePairs, merged_pairs, pair_errors
-from fedtune.merging._statistics import spread
-from fedtune.merging._step import Align, Combine, Evidence, Operand, Relax, Renormalise, Settled, Shape
+from fedtune.merging._pairs import LowRankPairCombineStep, measure_pair_errors, merge_low_rank_pairs
+from fedtune.merging._statistics import compute_variance_of_means
+from fedtune.merging._step import (
+    AlignStep,
+    BoundCombine,
+    CombineStep,
+    MergeContext,
+    MergeInput,
+    RelaxStep,
+    RenormaliseStep,
+    Shape,
+)
 from fedtune.merging.linear import Linear
 from fedtune.recipe import Unit
-from fedtune.registry import build
+from fedtune.registry import build_unit
 
-__all__ = ["Merged", "Pipeline", "choose", "errors", "merge", "merge_round", "merged_pieces", "operands_of", "settle"]
+__all__ = [
+    "MergePipeline",
+    "Merged",
+    "bind_combine",
+    "build_client_inputs",
+    "build_pipeline",
+    "measure_averaging_errors",
+    "merge_client_updates",
+    "merge_round",
+    "merge_row_chunks",
+]
 
 _MEAN, _VARIANCE = ".running_mean", ".running_var"
-Step = Align | Combine | Relax | Renormalise
-_ORDER = (Align, Combine, Relax, Renormalise)
+Step = AlignStep | CombineStep | RelaxStep | RenormaliseStep
+_ORDER = (AlignStep, CombineStep, RelaxStep, RenormaliseStep)
 
 
-class Pipeline(NamedTuple):
+class MergePipeline(NamedTuple):
     """The steps of a merge, each kind in the order given; exactly one combines."""
 
-    align: tuple[Align, ...]
-    combine: Combine
-    relax: tuple[Relax, ...]
-    renormalise: tuple[Renormalise, ...]
+    align: tuple[AlignStep, ...]
+    combine: CombineStep
+    relax: tuple[RelaxStep, ...]
+    renormalise: tuple[RenormaliseStep, ...]
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -43,34 +62,36 @@ class Pipeline(NamedTuple):
         return frozenset[str]().union(*(step.needs for step in self.steps))
 
 
-def choose(units: Sequence[Unit]) -> Pipeline:
+def build_pipeline(units: Sequence[Unit]) -> MergePipeline:
     """The merge a recipe names; RecipeError unless the kinds come in order and exactly one step combines."""
-    steps = [build("fedtune.merging", unit, "merge") for unit in units]
+    steps = [build_unit("fedtune.merging", unit, "merge") for unit in units]
     kinds = [next(place for place, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in steps]
-    combining = [step for step in steps if isinstance(step, Combine)]
+    combining = [step for step in steps if isinstance(step, CombineStep)]
     if len(combining) != 1:
         raise RecipeError(f"merge: {len(combining)} steps combine, but exactly one must; keep or add one, e.g. mean")
     if kinds != sorted(kinds):
         raise RecipeError("merge: steps must come in the order align, combine, relax, renormalise; move them")
-    if isinstance(combining[0], CombinePairs) and any(isinstance(step, Relax) for step in steps):
+    if isinstance(combining[0], LowRankPairCombineStep) and any(isinstance(step, RelaxStep) for step in steps):
         raise RecipeError(f"merge: {combining[0].name} makes new factors, which no relax step can scale; drop one")
-    align = tuple(step for step in steps if isinstance(step, Align))
-    relax = tuple(step for step in steps if isinstance(step, Relax))
-    renormalise = tuple(step for step in steps if isinstance(step, Renormalise))
-    return Pipeline(align, combining[0], relax, renormalise)
+    align = tuple(step for step in steps if isinstance(step, AlignStep))
+    relax = tuple(step for step in steps if isinstance(step, RelaxStep))
+    renormalise = tuple(step for step in steps if isinstance(step, RenormaliseStep))
+    return MergePipeline(align, combining[0], relax, renormalise)
 
 
-def settle(combine: Combine, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+def bind_combine(
+    combine: CombineStep, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+) -> BoundCombine:
     """The step and operands for work tensor by tensor; RecipeError unless their number and knobs suit the step."""
     _check_count(combine, len(operands))
     for operand in operands:
         if operand.knobs:
             own = {**combine.model_dump(), **operand.knobs}
-            build("fedtune.merging", Unit(name=combine.name, settings=own), "merge")
+            build_unit("fedtune.merging", Unit(name=combine.name, settings=own), "merge")
     return combine.settle(shapes, operands, evidence)
 
 
-def _check_count(combine: Combine, count: int) -> None:
+def _check_count(combine: CombineStep, count: int) -> None:
     if count < combine.fewest:
         raise RecipeError(
             f"merge: {combine.name} needs at least {combine.fewest} models, but {count} came; add some or choose mean"
@@ -81,23 +102,23 @@ def _check_count(combine: Combine, count: int) -> None:
         )
 
 
-def merged_pieces(
-    pipeline: Pipeline, name: str, shape: Shape, operands: Sequence[Operand], evidence: Evidence
+def merge_row_chunks(
+    pipeline: MergePipeline, name: str, shape: Shape, operands: Sequence[MergeInput], evidence: MergeContext
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First row, last row (exclusive) and the merged, relaxed delta of each piece of one tensor."""
     thinned = pipeline.combine.thinning and name.endswith((_MEAN, _VARIANCE))
     combine = Linear() if thinned else pipeline.combine
-    for (start, stop), delta in zip(pieces(shape), combine.combine(name, shape, operands), strict=True):
+    for (start, stop), delta in zip(iter_row_chunks(shape), combine.combine(name, shape, operands), strict=True):
         for step in pipeline.relax:
             delta = step.relax(name, start, delta, evidence)
         yield start, stop, delta
 
 
-def operands_of(combine: Combine, contributions: Sequence[Contribution]) -> list[Operand]:
+def build_client_inputs(combine: CombineStep, contributions: Sequence[ClientUpdate]) -> list[MergeInput]:
     """Contributions of a round in client order, so that bits do not depend on who answered first."""
     ordered = sorted(contributions, key=lambda contribution: contribution.client)
     weights = combine.weights([contribution.examples for contribution in ordered])
-    return [Operand(one.rows, weight) for one, weight in zip(ordered, weights, strict=True)]
+    return [MergeInput(one.rows, weight) for one, weight in zip(ordered, weights, strict=True)]
 
 
 class Merged(NamedTuple):
@@ -107,12 +128,12 @@ class Merged(NamedTuple):
     increments: dict[str, Increment]
 
 
-def merge(
-    pipeline: Pipeline,
+def merge_client_updates(
+    pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[Contribution],
-    evidence: Evidence = Evidence(),  # noqa: B008 - an immutable value
+    contributions: Sequence[ClientUpdate],
+    evidence: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
 ) -> dict[str, Tensor]:
     """The next shared state: ``state`` with the merged delta added to the named tensors, then renormalised.
 
@@ -123,23 +144,23 @@ def merge(
 
 
 def merge_round(
-    pipeline: Pipeline,
+    pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[Contribution],
-    evidence: Evidence,
+    contributions: Sequence[ClientUpdate],
+    evidence: MergeContext,
 ) -> Merged:
-    """``merge``, and the increments by which base weights were made; none where these are renormalised afterwards."""
+    """``merge_client_updates``, and the increments of base weights; none where these are renormalised afterwards."""
     merged = Merged(dict(state), {})
-    for named, senders in _by_senders(names, contributions):
+    for named, senders in _group_by_senders(names, contributions):
         after = _merge_over(pipeline, merged.state, named, senders, evidence)
         merged = Merged(after.state, merged.increments | after.increments)
     return merged
 
 
-def _by_senders(
-    names: Iterable[str], contributions: Sequence[Contribution]
-) -> Iterator[tuple[list[str], list[Contribution]]]:
+def _group_by_senders(
+    names: Iterable[str], contributions: Sequence[ClientUpdate]
+) -> Iterator[tuple[list[str], list[ClientUpdate]]]:
     """Names in order, together where the same contributions hold them."""
     held = [one.names() for one in contributions]
     groups: dict[tuple[bool, ...], list[str]] = {}
@@ -151,66 +172,68 @@ def _by_senders(
 
 
 def _merge_over(
-    pipeline: Pipeline,
+    pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     named: Sequence[str],
-    contributions: Sequence[Contribution],
-    evidence: Evidence,
+    contributions: Sequence[ClientUpdate],
+    evidence: MergeContext,
 ) -> Merged:
-    operands: Sequence[Operand] = operands_of(pipeline.combine, contributions)
+    operands: Sequence[MergeInput] = build_client_inputs(pipeline.combine, contributions)
     for step in pipeline.align:
         operands = step.align(state, operands, evidence)
     shapes = {name: tuple(state[name].shape) for name in named}
     chosen = pipeline.combine  # what is settled may be another step, e.g. a sum with the coefficients that were found
-    combine, operands = settle(chosen, shapes, operands, evidence)
+    combine, operands = bind_combine(chosen, shapes, operands, evidence)
     pipeline = pipeline._replace(combine=combine)
-    paired, increments = merged_pairs(pipeline.combine, state, named, operands, evidence)
+    paired, increments = merge_low_rank_pairs(pipeline.combine, state, named, operands, evidence)
     merged = {**state, **paired}
     for name in (name for name in named if name not in paired):
         merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
         if name.endswith(_VARIANCE) and chosen.pooled:
             merged[name] += _spread(name, state[name], operands)
     for mend in pipeline.renormalise:
-        ends = [(operand.weight, _end(state, named, operand)) for operand in operands]
+        ends = [(operand.weight, _build_endpoint(state, named, operand)) for operand in operands]
         merged |= mend.renormalise(merged, ends, evidence)
     return Merged(merged, {} if pipeline.renormalise else increments)
 
 
-def errors(
-    pipeline: Pipeline,
+def measure_averaging_errors(
+    pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    contributions: Sequence[Contribution],
-    evidence: Evidence,
+    contributions: Sequence[ClientUpdate],
+    evidence: MergeContext,
 ) -> dict[str, float]:
     """Figures of a round before it is merged: relative errors of averaging low-rank pairs, by name.
 
     One that is not finite is left out: beside a mean of zero no error has a size.
     """
     figures: dict[str, float] = {}
-    for named, senders in _by_senders(names, contributions):
-        figures |= pair_errors(pipeline.combine, state, named, operands_of(pipeline.combine, senders), evidence)
+    for named, senders in _group_by_senders(names, contributions):
+        figures |= measure_pair_errors(
+            pipeline.combine, state, named, build_client_inputs(pipeline.combine, senders), evidence
+        )
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _merge_one(
-    pipeline: Pipeline, before: Tensor, name: str, operands: Sequence[Operand], evidence: Evidence
+    pipeline: MergePipeline, before: Tensor, name: str, operands: Sequence[MergeInput], evidence: MergeContext
 ) -> Tensor:
     after = before.clone()
     rows = after if after.dim() else after.unsqueeze(0)
-    for start, stop, delta in merged_pieces(pipeline, name, tuple(before.shape), operands, evidence):
+    for start, stop, delta in merge_row_chunks(pipeline, name, tuple(before.shape), operands, evidence):
         rows[start:stop] += delta.reshape(rows[start:stop].shape)
     return after
 
 
-def _spread(variance: str, before: Tensor, operands: Sequence[Operand]) -> Tensor:
+def _spread(variance: str, before: Tensor, operands: Sequence[MergeInput]) -> Tensor:
     """What the clients' different means add to a batch norm's variance."""
     mean = variance.removesuffix(_VARIANCE) + _MEAN
     means = [operand.rows(mean, 0, len(before)) for operand in operands]
-    return spread([operand.weight for operand in operands], means)
+    return compute_variance_of_means([operand.weight for operand in operands], means)
 
 
-def _end(state: Mapping[str, Tensor], names: Sequence[str], operand: Operand) -> dict[str, Tensor]:
+def _build_endpoint(state: Mapping[str, Tensor], names: Sequence[str], operand: MergeInput) -> dict[str, Tensor]:
     """The whole state of one model: the base and its delta."""
     end = dict(state)
     for name in names:

@@ -11,27 +11,31 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Pair
+from fedtune.contribution import LowRankPair
 
-__all__ = ["narrowed", "widened"]
+__all__ = ["pad_to_rank", "truncate_to_rank"]
 
 Tensors = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def narrowed(state: Tensors, shapes: Shapes, pairs: Sequence[Pair], own: Sequence[Pair]) -> dict[str, Tensor]:
+def truncate_to_rank(
+    state: Tensors, shapes: Shapes, pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]
+) -> dict[str, Tensor]:
     """The tensors a client has, in its ``shapes``; ``own`` are its pairs, ``pairs`` those of the state."""
     factors = _left_factors(pairs, own)
     return {name: _cut(state[name], shape) * factors.get(name, 1) for name, shape in shapes.items()}
 
 
-def widened(deltas: Tensors, shapes: Shapes, pairs: Sequence[Pair], own: Sequence[Pair]) -> dict[str, Tensor]:
+def pad_to_rank(
+    deltas: Tensors, shapes: Shapes, pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]
+) -> dict[str, Tensor]:
     """A client's deltas in the ``shapes`` of the shared state; what belongs to no pair as it is."""
     factors = _left_factors(pairs, own)
     return {name: _filled(delta / factors.get(name, 1), shapes[name]) for name, delta in deltas.items()}
 
 
-def _left_factors(pairs: Sequence[Pair], own: Sequence[Pair]) -> dict[str, float]:
+def _left_factors(pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]) -> dict[str, float]:
     """What B is multiplied by on its way to the client, by name."""
     scales = {pair.left: pair.scale for pair in pairs}
     return {pair.left: scales[pair.left] / pair.scale for pair in own}

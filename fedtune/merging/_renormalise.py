@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._hooks import with_state
-from fedtune.merging._moments import Batches, Moments, measured
-from fedtune.merging._sites import Fold, fold, sites
-from fedtune.merging._step import Evidence, Renormalise
+from fedtune.merging._hooks import use_state_dict
+from fedtune.merging._moments import Batches, ChannelMoments, measure_channel_moments
+from fedtune.merging._sites import ChannelAffine, merge_affine_into_layer, sites
+from fedtune.merging._step import MergeContext, RenormaliseStep
 
-__all__ = ["Mended", "evaluated"]
+__all__ = ["MomentRenormaliseStep", "require_model_and_batches"]
 
-_DEAD = 1e-8
+_MIN_STD = 1e-8
 Tensors = Mapping[str, Tensor]
 
 
-class Mended(Renormalise, ABC):
+class MomentRenormaliseStep(RenormaliseStep, ABC):
     """Layer by layer; a subclass says what is mended."""
 
     scales: ClassVar[bool]
@@ -38,44 +38,46 @@ class Mended(Renormalise, ABC):
     """Whether means do."""
 
     def renormalise(
-        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: Evidence
+        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: MergeContext
     ) -> dict[str, Tensor]:
         """The weights and biases of all layers but that of the logits."""
-        net, batches = evaluated(self.name, evidence)
-        with with_state(net, merged):
+        net, batches = require_model_and_batches(self.name, evidence)
+        with use_state_dict(net, merged):
             layers = sites(net, batches[0], shifts=self.shifts)
-        goals = _goals(net, batches, layers, ends)
+        goals = _compute_target_moments(net, batches, layers, ends)
         changed: dict[str, Tensor] = {}
-        with with_state(net, merged):
+        with use_state_dict(net, merged):
             for layer in layers:
-                now = measured(net, batches, {layer})[layer]
-                changed |= fold(layer, net.get_submodule(layer), self._change(now, goals[layer]))
+                now = measure_channel_moments(net, batches, {layer})[layer]
+                changed |= merge_affine_into_layer(layer, net.get_submodule(layer), self._change(now, goals[layer]))
         return changed
 
-    def _change(self, now: Moments, goal: Moments) -> Fold:
+    def _change(self, now: ChannelMoments, goal: ChannelMoments) -> ChannelAffine:
         """Of z: sigma*/sigma and what brings the mean to the goal; without shifts the mean is scaled along."""
-        alive = now.deviation >= _DEAD
+        alive = now.deviation >= _MIN_STD
         ratio = torch.where(alive, goal.deviation / torch.where(alive, now.deviation, 1.0), 1.0)
         gain = ratio if self.scales else torch.ones_like(ratio)
-        return Fold(gain, goal.mean - gain * now.mean if self.shifts else torch.zeros_like(gain))
+        return ChannelAffine(gain, goal.mean - gain * now.mean if self.shifts else torch.zeros_like(gain))
 
 
-def evaluated(step: str, evidence: Evidence) -> tuple[nn.Module, Batches]:
+def require_model_and_batches(step: str, evidence: MergeContext) -> tuple[nn.Module, Batches]:
     """The architecture and the data, or ModelError."""
     if evidence.model is None or not evidence.batches:
         raise ModelError(f"{step}: it needs the model and calibration data; give some, or leave {step} out")
     return evidence.model, evidence.batches
 
 
-def _goals(
+def _compute_target_moments(
     net: nn.Module, batches: Batches, layers: Sequence[str], ends: Sequence[tuple[float, Tensors]]
-) -> dict[str, Moments]:
+) -> dict[str, ChannelMoments]:
     """Weighted means of the ends' means and deviations."""
     zero = torch.zeros((), dtype=torch.float64)
-    goals = dict.fromkeys(layers, Moments(zero, zero))
+    goals = dict.fromkeys(layers, ChannelMoments(zero, zero))
     for weight, end in ends:
-        with with_state(net, end):
-            found = measured(net, batches, set(layers))
+        with use_state_dict(net, end):
+            found = measure_channel_moments(net, batches, set(layers))
         for layer, (mean, deviation) in found.items():
-            goals[layer] = Moments(goals[layer].mean + weight * mean, goals[layer].deviation + weight * deviation)
+            goals[layer] = ChannelMoments(
+                goals[layer].mean + weight * mean, goals[layer].deviation + weight * deviation
+            )
     return goals

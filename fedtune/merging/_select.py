@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Cut", "Stream", "between", "count_kept", "cut", "largest"]
+__all__ = ["MagnitudeThreshold", "Stream", "between", "count_entries_to_keep", "find_threshold", "keep_largest"]
 
 Stream = Callable[[], Iterable[Tensor]]
 """What begins a tensor's pieces again."""
@@ -25,7 +25,7 @@ _LOWER = 15
 _UPPER_MASK, _LOWER_MASK = (1 << 16) - 1, (1 << _LOWER) - 1
 
 
-class Cut(NamedTuple):
+class MagnitudeThreshold(NamedTuple):
     """Magnitudes above ``threshold`` are in, and the first ``ties`` that equal it; ``whole`` if no more equal it."""
 
     threshold: float
@@ -77,42 +77,42 @@ class Cut(NamedTuple):
         return tied
 
 
-def count_kept(density: float, size: int) -> int:
+def count_entries_to_keep(density: float, size: int) -> int:
     """floor(density * size), at least one where there is one."""
     return min(size, max(1, math.floor(density * size)))
 
 
-def largest(stream: Stream, keep: int, size: int) -> Stream:
+def keep_largest(stream: Stream, keep: int, size: int) -> Stream:
     """The stream of ``size`` entries with all but its ``keep`` largest set to zero; no piece is held between two."""
     if keep >= size:
         return stream
-    found = cut(stream, keep, size)
+    found = find_threshold(stream, keep, size)
     return lambda: map(found.keep(), stream())
 
 
 def between(stream: Stream, first: int, last: int, size: int) -> Stream:
     """The stream with only its entries number ``first`` to ``last`` (exclusive) from the largest down."""
-    found = largest(stream, last, size)
+    found = keep_largest(stream, last, size)
     if not first:
         return found
-    top = cut(stream, first, size)
+    top = find_threshold(stream, first, size)
     return lambda: map(_outside(top), found())
 
 
-def _outside(found: Cut) -> Callable[[Tensor], Tensor]:
+def _outside(found: MagnitudeThreshold) -> Callable[[Tensor], Tensor]:
     """What sets to zero, in each next piece of a stream, what is inside."""
     inside = found.inside()
     return lambda piece: piece * ~inside(piece)
 
 
-def cut(stream: Stream, keep: int, size: int) -> Cut:
+def find_threshold(stream: Stream, keep: int, size: int) -> MagnitudeThreshold:
     """Where the ``keep`` largest of a stream of ``size`` entries end; none of it is above a cut at infinity."""
     if keep == 0:
-        return Cut(math.inf, 0, whole=False)
+        return MagnitudeThreshold(math.inf, 0, whole=False)
     return _partitioned(stream(), keep, size) if size <= _SHORT else _counted(stream, keep)
 
 
-def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> Cut:
+def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> MagnitudeThreshold:
     magnitudes, done = np.empty(size, dtype=np.float32), 0
     for piece in pieces:
         np.abs(piece.view(-1).numpy(), out=magnitudes[done : done + piece.numel()])
@@ -120,14 +120,14 @@ def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> Cut:
     magnitudes.partition(size - keep)
     smallest = magnitudes[size - keep]
     ties = keep - int(np.count_nonzero(magnitudes[size - keep :] > smallest))
-    return Cut(float(smallest), ties, whole=int(np.count_nonzero(magnitudes == smallest)) == ties)
+    return MagnitudeThreshold(float(smallest), ties, whole=int(np.count_nonzero(magnitudes == smallest)) == ties)
 
 
-def _counted(stream: Stream, keep: int) -> Cut:
+def _counted(stream: Stream, keep: int) -> MagnitudeThreshold:
     upper, above, _ = _bin(_counts((_upper(piece) for piece in stream()), _UPPER_MASK + 1), keep)
     lower, beyond, equal = _bin(_counts((_lower(piece, upper) for piece in stream()), _LOWER_MASK + 1), keep - above)
     bits, ties = torch.tensor((upper << _LOWER) | lower, dtype=torch.int32), keep - above - beyond
-    return Cut(float(bits.view(torch.float32)), ties, whole=ties == equal)
+    return MagnitudeThreshold(float(bits.view(torch.float32)), ties, whole=ties == equal)
 
 
 def _upper(piece: Tensor) -> Tensor:

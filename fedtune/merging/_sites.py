@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._hooks import hooked
+from fedtune.merging._hooks import hook_layers
 
-__all__ = ["Fold", "fold", "sites", "weighted_layers"]
+__all__ = ["ChannelAffine", "list_weight_layers", "merge_affine_into_layer", "sites"]
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-class Fold(NamedTuple):
+class ChannelAffine(NamedTuple):
     """z <- gain z + shift, per channel [c], in double precision."""
 
     gain: Tensor
@@ -29,7 +29,7 @@ class _Run(NamedTuple):
     output: Tensor
 
 
-def weighted_layers(net: nn.Module) -> list[str]:
+def list_weight_layers(net: nn.Module) -> list[str]:
     """Names of linear layers and convolutions, in the order they were registered."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [name for name, layer in net.named_modules() if isinstance(layer, kinds)]
@@ -40,7 +40,7 @@ def sites(net: nn.Module, batch: Mapping[str, Tensor], *, shifts: bool) -> list[
 
     ModelError where there are none, or where one cannot take what is folded into it.
     """
-    weighted = weighted_layers(net)
+    weighted = list_weight_layers(net)
     runs = _runs(net, batch, weighted)
     normed = {id(run.inputs) for run in runs if run.layer not in weighted}
     found = list(dict.fromkeys(run.layer for run in runs if id(run.output) not in normed))
@@ -62,7 +62,7 @@ def _runs(net: nn.Module, batch: Mapping[str, Tensor], weighted: list[str]) -> l
     def note(layer: str, inputs: Tensor, output: Tensor) -> None:
         runs.append(_Run(layer, inputs, output))
 
-    with hooked(net, {*weighted, *norms}, note), torch.no_grad():
+    with hook_layers(net, {*weighted, *norms}, note), torch.no_grad():
         net(**batch)
     return runs
 
@@ -75,7 +75,7 @@ def _check(name: str, layer: Any, *, shifts: bool) -> None:
 
 
 @torch.no_grad()
-def fold(name: str, layer: Any, change: Fold) -> dict[str, Tensor]:
+def merge_affine_into_layer(name: str, layer: Any, change: ChannelAffine) -> dict[str, Tensor]:
     """Change a layer's output by its own weight and bias; the tensors that changed, by their names in the state."""
     gain = change.gain.reshape(-1, *[1] * (layer.weight.dim() - 1))
     changed = {f"{name}.weight": layer.weight.copy_(layer.weight.double() * gain)}

@@ -9,12 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging._factors import Factors, relative
+from fedtune.merging._factors import LowRankFactors, relative
 
-__all__ = ["Core", "Reduced", "core_of", "kept", "reduced", "split"]
+__all__ = [
+    "FactorCore",
+    "TruncatedProduct",
+    "compute_core",
+    "count_kept_singular_values",
+    "truncate_matrix",
+    "truncate_product",
+]
 
 
-class Core(NamedTuple):
+class FactorCore(NamedTuple):
     """q1 @ core @ q2, with orthonormal columns of q1 [d, R] and rows of q2 [R, k]; fp64."""
 
     q1: Tensor
@@ -22,10 +29,10 @@ class Core(NamedTuple):
     q2: Tensor
 
 
-class Reduced(NamedTuple):
+class TruncatedProduct(NamedTuple):
     """An approximation, and the Frobenius norms of what it misses and of what was to be approximated."""
 
-    factors: Factors
+    factors: LowRankFactors
     missed: float
     whole: float
 
@@ -35,34 +42,38 @@ class Reduced(NamedTuple):
         return relative(self.missed, self.whole)
 
 
-def core_of(factors: Factors) -> Core:
+def compute_core(factors: LowRankFactors) -> FactorCore:
     """The product between orthonormal bases of its columns and rows."""
     q1, r1 = torch.linalg.qr(factors.b.double() * factors.scale)
     q2, r2 = torch.linalg.qr(factors.a.double().T)
-    return Core(q1, r1 @ r2.T, q2.T)
+    return FactorCore(q1, r1 @ r2.T, q2.T)
 
 
-def reduced(factors: Factors, rank: int | None = None, energy: float | None = None, scale: float = 1.0) -> Reduced:
+def truncate_product(
+    factors: LowRankFactors, rank: int | None = None, energy: float | None = None, scale: float = 1.0
+) -> TruncatedProduct:
     """The best approximation of at most ``rank``, or that keeps a share ``energy`` of the squared norm; fp64.
 
     With neither the product is kept as a whole. The factors share the singular values evenly; ``scale`` is theirs.
     """
-    q1, core, q2 = core_of(factors)
-    made = split(core, rank, energy, scale)
-    return made._replace(factors=Factors(q1 @ made.factors.b, made.factors.a @ q2, scale))
+    q1, core, q2 = compute_core(factors)
+    made = truncate_matrix(core, rank, energy, scale)
+    return made._replace(factors=LowRankFactors(q1 @ made.factors.b, made.factors.a @ q2, scale))
 
 
-def split(matrix: Tensor, rank: int | None = None, energy: float | None = None, scale: float = 1.0) -> Reduced:
-    """``reduced`` of a matrix that is there as a whole."""
+def truncate_matrix(
+    matrix: Tensor, rank: int | None = None, energy: float | None = None, scale: float = 1.0
+) -> TruncatedProduct:
+    """``truncate_product`` of a matrix that is there as a whole."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    count = kept(s, rank, energy)
+    count = count_kept_singular_values(s, rank, energy)
     root = (s[:count] / abs(scale)).sqrt()
     b, a = u[:, :count] * root, root[:, None] * vh[:count]
     missed, whole = (float(torch.linalg.vector_norm(part)) for part in (s[count:], s))
-    return Reduced(Factors(b if scale > 0 else -b, a, scale), missed, whole)
+    return TruncatedProduct(LowRankFactors(b if scale > 0 else -b, a, scale), missed, whole)
 
 
-def kept(s: Tensor, rank: int | None, energy: float | None) -> int:
+def count_kept_singular_values(s: Tensor, rank: int | None, energy: float | None) -> int:
     """How many singular values stay: the smallest number with the energy, no more than ``rank``."""
     most = len(s) if rank is None else min(rank, len(s))
     if energy is None:

@@ -12,40 +12,40 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
-from fedtune.merging._gram import Over, flat, gram
-from fedtune.merging._step import Combine, Operand, Shape
+from fedtune.merging._gram import Granularity, compute_gram, flatten_rows
+from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import sum_weighted
 
-__all__ = ["Normalise", "Scale", "Span", "shares", "weights_of"]
+__all__ = ["GramCombineStep", "Normalise", "Scale", "normalise_weights", "stack_weights"]
 
 Normalise = Annotated[bool, Field(validation_alias=AliasChoices("normalise", "normalize"))]
 Scale = Annotated[float, Field(validation_alias=AliasChoices("scale", "lambda"))]
 
 
-class Span(Combine, ABC):
+class GramCombineStep(CombineStep, ABC):
     """sum_i c_i x_i of each tensor."""
 
     @property
-    def groups(self) -> Over:
+    def groups(self) -> Granularity:
         """What has coefficients of its own; a tensor of fewer than two dimensions always is one group."""
         return "tensor"
 
     @abstractmethod
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """c [K, groups] from the weights [K, 1] and ``gram()`` [K, K, groups], which reads all deltas once; double."""
+        """c [K, groups] from weights [K, 1] and ``gram()`` [K, K, groups], which reads all deltas once; double."""
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The sum of each piece."""
         over = self.groups if len(shape) > 1 else "tensor"
-        c = self.coefficients(weights_of(operands), lambda: gram(name, shape, operands, over))
-        for start, stop in pieces(shape):
+        c = self.coefficients(stack_weights(operands), lambda: compute_gram(name, shape, operands, over))
+        for start, stop in iter_row_chunks(shape):
             total = _sum(name, start, stop, operands, _shares_of(c, over, start, stop))
             yield total.float().reshape(stop - start, *shape[1:])
 
 
-def _shares_of(c: Tensor, over: Over, start: int, stop: int) -> list[float] | list[Tensor]:
+def _shares_of(c: Tensor, over: Granularity, start: int, stop: int) -> list[float] | list[Tensor]:
     """The models' coefficients for some rows: numbers, or what broadcasts to the rows."""
     if over == "tensor":
         numbers: list[float] = c[:, 0].tolist()
@@ -53,12 +53,12 @@ def _shares_of(c: Tensor, over: Over, start: int, stop: int) -> list[float] | li
     return list(c[:, start:stop, None] if over == "row" else c[:, None, :])
 
 
-def weights_of(operands: Sequence[Operand]) -> Tensor:
+def stack_weights(operands: Sequence[MergeInput]) -> Tensor:
     """The weights [K, 1], double."""
     return torch.tensor([[operand.weight] for operand in operands], dtype=torch.float64)
 
 
-def shares(weights: Tensor) -> Tensor:
+def normalise_weights(weights: Tensor) -> Tensor:
     """Weights [K, ...] that sum to one over the models; RecipeError when their sum is zero."""
     total = weights.sum(0)
     if bool((total == 0).any()):
@@ -66,10 +66,10 @@ def shares(weights: Tensor) -> Tensor:
     return weights / total
 
 
-def _sum(name: str, start: int, stop: int, operands: Sequence[Operand], share: Sequence[float | Tensor]) -> Tensor:
+def _sum(name: str, start: int, stop: int, operands: Sequence[MergeInput], share: Sequence[float | Tensor]) -> Tensor:
     """sum_i share_i x_i of some rows; a model that counts nothing is not read."""
     counted = [pair for pair in zip(operands, share, strict=True) if _counts(pair[1])] or [(operands[0], share[0])]
-    rows = (flat(operand.rows(name, start, stop)) for operand, _ in counted)
+    rows = (flatten_rows(operand.rows(name, start, stop)) for operand, _ in counted)
     return sum_weighted(rows, [c for _, c in counted])
 
 

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-__all__ = ["barycentre", "cosines", "slerp"]
+__all__ = ["compute_cosines", "compute_karcher_coefficients", "compute_slerp_coefficients"]
 
 _TINY = 1e-6
 """Radians below which the sine of an angle stands for it, or its opposite is not told from it."""
 
 
-def slerp(gram: Tensor, t: float | Tensor, near: float) -> Tensor:
+def compute_slerp_coefficients(gram: Tensor, t: float | Tensor, near: float) -> Tensor:
     """c [2, G] with c_1 = sin((1 - t) O) / sin O and c_2 = sin(t O) / sin O; 1 - t and t when |cos O| exceeds near."""
-    cosine = cosines(gram)[0, 1]
+    cosine = compute_cosines(gram)[0, 1]
     angle = cosine.clamp(-1, 1).acos()
     straight = (cosine.abs() > near) | (gram[0, 0] == 0) | (gram[1, 1] == 0)
     arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()]) / angle.sin()
@@ -19,18 +19,18 @@ def slerp(gram: Tensor, t: float | Tensor, near: float) -> Tensor:
     return torch.where(straight, line, arc)
 
 
-def cosines(gram: Tensor) -> Tensor:
+def compute_cosines(gram: Tensor) -> Tensor:
     """Cosines of the angles between vectors [K, K, G]; those with a zero vector are zero."""
     norms = _norms(gram)
     return (gram / (norms[:, None] * norms[None])).nan_to_num(0.0, 0.0, 0.0)
 
 
-def barycentre(gram: Tensor, share: Tensor, iterations: int, tolerance: float) -> Tensor:
+def compute_karcher_coefficients(gram: Tensor, share: Tensor, iterations: int, tolerance: float) -> Tensor:
     """c of the Karcher mean of the directions times the mean norm, with shares [K, 1]; linear if there is none.
 
     u <- exp_u(sum_i w_i log_u(x_i / |x_i|)) from the normalised mean, until a step is shorter than ``tolerance``.
     """
-    unit, norms = cosines(gram), _norms(gram)
+    unit, norms = compute_cosines(gram), _norms(gram)
     counted = torch.where(norms > 0, share, 0.0)
     w = counted / counted.sum(0)
     length = _length(w, unit)

@@ -5,9 +5,9 @@ server adds up deltas scaled by s(tau); the polynomial s(tau) = (1 + tau)^-a is 
 Federated Optimization" (arXiv 1903.03934), and FedBuff takes a = 1/2.
 """
 
-__all__ = ["staleness_scale"]
+__all__ = ["compute_staleness_weight"]
 
 
-def staleness_scale(tau: int, exponent: float) -> float:
+def compute_staleness_weight(tau: int, exponent: float) -> float:
     """s(tau) for a delta begun ``tau`` rounds ago: 1 for a fresh one, and always for exponent 0."""
     return float((1 + tau) ** -exponent)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["spread"]
+__all__ = ["compute_variance_of_means"]
 
 
-def spread(weights: Sequence[float], means: Sequence[Tensor]) -> Tensor:
+def compute_variance_of_means(weights: Sequence[float], means: Sequence[Tensor]) -> Tensor:
     """sum_i w_i (m_i - m)^2 with m = sum_i w_i m_i: what pooling adds to the mean of the variances [c], fp32.
 
     The law of total variance; ``means`` may be deltas to a common one, which the differences do not see.

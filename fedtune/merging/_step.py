@@ -6,28 +6,28 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
-from fedtune.contribution import Pair, Sent
-from fedtune.registry import Named
+from fedtune.contribution import LowRankPair, UpdateKind
+from fedtune.registry import NamedUnit
 
 __all__ = [
-    "Activity",
-    "Align",
-    "Combine",
-    "Evidence",
-    "Operand",
-    "Relax",
-    "Renormalise",
-    "Rows",
-    "Settled",
+    "ActivationStatistics",
+    "AlignStep",
+    "BoundCombine",
+    "CombineStep",
+    "MergeContext",
+    "MergeInput",
+    "RelaxStep",
+    "RenormaliseStep",
+    "RowReader",
     "Shape",
-    "Statistics",
+    "StatisticsReader",
 ]
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """Reads rows ``start`` to ``stop`` of a named tensor's delta, fp32; one without dimensions is one row."""
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
@@ -35,7 +35,7 @@ class Rows(Protocol):
         ...
 
 
-class Statistics(Rows, Protocol):
+class StatisticsReader(RowReader, Protocol):
     """What was measured on one model's data, by tensor name; read like deltas."""
 
     def __contains__(self, name: object, /) -> bool:
@@ -43,16 +43,16 @@ class Statistics(Rows, Protocol):
         ...
 
 
-class Operand(NamedTuple):
+class MergeInput(NamedTuple):
     """One model's part in a merge: its delta, its weight, and knobs of its own that go before the step's."""
 
-    rows: Rows
+    rows: RowReader
     weight: float
     knobs: Mapping[str, float] = {}
-    statistics: Statistics | None = None
+    statistics: StatisticsReader | None = None
 
 
-class Activity(NamedTuple):
+class ActivationStatistics(NamedTuple):
     """How active the input channels of the layer that owns a weight are; ``axis`` of the weight counts them.
 
     ``mean_abs`` [channels], or [out, channels of its group] for the rows of a grouped convolution's weight.
@@ -62,7 +62,7 @@ class Activity(NamedTuple):
     axis: int = 1
 
 
-class Evidence(NamedTuple):
+class MergeContext(NamedTuple):
     """What was measured on data, by whoever runs the merge; steps say in ``needs`` what they cannot do without.
 
     ``activity`` is by tensor name and of the base. ``model`` is the architecture, whose weights steps may overwrite;
@@ -70,14 +70,14 @@ class Evidence(NamedTuple):
     ``pairs`` are the low-rank pairs among the tensors.
     """
 
-    activity: Mapping[str, Activity] = {}
+    activity: Mapping[str, ActivationStatistics] = {}
     model: nn.Module | None = None
     batches: Sequence[Tensors] = ()
-    pairs: Sequence[Pair] = ()
+    pairs: Sequence[LowRankPair] = ()
     draw: int = 0
 
 
-class Align(Named, ABC):
+class AlignStep(NamedUnit, ABC):
     """Permutes units of models so that they correspond; functions stay what they were."""
 
     @property
@@ -86,11 +86,11 @@ class Align(Named, ABC):
         return frozenset()
 
     @abstractmethod
-    def align(self, base: Tensors, operands: Sequence[Operand], evidence: Evidence) -> list[Operand]:
+    def align(self, base: Tensors, operands: Sequence[MergeInput], evidence: MergeContext) -> list[MergeInput]:
         """The operands with their deltas taken after the permutation, in the same order."""
 
 
-class Combine(Named, ABC):
+class CombineStep(NamedUnit, ABC):
     """Makes one delta out of those of several models, ``fewest`` at least and ``most`` at most.
 
     Running statistics of batch norms are no task vectors: steps that drop or stretch entries are ``thinning`` and leave
@@ -106,7 +106,7 @@ class Combine(Named, ABC):
     picks: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
-    takes: ClassVar[Sent] = "tensors"
+    takes: ClassVar[UpdateKind] = "tensors"
 
     @property
     def needed(self) -> int:
@@ -117,27 +117,29 @@ class Combine(Named, ABC):
         """One weight per client of a federated round, in client order: shares of the examples unless a step differs."""
         return [count / sum(examples) for count in examples]
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> "Settled":
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> "BoundCombine":
         """The step and the operands that go through the tensors one by one, when only whole models can tell them."""
-        return Settled(self, operands)
+        return BoundCombine(self, operands)
 
-    def of(self, operand: Operand) -> Self:
+    def of(self, operand: MergeInput) -> Self:
         """The settings that hold for one model: its knobs go before the step's."""
         return self.model_copy(update=operand.knobs)
 
     @abstractmethod
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of one tensor, fp32, piece by piece as ``pieces(shape)`` cuts it."""
 
 
-class Settled(NamedTuple):
+class BoundCombine(NamedTuple):
     """A combining step and its operands, after all that had to be said of whole models."""
 
-    combine: Combine
-    operands: Sequence[Operand]
+    combine: CombineStep
+    operands: Sequence[MergeInput]
 
 
-class Relax(Named, ABC):
+class RelaxStep(NamedUnit, ABC):
     """Scales a merged delta, entry by entry."""
 
     @property
@@ -146,17 +148,17 @@ class Relax(Named, ABC):
         return frozenset()
 
     @abstractmethod
-    def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
         """The rows of a merged delta that begin with row ``start``, relaxed."""
 
 
-class Renormalise(Named, ABC):
+class RenormaliseStep(NamedUnit, ABC):
     """Mends the activations of a merged model by statistics of those it was made of; folded into the weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"model", "batches"})
 
     @abstractmethod
     def renormalise(
-        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: Evidence
+        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: MergeContext
     ) -> dict[str, Tensor]:
         """The tensors that change; ``ends`` are the weights (they sum to one) and states of the aligned models."""

@@ -12,15 +12,25 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 
-__all__ = ["Axis", "Heads", "Kind", "Order", "Orders", "Place", "Shape", "Symmetry", "Units"]
+__all__ = [
+    "AxisLocation",
+    "HeadLayout",
+    "Permutation",
+    "PermutationKind",
+    "PermutationSpec",
+    "Permutations",
+    "PermutedAxis",
+    "Shape",
+    "UnitLayout",
+]
 
 Shape = tuple[int, ...]
-Order = Mapping[str, Tensor]
+Permutation = Mapping[str, Tensor]
 """Per part of a permutation, which unit comes to each place: part' = part[order]."""
-Orders = Mapping[str, Order]
+Permutations = Mapping[str, Permutation]
 
 
-class Units(NamedTuple):
+class UnitLayout(NamedTuple):
     """Units that may change places; under a group norm only within their group, and groups with one another."""
 
     size: int
@@ -32,7 +42,7 @@ class Units(NamedTuple):
         return {"": self.size}
 
 
-class Heads(NamedTuple):
+class HeadLayout(NamedTuple):
     """The heads of one attention layer: ``groups`` keys and values, each read by ``per_group`` queries.
 
     Groups may change places, and so may the queries of a group. Within a head the ``v`` channels of values and output
@@ -51,7 +61,7 @@ class Heads(NamedTuple):
         keys, queries = self.groups, self.groups * self.per_group
         return {"q": queries * self.qk, "k": keys * self.qk, "v": keys * self.v, "o": queries * self.v}
 
-    def order(self, groups: Tensor, queries: Tensor, qk: Tensor, v: Tensor) -> Order:
+    def order(self, groups: Tensor, queries: Tensor, qk: Tensor, v: Tensor) -> Permutation:
         """From the old group at each place [g], its old queries [g, p] and its old channels [g, qk] and [g, v]."""
         heads = groups[:, None] * self.per_group + queries
         return {
@@ -62,17 +72,17 @@ class Heads(NamedTuple):
         }
 
 
-Kind = Units | Heads
+PermutationKind = UnitLayout | HeadLayout
 
 
-class Axis(NamedTuple):
+class PermutedAxis(NamedTuple):
     """What one axis lists: parts of a permutation, one after the other, with ``block`` entries to every unit."""
 
     permutation: str
     parts: tuple[str, ...] = ("",)
     block: int = 1
 
-    def entries(self, order: Order, kind: Kind) -> Tensor:
+    def entries(self, order: Permutation, kind: PermutationKind) -> Tensor:
         """Which entry comes to each place."""
         sizes, start, found = kind.parts, 0, []
         for part in self.parts:
@@ -81,11 +91,11 @@ class Axis(NamedTuple):
         units = torch.cat(found)
         return (units[:, None] * self.block + torch.arange(self.block)).flatten()
 
-    def length(self, kind: Kind) -> int:
+    def length(self, kind: PermutationKind) -> int:
         """How many entries the axis has."""
         return self.block * sum(kind.parts[part] for part in self.parts)
 
-    def rows(self, tensor: Tensor, at: int, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def rows(self, tensor: Tensor, at: int, kind: PermutationKind) -> Iterator[tuple[str, Tensor]]:
         """Each part's units as rows [n, the rest of the tensor], in double precision; ``at`` is the axis' place."""
         moved = tensor.double().movedim(at, 0)
         sizes = [self.block * kind.parts[part] for part in self.parts]
@@ -93,21 +103,21 @@ class Axis(NamedTuple):
             yield part, entries.reshape(kind.parts[part], -1)
 
 
-class Place(NamedTuple):
+class AxisLocation(NamedTuple):
     """Where a permutation acts."""
 
     tensor: str
     at: int
-    axis: Axis
+    axis: PermutedAxis
 
 
-class Symmetry(NamedTuple):
+class PermutationSpec(NamedTuple):
     """For every tensor of a state the permutation of each axis, and for every permutation its kind."""
 
-    axes: Mapping[str, tuple[Axis | None, ...]]
-    kinds: Mapping[str, Kind]
+    axes: Mapping[str, tuple[PermutedAxis | None, ...]]
+    kinds: Mapping[str, PermutationKind]
 
-    def identity(self) -> Orders:
+    def identity(self) -> Permutations:
         """Everything stays where it is."""
         return {
             name: {part: torch.arange(size) for part, size in kind.parts.items()} for name, kind in self.kinds.items()
@@ -117,16 +127,16 @@ class Symmetry(NamedTuple):
         """Tensors that some permutation acts on."""
         return [name for name, axes in self.axes.items() if any(axes)]
 
-    def places(self, permutation: str) -> list[Place]:
+    def places(self, permutation: str) -> list[AxisLocation]:
         """Where a permutation acts."""
         return [
-            Place(name, at, axis)
+            AxisLocation(name, at, axis)
             for name, axes in self.axes.items()
             for at, axis in enumerate(axes)
             if axis and axis.permutation == permutation
         ]
 
-    def permute(self, name: str, tensor: Tensor, orders: Orders, but: int | None = None) -> Tensor:
+    def permute(self, name: str, tensor: Tensor, orders: Permutations, but: int | None = None) -> Tensor:
         """A tensor after the permutation of all its axes, or of all but one."""
         for at, axis in enumerate(self.axes[name]):
             if axis and at != but:
@@ -134,7 +144,7 @@ class Symmetry(NamedTuple):
                 tensor = tensor.index_select(at, index)
         return tensor
 
-    def only(self, names: Set[str]) -> "Symmetry":
+    def only(self, names: Set[str]) -> "PermutationSpec":
         """The part of a symmetry that concerns some tensors."""
         return self._replace(axes={name: axes for name, axes in self.axes.items() if name in names})
 

@@ -17,26 +17,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._gram import flat
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._gram import flatten_rows
 from fedtune.merging._held import held
 from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
-from fedtune.merging._step import Combine, Operand, Shape
+from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import precision_for, sum_terms, sum_weighted
 
-__all__ = ["Density", "TaskVectors", "Trimmed", "deltas", "elected_sum", "plain_sum"]
+__all__ = ["Density", "TaskVectorCombineStep", "Trimmed", "iter_delta_chunks", "plain_sum", "sum_with_elected_sign"]
 
 Density = Annotated[float, Field(gt=0, le=1)]
-_NOTHING = 1e-8
+_MIN_DIVISOR = 1e-8
 """A divisor nearer to zero than this is not divided by."""
 _FAINT = 1e-7
 """A sum of magnitudes below this is not stretched to another one."""
-_CACHED = 1 << 15
+_CACHE_ENTRIES = 1 << 15
 """Entries whose half a dozen sums stay in a processor's cache."""
 
 
-class TaskVectors(Combine, ABC):
+class TaskVectorCombineStep(CombineStep, ABC):
     """scale * the sum of thinned task vectors, over the sum of the weights that took part with ``normalise``."""
 
     thinning: ClassVar[bool] = True
@@ -47,21 +47,21 @@ class TaskVectors(Combine, ABC):
     normalise: Normalise = False
 
     @abstractmethod
-    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
         """One tensor's delta of model number ``index`` with most entries at zero, as matrices [rows, width]."""
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
-        add = elected_sum if self.elect else plain_sum
+        add = sum_with_elected_sign if self.elect else plain_sum
         weights = [operand.weight for operand in operands]
         operands = held(name, shape, operands) if self.rereads else operands
         streams = [self.of(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
-        for start, stop in pieces(shape):
+        for start, stop in iter_row_chunks(shape):
             total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)
             yield total.float().reshape(stop - start, *shape[1:])
 
 
-class Trimmed(TaskVectors, ABC):
+class Trimmed(TaskVectorCombineStep, ABC):
     """Task vectors of which entries of some magnitudes are kept; with ``rescale`` |x| sums up to what it did."""
 
     picks: ClassVar[bool] = True
@@ -72,9 +72,9 @@ class Trimmed(TaskVectors, ABC):
     def kept(self, stream: Stream, size: int) -> Stream:
         """The stream of ``size`` entries with those at zero that are not kept."""
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
         """What is kept of each tensor, times the ratio of its sums of magnitudes before and after."""
-        stream = partial(deltas, name, shape, operand)
+        stream = partial(iter_delta_chunks, name, shape, operand)
         kept = self.kept(stream, math.prod(shape))
         ratio = _stretch(_magnitude(stream()), _magnitude(kept())) if self.rescale and kept is not stream else 1.0
         return iter(kept()) if ratio == 1 else (piece.mul_(ratio) for piece in kept())
@@ -89,19 +89,19 @@ def _stretch(before: float, after: float) -> float:
     return before / after if min(before, after) >= _FAINT else 1.0
 
 
-def deltas(name: str, shape: Shape, operand: Operand) -> Iterator[Tensor]:
+def iter_delta_chunks(name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
     """One model's delta of a tensor, piece by piece, as matrices [rows, width]."""
-    for start, stop in pieces(shape):
-        yield flat(operand.rows(name, start, stop))
+    for start, stop in iter_row_chunks(shape):
+        yield flatten_rows(operand.rows(name, start, stop))
 
 
 def plain_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """sum_i w_i x_i, over sum_i w_i with ``normalise``; in ``precision_for`` the number of models."""
     total, divisor = sum_weighted(parts, weights), sum(weights)
-    return total.div_(divisor) if normalise and abs(divisor) > _NOTHING else total
+    return total.div_(divisor) if normalise and abs(divisor) > _MIN_DIVISOR else total
 
 
-def elected_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
+def sum_with_elected_sign(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """The sum of the entries w_i x_i that have the sign of their whole sum, a tie being positive.
 
     With ``normalise`` over the sum of these entries' weights. In ``precision_for`` the number of models. Votes w_i x_i
@@ -111,14 +111,14 @@ def elected_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bo
     factor = 1.0
     if min(weights) == max(weights) > 0:
         factor, weights = 1.0 if normalise else weights[0], [1.0] * len(weights)
-    rows = max(1, _CACHED // max(1, parts[0].shape[1]))
+    rows = max(1, _CACHE_ENTRIES // max(1, parts[0].shape[1]))
     for found, *block in zip(whole.split(rows), *(part.split(rows) for part in parts), strict=True):
         torch.mul(_elected(block, weights, normalise), factor, out=found)
     return whole
 
 
 def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
-    """As ``elected_sum``: with e = +1 or -1 for the sign that won, an entry counts where e w_i x_i > 0."""
+    """As ``sum_with_elected_sign``: with e = +1 or -1 for the sign that won, an entry counts where e w_i x_i > 0."""
     kind = precision_for(len(parts))
     votes = kind if weights[0] == 1 and len(set(weights)) == 1 else torch.float64  # x_i alone lose nothing in fp32
     elected = sum_terms(zip(parts, weights, strict=True), votes).sign_().to(kind).add_(0.5).sign_()
@@ -134,6 +134,6 @@ def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool)
 
 def _without_zeros(divisor: Tensor, weights: Sequence[float]) -> Tensor:
     """The divisor, itself changed, with something else where it is nothing; the dividend is zero where all count."""
-    if min(weights) > _NOTHING:
+    if min(weights) > _MIN_DIVISOR:
         return divisor.clamp_min_(min(weights))  # none is smaller but zero; a mask takes ten times as long
-    return divisor.masked_fill_(divisor.abs() <= _NOTHING, 1.0)
+    return divisor.masked_fill_(divisor.abs() <= _MIN_DIVISOR, 1.0)

@@ -5,14 +5,14 @@ from typing import NamedTuple
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._symmetry import Axis, Kind, Symmetry, Units
+from fedtune.merging._symmetry import PermutationKind, PermutationSpec, PermutedAxis, UnitLayout
 
-__all__ = ["Reading", "Wire", "misfit"]
+__all__ = ["PermutationSpecBuilder", "TracedChannels", "make_unsupported_error"]
 
 _FIXED = ""
 
 
-class Wire(NamedTuple):
+class TracedChannels(NamedTuple):
     """Channels that follow a permutation, or none (the net's input); ``spatial`` ones stand before height and width."""
 
     permutation: str = _FIXED
@@ -20,75 +20,77 @@ class Wire(NamedTuple):
     spatial: bool = False
 
 
-def misfit(where: str, why: str) -> ModelError:
+def make_unsupported_error(where: str, why: str) -> ModelError:
     """The error for a layer or function that is not known."""
     return ModelError(f"rebasin: {where} {why}; leave rebasin out")
 
 
-class Reading:
+class PermutationSpecBuilder:
     """What has been found so far: axes of tensors, and which permutations are one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.axes: dict[str, tuple[Axis | None, ...]] = {}
-        self._units: dict[str, Units] = {}
+        self.axes: dict[str, tuple[PermutedAxis | None, ...]] = {}
+        self._units: dict[str, UnitLayout] = {}
         self._same: dict[str, str] = {}
 
-    def is_fixed(self, wire: Wire) -> bool:
+    def is_fixed(self, wire: TracedChannels) -> bool:
         """Whether nothing may be permuted, because the net's input or output would be."""
         return self._root(wire.permutation) == _FIXED
 
-    def found(self, where: str, channels: int, *, spatial: bool) -> Wire:
+    def found(self, where: str, channels: int, *, spatial: bool) -> TracedChannels:
         """A layer makes channels of its own."""
-        self._units.setdefault(where, Units(channels))
-        return Wire(where, channels, spatial)
+        self._units.setdefault(where, UnitLayout(channels))
+        return TracedChannels(where, channels, spatial)
 
-    def join(self, one: Wire, other: Wire, where: str) -> Wire:
+    def join(self, one: TracedChannels, other: TracedChannels, where: str) -> TracedChannels:
         """One wire from two that are added or multiplied; the fixed one wins."""
         kept, dropped = self._root(one.permutation), self._root(other.permutation)
         if _FIXED not in (kept, dropped) and (one.channels, one.spatial) != (other.channels, other.spatial):
-            raise misfit(where, "joins channels of different layout")
+            raise make_unsupported_error(where, "joins channels of different layout")
         if dropped == _FIXED:
             kept, dropped = dropped, kept
         if kept != dropped:
             self._same[dropped] = kept
-            self.group(Wire(kept), self._units[dropped].groups, where)
+            self.group(TracedChannels(kept), self._units[dropped].groups, where)
         return one if one.channels else other
 
-    def group(self, wire: Wire, groups: int, where: str) -> None:
+    def group(self, wire: TracedChannels, groups: int, where: str) -> None:
         """Keep ``groups`` of channels together."""
         root = self._root(wire.permutation)
         kind = self._units.get(root)
         if kind and 1 not in (kind.groups, groups) and kind.groups != groups:
-            raise misfit(where, "groups channels that are grouped otherwise before")
+            raise make_unsupported_error(where, "groups channels that are grouped otherwise before")
         if kind:
             self._units[root] = kind._replace(groups=max(kind.groups, groups))
 
-    def axis(self, wire: Wire, length: int, where: str) -> Axis | None:
+    def axis(self, wire: TracedChannels, length: int, where: str) -> PermutedAxis | None:
         """How an axis of ``length`` entries lists a wire's channels: in blocks, where maps were flattened."""
         if self.is_fixed(wire):
             return None
         if length % wire.channels:
-            raise misfit(where, f"takes {length} inputs where {wire.channels} channels arrive")
-        return Axis(wire.permutation, block=length // wire.channels)
+            raise make_unsupported_error(where, f"takes {length} inputs where {wire.channels} channels arrive")
+        return PermutedAxis(wire.permutation, block=length // wire.channels)
 
-    def put(self, where: str, layer: nn.Module, *axes: Axis | None) -> None:
+    def put(self, where: str, layer: nn.Module, *axes: PermutedAxis | None) -> None:
         """Give a layer's tensors these axes: a bias the first alone, kernels none beyond."""
         for name, tensor in layer.state_dict().items():
             whole = (*axes, None, None, None) if tensor.dim() > 1 else axes[:1]
             self.axes[f"{where}.{name}"] = tuple(whole[: tensor.dim()])
 
-    def symmetry(self) -> Symmetry:
+    def symmetry(self) -> PermutationSpec:
         """All that was found, each permutation under the name of the layer that founded it."""
         axes = {name: tuple(self._resolved(axis) for axis in of) for name, of in self.axes.items()}
-        kinds: dict[str, Kind] = {name: kind for name, kind in self._units.items() if self._root(name) == name}
-        return Symmetry(axes, kinds)
+        kinds: dict[str, PermutationKind] = {
+            name: kind for name, kind in self._units.items() if self._root(name) == name
+        }
+        return PermutationSpec(axes, kinds)
 
     def _root(self, permutation: str) -> str:
         while permutation in self._same:
             permutation = self._same[permutation]
         return permutation
 
-    def _resolved(self, axis: Axis | None) -> Axis | None:
+    def _resolved(self, axis: PermutedAxis | None) -> PermutedAxis | None:
         root = self._root(axis.permutation) if axis else _FIXED
         return axis._replace(permutation=root) if axis and root != _FIXED else None

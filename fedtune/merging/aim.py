@@ -29,14 +29,14 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.merging._by_activity import ByActivity, channel_scale, over_rows
-from fedtune.merging._step import Activity, Evidence
+from fedtune.merging._by_activity import ActivationRelaxStep, broadcast_scale_to_rows, compute_channel_scale
+from fedtune.merging._step import ActivationStatistics, MergeContext
 
-__all__ = ["Aim", "scale_adapter"]
+__all__ = ["Aim", "scale_adapter_columns"]
 
 
 @final
-class Aim(ByActivity):
+class Aim(ActivationRelaxStep):
     """Columns scaled by how quiet their input is."""
 
     name: ClassVar[str] = "aim"
@@ -46,15 +46,17 @@ class Aim(ByActivity):
         """The activity of input channels."""
         return frozenset({"activity"})
 
-    def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
         """The rows with each column multiplied by c."""
         found = self.scale(name, delta, evidence)
-        return delta if found is None else delta * over_rows(*found, start, delta)
+        return delta if found is None else delta * broadcast_scale_to_rows(*found, start, delta)
 
 
-def scale_adapter(factor: Tensor, activity: Activity, omega: float, quantile: float = 1.0) -> Tensor:
+def scale_adapter_columns(
+    factor: Tensor, activity: ActivationStatistics, omega: float, quantile: float = 1.0
+) -> Tensor:
     """A diag(c) of an adapter's A [rank, in, ...] whose product with B is the whole delta.
 
     ``activity`` is of the layer the adapter stands beside, whose input is A's too.
     """
-    return factor * over_rows(channel_scale(activity, omega, quantile), 1, 0, factor)
+    return factor * broadcast_scale_to_rows(compute_channel_scale(activity, omega, quantile), 1, 0, factor)

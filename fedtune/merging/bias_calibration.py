@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._sites import weighted_layers
-from fedtune.merging._step import Evidence, Renormalise
+from fedtune.merging._sites import list_weight_layers
+from fedtune.merging._step import MergeContext, RenormaliseStep
 
 __all__ = ["BiasCalibration"]
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-class BiasCalibration(Renormalise):
+class BiasCalibration(RenormaliseStep):
     """Powers of the weights, by depth."""
 
     name: ClassVar[str] = "bias-calibration"
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def renormalise(
-        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: Evidence
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: MergeContext
     ) -> dict[str, Tensor]:
         """The biases of linear and convolutional layers."""
         if evidence.model is None:
@@ -39,7 +39,7 @@ class BiasCalibration(Renormalise):
         norm = next((name for name, layer in evidence.model.named_modules() if isinstance(layer, _NORMS)), None)
         if norm is not None:
             raise ModelError(f"bias-calibration: {norm!r} normalises what it would shrink; take reset or repair")
-        biases = [f"{layer}.bias" for layer in weighted_layers(evidence.model)]
+        biases = [f"{layer}.bias" for layer in list_weight_layers(evidence.model)]
         return {
             bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)
             for depth, bias in enumerate(biases, start=1)

@@ -14,12 +14,12 @@ Source: Davari, Belilovsky (arXiv 2312.06795); the defaults are milder than the 
 
 from typing import ClassVar
 
-from fedtune.merging._breadcrumbs import Breadcrumbs
+from fedtune.merging._breadcrumbs import BreadcrumbsCombineStep
 
 __all__ = ["PlainBreadcrumbs"]
 
 
-class PlainBreadcrumbs(Breadcrumbs):
+class PlainBreadcrumbs(BreadcrumbsCombineStep):
     """Cut both ends, add."""
 
     name: ClassVar[str] = "breadcrumbs"

@@ -13,12 +13,12 @@ Source: Davari, Belilovsky (arXiv 2312.06795), with Yadav et al. (arXiv 2306.017
 
 from typing import ClassVar
 
-from fedtune.merging._breadcrumbs import Breadcrumbs
+from fedtune.merging._breadcrumbs import BreadcrumbsCombineStep
 
 __all__ = ["BreadcrumbsTies"]
 
 
-class BreadcrumbsTies(Breadcrumbs):
+class BreadcrumbsTies(BreadcrumbsCombineStep):
     """Cut both ends, elect, add."""
 
     name: ClassVar[str] = "breadcrumbs-ties"

@@ -11,12 +11,12 @@ Source: Yu et al. (arXiv 2311.03099). Divides by density as published; mergekit 
 
 from typing import ClassVar
 
-from fedtune.merging._dare import Dare
+from fedtune.merging._dare import DareCombineStep
 
 __all__ = ["DareLinear"]
 
 
-class DareLinear(Dare):
+class DareLinear(DareCombineStep):
     """Drop, rescale, add."""
 
     name: ClassVar[str] = "dare-linear"

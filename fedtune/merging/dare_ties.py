@@ -13,12 +13,12 @@ Source: Yu et al. (arXiv 2311.03099), with Yadav et al. (arXiv 2306.01708), algo
 
 from typing import ClassVar
 
-from fedtune.merging._dare import Dare
+from fedtune.merging._dare import DareCombineStep
 
 __all__ = ["DareTies"]
 
 
-class DareTies(Dare):
+class DareTies(DareCombineStep):
     """Drop, rescale, elect, add."""
 
     name: ClassVar[str] = "dare-ties"

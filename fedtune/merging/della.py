@@ -14,13 +14,13 @@ Source: Deep, Bhardwaj, Poria (arXiv 2406.11617). Epsilon is half the range of p
 
 from typing import ClassVar
 
-from fedtune.merging._della import Della
+from fedtune.merging._della import DellaCombineStep
 from fedtune.merging._span import Normalise
 
 __all__ = ["DellaTies"]
 
 
-class DellaTies(Della):
+class DellaTies(DellaCombineStep):
     """Drop by rank, rescale, elect, add."""
 
     name: ClassVar[str] = "della"

@@ -12,12 +12,12 @@ Source: Deep, Bhardwaj, Poria (arXiv 2406.11617), without its election. Epsilon 
 
 from typing import ClassVar
 
-from fedtune.merging._della import Della
+from fedtune.merging._della import DellaCombineStep
 
 __all__ = ["DellaLinear"]
 
 
-class DellaLinear(Della):
+class DellaLinear(DellaCombineStep):
     """Drop by rank, rescale, add."""
 
     name: ClassVar[str] = "della-linear"

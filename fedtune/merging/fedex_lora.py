@@ -18,32 +18,32 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import Pair, Sent
-from fedtune.merging._factors import Factors, averaged, remainder
-from fedtune.merging._pairs import CombinePairs, written
-from fedtune.merging._step import Evidence
+from fedtune.contribution import LowRankPair, UpdateKind
+from fedtune.merging._factors import LowRankFactors, average_factors, compute_averaging_residual
+from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
+from fedtune.merging._step import MergeContext
 
 __all__ = ["FedexLora"]
 
 
 @final
-class FedexLora(CombinePairs):
+class FedexLora(LowRankPairCombineStep):
     """The means of the factors, and the remainder in the base."""
 
     name: ClassVar[str] = "fedex-lora"
-    takes: ClassVar[Sent] = "pairs and base"
+    takes: ClassVar[UpdateKind] = "pairs and base"
 
     def pair(
         self,
-        pair: Pair,
+        pair: LowRankPair,
         state: Mapping[str, Tensor],
-        factors: Sequence[Factors],
+        factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: Evidence,
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """Mean B and mean A."""
-        return written(pair, averaged(factors, weights), state)
+        return write_factors(pair, average_factors(factors, weights), state)
 
-    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
         """The covariance of the factors."""
-        return remainder(factors, weights)
+        return compute_averaging_residual(factors, weights)

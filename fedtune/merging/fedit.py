@@ -14,27 +14,27 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import Pair
-from fedtune.merging._factors import Factors, averaged
-from fedtune.merging._pairs import CombinePairs, written
-from fedtune.merging._step import Evidence
+from fedtune.contribution import LowRankPair
+from fedtune.merging._factors import LowRankFactors, average_factors
+from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
+from fedtune.merging._step import MergeContext
 
 __all__ = ["Fedit"]
 
 
 @final
-class Fedit(CombinePairs):
+class Fedit(LowRankPairCombineStep):
     """The means of the factors."""
 
     name: ClassVar[str] = "fedit"
 
     def pair(
         self,
-        pair: Pair,
+        pair: LowRankPair,
         state: Mapping[str, Tensor],
-        factors: Sequence[Factors],
+        factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: Evidence,
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """Mean B and mean A."""
-        return written(pair, averaged(factors, weights), state)
+        return write_factors(pair, average_factors(factors, weights), state)

@@ -14,50 +14,52 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
-from fedtune.merging._gram import flat
-from fedtune.merging._measured import check_statistics, statistics_of
-from fedtune.merging._span import shares, weights_of
-from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
+from fedtune.merging._gram import flatten_rows
+from fedtune.merging._measured import check_statistics, require_statistics
+from fedtune.merging._span import normalise_weights, stack_weights
+from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import plain_sum
 
-__all__ = ["Fisher", "information"]
+__all__ = ["Fisher", "square_gradient"]
 
 
-class Fisher(Combine):
+class Fisher(CombineStep):
     """The mean by Fisher information."""
 
     name: ClassVar[str] = "fisher"
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """Itself, with statistics there for every model."""
         check_statistics(self.name, shapes, operands)
-        return Settled(self, operands)
+        return BoundCombine(self, operands)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted mean of each piece."""
-        share = shares(weights_of(operands))[:, 0].tolist()
-        for start, stop in pieces(shape):
-            parts = [flat(operand.rows(name, start, stop)) for operand in operands]
+        share = normalise_weights(stack_weights(operands))[:, 0].tolist()
+        for start, stop in iter_row_chunks(shape):
+            parts = [flatten_rows(operand.rows(name, start, stop)) for operand in operands]
             total = plain_sum(parts, share, normalise=False)
-            if name in statistics_of(operands[0]):
+            if name in require_statistics(operands[0]):
                 information = [_information(name, shape, start, stop, operand) for operand in operands]
                 weights = [w * one for w, one in zip(share, information, strict=True)]
                 total = _mean(parts, weights, total.double())
             yield total.float().reshape(stop - start, *shape[1:])
 
 
-def information(gradient: Tensor) -> Tensor:
+def square_gradient(gradient: Tensor) -> Tensor:
     """One example's part in the diagonal of the empirical Fisher information: its squared gradient, fp32."""
     return gradient.float().square()
 
 
-def _information(name: str, shape: Shape, start: int, stop: int, operand: Operand) -> Tensor:
-    found = statistics_of(operand)(name, start, stop)
-    if found.shape[1:] != shape[1:] or len(flat(found)) != stop - start:
+def _information(name: str, shape: Shape, start: int, stop: int, operand: MergeInput) -> Tensor:
+    found = require_statistics(operand)(name, start, stop)
+    if found.shape[1:] != shape[1:] or len(flatten_rows(found)) != stop - start:
         raise ModelError(f"merge: fisher needs statistics of shape {list(shape)} for {name}; measure these models")
-    return flat(found).double()
+    return flatten_rows(found).double()
 
 
 def _mean(parts: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:

@@ -16,34 +16,36 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import Pair
-from fedtune.merging._factors import Factors, stacked
-from fedtune.merging._pairs import CombinePairs, written
-from fedtune.merging._small_svd import reduced
-from fedtune.merging._step import Evidence
+from fedtune.contribution import LowRankPair
+from fedtune.merging._factors import LowRankFactors, stack_factors
+from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
+from fedtune.merging._small_svd import truncate_product
+from fedtune.merging._step import MergeContext
 
 __all__ = ["Flexlora"]
 
 
 @final
-class Flexlora(CombinePairs):
+class Flexlora(LowRankPairCombineStep):
     """The mean product at the pair's rank."""
 
     name: ClassVar[str] = "flexlora"
 
     def pair(
         self,
-        pair: Pair,
+        pair: LowRankPair,
         state: Mapping[str, Tensor],
-        factors: Sequence[Factors],
+        factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: Evidence,
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """The leading singular triples, evenly shared."""
         rank = len(state[pair.right])
-        return written(pair, reduced(stacked(factors, weights), rank, scale=pair.scale).factors, state)
+        return write_factors(
+            pair, truncate_product(stack_factors(factors, weights), rank, scale=pair.scale).factors, state
+        )
 
-    def missed(self, factors: Sequence[Factors], weights: Sequence[float]) -> dict[str, float]:
+    def missed(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
         """Also the singular values past the shared rank, which is that of the factors as they are shared."""
-        cut = reduced(stacked(factors, weights), factors[0].rank).missed
+        cut = truncate_product(stack_factors(factors, weights), factors[0].rank).missed
         return {**super().missed(factors, weights), "rank_error": cut}

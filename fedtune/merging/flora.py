@@ -23,41 +23,41 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import Pair, Sent
-from fedtune.merging._factors import Factors, stacked
-from fedtune.merging._pairs import CombinePairs
-from fedtune.merging._step import Evidence
-from fedtune.seeds import derive
+from fedtune.contribution import LowRankPair, UpdateKind
+from fedtune.merging._factors import LowRankFactors, stack_factors
+from fedtune.merging._pairs import LowRankPairCombineStep
+from fedtune.merging._step import MergeContext
+from fedtune.seeds import derive_seed
 
 __all__ = ["Flora"]
 
 
 @final
-class Flora(CombinePairs):
+class Flora(LowRankPairCombineStep):
     """The stack in the base, and pairs that begin again."""
 
     name: ClassVar[str] = "flora"
-    takes: ClassVar[Sent] = "pairs and base"
+    takes: ClassVar[UpdateKind] = "pairs and base"
     seed: int = Field(0, ge=0, description="of the draws of A, beside the round")
 
     def pair(
         self,
-        pair: Pair,
+        pair: LowRankPair,
         state: Mapping[str, Tensor],
-        factors: Sequence[Factors],
+        factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: Evidence,
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """B of zeros and a new A."""
-        drawn = _drawn(state[pair.right], derive(self.seed, evidence.draw, pair.right))
+        drawn = _draw_factor(state[pair.right], derive_seed(self.seed, evidence.draw, pair.right))
         return {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
 
-    def into_base(self, factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
         """All that was learned."""
-        return stacked(factors, weights)
+        return stack_factors(factors, weights)
 
 
-def _drawn(a: Tensor, seed: int) -> Tensor:
+def _draw_factor(a: Tensor, seed: int) -> Tensor:
     """Another A [r, k, ...] as PEFT begins it: uniform within one over the root of its inputs."""
     bound = 1 / math.sqrt(a[0].numel())
     return torch.empty(a.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))

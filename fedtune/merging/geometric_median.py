@@ -15,15 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._gram import model_gram
-from fedtune.merging._span import Span, shares, weights_of
-from fedtune.merging._step import Evidence, Operand, Settled, Shape
+from fedtune.merging._gram import compute_model_gram
+from fedtune.merging._span import GramCombineStep, normalise_weights, stack_weights
+from fedtune.merging._step import BoundCombine, MergeContext, MergeInput, Shape
 from fedtune.merging.linear import Linear
 
 __all__ = ["GeometricMedian"]
 
 
-class GeometricMedian(Span):
+class GeometricMedian(GramCombineStep):
     """The smoothed geometric median."""
 
     name: ClassVar[str] = "geometric-median"
@@ -33,20 +33,22 @@ class GeometricMedian(Span):
     iterations: int = Field(1000, ge=1)
     tolerance: float = Field(1e-9, ge=0, description="change of the coefficients that ends it")
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """With distances of whole models, their median's coefficients in place of the weights."""
         if self.distances == "tensor":
-            return Settled(self, operands)
-        c = self.coefficients(weights_of(operands), lambda: model_gram(shapes, operands))
+            return BoundCombine(self, operands)
+        c = self.coefficients(stack_weights(operands), lambda: compute_model_gram(shapes, operands))
         settled = [one._replace(weight=float(weight)) for one, weight in zip(operands, c, strict=True)]
-        return Settled(Linear(normalise=False), settled)
+        return BoundCombine(Linear(normalise=False), settled)
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Weiszfeld's, from the weighted mean."""
-        share, products = shares(weights), gram()
+        share, products = normalise_weights(weights), gram()
         c = share
         for _ in range(self.iterations):
-            pulled = shares(share / _distances(c, products).clamp_min(self.eps))
+            pulled = normalise_weights(share / _distances(c, products).clamp_min(self.eps))
             moved, c = float((pulled - c).abs().max()), pulled
             if moved <= self.tolerance:
                 break

@@ -15,34 +15,34 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import Pair
-from fedtune.merging._factors import Factors, averaged, norm
-from fedtune.merging._pairs import CombinePairs, written
-from fedtune.merging._step import Evidence
+from fedtune.contribution import LowRankPair
+from fedtune.merging._factors import LowRankFactors, average_factors, compute_product_norm
+from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
+from fedtune.merging._step import MergeContext
 
-__all__ = ["Hetlora", "shares"]
+__all__ = ["Hetlora", "weigh_by_product_norm"]
 
 
 @final
-class Hetlora(CombinePairs):
+class Hetlora(LowRankPairCombineStep):
     """The means of padded factors, by the norms of the products."""
 
     name: ClassVar[str] = "hetlora"
 
     def pair(
         self,
-        pair: Pair,
+        pair: LowRankPair,
         state: Mapping[str, Tensor],
-        factors: Sequence[Factors],
+        factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: Evidence,
+        evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """Means by the products' norms; a client of weight zero is left out."""
-        return written(pair, averaged(factors, shares(factors, weights)), state)
+        return write_factors(pair, average_factors(factors, weigh_by_product_norm(factors, weights)), state)
 
 
-def shares(factors: Sequence[Factors], weights: Sequence[float]) -> list[float]:
+def weigh_by_product_norm(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> list[float]:
     """Each product's norm over the sum of those that count; the weights where all are zero."""
-    norms = [norm(one) if weight else 0.0 for one, weight in zip(factors, weights, strict=True)]
+    norms = [compute_product_norm(one) if weight else 0.0 for one, weight in zip(factors, weights, strict=True)]
     total = sum(norms)
     return [one / total for one in norms] if total else list(weights)

@@ -14,13 +14,13 @@ from typing import ClassVar
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from fedtune.merging._span import Span, shares
-from fedtune.merging._sphere import barycentre
+from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._sphere import compute_karcher_coefficients
 
 __all__ = ["Karcher"]
 
 
-class Karcher(Span):
+class Karcher(GramCombineStep):
     """The Karcher mean of the directions."""
 
     name: ClassVar[str] = "karcher"
@@ -31,4 +31,4 @@ class Karcher(Span):
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Those of the mean direction, over each model's norm."""
-        return barycentre(gram(), shares(weights), self.iterations, self.tolerance)
+        return compute_karcher_coefficients(gram(), normalise_weights(weights), self.iterations, self.tolerance)

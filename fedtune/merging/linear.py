@@ -12,12 +12,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import Normalise, Span, shares
+from fedtune.merging._span import GramCombineStep, Normalise, normalise_weights
 
 __all__ = ["Linear"]
 
 
-class Linear(Span):
+class Linear(GramCombineStep):
     """The weighted sum."""
 
     name: ClassVar[str] = "linear"
@@ -26,4 +26,4 @@ class Linear(Span):
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """w_i, or w_i / sum w."""
-        return shares(weights) if self.normalise else weights
+        return normalise_weights(weights) if self.normalise else weights

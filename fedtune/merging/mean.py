@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._step import Combine, Operand, Shape
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._step import CombineStep, MergeInput, Shape
 
 __all__ = ["Mean"]
 
 
-class Mean(Combine):
+class Mean(CombineStep):
     """The mean of the deltas."""
 
     name: ClassVar[str] = "mean"
@@ -31,9 +31,9 @@ class Mean(Combine):
         counts = examples if self.weight == "examples" else [1] * len(examples)
         return [count / sum(counts) for count in counts]
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted sum of each piece."""
-        for start, stop in pieces(shape):
+        for start, stop in iter_row_chunks(shape):
             total = operands[0].rows(name, start, stop).double() * operands[0].weight
             for operand in operands[1:]:
                 total.add_(operand.rows(name, start, stop).double(), alpha=operand.weight)

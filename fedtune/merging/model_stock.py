@@ -14,14 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._gram import Over
-from fedtune.merging._span import Span
-from fedtune.merging._sphere import cosines
+from fedtune.merging._gram import Granularity
+from fedtune.merging._span import GramCombineStep
+from fedtune.merging._sphere import compute_cosines
 
 __all__ = ["ModelStock"]
 
 
-class ModelStock(Span):
+class ModelStock(GramCombineStep):
     """The mean times t."""
 
     name: ClassVar[str] = "model-stock"
@@ -29,7 +29,7 @@ class ModelStock(Span):
     over: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
 
     @property
-    def groups(self) -> Over:
+    def groups(self) -> Granularity:
         """As set."""
         return self.over
 
@@ -40,7 +40,7 @@ class ModelStock(Span):
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """T / N for all."""
         count = len(weights)
-        cosine = cosines(gram())
+        cosine = compute_cosines(gram())
         c = (cosine.sum((0, 1)) - torch.einsum("iig->g", cosine)) / (count * (count - 1))
         t = (count * c / (1 + (count - 1) * c)).clamp_min(0).nan_to_num(0.0, 0.0, 0.0)
         return (t / count).expand(count, -1)

@@ -13,17 +13,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import Span, shares
-from fedtune.merging._sphere import barycentre
+from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._sphere import compute_karcher_coefficients
 
 __all__ = ["MultiSlerp"]
 
 
-class MultiSlerp(Span):
+class MultiSlerp(GramCombineStep):
     """One step towards the barycentre."""
 
     name: ClassVar[str] = "multislerp"
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Those of the barycentre, over each model's norm."""
-        return barycentre(gram(), shares(weights), 1, 0.0)
+        return compute_karcher_coefficients(gram(), normalise_weights(weights), 1, 0.0)

@@ -14,28 +14,28 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._gram import Over
-from fedtune.merging._span import Span, shares
-from fedtune.merging._sphere import slerp
+from fedtune.merging._gram import Granularity
+from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._sphere import compute_slerp_coefficients
 
 __all__ = ["NuSlerp"]
 
 _NEAR = 1 - 1e-14
 
 
-class NuSlerp(Span):
+class NuSlerp(GramCombineStep):
     """The point of the arc that the weights choose."""
 
     name: ClassVar[str] = "nuslerp"
     fewest: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
-    over: Over = Field("tensor", description="what has an angle of its own")
+    over: Granularity = Field("tensor", description="what has an angle of its own")
 
     @property
-    def groups(self) -> Over:
+    def groups(self) -> Granularity:
         """As set."""
         return self.over
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """SLERP's, at the second model's share."""
-        return slerp(gram(), shares(weights)[1], _NEAR)
+        return compute_slerp_coefficients(gram(), normalise_weights(weights)[1], _NEAR)

@@ -24,20 +24,20 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.merging._activations import match_activations
-from fedtune.merging._aligned import Aligned, whole
-from fedtune.merging._declared import declared, is_declared
-from fedtune.merging._graph import symmetry_of_graph
-from fedtune.merging._many import Match, cycle, to_first
-from fedtune.merging._matching import Model, match_weights
-from fedtune.merging._step import Align, Evidence, Operand
-from fedtune.merging._symmetry import Orders, Symmetry
+from fedtune.merging._aligned import PermutedDelta, make_tensor_reader
+from fedtune.merging._declared import build_spec_from_tables, has_architecture_table
+from fedtune.merging._graph import trace_permutation_spec
+from fedtune.merging._many import MatchFunction, cycle, match_to_first
+from fedtune.merging._matching import TensorReader, match_weights
+from fedtune.merging._step import AlignStep, MergeContext, MergeInput
+from fedtune.merging._symmetry import Permutations, PermutationSpec
 
 __all__ = ["Rebasin"]
 
 _LEAST_GAIN = 0.01
 
 
-class Rebasin(Align):
+class Rebasin(AlignStep):
     """Permutations by weights or by activations."""
 
     name: ClassVar[str] = "rebasin"
@@ -52,31 +52,35 @@ class Rebasin(Align):
         """The architecture, and data for activations."""
         return frozenset({"model"} if self.method == "weight" else {"model", "batches"})
 
-    def align(self, base: Mapping[str, Tensor], operands: Sequence[Operand], evidence: Evidence) -> list[Operand]:
+    def align(
+        self, base: Mapping[str, Tensor], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> list[MergeInput]:
         """Operands whose deltas lead from the base to the permuted models."""
         if evidence.model is None or (self.method == "activation" and not evidence.batches):
             raise ModelError(f"rebasin: method {self.method} needs {' and '.join(sorted(self.needs))}; give them")
         if len(operands) < 2:
             return list(operands)
         net = evidence.model.eval()
-        symmetry = declared(net) if is_declared(net) else symmetry_of_graph(net)
+        symmetry = build_spec_from_tables(net) if has_architecture_table(net) else trace_permutation_spec(net)
         symmetry.check({name: tuple(tensor.shape) for name, tensor in base.items()})
         symmetry = symmetry.only(base.keys())
         moved = frozenset(symmetry.moved())
-        models = [whole(base, operand, moved) for operand in operands]
+        models = [make_tensor_reader(base, operand, moved) for operand in operands]
         match = self._match(symmetry, evidence)
         orders = (
-            to_first(match, symmetry, models) if self.many == "first" else cycle(match, symmetry, models, self.sweeps)
+            match_to_first(match, symmetry, models)
+            if self.many == "first"
+            else cycle(match, symmetry, models, self.sweeps)
         )
         return [
             operand if _stays(symmetry, order) else _aligned(symmetry, order, base, operand)
             for operand, order in zip(operands, orders, strict=True)
         ]
 
-    def _match(self, symmetry: Symmetry, evidence: Evidence) -> Match:
+    def _match(self, symmetry: PermutationSpec, evidence: MergeContext) -> MatchFunction:
         """Matches one model to another; the orders it started from stay unless the gain is worth it."""
 
-        def match(reference: Model, model: Model, start: Orders) -> Orders:
+        def match(reference: TensorReader, model: TensorReader, start: Permutations) -> Permutations:
             if self.method == "weight":
                 found = match_weights(symmetry, reference, model, start, visits=self.visits, sweeps=self.sweeps)
             else:
@@ -89,14 +93,16 @@ class Rebasin(Align):
         return match
 
 
-def _aligned(symmetry: Symmetry, orders: Orders, base: Mapping[str, Tensor], operand: Operand) -> Operand:
+def _aligned(
+    symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], operand: MergeInput
+) -> MergeInput:
     if operand.statistics is not None:
         raise ModelError(
             "rebasin: what was measured on a model no longer fits once it is permuted; leave one of them out"
         )
-    return operand._replace(rows=Aligned(symmetry, orders, base, operand))
+    return operand._replace(rows=PermutedDelta(symmetry, orders, base, operand))
 
 
-def _stays(symmetry: Symmetry, orders: Orders) -> bool:
+def _stays(symmetry: PermutationSpec, orders: Permutations) -> bool:
     still = symmetry.identity()
     return all(bool((orders[name][part] == at).all()) for name, parts in still.items() for part, at in parts.items())

@@ -16,40 +16,42 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
-from fedtune.merging._gram import flat
-from fedtune.merging._measured import check_statistics, statistics_of
-from fedtune.merging._span import shares, weights_of
-from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
+from fedtune.merging._gram import flatten_rows
+from fedtune.merging._measured import check_statistics, require_statistics
+from fedtune.merging._span import normalise_weights, stack_weights
+from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import plain_sum
 
-__all__ = ["RegMean", "add_gram"]
+__all__ = ["RegMean", "accumulate_gram"]
 
 
-class RegMean(Combine):
+class RegMean(CombineStep):
     """Regression to the models' own outputs."""
 
     name: ClassVar[str] = "regmean"
     shrink: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
     ridge: float = Field(1e-9, gt=0)
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """Itself, with statistics there for every model."""
         check_statistics(self.name, shapes, operands)
-        return Settled(self, operands)
+        return BoundCombine(self, operands)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The regression where the layer's inputs were measured, else the mean."""
-        share = shares(weights_of(operands))[:, 0].tolist()
-        measured = name in statistics_of(operands[0])
+        share = normalise_weights(stack_weights(operands))[:, 0].tolist()
+        measured = name in require_statistics(operands[0])
         mixing = self._mixing(name, shape, share, operands) if measured else None
-        for start, stop in pieces(shape):
-            parts = [flat(operand.rows(name, start, stop)) for operand in operands]
-            total = plain_sum(parts, share, normalise=False) if mixing is None else _mixed(parts, mixing)
+        for start, stop in iter_row_chunks(shape):
+            parts = [flatten_rows(operand.rows(name, start, stop)) for operand in operands]
+            total = plain_sum(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
             yield total.float().reshape(stop - start, *shape[1:])
 
-    def _mixing(self, name: str, shape: Shape, share: Sequence[float], operands: Sequence[Operand]) -> list[Tensor]:
+    def _mixing(self, name: str, shape: Shape, share: Sequence[float], operands: Sequence[MergeInput]) -> list[Tensor]:
         """M_i = w_i G_i (sum_j w_j G_j)^-1, one [in, in] per model; they sum to the identity."""
         grams = [w * self._gram(name, shape, operand) for w, operand in zip(share, operands, strict=True)]
         total = torch.stack(grams).sum(0)
@@ -59,9 +61,9 @@ class RegMean(Combine):
         total.diagonal().add_(ridge)
         return [torch.linalg.solve(total, found, left=False) for found in grams]
 
-    def _gram(self, name: str, shape: Shape, operand: Operand) -> Tensor:
+    def _gram(self, name: str, shape: Shape, operand: MergeInput) -> Tensor:
         width = shape[-1]
-        found = statistics_of(operand)(name, 0, width).double()
+        found = require_statistics(operand)(name, 0, width).double()
         if len(shape) != 2 or found.shape != (width, width):
             raise ModelError(
                 f"merge: regmean needs a Gram matrix of {width} x {width} for {name}, but its statistics have shape "
@@ -70,12 +72,12 @@ class RegMean(Combine):
         return found * self.shrink + torch.diag(found.diagonal()) * (1 - self.shrink)
 
 
-def add_gram(total: Tensor, inputs: Tensor) -> None:
+def accumulate_gram(total: Tensor, inputs: Tensor) -> None:
     """Adds sum x x^T over inputs x [n, in] to ``total`` [in, in], in double."""
     rows = inputs.double()
     total.addmm_(rows.T, rows)
 
 
-def _mixed(parts: Sequence[Tensor], mixing: Sequence[Tensor]) -> Tensor:
+def _apply_mixing(parts: Sequence[Tensor], mixing: Sequence[Tensor]) -> Tensor:
     """sum_i W_i M_i; double."""
     return torch.stack([part.double() @ matrix for part, matrix in zip(parts, mixing, strict=True)]).sum(0)

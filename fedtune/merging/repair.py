@@ -15,12 +15,12 @@ Source: Jordan et al. (arXiv 2211.08403), section 4; see ``_renormalise`` for wh
 
 from typing import ClassVar
 
-from fedtune.merging._renormalise import Mended
+from fedtune.merging._renormalise import MomentRenormaliseStep
 
 __all__ = ["Repair"]
 
 
-class Repair(Mended):
+class Repair(MomentRenormaliseStep):
     """Both."""
 
     name: ClassVar[str] = "repair"

@@ -9,12 +9,12 @@ Source: Qu & Horvath (arXiv 2402.05966), where it goes before REPAIR; see ``_ren
 
 from typing import ClassVar
 
-from fedtune.merging._renormalise import Mended
+from fedtune.merging._renormalise import MomentRenormaliseStep
 
 __all__ = ["Rescale"]
 
 
-class Rescale(Mended):
+class Rescale(MomentRenormaliseStep):
     """Deviations."""
 
     name: ClassVar[str] = "rescale"

@@ -19,29 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.merging._hooks import with_state
-from fedtune.merging._renormalise import evaluated
-from fedtune.merging._step import Evidence, Renormalise
+from fedtune.merging._hooks import use_state_dict
+from fedtune.merging._renormalise import require_model_and_batches
+from fedtune.merging._step import MergeContext, RenormaliseStep
 
 __all__ = ["Reset"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-class Reset(Renormalise):
+class Reset(RenormaliseStep):
     """Statistics of the merged net."""
 
     name: ClassVar[str] = "reset"
 
     def renormalise(
-        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: Evidence
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: MergeContext
     ) -> dict[str, Tensor]:
         """Running means and variances."""
-        net, batches = evaluated(self.name, evidence)
+        net, batches = require_model_and_batches(self.name, evidence)
         norms = {name: norm for name, norm in net.named_modules() if _collects(norm)}
         if not norms:
             raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; take repair")
-        with with_state(net, merged), _collecting(list(norms.values())), torch.no_grad():
+        with use_state_dict(net, merged), _collecting(list(norms.values())), torch.no_grad():
             for batch in batches:
                 net(**batch)
             found = {f"{name}.{key}": tensor for name, norm in norms.items() for key, tensor in norm.named_buffers()}

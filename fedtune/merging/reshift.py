@@ -10,12 +10,12 @@ Source: Qu & Horvath (arXiv 2402.05966); see ``_renormalise``.
 
 from typing import ClassVar
 
-from fedtune.merging._renormalise import Mended
+from fedtune.merging._renormalise import MomentRenormaliseStep
 
 __all__ = ["Reshift"]
 
 
-class Reshift(Mended):
+class Reshift(MomentRenormaliseStep):
     """Means."""
 
     name: ClassVar[str] = "reshift"

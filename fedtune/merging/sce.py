@@ -21,19 +21,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import pieces
-from fedtune.merging._gram import add_up, dots
+from fedtune.contribution import iter_row_chunks
+from fedtune.merging._gram import add_rows_in_order, compute_row_dots
 from fedtune.merging._held import held
-from fedtune.merging._select import Cut, count_kept, cut
-from fedtune.merging._step import Combine, Operand, Shape
-from fedtune.merging._task_vectors import deltas
+from fedtune.merging._select import MagnitudeThreshold, count_entries_to_keep, find_threshold
+from fedtune.merging._step import CombineStep, MergeInput, Shape
+from fedtune.merging._task_vectors import iter_delta_chunks
 
 __all__ = ["Sce"]
 
 Stacks = Callable[[], Iterator[Tensor]]
 
 
-class Sce(Combine):
+class Sce(CombineStep):
     """Select, calculate, erase."""
 
     name: ClassVar[str] = "sce"
@@ -46,12 +46,12 @@ class Sce(Combine):
         """Equal shares."""
         return [1 / len(examples)] * len(examples)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
         select = self._selection(partial(_stacks, name, shape, held(name, shape, operands)))
         coefficients = _coefficients(select(), len(operands))
         chosen = select()
-        for start, stop in pieces(shape):
+        for start, stop in iter_row_chunks(shape):
             total = _erased(next(chosen), coefficients)
             yield total.float().reshape(stop - start, *shape[1:])
 
@@ -61,14 +61,14 @@ class Sce(Combine):
             return stacks
         sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_variance, stacks())]
         differing, size = (sum(numbers) for numbers in zip(*sizes, strict=True)) if sizes else (0, 0)
-        keep = count_kept(self.select_topk, differing)
-        return partial(_chosen, cut(lambda: map(_variance, stacks()), keep, size), stacks)
+        keep = count_entries_to_keep(self.select_topk, differing)
+        return partial(_chosen, find_threshold(lambda: map(_variance, stacks()), keep, size), stacks)
 
 
-def _stacks(name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+def _stacks(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
     """All models' deltas of each piece [K, rows, width]."""
-    streams = [deltas(name, shape, operand) for operand in operands]
-    for _ in pieces(shape):
+    streams = [iter_delta_chunks(name, shape, operand) for operand in operands]
+    for _ in iter_row_chunks(shape):
         yield torch.stack([next(stream) for stream in streams])
 
 
@@ -81,7 +81,7 @@ def _variance(stack: Tensor) -> Tensor:
     return (total / len(stack)).float()
 
 
-def _chosen(cut: Cut, stacks: Stacks) -> Iterator[Tensor]:
+def _chosen(cut: MagnitudeThreshold, stacks: Stacks) -> Iterator[Tensor]:
     inside = cut.inside()
 
     def keep_inside(stack: Tensor) -> Tensor:
@@ -105,5 +105,7 @@ def _coefficients(stacks: Iterable[Tensor], count: int) -> Tensor:
     """Each model's share of the summed squares; equal shares of nothing."""
     total = torch.zeros(count, dtype=torch.float64)
     for stack in stacks:
-        total = add_up(total, torch.stack([dots(part.double(), part.double()) for part in stack], 1))
+        total = add_rows_in_order(
+            total, torch.stack([compute_row_dots(part.double(), part.double()) for part in stack], 1)
+        )
     return (total / total.sum()).nan_to_num(1 / count)

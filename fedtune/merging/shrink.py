@@ -14,14 +14,14 @@ from typing import Annotated, ClassVar, Literal, final
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._by_activity import ByActivity
-from fedtune.merging._step import Evidence
+from fedtune.merging._by_activity import ActivationRelaxStep
+from fedtune.merging._step import MergeContext
 
 __all__ = ["Shrink"]
 
 
 @final
-class Shrink(ByActivity):
+class Shrink(ActivationRelaxStep):
     """One factor per tensor."""
 
     name: ClassVar[str] = "shrink"
@@ -32,7 +32,7 @@ class Shrink(ByActivity):
         """The activity of input channels, for AIM's mean."""
         return frozenset({"activity"}) if self.factor == "aim" else frozenset()
 
-    def relax(self, name: str, start: int, delta: Tensor, evidence: Evidence) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
         """The rows times the factor."""
         if self.factor != "aim":
             return delta * self.factor

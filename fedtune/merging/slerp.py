@@ -14,15 +14,15 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._span import Span
-from fedtune.merging._sphere import slerp
+from fedtune.merging._span import GramCombineStep
+from fedtune.merging._sphere import compute_slerp_coefficients
 
 __all__ = ["Slerp"]
 
 _NEAR = 0.9995
 
 
-class Slerp(Span):
+class Slerp(GramCombineStep):
     """The point at t of the arc."""
 
     name: ClassVar[str] = "slerp"
@@ -32,4 +32,4 @@ class Slerp(Span):
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """The two sines, over that of the whole angle."""
-        return slerp(gram(), self.t, _NEAR)
+        return compute_slerp_coefficients(gram(), self.t, _NEAR)

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import Normalise, Scale, Span, shares
+from fedtune.merging._span import GramCombineStep, Normalise, Scale, normalise_weights
 
 __all__ = ["TaskArithmetic"]
 
 
-class TaskArithmetic(Span):
+class TaskArithmetic(GramCombineStep):
     """The scaled sum of the task vectors."""
 
     name: ClassVar[str] = "task-arithmetic"
@@ -26,4 +26,4 @@ class TaskArithmetic(Span):
 
     def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Scale times w_i, or times w_i / sum w."""
-        return self.scale * (shares(weights) if self.normalise else weights)
+        return self.scale * (normalise_weights(weights) if self.normalise else weights)

@@ -16,7 +16,7 @@ Source: Yadav et al. (arXiv 2306.01708), algorithm 1. Trims each tensor where th
 
 from typing import ClassVar
 
-from fedtune.merging._select import Stream, count_kept, largest
+from fedtune.merging._select import Stream, count_entries_to_keep, keep_largest
 from fedtune.merging._span import Normalise
 from fedtune.merging._task_vectors import Density, Trimmed
 
@@ -33,4 +33,4 @@ class Ties(Trimmed):
 
     def kept(self, stream: Stream, size: int) -> Stream:
         """The largest entries."""
-        return largest(stream, count_kept(self.density, size), size)
+        return keep_largest(stream, count_entries_to_keep(self.density, size), size)

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
-from fedtune.merging._gram import flat
-from fedtune.merging._step import Combine, Evidence, Operand, Settled, Shape
+from fedtune.merging._gram import flatten_rows
+from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 
 __all__ = ["TrimmedMean"]
 
 
-class TrimmedMean(Combine):
+class TrimmedMean(CombineStep):
     """The mean of the middle."""
 
     name: ClassVar[str] = "trimmed-mean"
@@ -42,22 +42,24 @@ class TrimmedMean(Combine):
         """Equal shares."""
         return [1 / len(examples)] * len(examples)
 
-    def settle(self, shapes: Mapping[str, Shape], operands: Sequence[Operand], evidence: Evidence) -> Settled:
+    def settle(
+        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
+    ) -> BoundCombine:
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
                 f"merge: trimmed-mean with share {self.share:g} needs at least {self.needed} models to cut "
                 f"one at each end, but {len(operands)} came; raise share or add some"
             )
-        return Settled(self, operands)
+        return BoundCombine(self, operands)
 
     def _cut(self, count: int) -> int:
         return floor(self.share * count)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[Operand]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The mean of what is left of each piece."""
         cut = self._cut(len(operands))
-        for start, stop in pieces(shape):
-            stack = torch.stack([flat(operand.rows(name, start, stop)) for operand in operands])
+        for start, stop in iter_row_chunks(shape):
+            stack = torch.stack([flatten_rows(operand.rows(name, start, stop)) for operand in operands])
             middle = stack.sort(dim=0).values[cut : len(operands) - cut]
             yield middle.double().mean(0).float().reshape(stop - start, *shape[1:])

@@ -1,5 +1,23 @@
 """Where models come from: hub ids, folders, GGUF files and samples, all through one loader."""
 
-from fedtune.models.load import class_names, load, preprocessor, reader, save, save_config, settled, tokenizer
+from fedtune.models.load import (
+    class_names,
+    load_model,
+    load_tokenizer,
+    preprocessor,
+    reader,
+    save_config,
+    save_model,
+    settled,
+)
 
-__all__ = ["class_names", "load", "preprocessor", "reader", "save", "save_config", "settled", "tokenizer"]
+__all__ = [
+    "class_names",
+    "load_model",
+    "load_tokenizer",
+    "preprocessor",
+    "reader",
+    "save_config",
+    "save_model",
+    "settled",
+]

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Classified", "ImageClassifier"]
+__all__ = ["ClassifierOutput", "ImageClassifier"]
 
 
-class Classified(NamedTuple):
+class ClassifierOutput(NamedTuple):
     """The mean cross-entropy where labels were given, and logits [n, labels]."""
 
     loss: Tensor | None
@@ -51,7 +51,7 @@ class ImageClassifier(nn.Module, ABC):
             x = checkpoint(stage, x, use_reentrant=False) if self._checkpointed and self.training else stage(x)
         return x
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> Classified:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ClassifierOutput:
         """Logits [n, labels], and the mean cross-entropy when labels [n] are given."""
         logits = self.logits(pixel_values)
-        return Classified(None if labels is None else F.cross_entropy(logits, labels), logits)
+        return ClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .classifier import ImageClassifier
 from .inverted_residual import InvertedResidual
-from .layers import GlobalMean
+from .layers import GlobalAveragePool
 
 __all__ = ["EfficientNetLite", "LiteBlock", "SameConv2d"]
 
@@ -101,7 +101,7 @@ class EfficientNetLite(ImageClassifier):
         self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
         self._bn1 = _norm(1280)
         self._relu1 = nn.ReLU6()
-        self._pool = GlobalMean()
+        self._pool = GlobalAveragePool()
         self._dropout = nn.Dropout(dropout)
         self._fc = nn.Linear(1280, labels)
 

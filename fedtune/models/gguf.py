@@ -7,27 +7,27 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import SourceError
-from fedtune.files import sha256
-from fedtune.home import cache
-from fedtune.models.quiet import quiet
-from fedtune.samples import keep
+from fedtune.files import hash_file
+from fedtune.home import get_cache_folder
+from fedtune.models.quiet import silence_transformers
+from fedtune.samples import make_folder_once
 
-__all__ = ["from_gguf"]
+__all__ = ["dequantise_gguf"]
 
 
-def from_gguf(file: Path) -> Path:
+def dequantise_gguf(file: Path) -> Path:
     """The folder with a GGUF model's dequantised float32 weights and its tokenizer."""
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise SourceError(f"{file} is not a GGUF file; check model.source")
-    folder = cache() / "gguf" / sha256(file)
-    keep(folder, lambda beside: _dequantise(file, beside), f"the weights of {file.name}")
+    folder = get_cache_folder() / "gguf" / hash_file(file)
+    make_folder_once(folder, lambda beside: _dequantise(file, beside), f"the weights of {file.name}")
     return folder
 
 
 def _dequantise(file: Path, into: Path) -> None:
     try:
-        with quiet():
+        with silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             _forget_quantisation(model)

@@ -6,12 +6,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .kinds import KINDS
+from .kinds import IMAGE_MODEL_CLASSES
 
-__all__ = ["OwnConfig", "OwnForImageClassification"]
+__all__ = ["FedtuneForImageClassification", "FedtuneImageConfig"]
 
 
-class OwnConfig(PretrainedConfig):
+class FedtuneImageConfig(PretrainedConfig):
     """``kind`` names the model; ``settings`` are what it is made from, beside the labels."""
 
     model_type = "fedtune-image-classifier"
@@ -22,16 +22,16 @@ class OwnConfig(PretrainedConfig):
         self.settings = settings or {}
 
 
-class OwnForImageClassification(PreTrainedModel):
+class FedtuneForImageClassification(PreTrainedModel):
     """A model defined here, as ``model``."""
 
-    config_class = OwnConfig
+    config_class = FedtuneImageConfig
     main_input_name = "pixel_values"
     base_model_prefix = "model"
 
-    def __init__(self, config: OwnConfig) -> None:
+    def __init__(self, config: FedtuneImageConfig) -> None:
         super().__init__(config)
-        self.model = KINDS[config.kind](config.num_labels, **config.settings)
+        self.model = IMAGE_MODEL_CLASSES[config.kind](config.num_labels, **config.settings)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
@@ -40,7 +40,7 @@ class OwnForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=found.loss, logits=found.logits)
 
 
-OwnConfig.register_for_auto_class()
-OwnForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-AutoConfig.register(OwnConfig.model_type, OwnConfig, exist_ok=True)
-AutoModelForImageClassification.register(OwnConfig, OwnForImageClassification, exist_ok=True)
+FedtuneImageConfig.register_for_auto_class()
+FedtuneForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+AutoConfig.register(FedtuneImageConfig.model_type, FedtuneImageConfig, exist_ok=True)
+AutoModelForImageClassification.register(FedtuneImageConfig, FedtuneForImageClassification, exist_ok=True)

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from .classifier import ImageClassifier
 from .efficientnet_lite import EfficientNetLite
-from .logistic import Logistic
+from .logistic import LogisticRegression
 from .mobilenet_v2 import MobileNetV2
 from .mobilenet_v3 import MobileNetV3
 from .resnet import ResNet18
 
-__all__ = ["KINDS"]
+__all__ = ["IMAGE_MODEL_CLASSES"]
 
-KINDS: dict[str, Callable[..., ImageClassifier]] = {
-    model.kind: model for model in (EfficientNetLite, Logistic, MobileNetV2, MobileNetV3, ResNet18)
+IMAGE_MODEL_CLASSES: dict[str, Callable[..., ImageClassifier]] = {
+    model.kind: model for model in (EfficientNetLite, LogisticRegression, MobileNetV2, MobileNetV3, ResNet18)
 }

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["GlobalMean", "conv_norm", "draw", "flat"]
+__all__ = ["GlobalAveragePool", "flatten_layers", "init_weights", "make_conv_norm"]
 
 
-class GlobalMean(nn.Module):
+class GlobalAveragePool(nn.Module):
     """The mean over height and width."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ class GlobalMean(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def conv_norm(
+def make_conv_norm(
     inputs: int,
     outputs: int,
     kernel: int = 1,
@@ -30,12 +30,12 @@ def conv_norm(
     return nn.Sequential(convolution, norm(outputs), *([activation()] if activation else []))
 
 
-def flat(parts: nn.Sequential) -> list[nn.Module]:
+def flatten_layers(parts: nn.Sequential) -> list[nn.Module]:
     """The layers in the order they are called, without the bundles they stand in."""
     return [layer for part in parts for layer in (part if isinstance(part, nn.Sequential) else [part])]
 
 
-def draw(model: nn.Module) -> None:
+def init_weights(model: nn.Module) -> None:
     """Convolutions from He et al. 2015, "Delving Deep into Rectifiers", eq. 14; linear layers close to zero.
 
     torchvision draws depthwise ones narrower, by its fan-out over all groups; under running statistics that nobody has

@@ -12,52 +12,61 @@ from torch import nn
 
 from fedtune.models import own
 from fedtune.models.classifier import ImageClassifier
-from fedtune.models.sources import resolve
+from fedtune.models.sources import resolve_model_source
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model, Recipe, Task
+from fedtune.recipe import ModelSettings, Recipe, TaskName
 
-__all__ = ["class_names", "load", "preprocessor", "reader", "save", "save_config", "settled", "tokenizer"]
+__all__ = [
+    "class_names",
+    "load_model",
+    "load_tokenizer",
+    "preprocessor",
+    "reader",
+    "save_config",
+    "save_model",
+    "settled",
+]
 
 
-def load(
-    model: Model, task: Task, labels: Sequence[str], *, seed: int, quantisation: object | None = None
+def load_model(
+    model: ModelSettings, task: TaskName, labels: Sequence[str], *, seed: int, quantisation: object | None = None
 ) -> nn.Module:
     """The model on the CPU in ``model.dtype``; a new head is drawn from ``seed`` alone, so two loads are bit-equal.
 
     ``quantisation`` is a transformers quantisation config. Raises SourceError when the source cannot be read and
     ModelError when it does not fit the task.
     """
-    location = resolve(model.source)
-    if own.is_own(location):
-        return own.load(model, Path(location), task, labels, seed=seed, quantised=quantisation is not None)
+    location = resolve_model_source(model.source)
+    if own.is_fedtune_image_model(location):
+        return own.load_image_model(model, Path(location), task, labels, seed=seed, quantised=quantisation is not None)
     from fedtune.models import pretrained
 
-    return pretrained.load(model, location, task, labels, seed=seed, quantisation=quantisation)
+    return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)
 
 
-def class_names(model: Model, task: Task) -> tuple[str, ...]:
+def class_names(model: ModelSettings, task: TaskName) -> tuple[str, ...]:
     """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
-    location = resolve(model.source)
-    if task == "causal-language-modelling" or own.is_own(location):
+    location = resolve_model_source(model.source)
+    if task == "causal-language-modelling" or own.is_fedtune_image_model(location):
         return ()
     from fedtune.models import pretrained
 
     return pretrained.class_names(model, location)
 
 
-def tokenizer(model: Model) -> Any:
+def load_tokenizer(model: ModelSettings) -> Any:
     """The model's tokenizer, with a padding token: a transformers ``PreTrainedTokenizerBase``."""
     from fedtune.models import pretrained
 
-    return pretrained.tokenizer(model, resolve(model.source))
+    return pretrained.load_pretrained_tokenizer(model, resolve_model_source(model.source))
 
 
-def preprocessor(model: Model) -> Preprocessor:
+def preprocessor(model: ModelSettings) -> Preprocessor:
     """How the model reads pictures: as the recipe records it, else as its folder says."""
     if model.preprocessor is not None:
         return model.preprocessor
-    location = resolve(model.source)
-    if own.is_own(location):
+    location = resolve_model_source(model.source)
+    if own.is_fedtune_image_model(location):
         return own.preprocessor(Path(location), model.source)
     from fedtune.models import pretrained
 
@@ -67,7 +76,7 @@ def preprocessor(model: Model) -> Preprocessor:
 def reader(recipe: Recipe) -> Any:
     """What turns examples into the model's inputs: its ``Preprocessor`` at ``train.image`` pixels, or its tokenizer."""
     if recipe.task != "image-classification":
-        return tokenizer(recipe.model)
+        return load_tokenizer(recipe.model)
     return preprocessor(recipe.model).scaled_to(recipe.train.image)
 
 
@@ -80,11 +89,13 @@ def settled(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train, "model": recipe.model.model_copy(update={"preprocessor": read})})
 
 
-def save(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
+def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
     """Write a model of plain layers for ``from_pretrained``; a model defined here takes its code with it."""
     from fedtune.models import pretrained
 
-    pretrained.save(own.for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder)
+    pretrained.save_pretrained_model(
+        own.wrap_for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder
+    )
 
 
 def save_config(model: nn.Module, folder: Path) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .classifier import ImageClassifier
 
-__all__ = ["GreyPixels", "Logistic"]
+__all__ = ["GreyPixels", "LogisticRegression"]
 
 
 class GreyPixels(nn.Module):
@@ -25,7 +25,7 @@ class GreyPixels(nn.Module):
         return grey.flatten(1)
 
 
-class Logistic(ImageClassifier):
+class LogisticRegression(ImageClassifier):
     """One linear layer on grey pixels. The weights start at zero."""
 
     kind: ClassVar[str] = "pixel-logistic"

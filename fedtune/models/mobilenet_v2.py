@@ -9,7 +9,7 @@ from torch import nn
 
 from .classifier import ImageClassifier
 from .inverted_residual import InvertedResidual
-from .layers import GlobalMean, conv_norm, draw, flat
+from .layers import GlobalAveragePool, flatten_layers, init_weights, make_conv_norm
 
 __all__ = ["MobileNetV2", "V2Block"]
 
@@ -31,13 +31,13 @@ class V2Block(InvertedResidual):
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__(adds_input=stride == 1 and inputs == outputs)
         hidden = inputs * expansion
-        widen = [conv_norm(inputs, hidden, activation=nn.ReLU6)] if expansion > 1 else []
-        spread = conv_norm(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6)
-        self.conv = nn.Sequential(*widen, spread, *conv_norm(hidden, outputs))
+        widen = [make_conv_norm(inputs, hidden, activation=nn.ReLU6)] if expansion > 1 else []
+        spread = make_conv_norm(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6)
+        self.conv = nn.Sequential(*widen, spread, *make_conv_norm(hidden, outputs))
 
     def layers(self) -> list[nn.Module]:
         """Widen, filter, narrow."""
-        return flat(self.conv)
+        return flatten_layers(self.conv)
 
 
 class MobileNetV2(ImageClassifier):
@@ -48,11 +48,11 @@ class MobileNetV2(ImageClassifier):
 
     def __init__(self, labels: int, dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)
-        head = conv_norm(320, 1280, activation=nn.ReLU6)
-        self.features = nn.Sequential(conv_norm(3, 32, 3, 2, activation=nn.ReLU6), *_blocks(), head)
-        self.pool = GlobalMean()
+        head = make_conv_norm(320, 1280, activation=nn.ReLU6)
+        self.features = nn.Sequential(make_conv_norm(3, 32, 3, 2, activation=nn.ReLU6), *_blocks(), head)
+        self.pool = GlobalAveragePool()
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(1280, labels))
-        draw(self)
+        init_weights(self)
 
     def stages(self) -> list[nn.Module]:
         """Stem, 17 blocks, head convolution, classifier."""

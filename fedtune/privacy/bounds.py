@@ -2,34 +2,34 @@
 
 import math
 
-from fedtune.privacy.clip import SLACK
-from fedtune.recipe import Privacy
+from fedtune.privacy.clip import ROUNDING_SLACK
+from fedtune.recipe import PrivacySettings
 
-__all__ = ["deviation", "deviation_of_mean", "largest_norm"]
+__all__ = ["compute_max_update_norm", "compute_mean_noise_std", "compute_noise_std"]
 
 _TAIL = 8.0
 
 
-def deviation(privacy: Privacy) -> float:
+def compute_noise_std(privacy: PrivacySettings) -> float:
     """Standard deviation of the noise on a sum of contributions: ``noise`` times what one of them can change."""
-    return privacy.noise * privacy.clip * (1 + SLACK)
+    return privacy.noise * privacy.clip * (1 + ROUNDING_SLACK)
 
 
-def deviation_of_mean(privacy: Privacy, count: int) -> float:
+def compute_mean_noise_std(privacy: PrivacySettings, count: int) -> float:
     """Standard deviation of the noise on the mean of so many contributions.
 
     Each moves the mean by clip / count; rounding the mean to fp32 before the noise may add 2^-23 of clip.
     """
-    return deviation(privacy) * (1 / count + 2.0**-23)
+    return compute_noise_std(privacy) * (1 / count + 2.0**-23)
 
 
-def largest_norm(privacy: Privacy, elements: int) -> float:
+def compute_max_update_norm(privacy: PrivacySettings, elements: int) -> float:
     """The norm up to which a contribution of so many elements is believed to be clipped as asked.
 
     With noise of its own, |delta + noise| <= clip + deviation * (sqrt(elements) + 8) but for one in 1e13: the norm is a
     1-Lipschitz function of Gaussian numbers, so it passes its mean by t deviations with at most exp(-t^2 / 2).
     """
-    bound = privacy.clip * (1 + SLACK)
+    bound = privacy.clip * (1 + ROUNDING_SLACK)
     if privacy.where == "server":
         return bound
-    return bound + deviation(privacy) * (math.sqrt(elements) + _TAIL)
+    return bound + compute_noise_std(privacy) * (math.sqrt(elements) + _TAIL)

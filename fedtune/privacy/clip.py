@@ -10,22 +10,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtune.errors import ContributionError
+from fedtune.errors import ClientUpdateError
 
-__all__ = ["SLACK", "clipped"]
+__all__ = ["ROUNDING_SLACK", "clip_to_norm"]
 
-SLACK = 1e-6
+ROUNDING_SLACK = 1e-6
 """Clipped deltas are rounded to fp32, by 6e-8 of each value: their norm passes the bound by less than this share."""
 
 
-def clipped(deltas: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
+def clip_to_norm(deltas: Mapping[str, Tensor], most: float) -> dict[str, Tensor]:
     """The fp32 deltas, scaled by one factor where their norm is above ``most``; no bit changes where it is not.
 
     Raises ContributionError for values that are not finite: they have no norm to bound.
     """
     norm = math.hypot(*(float(torch.linalg.vector_norm(delta, dtype=torch.float64)) for delta in deltas.values()))
     if not math.isfinite(norm):
-        raise ContributionError("the training diverged to values that are not finite; lower train.lr")
+        raise ClientUpdateError("the training diverged to values that are not finite; lower train.lr")
     if norm <= most:
         return dict(deltas)
     return {name: (delta.double() * (most / norm)).float() for name, delta in deltas.items()}

@@ -19,16 +19,16 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune.contribution import pieces
+from fedtune.contribution import iter_row_chunks
 
-__all__ = ["Normals", "noised"]
+__all__ = ["NormalStream", "add_gaussian_noise"]
 
 _SUMMANDS = 4
 _BLOCK = 2 * _SUMMANDS * 8
 """Bytes of a block of ChaCha20: two words of eight for each summand."""
 
 
-class Normals:
+class NormalStream:
     """An endless row of standard normal numbers; another place, or another secret, gives an unrelated one."""
 
     def __init__(self, secret: bytes, *place: int | str) -> None:
@@ -50,12 +50,16 @@ class Normals:
         return (values.double() + deviation * noise).float()
 
 
-def noised(tensors: Mapping[str, Tensor], deviation: float, secret: bytes, *place: int | str) -> dict[str, Tensor]:
+def add_gaussian_noise(
+    tensors: Mapping[str, Tensor], deviation: float, secret: bytes, *place: int | str
+) -> dict[str, Tensor]:
     """fp32 tensors with N(0, deviation^2) added to every element; ``place`` says what the noise is for."""
-    return {name: _noised(tensor, deviation, Normals(secret, *place, name)) for name, tensor in tensors.items()}
+    return {name: _noised(tensor, deviation, NormalStream(secret, *place, name)) for name, tensor in tensors.items()}
 
 
-def _noised(tensor: Tensor, deviation: float, normals: Normals) -> Tensor:
+def _noised(tensor: Tensor, deviation: float, normals: NormalStream) -> Tensor:
     values = tensor.reshape(-1)
-    parts = [normals.added(values[a:b], a, deviation) for a, b in pieces((tensor.numel(),), together=2 * _SUMMANDS)]
+    parts = [
+        normals.added(values[a:b], a, deviation) for a, b in iter_row_chunks((tensor.numel(),), together=2 * _SUMMANDS)
+    ]
     return torch.cat(parts).reshape(tensor.shape)

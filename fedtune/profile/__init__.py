@@ -1,24 +1,24 @@
 """What a training step costs with each technique, each measured in a process of its own."""
 
-from fedtune.profile.apart import measure_apart
-from fedtune.profile.batch import first_batch, random_batch
-from fedtune.profile.case import YARDSTICKS, Case, cases, every, label
+from fedtune.profile.apart import profile_in_subprocess
+from fedtune.profile.batch import encode_first_batch, make_random_batch
+from fedtune.profile.case import BASELINES, ProfileCase, format_techniques, list_profiled_techniques, make_profile_cases
 from fedtune.profile.gradients import gradient_error
-from fedtune.profile.measure import measure
-from fedtune.profile.row import Failed, Figures, Row
+from fedtune.profile.measure import profile_step
+from fedtune.profile.row import FailedProfile, ProfileResult, StepProfile
 
 __all__ = [
-    "YARDSTICKS",
-    "Case",
-    "Failed",
-    "Figures",
-    "Row",
-    "cases",
-    "every",
-    "first_batch",
+    "BASELINES",
+    "FailedProfile",
+    "ProfileCase",
+    "ProfileResult",
+    "StepProfile",
+    "encode_first_batch",
+    "format_techniques",
     "gradient_error",
-    "label",
-    "measure",
-    "measure_apart",
-    "random_batch",
+    "list_profiled_techniques",
+    "make_profile_cases",
+    "make_random_batch",
+    "profile_in_subprocess",
+    "profile_step",
 ]

@@ -5,18 +5,18 @@ import signal
 from multiprocessing.connection import Connection
 
 from fedtune.errors import FedtuneError
-from fedtune.profile.case import Case
-from fedtune.profile.measure import measure
-from fedtune.profile.row import Failed, Row
+from fedtune.profile.case import ProfileCase
+from fedtune.profile.measure import profile_step
+from fedtune.profile.row import FailedProfile, ProfileResult
 
-__all__ = ["attempt", "measure_apart"]
+__all__ = ["profile_in_subprocess", "try_profile"]
 
 
-def measure_apart(case: Case) -> Row:
+def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
     """Measure in a fresh process; whatever goes wrong in it ends as one sentence."""
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sending, case), daemon=True)
+    process = context.Process(target=_send_result, args=(sending, case), daemon=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it leaves Ctrl-C to this process
     try:
         process.start()
@@ -24,30 +24,30 @@ def measure_apart(case: Case) -> Row:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sending.close()
     try:
-        row: Row = receiving.recv()
+        row: ProfileResult = receiving.recv()
     except EOFError:
-        row = Failed(case.technique, "its process was killed, perhaps for want of memory; try a smaller batch")
+        row = FailedProfile(case.technique, "its process was killed, perhaps for want of memory; try a smaller batch")
     finally:
         process.kill()
         process.join()
     return row
 
 
-def _answer(sending: Connection, case: Case) -> None:
-    sending.send(attempt(case))
+def _send_result(sending: Connection, case: ProfileCase) -> None:
+    sending.send(try_profile(case))
 
 
-def attempt(case: Case) -> Row:
+def try_profile(case: ProfileCase) -> ProfileResult:
     """Measure in this process: the figures, or why there are none."""
     try:
-        return measure(case)
+        return profile_step(case)
     except FedtuneError as error:
-        return Failed(case.technique, str(error))
+        return FailedProfile(case.technique, str(error))
     except Exception as error:
-        return Failed(case.technique, _sentence(error))
+        return FailedProfile(case.technique, _describe_error(error))
 
 
-def _sentence(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """A fault nobody foresaw, with what torch says when memory is short put plainly."""
     first = str(error).partition("\n")[0].strip()
     if isinstance(error, MemoryError) or "can't allocate memory" in first:

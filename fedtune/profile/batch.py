@@ -10,24 +10,24 @@ from torch.nn import functional as F
 from fedtune import data, models
 from fedtune.errors import DataError, ModelError
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
+from fedtune.seeds import derive_seed
 
-__all__ = ["first_batch", "random_batch"]
+__all__ = ["encode_first_batch", "make_random_batch"]
 
 
-def first_batch(recipe: Recipe, corpus: data.Corpus) -> dict[str, Tensor]:
+def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Tensor]:
     """The first ``train.batch`` training examples, texts padded to ``train.length``: the longest step there is."""
     settings = recipe.train
     if len(corpus.train) < settings.batch:
         raise DataError(f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch")
     first = corpus.train.select(range(settings.batch))
     reader = models.reader(recipe)
-    batch = data.encode(first, recipe, reader).batch(range(settings.batch))
+    batch = data.encode_examples(first, recipe, reader).batch(range(settings.batch))
     texts = recipe.task != "image-classification"
-    return _padded(batch, settings.length, int(reader.pad_token_id)) if texts else batch
+    return _pad_batch(batch, settings.length, int(reader.pad_token_id)) if texts else batch
 
 
-def _padded(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
+def _pad_batch(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
     """Rows of tokens filled up on the right; a label per text stays as it is."""
     fill = {"input_ids": padding, "attention_mask": 0, "labels": -100}
     return {
@@ -36,9 +36,9 @@ def _padded(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str,
     }
 
 
-def random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str, Tensor]:
+def make_random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str, Tensor]:
     """Tokens of the model's vocabulary at full length, or pixels, and labels: drawn from the recipe's seed."""
-    random = torch.Generator().manual_seed(derive(recipe.seed, "profile"))
+    random = torch.Generator().manual_seed(derive_seed(recipe.seed, "profile"))
     settings = recipe.train
     answers = torch.randint(max(labels, 1), (settings.batch,), generator=random)
     if recipe.task == "image-classification":

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from fedtune import techniques
 from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe, Unit
-from fedtune.registry import names
+from fedtune.registry import list_unit_names
 
-__all__ = ["YARDSTICKS", "Case", "cases", "every", "label"]
+__all__ = ["BASELINES", "ProfileCase", "format_techniques", "list_profiled_techniques", "make_profile_cases"]
 
-YARDSTICKS = ("full", "lora", "lora+checkpointing", "qlora")
+BASELINES = ("full", "lora", "lora+checkpointing", "qlora")
 """What stands beside whatever was asked for."""
 
 
 @dataclass(frozen=True)
-class Case:
+class ProfileCase:
     """A recipe as JSON with the techniques to measure, and what its model learns to tell apart.
 
     ``batch`` is a packed batch; None draws a random one. ``check`` compares gradients with those of stored activations.
@@ -28,40 +28,40 @@ class Case:
     check: bool = False
 
 
-def cases(
+def make_profile_cases(
     recipe: Recipe, asked: Sequence[Sequence[Unit]], labels: Sequence[str], batch: bytes | None, check: bool = False
-) -> list[Case]:
+) -> list[ProfileCase]:
     """The yardsticks, then what was asked, each once; RecipeError for techniques or pairs that do not hold."""
     found: list[tuple[techniques.Technique, ...]] = []
     made = []
-    yardsticks = [[Unit(name=name) for name in joined.split("+")] for joined in YARDSTICKS]
+    yardsticks = [[Unit(name=name) for name in joined.split("+")] for joined in BASELINES]
     for units in [*yardsticks, *asked]:
-        chosen = techniques.choose(units)
+        chosen = techniques.build_techniques(units)
         if chosen not in found:
             found.append(chosen)
             train = recipe.train.model_copy(update={"techniques": list(units)})
             text = recipe.model_copy(update={"train": train}).model_dump_json()
-            made.append(Case(label(units), text, tuple(labels), batch, check))
+            made.append(ProfileCase(format_techniques(units), text, tuple(labels), batch, check))
     return made
 
 
-def every() -> list[list[Unit]]:
+def list_profiled_techniques() -> list[list[Unit]]:
     """Each published technique: by itself where it trains something, else beside one that does."""
-    return [found for name in names("fedtune.techniques") if (found := _alone_or_beside(name))]
+    return [found for name in list_unit_names("fedtune.techniques") if (found := _alone_or_beside(name))]
 
 
 def _alone_or_beside(name: str) -> list[Unit]:
     for joined in (name, f"lora+{name}", f"full+{name}"):
         units = [Unit(name=one) for one in joined.split("+")]
         try:
-            techniques.choose(units)
+            techniques.build_techniques(units)
         except RecipeError:
             continue
         return units
     return []
 
 
-def label(units: Sequence[Unit]) -> str:
+def format_techniques(units: Sequence[Unit]) -> str:
     """Techniques as one word, with the settings that are given: ``lora(rank=4)+checkpointing``."""
     return "+".join(f"{unit.name}{_settings(unit)}" for unit in units)
 

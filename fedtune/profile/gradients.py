@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.recipe import Recipe, Unit
-from fedtune.seeds import derive
-from fedtune.techniques import Technique, begin_round, begin_step, trained
-from fedtune.training import build_model, load_state, step_loss, train_mode
+from fedtune.seeds import derive_seed
+from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import compute_step_loss, prepare_model, set_model_state, set_train_mode
 
 __all__ = ["gradient_error"]
 
@@ -24,18 +24,18 @@ def gradient_error(
 
     ``a`` is the recipe's gradient and ``b`` its twin's, both from ``state`` and the same random numbers, with dropout.
     """
-    model, chosen, _ = build_model(recipe, labels)
-    twin, twins, _ = build_model(_stored(recipe, chosen), labels)
+    model, chosen, _ = prepare_model(recipe, labels)
+    twin, twins, _ = prepare_model(_make_reference_recipe(recipe, chosen), labels)
     for one in (model, twin):
-        load_state(one, state)
-    seed = derive(recipe.seed, "profile")
+        set_model_state(one, state)
+    seed = derive_seed(recipe.seed, "profile")
     return max(
         _difference(_gradients(model, chosen, batch, number, seed), _gradients(twin, twins, batch, number, seed))
         for number in rounds
     )
 
 
-def _stored(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
+def _make_reference_recipe(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
     """The recipe of the twin."""
     twins = [twin for technique in chosen if (twin := technique.stored()) is not None]
     units = [Unit(name=twin.name, settings=twin.model_dump(mode="json")) for twin in twins]
@@ -47,13 +47,13 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Gradients of what is trained in a round; zeros where none arrived."""
     begin_round(techniques, model, number)
-    train_mode(model)
+    set_train_mode(model)
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         begin_step(techniques, model, batch, 0.0)
-        step_loss(model, batch).backward()
-    names = set(trained(model))
+        compute_step_loss(model, batch).backward()
+    names = set(list_trainable_tensors(model))
     found = {name: parameter for name, parameter in model.named_parameters() if name in names}
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in found.items()}
 

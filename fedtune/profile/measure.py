@@ -9,21 +9,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedtune.contribution import pack, unpack
+from fedtune.contribution import decode_tensors, pack
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
-from fedtune.profile.batch import random_batch
-from fedtune.profile.case import Case
+from fedtune.profile.batch import make_random_batch
+from fedtune.profile.case import ProfileCase
 from fedtune.profile.gradients import gradient_error
-from fedtune.profile.row import Figures
+from fedtune.profile.row import StepProfile
 from fedtune.recipe import Recipe, Train
-from fedtune.seeds import derive
-from fedtune.sparse import compact, masks, to_wire
-from fedtune.techniques import Moment, Technique, begin_round, begin_step, trained
-from fedtune.training import build_model, processor_threads, read_state, step_loss, train_mode, update
+from fedtune.seeds import derive_seed
+from fedtune.sparse import encode_masked_state, find_masks, select_active_values
+from fedtune.techniques import StepInfo, Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import (
+    apply_optimiser_step,
+    compute_step_loss,
+    get_model_state,
+    prepare_model,
+    set_train_mode,
+    use_cpu_threads,
+)
 from fedtune.training.masters import make_stepper, masters_of
 from fedtune.training.start import Start
 
-__all__ = ["measure"]
+__all__ = ["profile_step"]
 
 _TIMED = 3
 """Steps whose median is told, after one that warms up."""
@@ -31,31 +38,31 @@ _TIMED = 3
 Tensors = Mapping[str, Tensor]
 
 
-def measure(case: Case) -> Figures:
+def profile_step(case: ProfileCase) -> StepProfile:
     """Train a few steps, meter one, and compare gradients if the case asks for it; FedtuneError where it misfits."""
     recipe = Recipe.model_validate_json(case.recipe)
-    with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(recipe.seed, "profile"))
-        figures, state, batch, rounds = _cost(case, recipe)
+    with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "profile"))
+        figures, state, batch, rounds = _measure_case(case, recipe)
         if not case.check:
             return figures
         return replace(figures, gradient_error=gradient_error(recipe, case.labels, state, batch, rounds))
 
 
-def _cost(case: Case, recipe: Recipe) -> tuple[Figures, Tensors, Tensors, list[int]]:
+def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tensors, Tensors, list[int]]:
     """The figures; then the state the steps led to, their batch, and the rounds that differ."""
-    model, chosen, shared = build_model(recipe, case.labels)
-    batch = random_batch(model, recipe, len(case.labels)) if case.batch is None else unpack(case.batch)
+    model, chosen, shared = prepare_model(recipe, case.labels)
+    batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
     rounds = _rounds(model, chosen)
     gc.collect()
     reset_peak_rss()
     loaded = peak_rss()
-    seconds = [_seconds(model, chosen, batch, recipe.train, number) for number in rounds]
+    seconds = [_measure_seconds(model, chosen, batch, recipe.train, number) for number in rounds]
     rss = peak_rss()
-    held = [_held(model, chosen, batch, number) for number in rounds]
-    sent = [_sent(model, chosen, number) for number in rounds]
-    state = read_state(model, shared)
-    figures = Figures(
+    held = [_measure_memory(model, chosen, batch, number) for number in rounds]
+    sent = [_measure_payload(model, chosen, number) for number in rounds]
+    state = get_model_state(model, shared)
+    figures = StepProfile(
         technique=case.technique,
         kept_bytes=max(kept for kept, _ in held),
         peak_bytes=max(peak for _, peak in held),
@@ -64,7 +71,7 @@ def _cost(case: Case, recipe: Recipe) -> tuple[Figures, Tensors, Tensors, list[i
         seconds=max(seconds),
         trainable=max(count for count, _ in sent),
         wire_bytes=max(up for _, up in sent),
-        down_bytes=len(pack(to_wire(state))),
+        down_bytes=len(pack(encode_masked_state(state))),
     )
     return figures, state, batch, rounds
 
@@ -74,44 +81,48 @@ def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
     trained_in = []
     for number in (1, 2):
         begin_round(techniques, model, number)
-        trained_in.append(trained(model))
+        trained_in.append(list_trainable_tensors(model))
     return [1] if trained_in[0] == trained_in[1] else [1, 2]
 
 
-def _seconds(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, settings: Train, number: int) -> float:
+def _measure_seconds(
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, settings: Train, number: int
+) -> float:
     """Median seconds of a whole step in a round, as a device takes it."""
     begin_round(techniques, model, number)
-    train_mode(model)
+    set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
     seconds = []
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
-        step_loss(model, batch).backward()
-        update(model, techniques, optimiser, parameters, settings, Moment(number, 0, 1, settings.lr, settings.lr))
+        compute_step_loss(model, batch).backward()
+        apply_optimiser_step(
+            model, techniques, optimiser, parameters, settings, StepInfo(number, 0, 1, settings.lr, settings.lr)
+        )
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 
 
-def _held(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int) -> tuple[int, int]:
+def _measure_memory(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int) -> tuple[int, int]:
     """Bytes kept when the forward pass ends, and the most held in the forward and backward pass."""
     begin_round(techniques, model, number)
-    train_mode(model)
+    set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         begin_step(techniques, model, batch, 0.0)
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
         kept = meter.bytes
         loss.backward()
     model.zero_grad()
     return kept, meter.peak
 
 
-def _sent(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
+def _measure_payload(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
     """Parameters trained in a round, and bytes of the payload that goes up after it."""
     begin_round(techniques, model, number)
-    names = trained(model)
+    names = list_trainable_tensors(model)
     held = [name for technique in techniques for name in technique.held(model)]
-    found = masks(read_state(model, [*names, *held]))
-    deltas = compact(read_state(model, names), found)
+    found = find_masks(get_model_state(model, [*names, *held]))
+    deltas = select_active_values(get_model_state(model, names), found)
     return sum(delta.numel() for delta in deltas.values()), len(pack(deltas))

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from fedtune.errors import StoreError
-from fedtune.files import writing
-from fedtune.profile.row import Failed, Figures, Row
+from fedtune.files import replace_file_atomically
+from fedtune.profile.row import FailedProfile, ProfileResult, StepProfile
 
-__all__ = ["check_suffix", "picture"]
+__all__ = ["draw_profile", "parse_image_format"]
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
 _KEPT, _PEAK = "#0072B2", "#E69F00"
@@ -20,7 +20,7 @@ _WIDE = 300
 """Peaks further apart than this share no linear scale."""
 
 
-def check_suffix(path: Path) -> str:
+def parse_image_format(path: Path) -> str:
     """``png`` or ``svg``; StoreError for any other."""
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
@@ -28,21 +28,21 @@ def check_suffix(path: Path) -> str:
     return kind
 
 
-def picture(rows: Sequence[Row], title: str, path: Path) -> None:
+def draw_profile(rows: Sequence[ProfileResult], title: str, path: Path) -> None:
     """Draw the rows, first on top, into a PNG or SVG file; a case that failed keeps its place."""
-    kind = check_suffix(path)
+    kind = parse_image_format(path)
     figure = Figure(figsize=(9, 1.4 + 0.62 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     _draw(axes, rows)
     _tidy(axes, [row.technique for row in rows])
     axes.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, ncols=2)
-    with writing(path) as beside:
+    with replace_file_atomically(path) as beside:
         figure.savefig(beside, format=kind, dpi=150)
 
 
-def _draw(axes: Axes, rows: Sequence[Row]) -> None:
-    places = {place: row for place, row in enumerate(rows) if isinstance(row, Figures)}
+def _draw(axes: Axes, rows: Sequence[ProfileResult]) -> None:
+    places = {place: row for place, row in enumerate(rows) if isinstance(row, StepProfile)}
     kept = {place - _BAR / 2: row.kept_bytes for place, row in places.items()}
     peak = {place + _BAR / 2: row.peak_bytes for place, row in places.items()}
     _scale(axes, list(peak.values()))
@@ -50,7 +50,7 @@ def _draw(axes: Axes, rows: Sequence[Row]) -> None:
         drawn = axes.barh(list(bars), list(bars.values()), _BAR, color=colour, label=name)
         axes.bar_label(drawn, [EngFormatter("B", 1)(size) for size in bars.values()], padding=4, fontsize=9)
     for place, row in enumerate(rows):
-        if isinstance(row, Failed):
+        if isinstance(row, FailedProfile):
             axes.text(0.01, place, "did not run", transform=axes.get_yaxis_transform(), va="center", color="0.5")
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Failed", "Figures", "Row"]
+__all__ = ["FailedProfile", "ProfileResult", "StepProfile"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class StepProfile:
     """What a step costs; where rounds differ (LoRA trains its factors in turn), each figure is that of the costlier.
 
     ``kept_bytes`` are held for the backward pass when the forward pass ends, ``peak_bytes`` at the worst moment of
@@ -28,11 +28,11 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedProfile:
     """A case that could not run, and why, in one sentence."""
 
     technique: str
     error: str
 
 
-Row = Figures | Failed
+ProfileResult = StepProfile | FailedProfile

@@ -12,17 +12,17 @@ from importlib.util import find_spec
 from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import Privacy, Recipe
-from fedtune.tracking import ContributionRecord, MetricRecord, RoundRecord
+from fedtune.recipe import PrivacySettings, Recipe
+from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
 
-__all__ = ["Asked", "Spending", "charged", "epsilon", "require_accountant"]
+__all__ = ["RoundOutcome", "Spending", "charged", "compute_epsilon", "require_privacy_accountant"]
 
 
-Asked = tuple[str, Sequence[ContributionRecord]]
+RoundOutcome = tuple[str, Sequence[ClientRecord]]
 """A round's status, completed or failed, and what became of those it asked."""
 
 
-def require_accountant(recipe: Recipe) -> None:
+def require_privacy_accountant(recipe: Recipe) -> None:
     """RecipeError when a recipe asks for privacy and what the accountant is made of is not installed."""
     if recipe.privacy is not None and find_spec("dp_accounting") is None:
         raise RecipeError("privacy: its accountant is not installed; pip install 'fedtune[privacy]', or drop privacy")
@@ -37,20 +37,20 @@ class Spending:
         for record in done:
             self._charge((record.status, record.contributions))
 
-    def after(self, asked: Asked) -> tuple[MetricRecord, ...]:
+    def after(self, asked: RoundOutcome) -> tuple[MetricRecord, ...]:
         """Epsilon with one more round, which is about to be committed; nothing without privacy."""
         if self._recipe.privacy is None:
             return ()
         self._charge(asked)
-        value = epsilon(self._recipe, max(self._charged.values(), default=0))
+        value = compute_epsilon(self._recipe, max(self._charged.values(), default=0))
         return (MetricRecord(part="privacy", domain="all", name="epsilon", value=value),)
 
-    def _charge(self, asked: Asked) -> None:
+    def _charge(self, asked: RoundOutcome) -> None:
         if self._recipe.privacy is not None:
             self._charged.update(charged(self._recipe.privacy, asked))
 
 
-def charged(privacy: Privacy, asked: Asked) -> Counter[int]:
+def charged(privacy: PrivacySettings, asked: RoundOutcome) -> Counter[int]:
     """The clients that one round charges with a release.
 
     With the server's noise a round releases its new weights, and a failed one nothing. With the clients' own, what was
@@ -61,11 +61,11 @@ def charged(privacy: Privacy, asked: Asked) -> Counter[int]:
     return Counter(one.client for one in contributions if _out(privacy, status, one))
 
 
-def _out(privacy: Privacy, status: str, sent: ContributionRecord) -> bool:
+def _out(privacy: PrivacySettings, status: str, sent: ClientRecord) -> bool:
     return status == "completed" if privacy.where == "server" else sent.status != "declined"
 
 
-def epsilon(recipe: Recipe, count: int) -> float:
+def compute_epsilon(recipe: Recipe, count: int) -> float:
     """Epsilon at the recipe's delta of so many releases.
 
     With the server's noise for a client's contribution in place of zero, which changes a sum by ``clip`` at most; who

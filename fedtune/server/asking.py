@@ -7,35 +7,35 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
-from fedtune.server.exchange import replies
-from fedtune.server.selection import asked_per_round, sample
+from fedtune.server.exchange import stream_replies
+from fedtune.server.selection import count_cohort, sample_cohort
 
 __all__ = [
     "DEVICE_REMOVED",
     "DROPPED_OUT",
     "NOT_NEEDED",
-    "NO_REPLY_IN_ROUNDS",
-    "NO_REPLY_IN_TIME",
-    "Asking",
-    "Send",
-    "Together",
+    "NO_REPLY_BEFORE_DEADLINE",
+    "NO_REPLY_WITHIN_MAX_STALENESS",
+    "MessageFactory",
+    "RoundScheduler",
+    "SynchronousScheduler",
 ]
 
-NO_REPLY_IN_TIME = "no reply before the deadline"
+NO_REPLY_BEFORE_DEADLINE = "no reply before the deadline"
 DEVICE_REMOVED = "its device was removed from the server"
-NO_REPLY_IN_ROUNDS = "no reply within the rounds that federation.late.oldest allows"
+NO_REPLY_WITHIN_MAX_STALENESS = "no reply within the rounds that federation.late.oldest allows"
 DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
-Send = Callable[[Sequence[int], int], Mapping[int, Message]]
+MessageFactory = Callable[[Sequence[int], int], Mapping[int, Message]]
 """Makes the messages by which clients, given by number, train round so-and-so from the state that round begins with.
 
 A client that is asked for the same round again, before its answer is recorded, is sent that state whole.
 """
 
 
-class Asking(ABC):
-    """One round after the other: ``begin``, then ``replies`` to their end, then ``silent``."""
+class RoundScheduler(ABC):
+    """One round after the other: ``begin``, then ``stream_replies`` to their end, then ``silent``."""
 
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
         """Ask nobody but these clients from now on; what ``moved`` ones were asked is lost. Called between rounds."""
@@ -46,7 +46,7 @@ class Asking(ABC):
         """Settle whom round ``number`` asks; how many answers it hopes for."""
 
     @abstractmethod
-    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """(client, reply) as they arrive, each client once at most; ``usable`` counts the sound ones so far."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Asking(ABC):
         return None
 
 
-class Together(Asking):
+class SynchronousScheduler(RoundScheduler):
     """Real devices that all begin with the round; who is not done by the deadline is missing.
 
     With ``federation.take_first`` the round ends with so many usable answers.
@@ -74,7 +74,7 @@ class Together(Asking):
         self, grid: Grid, recipe: Recipe, among: Sequence[int], poll: float, last: Callable[[], Mapping[int, int]]
     ) -> None:
         self._grid, self._recipe, self._among, self._poll, self._last = grid, recipe, among, poll, last
-        self._count = asked_per_round(recipe, among)
+        self._count = count_cohort(recipe, among)
         self._number, self._enough = 0, False
         self._clients: list[int] = []
         self._removed: set[int] = set()
@@ -88,14 +88,14 @@ class Together(Asking):
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
         self._removed = set()
         count = min(self._count, len(self._among))
-        self._number, self._clients = number, sample(self._recipe, number, self._among, last, count)
+        self._number, self._clients = number, sample_cohort(self._recipe, number, self._among, last, count)
         return len(self._clients)
 
-    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Whatever comes before the deadline, until there are enough."""
         federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
-        found = replies(
+        found = stream_replies(
             self._grid,
             messages,
             federation.deadline,
@@ -111,6 +111,6 @@ class Together(Asking):
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
-        reason = NOT_NEEDED if self._enough else NO_REPLY_IN_TIME
+        reason = NOT_NEEDED if self._enough else NO_REPLY_BEFORE_DEADLINE
         asked = [client for client in self._clients if client not in answered]
         return {client: DEVICE_REMOVED if client in self._removed else reason for client in asked}

@@ -13,7 +13,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import ServerError
 
-__all__ = ["authority", "certificate", "covers", "ends", "ends_soon", "fingerprint", "new_key"]
+__all__ = [
+    "compute_certificate_fingerprint",
+    "ends",
+    "ends_soon",
+    "generate_private_key",
+    "is_certificate_valid_for",
+    "issue_server_certificate",
+    "make_ca_certificate",
+]
 
 _ALWAYS = ("localhost", "127.0.0.1", "::1")
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 397
@@ -22,14 +30,14 @@ _BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
 """A device whose clock is behind must find the certificate valid, or it could never ask the server for the time."""
 
 
-def new_key() -> bytes:
+def generate_private_key() -> bytes:
     """A P-384 private key as PEM."""
     return ec.generate_private_key(ec.SECP384R1()).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def authority(key: bytes) -> bytes:
+def make_ca_certificate(key: bytes) -> bytes:
     """The certificate, as PEM, of an authority with this private key."""
     private = _private(key)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune authority")])
@@ -39,7 +47,9 @@ def authority(key: bytes) -> bytes:
     return _signed(builder.add_extension(usage, critical=True), private)
 
 
-def certificate(authority_key: bytes, authority_certificate: bytes, key: bytes, names: Iterable[str]) -> bytes:
+def issue_server_certificate(
+    authority_key: bytes, authority_certificate: bytes, key: bytes, names: Iterable[str]
+) -> bytes:
     """A server certificate as PEM for host names and addresses; this machine's own names are always among them."""
     issuer, private = x509.load_pem_x509_certificate(authority_certificate), _private(key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtune server")])
@@ -51,7 +61,7 @@ def certificate(authority_key: bytes, authority_certificate: bytes, key: bytes, 
     return _signed(builder, _private(authority_key))
 
 
-def covers(pem: bytes, names: Iterable[str], until: datetime) -> bool:
+def is_certificate_valid_for(pem: bytes, names: Iterable[str], until: datetime) -> bool:
     """Whether a certificate is good for all the names, and still will be at a moment."""
     found = x509.load_pem_x509_certificate(pem)
     known = set(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
@@ -69,7 +79,7 @@ def ends_soon(ca: str) -> datetime | None:
     return until if until < datetime.now(UTC) + _SOON else None
 
 
-def fingerprint(pem: str) -> str:
+def compute_certificate_fingerprint(pem: str) -> str:
     """SHA-256 over a certificate's DER form, in hexadecimal: what a token says of the authority."""
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 

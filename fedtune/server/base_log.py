@@ -11,7 +11,7 @@ from typing import NamedTuple
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from fedtune.files import writing
+from fedtune.files import replace_file_atomically
 from fedtune.merging import Increment, Increments, join_increments, split_increments
 from fedtune.stored_state import StoredState
 
@@ -47,7 +47,7 @@ class BaseLog:
         """Keep a round's increments; the file is whole once this returns."""
         self.forget(number)
         path = self._folder / f"{_STEM}{number:04d}.safetensors"
-        with writing(path) as beside:
+        with replace_file_atomically(path) as beside:
             told = {"before": before, "after": after}
             safetensors.torch.save_file(join_increments([increments]), beside, metadata=told)
         self._logged.append(Logged(number, before, after, path))

@@ -12,8 +12,8 @@ from fedtune.merging import Increment, Increments
 from fedtune.server.base_log import BaseLog
 from fedtune.server.parts import State
 from fedtune.sparse import mask_name
-from fedtune.tracking import ContributionRecord, RoundRecord
-from fedtune.training import Workshop
+from fedtune.tracking import ClientRecord, RoundRecord
+from fedtune.training import RunContext
 
 __all__ = ["Bases"]
 
@@ -24,8 +24,8 @@ class Bases:
     What a client holds is told from the committed rounds alone, so that a resumed run sends what it would have sent.
     """
 
-    def __init__(self, shop: Workshop, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
-        pairs = techniques.pairs(shop.techniques, shop.model)
+    def __init__(self, shop: RunContext, folder: Path, start: State, done: Sequence[RoundRecord]) -> None:
+        pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
         self.names = [pair.base for pair in pairs if pair.base is not None and mask_name(pair.base) not in start]
         self._log = BaseLog(folder)
         self._log.forget(done[-1].number + 1 if done else 0)
@@ -59,13 +59,13 @@ class Bases:
         if increments:
             self._log.save(number, self.digest(number, before), self._digest(after), increments)
 
-    def committed(self, number: int, records: Sequence[ContributionRecord]) -> None:
+    def committed(self, number: int, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
         self._note(number, records)
         self._log.trim(self._bytes)
 
-    def _note(self, number: int, records: Sequence[ContributionRecord]) -> None:
+    def _note(self, number: int, records: Sequence[ClientRecord]) -> None:
         self._merged |= dict.fromkeys((one.client for one in records if one.status == "merged"), number)
 
     def _digest(self, state: State) -> str:
-        return checkpoint.digest({name: state[name] for name in self.names}) if self.names else ""
+        return checkpoint.hash_tensors({name: state[name] for name in self.names}) if self.names else ""

@@ -11,19 +11,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_ROUNDS, Asking, Send
-from fedtune.server.desk import Desk
+from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_WITHIN_MAX_STALENESS, MessageFactory, RoundScheduler
+from fedtune.server.desk import InFlightTracker
 
-__all__ = ["Buffered"]
+__all__ = ["AsynchronousScheduler"]
 
 
-class Buffered(Asking):
+class AsynchronousScheduler(RoundScheduler):
     """Rounds of ``buffer`` usable answers, fewer where nobody is left to ask or ``deadline`` seconds are over."""
 
     def __init__(
         self,
         grid: Grid,
-        desk: Desk,
+        desk: InFlightTracker,
         buffer: int,
         deadline: float | None,
         poll: float,
@@ -44,12 +44,16 @@ class Buffered(Asking):
     def begin(self, number: int) -> int:
         """Give up on clients that are too far behind."""
         given_up, moved = self._desk.begin(number, self._last()), self._moved
-        self._staleness, self._lost, self._moved = {}, dict.fromkeys([*given_up, *moved], NO_REPLY_IN_ROUNDS), []
+        self._staleness, self._lost, self._moved = (
+            {},
+            dict.fromkeys([*given_up, *moved], NO_REPLY_WITHIN_MAX_STALENESS),
+            [],
+        )
         self._sent = {message: client for message, client in self._sent.items() if client not in self._lost}
         self._arrived = deque(answer for answer in self._arrived if answer[0] not in self._lost)
         return self._buffer
 
-    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
         end = time.monotonic() + self._deadline
         while usable() < self._buffer and time.monotonic() < end:
@@ -63,7 +67,7 @@ class Buffered(Asking):
                 self._staleness[client] = self._desk.done(client)
                 yield client, reply
 
-    def _ask(self, send: Send) -> None:
+    def _ask(self, send: MessageFactory) -> None:
         clients = self._desk.next()
         if not clients:
             return

@@ -7,23 +7,23 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedtune.contribution import FEWEST, OwnScore
-from fedtune.errors import ContributionError
+from fedtune.contribution import FEWEST, HoldoutMetrics
+from fedtune.errors import ClientUpdateError
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
-from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_IN_TIME
-from fedtune.server.crew import Crew
+from fedtune.seeds import derive_seed
+from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
+from fedtune.server.crew import RunClients
 from fedtune.server.downloads import Downloads
-from fedtune.server.exchange import replies
+from fedtune.server.exchange import stream_replies
 from fedtune.server.own_scores import figures_of
-from fedtune.server.parts import Parts
+from fedtune.server.parts import RoundPayloads
 from fedtune.server.receive import read_error
 from fedtune.server.reports import read_score
 from fedtune.server.sending import Sending
 from fedtune.server.spool import spooling
-from fedtune.server.watch import Unscored, tell
+from fedtune.server.watch import Unscored, emit_event
 from fedtune.tracking import ClientScore
-from fedtune.training import Workshop
+from fedtune.training import RunContext
 from fedtune.untrusted import clean_text
 
 __all__ = ["draw_scorers", "score_by_clients"]
@@ -38,7 +38,7 @@ A device that has not trained yet loads model and data first.
 
 
 def score_by_clients(
-    grid: Grid, shop: Workshop, run: str, sending: Sending, crew: Crew, state: State, number: int, took: float
+    grid: Grid, shop: RunContext, run: str, sending: Sending, crew: RunClients, state: State, number: int, took: float
 ) -> tuple[ClientScore, ...]:
     """Figures of the shared state by each client that ``evaluation.clients`` asks for after round ``number``.
 
@@ -51,34 +51,36 @@ def score_by_clients(
     answers = _ask(grid, shop, run, sending, crew, clients, state, number, took)
     reasons = {f"client {one} ({crew.names[one]})": said for one, said in answers.items() if isinstance(said, str)}
     if reasons:
-        tell(Unscored(number, len(clients), reasons))
-    scored = [(client, said) for client, said in answers.items() if isinstance(said, OwnScore)]
+        emit_event(Unscored(number, len(clients), reasons))
+    scored = [(client, said) for client, said in answers.items() if isinstance(said, HoldoutMetrics)]
     metrics = shop.recipe.evaluation.metrics
     return tuple(one for client, score in scored for one in figures_of(client, "shared", score, metrics))
 
 
 def _ask(
     grid: Grid,
-    shop: Workshop,
+    shop: RunContext,
     run: str,
     sending: Sending,
-    crew: Crew,
+    crew: RunClients,
     clients: Sequence[int],
     state: State,
     number: int,
     took: float,
-) -> dict[int, OwnScore | str]:
+) -> dict[int, HoldoutMetrics | str]:
     """The score of each client, or why there is none, in client order."""
-    answers: dict[int, OwnScore | str] = dict.fromkeys(clients, NO_REPLY_IN_TIME)
+    answers: dict[int, HoldoutMetrics | str] = dict.fromkeys(clients, NO_REPLY_BEFORE_DEADLINE)
 
     def note_removed(client: int) -> None:
         answers[client] = DEVICE_REMOVED
 
     with spooling(run, number) as spool:
         folder = spool if crew.shares_disk else None
-        downloads = Downloads(Parts(shop, state, number), sending.bases, folder, deployed=False)
+        downloads = Downloads(RoundPayloads(shop, state, number), sending.bases, folder, deployed=False)
         messages = sending.scoring_messages(clients, crew, downloads)
-        for client, reply in replies(grid, messages, _deadline(shop.recipe, crew, took), crew.poll, note_removed):
+        for client, reply in stream_replies(
+            grid, messages, _deadline(shop.recipe, crew, took), crew.poll, note_removed
+        ):
             answers[client] = _read(reply)
     return answers
 
@@ -93,12 +95,12 @@ def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
         return []
     if wanted == "all":
         return sorted(among)
-    ranked = np.random.default_rng(derive(recipe.seed, "scorers")).permutation(recipe.clients).tolist()
+    ranked = np.random.default_rng(derive_seed(recipe.seed, "scorers")).permutation(recipe.clients).tolist()
     there = set(among)
     return sorted([client for client in ranked if client in there][:wanted])
 
 
-def _connected(grid: Grid, crew: Crew) -> list[int]:
+def _connected(grid: Grid, crew: RunClients) -> list[int]:
     """The clients that may be asked, without devices that are away."""
     if not crew.deployed:
         return list(crew.eligible)
@@ -106,19 +108,19 @@ def _connected(grid: Grid, crew: Crew) -> list[int]:
     return [client for client in crew.eligible if crew.nodes[client] in there]
 
 
-def _deadline(recipe: Recipe, crew: Crew, took: float) -> float | None:
+def _deadline(recipe: Recipe, crew: RunClients, took: float) -> float | None:
     """Seconds to wait; no end in a simulation: its deadlines are in simulated time, and every client answers."""
     if not crew.deployed:
         return None
     return recipe.federation.deadline or max(_LEAST_SECONDS, took)
 
 
-def _read(reply: Message) -> OwnScore | str:
+def _read(reply: Message) -> HoldoutMetrics | str:
     """A client's score, or why there is none."""
     if reply.has_error():
         return ": ".join(read_error(reply.error))
     try:
         score = read_score(reply.content.metric_records.get("report"))
-    except ContributionError as error:
+    except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
     return score if score.predictions else f"it holds out fewer than {FEWEST} examples"

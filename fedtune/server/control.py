@@ -30,11 +30,11 @@ from fedtune.errors import ServerError
 from fedtune.server import thin_app
 from fedtune.server.flower_socket import ADDRESS, reroute
 
-__all__ = ["Again", "Control", "FlowerRun"]
+__all__ = ["ControlClient", "FlowerRunStatus", "RetryOnceInterceptor"]
 
 
 @dataclass(frozen=True)
-class FlowerRun:
+class FlowerRunStatus:
     """What the SuperLink says of a run: ``status`` is pending, starting, running or finished."""
 
     status: str
@@ -42,7 +42,7 @@ class FlowerRun:
     details: str
 
 
-class Again:
+class RetryOnceInterceptor:
     """Makes a call once more when the SuperLink hung up instead of reading it, as it does on lines idle for 5 s."""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
@@ -53,13 +53,13 @@ class Again:
             return call_next(context)
 
 
-class Control:
+class ControlClient:
     """A connection to the SuperLink at a socket; every method raises ServerError when it cannot be reached."""
 
     def __init__(self, socket: Path) -> None:
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="fedtune"),
-            Again(),
+            RetryOnceInterceptor(),
         ]
         self._client = ControlHttpClient(f"http://{ADDRESS}", interceptors=interceptors)
         reroute(self._client, socket)
@@ -70,7 +70,7 @@ class Control:
 
     def start(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
         """Start a run of fedtune's app with these settings, on devices or on ``simulated`` ones; its number."""
-        content, _ = build_fab_from_files(thin_app.files())
+        content, _ = build_fab_from_files(thin_app.make_app_files())
         fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
         config = user_config_to_proto(dict(settings))
         request = StartRunRequest(fab=fab, override_config=config, override_federation_config=simulated)
@@ -80,11 +80,11 @@ class Control:
             raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
         return int(answer.run_id)
 
-    def run(self, number: int) -> FlowerRun:
+    def run(self, number: int) -> FlowerRunStatus:
         """How a run stands."""
         with _reached():
             found = self._client.ListRuns(ListRunsRequest(run_id=number)).run_dict[number].status
-        return FlowerRun(found.status, found.sub_status, found.details)
+        return FlowerRunStatus(found.status, found.sub_status, found.details)
 
     def stop(self, number: int) -> None:
         """End a run, unless it has ended."""

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from flwr.serverapp import Grid
 
-from fedtune.errors import RoundError
+from fedtune.errors import RunError
 from fedtune.recipe import Recipe
 from fedtune.server.asking import DEVICE_REMOVED
 from fedtune.server.guarded_grid import GuardedGrid
-from fedtune.server.selection import candidates
-from fedtune.tracking import Seat
+from fedtune.server.selection import list_eligible_clients
+from fedtune.tracking import Assignment
 
-__all__ = ["Crew", "assemble"]
+__all__ = ["RunClients", "wait_for_clients"]
 
 _PATIENCE = 120.0
 """Seconds until too few devices for a round are given up."""
@@ -28,7 +28,7 @@ def _any_size(most: int) -> None:
 
 
 @dataclass(frozen=True)
-class Crew:
+class RunClients:
     """Node and name of each client, by its number, and seconds between two looks for replies.
 
     With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
@@ -54,13 +54,13 @@ class Crew:
         return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
 
 
-def assemble(
+def wait_for_clients(
     grid: Grid,
     recipe: Recipe,
-    seats: Sequence[Seat],
+    seats: Sequence[Assignment],
     patience: float = _PATIENCE,
     removed: Callable[[], Collection[int]] = tuple,
-) -> Crew:
+) -> RunClients:
     """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
 
     Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
@@ -70,13 +70,13 @@ def assemble(
         nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
         names = [recipe.device_of(client).name for client in range(recipe.clients)]
         shares_disk = bool(getattr(grid, "shares_disk", False))
-        return Crew(nodes, names, shares_disk=shares_disk, eligible=candidates(recipe))
+        return RunClients(nodes, names, shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
     gone = set(removed())
     wanted = {int(seat.node) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
-    return Crew(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
+    return RunClients(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 
 
 def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:
@@ -88,7 +88,5 @@ def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience
         if len(found) >= (enough if waited > min(_PATIENCE_FOR_ALL, patience) else wanted):
             return found
         if waited > patience:
-            raise RoundError(
-                f"only {len(found)} of {enough} devices connected within {patience:.0f} s; start the others"
-            )
+            raise RunError(f"only {len(found)} of {enough} devices connected within {patience:.0f} s; start the others")
         time.sleep(_LOOK_SECONDS)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedtune.server.reports import MOST_EXAMPLES
-from fedtune.tracking import Seat, Store
-from fedtune.training import Workshop
+from fedtune.tracking import Assignment, Store
+from fedtune.training import RunContext
 
 __all__ = ["most_examples"]
 
 
-def most_examples(shop: Workshop, store: Store, run: str, client: int) -> int:
+def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
     """The most that an honest report of client number ``client`` can count.
 
     With ``train.steps`` that is a number of the recipe. With ``train.epochs`` it follows from the examples that a
@@ -28,7 +28,7 @@ def most_examples(shop: Workshop, store: Store, run: str, client: int) -> int:
     return min(MOST_EXAMPLES, held * (recipe.train.epochs or 1))
 
 
-def _declared(store: Store, seats: Sequence[Seat], client: int) -> int:
+def _declared(store: Store, seats: Sequence[Assignment], client: int) -> int:
     profiles = {device.name: json.loads(device.profile) for device in store.access.devices()}
     told = {seat.client: _count(profiles.get(seat.device)) for seat in seats}
     return told[client] or max(told.values()) or MOST_EXAMPLES

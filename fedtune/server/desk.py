@@ -5,23 +5,23 @@ It knows no clock: the same book is kept for real devices and for a simulation's
 
 from collections.abc import Collection, Mapping, Sequence
 
-from fedtune.federation import Late
+from fedtune.federation import Asynchronous
 from fedtune.recipe import Recipe
-from fedtune.server.selection import asked_per_round, ranked
+from fedtune.server.selection import count_cohort, rank_clients
 
-__all__ = ["Desk"]
+__all__ = ["InFlightTracker"]
 
 
-class Desk:
+class InFlightTracker:
     """Clients ``among`` a recipe's, as many at work at a time as a round would ask.
 
     ``number`` is the round it has turned to. A client answers at most once in a round, and begins at most once with a
     round's state: a second time it would send the same.
     """
 
-    def __init__(self, recipe: Recipe, among: Sequence[int], late: Late) -> None:
+    def __init__(self, recipe: Recipe, among: Sequence[int], late: Asynchronous) -> None:
         self._recipe, self._among, self._late = recipe, among, late
-        self._count = asked_per_round(recipe, among)
+        self._count = count_cohort(recipe, among)
         self._since: dict[int, int] = {}
         self.number = 0
         self._order: list[int] = []
@@ -38,7 +38,7 @@ class Desk:
     def begin(self, number: int, last: Mapping[int, int]) -> list[int]:
         """Turn to round ``number``; the clients that are given up, since their answers would be too old for it."""
         self.number = number
-        self._order = ranked(self._recipe, number, self._among, last)
+        self._order = rank_clients(self._recipe, number, self._among, last)
         given_up = sorted(client for client, begun in self._since.items() if number - begun > self._late.oldest)
         self._heard = set(given_up)
         for client in given_up:

@@ -14,35 +14,35 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedtune.errors import FedtuneError, ServerError
-from fedtune.server.enrolment import Enrolment
-from fedtune.server.forward import Forward, limited
-from fedtune.server.guard import Guard, address
+from fedtune.server.enrolment import DeviceApi
+from fedtune.server.forward import ReverseProxy, stream_limited_body
+from fedtune.server.guard import Authenticator, get_remote_address
 from fedtune.server.letting_in import LettingIn
 from fedtune.server.log_routes import log_routes
 from fedtune.server.logs import Logs
-from fedtune.server.operating import Operating
+from fedtune.server.operating import OperatorApi
 from fedtune.server.operators import Role
-from fedtune.server.refusal import Audit, RefusedError
+from fedtune.server.refusal import AuditLog, RequestRefusedError
 from fedtune.server.sent import read_json
 from fedtune.tracking.document import text
 from fedtune.untrusted import clean_text
 
-__all__ = ["door"]
+__all__ = ["make_gateway"]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Answer = Callable[[Request, Any], dict[str, Any]]
+JsonHandler = Callable[[Request, Any], dict[str, Any]]
 _BODY = 1 << 20
 _SENTENCE = 2000
 _STARTING = 503
 """What is told while the server itself is not ready; nothing was refused then, so the audit tells nothing."""
 
 
-def door(
-    guard: Guard,
-    audit: Audit,
-    forward: Forward,
-    enrolment: Enrolment,
-    operating: Operating,
+def make_gateway(
+    guard: Authenticator,
+    audit: AuditLog,
+    forward: ReverseProxy,
+    enrolment: DeviceApi,
+    operating: OperatorApi,
     letting: LettingIn,
     ca: str,
     healthy: Callable[[], bool],
@@ -59,7 +59,7 @@ def door(
         await forward.close()
 
     refuse = _refusing(audit)
-    handlers = {RefusedError: refuse, HTTPException: refuse, FedtuneError: refuse, Exception: refuse}
+    handlers = {RequestRefusedError: refuse, HTTPException: refuse, FedtuneError: refuse, Exception: refuse}
     routes = [
         Route("/v1/fleet/{path:path}", forward.pass_on, methods=["POST"]),
         Route("/fedtune/ca", lambda _: PlainTextResponse(ca), methods=["GET"]),
@@ -82,7 +82,7 @@ def _health(well: bool) -> Response:
     return _json({"status": "ok"} if well else {"status": "starting"}, 200 if well else 503)
 
 
-def _device_routes(enrolment: Enrolment) -> list[Route]:
+def _device_routes(enrolment: DeviceApi) -> list[Route]:
     return [
         Route("/fedtune/time", _answering(enrolment.time), methods=["GET"]),
         Route("/fedtune/enroll", _answering(enrolment.enroll), methods=["POST"]),
@@ -90,7 +90,7 @@ def _device_routes(enrolment: Enrolment) -> list[Route]:
     ]
 
 
-def _operator_routes(guard: Guard, operating: Operating, letting: LettingIn) -> list[Route]:
+def _operator_routes(guard: Authenticator, operating: OperatorApi, letting: LettingIn) -> list[Route]:
     def route(role: Role, method: str, path: str, answer: Callable[[str, Request, Any], dict[str, Any]]) -> Route:
         return Route(f"/fedtune/{path}", _for_operators(guard, role, answer), methods=[method])
 
@@ -114,7 +114,7 @@ def _operator_routes(guard: Guard, operating: Operating, letting: LettingIn) -> 
     ]
 
 
-def _answering(answer: Answer) -> Endpoint:
+def _answering(answer: JsonHandler) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         sent = await _sent(request)
         return _json(await run_in_threadpool(answer, request, sent))
@@ -122,7 +122,7 @@ def _answering(answer: Answer) -> Endpoint:
     return endpoint
 
 
-def _for_operators(guard: Guard, role: Role, answer: Callable[[str, Request, Any], dict[str, Any]]) -> Endpoint:
+def _for_operators(guard: Authenticator, role: Role, answer: Callable[[str, Request, Any], dict[str, Any]]) -> Endpoint:
     """The key is looked at before the body is read."""
 
     async def endpoint(request: Request) -> Response:
@@ -135,15 +135,15 @@ def _for_operators(guard: Guard, role: Role, answer: Callable[[str, Request, Any
 
 async def _sent(request: Request) -> Any:
     """The JSON a request carries, or None."""
-    return read_json(b"".join([chunk async for chunk in limited(request, _BODY)]))
+    return read_json(b"".join([chunk async for chunk in stream_limited_body(request, _BODY)]))
 
 
-def _refusing(audit: Audit) -> Callable[[Request, Exception], Awaitable[Response]]:
+def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def refuse(request: Request, error: Exception) -> Response:
         status, sentence = _told(request, error)
         if status != _STARTING:
             what = f"{request.method} {request.url.path[:200]}: {sentence}"
-            await run_in_threadpool(audit.refused, address(request), what, getattr(error, "who", ""))
+            await run_in_threadpool(audit.refused, get_remote_address(request), what, getattr(error, "who", ""))
         return _json({"error": clean_text(sentence, _SENTENCE)}, status)
 
     return refuse
@@ -152,7 +152,7 @@ def _refusing(audit: Audit) -> Callable[[Request, Exception], Awaitable[Response
 def _told(request: Request, error: Exception) -> tuple[int, str]:
     """Status and sentence of what was raised while a request was dealt with."""
     match error:
-        case RefusedError():
+        case RequestRefusedError():
             return error.status, error.sentence
         case HTTPException():
             return error.status_code, f"there is nothing at {request.url.path[:200]} for {request.method}"

@@ -14,7 +14,7 @@ from fedtune import checkpoint
 from fedtune.contribution import pack, packed_size
 from fedtune.merging import join_increments
 from fedtune.server.bases import Bases
-from fedtune.server.parts import Part, Parts, State
+from fedtune.server.parts import ClassPayload, RoundPayloads, State
 from fedtune.stored_state import StoredState
 
 __all__ = ["Download", "Downloads"]
@@ -36,7 +36,7 @@ class Downloads:
     With ``folder``, which server and clients must both see, it is sent as the name of a file.
     """
 
-    def __init__(self, parts: Parts, bases: Bases, folder: Path | None, deployed: bool) -> None:
+    def __init__(self, parts: RoundPayloads, bases: Bases, folder: Path | None, deployed: bool) -> None:
         self.parts, self.number = parts, parts.number
         self._bases, self._folder, self._deployed = bases, folder, deployed
         self._made: dict[tuple[int, str], Download] = {}
@@ -50,12 +50,12 @@ class Downloads:
             self._made[key] = (self._smaller(part, held) if held else None) or self._whole(part)
         return self._made[key]
 
-    def _whole(self, part: Part) -> Download:
+    def _whole(self, part: ClassPayload) -> Download:
         payload = pack(part.wire) if self._folder is None else _file(part.wire, self._folder)
         size = payload.stat().st_size if isinstance(payload, Path) else len(payload)
         return Download(payload, size, self._base() if self._deployed else "")
 
-    def _smaller(self, part: Part, held: str) -> Download | None:
+    def _smaller(self, part: ClassPayload, held: str) -> Download | None:
         """The state with increments in place of the base, if there are any and they are fewer bytes."""
         steps = self._bases.increments(held, self._base())
         if steps is None:
@@ -77,7 +77,7 @@ def _file(wire: State, folder: Path) -> Path:
     """The file of a state, written under its digest unless it is on disk as it is."""
     if isinstance(wire, StoredState):
         return wire.path
-    path = folder / f"state-{checkpoint.digest(wire)}.safetensors"
+    path = folder / f"state-{checkpoint.hash_tensors(wire)}.safetensors"
     if not path.exists():
-        checkpoint.save(path, wire)
+        checkpoint.write_checkpoint(path, wire)
     return path

@@ -12,27 +12,27 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.requests import Request
 
 from fedtune.errors import ServerError, StoreError
-from fedtune.server.control import Control
-from fedtune.server.guard import Guard, address
+from fedtune.server.control import ControlClient
+from fedtune.server.guard import Authenticator, get_remote_address
 from fedtune.server.profile import read_profile
-from fedtune.server.refusal import Audit, RefusedError
-from fedtune.server.secret import digest
+from fedtune.server.refusal import AuditLog, RequestRefusedError
+from fedtune.server.secret import hash_secret
 from fedtune.tracking import Access
 from fedtune.untrusted import clean_text
 
-__all__ = ["Enrolment", "check_name"]
+__all__ = ["DeviceApi", "check_name"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Enrolment:
+class DeviceApi:
     """Lets devices in; ``control`` gives a connection to the SuperLink."""
 
     access: Access
-    guard: Guard
-    audit: Audit
-    control: Callable[[], Control]
+    guard: Authenticator
+    audit: AuditLog
+    control: Callable[[], ControlClient]
     ca: str
 
     def time(self, _: Request, __: Any) -> dict[str, Any]:
@@ -44,21 +44,23 @@ class Enrolment:
         secret, name, public_key = (_text(sent, field) for field in ("secret", "name", "public_key"))
         key = _pem(public_key)
         try:
-            meant = self.access.spend_token(digest(secret))
+            meant = self.access.spend_token(hash_secret(secret))
         except StoreError as error:
-            raise RefusedError(403, str(error)) from error
+            raise RequestRefusedError(403, str(error)) from error
         try:
-            node = self._register(meant or name, key, self.access.token_tags(digest(secret)))
-        except (RefusedError, ServerError, StoreError):
-            self.access.restore_token(digest(secret))
+            node = self._register(meant or name, key, self.access.token_tags(hash_secret(secret)))
+        except (RequestRefusedError, ServerError, StoreError):
+            self.access.restore_token(hash_secret(secret))
             raise
-        self.audit.done(address(request), f"device {meant or name} enrolled")
+        self.audit.done(get_remote_address(request), f"device {meant or name} enrolled")
         return {"node_id": str(node), "name": meant or name, "ca": self.ca}
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
         check_name(name)
         if self.access.device(name) is not None:
-            raise RefusedError(409, f"there is a device {name!r} already; choose another name or have it removed")
+            raise RequestRefusedError(
+                409, f"there is a device {name!r} already; choose another name or have it removed"
+            )
         node = self.control().register(key.encode(), name)
         self.access.add_device(name=name, node=str(node), public_key=key, tags=tags)
         self.guard.forget()
@@ -75,13 +77,13 @@ def check_name(name: str) -> None:
     """RefusedError for a name that no device can have."""
     if not _NAME.fullmatch(name):
         rule = "use at most 64 small letters, digits, '.', '_' and '-', beginning with a letter or a digit"
-        raise RefusedError(400, f"{clean_text(name)!r} is no name for a device; {rule}")
+        raise RequestRefusedError(400, f"{clean_text(name)!r} is no name for a device; {rule}")
 
 
 def _text(sent: Any, field: str) -> str:
     value = sent.get(field) if isinstance(sent, dict) else None
     if not isinstance(value, str) or len(value) > 4096:
-        raise RefusedError(400, f"the request has no {field!r} of text; update the device's fedtune")
+        raise RequestRefusedError(400, f"the request has no {field!r} of text; update the device's fedtune")
     return value
 
 
@@ -90,7 +92,9 @@ def _pem(text: str) -> str:
     try:
         key = serialization.load_ssh_public_key(text.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise RefusedError(400, "the device's key is no OpenSSH public key; enroll again") from error
+        raise RequestRefusedError(400, "the device's key is no OpenSSH public key; enroll again") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise RefusedError(400, "the device's key is not an EC P-384 key; enroll again with fedtune device enroll")
+        raise RequestRefusedError(
+            400, "the device's key is not an EC P-384 key; enroll again with fedtune device enroll"
+        )
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()

@@ -6,44 +6,44 @@ import numpy as np
 from torch import Tensor
 
 from fedtune import merging
-from fedtune.contribution import Contribution
-from fedtune.merging import Evidence, Measurement, Pipeline
-from fedtune.seeds import derive
-from fedtune.training import Workshop, load_state, processor_threads
-from fedtune.training.activity import activity
-from fedtune.training.calibration import few, inputs
-from fedtune.training.told_activity import added_up, asked_activity
+from fedtune.contribution import ClientUpdate
+from fedtune.merging import CalibrationRequest, MergeContext, MergePipeline
+from fedtune.seeds import derive_seed
+from fedtune.training import RunContext, set_model_state, use_cpu_threads
+from fedtune.training.activity import measure_activation_statistics
+from fedtune.training.calibration import iter_inputs, sample_rows
+from fedtune.training.told_activity import declare_uploaded_statistics, sum_uploaded_statistics
 
-__all__ = ["evidence"]
+__all__ = ["make_merge_context"]
 
 
-def evidence(
-    shop: Workshop,
-    pipeline: Pipeline,
+def make_merge_context(
+    shop: RunContext,
+    pipeline: MergePipeline,
     state: Mapping[str, Tensor],
     number: int,
     names: Collection[str],
-    contributions: Sequence[Contribution],
-) -> Evidence:
+    contributions: Sequence[ClientUpdate],
+) -> MergeContext:
     """Figures of the model as round ``number`` started it from ``state``, for the ``names`` trained in the round."""
-    asked = merging.measurement(pipeline.steps)
+    asked = merging.build_calibration_request(pipeline.steps)
     if asked is None:
-        return Evidence(draw=number)
+        return MergeContext(draw=number)
     batches = _validation(shop, asked) if asked.by == "server" or "batches" in pipeline.needs else []
     if "activity" not in pipeline.needs:
-        return Evidence(model=shop.model, batches=batches, draw=number)
+        return MergeContext(model=shop.model, batches=batches, draw=number)
     if asked.by == "clients":
-        extras = asked_activity(shop.model, shop.recipe, names)
+        extras = declare_uploaded_statistics(shop.model, shop.recipe, names)
         ordered = sorted(contributions, key=lambda one: one.client)
-        found = added_up(shop.model, names, [one.read(extras) for one in ordered])
+        found = sum_uploaded_statistics(shop.model, names, [one.read(extras) for one in ordered])
     else:
-        load_state(shop.model, state)
-        with processor_threads(shop.recipe.train.threads):
-            found = activity(shop.model, batches, shop.techniques)
-    return Evidence(activity=found, model=shop.model, batches=batches, draw=number)
+        set_model_state(shop.model, state)
+        with use_cpu_threads(shop.recipe.train.threads):
+            found = measure_activation_statistics(shop.model, batches, shop.techniques)
+    return MergeContext(activity=found, model=shop.model, batches=batches, draw=number)
 
 
-def _validation(shop: Workshop, asked: Measurement) -> list[dict[str, Tensor]]:
+def _validation(shop: RunContext, asked: CalibrationRequest) -> list[dict[str, Tensor]]:
     """Inputs without labels, the same in every round."""
-    chosen = few(np.arange(len(shop.validation)), asked.examples, derive(shop.recipe.seed, "activity"))
-    return list(inputs(shop.validation, chosen, shop.recipe.evaluation.batch))
+    chosen = sample_rows(np.arange(len(shop.validation)), asked.examples, derive_seed(shop.recipe.seed, "activity"))
+    return list(iter_inputs(shop.validation, chosen, shop.recipe.evaluation.batch))

@@ -9,14 +9,14 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.contribution import Order
+from fedtune.contribution import TrainRequest
 from fedtune.protocol_codes import LACKS_BASE
 
-__all__ = ["lacks_base", "messages_for", "replies"]
+__all__ = ["lacks_base", "make_train_messages", "stream_replies"]
 
 
-def messages_for(
-    clients: Sequence[int], nodes: Sequence[int], order: Order, payload: bytes | Path
+def make_train_messages(
+    clients: Sequence[int], nodes: Sequence[int], order: TrainRequest, payload: bytes | Path
 ) -> dict[int, Message]:
     """The order to each client; client i lives on the i-th node. All share one copy of the state."""
     state = _state(payload)
@@ -31,7 +31,7 @@ def messages_for(
     }
 
 
-def _fields(order: Order) -> dict[str, Any]:
+def _fields(order: TrainRequest) -> dict[str, Any]:
     """What travels of an order; fields that a device may not know yet, only where they say something."""
     return {name: value for name, value in asdict(order).items() if name not in _ONLY_IF_WANTED or value}
 
@@ -50,7 +50,7 @@ def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:
     return {"state": ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})}
 
 
-def replies(
+def stream_replies(
     grid: Grid,
     messages: Mapping[int, Message],
     deadline: float | None,

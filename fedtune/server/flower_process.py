@@ -10,10 +10,10 @@ from pathlib import Path
 
 from fedtune import child
 
-__all__ = ["end_group", "environment", "free_port"]
+__all__ = ["find_free_port", "make_child_environment", "stop_process_group"]
 
 
-def environment(flower_home: Path) -> dict[str, str]:
+def make_child_environment(flower_home: Path) -> dict[str, str]:
     """Nothing is looked up, reported or installed; the commands beside this interpreter are found first."""
     return {
         **child.environment(),
@@ -26,7 +26,7 @@ def environment(flower_home: Path) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port nobody listens on now on the loopback address."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -34,7 +34,7 @@ def free_port() -> int:
         return port
 
 
-def end_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+def stop_process_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
     """End a child that leads a process group, and the group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):

@@ -8,15 +8,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from fedtune.answers import HELD
+from fedtune.answers import STORED_MESSAGE_HEADER
 from fedtune.server.flower_socket import ADDRESS
-from fedtune.server.guard import Guard, address
-from fedtune.server.handout import Handout
+from fedtune.server.guard import Authenticator, get_remote_address
+from fedtune.server.handout import RedeliveryBuffer
 from fedtune.server.presence import Presence
-from fedtune.server.refusal import Audit, RefusedError
+from fedtune.server.refusal import AuditLog, RequestRefusedError
 from fedtune.server.uploads import Uploads
 
-__all__ = ["Forward", "limited"]
+__all__ = ["ReverseProxy", "stream_limited_body"]
 
 _PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -49,15 +49,15 @@ _DIGITS = 16
 _PATIENCE = httpx.Timeout(60.0, connect=5.0, pool=30.0)
 
 
-class Forward:
+class ReverseProxy:
     """Passes an enrolled device's fleet calls on to the SuperLink that listens on ``socket``."""
 
     def __init__(
-        self, guard: Guard, audit: Audit, presence: Presence, uploads: Uploads, socket: Path, body_limit: int
+        self, guard: Authenticator, audit: AuditLog, presence: Presence, uploads: Uploads, socket: Path, body_limit: int
     ) -> None:
         self._guard, self._audit, self._presence, self._uploads = guard, audit, presence, uploads
         self._body_limit = body_limit
-        self._handout = Handout()
+        self._handout = RedeliveryBuffer()
         many = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
         transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=many)
         self._client = httpx.AsyncClient(transport=transport, timeout=_PATIENCE)
@@ -70,9 +70,12 @@ class Forward:
         """One call there and back."""
         path = request.url.path
         if path not in _PATHS:
-            raise RefusedError(404, f"{path} is not for devices; only Flower's fleet paths are")
+            raise RequestRefusedError(404, f"{path} is not for devices; only Flower's fleet paths are")
         name = await run_in_threadpool(self._guard.device, request)
-        if path == _PULL and (body := self._handout.again(name, request.headers.get(HELD))) is not None:
+        if (
+            path == _PULL
+            and (body := self._handout.again(name, request.headers.get(STORED_MESSAGE_HEADER))) is not None
+        ):
             self._presence.heard(await run_in_threadpool(self._guard.signed_device, request))
             return Response(body, media_type=_PROTOBUF)
         try:
@@ -84,7 +87,7 @@ class Forward:
             return JSONResponse({"error": "the server behind this door is starting; try again shortly"}, 503)
         if answer.status_code in (401, 403):
             what = f"at {path}: the SuperLink does not accept its signature"
-            await run_in_threadpool(self._audit.refused, address(request), what, name)
+            await run_in_threadpool(self._audit.refused, get_remote_address(request), what, name)
         return await self._answered(request, name, answer)
 
     async def _taken(self, request: Request, path: str) -> bytes:
@@ -107,7 +110,7 @@ class Forward:
         if request.url.path == _PULL and answer.is_success:
             return await self._handed(name, answer)
         if request.url.path == _PUSH and answer.is_success:
-            self._handout.answered(name, request.headers.get(HELD))
+            self._handout.answered(name, request.headers.get(STORED_MESSAGE_HEADER))
         return StreamingResponse(_body(answer), answer.status_code, _kept(answer.headers))
 
     async def _handed(self, name: str, answer: httpx.Response) -> Response:
@@ -122,10 +125,10 @@ class Forward:
 
 
 async def _whole(request: Request, limit: int) -> bytes:
-    return b"".join([chunk async for chunk in limited(request, limit)])
+    return b"".join([chunk async for chunk in stream_limited_body(request, limit)])
 
 
-async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def stream_limited_body(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body of a request as it comes; RefusedError once it is longer than ``limit`` bytes, or says it will be."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or len(declared) > _DIGITS or int(declared) > limit:
@@ -138,8 +141,8 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _too_large(limit: int) -> RefusedError:
-    return RefusedError(413, f"the request is larger than the {limit} bytes this server takes")
+def _too_large(limit: int) -> RequestRefusedError:
+    return RequestRefusedError(413, f"the request is larger than the {limit} bytes this server takes")
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -15,16 +15,16 @@ from flwr.supercore.primitives.asymmetric import verify_signature
 from starlette.requests import Request
 
 from fedtune.server.operators import Role, allows
-from fedtune.server.refusal import RefusedError
-from fedtune.server.secret import digest
+from fedtune.server.refusal import RequestRefusedError
+from fedtune.server.secret import hash_secret
 from fedtune.tracking import Access
 
-__all__ = ["Guard", "address"]
+__all__ = ["Authenticator", "get_remote_address"]
 
 _BEARER = "Bearer "
 
 
-class Guard:
+class Authenticator:
     """Tells operators and devices from everybody else."""
 
     def __init__(self, access: Access) -> None:
@@ -35,15 +35,15 @@ class Guard:
     def operator(self, request: Request, needed: Role) -> str:
         """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
         header = request.headers.get("authorization", "")
-        shown = digest(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
+        shown = hash_secret(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
         found = [one for one in self._access.operators() if hmac.compare_digest(one.sha256, shown)]
         if not found:
             claim = "a key that is not known" if shown else "no operator key"
-            raise RefusedError(
+            raise RequestRefusedError(
                 401, f"{request.url.path} needs an operator's key and got {claim}; see fedtune submit --help"
             )
         if not allows(found[0].role, needed):
-            raise RefusedError(
+            raise RequestRefusedError(
                 403,
                 f"operator {found[0].name} has the role {found[0].role}, and {request.url.path} needs {needed}; ask an "
                 "admin for another key",
@@ -62,7 +62,9 @@ class Guard:
                 self._keys = {found.public_key: found.name for found in self._access.devices()}
             name = self._keys.get(key)
         if name is None:
-            raise RefusedError(401, "this device is not enrolled here; ask the operator for a token and enroll it")
+            raise RequestRefusedError(
+                401, "this device is not enrolled here; ask the operator for a token and enroll it"
+            )
         return name
 
     def signed_device(self, request: Request) -> str:
@@ -79,9 +81,11 @@ class Guard:
         except (KeyError, ValueError, TypeError, NotBase64):
             good, age = False, 0.0
         if not good:
-            raise RefusedError(401, "the request is not signed with the device's key; enroll the device again", name)
+            raise RequestRefusedError(
+                401, "the request is not signed with the device's key; enroll the device again", name
+            )
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-            raise RefusedError(
+            raise RequestRefusedError(
                 401, f"the request was signed {age:.0f} s ago by this server's clock; set the clocks", name
             )
         return name
@@ -92,7 +96,7 @@ class Guard:
             self._keys = {}
 
 
-def address(request: Request) -> str:
+def get_remote_address(request: Request) -> str:
     """Where a request comes from, for the audit."""
     return request.client.host if request.client else "unknown"
 

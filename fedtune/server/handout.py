@@ -6,10 +6,10 @@ cost the round its deadline. Kept in memory: when this process dies, the run's r
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
-__all__ = ["Handout"]
+__all__ = ["RedeliveryBuffer"]
 
 
-class Handout:
+class RedeliveryBuffer:
     """The last message each device was handed, until it has answered it."""
 
     def __init__(self) -> None:

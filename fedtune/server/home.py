@@ -9,19 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedtune import home
 from fedtune.errors import ServerError
-from fedtune.explain import explain
-from fedtune.files import write
+from fedtune.explain import explain_validation_error
+from fedtune.files import write_bytes_atomically
 from fedtune.server import authority
 from fedtune.shipped import fill_template
 from fedtune.yaml_text import YamlError, load
 
-__all__ = ["ServerHome", "Settings", "checked", "create", "exists", "open_home"]
+__all__ = ["ServerHome", "ServerSettings", "checked", "create_server_home", "exists", "open_server_home"]
 
 _RENEW = timedelta(days=60)
 """Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
 
 
-class Settings(BaseModel):
+class ServerSettings(BaseModel):
     """What server.yaml says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class ServerHome:
     """Where everything is; files are made with mode 0600."""
 
     folder: Path
-    settings: Settings
+    settings: ServerSettings
 
     @property
     def ca(self) -> Path:
@@ -94,23 +94,23 @@ class ServerHome:
     def renew(self, *, force: bool = False) -> bool:
         """Make the server's certificate anew where it ends soon or is for other names; whether that was so."""
         soon = min(datetime.now(UTC) + _RENEW, authority.ends(self.ca.read_bytes()) - timedelta(seconds=1))
-        if not force and authority.covers(self.certificate.read_bytes(), self.settings.names, soon):
+        if not force and authority.is_certificate_valid_for(self.certificate.read_bytes(), self.settings.names, soon):
             return False
-        signed = authority.certificate(
+        signed = authority.issue_server_certificate(
             self.ca_key.read_bytes(), self.ca.read_bytes(), self.key.read_bytes(), self.settings.names
         )
-        write(self.certificate, signed)
+        write_bytes_atomically(self.certificate, signed)
         return True
 
 
 def exists() -> bool:
     """Whether there is a server home on this machine."""
-    return (home.home() / "server" / "server.yaml").exists()
+    return (home.get_home_folder() / "server" / "server.yaml").exists()
 
 
-def create(names: list[str], listen: str) -> ServerHome:
+def create_server_home(names: list[str], listen: str) -> ServerHome:
     """A new server home; ServerError when there is one already."""
-    folder = home.home() / "server"
+    folder = home.get_home_folder() / "server"
     if exists():
         raise ServerError(
             f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
@@ -119,18 +119,18 @@ def create(names: list[str], listen: str) -> ServerHome:
     settings = checked({"names": names, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write(made.ca_key, authority.new_key())
-    write(made.ca, authority.authority(made.ca_key.read_bytes()))
-    write(made.key, authority.new_key())
+    write_bytes_atomically(made.ca_key, authority.generate_private_key())
+    write_bytes_atomically(made.ca, authority.make_ca_certificate(made.ca_key.read_bytes()))
+    write_bytes_atomically(made.key, authority.generate_private_key())
     made.renew(force=True)
     text = fill_template("server/server.yaml", listen=listen, names=json.dumps(names))
-    write(folder / "server.yaml", text.encode())
+    write_bytes_atomically(folder / "server.yaml", text.encode())
     return made
 
 
-def open_home() -> ServerHome:
+def open_server_home() -> ServerHome:
     """The server home of this machine; ServerError when there is none or its settings do not hold."""
-    folder = home.home() / "server"
+    folder = home.get_home_folder() / "server"
     path = folder / "server.yaml"
     try:
         read = load(path.read_text(encoding="utf-8"))
@@ -143,9 +143,9 @@ def open_home() -> ServerHome:
     return ServerHome(folder, checked(read if isinstance(read, dict) else {}, str(path)))
 
 
-def checked(values: dict[str, object], origin: str) -> Settings:
+def checked(values: dict[str, object], origin: str) -> ServerSettings:
     """The settings; ServerError for one that does not hold."""
     try:
-        return Settings.model_validate(values)
+        return ServerSettings.model_validate(values)
     except ValidationError as error:
-        raise ServerError(explain(error, Settings, origin)) from error
+        raise ServerError(explain_validation_error(error, ServerSettings, origin)) from error

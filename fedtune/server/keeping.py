@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fedtune.errors import FedtuneError
 from fedtune.server.certificates import Certificates
 from fedtune.server.logs import Log
-from fedtune.server.manager import Manager
-from fedtune.server.refusal import Audit
+from fedtune.server.manager import RunManager
+from fedtune.server.refusal import AuditLog
 from fedtune.server.superlink import SuperLink
 
 __all__ = ["Health", "Keeper", "Telling", "kept_going"]
@@ -55,9 +55,9 @@ class Keeper:
     """Looks after the SuperLink, the runs, the certificates and the audit while the server is up."""
 
     superlink: SuperLink
-    manager: Manager
+    manager: RunManager
     certificates: Certificates
-    audit: Audit
+    audit: AuditLog
     health: Health
     say: Telling
 

@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from fedtune.recipe import Tag
 from fedtune.server.enrolment import check_name
-from fedtune.server.refusal import Audit, RefusedError
-from fedtune.server.secret import digest, new_secret, token_text
+from fedtune.server.refusal import AuditLog, RequestRefusedError
+from fedtune.server.secret import encode_token, generate_secret, hash_secret
 from fedtune.tracking import Access, OperatorRecord, TokenRecord
 
 __all__ = ["LettingIn", "read_tags"]
@@ -28,18 +28,18 @@ class LettingIn:
     """The part of the door for admins; ``who`` is the name of an operator that was let in."""
 
     access: Access
-    audit: Audit
+    audit: AuditLog
     url: str
     ca: str
 
     def token(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """A one-time enrolment token."""
         name, hours, tags = _token_request(sent)
-        secret = new_secret()
-        self.access.add_token(digest(secret), name, hours, tags)
+        secret = generate_secret()
+        self.access.add_token(hash_secret(secret), name, hours, tags)
         tagged = f", tagged {', '.join(tags)}" if tags else ""
-        self.audit.done(who, f"token {digest(secret)[:_SHOWN_OF_HASH]} made for {name or 'any device'}{tagged}")
-        return {"token": token_text(self.url, self.ca, secret)}
+        self.audit.done(who, f"token {hash_secret(secret)[:_SHOWN_OF_HASH]} made for {name or 'any device'}{tagged}")
+        return {"token": encode_token(self.url, self.ca, secret)}
 
     def tokens(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Tokens that were not used, newest first."""
@@ -77,7 +77,7 @@ def read_tags(sent: Any) -> list[str]:
     try:
         return _TAGS.validate_python(sent)
     except ValidationError as error:
-        raise RefusedError(
+        raise RequestRefusedError(
             400, f"{str(sent)[:100]} are no tags; use small letters, digits, '.', '_' and '-', 32 at most"
         ) from error
 
@@ -86,7 +86,9 @@ def _token_request(sent: Any) -> tuple[str, float, list[str]]:
     given = sent if isinstance(sent, dict) else {}
     name, hours = given.get("name", ""), given.get("hours", _HOURS)
     if not isinstance(name, str) or not isinstance(hours, int | float) or not 0 < hours <= _LONGEST_HOURS:
-        raise RefusedError(400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year")
+        raise RequestRefusedError(
+            400, "a token is for a name, which may be empty, and lasts more than 0 hours up to a year"
+        )
     if name:
         check_name(name)
     return name, float(hours), read_tags(given.get("tags", []))
@@ -111,7 +113,7 @@ def _operator_document(found: OperatorRecord) -> dict[str, Any]:
 def _whole(request: Request, key: str, otherwise: int) -> int:
     text = request.query_params.get(key, str(otherwise))
     if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-        raise RefusedError(400, f"{key}={text[:40]} is no whole number from 1 on")
+        raise RequestRefusedError(400, f"{key}={text[:40]} is no whole number from 1 on")
     return int(text)
 
 
@@ -122,5 +124,5 @@ def _since(request: Request) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise RefusedError(400, f"since={text[:40]} is no time; write e.g. 2026-05-04T12:00:00+00:00") from error
+        raise RequestRefusedError(400, f"since={text[:40]} is no time; write e.g. 2026-05-04T12:00:00+00:00") from error
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

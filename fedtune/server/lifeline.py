@@ -6,19 +6,19 @@ import time
 
 import psutil
 
-__all__ = ["end_with_keeper", "lifeline"]
+__all__ = ["exit_when_parent_dies", "make_parent_environment"]
 
 _VARIABLE = "FEDTUNE_KEEPER"
 _LOOK_SECONDS = 0.5
 
 
-def lifeline() -> dict[str, str]:
+def make_parent_environment() -> dict[str, str]:
     """Environment by which processes below this one know it, also after its number went to another process."""
     own = psutil.Process()
     return {_VARIABLE: f"{own.pid} {own.create_time()}"}
 
 
-def end_with_keeper() -> None:
+def exit_when_parent_dies() -> None:
     """End this process as soon as the one whose lifeline it holds is gone, if it holds one."""
     if _VARIABLE in os.environ:
         pid, created = os.environ[_VARIABLE].split()

@@ -13,8 +13,8 @@ from fedtune.errors import ServerError
 from fedtune.server.connections import AT_A_TIME, Connections, Listener, peer
 from fedtune.server.home import ServerHome
 from fedtune.server.http_line import watched
-from fedtune.server.refusal import Audit
-from fedtune.server.tls import telling
+from fedtune.server.refusal import AuditLog
+from fedtune.server.tls import make_reporting_ssl_class
 
 __all__ = ["config_of", "connections_of", "listening"]
 
@@ -39,13 +39,13 @@ def listening(place: ServerHome) -> Iterator[Listener]:
         yield listener
 
 
-def connections_of(place: ServerHome, audit: Audit) -> Connections:
+def connections_of(place: ServerHome, audit: AuditLog) -> Connections:
     """As many connections as the settings and the system allow; each has a line to the SuperLink beside it."""
     total = min(_MOST_CONNECTIONS, (_raise_file_limit() - _OWN_FILES) // 2)
     return Connections(place.settings.connections, total, _in_background(audit))
 
 
-def config_of(app: Starlette, place: ServerHome, audit: Audit, connections: Connections) -> uvicorn.Config:
+def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: Connections) -> uvicorn.Config:
     """How uvicorn serves the door; failed TLS connections are told to the audit with their address."""
     config = uvicorn.Config(
         app,
@@ -64,13 +64,13 @@ def config_of(app: Starlette, place: ServerHome, audit: Audit, connections: Conn
     config.load()
     assert config.ssl is not None
     tell = _in_background(audit)
-    config.ssl.sslobject_class = telling(
+    config.ssl.sslobject_class = make_reporting_ssl_class(
         lambda error: tell(peer.get(), f"no TLS connection came about: {error.reason or error}")
     )
     return config
 
 
-def _in_background(audit: Audit) -> Callable[[str, str], None]:
+def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
     """Connections are made and cut in the event loop, which must not wait for the store."""
 
     def tell(address: str, sentence: str) -> None:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fedtune.server.logs import Logs
-from fedtune.server.refusal import RefusedError
+from fedtune.server.refusal import RequestRefusedError
 from fedtune.tracking import Store
 
 __all__ = ["log_routes"]
@@ -37,5 +37,5 @@ def log_routes(for_operators: Callable[[Answer], Endpoint], store: Store, logs: 
 def _count(who: str, request: Request) -> int:
     text = request.query_params.get("lines", str(_LINES))
     if not (text.isascii() and text.isdecimal() and len(text) < 6 and 0 < int(text) <= _MOST_LINES):
-        raise RefusedError(400, f"lines must be a whole number from 1 to {_MOST_LINES}", who)
+        raise RequestRefusedError(400, f"lines must be a whole number from 1 to {_MOST_LINES}", who)
     return int(text)

@@ -99,7 +99,7 @@ def _marked(line: str, source: str) -> str:
 
 
 def _of_run(run: str) -> Path:
-    return home.runs() / run / "server.log"
+    return home.get_runs_folder() / run / "server.log"
 
 
 def pumped(process: "subprocess.Popen[bytes]", log: Log) -> threading.Thread:

@@ -7,15 +7,15 @@ from pathlib import Path
 from fedtune.errors import StoreError
 from fedtune.recipe import Recipe
 from fedtune.server.presence import Presence
-from fedtune.server.seating import seated
-from fedtune.server.selection import check_enrolled, qualifies
+from fedtune.server.seating import assign_devices
+from fedtune.server.selection import check_enough_enrolled_devices, is_device_eligible
 from fedtune.server.superlink import SuperLink
-from fedtune.tracking import RunRecord, Store, alive, new_run_id
+from fedtune.tracking import RunRecord, Store, is_run_active, new_run_id
 from fedtune.tracking.rollback import rollback
 
-__all__ = ["ENGINE", "Manager"]
+__all__ = ["DEVICE_ENGINE", "RunManager"]
 
-ENGINE = "devices"
+DEVICE_ENGINE = "devices"
 _PENDING_SECONDS = 30.0
 """A run that is pending for longer will stay so: the process that would start it is there and does not."""
 _ATTEMPTS = 8
@@ -43,7 +43,7 @@ class _Trouble:
     rest_until: float = 0.0
 
 
-class Manager:
+class RunManager:
     """Runs of the store on a SuperLink; the store alone knows what is to be done, so nothing is lost by a crash."""
 
     def __init__(self, store: Store, superlink: SuperLink, presence: Presence, home: Path, deadline: float) -> None:
@@ -54,7 +54,7 @@ class Manager:
 
     def submit(self, recipe: Recipe) -> str:
         """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
-        check_enrolled(recipe, self._store.access.devices())
+        check_enough_enrolled_devices(recipe, self._store.access.devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
         run = new_run_id(recipe.name)
@@ -63,7 +63,7 @@ class Manager:
             name=recipe.name,
             recipe=recipe.model_copy(update={"federation": bounded}).model_dump_json(),
             seed=recipe.seed,
-            engine=ENGINE,
+            engine=DEVICE_ENGINE,
             rounds_planned=federation.rounds,
             status="queued",
         )
@@ -96,7 +96,7 @@ class Manager:
 
     def planned(self, run: RunRecord) -> RunRecord:
         """A run as it is recorded: one between two starts is running, not interrupted."""
-        return next((found for found in self._store.unfinished(ENGINE) if found.id == run.id), run)
+        return next((found for found in self._store.unfinished(DEVICE_ENGINE) if found.id == run.id), run)
 
     def run_of(self, number: int) -> str | None:
         """The run that is carried out now under a number of the SuperLink's."""
@@ -112,13 +112,13 @@ class Manager:
 
     def _own(self, reference: str) -> RunRecord:
         run = self._store.run(reference)
-        if run.engine != ENGINE:
+        if run.engine != DEVICE_ENGINE:
             raise StoreError(f"run {run.id} is a simulation of this machine; only submitted runs can be asked for here")
         return self.planned(run)
 
     def _begin(self) -> _Attempt | None:
-        for run in self._store.unfinished(ENGINE):
-            if alive(run.id) or self._resting(run):
+        for run in self._store.unfinished(DEVICE_ENGINE):
+            if is_run_active(run.id) or self._resting(run):
                 continue
             lacking = self._seat(run)
             if not lacking:
@@ -137,11 +137,11 @@ class Manager:
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.clients, recipe.federation.select
-        fit = [device for device in self._store.access.devices() if qualifies(select, device)]
+        fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
         there = self._presence.there(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
-        self._store.access.seat(run.id, seated(recipe, there))
+        self._store.access.seat(run.id, assign_devices(recipe, there))
         return ""
 
     def _start(self, run: RunRecord) -> _Attempt:
@@ -156,8 +156,8 @@ class Manager:
         self._trouble.pop(run.id, None)
 
     def _follow(self, attempt: _Attempt) -> _Attempt | None:
-        working = alive(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
-        run = next((found for found in self._store.unfinished(ENGINE) if found.id == attempt.run), None)
+        working = is_run_active(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
+        run = next((found for found in self._store.unfinished(DEVICE_ENGINE) if found.id == attempt.run), None)
         if run is None:
             if self._store.run(attempt.run).status == "interrupted":
                 self._superlink.control().stop(attempt.number)

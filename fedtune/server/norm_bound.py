@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from fedtune.contribution import Contribution
+from fedtune.contribution import ClientUpdate
 from fedtune.recipe import Recipe
-from fedtune.tracking import ContributionRecord, MetricRecord, RoundRecord
+from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
 
 __all__ = ["NormBound", "median_size", "yardstick"]
 
@@ -58,10 +58,10 @@ class NormBound:
 
     def kept(
         self,
-        records: Sequence[ContributionRecord],
-        contributions: Sequence[Contribution],
+        records: Sequence[ClientRecord],
+        contributions: Sequence[ClientUpdate],
         values: Callable[[int], int],
-    ) -> tuple[list[ContributionRecord], list[Contribution]]:
+    ) -> tuple[list[ClientRecord], list[ClientUpdate]]:
         """The records and contributions of a round, those beyond the bound refused; ``values`` counts a client's."""
         if self._factor is None:
             return list(records), list(contributions)
@@ -89,7 +89,7 @@ class NormBound:
         return f"its values are {size:.3g} on average, which no weights are; check the device and its learning rate"
 
 
-def _refused(record: ContributionRecord, refused: Mapping[int, str]) -> ContributionRecord:
+def _refused(record: ClientRecord, refused: Mapping[int, str]) -> ClientRecord:
     if record.client not in refused:
         return record
     return replace(record, status="refused", reason=refused[record.client], examples=0)

@@ -9,32 +9,32 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from fedtune.explain import explain
+from fedtune.explain import explain_validation_error
 from fedtune.recipe import Recipe
-from fedtune.server.accounting import require_accountant
-from fedtune.server.control import Control
-from fedtune.server.guard import Guard
+from fedtune.server.accounting import require_privacy_accountant
+from fedtune.server.control import ControlClient
+from fedtune.server.guard import Authenticator
 from fedtune.server.letting_in import read_tags
-from fedtune.server.manager import Manager
+from fedtune.server.manager import RunManager
 from fedtune.server.presence import Presence
 from fedtune.server.recipe_check import RecipeCheck
-from fedtune.server.refusal import Audit, RefusedError
+from fedtune.server.refusal import AuditLog, RequestRefusedError
 from fedtune.tracking import DeviceRecord, RunRecord, Store
-from fedtune.tracking.document import document
+from fedtune.tracking.document import make_run_document
 
-__all__ = ["Operating", "device_document"]
+__all__ = ["OperatorApi", "device_to_json"]
 
 
 @dataclass(frozen=True)
-class Operating:
+class OperatorApi:
     """The operator's side of the door; ``who`` is the name of an operator that was let in."""
 
     store: Store
-    manager: Manager
+    manager: RunManager
     presence: Presence
-    guard: Guard
-    audit: Audit
-    control: Callable[[], Control]
+    guard: Authenticator
+    audit: AuditLog
+    control: Callable[[], ControlClient]
     check: RecipeCheck
 
     def submit(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
@@ -42,15 +42,15 @@ class Operating:
         try:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
-            raise RefusedError(400, explain(error, Recipe, "the recipe"), who) from error
-        require_accountant(recipe)
+            raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
+        require_privacy_accountant(recipe)
         run = self.manager.submit(self.check.whole(recipe))
         self.audit.done(who, f"run {run} submitted")
         return {"run": run}
 
     def runs(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """All runs, newest first, without their rounds."""
-        return {"runs": [document(self._as_planned(run), ()) for run in self.store.runs()]}
+        return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
 
     def run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
         """One run with its rounds after number ``after``, and who is which client."""
@@ -58,7 +58,7 @@ class Operating:
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
         seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
-        return document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
 
     def stop(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """End a run that is queued or running."""
@@ -70,7 +70,7 @@ class Operating:
         """Take a run back to one of its rounds."""
         number = sent.get("round") if isinstance(sent, dict) else None
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
-            raise RefusedError(400, "a rollback needs the number of a round, 0 or more", who)
+            raise RequestRefusedError(400, "a rollback needs the number of a round, 0 or more", who)
         run, removed = self.manager.rollback(request.path_params["run"], number)
         self.audit.done(who, f"run {run} rolled back to round {number}; {removed} rounds removed")
         return {"run": run, "round": number, "removed": removed}
@@ -85,7 +85,7 @@ class Operating:
         """Enrolled devices, and whether they are connected."""
         devices = self.store.access.devices()
         there = {found.name for found in self.presence.there(devices)}
-        return {"devices": [device_document(found, found.name in there) for found in devices]}
+        return {"devices": [device_to_json(found, found.name in there) for found in devices]}
 
     def tag(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Give a device tags and take others from it."""
@@ -106,7 +106,9 @@ class Operating:
         """Shut a device out for good; its key is worthless from now on."""
         found = self.store.access.device(request.path_params["device"])
         if found is None:
-            raise RefusedError(404, f"there is no device {request.path_params['device']!r}; list them first", who)
+            raise RequestRefusedError(
+                404, f"there is no device {request.path_params['device']!r}; list them first", who
+            )
         self.control().unregister(int(found.node))
         self.store.access.remove_device(found.name)
         self.guard.forget()
@@ -118,7 +120,7 @@ class Operating:
         return self.manager.planned(run)
 
 
-def device_document(found: DeviceRecord, online: bool) -> dict[str, Any]:
+def device_to_json(found: DeviceRecord, online: bool) -> dict[str, Any]:
     """A device as JSON, without its key."""
     return {
         "name": found.name,
@@ -133,5 +135,7 @@ def device_document(found: DeviceRecord, online: bool) -> dict[str, Any]:
 
 def _number(text: str) -> int:
     if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
-        raise RefusedError(400, f"after={text[:40]} is not a round's number; leave it out, or give a whole number")
+        raise RequestRefusedError(
+            400, f"after={text[:40]} is not a round's number; leave it out, or give a whole number"
+        )
     return int(text)

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fedtune.errors import ServerError
-from fedtune.files import write
+from fedtune.files import write_bytes_atomically
 from fedtune.server.home import ServerHome
-from fedtune.server.secret import digest, new_secret
+from fedtune.server.secret import generate_secret, hash_secret
 from fedtune.tracking import Access
 from fedtune.untrusted import require_clean
 
-__all__ = ["ROLES", "Role", "add", "allows"]
+__all__ = ["ROLES", "Role", "allows", "write_operator_file"]
 
 Role = Literal["read", "submit", "admin"]
 """Look at everything; also submit, stop and resume runs; also let devices and operators in and out."""
@@ -24,10 +24,10 @@ def allows(role: str, needed: Role) -> bool:
     return role in ROLES and ROLES.index(role) >= ROLES.index(needed)
 
 
-def add(place: ServerHome, access: Access, name: str, output: Path, role: str = "admin") -> None:
+def write_operator_file(place: ServerHome, access: Access, name: str, output: Path, role: str = "admin") -> None:
     """Write an operator's file, readable by its owner only; an earlier key of that name is worthless then."""
     if not require_clean(name, "an operator's name", _NAME_LENGTH).strip():
         raise ServerError("an operator needs a name; give one of letters and digits")
-    key = new_secret()
-    write(output, place.connection(key))
-    access.set_operator(name, digest(key), role)
+    key = generate_secret()
+    write_bytes_atomically(output, place.connection(key))
+    access.set_operator(name, hash_secret(key), role)

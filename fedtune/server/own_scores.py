@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from fedtune.contribution import Contribution, OwnScore
+from fedtune.contribution import ClientUpdate, HoldoutMetrics
 from fedtune.tracking import ClientScore, MetricRecord
 
-__all__ = ["client_scores", "figures_of", "own_scores"]
+__all__ = ["average_holdout_metrics", "client_scores", "figures_of"]
 
 
-def own_scores(contributions: Sequence[Contribution]) -> tuple[MetricRecord, ...]:
+def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[MetricRecord, ...]:
     """Means by predictions, of the model as the round began it; nothing when no client held anything out."""
     scores = [one.own for one in contributions]
     total = sum(score.predictions for score in scores)
@@ -21,7 +21,7 @@ def own_scores(contributions: Sequence[Contribution]) -> tuple[MetricRecord, ...
     return tuple(MetricRecord(part="own", domain="all", name=name, value=value) for name, value in means.items())
 
 
-def client_scores(contributions: Sequence[Contribution], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
+def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
     """Each client's figures before and after it trained; ``metrics`` are the names of those beyond loss and accuracy.
 
     A client that held nothing out has none.
@@ -34,7 +34,7 @@ def client_scores(contributions: Sequence[Contribution], metrics: Sequence[str])
     )
 
 
-def figures_of(client: int, moment: str, score: OwnScore, metrics: Sequence[str]) -> list[ClientScore]:
+def figures_of(client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str]) -> list[ClientScore]:
     """A client's figures at one moment; none where it held nothing out."""
     if not score.predictions:
         return []

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedtune.errors import ServerError
-from fedtune.files import write
+from fedtune.files import write_bytes_atomically
 from fedtune.systemd import service, service_home
 
 __all__ = ["package"]
@@ -15,6 +15,6 @@ def package(folder: Path, user: str) -> Path:
     if not (place / "server" / "server.yaml").exists():
         raise ServerError(f"there is no server in {place / 'server'}; as {user}, make one with fedtune server init")
     path = folder / "fedtune-server.service"
-    write(path, service("server/fedtune-server.service", ["server", "up"], user, place).encode())
+    write_bytes_atomically(path, service("server/fedtune-server.service", ["server", "up"], user, place).encode())
     path.chmod(0o644)
     return path

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fedtune.server.refusal import RefusedError
+from fedtune.server.refusal import RequestRefusedError
 from fedtune.untrusted import clean_text
 
 __all__ = ["read_profile"]
@@ -35,8 +35,10 @@ def read_profile(sent: Any, who: str) -> str:
     except ValidationError as error:
         first = error.errors()[0]
         where = clean_text(".".join(map(str, first["loc"])) or "it", _LONGEST_NAME)
-        raise RefusedError(400, f"the profile does not hold: {where}: {first['msg']}; update fedtune", who) from error
+        raise RequestRefusedError(
+            400, f"the profile does not hold: {where}: {first['msg']}; update fedtune", who
+        ) from error
     told = json.dumps(profile.model_dump(exclude_unset=True))
     if len(told) > _PROFILE_BYTES:
-        raise RefusedError(400, f"a profile has at most {_PROFILE_BYTES} bytes; leave labels out", who)
+        raise RequestRefusedError(400, f"a profile has at most {_PROFILE_BYTES} bytes; leave labels out", who)
     return told

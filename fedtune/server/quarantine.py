@@ -8,7 +8,7 @@ simulation has no devices, and so no quarantine. Whom a round may ask is for the
 from collections import Counter
 from collections.abc import Sequence
 
-from fedtune.tracking import Access, ContributionRecord, RoundRecord
+from fedtune.tracking import Access, ClientRecord, RoundRecord
 
 __all__ = ["REFUSALS", "Quarantine"]
 
@@ -25,7 +25,7 @@ class Quarantine:
         for record in done:
             self._count(record.contributions)
 
-    def judge(self, records: Sequence[ContributionRecord]) -> None:
+    def judge(self, records: Sequence[ClientRecord]) -> None:
         """Quarantine the devices for which a committed round made the last drop."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
         devices = {seat.client: seat.device for seat in self._access.seats(self._run)} if faulty else {}
@@ -33,7 +33,7 @@ class Quarantine:
             if record.client in devices:
                 self._access.quarantine(devices[record.client], f"{REFUSALS} refused in a row: {record.reason}")
 
-    def _count(self, records: Sequence[ContributionRecord]) -> list[ContributionRecord]:
+    def _count(self, records: Sequence[ClientRecord]) -> list[ClientRecord]:
         """Go on with the rows; the records that lengthen one."""
         for record in records:
             if record.status in ("merged", "unused"):

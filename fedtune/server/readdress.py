@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from fedtune.errors import ServerError
-from fedtune.files import write
-from fedtune.server.home import ServerHome, Settings, checked, open_home
+from fedtune.files import write_bytes_atomically
+from fedtune.server.home import ServerHome, ServerSettings, checked, open_server_home
 from fedtune.yaml_text import YamlError, load
 
 __all__ = ["readdress"]
@@ -20,7 +20,7 @@ def readdress(names: list[str], listen: str | None) -> str:
 
     Names from before stay in the certificate, so that devices which still reach it by them go on doing so.
     """
-    place = open_home()
+    place = open_server_home()
     before = place.settings
     wanted: dict[str, object] = {
         "names": list(dict.fromkeys([*names, *before.names])),
@@ -33,7 +33,7 @@ def readdress(names: list[str], listen: str | None) -> str:
     if not _says(text, moved.settings):  # an anchor that something else refers to, for one
         raise ServerError(f"{path} is written in a way that cannot be changed in place; change listen and names in it")
     moved.renew()  # refuses what is no name, before anything else is written
-    write(path, text.encode())
+    write_bytes_atomically(path, text.encode())
     _rename(moved)
     return moved.settings.url()
 
@@ -52,7 +52,7 @@ def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
     return (text if text.endswith("\n") or not lacking else text + "\n") + "".join(lacking)
 
 
-def _says(text: str, settings: Settings) -> bool:
+def _says(text: str, settings: ServerSettings) -> bool:
     """Whether a YAML text means just these settings."""
     try:
         return checked(load(text), "server.yaml") == settings
@@ -71,4 +71,4 @@ def _rename(place: ServerHome) -> None:
     """Let the operator's file of this machine name the new address; its key stays."""
     if place.operator.exists():
         told = json.loads(place.operator.read_text(encoding="utf-8"))
-        write(place.operator, place.connection(str(told["key"])))
+        write_bytes_atomically(place.operator, place.connection(str(told["key"])))

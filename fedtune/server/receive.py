@@ -5,36 +5,36 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
-from fedtune.answers import DECLINED, REFUSED
-from fedtune.contribution import Contribution
-from fedtune.errors import ContributionError
-from fedtune.federation import Late
-from fedtune.files import write
-from fedtune.merging import staleness_scale
+from fedtune.answers import DECLINED_PREFIX, REFUSED
+from fedtune.contribution import ClientUpdate
+from fedtune.errors import ClientUpdateError
+from fedtune.federation import Asynchronous
+from fedtune.files import write_bytes_atomically
+from fedtune.merging import compute_staleness_weight
 from fedtune.protocol_codes import parse_problem
-from fedtune.server.parts import Part
+from fedtune.server.parts import ClassPayload
 from fedtune.server.reports import MOST_EXAMPLES, read_report
-from fedtune.tracking import ContributionRecord
+from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
 from fedtune.update_checks import check
 
 _LONGEST_REASON = 400
 """Characters that are kept of why an update is refused: it may quote names that its device chose."""
 
-__all__ = ["aged", "missing", "read_error", "receive"]
+__all__ = ["make_missing_record", "read_error", "receive_update", "scale_by_staleness"]
 
 
-def receive(
+def receive_update(
     reply: Message,
     client: int,
     device: str,
-    part: Part,
+    part: ClassPayload,
     max_norm: float | None,
     spool: Path,
     limit: str = "federation.max_norm",
     most_examples: int = MOST_EXAMPLES,
     bytes_down: int = 0,
-) -> tuple[ContributionRecord, Contribution | None]:
+) -> tuple[ClientRecord, ClientUpdate | None]:
     """The record of a reply, and the contribution when it is one that may be merged; ``limit`` is max_norm's key.
 
     ``most_examples`` is what the client can have trained on in the round, ``bytes_down`` what it was sent. Nothing of a
@@ -46,12 +46,12 @@ def receive(
     try:
         payload = _payload(reply, part.most_bytes)
         report = read_report(reply.content.metric_records.get("report"), most_examples)
-        write(path, payload)
+        write_bytes_atomically(path, payload)
         norm = check(path, part.expected, part.extras, max_norm, limit)
-    except ContributionError as error:
+    except ClientUpdateError as error:
         path.unlink(missing_ok=True)
         return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None
-    record = ContributionRecord(
+    record = ClientRecord(
         client=client,
         device=device,
         status="merged",
@@ -65,16 +65,16 @@ def receive(
         norm=norm,
         loss=report.loss,
     )
-    return record, Contribution(client, report.examples, path, report.own, report.trained)
+    return record, ClientUpdate(client, report.examples, path, report.own, report.trained)
 
 
-def aged(
-    record: ContributionRecord, sent: Contribution | None, tau: int | None, late: Late | None
-) -> tuple[ContributionRecord, Contribution | None]:
+def scale_by_staleness(
+    record: ClientRecord, sent: ClientUpdate | None, tau: int | None, late: Asynchronous | None
+) -> tuple[ClientRecord, ClientUpdate | None]:
     """Both with how late they are: ``tau`` rounds, by which a delta is scaled."""
     if tau is None or late is None:
         return record, sent
-    scaled = replace(sent, scale=staleness_scale(tau, late.staleness)) if sent is not None else None
+    scaled = replace(sent, scale=compute_staleness_weight(tau, late.staleness)) if sent is not None else None
     return replace(record, staleness=tau), scaled
 
 
@@ -83,21 +83,21 @@ def read_error(error: Error) -> tuple[str, str]:
     told = error.reason or ""
     if error.code == REFUSED:
         return "refused", clean_text(told)
-    status = "declined" if told.startswith(DECLINED) else "error"
-    reason = told.removeprefix(DECLINED)
+    status = "declined" if told.startswith(DECLINED_PREFIX) else "error"
+    reason = told.removeprefix(DECLINED_PREFIX)
     if problem := parse_problem(reason):
         return status, problem.remote_sentence
     shown = clean_text(reason)
     return status, shown if status == "declined" else f"code {error.code}: {shown}"
 
 
-def missing(client: int, device: str, bytes_down: int, reason: str) -> ContributionRecord:
+def make_missing_record(client: int, device: str, bytes_down: int, reason: str) -> ClientRecord:
     """The record of a client that did not answer in time."""
     return _absent(client, device, "missing", reason, bytes_down)
 
 
-def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ContributionRecord:
-    return ContributionRecord(
+def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ClientRecord:
+    return ClientRecord(
         client=client,
         device=device,
         status=status,
@@ -117,8 +117,8 @@ def _payload(reply: Message, most: int) -> bytes:
     """Taken out of the reply: messages hold themselves in a cycle, and would keep it until the next collection."""
     record = reply.content.array_records.get("delta")
     if record is None or list(record) != ["safetensors"]:
-        raise ContributionError("the reply carries no deltas; update the client")
+        raise ClientUpdateError("the reply carries no deltas; update the client")
     payload = record.pop("safetensors").data
     if len(payload) > most:
-        raise ContributionError(f"it holds {len(payload)} bytes, and this round expects {most} at most")
+        raise ClientUpdateError(f"it holds {len(payload)} bytes, and this round expects {most} at most")
     return payload

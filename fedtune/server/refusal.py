@@ -9,7 +9,7 @@ from threading import Lock
 
 from fedtune.tracking import Access
 
-__all__ = ["Audit", "RefusedError", "source_of"]
+__all__ = ["AuditLog", "RequestRefusedError", "source_of"]
 
 _LINES, _LINES_OF_ALL = 60, 600
 """Lines a minute that one source may fill, and all of them; more are counted, so that nobody fills the disk."""
@@ -22,7 +22,7 @@ _REMEMBERED = 1024
 """Refusals that are remembered, to be counted when they come again."""
 
 
-class RefusedError(Exception):
+class RequestRefusedError(Exception):
     """Raised where a request is turned down; the sentence says what is wrong and the mend."""
 
     def __init__(self, status: int, sentence: str, who: str = "") -> None:
@@ -40,7 +40,7 @@ class _Line:
     pending: int = 0
 
 
-class Audit:
+class AuditLog:
     """Writes the audit, for many threads at once; ``clock`` gives seconds."""
 
     def __init__(self, access: Access, clock: Callable[[], float] = time.monotonic) -> None:

@@ -5,7 +5,7 @@ A small file in the run's folder, since the two are processes of their own, and 
 
 from pathlib import Path
 
-from fedtune.files import write
+from fedtune.files import write_bytes_atomically
 
 __all__ = ["OVERHEAD", "raise_reply_limit", "read_reply_limit"]
 
@@ -16,7 +16,7 @@ OVERHEAD = 1 << 18
 def raise_reply_limit(folder: Path, count: int) -> None:
     """Let replies of a run have so many bytes, or more where some round before allowed more."""
     if count > (read_reply_limit(folder) or 0):
-        write(_path(folder), str(count).encode())
+        write_bytes_atomically(_path(folder), str(count).encode())
 
 
 def read_reply_limit(folder: Path) -> int | None:

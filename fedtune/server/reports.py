@@ -6,9 +6,9 @@ from typing import Annotated, Any
 from flwr.app import MetricRecord
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedtune.contribution import OwnScore, Report
-from fedtune.errors import ContributionError
-from fedtune.explain import explain
+from fedtune.contribution import ClientReport, HoldoutMetrics
+from fedtune.errors import ClientUpdateError
+from fedtune.explain import explain_validation_error
 from fedtune.untrusted import clean_text
 
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
@@ -62,31 +62,31 @@ class _OfScoring(_Bounded):
     examples: int = Field(ge=0, le=0)
 
 
-def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> Report:
+def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES) -> ClientReport:
     """The report in a reply; ContributionError unless it has every field, each in its bounds.
 
     ``most_examples`` is what the client can have trained on in the round.
     """
     bounded = _checked(record, _Bounded)
     if bounded.examples > most_examples:
-        raise ContributionError(
+        raise ClientUpdateError(
             f"its report counts {bounded.examples} examples, but of what the device declared it can have trained on "
             f"{most_examples} at most"
         )
-    return Report(**bounded.model_dump())
+    return ClientReport(**bounded.model_dump())
 
 
-def read_score(record: MetricRecord | None) -> OwnScore:
+def read_score(record: MetricRecord | None) -> HoldoutMetrics:
     """The score in the reply of a client that was asked only to score; ContributionError as ``read_report``."""
-    return Report(**_checked(record, _OfScoring).model_dump()).own
+    return ClientReport(**_checked(record, _OfScoring).model_dump()).own
 
 
 def _checked(record: MetricRecord | None, kind: type[_Bounded]) -> _Bounded:
     if record is None:
-        raise ContributionError("the reply carries no report; update the client")
+        raise ClientUpdateError("the reply carries no report; update the client")
     fields: dict[str, Any] = dict(record)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        sentence = clean_text(explain(error, kind, "its report"))
-        raise ContributionError(f"{sentence}; update the client") from error
+        sentence = clean_text(explain_validation_error(error, kind, "its report"))
+        raise ClientUpdateError(f"{sentence}; update the client") from error

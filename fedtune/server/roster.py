@@ -12,9 +12,9 @@ from dataclasses import replace
 from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
-from fedtune.server.asking import Asking
-from fedtune.server.crew import Crew, assemble
-from fedtune.tracking import Seat, Store
+from fedtune.server.asking import RoundScheduler
+from fedtune.server.crew import RunClients, wait_for_clients
+from fedtune.tracking import Assignment, Store
 
 __all__ = ["Roster"]
 
@@ -30,11 +30,11 @@ class Roster:
         self._quorum = recipe.federation.quorum
         self.seated = bool(store.access.seats(run))
 
-    def assemble(self) -> Crew:
+    def assemble(self) -> RunClients:
         """The crew, as soon as enough of it are enrolled and connected."""
         if self.seated:
             self.wait()
-        return assemble(self._grid, self._recipe, self._seats(), removed=self.removed if self.seated else tuple)
+        return wait_for_clients(self._grid, self._recipe, self._seats(), removed=self.removed if self.seated else tuple)
 
     def removed(self) -> list[int]:
         """The clients whose device is not enrolled now."""
@@ -46,7 +46,7 @@ class Roster:
         out = {device.name for device in self._store.access.devices() if device.quarantined}
         return {seat.client for seat in self._seats() if seat.device in out}
 
-    def wait(self) -> list[Seat]:
+    def wait(self) -> list[Assignment]:
         """All seats whose device may be asked, as soon as enough of those are connected for a round."""
         said = ""
         while True:
@@ -61,7 +61,7 @@ class Roster:
             said = lacking
             time.sleep(_LOOK_SECONDS)
 
-    def refreshed(self, crew: Crew, asking: Asking) -> Crew:
+    def refreshed(self, crew: RunClients, asking: RoundScheduler) -> RunClients:
         """The crew with the devices as they are enrolled now; ``asking`` hears whom the next round may ask."""
         if not self.seated:
             return crew
@@ -72,10 +72,12 @@ class Roster:
         asking.admit(eligible, moved)
         return replace(crew, nodes=nodes, eligible=eligible)
 
-    def _seats(self) -> list[Seat]:
+    def _seats(self) -> list[Assignment]:
         return self._store.access.seats(self._run)
 
-    def _lacking(self, there: Sequence[Seat], gone: Sequence[Seat], quarantined: Sequence[Seat]) -> str:
+    def _lacking(
+        self, there: Sequence[Assignment], gone: Sequence[Assignment], quarantined: Sequence[Assignment]
+    ) -> str:
         """Why no round can succeed now, and the mend; nothing when one can."""
         if len(there) < self._quorum and quarantined:
             return (
@@ -96,7 +98,7 @@ class Roster:
         return ""
 
 
-def _names(seats: Sequence[Seat], one: str, many: str) -> str:
+def _names(seats: Sequence[Assignment], one: str, many: str) -> str:
     """Some of the devices and the verb for one of them or for many."""
     names = ", ".join(seat.device for seat in seats[:_NAMED]) + (", ..." if len(seats) > _NAMED else "")
     return f"{names} {one if len(seats) == 1 else many}"

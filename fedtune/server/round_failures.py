@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedtune.errors import ContributionError, RecipeError
+from fedtune.errors import ClientUpdateError, RecipeError
 from fedtune.recipe import Recipe
-from fedtune.tracking import ContributionRecord
+from fedtune.tracking import ClientRecord
 
 __all__ = ["MERGE_ERRORS", "require_finite", "shortage", "unused", "with_refusals"]
 
-MERGE_ERRORS = (ArithmeticError, ContributionError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+MERGE_ERRORS = (ArithmeticError, ClientUpdateError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Updates that do not hold, too few for the merge, or values it cannot compute with. Other errors end the run."""
 
 
@@ -20,11 +20,11 @@ def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state; ContributionError when a value of it is not finite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ContributionError(f"it gave values in {name} that are not finite; the state stays as it was")
+            raise ClientUpdateError(f"it gave values in {name} that are not finite; the state stays as it was")
     return state
 
 
-def shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
+def shortage(records: Sequence[ClientRecord], recipe: Recipe) -> str:
     """Why a round has too few updates, or nothing."""
     usable = sum(record.status == "merged" for record in records)
     if usable >= recipe.federation.quorum:
@@ -32,7 +32,7 @@ def shortage(records: Sequence[ContributionRecord], recipe: Recipe) -> str:
     return with_refusals(f"{usable} usable contributions, quorum {recipe.federation.quorum}", records)
 
 
-def unused(records: Sequence[ContributionRecord]) -> list[ContributionRecord]:
+def unused(records: Sequence[ClientRecord]) -> list[ClientRecord]:
     """The records of a failed round: what could have been merged was not."""
     return [
         replace(record, status="unused", reason="the round failed") if record.status == "merged" else record
@@ -40,7 +40,7 @@ def unused(records: Sequence[ContributionRecord]) -> list[ContributionRecord]:
     ]
 
 
-def with_refusals(failure: str, records: Sequence[ContributionRecord]) -> str:
+def with_refusals(failure: str, records: Sequence[ClientRecord]) -> str:
     """Why a round failed, with the first reasons why updates are missing from it."""
     reasons = sorted({f"{record.status}: {record.reason}" for record in records if record.status != "merged"})
     return "; ".join([failure, *reasons[:3]])

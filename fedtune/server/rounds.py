@@ -14,98 +14,98 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedtune import checkpoint, home, merging, techniques
-from fedtune.contribution import Contribution
-from fedtune.errors import RoundError
+from fedtune.contribution import ClientUpdate
+from fedtune.errors import RunError
 from fedtune.server import scoring
-from fedtune.server.asking import Asking
+from fedtune.server.asking import RoundScheduler
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import score_by_clients
-from fedtune.server.crew import Crew
+from fedtune.server.crew import RunClients
 from fedtune.server.downloads import Downloads
-from fedtune.server.evidence import evidence
-from fedtune.server.own_scores import client_scores, own_scores
-from fedtune.server.parts import Parts, sent_names, widened
-from fedtune.server.private import alike, norm_limit, with_noise
+from fedtune.server.evidence import make_merge_context
+from fedtune.server.own_scores import average_holdout_metrics, client_scores
+from fedtune.server.parts import RoundPayloads, list_trainable_tensors, pad_update_to_shared_rank
+from fedtune.server.private import append_noise_step, get_norm_limit, weight_clients_equally
 from fedtune.server.pruning import prune_checkpoints
-from fedtune.server.receive import aged, missing, receive
+from fedtune.server.receive import make_missing_record, receive_update, scale_by_staleness
 from fedtune.server.roster import Roster
 from fedtune.server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.sending import Sending
 from fedtune.server.spool import spooling, sweep
-from fedtune.server.watch import Answered, RoundEnded, RoundStarted, RunStarted, tell
-from fedtune.server.ways import way_of_asking
-from fedtune.sparse import compact, masks, spread_out
+from fedtune.server.watch import ReplyReceived, RoundEnded, RoundStarted, RunStarted, emit_event
+from fedtune.server.ways import make_round_scheduler
+from fedtune.sparse import find_masks, restore_dense_tensors, select_active_values
 from fedtune.stored_state import StoredState
-from fedtune.tracking import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord, Store
+from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, Store
 from fedtune.tracking.pruning import remove_pruned, with_checkpoint
-from fedtune.training import Workshop, read_state
+from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
 
-__all__ = ["coordinate"]
+__all__ = ["run_rounds"]
 
-State = Mapping[str, Tensor]
-AskScores = Callable[[Crew, State, int, float], tuple[ClientScore, ...]]
+SharedState = Mapping[str, Tensor]
+AskScores = Callable[[RunClients, SharedState, int, float], tuple[ClientScore, ...]]
 """Asks clients to score a state after a round that has taken so many seconds."""
 
 
-def coordinate(grid: Grid, shop: Workshop, store: Store, run: str) -> None:
+def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
     """Carry a run from its last committed round to its end; RoundError when not one round could be completed."""
     recipe = shop.recipe
     done = store.rounds(run)
     first = done[-1].number + 1 if done else 1
-    check_model_counts(recipe, merging.choose(recipe.merge))
-    tell(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
+    check_model_counts(recipe, merging.build_pipeline(recipe.merge))
+    emit_event(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     sweep(run)
     remove_pruned(done)
     state = _resumed(run, done) if done else _start(shop, store, run)
     prune_checkpoints(store, run, recipe)
     roster = Roster(store, run, recipe, grid)
     crew = roster.assemble()
-    asking = way_of_asking(grid, shop, crew, roster.seated, partial(store.last_asked, run))
+    asking = make_round_scheduler(grid, shop, crew, roster.seated, partial(store.last_asked, run))
     guards = Safeguards(shop, store, run, done)
-    sending = Sending(shop, run, Bases(shop, home.runs() / run, _earlier(run, 1), done))
+    sending = Sending(shop, run, Bases(shop, home.get_runs_folder() / run, _earlier(run, 1), done))
     ask_scores = partial(score_by_clients, grid, shop, run, sending)
     for number in range(first, recipe.federation.rounds + 1):
-        ended: State | None = None
+        ended: SharedState | None = None
         while ended is None:
             crew = roster.refreshed(crew, asking)
             ended = _round(shop, store, run, crew, asking, guards, sending, ask_scores, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
     if not any(record.status == "completed" and record.number for record in store.rounds(run)):
-        raise RoundError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
+        raise RunError("no round got enough usable contributions; see the reasons in: fedtune runs show " + run)
 
 
-def _resumed(run: str, done: Sequence[RoundRecord]) -> State:
+def _resumed(run: str, done: Sequence[RoundRecord]) -> SharedState:
     """The state of the last checkpoint among the committed rounds, verified."""
     last = with_checkpoint(run, done).checkpoint
     assert last is not None
-    checkpoint.load(home.runs() / last.path, last.sha256)
-    return StoredState(home.runs() / last.path)
+    checkpoint.read_checkpoint(home.get_runs_folder() / last.path, last.sha256)
+    return StoredState(home.get_runs_folder() / last.path)
 
 
-def _start(shop: Workshop, store: Store, run: str) -> State:
+def _start(shop: RunContext, store: Store, run: str) -> SharedState:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
-    state = read_state(shop.model, shop.shared)
+    state = get_model_state(shop.model, shop.shared)
     metrics = scoring.validation(shop, state, 0)
     return _commit(store, run, 0, state, started, (), metrics)
 
 
 def _round(
-    shop: Workshop,
+    shop: RunContext,
     store: Store,
     run: str,
-    crew: Crew,
-    asking: Asking,
+    crew: RunClients,
+    asking: RoundScheduler,
     guards: Safeguards,
     sending: Sending,
     ask_scores: AskScores,
-    state: State,
+    state: SharedState,
     number: int,
-) -> State | None:
+) -> SharedState | None:
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
     with spooling(run, number) as spool:
@@ -125,7 +125,12 @@ def _round(
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:
             records = unused(records)
-    metrics = figures + own_scores(contributions) + _evaluate(shop, state, run, number) + _simulated(asking.seconds())
+    metrics = (
+        figures
+        + average_holdout_metrics(contributions)
+        + _evaluate(shop, state, run, number)
+        + _simulated(asking.seconds())
+    )
     metrics += guards.spending.after(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     if scoring.scored_after(shop, number):
@@ -141,77 +146,79 @@ def _simulated(seconds: float | None) -> tuple[MetricRecord, ...]:
 
 
 def _merged(
-    shop: Workshop, state: State, run: str, number: int, contributions: Sequence[Contribution]
+    shop: RunContext, state: SharedState, run: str, number: int, contributions: Sequence[ClientUpdate]
 ) -> tuple[merging.Merged, tuple[MetricRecord, ...]]:
     """The state after a round's contributions, as techniques revise it by what else was sent; figures of the merge."""
-    pipeline = with_noise(shop.recipe, merging.choose(shop.recipe.merge), run, number, contributions)
-    found, names = masks(state), sent_names(shop, number)
-    told = evidence(shop, pipeline, state, number, names, contributions)
-    told = told._replace(pairs=techniques.pairs(shop.techniques, shop.model))
-    errors = merging.errors(pipeline, compact(state, found), names, contributions, told)
+    pipeline = append_noise_step(shop.recipe, merging.build_pipeline(shop.recipe.merge), run, number, contributions)
+    found, names = find_masks(state), list_trainable_tensors(shop, number)
+    told = make_merge_context(shop, pipeline, state, number, names, contributions)
+    told = told._replace(pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model))
+    errors = merging.measure_averaging_errors(pipeline, select_active_values(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
-    merged, increments = merging.merge_round(pipeline, compact(state, found), names, contributions, told)
-    extras = techniques.asked(shop.techniques, shop.model, number)
+    merged, increments = merging.merge_round(pipeline, select_active_values(state, found), names, contributions, told)
+    extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.examples for one in contributions])
-    answers = [techniques.Answer(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)]
-    revised = techniques.revise(shop.techniques, spread_out(merged, found), number, answers)
+    answers = [
+        techniques.ExtraPayload(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)
+    ]
+    revised = techniques.after_aggregation(shop.techniques, restore_dense_tensors(merged, found), number, answers)
     leads = all(revised[name] is merged[name] for name in increments)  # from the weights before to those after
     return merging.Merged(revised, increments if leads else {}), tuple(figures)
 
 
 def _gather(
-    shop: Workshop,
+    shop: RunContext,
     run: str,
-    crew: Crew,
-    asking: Asking,
+    crew: RunClients,
+    asking: RoundScheduler,
     guards: Safeguards,
     sending: Sending,
-    state: State,
+    state: SharedState,
     number: int,
     spool: Path,
-) -> tuple[list[ContributionRecord], list[Contribution]]:
+) -> tuple[list[ClientRecord], list[ClientUpdate]]:
     """Ask clients; what each of them sent, and what of it may be merged, in client order."""
     folder, federation = spool if crew.shares_disk else None, shop.recipe.federation
 
-    def of(began_with: State, begun: int) -> Downloads:
-        return Downloads(Parts(shop, began_with, begun), sending.bases, folder, crew.deployed)
+    def of(began_with: SharedState, begun: int) -> Downloads:
+        return Downloads(RoundPayloads(shop, began_with, begun), sending.bases, folder, crew.deployed)
 
     parts = (downloads := of(state, number)).parts
-    records: dict[int, ContributionRecord] = {}
-    contributions: list[Contribution] = []
+    records: dict[int, ClientRecord] = {}
+    contributions: list[ClientUpdate] = []
 
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
         return sending.messages(clients, crew, downloads if begun == number else of(_earlier(run, begun), begun))
 
-    tell(RoundStarted(number, asking.begin(number)))
+    emit_event(RoundStarted(number, asking.begin(number)))
     for client, reply in asking.replies(send, partial(len, contributions)):
         device, part = crew.names[client], parts.of(client)
-        most, limit = norm_limit(shop.recipe, part.expected.values())
+        most, limit = get_norm_limit(shop.recipe, part.expected.values())
         examples, down = guards.examples(client), sending.taken(client, downloads)
-        received = receive(reply, client, device, part, most, spool, limit, examples, down)
-        records[client], sent = aged(*received, asking.staleness(client), federation.late)
+        received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
+        records[client], sent = scale_by_staleness(*received, asking.staleness(client), federation.late)
         if sent:
-            widened(shop, shop.of(client), sent)
+            pad_update_to_shared_rank(shop, shop.of(client), sent)
             contributions.append(sent)
-        tell(Answered(number, records[client]))
+        emit_event(ReplyReceived(number, records[client]))
     for client, reason in crew.explained(asking.silent(records)).items():
-        records[client] = missing(client, crew.names[client], sending.taken(client, downloads), reason)
-        tell(Answered(number, records[client]))
-    ordered = sorted(alike(shop.recipe, contributions), key=lambda sent: sent.client)
+        records[client] = make_missing_record(client, crew.names[client], sending.taken(client, downloads), reason)
+        emit_event(ReplyReceived(number, records[client]))
+    ordered = sorted(weight_clients_equally(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
     return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
 
 
-def _earlier(run: str, number: int) -> State:
+def _earlier(run: str, number: int) -> SharedState:
     """The state that an earlier round began with."""
-    return StoredState(home.runs() / _checkpoint_path(run, number - 1))
+    return StoredState(home.get_runs_folder() / _checkpoint_path(run, number - 1))
 
 
-def _evaluate(shop: Workshop, state: State, run: str, number: int) -> tuple[MetricRecord, ...]:
+def _evaluate(shop: RunContext, state: SharedState, run: str, number: int) -> tuple[MetricRecord, ...]:
     """Validation every so many rounds; after the last one the test part too, for the start and for the end."""
     metrics = scoring.validation(shop, state, number) if scoring.scored_after(shop, number) else ()
     if number == shop.recipe.federation.rounds:
-        start = StoredState(home.runs() / _checkpoint_path(run, 0))
+        start = StoredState(home.get_runs_folder() / _checkpoint_path(run, 0))
         metrics += scoring.test(shop, start, state)
     return metrics
 
@@ -224,17 +231,17 @@ def _commit(
     store: Store,
     run: str,
     number: int,
-    state: State,
+    state: SharedState,
     started: float,
-    records: Sequence[ContributionRecord],
+    records: Sequence[ClientRecord],
     metrics: tuple[MetricRecord, ...],
     failure: str = "",
     told: tuple[ClientScore, ...] = (),
-) -> State:
+) -> SharedState:
     """Put the checkpoint on disk, then the whole round into the store in one transaction; the state as it is there."""
     path = _checkpoint_path(run, number)
-    sha256 = checkpoint.save(home.runs() / path, state)
-    saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.runs() / path).stat().st_size)
+    sha256 = checkpoint.write_checkpoint(home.get_runs_folder() / path, state)
+    saved = CheckpointRecord(path=path, sha256=sha256, bytes=(home.get_runs_folder() / path).stat().st_size)
     record = RoundRecord(
         number=number,
         status="failed" if failure else "completed",
@@ -246,5 +253,5 @@ def _commit(
         client_scores=told,
     )
     store.commit_round(run, record)
-    tell(RoundEnded(record))
-    return StoredState(home.runs() / path)
+    emit_event(RoundEnded(record))
+    return StoredState(home.get_runs_folder() / path)

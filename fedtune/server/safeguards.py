@@ -6,8 +6,8 @@ from fedtune.server.accounting import Spending
 from fedtune.server.declared import most_examples
 from fedtune.server.norm_bound import NormBound
 from fedtune.server.quarantine import Quarantine
-from fedtune.tracking import ContributionRecord, RoundRecord, Store
-from fedtune.training import Workshop
+from fedtune.tracking import ClientRecord, RoundRecord, Store
+from fedtune.training import RunContext
 
 __all__ = ["Safeguards"]
 
@@ -15,7 +15,7 @@ __all__ = ["Safeguards"]
 class Safeguards:
     """Those of one run; ``done`` are its committed rounds, which a resumed run goes on from."""
 
-    def __init__(self, shop: Workshop, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
+    def __init__(self, shop: RunContext, store: Store, run: str, done: Sequence[RoundRecord]) -> None:
         self._shop, self._store, self._run = shop, store, run
         self.bound = NormBound(shop.recipe, done)
         self.spending = Spending(shop.recipe, done)
@@ -25,6 +25,6 @@ class Safeguards:
         """The most examples that a client's report may count."""
         return most_examples(self._shop, self._store, self._run, client)
 
-    def committed(self, records: Sequence[ContributionRecord]) -> None:
+    def committed(self, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
         self._quarantine.judge(records)

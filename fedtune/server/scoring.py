@@ -5,22 +5,22 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from fedtune.seeds import derive
-from fedtune.server.watch import Scoring, tell
+from fedtune.seeds import derive_seed
+from fedtune.server.watch import Scoring, emit_event
 from fedtune.tracking import MetricRecord
-from fedtune.training import Workshop, load_state, score
+from fedtune.training import RunContext, evaluate_model, set_model_state
 
 __all__ = ["scored_after", "test", "to_score", "validation"]
 
 State = Mapping[str, Tensor]
 
 
-def scored_after(shop: Workshop, number: int) -> bool:
+def scored_after(shop: RunContext, number: int) -> bool:
     """Whether the validation part is scored after a round; after the last one it is, and whole."""
     return number % shop.recipe.evaluation.every == 0 or number == shop.recipe.federation.rounds
 
 
-def to_score(shop: Workshop, first: int) -> dict[int, int]:
+def to_score(shop: RunContext, first: int) -> dict[int, int]:
     """How many examples are scored after each round from ``first`` on; 0 stands for the start."""
     if shop.own:  # the state alone is no model
         return {}
@@ -30,39 +30,39 @@ def to_score(shop: Workshop, first: int) -> dict[int, int]:
     return dict.fromkeys(numbers, some) | {rounds: whole + 2 * len(shop.test)}
 
 
-def validation(shop: Workshop, state: State, number: int) -> tuple[MetricRecord, ...]:
+def validation(shop: RunContext, state: State, number: int) -> tuple[MetricRecord, ...]:
     """Scores on the validation part: before the last round on as many examples as the recipe names."""
     rows = None if number == shop.recipe.federation.rounds else _some(shop)
     return _scores(shop, state, "validation", "validation", rows)
 
 
-def test(shop: Workshop, start: State, state: State) -> tuple[MetricRecord, ...]:
+def test(shop: RunContext, start: State, state: State) -> tuple[MetricRecord, ...]:
     """Scores on all of the test part, for the start and for the end."""
     return _scores(shop, start, "test", "test-before", None) + _scores(shop, state, "test", "test", None)
 
 
-def _some(shop: Workshop) -> list[int] | None:
+def _some(shop: RunContext) -> list[int] | None:
     """The same validation examples each time, drawn from the seed; None for all."""
     wanted, held = shop.recipe.evaluation.examples, len(shop.validation)
     if wanted is None or wanted >= held:
         return None
-    order = np.random.default_rng(derive(shop.recipe.seed, "validation")).permutation(held)
+    order = np.random.default_rng(derive_seed(shop.recipe.seed, "validation")).permutation(held)
     return sorted(order[:wanted].tolist())
 
 
-def _scores(shop: Workshop, state: State, part: str, called: str, rows: list[int] | None) -> tuple[MetricRecord, ...]:
+def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[int] | None) -> tuple[MetricRecord, ...]:
     if shop.own:
         return ()
-    load_state(shop.model, state)
+    set_model_state(shop.model, state)
     examples, recipe = getattr(shop, part), shop.recipe
     total = len(examples) if rows is None else len(rows)
 
     def told(done: int) -> None:
-        tell(Scoring(called, done, total))
+        emit_event(Scoring(called, done, total))
 
     told(0)
     settings = recipe.evaluation
-    scores = score(
+    scores = evaluate_model(
         shop.model, examples, settings.batch, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
     )
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)

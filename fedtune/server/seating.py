@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 
 from fedtune.recipe import Recipe
-from fedtune.tracking import DeviceRecord, Seat
+from fedtune.tracking import Assignment, DeviceRecord
 
-__all__ = ["seated"]
+__all__ = ["assign_devices"]
 
 
-def seated(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Seat]:
+def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assignment]:
     """A seat for each client, in order of the devices' names as they are given.
 
     Where device classes have settings of their own, devices that allow the most memory take the places of the classes
@@ -19,7 +19,9 @@ def seated(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Seat]:
     if any(device.settings for device in recipe.devices):
         clients.sort(key=lambda client: -recipe.device_of(client).memory)
         chosen.sort(key=lambda device: -_memory(device))
-    seats = [Seat(client=client, device=one.name, node=one.node) for client, one in zip(clients, chosen, strict=True)]
+    seats = [
+        Assignment(client=client, device=one.name, node=one.node) for client, one in zip(clients, chosen, strict=True)
+    ]
     return sorted(seats, key=lambda seat: seat.client)
 
 

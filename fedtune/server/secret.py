@@ -5,22 +5,22 @@ import hashlib
 import json
 import secrets
 
-from fedtune.server.authority import fingerprint
+from fedtune.server.authority import compute_certificate_fingerprint
 
-__all__ = ["digest", "new_secret", "token_text"]
+__all__ = ["encode_token", "generate_secret", "hash_secret"]
 
 
-def new_secret() -> str:
+def generate_secret() -> str:
     """Text of 256 random bits."""
     return secrets.token_urlsafe(32)
 
 
-def digest(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     """What is kept of a secret: it has too many bits to be guessed from its hash."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def token_text(url: str, ca: str, secret: str) -> str:
+def encode_token(url: str, ca: str, secret: str) -> str:
     """What an operator hands to a device: where to go, whom to trust, the secret, as one word."""
-    content = json.dumps({"url": url, "ca_sha256": fingerprint(ca), "secret": secret}).encode()
+    content = json.dumps({"url": url, "ca_sha256": compute_certificate_fingerprint(ca), "secret": secret}).encode()
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()

@@ -7,21 +7,29 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedtune.errors import RecipeError
-from fedtune.federation import Select
+from fedtune.federation import ClientSelection
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
+from fedtune.seeds import derive_seed
 from fedtune.tracking import DeviceRecord
 
-__all__ = ["asked_per_round", "candidates", "check_enrolled", "check_simulated", "qualifies", "ranked", "sample"]
+__all__ = [
+    "check_enough_eligible_clients",
+    "check_enough_enrolled_devices",
+    "count_cohort",
+    "is_device_eligible",
+    "list_eligible_clients",
+    "rank_clients",
+    "sample_cohort",
+]
 
 
-def admits(select: Select, name: str, tags: Collection[str], memory: int) -> bool:
+def is_eligible(select: ClientSelection, name: str, tags: Collection[str], memory: int) -> bool:
     """Whether a device of that name, tags and memory in bytes may take part."""
     named = not select.devices or any(fnmatchcase(name, pattern) for pattern in select.devices)
     return named and set(select.tags) <= set(tags) and memory >= select.memory
 
 
-def qualifies(select: Select, device: DeviceRecord) -> bool:
+def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
     """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins.
 
     One that is quarantined may not.
@@ -29,33 +37,33 @@ def qualifies(select: Select, device: DeviceRecord) -> bool:
     if device.quarantined:
         return False
     told = json.loads(device.profile).get("memory")
-    return admits(select, device.name, device.tags, told if isinstance(told, int) else 0)
+    return is_eligible(select, device.name, device.tags, told if isinstance(told, int) else 0)
 
 
-def candidates(recipe: Recipe) -> list[int]:
+def list_eligible_clients(recipe: Recipe) -> list[int]:
     """The clients of a simulation whose device class may take part, in order."""
     classes = enumerate(recipe.device_of(client) for client in range(recipe.clients))
     select = recipe.federation.select
-    return [client for client, one in classes if admits(select, one.name, one.tags, one.memory)]
+    return [client for client, one in classes if is_eligible(select, one.name, one.tags, one.memory)]
 
 
-def asked_per_round(recipe: Recipe, among: Sequence[int]) -> int:
+def count_cohort(recipe: Recipe, among: Sequence[int]) -> int:
     """How many of the clients ``among`` a round asks."""
     return recipe.federation.clients or max(1, round(len(among) * recipe.federation.fraction))
 
 
-def check_simulated(recipe: Recipe) -> None:
+def check_enough_eligible_clients(recipe: Recipe) -> None:
     """RecipeError when too few clients of a simulation qualify for its rounds."""
-    among, federation = candidates(recipe), recipe.federation
+    among, federation = list_eligible_clients(recipe), recipe.federation
     needed = max(federation.clients or 1, federation.quorum, federation.late.buffer if federation.late else 1)
-    if asked_per_round(recipe, among) < federation.quorum or len(among) < needed:
+    if count_cohort(recipe, among) < federation.quorum or len(among) < needed:
         raise RecipeError(
             f"federation.select: {len(among)} of the {recipe.clients} clients in devices qualify, but a round needs "
             f"{needed}; ask less of them, or give their device class the name, tags or memory"
         )
 
 
-def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
+def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
     """RecipeError for a base devices cannot have, or when a recipe selects and too few devices are enrolled for it."""
     if recipe.model.source.startswith("run:"):
         raise RecipeError(
@@ -63,7 +71,7 @@ def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
             "device and name it: path:FOLDER"
         )
     select = recipe.federation.select
-    found = sum(qualifies(select, device) for device in devices)
+    found = sum(is_device_eligible(select, device) for device in devices)
     if select.restricts and found < recipe.clients:
         raise RecipeError(
             f"federation.select: {found} of {len(devices)} enrolled devices qualify, but devices counts "
@@ -71,7 +79,7 @@ def check_enrolled(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
         )
 
 
-def sample(
+def sample_cohort(
     recipe: Recipe,
     number: int,
     among: Sequence[int] | None = None,
@@ -84,16 +92,16 @@ def sample(
     many, by default as the recipe says.
     """
     there = range(recipe.clients) if among is None else among
-    count = asked_per_round(recipe, there) if asked is None else asked
+    count = count_cohort(recipe, there) if asked is None else asked
     if recipe.federation.select.prefer == "longest-ago":
-        return sorted(ranked(recipe, number, there, last)[:count])
-    random = np.random.default_rng(derive(recipe.seed, number, "sample"))
+        return sorted(rank_clients(recipe, number, there, last)[:count])
+    random = np.random.default_rng(derive_seed(recipe.seed, number, "sample"))
     return sorted(there[place] for place in random.choice(len(there), count, replace=False))
 
 
-def ranked(recipe: Recipe, number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
+def rank_clients(recipe: Recipe, number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
     """All clients ``among`` in the order in which round ``number`` would rather have them."""
-    random = np.random.default_rng(derive(recipe.seed, number, "order"))
+    random = np.random.default_rng(derive_seed(recipe.seed, number, "order"))
     drawn = [among[place] for place in random.permutation(len(among))]
     if recipe.federation.select.prefer == "random":
         return drawn

@@ -7,13 +7,13 @@ from dataclasses import replace
 from flwr.app import Message
 
 from fedtune import home
-from fedtune.contribution import Order
+from fedtune.contribution import TrainRequest
 from fedtune.server.bases import Bases
-from fedtune.server.crew import Crew
+from fedtune.server.crew import RunClients
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.exchange import messages_for
+from fedtune.server.exchange import make_train_messages
 from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
-from fedtune.training import Workshop
+from fedtune.training import RunContext
 
 __all__ = ["Sending"]
 
@@ -21,12 +21,12 @@ __all__ = ["Sending"]
 class Sending:
     """Of one run."""
 
-    def __init__(self, shop: Workshop, run: str, bases: Bases) -> None:
+    def __init__(self, shop: RunContext, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
-        self._order = Order(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.labels), run)
+        self._order = TrainRequest(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.labels), run)
         self._asked: dict[int, tuple[int, int]] = {}
 
-    def messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+    def messages(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> dict[int, Message]:
         """A message to each client, in client order; all that are sent the same share one copy of it.
 
         Who is asked for the same round again is sent the whole state.
@@ -38,7 +38,7 @@ class Sending:
             shared.setdefault(id(download), (download, []))[1].append(client)
         return _made(self._order, crew, shared.values(), downloads.number)
 
-    def scoring_messages(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> dict[int, Message]:
+    def scoring_messages(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> dict[int, Message]:
         """The state whole to each client, which is to score it and not to train; no base is kept of it."""
         self._expect(clients, crew, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
@@ -55,12 +55,12 @@ class Sending:
         self._asked[client] = downloads.number, download.size + (before if again else 0)
         return download
 
-    def _expect(self, clients: Sequence[int], crew: Crew, downloads: Downloads) -> None:
+    def _expect(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> None:
         """Let the answers be as large as they may."""
         most = max((downloads.parts.of(client).most_bytes for client in clients), default=0)
         crew.expect(most)
         if crew.deployed:
-            raise_reply_limit(home.runs() / self._run, most + OVERHEAD)
+            raise_reply_limit(home.get_runs_folder() / self._run, most + OVERHEAD)
 
     def taken(self, client: int, downloads: Downloads) -> int:
         """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
@@ -69,11 +69,11 @@ class Sending:
 
 
 def _made(
-    order: Order, crew: Crew, shared: Iterable[tuple[Download, Sequence[int]]], number: int
+    order: TrainRequest, crew: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], number: int
 ) -> dict[int, Message]:
     """The order of round ``number`` to each client, with the download it shares."""
     found: dict[int, Message] = {}
     for download, own in shared:
         one = replace(order, round=number, base=download.base, held=download.held)
-        found |= messages_for(own, crew.nodes, one, download.payload)
+        found |= make_train_messages(own, crew.nodes, one, download.payload)
     return dict(sorted(found.items()))

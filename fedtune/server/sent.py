@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from fedtune.server.refusal import RefusedError
+from fedtune.server.refusal import RequestRefusedError
 
 __all__ = ["read_json"]
 
@@ -25,7 +25,7 @@ def read_json(body: bytes) -> Any:
     except RecursionError as error:
         raise _too_deep() from error
     except ValueError as error:
-        raise RefusedError(
+        raise RequestRefusedError(
             400, f"the body is not JSON that can be used ({str(error)[:200]}); update fedtune"
         ) from error
     if _deeper(value, _DEEPEST):
@@ -62,5 +62,5 @@ def _refused(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _too_deep() -> RefusedError:
-    return RefusedError(400, f"the body holds lists or objects more than {_DEEPEST} deep; send flatter JSON")
+def _too_deep() -> RequestRefusedError:
+    return RequestRefusedError(400, f"the body holds lists or objects more than {_DEEPEST} deep; send flatter JSON")

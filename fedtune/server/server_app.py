@@ -8,11 +8,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import FedtuneError, StoreError
 from fedtune.server.guarded_grid import guard_grid
-from fedtune.server.lifeline import end_with_keeper
+from fedtune.server.lifeline import exit_when_parent_dies
 from fedtune.server.logs import recorded
-from fedtune.server.rounds import coordinate
-from fedtune.tracking import Store, claim
-from fedtune.training import discard, workshop
+from fedtune.server.rounds import run_rounds
+from fedtune.tracking import Store, claim_run
+from fedtune.training import clear_run_context, get_run_context
 
 __all__ = ["app"]
 
@@ -24,19 +24,19 @@ def main(grid: Grid, context: Context) -> None:
     """Run ``run`` of the store ``store``; its recipe is stored with it. ``home`` is fedtune's home folder."""
     config = {key: str(value) for key, value in context.run_config.items()}
     os.environ["FEDTUNE_HOME"] = config["home"]
-    end_with_keeper()
-    with claim(config["run"]), Store.open(config["store"]) as store:
+    exit_when_parent_dies()
+    with claim_run(config["run"]), Store.open(config["store"]) as store:
         deployed = bool(store.access.seats(config["run"]))  # a simulation's process has a terminal of its own
         with recorded(config["run"]) if deployed else nullcontext():
-            carry(guard_grid(grid), store, config["run"])
+            run_to_completion(guard_grid(grid), store, config["run"])
 
 
-def carry(grid: Grid, store: Store, run: str) -> None:
+def run_to_completion(grid: Grid, store: Store, run: str) -> None:
     """Coordinate a run and record how it ended."""
     try:
-        shop = workshop(store.run(run).recipe)
+        shop = get_run_context(store.run(run).recipe)
         store.record_recipe(run, shop.recipe.model_dump_json())
-        coordinate(grid, shop, store, run)
+        run_rounds(grid, shop, store, run)
     except KeyboardInterrupt:
         store.finish(run, "interrupted", "stopped by the user")
         raise
@@ -45,5 +45,5 @@ def carry(grid: Grid, store: Store, run: str) -> None:
             store.finish(run, "failed", str(error))  # database is well again
         raise
     finally:
-        discard()
+        clear_run_context()
     store.finish(run, "completed")

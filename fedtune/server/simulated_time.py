@@ -12,10 +12,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.recipe import Recipe
-from fedtune.seeds import derive
-from fedtune.server.asking import DROPPED_OUT, NO_REPLY_IN_TIME, NOT_NEEDED, Asking, Send
-from fedtune.server.exchange import replies
-from fedtune.server.selection import sample
+from fedtune.seeds import derive_seed
+from fedtune.server.asking import DROPPED_OUT, NO_REPLY_BEFORE_DEADLINE, NOT_NEEDED, MessageFactory, RoundScheduler
+from fedtune.server.exchange import stream_replies
+from fedtune.server.selection import sample_cohort
 
 __all__ = ["RoundPlan", "Simulated", "drops_out", "duration", "plan_round"]
 
@@ -27,7 +27,7 @@ def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
     """
     train, device = recipe.train, recipe.device_of(client)
     examples = train.steps * (device.batch or train.batch) if train.steps else size * (train.epochs or 1)
-    random = np.random.default_rng(derive(recipe.seed, number, client, "duration"))
+    random = np.random.default_rng(derive_seed(recipe.seed, number, client, "duration"))
     return float(examples / (device.speed or 1.0) * np.exp(random.normal(0.0, device.spread)))
 
 
@@ -35,7 +35,7 @@ def drops_out(recipe: Recipe, client: int, number: int) -> bool:
     """Whether a client asked in round ``number`` never answers: a draw of its class's ``dropout``."""
     chance = recipe.device_of(client).dropout
     return bool(chance) and bool(
-        np.random.default_rng(derive(recipe.seed, number, client, "dropout")).random() < chance
+        np.random.default_rng(derive_seed(recipe.seed, number, client, "dropout")).random() < chance
     )
 
 
@@ -58,12 +58,12 @@ def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], num
         if drops_out(recipe, client, number):
             absent[client] = DROPPED_OUT
         elif deadline is not None and recipe.device_of(client).speed is not None and seconds[client] > deadline:
-            absent[client] = NO_REPLY_IN_TIME
+            absent[client] = NO_REPLY_BEFORE_DEADLINE
     there = sorted((client for client in clients if client not in absent), key=lambda one: (seconds[one], one))
     return RoundPlan({client: seconds[client] for client in there}, absent)
 
 
-class Simulated(Asking):
+class Simulated(RoundScheduler):
     """Rounds whose clients all begin together, in simulated time. Only those whose answer counts are trained.
 
     ``among`` are the clients that may be asked, ``sizes`` the examples of every client of the run; ``last`` gives the
@@ -88,7 +88,7 @@ class Simulated(Asking):
     def begin(self, number: int) -> int:
         """Sample the round's clients, and draw what time does to them."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
-        clients = sample(self._recipe, number, self._among, last)
+        clients = sample_cohort(self._recipe, number, self._among, last)
         self._number, self._plan = number, plan_round(self._recipe, clients, self._sizes, number)
         self._asked, self._enough = [], False
         return min(self._wanted, len(self._plan.in_time))
@@ -97,14 +97,14 @@ class Simulated(Asking):
     def _wanted(self) -> int:
         return self._recipe.federation.take_first or self._recipe.clients
 
-    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """The earliest answers; where one of them is of no use, the next is asked for in its place."""
         queue = list(self._plan.in_time)
         while queue and usable() < self._wanted:
             missing = self._wanted - usable()
             asked, queue = queue[:missing], queue[missing:]
             self._asked += asked
-            yield from replies(self._grid, send(sorted(asked), self._number), None, self._poll)
+            yield from stream_replies(self._grid, send(sorted(asked), self._number), None, self._poll)
         self._enough = usable() >= self._wanted
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:

@@ -12,16 +12,16 @@ __all__ = ["spooling", "sweep"]
 
 def sweep(run: str) -> None:
     """Remove what a killed process left of its round: updates, and files that were not written to the end."""
-    for spool in (home.runs() / run).glob("*.spool"):
+    for spool in (home.get_runs_folder() / run).glob("*.spool"):
         shutil.rmtree(spool)
-    for beside in (home.runs() / run).rglob(".*.part"):
+    for beside in (home.get_runs_folder() / run).rglob(".*.part"):
         beside.unlink()
 
 
 @contextmanager
 def spooling(run: str, number: int) -> Iterator[Path]:
     """A folder for the updates of a round, gone when the block ends, however it does."""
-    folder = home.runs() / run / f"round-{number:04d}.spool"
+    folder = home.get_runs_folder() / run / f"round-{number:04d}.spool"
     try:
         yield folder
     finally:

@@ -14,10 +14,10 @@ import psutil
 
 from fedtune.child import isolated
 from fedtune.errors import ServerError
-from fedtune.server.control import Control
-from fedtune.server.flower_process import end_group, environment
+from fedtune.server.control import ControlClient
+from fedtune.server.flower_process import make_child_environment, stop_process_group
 from fedtune.server.flower_socket import ADDRESS, private_folder
-from fedtune.server.lifeline import lifeline
+from fedtune.server.lifeline import make_parent_environment
 from fedtune.server.logs import Log, pumped
 from fedtune.tracking.compaction import shrink, trim_log
 
@@ -44,13 +44,13 @@ class SuperLink:
         self._folder, self._simulation = folder, simulation
         self._process: subprocess.Popen[bytes] | None = None
         self._family: set[psutil.Process] = set()
-        self._control: Control | None = None
+        self._control: ControlClient | None = None
         self.socket = private_folder(folder) / "superlink.sock"
         self._log = Log(self.log)
         self._pump: threading.Thread | None = None
         self.generation = 0
 
-    def control(self) -> Control:
+    def control(self) -> ControlClient:
         """A connection to it; ServerError while it is down."""
         if self._control is None:
             raise ServerError("Flower's SuperLink is starting; try again shortly")
@@ -63,7 +63,7 @@ class SuperLink:
         shrink(self._folder / "superlink.sqlite")
         self._process = subprocess.Popen(
             isolated("fedtune.server.superlink_child", str(self.socket), _DATABASE, *options),
-            env=_QUIET | environment(self._folder) | lifeline(),
+            env=_QUIET | make_child_environment(self._folder) | make_parent_environment(),
             cwd=self._folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ class SuperLink:
         )
         self._pump = pumped(self._process, self._log)
         self._wait(self._process)
-        self._control = Control(self.socket)
+        self._control = ControlClient(self.socket)
         self.generation += 1
 
     def trim(self) -> None:
@@ -107,7 +107,7 @@ class SuperLink:
         if self._control is not None:
             self._control.close()
         self._control = None
-        end_group(self._process, _END_SECONDS)
+        stop_process_group(self._process, _END_SECONDS)
         if self._process.stdin:
             self._process.stdin.close()
         for process in self._family:

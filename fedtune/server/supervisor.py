@@ -13,34 +13,34 @@ from starlette.applications import Starlette
 from fedtune import home
 from fedtune.server.certificates import Certificates, ending
 from fedtune.server.connections import Connections
-from fedtune.server.door import door
-from fedtune.server.enrolment import Enrolment
-from fedtune.server.forward import Forward
-from fedtune.server.guard import Guard
+from fedtune.server.door import make_gateway
+from fedtune.server.enrolment import DeviceApi
+from fedtune.server.forward import ReverseProxy
+from fedtune.server.guard import Authenticator
 from fedtune.server.home import ServerHome
 from fedtune.server.keeping import Health, Keeper, Telling, kept_going
 from fedtune.server.letting_in import LettingIn
 from fedtune.server.listening import config_of, connections_of, listening
 from fedtune.server.logs import Log, Logs
-from fedtune.server.manager import Manager
-from fedtune.server.operating import Operating
+from fedtune.server.manager import RunManager
+from fedtune.server.operating import OperatorApi
 from fedtune.server.presence import Presence
 from fedtune.server.recipe_check import RecipeCheck
-from fedtune.server.refusal import Audit
+from fedtune.server.refusal import AuditLog
 from fedtune.server.reply_limit import read_reply_limit
 from fedtune.server.superlink import SuperLink
 from fedtune.server.tls import small_buffers
 from fedtune.server.uploads import Uploads
 from fedtune.tracking import Store
-from fedtune.tracking.lock import held
+from fedtune.tracking.lock import hold_file_lock
 
-__all__ = ["up"]
+__all__ = ["run_server"]
 
 _GARBAGE = 2000, 10, 10
 """Cut connections are cycles that hold their buffers; a command that ends soon may leave them for longer."""
 
 
-def up(place: ServerHome) -> None:
+def run_server(place: ServerHome) -> None:
     """Serve until a signal; ServerError when it cannot begin."""
     if place.settings.store:
         os.environ["FEDTUNE_STORE"] = place.settings.store  # in the environment, since arguments are seen by everybody
@@ -49,7 +49,7 @@ def up(place: ServerHome) -> None:
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
-    lock = held(place.lock, 0.5, f"the server in {place.folder} is up already")
+    lock = hold_file_lock(place.lock, 0.5, f"the server in {place.folder} is up already")
     with suppress(KeyboardInterrupt), lock, Log(place.folder / "server.log") as log:
         place.renew()
         _serve(place, Telling(log))
@@ -63,8 +63,8 @@ def _serve(place: ServerHome, say: Telling) -> None:
         closing(RecipeCheck()) as check,
     ):
         presence = Presence(lambda: superlink.control().online())
-        manager = Manager(store, superlink, presence, home.home(), place.settings.deadline)
-        audit, health = Audit(store.access), Health()
+        manager = RunManager(store, superlink, presence, home.get_home_folder(), place.settings.deadline)
+        audit, health = AuditLog(store.access), Health()
         store.compact()
         listener.connections = connections_of(place, audit)
         app = _door(place, store, superlink, manager, presence, audit, health, check, listener.connections)
@@ -93,24 +93,24 @@ def _door(
     place: ServerHome,
     store: Store,
     superlink: SuperLink,
-    manager: Manager,
+    manager: RunManager,
     presence: Presence,
-    audit: Audit,
+    audit: AuditLog,
     health: Health,
     check: RecipeCheck,
     connections: Connections,
 ) -> Starlette:
-    guard, ca = Guard(store.access), place.ca.read_text()
+    guard, ca = Authenticator(store.access), place.ca.read_text()
     uploads = Uploads(partial(_reply_limit, manager, place.settings.body_limit))
-    forward = Forward(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
-    enrolment = Enrolment(store.access, guard, audit, superlink.control, ca)
-    operating = Operating(store, manager, presence, guard, audit, superlink.control, check)
+    forward = ReverseProxy(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
+    enrolment = DeviceApi(store.access, guard, audit, superlink.control, ca)
+    operating = OperatorApi(store, manager, presence, guard, audit, superlink.control, check)
     letting = LettingIn(store.access, audit, place.settings.url(), ca)
     logs = Logs(place.folder)
-    return door(guard, audit, forward, enrolment, operating, letting, ca, health.told, logs, connections.sweep)
+    return make_gateway(guard, audit, forward, enrolment, operating, letting, ca, health.told, logs, connections.sweep)
 
 
-def _reply_limit(manager: Manager, otherwise: int, number: int) -> int:
+def _reply_limit(manager: RunManager, otherwise: int, number: int) -> int:
     """Bytes a reply may have in the run that has a number on the SuperLink."""
     run = manager.run_of(number)
-    return (read_reply_limit(home.runs() / run) if run else None) or otherwise
+    return (read_reply_limit(home.get_runs_folder() / run) if run else None) or otherwise

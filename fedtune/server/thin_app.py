@@ -1,8 +1,8 @@
 """A Flower app that holds no code: it names the apps of the installed fedtune, so nothing is shipped to anybody."""
 
-__all__ = ["CONFIG", "files"]
+__all__ = ["RUN_CONFIG_KEYS", "make_app_files"]
 
-CONFIG = ("run", "store", "home")
+RUN_CONFIG_KEYS = ("run", "store", "home")
 """Settings a run of the app gets: the run's id, the URL of its store (empty for the default one), fedtune's home."""
 
 _PROJECT = """\
@@ -28,9 +28,9 @@ clientapp = "fedtune_on_flower.client_app:app"
 """
 
 
-def files() -> dict[str, bytes]:
+def make_app_files() -> dict[str, bytes]:
     """The app's files by their path in it."""
-    settings = "".join(f'{key} = ""\n' for key in CONFIG)
+    settings = "".join(f'{key} = ""\n' for key in RUN_CONFIG_KEYS)
     return {
         "pyproject.toml": f"{_PROJECT}{settings}".encode(),
         "fedtune_on_flower/__init__.py": b"",

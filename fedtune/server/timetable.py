@@ -13,17 +13,17 @@ from typing import NamedTuple
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.federation import Late
+from fedtune.federation import Asynchronous
 from fedtune.recipe import Recipe
-from fedtune.server.asking import NO_REPLY_IN_ROUNDS, Asking, Send
-from fedtune.server.desk import Desk
-from fedtune.server.exchange import replies
+from fedtune.server.asking import NO_REPLY_WITHIN_MAX_STALENESS, MessageFactory, RoundScheduler
+from fedtune.server.desk import InFlightTracker
+from fedtune.server.exchange import stream_replies
 from fedtune.server.simulated_time import drops_out, duration
 
-__all__ = ["ByTimetable", "Planned", "timetable"]
+__all__ = ["ScheduledRound", "SimulatedAsynchronousScheduler", "make_simulated_schedule"]
 
 
-class Planned(NamedTuple):
+class ScheduledRound(NamedTuple):
     """One round: its number, the round each of its clients began, clients that are given up, its begin and end."""
 
     number: int
@@ -33,13 +33,15 @@ class Planned(NamedTuple):
     ends: float
 
 
-def timetable(recipe: Recipe, among: Sequence[int], sizes: Sequence[int], late: Late) -> Iterator[Planned]:
+def make_simulated_schedule(
+    recipe: Recipe, among: Sequence[int], sizes: Sequence[int], late: Asynchronous
+) -> Iterator[ScheduledRound]:
     """The rounds of a run whose clients hold ``sizes`` examples, one after the other.
 
     None of them fails, which only training can tell. A client that drops out is at work until it is given up. The
     deadline holds where a class names its speed: without one a second means nothing.
     """
-    desk, working, now = Desk(recipe, among, late), list[tuple[float, int, int]](), 0.0
+    desk, working, now = InFlightTracker(recipe, among, late), list[tuple[float, int, int]](), 0.0
     last: dict[int, int] = {}
     patience = recipe.federation.deadline if any(device.speed for device in recipe.devices) else None
     for number in range(1, recipe.federation.rounds + 1):
@@ -56,33 +58,33 @@ def timetable(recipe: Recipe, among: Sequence[int], sizes: Sequence[int], late: 
             if desk.begun(client) == since:  # and has not been given up
                 now, begun[client] = ended, since
                 desk.done(client)
-        yield Planned(number, begun, given_up, begins, now)
+        yield ScheduledRound(number, begun, given_up, begins, now)
         last |= dict.fromkeys([*begun, *given_up], number)
 
 
-class ByTimetable(Asking):
+class SimulatedAsynchronousScheduler(RoundScheduler):
     """Asks at once all whose answers a round merges, each to begin with the state it would have had."""
 
-    def __init__(self, grid: Grid, planned: Iterable[Planned], poll: float) -> None:
+    def __init__(self, grid: Grid, planned: Iterable[ScheduledRound], poll: float) -> None:
         self._grid, self._planned, self._poll = grid, iter(planned), poll
-        self._now = Planned(0, {}, (), 0.0, 0.0)
+        self._now = ScheduledRound(0, {}, (), 0.0, 0.0)
 
     def begin(self, number: int) -> int:
         """Go on to the round; a resumed run passes over those that were committed."""
         self._now = next(planned for planned in self._planned if planned.number == number)
         return len(self._now.begun)
 
-    def replies(self, send: Send, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """The answers of the round; those that come after a deadline are planned for a later one."""
         by_round = sorted(self._now.begun, key=lambda client: (self._now.begun[client], client))
         messages: dict[int, Message] = {}
         for number, clients in groupby(by_round, self._now.begun.__getitem__):
             messages |= send(list(clients), number)
-        return replies(self._grid, messages, None, self._poll)
+        return stream_replies(self._grid, messages, None, self._poll)
 
     def silent(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that are too far behind."""
-        return dict.fromkeys(self._now.given_up, NO_REPLY_IN_ROUNDS)
+        return dict.fromkeys(self._now.given_up, NO_REPLY_WITHIN_MAX_STALENESS)
 
     def staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""

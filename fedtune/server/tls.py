@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["small_buffers", "telling"]
+__all__ = ["make_reporting_ssl_class", "small_buffers"]
 
 _BUFFER = 1 << 16
 
@@ -16,7 +16,7 @@ def small_buffers() -> None:
     SSLProtocol.max_size = _BUFFER
 
 
-def telling(tell: Callable[[ssl.SSLError], None]) -> type[ssl.SSLObject]:
+def make_reporting_ssl_class(tell: Callable[[ssl.SSLError], None]) -> type[ssl.SSLObject]:
     """A class for ``SSLContext.sslobject_class`` that passes on errors of a handshake, or of the alert after it."""
 
     @contextmanager

@@ -14,7 +14,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from google.protobuf.message import DecodeError
 
-from fedtune.server.refusal import RefusedError
+from fedtune.server.refusal import RequestRefusedError
 
 __all__ = ["Uploads"]
 
@@ -52,7 +52,7 @@ class Uploads:
         """A device announces an answer and its objects; RefusedError when that is not one answer as devices send it."""
         request = _parsed(PushMessagesRequest(), body, device)
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-            raise RefusedError(400, "an answer is one message with its objects; update the device", device)
+            raise RequestRefusedError(400, "an answer is one message with its objects; update the device", device)
         told, names = request.messages_list[0].metadata, frozenset(_names(request.message_object_trees[0], device))
         with self._lock:
             before = self._under_way.get(device)
@@ -66,14 +66,16 @@ class Uploads:
         with self._lock:
             upload = self._under_way.get(device)
             if upload is None or request.object_id not in upload.names:
-                raise RefusedError(409, "this object is of no answer that was announced; announce it again", device)
+                raise RequestRefusedError(
+                    409, "this object is of no answer that was announced; announce it again", device
+                )
             content = request.object_content
             upload.sizes[request.object_id] = len(content)
             if content.startswith(_ARRAY):
                 upload.arrays[request.object_id] = _pieces(content, upload.limit, device)
             came, whole = sum(upload.sizes.values()), upload.whole()
         if max(came, whole) > upload.limit:
-            raise RefusedError(
+            raise RequestRefusedError(
                 413, f"its answer has {max(came, whole)} bytes, and its round asks for {upload.limit} at most", device
             )
 
@@ -85,10 +87,12 @@ def _pieces(content: bytes, limit: int, device: str) -> list[str]:
         known = head.decode().split(" ")[1].split(",")
         numbers = json.loads(body)["arraychunk_ids"]
         if len(numbers) > 1 + limit // _SMALLEST_PIECE:
-            raise RefusedError(413, f"its array is made of {len(numbers)} pieces, too many for its round", device)
+            raise RequestRefusedError(
+                413, f"its array is made of {len(numbers)} pieces, too many for its round", device
+            )
         return [known[number] for number in numbers]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise RefusedError(400, "its array cannot be read; update the device", device) from error
+        raise RequestRefusedError(400, "its array cannot be read; update the device", device) from error
 
 
 def _names(tree: ObjectTree, device: str) -> list[str]:
@@ -100,7 +104,7 @@ def _names(tree: ObjectTree, device: str) -> list[str]:
         if len(found) > _MOST_OBJECTS:
             break
     if level or len(found) > _MOST_OBJECTS:
-        raise RefusedError(413, "its answer is made of too many objects; update the device", device)
+        raise RequestRefusedError(413, "its answer is made of too many objects; update the device", device)
     return found
 
 
@@ -108,5 +112,5 @@ def _parsed(request: Request, body: bytes, device: str) -> Request:
     try:
         request.ParseFromString(body)
     except DecodeError as error:
-        raise RefusedError(400, "the request cannot be read; update the device", device) from error
+        raise RequestRefusedError(400, "the request cannot be read; update the device", device) from error
     return request

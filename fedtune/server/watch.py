@@ -4,22 +4,22 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from fedtune.tracking import ContributionRecord, RoundRecord
-from fedtune.tracking.summary import training_loss
+from fedtune.tracking import ClientRecord, RoundRecord
+from fedtune.tracking.summary import compute_train_loss
 
 __all__ = [
-    "Answered",
     "Event",
+    "ReplyReceived",
     "RoundEnded",
     "RoundStarted",
     "RunStarted",
     "Scoring",
     "Unscored",
-    "headline",
-    "summary",
-    "tell",
+    "emit_event",
+    "event_handler",
+    "format_round",
+    "format_run_start",
     "unscored",
-    "watcher",
 ]
 
 
@@ -43,11 +43,11 @@ class RoundStarted:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ReplyReceived:
     """One client's reply has been dealt with."""
 
     number: int
-    contribution: ContributionRecord
+    contribution: ClientRecord
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,24 @@ class RoundEnded:
     record: RoundRecord
 
 
-Event = RunStarted | RoundStarted | Answered | Scoring | Unscored | RoundEnded
+Event = RunStarted | RoundStarted | ReplyReceived | Scoring | Unscored | RoundEnded
 
 
 _NAMED = 5
 """So many refused clients are named in a round's line; the store has them all."""
 
 
-def headline(event: RunStarted) -> str:
+def format_run_start(event: RunStarted) -> str:
     """A run's first line."""
     return f"run {event.run}: rounds {event.first} to {event.rounds}"
 
 
-def summary(record: RoundRecord) -> str:
+def format_round(record: RoundRecord) -> str:
     """A round in one line: who answered, losses, the validation figure, seconds."""
     merged = [sent for sent in record.contributions if sent.status == "merged"]
     words = [f"{len(merged)}/{len(record.contributions)} clients"] if record.contributions else ["before training"]
     if any(sent.tells_loss for sent in merged):  # not where all withhold it
-        words.append(f"train loss {training_loss(merged):.4f}")
+        words.append(f"train loss {compute_train_loss(merged):.4f}")
     words += [f"{m.part} {m.name} {m.value:.4f}" for m in record.metrics if _shown(m.part, m.domain, m.name)]
     refused = [f"{sent.device} (client {sent.client})" for sent in record.contributions if sent.status == "refused"]
     words += [f"refused {', '.join(refused[:_NAMED])}"] if refused else []
@@ -117,16 +117,16 @@ def _shown(part: str, domain: str, name: str) -> bool:
 def _print(event: Event) -> None:
     match event:
         case RunStarted():
-            print(headline(event), flush=True)
+            print(format_run_start(event), flush=True)
         case Unscored():
             print(unscored(event), flush=True)
         case RoundEnded():
-            print(f"round {event.record.number}  {summary(event.record)}", flush=True)
+            print(f"round {event.record.number}  {format_round(event.record)}", flush=True)
 
 
-watcher: ContextVar[Callable[[Event], None]] = ContextVar("watcher", default=_print)
+event_handler: ContextVar[Callable[[Event], None]] = ContextVar("watcher", default=_print)
 
 
-def tell(event: Event) -> None:
+def emit_event(event: Event) -> None:
     """Pass an event to the watcher of this context."""
-    watcher.get()(event)
+    event_handler.get()(event)

@@ -4,32 +4,34 @@ from collections.abc import Callable, Mapping
 
 from flwr.serverapp import Grid
 
-from fedtune.server.asking import Asking, Together
-from fedtune.server.buffered import Buffered
-from fedtune.server.crew import Crew
-from fedtune.server.desk import Desk
-from fedtune.server.selection import candidates, check_simulated
+from fedtune.server.asking import RoundScheduler, SynchronousScheduler
+from fedtune.server.buffered import AsynchronousScheduler
+from fedtune.server.crew import RunClients
+from fedtune.server.desk import InFlightTracker
+from fedtune.server.selection import check_enough_eligible_clients, list_eligible_clients
 from fedtune.server.simulated_time import Simulated
-from fedtune.server.timetable import ByTimetable, timetable
-from fedtune.training import Workshop
+from fedtune.server.timetable import SimulatedAsynchronousScheduler, make_simulated_schedule
+from fedtune.training import RunContext
 
-__all__ = ["way_of_asking"]
+__all__ = ["make_round_scheduler"]
 
 
-def way_of_asking(
-    grid: Grid, shop: Workshop, crew: Crew, seated: bool, last: Callable[[], Mapping[int, int]]
-) -> Asking:
+def make_round_scheduler(
+    grid: Grid, shop: RunContext, crew: RunClients, seated: bool, last: Callable[[], Mapping[int, int]]
+) -> RoundScheduler:
     """What the recipe asks for. Devices were selected when they were ``seated``; a simulation's clients are here."""
     recipe, federation = shop.recipe, shop.recipe.federation
     if not seated:
-        check_simulated(recipe)
-    among = range(recipe.clients) if seated else candidates(recipe)
+        check_enough_eligible_clients(recipe)
+    among = range(recipe.clients) if seated else list_eligible_clients(recipe)
     if seated and federation.late is not None:
-        desk = Desk(recipe, among, federation.late)
-        return Buffered(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
+        desk = InFlightTracker(recipe, among, federation.late)
+        return AsynchronousScheduler(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
     if seated:
-        return Together(grid, recipe, among, crew.poll, last)
+        return SynchronousScheduler(grid, recipe, among, crew.poll, last)
     sizes = [len(rows) for rows in shop.clients]
     if federation.late is not None:
-        return ByTimetable(grid, timetable(recipe, among, sizes, federation.late), crew.poll)
+        return SimulatedAsynchronousScheduler(
+            grid, make_simulated_schedule(recipe, among, sizes, federation.late), crew.poll
+        )
     return Simulated(grid, recipe, among, sizes, crew.poll, last)

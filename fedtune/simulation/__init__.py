@@ -3,7 +3,7 @@
 ``flower_engine`` runs them on Flower's own engine; whoever wants that imports it.
 """
 
-from fedtune.simulation.local import default_workers, run_local
-from fedtune.simulation.resolve import resolve
+from fedtune.simulation.local import choose_worker_count, run_in_process
+from fedtune.simulation.resolve import resolve_recipe
 
-__all__ = ["default_workers", "resolve", "run_local"]
+__all__ = ["choose_worker_count", "resolve_recipe", "run_in_process"]

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtune.errors import FedtuneError
-from fedtune.explain import explain
+from fedtune.explain import explain_validation_error
 from fedtune.recipe import Recipe
 
 __all__ = ["answer", "main"]
@@ -35,12 +35,12 @@ def main() -> None:
 
 def answer(told: Any) -> dict[str, Any]:
     """``recipe`` made whole, or ``refused``: why it does not hold."""
-    from fedtune.simulation.resolve import resolve
+    from fedtune.simulation.resolve import resolve_recipe
 
     try:
-        return {"recipe": resolve(Recipe.model_validate(told)).model_dump(mode="json")}
+        return {"recipe": resolve_recipe(Recipe.model_validate(told)).model_dump(mode="json")}
     except ValidationError as error:
-        return {"refused": explain(error, Recipe, "the recipe")}
+        return {"refused": explain_validation_error(error, Recipe, "the recipe")}
     except FedtuneError as error:
         return {"refused": str(error)}
 

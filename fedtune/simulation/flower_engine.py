@@ -11,24 +11,24 @@ from pathlib import Path
 from flwr.proto.federation_config_pb2 import SimulationConfig
 
 from fedtune import home
-from fedtune.errors import RoundError, ServerError
+from fedtune.errors import RunError, ServerError
 from fedtune.recipe import Recipe
 from fedtune.server.superlink import SuperLink
-from fedtune.server.watch import RoundEnded, RunStarted, tell
+from fedtune.server.watch import RoundEnded, RunStarted, emit_event
 from fedtune.tracking import Store
 
-__all__ = ["run_flower"]
+__all__ = ["run_on_flower_engine"]
 
 _POLL_SECONDS = 0.5
 
 
-def run_flower(recipe: Recipe, run: str, store: str) -> None:
+def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
     """Execute a run that the store holds on Flower's engine; RoundError when Flower says that it failed.
 
     The SuperLink listens on a socket that its owner alone can open. Ray listens on ports, and takes calls only from
     those that know a secret of this run.
     """
-    settings = {"run": run, "store": store, "home": str(home.home())}
+    settings = {"run": run, "store": store, "home": str(home.get_home_folder())}
     cores = SimulationConfig(num_supernodes=recipe.clients, client_resources_num_cpus=recipe.train.threads)
     with tempfile.TemporaryDirectory(prefix="fedtune-flower-") as folder, _ray_with_a_secret():
         superlink = SuperLink(Path(folder), simulation=True)
@@ -37,7 +37,7 @@ def run_flower(recipe: Recipe, run: str, store: str) -> None:
             number = superlink.control().start(settings, cores)
             _follow(superlink, number, recipe, run, store)
         except ServerError as error:
-            raise RoundError(f"{error}; try again or use --engine local") from error
+            raise RunError(f"{error}; try again or use --engine local") from error
         finally:
             superlink.close()
 
@@ -62,15 +62,15 @@ def _follow(superlink: SuperLink, number: int, recipe: Recipe, run: str, store: 
     """Pass on the rounds that land in the store until Flower says that the run has ended."""
     with Store.open(store) as opened:
         last = max((record.number for record in opened.rounds(run)), default=-1)
-        tell(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
+        emit_event(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
         ended = False
         while not ended:
             found = superlink.control().run(number)  # asked first: what was committed before the end is passed on
             ended = found.status == "finished"
             for record in opened.rounds(run, last):
-                tell(RoundEnded(record))
+                emit_event(RoundEnded(record))
                 last = record.number
             time.sleep(0 if ended else _POLL_SECONDS)
         if found.outcome != "completed":
             reason = opened.run(run).reason or found.details or found.outcome
-            raise RoundError(f"Flower's engine ended without completing the run: {reason}")
+            raise RunError(f"Flower's engine ended without completing the run: {reason}")

@@ -6,17 +6,17 @@ A message can be made only in a process that knows its run and node, and gets it
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["be_node", "number_message"]
+__all__ = ["set_message_id", "set_node_identity"]
 
 
-def be_node(node: int, run: int = 1) -> None:
+def set_node_identity(node: int, run: int = 1) -> None:
     """Let this process make messages as ``node`` of ``run``."""
     TaskIdentity.run_id = run
     TaskIdentity.task_id = run
     TaskIdentity.node_id = node
 
 
-def number_message(message: Message, number: str) -> str:
+def set_message_id(message: Message, number: str) -> str:
     """Give a message the number that replies will refer to."""
     message.metadata.__dict__["_message_id"] = number
     return number

@@ -8,24 +8,24 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedtune.simulation.flower_private import be_node, number_message
-from fedtune.simulation.workers import Workers
+from fedtune.simulation.flower_private import set_message_id, set_node_identity
+from fedtune.simulation.workers import ClientWorkers
 
-__all__ = ["LocalGrid"]
+__all__ = ["InProcessGrid"]
 
 _SERVER = 1
 _CLIENT_FAILED = 2
 """Flower's error code for a ClientApp that raised."""
 
 
-class LocalGrid(Grid):
+class InProcessGrid(Grid):
     """Nodes 2, 3, ... whose ClientApp is run by ``workers``."""
 
     shares_disk = True
     """Clients see the server's files, so that the shared state need not travel."""
 
-    def __init__(self, nodes: int, workers: Workers) -> None:
-        be_node(_SERVER)
+    def __init__(self, nodes: int, workers: ClientWorkers) -> None:
+        set_node_identity(_SERVER)
         self._workers = workers
         self._contexts = {
             node: Context(1, node, {"partition-id": node - 2, "num-partitions": nodes}, RecordDict(), {})
@@ -61,7 +61,7 @@ class LocalGrid(Grid):
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
-        number = number_message(message, str(next(self._numbers)))
+        number = set_message_id(message, str(next(self._numbers)))
         self._sent[number] = message
         self._workers.submit(number, message, self._contexts[message.metadata.dst_node_id])
         return number

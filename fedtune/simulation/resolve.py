@@ -3,32 +3,32 @@
 from collections.abc import Sequence
 
 from fedtune import merging, techniques
-from fedtune.contribution import Sent
+from fedtune.contribution import UpdateKind
 from fedtune.errors import RecipeError
-from fedtune.recipe import DeviceClass, Evaluation, Recipe, Unit
-from fedtune.registry import Named
+from fedtune.recipe import DeviceClass, EvaluationSettings, Recipe, Unit
+from fedtune.registry import NamedUnit
 from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
 from fedtune.training.model_counts import check_model_counts
-from fedtune.training.private import check_private
+from fedtune.training.private import check_privacy_settings
 
-__all__ = ["resolve"]
+__all__ = ["resolve_recipe"]
 
-_MEND: dict[Sent, str] = {
+_MEND: dict[UpdateKind, str] = {
     "tensors": "merge by fedit, flexlora or hetlora, by fedex-lora or flora with exact: remainder, or train one factor",
     "pairs": "set lora: {exact: none}, or merge by mean",
     "pairs and base": "set lora: {exact: remainder}, or merge by mean",
 }
 
 
-def resolve(recipe: Recipe) -> Recipe:
+def resolve_recipe(recipe: Recipe) -> Recipe:
     """The recipe as it is stored with a run; RecipeError for techniques or merge steps that do not hold."""
-    chosen = techniques.choose(recipe.train.techniques)
+    chosen = techniques.build_techniques(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
-    pipeline = merging.choose(recipe.merge)
+    pipeline = merging.build_pipeline(recipe.merge)
     _check_fit(chosen, pipeline.combine)
     _check_own(chosen, pipeline, recipe.evaluation)
-    check_private(recipe, pipeline)
+    check_privacy_settings(recipe, pipeline)
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
@@ -38,11 +38,11 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
 
 
-def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.Pipeline) -> DeviceClass:
+def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline) -> DeviceClass:
     """A device class with its techniques written out; they must send what those of all send."""
     if device.techniques is None:
         return device
-    own = techniques.choose(device.techniques, f"devices: {device.name}")
+    own = techniques.build_techniques(device.techniques, f"devices: {device.name}")
     _check_fit(own, pipeline.combine)
     for technique in (*chosen, *own):
         if technique.keeps_own() or technique.masks_weights():
@@ -54,11 +54,11 @@ def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: mergin
 
 
 def _of_classes(devices: Sequence[DeviceClass]) -> list[Technique]:
-    chosen = [techniques.choose(one.techniques, f"devices: {one.name}") for one in devices if one.techniques]
+    chosen = [techniques.build_techniques(one.techniques, f"devices: {one.name}") for one in devices if one.techniques]
     return [technique for own in chosen for technique in own]
 
 
-def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:
+def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> None:
     """Both factors of a low-rank pair may only be trained where the merge treats them as a pair, and the reverse."""
     sent = {technique.sends(): technique.name for technique in chosen if technique.sends() != "tensors"}
     if combine.takes == "tensors" and sent.keys() == {"one factor"}:
@@ -68,7 +68,7 @@ def _check_fit(chosen: Sequence[Technique], combine: merging.Combine) -> None:
         raise RecipeError(f"merge: {combine.name} takes {combine.takes}, but {trained}; {_MEND[combine.takes]}")
 
 
-def _check_factor(name: str, combine: merging.Combine) -> None:
+def _check_factor(name: str, combine: merging.CombineStep) -> None:
     """What picks entries would pick those of a factor, which are no entries of the product."""
     if combine.picks:
         raise RecipeError(
@@ -77,7 +77,7 @@ def _check_factor(name: str, combine: merging.Combine) -> None:
         )
 
 
-def _check_own(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluation: Evaluation) -> None:
+def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
     """Where devices keep tensors for themselves, the server has no whole model to score, to align or to measure."""
     keeping = next((technique.name for technique in chosen if technique.keeps_own()), None)
     if keeping is None:
@@ -94,7 +94,7 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluati
         )
 
 
-def _check_late(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluation: Evaluation) -> None:
+def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
     """A late answer is a delta to an older state: what takes all answers for models of one round cannot use it."""
     moving = next((technique.name for technique in chosen if technique.moves()), None)
     if moving is not None:
@@ -105,7 +105,7 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluat
             "federation.late: clients score the model they begin with, which is not the same for all, so "
             "evaluation.own tells nothing of a round; drop one, and with it what leaves the server no whole model"
         )
-    asked = merging.measurement(pipeline.steps)
+    asked = merging.build_calibration_request(pipeline.steps)
     told = [step.name for step in pipeline.steps if step.needs] if asked is not None and asked.by == "clients" else []
     whole = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     pairs = [] if pipeline.combine.takes == "tensors" else [pipeline.combine.name]
@@ -116,5 +116,5 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.Pipeline, evaluat
         )
 
 
-def _written_out(units: Sequence[Named]) -> list[Unit]:
+def _written_out(units: Sequence[NamedUnit]) -> list[Unit]:
     return [Unit(name=unit.name, settings=unit.model_dump(mode="json")) for unit in units]

@@ -20,17 +20,17 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import app as client_app
-from fedtune.simulation.flower_private import be_node
-from fedtune.training import Workshop, adopt
+from fedtune.simulation.flower_private import set_node_identity
+from fedtune.training import RunContext, set_run_context
 
-__all__ = ["InTurn", "Pool", "Workers"]
+__all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]
 
-Answer = tuple[Message, Context] | Exception
+ClientResult = tuple[Message, Context] | Exception
 _PATIENCE = 0.05
 _CLIENT = 2
 
 
-class Workers(ABC):
+class ClientWorkers(ABC):
     """Takes messages and gives back answers, in whatever order they are done."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ class Workers(ABC):
         """Queue a message."""
 
     @abstractmethod
-    def finished(self) -> list[tuple[str, Answer]]:
+    def finished(self) -> list[tuple[str, ClientResult]]:
         """Answers not yet given back; waits a moment when there is none."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Workers(ABC):
         """Let go of processes."""
 
 
-class InTurn(Workers):
+class SequentialWorkers(ClientWorkers):
     """One client after the other in this process and thread; each is run when its answer is asked for."""
 
     def __init__(self, app: ClientApp) -> None:
@@ -61,7 +61,7 @@ class InTurn(Workers):
         """Queue a message."""
         self._queue.append((number, message, context))
 
-    def finished(self) -> list[tuple[str, Answer]]:
+    def finished(self) -> list[tuple[str, ClientResult]]:
         """Run the next client."""
         if not self._queue:
             return []
@@ -79,13 +79,13 @@ class InTurn(Workers):
         """There is nothing to let go of."""
 
 
-class Pool(Workers):
+class ProcessPoolWorkers(ClientWorkers):
     """``processes`` workers that share the workshop's base model; when one is killed, all are replaced.
 
     Messages wait here and not in the executor: one that breaks chokes on futures that were cancelled.
     """
 
-    def __init__(self, shop: Workshop, processes: int, app: ClientApp = client_app) -> None:
+    def __init__(self, shop: RunContext, processes: int, app: ClientApp = client_app) -> None:
         shop.share_memory()
         self._shop, self._processes, self._app = shop, processes, app
         self._queue: deque[tuple[str, Message, Context]] = deque()
@@ -103,7 +103,7 @@ class Pool(Workers):
         """Queue a message."""
         self._queue.append((number, message, context))
 
-    def finished(self) -> list[tuple[str, Answer]]:
+    def finished(self) -> list[tuple[str, ClientResult]]:
         """Answers that have come back."""
         while self._queue and len(self._futures) <= self._processes:
             number, message, context = self._queue.popleft()
@@ -152,7 +152,7 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _result(future: Future[tuple[Message, Context]]) -> Answer:
+def _result(future: Future[tuple[Message, Context]]) -> ClientResult:
     error = future.exception()
     if error is None:
         return future.result()
@@ -161,12 +161,12 @@ def _result(future: Future[tuple[Message, Context]]) -> Answer:
     return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _begin(shop: Workshop, watched: Connection) -> None:
+def _begin(shop: RunContext, watched: Connection) -> None:
     """Make a fresh worker process ready: it ends with its parent, and owns what it trains."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-    be_node(_CLIENT)
+    set_node_identity(_CLIENT)
     shop.own_trained()
-    adopt(shop)
+    set_run_context(shop)
 
 
 def _end_with(watched: Connection) -> None:

@@ -1,4 +1,4 @@
-"""How it fits a device: one file is one published technique. ``choose`` turns a recipe's list into techniques."""
+"""How it fits a device: one file is one technique. ``build_techniques`` turns a recipe's list into techniques."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,40 +6,40 @@ from itertools import permutations
 
 from torch import Tensor, nn
 
-from fedtune.contribution import Form, Pair
+from fedtune.contribution import LowRankPair, TensorSpec
 from fedtune.errors import RecipeError
-from fedtune.recipe import Task, Unit
-from fedtune.registry import build
-from fedtune.techniques._live_norm import LiveNorm, own, statistics
+from fedtune.recipe import TaskName, Unit
+from fedtune.registry import build_unit
+from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
 from fedtune.techniques._saving import refuse_saving
-from fedtune.techniques._technique import Answer, Moment, Technique
-from fedtune.techniques._terms import collecting
+from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
+from fedtune.techniques._terms import collect_loss_terms
 
 __all__ = [
-    "Answer",
-    "LiveNorm",
-    "Moment",
+    "ExtraPayload",
+    "StepInfo",
     "Technique",
-    "answer",
-    "apply",
-    "asked",
-    "before_update",
+    "UnfrozenBatchNorm2d",
+    "after_aggregation",
+    "apply_techniques",
+    "before_optimiser_step",
     "begin_round",
     "begin_step",
-    "choose",
-    "collecting",
+    "build_techniques",
+    "collect_loss_terms",
+    "collect_metrics",
+    "compute_extra_payload",
+    "declare_extra_payload",
     "fold",
-    "own",
-    "pairs",
-    "revise",
-    "trained",
-    "watch",
+    "list_local_tensors",
+    "list_low_rank_pairs",
+    "list_trainable_tensors",
 ]
 
 
-def choose(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Technique, ...]:
+def build_techniques(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Technique, ...]:
     """The techniques named ``where`` in a recipe, in order; RecipeError for settings or pairs that do not hold."""
-    chosen: tuple[Technique, ...] = tuple(build(__name__, unit, where) for unit in units)
+    chosen: tuple[Technique, ...] = tuple(build_unit(__name__, unit, where) for unit in units)
     present = [technique.name for technique in chosen]
     for one, other in permutations(chosen, 2):
         why = one.refusal(other)
@@ -52,7 +52,7 @@ def choose(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Tech
     return chosen
 
 
-def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
+def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: TaskName, seed: int) -> list[str]:
     """Freeze the model, let each technique rewrite it, and return the names of all that may be trained.
 
     The model is left ready for round 1. Where its layers have changed, ``save_pretrained`` refuses until ``fold``.
@@ -64,7 +64,7 @@ def apply(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: i
     shared: set[str] = set()
     for number in (1, 2):
         begin_round(techniques, model, number)
-        shared.update(trained(model))
+        shared.update(list_trainable_tensors(model))
     for technique in techniques:
         shared.update(technique.held(model))
     begin_round(techniques, model, 1)
@@ -91,24 +91,24 @@ def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping
         technique.begin_step(model, batch, progress)
 
 
-def before_update(techniques: Sequence[Technique], model: nn.Module, moment: Moment) -> float:
+def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, moment: StepInfo) -> float:
     """Let each technique change the gradients of a step; the learning rate they come to."""
     for technique in techniques:
         moment = moment._replace(lr=technique.before_update(model, moment))
     return moment.lr
 
 
-def pairs(techniques: Sequence[Technique], model: nn.Module) -> list[Pair]:
+def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> list[LowRankPair]:
     """The low-rank pairs in the model."""
     return [pair for technique in techniques for pair in technique.pairs(model)]
 
 
-def asked(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, Form]:
+def declare_extra_payload(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, TensorSpec]:
     """What techniques want clients to add to their contributions in a round."""
     return {name: form for technique in techniques for name, form in technique.asked(model, number).items()}
 
 
-def answer(
+def compute_extra_payload(
     techniques: Sequence[Technique], model: nn.Module, number: int, backward: Callable[[], None]
 ) -> dict[str, Tensor]:
     """What a client adds to its contribution; ``backward`` takes the gradient of one batch."""
@@ -117,8 +117,8 @@ def answer(
     }
 
 
-def revise(
-    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]
+def after_aggregation(
+    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
 ) -> dict[str, Tensor]:
     """The merged state of a round, as techniques change it by the clients' answers."""
     revised = dict(state)
@@ -128,15 +128,15 @@ def revise(
 
 
 @contextmanager
-def watch(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+def collect_metrics(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
     """Figures that techniques take while held-out examples are scored inside the block."""
     with ExitStack() as stack:
         taken = [stack.enter_context(technique.watch(model)) for technique in techniques]
         yield lambda: {name: value for figures in taken for name, value in figures().items()}
 
 
-def trained(model: nn.Module) -> list[str]:
+def list_trainable_tensors(model: nn.Module) -> list[str]:
     """Names of what is trained now and sent: parameters in the model's order, then statistics that follow the data."""
     parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    kept = set(own(model))
-    return [*(name for name in parameters if name not in kept), *statistics(model)]
+    kept = set(list_local_tensors(model))
+    return [*(name for name in parameters if name not in kept), *list_running_statistics(model)]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
-from fedtune.techniques._recast import Restorable, recast
+from fedtune.techniques._recast import ReplacementLayer, convert_layer_class
 
-__all__ = ["behind_gate"]
+__all__ = ["make_product_input_conv2d"]
 
 _PRODUCT = "MulBackward0"
 
 
-class BehindGateConv2d(nn.Conv2d, Restorable):
+class ProductInputConv2d(nn.Conv2d, ReplacementLayer):
     """A convolution whose input is a product of two maps that both have gradients; with any other it is plain."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
@@ -32,13 +32,17 @@ class BehindGateConv2d(nn.Conv2d, Restorable):
 
     def plain(self) -> nn.Conv2d:
         """The convolution it was."""
-        return recast(self, nn.Conv2d)
+        return convert_layer_class(self, nn.Conv2d)
 
 
-def behind_gate(convolution: nn.Module) -> nn.Module:
+def make_product_input_conv2d(convolution: nn.Module) -> nn.Module:
     """A plain convolution as one that keeps factors; others as they are."""
     known = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
-    return recast(convolution, BehindGateConv2d) if known and not isinstance(convolution.padding, str) else convolution
+    return (
+        convert_layer_class(convolution, ProductInputConv2d)
+        if known and not isinstance(convolution.padding, str)
+        else convolution
+    )
 
 
 def _factors(product: Tensor) -> tuple[Tensor, ...]:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack_bits", "unpack_bits"]
 
 _BYTE = 8
 
 
-def pack(mask: Tensor) -> Tensor:
+def pack_bits(mask: Tensor) -> Tensor:
     """A bool tensor of any shape as ceil(n / 8) uint8; bits behind the last element are 0."""
     flat = mask.reshape(-1)
     rest = -flat.numel() % _BYTE
@@ -20,7 +20,7 @@ def pack(mask: Tensor) -> Tensor:
     return packed
 
 
-def unpack(bits: Tensor, count: int) -> Tensor:
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
     """The first ``count`` elements of a packed mask, as a flat bool tensor."""
     places = torch.arange(_BYTE, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> places) & 1).view(torch.bool).view(-1)[:count]

@@ -14,18 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.techniques._halves import Call, Parts, attention_half, bound, feed_half, without_cache
+from fedtune.techniques._halves import (
+    BlockArguments,
+    BlockParts,
+    bind_block_arguments,
+    drop_cache_arguments,
+    run_attention_half,
+    run_feed_forward_half,
+)
 
-__all__ = ["UNRUN", "Run", "find_stack", "in_training", "parts_of", "probe", "said"]
+__all__ = [
+    "UNRUN",
+    "BlockInputs",
+    "find_block_list",
+    "record_block_inputs",
+    "said",
+    "split_block",
+    "use_seeded_train_mode",
+]
 
 UNRUN = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models raise when they, or parts of them, are run otherwise than they were made for."""
 
-Run = tuple[Tensor, list[Call]]
+BlockInputs = tuple[Tensor, list[BlockArguments]]
 """What the first block of a stack is given, and what each block is called with beside it."""
 
 
-def find_stack(model: nn.Module) -> str:
+def find_block_list(model: nn.Module) -> str:
     """The name of the list of like blocks that holds most of the model's parameters."""
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
@@ -38,14 +53,14 @@ def find_stack(model: nn.Module) -> str:
     return name
 
 
-def probe(model: nn.Module, stack: str) -> Run:
+def record_block_inputs(model: nn.Module, stack: str) -> BlockInputs:
     """Run the backbone on drawn inputs and note what its blocks are given; ModelError where it cannot be run so."""
     blocks = list(model.get_submodule(stack).children())
-    seen: list[tuple[Tensor, Call, Tensor]] = []
-    hooks = [block.register_forward_hook(partial(_note, seen), with_kwargs=True) for block in blocks]
+    seen: list[tuple[Tensor, BlockArguments, Tensor]] = []
+    hooks = [block.register_forward_hook(partial(_record_call, seen), with_kwargs=True) for block in blocks]
     _refuse_random_depth(model)
     try:
-        with in_training(model):
+        with use_seeded_train_mode(model):
             getattr(model, "base_model", model)(**_inputs(model))
     except UNRUN as error:
         raise ModelError(
@@ -62,15 +77,15 @@ def probe(model: nn.Module, stack: str) -> Run:
     return seen[0][0], [call for _, call, _ in seen]
 
 
-def _note(
-    seen: list[tuple[Tensor, Call, Tensor]],
+def _record_call(
+    seen: list[tuple[Tensor, BlockArguments, Tensor]],
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     out: Tensor,
 ) -> None:
-    hidden, call = bound(block, args, kwargs)
-    seen.append((hidden, without_cache(call), out))
+    hidden, call = bind_block_arguments(block, args, kwargs)
+    seen.append((hidden, drop_cache_arguments(call), out))
 
 
 def _refuse_random_depth(model: nn.Module) -> None:
@@ -92,23 +107,23 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(vocabulary, (2, 16), generator=random)}
 
 
-def parts_of(name: str, block: nn.Module, hidden: Tensor, call: Call) -> Parts:
+def split_block(name: str, block: nn.Module, hidden: Tensor, call: BlockArguments) -> BlockParts:
     """How a block computes; ModelError names it and says what does not fit. It is run on ``hidden`` and ``call``."""
     try:
-        ran, wanted = _watched(block, list(_pieces(block, hidden.shape[-1])), hidden, call)
-        parts = _grammar(block, ran, hidden.shape[-1])
+        ran, wanted = _trace_block(block, list(_list_block_modules(block, hidden.shape[-1])), hidden, call)
+        parts = _parse_block(block, ran, hidden.shape[-1])
         if isinstance(parts, str):
-            raise _misfit(name, block, parts)
-        with in_training(block):
-            found = feed_half(block, parts, attention_half(block, parts, hidden, call))
+            raise _unsupported_block(name, block, parts)
+        with use_seeded_train_mode(block):
+            found = run_feed_forward_half(block, parts, run_attention_half(block, parts, hidden, call))
     except UNRUN as error:
-        raise _misfit(name, block, f"cannot be run half by half ({said(error)})") from error
-    if not _close(found, wanted):
-        raise _misfit(name, block, "combines attention and feed-forward part in another way")
+        raise _unsupported_block(name, block, f"cannot be run half by half ({said(error)})") from error
+    if not _is_close(found, wanted):
+        raise _unsupported_block(name, block, "combines attention and feed-forward part in another way")
     return parts
 
 
-def _misfit(name: str, block: nn.Module, why: str) -> ModelError:
+def _unsupported_block(name: str, block: nn.Module, why: str) -> ModelError:
     return ModelError(f"meft does not fit: {name} ({type(block).__name__}) {why}; take checkpointing instead")
 
 
@@ -117,13 +132,13 @@ def said(error: BaseException) -> str:
     return " ".join(str(error).split("\n")[0].split()).rstrip(".:") or type(error).__name__
 
 
-def _pieces(module: nn.Module, width: int, prefix: str = "") -> Iterator[str]:
+def _list_block_modules(module: nn.Module, width: int, prefix: str = "") -> Iterator[str]:
     """Names of the modules a block consists of: normalisations of the stream, and what holds none."""
     for name, child in module.named_children():
         if _is_norm(child, width) or not any(_is_norm(inner, width) for inner in child.modules()):
             yield f"{prefix}{name}"
         else:
-            yield from _pieces(child, width, f"{prefix}{name}.")
+            yield from _list_block_modules(child, width, f"{prefix}{name}.")
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
@@ -131,12 +146,12 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (width,)
 
 
-def _watched(block: nn.Module, pieces: list[str], hidden: Tensor, call: Call) -> tuple[list[str], Any]:
+def _trace_block(block: nn.Module, pieces: list[str], hidden: Tensor, call: BlockArguments) -> tuple[list[str], Any]:
     """The pieces in the order they ran, and what the block gave."""
     ran: list[str] = []
     hooks = [block.get_submodule(name).register_forward_hook(partial(_append, ran, name)) for name in pieces]
     try:
-        with in_training(block):
+        with use_seeded_train_mode(block):
             return ran, block(hidden, **call)
     finally:
         for hook in hooks:
@@ -148,7 +163,7 @@ def _append(ran: list[str], name: str, *_: Any) -> None:
 
 
 @contextmanager
-def in_training(module: nn.Module) -> Iterator[None]:
+def use_seeded_train_mode(module: nn.Module) -> Iterator[None]:
     """Without gradients and with dropout, the same in every such block.
 
     Not in scoring mode, in which four-bit layers pack their weights beyond the reach of gradients.
@@ -163,7 +178,7 @@ def in_training(module: nn.Module) -> Iterator[None]:
         module.train(before)
 
 
-def _grammar(block: nn.Module, ran: list[str], width: int) -> Parts | str:
+def _parse_block(block: nn.Module, ran: list[str], width: int) -> BlockParts | str:
     """Parts from the order of the pieces, or what is wrong with it."""
     norms = [at for at, name in enumerate(ran) if _is_norm(block.get_submodule(name), width)]
     if len(norms) != 2:
@@ -176,10 +191,10 @@ def _grammar(block: nn.Module, ran: list[str], width: int) -> Parts | str:
         return f"runs {', '.join(ran)} in that order, which is neither pre-norm nor post-norm"
     dropout = getattr(block, "dropout", 0.0)
     own = float(dropout) if isinstance(dropout, float | int) else 0.0
-    return Parts(pre, (ran[first], ran[second]), tuple(attend), tuple(feed), own)
+    return BlockParts(pre, (ran[first], ran[second]), tuple(attend), tuple(feed), own)
 
 
-def _close(found: Any, wanted: Any) -> bool:
+def _is_close(found: Any, wanted: Any) -> bool:
     """Equal but for the order of additions."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
         return False

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from ._halves import Parts
+from ._halves import BlockParts
 
-__all__ = ["COUPLINGS", "LAYER", "STAGES", "STREAM", "Coupling", "Half", "Plan", "Stage"]
+__all__ = ["COUPLINGS", "FULL_LAYER", "STAGES", "STREAM_ADAPTER", "Coupling", "CouplingPlan", "Stage", "Stages"]
 
 Stage = Literal["attention", "feed", "stream"]
 """Half a block with its adapter, or the adapter that stands alone in the other stream."""
-Half = tuple[Stage, ...]
+Stages = tuple[Stage, ...]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Coupling(NamedTuple):
     """One variant: the stages F and G consist of, whether lambda and beta are the factor or 1, and what follows."""
 
-    first: Half
-    second: Half
+    first: Stages
+    second: Stages
     scaled: tuple[bool, bool]
     damped: bool
     swap: bool
@@ -29,22 +29,22 @@ class Coupling(NamedTuple):
     """The stream that carries the pretrained network's hidden states behind the last block."""
 
 
-LAYER: Half = ("attention", "feed")
-STREAM: Half = ("stream",)
+FULL_LAYER: Stages = ("attention", "feed")
+STREAM_ADAPTER: Stages = ("stream",)
 COUPLINGS = {
-    "meft1": Coupling(LAYER, STREAM, (True, False), damped=False, swap=True, main=1),
-    "meft2": Coupling(STREAM, LAYER, (False, True), damped=False, swap=True, main=0),
+    "meft1": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), damped=False, swap=True, main=1),
+    "meft2": Coupling(STREAM_ADAPTER, FULL_LAYER, (False, True), damped=False, swap=True, main=0),
     "meft3": Coupling(("attention",), ("feed",), (True, True), damped=False, swap=False, main=1),
-    "diff": Coupling(LAYER, STREAM, (True, False), damped=True, swap=True, main=1),
+    "diff": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), damped=True, swap=True, main=1),
 }
 
 
 @dataclass(frozen=True)
-class Plan:
+class CouplingPlan:
     """All it takes to make a plain model's blocks two-stream again, as JSON can hold it."""
 
     stack: str
-    parts: tuple[Parts, ...]
+    parts: tuple[BlockParts, ...]
     variant: str
     factor: float
     rank: int
@@ -63,9 +63,9 @@ class Plan:
         return COUPLINGS[self.variant]
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Plan":
+    def from_json(cls, found: Mapping[str, Any]) -> "CouplingPlan":
         """What ``dataclasses.asdict`` and JSON made of a plan."""
-        parts = tuple(Parts(**{key: _tuple(value) for key, value in one.items()}) for one in found["parts"])
+        parts = tuple(BlockParts(**{key: _tuple(value) for key, value in one.items()}) for one in found["parts"])
         return cls(**{**{key: _tuple(value) for key, value in found.items()}, "parts": parts})
 
 

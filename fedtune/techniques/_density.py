@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Remake", "magnitudes", "nonzero", "scale", "with_density"]
+__all__ = ["Recompute", "compute_density", "count_nonzero_per_token", "estimate_activation_scale", "sample_magnitudes"]
 
-Remake = Callable[..., Tensor]
+Recompute = Callable[..., Tensor]
 """Makes an activation again from tensors that are kept anyway."""
 
 
-def with_density(
-    a: Tensor, eps: float, counted: Tensor | None, remake: Remake | None = None, kept: tuple[Tensor, ...] = ()
+def compute_density(
+    a: Tensor, eps: float, counted: Tensor | None, remake: Recompute | None = None, kept: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """``a`` [..., units] as it is, and D in [0, 1], in fp32 (fp64 for fp64).
 
@@ -30,14 +30,14 @@ def with_density(
     return out
 
 
-def scale(product: Tensor, counted: Tensor | None) -> float:
+def estimate_activation_scale(product: Tensor, counted: Tensor | None) -> float:
     """The root mean square of |P| clipped at its 99th percentile, from a fixed sample of about 8192 entries."""
-    sample = magnitudes(product, counted, 8192)
+    sample = sample_magnitudes(product, counted, 8192)
     clipped = sample.clamp(max=sample.kthvalue(max(1, int(0.99 * len(sample)))).values)
     return float(clipped.square().mean().sqrt())
 
 
-def magnitudes(a: Tensor, counted: Tensor | None, most: int) -> Tensor:
+def sample_magnitudes(a: Tensor, counted: Tensor | None, most: int) -> Tensor:
     """About ``most`` of the |a| of counted tokens, always at the same places: fp32 [n]."""
     rows = _rows(a.detach())
     tokens = torch.arange(len(rows)) if counted is None else counted.nonzero()[:, 0]
@@ -49,7 +49,7 @@ def magnitudes(a: Tensor, counted: Tensor | None, most: int) -> Tensor:
     return entries[:: max(1, len(entries) // most)]
 
 
-def nonzero(a: Tensor) -> Tensor:
+def count_nonzero_per_token(a: Tensor) -> Tensor:
     """Entries per token [tokens] that are not exactly zero; -0.0 is zero."""
     return (_rows(a) != 0).sum(1)
 
@@ -59,7 +59,7 @@ class _WithDensity(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, eps: float, counted: Tensor | None, remake: Remake | None, *kept: Tensor
+        ctx: Any, a: Tensor, eps: float, counted: Tensor | None, remake: Recompute | None, *kept: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.eps, ctx.remake, ctx.counted = eps, remake, counted
         ctx.set_materialize_grads(False)

@@ -8,21 +8,21 @@ import math
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedtune.recipe import Section
-from fedtune.techniques._technique import Moment
+from fedtune.recipe import SettingsModel
+from fedtune.techniques._technique import StepInfo
 
-__all__ = ["Extrusion", "Layer", "extrusion_rate", "press"]
+__all__ = ["Extrusion", "MaskableLayer", "add_extrusion_gradient", "compute_extrusion_lr"]
 
-Layer = nn.Conv2d | nn.Linear
+MaskableLayer = nn.Conv2d | nn.Linear
 
 
-class Extrusion(Section):
+class Extrusion(SettingsModel):
     """How hard."""
 
     strength: float = Field(0.01, ge=0, description="lambda, on the squared norm of the weights about to be dropped")
 
 
-def press(layer: Layer, strength: float) -> float:
+def add_extrusion_gradient(layer: MaskableLayer, strength: float) -> float:
     """Add the gradient of strength * |theta_S|^2; returns |theta_S|^2."""
     marked: Tensor = vars(layer)["marked"]
     theta = layer.weight.detach()[marked]
@@ -31,7 +31,7 @@ def press(layer: Layer, strength: float) -> float:
     return float((theta.double() ** 2).sum())
 
 
-def extrusion_rate(moment: Moment, norm: float) -> float:
+def compute_extrusion_lr(moment: StepInfo, norm: float) -> float:
     """beta: equations 3 to 5."""
     p = (2 * moment.steps - 2 * moment.step) / (2 * moment.steps - moment.step)
     return p * (2 / (1 + math.exp(-norm)) - 1) * moment.first_lr

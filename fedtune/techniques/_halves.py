@@ -15,23 +15,23 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
-    "Adapter",
-    "Call",
-    "Parts",
-    "attention_half",
-    "bound",
-    "feed_half",
-    "rows_of",
-    "stream_adapter",
-    "without_cache",
+    "BlockArguments",
+    "BlockParts",
+    "BottleneckAdapter",
+    "bind_block_arguments",
+    "drop_cache_arguments",
+    "run_attention_half",
+    "run_feed_forward_half",
+    "run_stream_adapter",
+    "select_batch_rows",
 ]
 
-Call = Mapping[str, Any]
+BlockArguments = Mapping[str, Any]
 """What a block is called with beside the hidden states, by name."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class BlockParts:
     """How a block computes: names of the modules inside it, in the order they run.
 
     pre-norm:  m = x + attend(norm1(x)),  y = m + feed(norm2(m));
@@ -46,7 +46,7 @@ class Parts:
     """Applied by the block itself behind ``attend`` and ``feed``."""
 
 
-class Adapter(nn.Module):
+class BottleneckAdapter(nn.Module):
     """A bottleneck beside the frozen layers: down, the block's own activation, dropout, up; no residual inside.
 
     Its matrices are bare parameters, so that nobody takes them for layers of the block.
@@ -68,7 +68,9 @@ class Adapter(nn.Module):
         return F.linear(inner, self.up_weight, self.up_bias)
 
 
-def bound(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+def bind_block_arguments(
+    block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, BlockArguments]:
     """The hidden states a block was called with, and all else by name."""
     signature = inspect.signature(type(block).forward)
     (_, _), (_, hidden), *others = signature.bind(block, *args, **kwargs).arguments.items()
@@ -82,15 +84,15 @@ _CACHE = ("past_key_values", "cache", "use_cache")
 """Names of a block's arguments; transformers before 5.24 says ``past_key_values`` where later ones say ``cache``."""
 
 
-def without_cache(call: Call) -> Call:
+def drop_cache_arguments(call: BlockArguments) -> BlockArguments:
     """A call without keys and values to remember: a block that runs twice must not add them twice."""
     return {**call, **{name: None for name in _CACHE if name in call}}
 
 
-def rows_of(call: Call, rows: int, start: int, count: int) -> Call:
+def select_batch_rows(call: BlockArguments, rows: int, start: int, count: int) -> BlockArguments:
     """A call for some of the batch's rows; what has no dimension of them goes to all."""
     narrow = partial(_narrow, rows=rows, start=start, count=count)
-    narrowed: Call = tree_map_only(Tensor, narrow, dict(call))
+    narrowed: BlockArguments = tree_map_only(Tensor, narrow, dict(call))
     return narrowed
 
 
@@ -98,11 +100,11 @@ def _narrow(tensor: Tensor, rows: int, start: int, count: int) -> Tensor:
     return tensor.narrow(0, start, count) if tensor.ndim > 1 and len(tensor) == rows else tensor
 
 
-def attention_half(block: nn.Module, parts: Parts, x: Tensor, call: Call) -> Tensor:
+def run_attention_half(block: nn.Module, parts: BlockParts, x: Tensor, call: BlockArguments) -> Tensor:
     """x + attend(norm1(x)), or norm1(x + attend(x)); an adapter stands in line behind ``attend``."""
     norm = block.get_submodule(parts.norms[0])
     first, *others = (block.get_submodule(name) for name in parts.attend)
-    inner = first(norm(x) if parts.pre else x, **_taken(first, call))
+    inner = first(norm(x) if parts.pre else x, **_select_attention_arguments(first, call))
     inner = inner[0] if isinstance(inner, tuple) else inner
     inner = F.dropout(_chain(others, inner), parts.dropout, block.training)
     if "attention" in _adapters(block):
@@ -111,7 +113,7 @@ def attention_half(block: nn.Module, parts: Parts, x: Tensor, call: Call) -> Ten
     return out
 
 
-def feed_half(block: nn.Module, parts: Parts, m: Tensor) -> Tensor:
+def run_feed_forward_half(block: nn.Module, parts: BlockParts, m: Tensor) -> Tensor:
     """m + feed(norm2(m)), or norm2(m + feed(m)); an adapter stands beside ``feed``."""
     norm = block.get_submodule(parts.norms[1])
     inner = norm(m) if parts.pre else m
@@ -123,13 +125,13 @@ def feed_half(block: nn.Module, parts: Parts, m: Tensor) -> Tensor:
     return out
 
 
-def stream_adapter(block: nn.Module, parts: Parts, x: Tensor) -> Tensor:
+def run_stream_adapter(block: nn.Module, parts: BlockParts, x: Tensor) -> Tensor:
     """The adapter that stands alone in the other stream."""
     out: Tensor = _adapters(block)["stream"](x, _activation(block, parts))
     return out
 
 
-def _activation(block: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
+def _activation(block: nn.Module, parts: BlockParts) -> Callable[[Tensor], Tensor]:
     """The function between the layers of ``feed``, without its hooks; GELU where it is no module."""
     fed = (module for name in parts.feed for module in block.get_submodule(name).modules())
     return next((module.forward for module in fed if _is_function(module)), F.gelu)
@@ -152,13 +154,13 @@ def _chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _taken(attention: nn.Module, call: Call) -> Call:
+def _select_attention_arguments(attention: nn.Module, call: BlockArguments) -> BlockArguments:
     """What an attention module takes of a block's call: all it names, and more if it takes anything by name."""
-    names, anything = _named(type(attention).forward)
+    names, anything = _list_parameter_names(type(attention).forward)
     return {name: value for name, value in call.items() if name in names or (anything and value is not None)}
 
 
 @cache
-def _named(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+def _list_parameter_names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
     parameters = inspect.signature(forward).parameters.values()
     return frozenset(one.name for one in parameters), any(one.kind is one.VAR_KEYWORD for one in parameters)

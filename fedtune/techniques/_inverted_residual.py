@@ -12,9 +12,15 @@ from itertools import takewhile
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.techniques._trace import Call, trace
+from fedtune.techniques._trace import ModuleCall, trace_modules
 
-__all__ = ["Block", "Tail", "Top", "blocks", "top"]
+__all__ = [
+    "InvertedResidualLayers",
+    "NetworkSplit",
+    "TailLayers",
+    "find_inverted_residuals",
+    "split_before_last_blocks",
+]
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.GELU)
 
@@ -25,7 +31,7 @@ _BLOCK = re.compile(r"(?P<widen>PNA)?o*(?P<filter>DNA)(?P<gate>o*[PL]A[PL]A)?o*(
 
 
 @dataclass(frozen=True)
-class Block:
+class InvertedResidualLayers:
     """Names of a block's layers: its ``inner`` norms stand before activations, the ``last`` one does not."""
 
     name: str
@@ -37,7 +43,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Tail:
+class TailLayers:
     """Names of what runs behind the last block: up to the pooling, as a rule one of each; dropouts to the end."""
 
     convolutions: tuple[str, ...]
@@ -47,62 +53,66 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Top:
+class NetworkSplit:
     """The last blocks of a net, the modules that run one after the other before them, and the tail behind."""
 
     before: tuple[str, ...]
-    blocks: tuple[Block, ...]
-    tail: Tail
+    blocks: tuple[InvertedResidualLayers, ...]
+    tail: TailLayers
 
 
-def blocks(model: nn.Module) -> list[Block]:
+def find_inverted_residuals(model: nn.Module) -> list[InvertedResidualLayers]:
     """A net's inverted residual blocks in the order they run; ModelError where there is none."""
-    return [block for _, block in _found(model, _traced(model))]
+    return [block for _, block in _find_blocks(model, _trace_network(model))]
 
 
-def top(model: nn.Module, count: int) -> Top:
+def split_before_last_blocks(model: nn.Module, count: int) -> NetworkSplit:
     """A net cut below its last ``count`` blocks; ModelError where it has not as many or cannot be cut there."""
-    calls = _traced(model)
-    found = _found(model, calls)
+    calls = _trace_network(model)
+    found = _find_blocks(model, calls)
     if count > len(found):
         raise ModelError(f"{type(model).__name__} has {len(found)} inverted residual blocks, not {count}; take fewer")
     chosen = found[-count:]
     before = tuple(_chain(model, calls, chosen[0][0]))
-    return Top(before, tuple(block for _, block in chosen), _tail(calls, chosen[-1][0]))
+    return NetworkSplit(before, tuple(block for _, block in chosen), _tail(calls, chosen[-1][0]))
 
 
-def _traced(model: nn.Module) -> list[Call]:
+def _trace_network(model: nn.Module) -> list[ModuleCall]:
     """What the model runs; a model that filters no channel by itself is not even tried."""
     if not any(_letter(module) == "D" for module in model.modules()):
-        raise ModelError(f"{_nothing(model)}: no convolution filters each channel by itself; choose full or lora")
-    return trace(model)
+        raise ModelError(
+            f"{_describe_missing_blocks(model)}: no convolution filters each channel by itself; choose full or lora"
+        )
+    return trace_modules(model)
 
 
-def _nothing(model: nn.Module) -> str:
+def _describe_missing_blocks(model: nn.Module) -> str:
     return f"{type(model).__name__} has no inverted residual blocks"
 
 
-def _found(model: nn.Module, calls: Sequence[Call]) -> list[tuple[Call, Block]]:
+def _find_blocks(model: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[ModuleCall, InvertedResidualLayers]]:
     """Outermost modules that run just what a block is."""
-    found: list[tuple[Call, Block]] = []
+    found: list[tuple[ModuleCall, InvertedResidualLayers]] = []
     for call in calls:
         inside_one = any(call.inside(other) for other, _ in found)
         block = None if inside_one or _is_leaf(call) else _block(call, [one for one in calls if one.inside(call)])
         if block is not None:
             found.append((call, block))
     if not found:
-        raise ModelError(f"{_nothing(model)}: none of its modules widens, filters and narrows; choose full or lora")
+        raise ModelError(
+            f"{_describe_missing_blocks(model)}: none of its modules widens, filters and narrows; choose full or lora"
+        )
     return found
 
 
-def _block(call: Call, inside: Sequence[Call]) -> Block | None:
+def _block(call: ModuleCall, inside: Sequence[ModuleCall]) -> InvertedResidualLayers | None:
     leaves = [one for one in inside if _is_leaf(one)]
     match = _BLOCK.fullmatch("".join(_letter(leaf.module) for leaf in leaves))
     if match is None:
         return None
     names = [leaf.name for leaf in leaves]
     widen, deep, gate, narrow = (names[slice(*match.span(part))] for part in ("widen", "filter", "gate", "narrow"))
-    return Block(
+    return InvertedResidualLayers(
         call.name,
         convolutions=(*widen[:1], deep[0], narrow[0]),
         inner=(*widen[1:2], deep[1]),
@@ -121,11 +131,11 @@ def _letter(layer: nn.Module) -> str:
     return next((letter for kind, letter in _LETTERS.items() if isinstance(layer, kind)), "o")
 
 
-def _is_leaf(call: Call) -> bool:
+def _is_leaf(call: ModuleCall) -> bool:
     return not any(True for _ in call.module.children())
 
 
-def _chain(model: nn.Module, calls: Sequence[Call], end: Call) -> Iterator[str]:
+def _chain(model: nn.Module, calls: Sequence[ModuleCall], end: ModuleCall) -> Iterator[str]:
     """Outermost modules that pass the picture on, one to the next, until it is what ``end`` takes."""
     passed, now = calls[0].taken, -1
     while passed is not end.taken:
@@ -139,11 +149,11 @@ def _chain(model: nn.Module, calls: Sequence[Call], end: Call) -> Iterator[str]:
         passed, now = call.given, call.end
 
 
-def _tail(calls: Sequence[Call], last: Call) -> Tail:
+def _tail(calls: Sequence[ModuleCall], last: ModuleCall) -> TailLayers:
     leaves = [call for call in calls if call.begin > last.end and _is_leaf(call)]
     map_layers = list(takewhile(lambda leaf: _letter(leaf.module) in "CDPNA", leaves))
     convolutions, norms, activations = (
         tuple(leaf.name for leaf in map_layers if _letter(leaf.module) in letters) for letters in ("CDP", "N", "A")
     )
     dropouts = tuple(leaf.name for leaf in leaves if isinstance(leaf.module, nn.Dropout))
-    return Tail(convolutions, norms, activations, dropouts)
+    return TailLayers(convolutions, norms, activations, dropouts)

@@ -10,13 +10,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedtune.files import write
-from fedtune.home import cache
+from fedtune.files import write_bytes_atomically
+from fedtune.home import get_cache_folder
 
-__all__ = ["KeptOutputs"]
+__all__ = ["OutputCache"]
 
 
-class KeptOutputs:
+class OutputCache:
     """A folder for one net in one arithmetic; a file that is damaged counts as none."""
 
     def __init__(self, folder: Path) -> None:
@@ -26,7 +26,7 @@ class KeptOutputs:
     def of(cls, modules: Sequence[nn.Module]) -> Self:
         """The place for what these modules give, by their make and their weights."""
         tensors = (tensor for module in modules for tensor in module.state_dict().values())
-        return cls(cache() / "outputs" / _digest(tensors, repr(modules)))
+        return cls(get_cache_folder() / "outputs" / _digest(tensors, repr(modules)))
 
     def read(self, x: Tensor) -> Tensor | None:
         """What was kept for one example's pixels [1, c, h, w]."""
@@ -37,7 +37,7 @@ class KeptOutputs:
 
     def write(self, x: Tensor, output: Tensor) -> None:
         """Keep an example's output; StoreError when the disk is full."""
-        write(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
+        write_bytes_atomically(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
 
     def _path(self, x: Tensor) -> Path:
         """The number of threads may change the order of sums, and so the last bit."""

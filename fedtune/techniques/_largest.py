@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["WHOLE_NUMBERS", "largest"]
+__all__ = ["INTEGER_DTYPES", "mask_largest_per_row"]
 
-WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of whole numbers by their bytes."""
 
 _PIECE = 1 << 18
@@ -20,7 +20,7 @@ _DIGIT = 16
 """Bits by which a long row is counted at a time."""
 
 
-def largest(rows: Tensor, keep: int) -> Tensor:
+def mask_largest_per_row(rows: Tensor, keep: int) -> Tensor:
     """A mask [n, width] of the ``keep`` entries of largest size in each row; of equals those with the lowest index."""
     width = rows.shape[1]
     if width > _PIECE:
@@ -67,4 +67,4 @@ def _pieces(row: Tensor) -> Iterator[Tensor]:
 
 
 def _sizes(values: Tensor) -> Tensor:
-    return values.abs().view(WHOLE_NUMBERS[values.element_size()])
+    return values.abs().view(INTEGER_DTYPES[values.element_size()])

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from fedtune.errors import ModelError
 
-__all__ = ["active_counts"]
+__all__ = ["count_active_weights"]
 
 Shape = tuple[int, ...]
 
 
-def active_counts(shapes: Mapping[str, Shape], dense: int, density: float) -> dict[str, int]:
+def count_active_weights(shapes: Mapping[str, Shape], dense: int, density: float) -> dict[str, int]:
     """How many entries of each weight are active, so that they and ``dense`` others make ``density`` of the whole.
 
     A layer's density is epsilon * sum(shape) / numel; where that reaches 1 the layer is dense and epsilon is solved for

@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from fedtune.models.efficientnet_lite import SameConv2d
 from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
-from fedtune.techniques._recast import Restorable, recast
+from fedtune.techniques._recast import ReplacementLayer, convert_layer_class
 
-__all__ = ["LeanConv2d", "LeanSameConv2d", "lean"]
+__all__ = ["MemoryEfficientConv2d", "MemoryEfficientSameConv2d", "make_efficient_conv2d"]
 
 
-class LeanConv2d(nn.Conv2d, Restorable):
+class MemoryEfficientConv2d(nn.Conv2d, ReplacementLayer):
     """A convolution of zero padding on both sides alike."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
@@ -26,10 +26,10 @@ class LeanConv2d(nn.Conv2d, Restorable):
 
     def plain(self) -> nn.Conv2d:
         """The convolution it was."""
-        return recast(self, nn.Conv2d)
+        return convert_layer_class(self, nn.Conv2d)
 
 
-class LeanSameConv2d(SameConv2d, Restorable):
+class MemoryEfficientSameConv2d(SameConv2d, ReplacementLayer):
     """A convolution padded as TensorFlow's "same"."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
@@ -38,17 +38,17 @@ class LeanSameConv2d(SameConv2d, Restorable):
 
     def plain(self) -> SameConv2d:
         """The convolution it was."""
-        return recast(self, SameConv2d)
+        return convert_layer_class(self, SameConv2d)
 
 
-def lean(convolution: nn.Module) -> nn.Module:
+def make_efficient_conv2d(convolution: nn.Module) -> nn.Module:
     """A convolution that keeps what it must; as it is where it does so already, or is none that is known."""
     if type(convolution) is SameConv2d:
         keeps_more = convolution.stride != (1, 1) or not convolution.weight.requires_grad
-        return recast(convolution, LeanSameConv2d) if keeps_more else convolution
+        return convert_layer_class(convolution, MemoryEfficientSameConv2d) if keeps_more else convolution
     if type(convolution) is nn.Conv2d and not convolution.weight.requires_grad:
         known = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
-        return recast(convolution, LeanConv2d) if known else convolution
+        return convert_layer_class(convolution, MemoryEfficientConv2d) if known else convolution
     return convolution
 
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedtune.techniques._bits import pack, unpack
-from fedtune.techniques._recast import Restorable, recast
+from fedtune.techniques._bits import pack_bits, unpack_bits
+from fedtune.techniques._recast import ReplacementLayer, convert_layer_class
 
-__all__ = ["LeanDropout", "lean_dropout"]
+__all__ = ["MemoryEfficientDropout", "make_efficient_dropout"]
 
 
-class LeanDropout(nn.Dropout, Restorable):
+class MemoryEfficientDropout(nn.Dropout, ReplacementLayer):
     """It draws the same numbers, so that nothing else changes; never in place."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Dropout gives it
@@ -23,12 +23,12 @@ class LeanDropout(nn.Dropout, Restorable):
 
     def plain(self) -> nn.Dropout:
         """The dropout it was."""
-        return recast(self, nn.Dropout)
+        return convert_layer_class(self, nn.Dropout)
 
 
-def lean_dropout(layer: nn.Module) -> nn.Module:
+def make_efficient_dropout(layer: nn.Module) -> nn.Module:
     """Dropout of that kind; other layers as they are."""
-    return recast(layer, LeanDropout) if type(layer) is nn.Dropout else layer
+    return convert_layer_class(layer, MemoryEfficientDropout) if type(layer) is nn.Dropout else layer
 
 
 class _Dropout(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         factor = F.dropout(torch.ones_like(x), p, training=True)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(pack(factor != 0))
+            ctx.save_for_backward(pack_bits(factor != 0))
             ctx.p = p
         return x * factor
 
@@ -45,5 +45,5 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         [g] = gradients
         [bits] = ctx.saved_tensors
-        factor = unpack(bits, g.numel()).view(g.shape).to(g.dtype).div_(1 - ctx.p)
+        factor = unpack_bits(bits, g.numel()).view(g.shape).to(g.dtype).div_(1 - ctx.p)
         return g * factor, None

@@ -5,10 +5,10 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.techniques._masked import EXACT, masked
-from fedtune.techniques._recast import StandIn
+from fedtune.techniques._masked import EXACT_GRADIENTS, make_one_bit_activation
+from fedtune.techniques._recast import ForwardOverride
 
-__all__ = ["LiteResidual", "put_beside"]
+__all__ = ["LiteResidual", "attach_lite_residual"]
 
 _PER_GROUP = 8
 """Channels a norm treats together, as published."""
@@ -26,7 +26,7 @@ class LiteResidual(nn.Module):
             inputs, inputs, kernel, padding=kernel // 2, groups=math.gcd(groups, inputs), bias=False
         )
         self.norm = _norm(inputs)
-        self.activation = masked(nn.ReLU(), EXACT)
+        self.activation = make_one_bit_activation(nn.ReLU(), EXACT_GRADIENTS)
         self.mix = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.last_norm = _norm(outputs)
         for convolution in (self.filter, self.mix):
@@ -35,18 +35,18 @@ class LiteResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, inputs, h, w] -> [n, outputs, h / 2, w / 2]."""
-        hidden = self.activation(self.norm(self.filter(_pooled(x))))
+        hidden = self.activation(self.norm(self.filter(_mean_pool(x))))
         out: Tensor = self.last_norm(self.mix(hidden))
         return out
 
 
-def put_beside(block: nn.Module, lite: LiteResidual) -> None:
+def attach_lite_residual(block: nn.Module, lite: LiteResidual) -> None:
     """Give a block the branch as ``lite_residual``; its output is stretched to the block's and added."""
     block.add_module("lite_residual", lite)
-    _Beside(block).stand_in(block)
+    _AddedBranch(block).stand_in(block)
 
 
-class _Beside(StandIn):
+class _AddedBranch(ForwardOverride):
     def __init__(self, block: nn.Module) -> None:
         self.block = block
 
@@ -61,7 +61,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // math.gcd(channels, _PER_GROUP), channels)
 
 
-def _pooled(x: Tensor) -> Tensor:
+def _mean_pool(x: Tensor) -> Tensor:
     """Means of 2 x 2 pixels, an odd last row or column left out; unlike PyTorch's pooling it keeps nothing."""
     n, c, h, w = x.shape
     if min(h, w) < 2:

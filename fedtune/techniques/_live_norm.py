@@ -6,13 +6,13 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LiveNorm", "own", "statistics"]
+__all__ = ["UnfrozenBatchNorm2d", "list_local_tensors", "list_running_statistics"]
 
 _FEWEST = 32
 """Values per channel that a batch statistic needs; of fewer it would be mostly noise."""
 
 
-class LiveNorm(nn.BatchNorm2d):
+class UnfrozenBatchNorm2d(nn.BatchNorm2d):
     """In training it normalises by the batch and moves its running statistics, unless the batch is too small."""
 
     local: bool = False
@@ -43,20 +43,20 @@ class LiveNorm(nn.BatchNorm2d):
         )
 
 
-def statistics(model: nn.Module) -> Iterator[str]:
+def list_running_statistics(model: nn.Module) -> Iterator[str]:
     """Names of the statistics that are trained and shared."""
     for name, layer in model.named_modules():
-        if isinstance(layer, LiveNorm) and not layer.local:
+        if isinstance(layer, UnfrozenBatchNorm2d) and not layer.local:
             yield f"{name}.running_mean"
             yield f"{name}.running_var"
 
 
-def own(model: nn.Module) -> list[str]:
+def list_local_tensors(model: nn.Module) -> list[str]:
     """Names of the tensors that each device keeps for itself: they are trained, but neither sent nor merged."""
     return [
         f"{name}.{part}"
         for name, layer in model.named_modules()
-        if isinstance(layer, LiveNorm) and layer.local
+        if isinstance(layer, UnfrozenBatchNorm2d) and layer.local
         for part in ("weight", "bias", "running_mean", "running_var")
         if getattr(layer, part) is not None
     ]

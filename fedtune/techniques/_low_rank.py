@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.contribution import Pair, Sent
+from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 from fedtune.techniques._left_out import asks_for_shapes, left_out
 from fedtune.techniques._pair_sum import sum_in_fewer_passes
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
-__all__ = ["LowRank", "expanded", "linear_names"]
+__all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules"]
 
 
-class LowRank(Technique):
+class LowRankTechnique(Technique):
     """Settings and behaviour of a low-rank pair beside frozen linear layers."""
 
     rank: int = Field(8, ge=1)
@@ -45,10 +45,10 @@ class LowRank(Technique):
         "merge: fedex-lora, flora",
     )
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
-        targets = linear_names(model, head, self.targets)
+        targets = find_target_modules(model, head, self.targets)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -59,13 +59,13 @@ class LowRank(Technique):
         if self.targets == "all-linear" and (left := left_out(model, targets, head)):
             warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
-        with _gradients_kept_on(model), torch.random.fork_rng(devices=[]):
+        with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
-        for _, layer in _adapted(model):
+        for _, layer in _list_lora_layers(model):
             _show_shape(layer)
             sum_in_fewer_passes(layer)
-        require(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
+        unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
         self._freeze(model, "A", self.exact == "freeze-a")
 
     def begin_round(self, model: nn.Module, number: int) -> None:
@@ -82,20 +82,20 @@ class LowRank(Technique):
         """One factor follows the other."""
         return self.exact == "alternate"
 
-    def sends(self) -> Sent:
+    def sends(self) -> UpdateKind:
         """Both factors, unless one of them is common to all clients in each round."""
-        both: Sent = "pairs and base" if self.exact == "remainder" else "pairs"
+        both: UpdateKind = "pairs and base" if self.exact == "remainder" else "pairs"
         return "one factor" if self.exact in ("alternate", "freeze-a") else both
 
-    def pairs(self, model: nn.Module) -> list[Pair]:
+    def pairs(self, model: nn.Module) -> list[LowRankPair]:
         """B and A of each layer; the weights of GPT-2's layers are transposed."""
-        return [_pair(name, layer, self.exact == "remainder") for name, layer in _adapted(model)]
+        return [_pair(name, layer, self.exact == "remainder") for name, layer in _list_lora_layers(model)]
 
     def keeps_base(self) -> bool:
         """The weights beside the pairs change when they are shared."""
         return self.exact != "remainder"
 
-    def adapter(self, model: nn.Module, task: Task) -> PeftConfig | None:
+    def adapter(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
         """The configuration the layers were made with, and the head as a module saved whole.
 
         None for a model that asks a layer for its shape, which PEFT's own layers do not tell.
@@ -123,15 +123,15 @@ class LowRank(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """W + (alpha / rank) B A as plain layers; four-bit weights are expanded first."""
-        for name, layer in _adapted(model):
+        for name, layer in _list_lora_layers(model):
             base = layer.get_base_layer()
-            plain = expanded(base)
+            plain = dequantise_linear(base)
             with torch.no_grad():
                 plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
             model.set_submodule(name, _as_it_was(plain, base))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
-                model.set_submodule(name, _as_it_was(expanded(layer), layer))
+                model.set_submodule(name, _as_it_was(dequantise_linear(layer), layer))
 
     def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
         parameters = dict(model.named_parameters())
@@ -139,7 +139,7 @@ class LowRank(Technique):
             parameters[name].requires_grad_(not frozen)
 
 
-def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear"] | list[str]) -> list[str]:
+def find_target_modules(model: nn.Module, head: list[str], targets: Literal["all-linear"] | list[str]) -> list[str]:
     """Names of the linear layers (point-wise convolutions among them) that carry an adapter; never the head."""
     excluded = {name.rpartition(".")[0] for name in head} | {_output_embeddings(model), *read_past(model)}
     linear = [name for name, layer in model.named_modules() if _is_linear(layer) and name not in excluded]
@@ -151,7 +151,7 @@ def linear_names(model: nn.Module, head: list[str], targets: Literal["all-linear
     return chosen
 
 
-def expanded(layer: nn.Module) -> nn.Module:
+def dequantise_linear(layer: nn.Module) -> nn.Module:
     """A four-bit layer as a plain one with the same function; any other layer itself."""
     if not isinstance(layer, Linear4bit):
         return layer
@@ -188,7 +188,7 @@ def _keep_four_bit_layout(model: nn.Module) -> None:
 
 
 @contextmanager
-def _gradients_kept_on(model: nn.Module) -> Iterator[None]:
+def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
     """PEFT switches off every gradient but its own; what other techniques switched on before, stays on."""
     on = [parameter for parameter in model.parameters() if parameter.requires_grad]
     yield
@@ -196,8 +196,8 @@ def _gradients_kept_on(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(True)
 
 
-def _head(model: nn.Module, task: Task) -> list[str]:
-    return [] if task == "causal-language-modelling" else head_names(model)
+def _head(model: nn.Module, task: TaskName) -> list[str]:
+    return [] if task == "causal-language-modelling" else list_head_parameters(model)
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)
@@ -221,14 +221,14 @@ def _output_embeddings(model: nn.Module) -> str | None:
     return next((name for name, layer in model.named_modules() if layer is output), None) if output else None
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+def _list_lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
 
 
-def _pair(name: str, layer: LoraLayer, shared_base: bool) -> Pair:
+def _pair(name: str, layer: LoraLayer, shared_base: bool) -> LowRankPair:
     left, right = (f"{name}.lora_{factor}.default.weight" for factor in "BA")
     base = f"{name}.base_layer.weight" if shared_base else None
-    return Pair(left, right, float(layer.scaling["default"]), base, isinstance(layer.get_base_layer(), Conv1D))
+    return LowRankPair(left, right, float(layer.scaling["default"]), base, isinstance(layer.get_base_layer(), Conv1D))
 
 
 def _factors(model: nn.Module, factor: str) -> list[str]:

@@ -6,36 +6,36 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedtune.techniques._places import spread
+from fedtune.techniques._places import scatter_positions
 
-__all__ = ["gathered", "largest", "moved", "smallest_active"]
+__all__ = ["average_gradients", "mask_largest", "mask_smallest_active", "update_mask"]
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
+def mask_largest(scores: Tensor, count: int) -> Tensor:
     """uint8 like ``scores``: 1 at its ``count`` largest entries, of equal ones the first."""
     mask = torch.zeros(scores.numel(), dtype=torch.uint8)
     mask[scores.flatten().sort(descending=True, stable=True).indices[:count]] = 1
     return mask.view(scores.shape)
 
 
-def smallest_active(weight: Tensor, mask: Tensor, count: int) -> Tensor:
+def mask_smallest_active(weight: Tensor, mask: Tensor, count: int) -> Tensor:
     """uint8 like ``mask``: 1 at the ``count`` active entries of least magnitude, of equal ones the first."""
-    return largest(-weight.abs().masked_fill(mask == 0, math.inf), count)
+    return mask_largest(-weight.abs().masked_fill(mask == 0, math.inf), count)
 
 
-def moved(weight: Tensor, mask: Tensor, gradient: Tensor, count: int) -> Tensor:
+def update_mask(weight: Tensor, mask: Tensor, gradient: Tensor, count: int) -> Tensor:
     """The next mask: the smallest active weights leave, as many inactive ones of largest gradient come.
 
     What was active before is no candidate, so that nothing that leaves comes back at once.
     """
-    leaving = smallest_active(weight, mask, count)
-    coming = largest(gradient.abs().masked_fill(mask == 1, -1.0), count)
+    leaving = mask_smallest_active(weight, mask, count)
+    coming = mask_largest(gradient.abs().masked_fill(mask == 1, -1.0), count)
     return mask - leaving + coming
 
 
-def gathered(mask: Tensor, answers: Iterable[tuple[float, Mapping[str, Tensor]]], owner: str) -> Tensor:
+def average_gradients(mask: Tensor, answers: Iterable[tuple[float, Mapping[str, Tensor]]], owner: str) -> Tensor:
     """The weighted mean of the clients' gradients, zero where none was sent; like ``mask``, double."""
     total = torch.zeros(mask.numel(), dtype=torch.float64)
     for weight, tensors in answers:
-        total += weight * spread(f"{owner}.wake", tensors, tensors[f"{owner}.wake_gradient"], mask.numel())
+        total += weight * scatter_positions(f"{owner}.wake", tensors, tensors[f"{owner}.wake_gradient"], mask.numel())
     return total.view(mask.shape)

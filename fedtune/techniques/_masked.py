@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedtune.techniques._bits import pack, unpack
-from fedtune.techniques._recast import Restorable
+from fedtune.techniques._bits import pack_bits, unpack_bits
+from fedtune.techniques._recast import ReplacementLayer
 
-__all__ = ["EXACT", "SIGNED", "Masked", "Rule", "masked"]
+__all__ = ["EXACT_GRADIENTS", "SIGN_GRADIENTS", "GradientRule", "OneBitActivation", "make_one_bit_activation"]
 
 
-class Rule(NamedTuple):
+class GradientRule(NamedTuple):
     """A function, and where its gradient passes: a bool of x's shape."""
 
     function: Callable[[Tensor], Tensor]
@@ -37,20 +37,23 @@ def _not_negative(x: Tensor) -> Tensor:
     return x >= 0
 
 
-EXACT: Mapping[type[nn.Module], Rule] = {nn.ReLU: Rule(F.relu, _above_zero), nn.ReLU6: Rule(F.relu6, _inside)}
+EXACT_GRADIENTS: Mapping[type[nn.Module], GradientRule] = {
+    nn.ReLU: GradientRule(F.relu, _above_zero),
+    nn.ReLU6: GradientRule(F.relu6, _inside),
+}
 """The gradients of autograd, to the bit."""
 
-SIGNED: Mapping[type[nn.Module], Rule] = {
-    nn.ReLU6: Rule(F.relu6, _not_negative),
-    nn.Hardswish: Rule(F.hardswish, _not_negative),
+SIGN_GRADIENTS: Mapping[type[nn.Module], GradientRule] = {
+    nn.ReLU6: GradientRule(F.relu6, _not_negative),
+    nn.Hardswish: GradientRule(F.hardswish, _not_negative),
 }
 """MobileTL's approximation: the sign of x."""
 
 
-class Masked(Restorable):
+class OneBitActivation(ReplacementLayer):
     """An activation in whose backward pass the gradient passes or does not."""
 
-    def __init__(self, activation: nn.Module, rule: Rule) -> None:
+    def __init__(self, activation: nn.Module, rule: GradientRule) -> None:
         super().__init__()
         self.activation, self.rule = activation, rule
 
@@ -64,19 +67,19 @@ class Masked(Restorable):
         return self.activation
 
 
-def masked(activation: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> nn.Module:
+def make_one_bit_activation(activation: nn.Module, rules: Mapping[type[nn.Module], GradientRule]) -> nn.Module:
     """An activation with the rule of its kind; one without a rule as it is."""
     rule = rules.get(type(activation))
-    return activation if rule is None else Masked(activation, rule)
+    return activation if rule is None else OneBitActivation(activation, rule)
 
 
 class _Masked(torch.autograd.Function):
     """Keeps a packed mask, ceil(elements / 8) bytes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: Rule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rule: GradientRule) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(pack(rule.passes(x)))
+            ctx.save_for_backward(pack_bits(rule.passes(x)))
         return rule.function(x)
 
     @staticmethod
@@ -84,4 +87,4 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         [g] = gradients
         [bits] = ctx.saved_tensors
-        return g.masked_fill(~unpack(bits, g.numel()).view(g.shape), 0), None
+        return g.masked_fill(~unpack_bits(bits, g.numel()).view(g.shape), 0), None

@@ -12,10 +12,10 @@ from typing import Any
 
 import transformers
 
-from ._couplings import Plan
-from ._two_streams import attach, plain
+from ._couplings import CouplingPlan
+from ._two_streams import couple_blocks, run_with_autograd
 
-__all__ = ["ship"]
+__all__ = ["export_with_code"]
 
 _PREFIX = "Meft"
 _AUTO = {
@@ -26,7 +26,7 @@ _AUTO = {
 }
 
 
-def ship(model: Any, plan: Plan) -> None:
+def export_with_code(model: Any, plan: CouplingPlan) -> None:
     """Make a model of transformers whose blocks are coupled already save itself with this code."""
     [auto_class] = [auto for ending, auto in _AUTO.items() if type(model).__name__.endswith(ending)]
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
@@ -59,7 +59,7 @@ def _initialiser(base: type[Any]) -> Callable[..., None]:
         base.__init__(self, held, *others, **settings)
         self.config.__class__ = type(config)
         found: Mapping[str, Any] = config.meft
-        attach(self, Plan.from_json(found), plain)
+        couple_blocks(self, CouplingPlan.from_json(found), run_with_autograd)
 
     return initialise
 

@@ -13,13 +13,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from fedtune.techniques._low_rank import expanded
-from fedtune.techniques._mlps import Mlp
-from fedtune.techniques._probe import Probe
-from fedtune.techniques._skipping import drop
-from fedtune.techniques._terms import emit
+from fedtune.techniques._low_rank import dequantise_linear
+from fedtune.techniques._mlps import MlpLayers
+from fedtune.techniques._probe import DensityProbe
+from fedtune.techniques._skipping import remove_mlps_for_export
+from fedtune.techniques._terms import add_loss_term
 
-__all__ = ["MlpWeight", "WeightTerms", "add_thetas", "attach_weights", "fold_weights"]
+__all__ = ["MlpWeight", "MlpWeightLoss", "attach_mlp_weights", "merge_mlp_weights", "register_mlp_weights"]
 
 _SPEED = 100.0
 """Adaptive optimisers move every parameter by about the learning rate a step; theta has to cover a distance of six."""
@@ -50,14 +50,14 @@ class MlpWeight:
 
 
 @dataclass(eq=False)
-class WeightTerms:
+class MlpWeightLoss:
     """Forward hook of the whole model: the terms that move the weights.
 
     Layers emit alpha w_l / (sum w) D_l with a constant factor, which is right for D_l and lets a block be run alone;
     the derivative by the weights is emitted here, with D_l constant and value 0.
     """
 
-    probes: list[Probe]
+    probes: list[DensityProbe]
     weights: list[MlpWeight]
     alpha: float
     gamma: float
@@ -73,8 +73,8 @@ class WeightTerms:
             return
         shares = torch.cat(self._shares())
         density = shares.new_tensor([probe.density for probe in self.probes])
-        emit(self.alpha * ((shares - shares.detach()) * density).sum())
-        emit(self.gamma * torch.cat([weight.now() for weight in self.weights]).mean())
+        add_loss_term(self.alpha * ((shares - shares.detach()) * density).sum())
+        add_loss_term(self.gamma * torch.cat([weight.now() for weight in self.weights]).mean())
 
     def _shares(self) -> list[Tensor]:
         """w_l over the sum of its stack."""
@@ -86,25 +86,27 @@ class WeightTerms:
         ]
 
 
-def add_thetas(model: nn.Module, mlps: Sequence[Mlp]) -> list[str]:
+def register_mlp_weights(model: nn.Module, mlps: Sequence[MlpLayers]) -> list[str]:
     """Register a trained theta in each MLP's scope, and return the parameters' names."""
     for mlp in mlps:
         model.get_submodule(mlp.scope).register_parameter(_THETA, nn.Parameter(torch.tensor([4 / _SPEED])))
     return [f"{mlp.scope}.{_THETA}" for mlp in mlps]
 
 
-def attach_weights(model: nn.Module, probes: list[Probe], alpha: float, gamma: float, below: float) -> WeightTerms:
+def attach_mlp_weights(
+    model: nn.Module, probes: list[DensityProbe], alpha: float, gamma: float, below: float
+) -> MlpWeightLoss:
     """Weigh each MLP's output, and emit the terms after each forward pass."""
     weights = [MlpWeight(model.get_parameter(f"{probe.mlp.scope}.{_THETA}"), below) for probe in probes]
     for probe, weight in zip(probes, weights, strict=True):
         model.get_submodule(probe.mlp.second).register_forward_hook(weight)
-    terms = WeightTerms(probes, weights, alpha, gamma)
+    terms = MlpWeightLoss(probes, weights, alpha, gamma)
     model.register_forward_hook(terms)
     return terms
 
 
 @torch.no_grad()
-def fold_weights(model: nn.Module, terms: WeightTerms) -> None:
+def merge_mlp_weights(model: nn.Module, terms: MlpWeightLoss) -> None:
     """Write the weights into the narrowing layers, and drop the MLPs that are skipped.
 
     A model that brings code of its own already cannot bring that for dropped MLPs too: there they stay, as zeros.
@@ -118,13 +120,13 @@ def fold_weights(model: nn.Module, terms: WeightTerms) -> None:
             skipped.append((*mlp.firsts, mlp.second))
         del model.get_submodule(mlp.scope)._parameters[_THETA]
     if skipped:
-        drop(model, _auto_class(model), skipped)
+        remove_mlps_for_export(model, _auto_class(model), skipped)
 
 
 def _multiply(layer: nn.Module, factor: float) -> None:
     """Multiply what a linear layer gives, for good; a low-rank pair beside it is multiplied too."""
     if isinstance(layer, LoraLayer):
-        layer.base_layer = expanded(layer.get_base_layer())
+        layer.base_layer = dequantise_linear(layer.get_base_layer())
         ups = [up for up in layer.lora_B.values() if isinstance(up, nn.Linear)]
         for part in (layer.base_layer, *ups):
             _multiply(part, factor)

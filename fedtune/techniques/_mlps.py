@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import ModelError
 
-__all__ = ["Mlp", "find_mlps"]
+__all__ = ["MlpLayers", "find_mlps"]
 
 
 @dataclass(frozen=True)
-class Mlp:
+class MlpLayers:
     """Names of an MLP's parts. ``scope`` is the smallest module that holds them all; ``stack`` the list of blocks."""
 
     stack: str
@@ -34,7 +34,7 @@ class Mlp:
         return len(self.firsts) == 2
 
 
-def find_mlps(model: nn.Module) -> list[Mlp]:
+def find_mlps(model: nn.Module) -> list[MlpLayers]:
     """The MLPs of all blocks in the model's order; ModelError names the first block without one."""
     found = [mlp for stack in _stacks(model) for mlp in _in_stack(model, stack)]
     if not found:
@@ -51,11 +51,11 @@ def _stacks(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _in_stack(model: nn.Module, stack: str) -> Iterator[Mlp]:
+def _in_stack(model: nn.Module, stack: str) -> Iterator[MlpLayers]:
     for index, block in model.get_submodule(stack).named_children():
         name = f"{stack}.{index}"
         active = [f"{name}.{inner}" for inner, module in block.named_modules() if isinstance(module, _activations())]
-        mlps = [mlp for activation in active if (mlp := _around(model, stack, name, activation)) is not None]
+        mlps = [mlp for activation in active if (mlp := _find_mlp_around(model, stack, name, activation)) is not None]
         if not mlps:
             raise ModelError(
                 f"{name} ({type(block).__name__}) has no activation between one or two widening linear layers and a "
@@ -64,21 +64,21 @@ def _in_stack(model: nn.Module, stack: str) -> Iterator[Mlp]:
         yield from mlps
 
 
-def _around(model: nn.Module, stack: str, block: str, activation: str) -> Mlp | None:
+def _find_mlp_around(model: nn.Module, stack: str, block: str, activation: str) -> MlpLayers | None:
     """The MLP an activation belongs to; None for an adapter's own activation, whose layers narrow first."""
     scope = activation
     while scope != block:
         scope = scope.rpartition(".")[0]
-        widening, narrowing = _pairs(_linear(model, scope))
+        widening, narrowing = _match_projections(_list_linear_layers(model, scope))
         if len(widening) == 1 and len(widening[0]) <= 3:
             *firsts, second = widening[0]
-            return Mlp(stack, scope, activation, tuple(firsts), second)
+            return MlpLayers(stack, scope, activation, tuple(firsts), second)
         if widening or narrowing:
             return None
     return None
 
 
-def _pairs(layers: Iterator[tuple[str, tuple[int, int]]]) -> tuple[list[list[str]], list[list[str]]]:
+def _match_projections(layers: Iterator[tuple[str, tuple[int, int]]]) -> tuple[list[list[str]], list[list[str]]]:
     """Layers with the one defined next that undoes their change of width: first those that widen, then the others."""
     found: tuple[list[list[str]], list[list[str]]] = [], []
     waiting: dict[tuple[int, int], list[str]] = {}
@@ -90,7 +90,7 @@ def _pairs(layers: Iterator[tuple[str, tuple[int, int]]]) -> tuple[list[list[str
     return found
 
 
-def _linear(model: nn.Module, scope: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _list_linear_layers(model: nn.Module, scope: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and (in, out) of the linear layers below ``scope``, those with an adapter counted once."""
     whole = ""
     for inner, module in model.get_submodule(scope).named_modules(prefix=scope):

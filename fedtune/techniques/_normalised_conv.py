@@ -22,17 +22,25 @@ from torch.autograd.function import once_differentiable
 
 from fedtune.errors import ModelError
 from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
-from fedtune.techniques._pruned import Layout, unpack
-from fedtune.techniques._pruned_layers import Keeping, fits, geometry_of
-from fedtune.techniques._trace import Call, trace
+from fedtune.techniques._pruned import PackedLayout, unpack_pruned
+from fedtune.techniques._pruned_layers import InputStorage, get_geometry, is_supported_conv2d
+from fedtune.techniques._trace import ModuleCall, trace_modules
 
-__all__ = ["Pair", "conv_norm_pairs", "denormalise", "is_normalised", "normalise", "normalised", "standardised"]
+__all__ = [
+    "ConvNormPair",
+    "find_conv_norm_pairs",
+    "is_standardised",
+    "iter_standardised_conv2d",
+    "restore_batch_norms",
+    "standardise_convolutions",
+    "standardise_weight",
+]
 
 _EPS = 1e-6
 _AFTER_RELU = math.sqrt(2 / (1 - 1 / math.pi))
 
 
-class Pair(NamedTuple):
+class ConvNormPair(NamedTuple):
     """Names of a convolution and of the norm that reads it, and whether a ReLU gives what it reads itself."""
 
     convolution: str
@@ -40,7 +48,7 @@ class Pair(NamedTuple):
     after_relu: bool
 
 
-def standardised(weight: Tensor, gain: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def standardise_weight(weight: Tensor, gain: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """w_hat of weights [outputs, inputs, h, w], gains [outputs] and a mask like the weights."""
     w = weight.flatten(1)
     m = torch.ones_like(w) if mask is None else mask.flatten(1).to(w.dtype)
@@ -53,12 +61,16 @@ def standardised(weight: Tensor, gain: Tensor, mask: Tensor | None, scale: float
     return (gain[:, None] * w_hat).view_as(weight)
 
 
-def conv_norm_pairs(model: nn.Module) -> list[Pair]:
+def find_conv_norm_pairs(model: nn.Module) -> list[ConvNormPair]:
     """Batch norms that read a convolution directly, in the order they run; ModelError where there is none."""
-    calls = trace(model)
-    givers = {id(call.given): call for call in calls if isinstance(call.module, nn.Conv2d) and fits(call.module)}
+    calls = trace_modules(model)
+    givers = {
+        id(call.given): call
+        for call in calls
+        if isinstance(call.module, nn.Conv2d) and is_supported_conv2d(call.module)
+    }
     pairs = [
-        Pair(giver.name, call.name, _after_relu(calls, giver.taken))
+        ConvNormPair(giver.name, call.name, _after_relu(calls, giver.taken))
         for call in calls
         if type(call.module) is nn.BatchNorm2d and call.module.affine and (giver := givers.get(id(call.taken)))
     ]
@@ -67,7 +79,7 @@ def conv_norm_pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
-def _after_relu(calls: Sequence[Call], x: Tensor) -> bool:
+def _after_relu(calls: Sequence[ModuleCall], x: Tensor) -> bool:
     """Whether a ReLU gave a tensor, or a maximum over what a ReLU gave."""
     givers = [call for call in calls if call.given is x]
     pooled = [call.taken for call in givers if isinstance(call.module, nn.MaxPool2d)]
@@ -76,7 +88,7 @@ def _after_relu(calls: Sequence[Call], x: Tensor) -> bool:
     )
 
 
-def normalise(model: nn.Module, pairs: list[Pair], keeping: Keeping) -> list[str]:
+def standardise_convolutions(model: nn.Module, pairs: list[ConvNormPair], keeping: InputStorage) -> list[str]:
     """Let the convolutions of pairs normalise their weights and drop the norms; names of the new parameters.
 
     Gains start at 1, biases at the norm's. Inputs are stored as ``keeping`` says.
@@ -86,7 +98,7 @@ def normalise(model: nn.Module, pairs: list[Pair], keeping: Keeping) -> list[str
         assert isinstance(layer, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         scale = _AFTER_RELU if pair.after_relu else 1.0
-        model.set_submodule(pair.norm, _Gone(norm, pair.convolution, bare=layer.bias is None))
+        model.set_submodule(pair.norm, _RemovedNorm(norm, pair.convolution, bare=layer.bias is None))
         layer.gain = nn.Parameter(torch.ones_like(norm.weight))
         layer.bias = nn.Parameter(norm.bias.detach().clone())
         if "mask" not in dict(layer.named_buffers()):
@@ -95,28 +107,28 @@ def normalise(model: nn.Module, pairs: list[Pair], keeping: Keeping) -> list[str
     return [f"{pair.convolution}.{name}" for pair in pairs for name in ("bias", "gain")]
 
 
-def normalised(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+def iter_standardised_conv2d(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     """Convolutions that normalise their weights, by name."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d) and is_normalised(layer):
+        if isinstance(layer, nn.Conv2d) and is_standardised(layer):
             yield name, layer
 
 
-def is_normalised(layer: nn.Module) -> bool:
+def is_standardised(layer: nn.Module) -> bool:
     """Whether it normalises its weights."""
     return getattr(vars(layer).get("forward"), "func", None) is _forward
 
 
 @torch.no_grad()
-def denormalise(model: nn.Module) -> None:
+def restore_batch_norms(model: nn.Module) -> None:
     """Write w_hat into plain convolutions and put the norms back, which then add the bias and nothing else."""
     for name, gone in list(model.named_modules()):
-        if not isinstance(gone, _Gone):
+        if not isinstance(gone, _RemovedNorm):
             continue
         layer: Any = model.get_submodule(gone.convolution)
         norm = gone.norm
         scale = vars(layer)["forward"].args[1]
-        layer.weight.copy_(standardised(layer.weight, layer.gain, layer._buffers.pop("mask"), scale))
+        layer.weight.copy_(standardise_weight(layer.weight, layer.gain, layer._buffers.pop("mask"), scale))
         norm.weight.fill_(1)
         norm.bias.copy_(layer.bias)
         if norm.running_mean is not None and norm.running_var is not None:
@@ -127,7 +139,7 @@ def denormalise(model: nn.Module) -> None:
         model.set_submodule(name, norm)
 
 
-class _Gone(nn.Identity):
+class _RemovedNorm(nn.Identity):
     """In place of a norm that the convolution before it has made needless."""
 
     def __init__(self, norm: nn.BatchNorm2d, convolution: str, *, bare: bool) -> None:
@@ -142,11 +154,11 @@ class _Gone(nn.Identity):
         return found
 
 
-def _forward(layer: Any, scale: float, keeping: Keeping, x: Tensor) -> Tensor:
+def _forward(layer: Any, scale: float, keeping: InputStorage, x: Tensor) -> Tensor:
     """[n, c, h, w] -> [n, c', h', w']."""
-    how = geometry_of(layer, x)
+    how = get_geometry(layer, x)
     if not (layer.training and torch.is_grad_enabled()):
-        return convolve(x, standardised(layer.weight, layer.gain, layer.mask, scale), layer.bias, how)
+        return convolve(x, standardise_weight(layer.weight, layer.gain, layer.mask, scale), layer.bias, how)
     kept, layout = keeping.pack(x, x[0].numel())
     out: Tensor = _Normalised.apply(x, layer.weight, layer.gain, layer.bias, layer.mask, scale, how, layout, *kept)
     return out
@@ -165,12 +177,12 @@ class _Normalised(torch.autograd.Function):
         mask: Tensor | None,
         scale: float,
         how: Geometry,
-        layout: Layout,
+        layout: PackedLayout,
         *kept: Tensor,
     ) -> Tensor:
         ctx.scale, ctx.how, ctx.layout = scale, how, layout
         ctx.save_for_backward(weight, gain, mask, *kept)
-        return convolve(x, standardised(weight, gain, mask, scale), bias, how)
+        return convolve(x, standardise_weight(weight, gain, mask, scale), bias, how)
 
     @staticmethod
     @once_differentiable
@@ -178,9 +190,9 @@ class _Normalised(torch.autograd.Function):
         weight, gain, mask, *kept = ctx.saved_tensors
         parameters = weight.detach().requires_grad_(), gain.detach().requires_grad_()
         with torch.enable_grad():
-            w_hat = standardised(*parameters, mask, ctx.scale)
+            w_hat = standardise_weight(*parameters, mask, ctx.scale)
         wanted = ctx.needs_input_grad[0], True, ctx.needs_input_grad[3]
-        x_hat = unpack(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        x_hat = unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
         by_x, by_w_hat, by_bias = convolve_backward(gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.how, wanted)
         by_weight, by_gain = torch.autograd.grad(w_hat, parameters, by_w_hat)
         return by_x, by_weight, by_gain, by_bias, *(None,) * (4 + len(kept))

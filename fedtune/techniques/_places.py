@@ -9,26 +9,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtune.contribution import Form
+from fedtune.contribution import TensorSpec
 
-__all__ = ["pack_places", "place_forms", "spread"]
+__all__ = ["declare_positions", "pack_positions", "scatter_positions"]
 
 _BLOCK = 255
 
 
-def pack_places(name: str, places: Tensor, entries: int) -> dict[str, Tensor]:
+def pack_positions(name: str, places: Tensor, entries: int) -> dict[str, Tensor]:
     """Ascending places [n] below ``entries`` as two uint8 tensors: offsets [n] and counts [blocks]."""
     counts = torch.bincount(places // _BLOCK, minlength=_blocks(entries))
     return {f"{name}_offset": (places % _BLOCK).to(torch.uint8), f"{name}_count": counts.to(torch.uint8)}
 
 
-def place_forms(name: str, places: int, entries: int) -> dict[str, Form]:
-    """What ``pack_places`` gives for as many places, as a contribution must hold it."""
-    counts = Form((_blocks(entries),), "U8", _BLOCK + 1, total=places)
-    return {f"{name}_offset": Form((places,), "U8", _BLOCK), f"{name}_count": counts}
+def declare_positions(name: str, places: int, entries: int) -> dict[str, TensorSpec]:
+    """What ``pack_positions`` gives for as many places, as a contribution must hold it."""
+    counts = TensorSpec((_blocks(entries),), "U8", _BLOCK + 1, total=places)
+    return {f"{name}_offset": TensorSpec((places,), "U8", _BLOCK), f"{name}_count": counts}
 
 
-def spread(name: str, tensors: Mapping[str, Tensor], values: Tensor, entries: int) -> Tensor:
+def scatter_positions(name: str, tensors: Mapping[str, Tensor], values: Tensor, entries: int) -> Tensor:
     """``values`` [n] at the packed places among zeros, double [entries]; one said to lie behind the end is let go."""
     offsets, counts = tensors[f"{name}_offset"].long(), tensors[f"{name}_count"].long()
     places = _BLOCK * torch.arange(len(counts)).repeat_interleave(counts) + offsets

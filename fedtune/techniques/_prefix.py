@@ -5,29 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedtune.techniques._kept_outputs import KeptOutputs
-from fedtune.techniques._recast import StandIn
+from fedtune.techniques._kept_outputs import OutputCache
+from fedtune.techniques._recast import ForwardOverride
 
-__all__ = ["run_apart"]
+__all__ = ["run_frozen_prefix"]
 
 
-def run_apart(model: nn.Module, names: Sequence[str], rows: int, *, keep: bool) -> None:
+def run_frozen_prefix(model: nn.Module, names: Sequence[str], rows: int, *, keep: bool) -> None:
     """Let the first of the named modules run all of them, ``rows`` examples at a time; the others pass on.
 
     With ``keep`` what comes out is stored on disk, example by example, and never computed twice.
     """
     modules = [model.get_submodule(name) for name in names]
     if modules:
-        kept = KeptOutputs.of(modules) if keep else None
+        kept = OutputCache.of(modules) if keep else None
         _Prefix(modules, rows, kept).stand_in(modules[0])
     for module in modules[1:]:
-        _Passed().stand_in(module)
+        _PassThrough().stand_in(module)
 
 
-class _Prefix(StandIn):
+class _Prefix(ForwardOverride):
     """The modules one after the other, each by its own function or by what stood in for it before."""
 
-    def __init__(self, modules: Sequence[nn.Module], rows: int, kept: KeptOutputs | None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], rows: int, kept: OutputCache | None) -> None:
         self.modules, self.rows, self.kept = modules, rows, kept
         self.others = [vars(module).get("forward") for module in modules]
 
@@ -53,7 +53,7 @@ class _Prefix(StandIn):
         return found
 
 
-class _Passed(StandIn):
+class _PassThrough(ForwardOverride):
     """A module that another one ran already."""
 
     def __call__(self, x: Tensor) -> Tensor:

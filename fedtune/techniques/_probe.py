@@ -9,15 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.techniques._density import Remake, magnitudes, nonzero, scale, with_density
-from fedtune.techniques._mlps import Mlp, find_mlps
-from fedtune.techniques._terms import emit
+from fedtune.techniques._density import (
+    Recompute,
+    compute_density,
+    count_nonzero_per_token,
+    estimate_activation_scale,
+    sample_magnitudes,
+)
+from fedtune.techniques._mlps import MlpLayers, find_mlps
+from fedtune.techniques._terms import add_loss_term
 
-__all__ = ["Probe", "Step", "Tally", "attach", "calibrate", "counting", "detach"]
+__all__ = [
+    "ActivationCounts",
+    "DensityProbe",
+    "DensityStep",
+    "attach_probes",
+    "calibrate_thresholds",
+    "count_activations",
+    "detach_hooks",
+]
 
 
 @dataclass(eq=False)
-class Step:
+class DensityStep:
     """What all probes of a model share: the step's epsilon, and which of its tokens [tokens] count (None: all)."""
 
     eps: float
@@ -40,7 +54,7 @@ class Step:
 
 
 @dataclass
-class Tally:
+class ActivationCounts:
     """Sums over the scored examples: all and non-zero entries of counted tokens, and of all tokens (``padded``)."""
 
     entries: int = 0
@@ -52,31 +66,31 @@ class Tally:
 
     def add(self, a: Tensor, counted: Tensor | None, threshold: float) -> None:
         """Count one batch's activations."""
-        found = nonzero(a)
+        found = count_nonzero_per_token(a)
         self.entries += (len(found) if counted is None else int(counted.sum())) * a.shape[-1]
         self.nonzero += _sum(found, counted)
-        self.above += _sum(nonzero(a.abs() > threshold), counted)
+        self.above += _sum(count_nonzero_per_token(a.abs() > threshold), counted)
         self.padded_entries += a.numel()
         self.padded_nonzero += _sum(found, None)
 
     def add_gate(self, gate: Tensor, counted: Tensor | None) -> None:
         """Count one batch's gates."""
-        self.gate += _sum(nonzero(gate), counted)
+        self.gate += _sum(count_nonzero_per_token(gate), counted)
 
 
 @dataclass(eq=False)
-class Probe:
+class DensityProbe:
     """Follows one MLP; ``weight`` scales what it emits, 0 for nothing, and ``density`` is what it saw last.
 
     A gated MLP's product is made again from its two factors, which that product keeps anyway; ``remade`` says whether
     the first one could be.
     """
 
-    mlp: Mlp
-    step: Step
+    mlp: MlpLayers
+    step: DensityStep
     weight: float
     threshold: float = 0.0
-    tally: Tally | None = None
+    tally: ActivationCounts | None = None
     sample: list[Tensor] | None = None
     remade: bool | None = None
     density: float = field(default=0.0, init=False)
@@ -119,22 +133,22 @@ class Probe:
         past = [out for out in wide if gate and out is not gate[0]]
         return tuple(one.detach() for one in (*gate[1:], *past))
 
-    def _emit(self, a: Tensor, remake: Remake | None = None, *kept: Tensor) -> Tensor:
+    def _emit(self, a: Tensor, remake: Recompute | None = None, *kept: Tensor) -> Tensor:
         if not self.weight:
             return a
         counted = self.step.mask(a)
-        unit = scale(a, counted) if self.mlp.gated else 1.0
+        unit = estimate_activation_scale(a, counted) if self.mlp.gated else 1.0
         eps = self.step.eps * max(unit**2, 1e-12)
-        a, density = with_density(a, eps, counted, remake, tuple(one.detach() for one in kept))
+        a, density = compute_density(a, eps, counted, remake, tuple(one.detach() for one in kept))
         self.density = float(density.detach())
-        emit(self.weight * density)
+        add_loss_term(self.weight * density)
         return a
 
     def _score(self, a: Tensor) -> Tensor:
         if self.tally is not None:
             self.tally.add(a, self.step.mask(a), self.threshold)
         if self.sample is not None:
-            self.sample.append(magnitudes(a, self.step.mask(a), _SAMPLE))
+            self.sample.append(sample_magnitudes(a, self.step.mask(a), _SAMPLE))
         return a * (a.abs() > self.threshold) if self.threshold else a
 
 
@@ -142,18 +156,18 @@ _SAMPLE = 2**16
 """Magnitudes taken per batch and layer for a quantile."""
 
 
-def attach(model: nn.Module, weight: float, threshold: float) -> list[Probe]:
+def attach_probes(model: nn.Module, weight: float, threshold: float) -> list[DensityProbe]:
     """Hang a probe on every MLP; ``weight`` is shared by those of one stack."""
-    step = Step(eps=1.0)
+    step = DensityStep(eps=1.0)
     mlps = find_mlps(model)
     sizes = {mlp.stack: sum(other.stack == mlp.stack for other in mlps) for mlp in mlps}
-    made = [Probe(mlp, step, weight / sizes[mlp.stack], threshold) for mlp in mlps]
+    made = [DensityProbe(mlp, step, weight / sizes[mlp.stack], threshold) for mlp in mlps]
     for probe in made:
-        _hang(model, probe)
+        _attach_hooks(model, probe)
     return made
 
 
-def _hang(model: nn.Module, probe: Probe) -> None:
+def _attach_hooks(model: nn.Module, probe: DensityProbe) -> None:
     activation = model.get_submodule(probe.mlp.activation)
     if not probe.mlp.gated:
         activation.register_forward_hook(probe.of_activation)
@@ -164,7 +178,7 @@ def _hang(model: nn.Module, probe: Probe) -> None:
     model.get_submodule(probe.mlp.second).register_forward_pre_hook(probe.of_product)
 
 
-def detach(model: nn.Module, owners: tuple[type, ...]) -> None:
+def detach_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
     """Take away every hook that belongs to an object of these classes."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -173,9 +187,9 @@ def detach(model: nn.Module, owners: tuple[type, ...]) -> None:
 
 
 @contextmanager
-def counting(probes: Sequence[Probe]) -> Iterator[list[Tally]]:
+def count_activations(probes: Sequence[DensityProbe]) -> Iterator[list[ActivationCounts]]:
     """Count what is scored inside the block: one tally per MLP."""
-    tallies = [Tally() for _ in probes]
+    tallies = [ActivationCounts() for _ in probes]
     for probe, tally in zip(probes, tallies, strict=True):
         probe.tally = tally
     try:
@@ -186,7 +200,9 @@ def counting(probes: Sequence[Probe]) -> Iterator[list[Tally]]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, probes: Sequence[Probe], batches: Sequence[Mapping[str, Tensor]], kept: float) -> None:
+def calibrate_thresholds(
+    model: nn.Module, probes: Sequence[DensityProbe], batches: Sequence[Mapping[str, Tensor]], kept: float
+) -> None:
     """The training-free control: set each MLP's threshold so that a share ``kept`` of its activations is above it."""
     for probe in probes:
         probe.threshold, probe.sample = 0.0, []

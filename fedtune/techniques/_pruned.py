@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from fedtune.techniques import _bits
-from fedtune.techniques._largest import WHOLE_NUMBERS, largest
+from fedtune.techniques._largest import INTEGER_DTYPES, mask_largest_per_row
 
-__all__ = ["Layout", "Packed", "Rule", "kept_of", "pack", "unpack"]
+__all__ = ["PackedLayout", "PackedTensor", "PruningRule", "count_kept_entries", "pack_pruned", "unpack_pruned"]
 
 _HALF_MAX = 65504.0
 """The largest number of half precision."""
 
 
 @dataclass(frozen=True)
-class Rule:
+class PruningRule:
     """What is stored: the share ``prune`` of each row is not, ``half`` are the values, ``centre`` the last dimension.
 
     Values too large for half precision keep the whole tensor in its own.
@@ -34,7 +34,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """What it takes, beside the stored tensors, to make the dense one again; ``width`` is the length of a row."""
 
     shape: torch.Size
@@ -44,43 +44,43 @@ class Layout:
     centred: bool
 
 
-class Packed(NamedTuple):
+class PackedTensor(NamedTuple):
     """Stored tensors: values, then their places unless all are stored, then the means if they were taken out."""
 
     tensors: tuple[Tensor, ...]
-    layout: Layout
+    layout: PackedLayout
 
 
-def kept_of(width: int, prune: float) -> int:
+def count_kept_entries(width: int, prune: float) -> int:
     """floor((1 - prune) width), at least 1, for the decimal number that ``prune`` is written as."""
     return max(1, int((1 - Fraction(str(prune))) * width))
 
 
 @torch.no_grad()
-def pack(x: Tensor, rule: Rule, width: int) -> Packed:
+def pack_pruned(x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
     """Prune a tensor whose number of entries is a multiple of ``width``; one that is kept whole is only referred to."""
-    keep = kept_of(width, rule.prune)
+    keep = count_kept_entries(width, rule.prune)
     centred = rule.centre and (keep < width or rule.half)
     means = [x.reshape(-1, x.shape[-1]).mean(0)] if centred else []
     taken = x - means[0] if centred else x.detach()
     if keep == width:
-        return Packed((_narrow(taken, rule), *means), Layout(x.shape, x.dtype, width, "all", centred))
+        return PackedTensor((_narrow(taken, rule), *means), PackedLayout(x.shape, x.dtype, width, "all", centred))
     rows = taken.reshape(-1, width)
-    mask = largest(rows, keep)
+    mask = mask_largest_per_row(rows, keep)
     values = _narrow(rows.masked_select(mask), rule)
     places, kind = _places(mask, keep)
-    return Packed((values, places, *means), Layout(x.shape, x.dtype, width, kind, centred))
+    return PackedTensor((values, places, *means), PackedLayout(x.shape, x.dtype, width, kind, centred))
 
 
 @torch.no_grad()
-def unpack(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
+def unpack_pruned(tensors: Sequence[Tensor], layout: PackedLayout) -> Tensor:
     """The dense tensor, zero where nothing was stored, with its means put back."""
     values = tensors[0].to(layout.dtype)
     dense = values if layout.places == "all" else _spread(values, tensors[1], layout)
     return dense + tensors[-1] if layout.centred else dense
 
 
-def _narrow(values: Tensor, rule: Rule) -> Tensor:
+def _narrow(values: Tensor, rule: PruningRule) -> Tensor:
     """Values in half precision where that is asked for, saves something and holds them all."""
     fits = rule.half and values.element_size() > 2 and bool((values.abs() <= _HALF_MAX).all())
     return values.half() if fits else values
@@ -89,17 +89,17 @@ def _narrow(values: Tensor, rule: Rule) -> Tensor:
 def _places(mask: Tensor, keep: int) -> tuple[Tensor, Literal["bitmap", "list"]]:
     """The places of ``keep`` entries per row [n, width]: one bit per entry, or each one's index in its row."""
     rows, width = mask.shape
-    size = next(size for size, kind in WHOLE_NUMBERS.items() if width - 1 <= torch.iinfo(kind).max)
+    size = next(size for size, kind in INTEGER_DTYPES.items() if width - 1 <= torch.iinfo(kind).max)
     if -(-mask.numel() // 8) <= rows * keep * size:
-        return _bits.pack(mask), "bitmap"
-    return mask.nonzero()[:, 1].to(WHOLE_NUMBERS[size]), "list"
+        return _bits.pack_bits(mask), "bitmap"
+    return mask.nonzero()[:, 1].to(INTEGER_DTYPES[size]), "list"
 
 
-def _spread(values: Tensor, places: Tensor, layout: Layout) -> Tensor:
+def _spread(values: Tensor, places: Tensor, layout: PackedLayout) -> Tensor:
     """Values at their places among zeros."""
     dense = values.new_zeros(layout.shape)
     if layout.places == "bitmap":
-        return dense.masked_scatter_(_bits.unpack(places, dense.numel()).view(layout.shape), values)
+        return dense.masked_scatter_(_bits.unpack_bits(places, dense.numel()).view(layout.shape), values)
     rows = dense.view(-1, layout.width)
     rows.scatter_(1, places.view(len(rows), -1).long(), values.view(len(rows), -1))
     return dense

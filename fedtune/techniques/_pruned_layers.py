@@ -15,20 +15,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedtune.techniques._convolution import Geometry, convolve, convolve_backward
-from fedtune.techniques._pruned import Layout, Packed, Rule, pack, unpack
+from fedtune.techniques._pruned import PackedLayout, PackedTensor, PruningRule, pack_pruned, unpack_pruned
 
 __all__ = [
-    "Keeping",
-    "Latest",
-    "Padded",
-    "attach",
-    "detach",
-    "geometry_of",
+    "InputStorage",
+    "PaddedConvolution",
+    "RecentInputs",
+    "attach_input_pruning",
+    "detach_input_pruning",
+    "get_geometry",
 ]
 
 
 @runtime_checkable
-class Padded(Protocol):
+class PaddedConvolution(Protocol):
     """A convolution that puts other margins around its input than ``padding``."""
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -39,11 +39,11 @@ class _Entry(NamedTuple):
     """What is stored of a tensor; ``key`` tells its state and how it was pruned."""
 
     tensor: weakref.ref[Tensor]
-    key: tuple[int, Rule, int]
-    packed: Packed
+    key: tuple[int, PruningRule, int]
+    packed: PackedTensor
 
 
-class Latest:
+class RecentInputs:
     """The two inputs stored last: layers given the same tensor share what is stored of it.
 
     Two, since a block's shortcut reads what its first layer read; no more, since whoever makes activations again keeps
@@ -54,18 +54,18 @@ class Latest:
         self._entries: list[_Entry] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Latest, ()
+        return RecentInputs, ()
 
     def clear(self) -> None:
         """Let go of them."""
         self._entries.clear()
 
-    def pack(self, x: Tensor, rule: Rule, width: int) -> Packed:
+    def pack(self, x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
         """``x`` as it is stored; it is pruned unless it was before, and nobody wrote into it since."""
         key = (x._version, rule, width)
         known = next((one.packed for one in self._entries if one.tensor() is x and one.key == key), None)
         if known is None:
-            known = pack(x, rule, width)
+            known = pack_pruned(x, rule, width)
             self._entries = [*self._entries[-1:], _Entry(weakref.ref(x, self._forget), key, known)]
         return known
 
@@ -74,33 +74,33 @@ class Latest:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class InputStorage:
     """How a model's layers store their inputs; ``rows`` are tokens of linear layers and pictures of convolutions."""
 
-    rule: Rule
+    rule: PruningRule
     rows: bool
-    latest: Latest
+    latest: RecentInputs
 
-    def pack(self, x: Tensor, row: int) -> Packed:
+    def pack(self, x: Tensor, row: int) -> PackedTensor:
         """``x`` as it is stored; ``row`` entries make a token or a picture."""
         return self.latest.pack(x, self.rule, row if self.rows else x.numel())
 
 
-def attach(model: nn.Module, linear: Keeping, convolution: Keeping) -> int:
+def attach_input_pruning(model: nn.Module, linear: InputStorage, convolution: InputStorage) -> int:
     """Let layers store their inputs pruned, and say how many; a low-rank pair's second half reads next to nothing."""
-    detach(model)  # a layer that was made over carries what was bound to the one before
+    detach_input_pruning(model)  # a layer that was made over carries what was bound to the one before
     count = 0
     for name, layer in model.named_modules():
         if "forward" not in vars(layer) and ".lora_B." not in name:
             if type(layer).forward is nn.Linear.forward:
                 vars(layer)["forward"] = partial(_linear, layer, linear)
-            elif isinstance(layer, nn.Conv2d) and fits(layer):
+            elif isinstance(layer, nn.Conv2d) and is_supported_conv2d(layer):
                 vars(layer)["forward"] = partial(_convolution, layer, convolution)
         count += _is_ours(layer)
     return count
 
 
-def detach(model: nn.Module) -> None:
+def detach_input_pruning(model: nn.Module) -> None:
     """Let layers call what their class defines again."""
     for layer in model.modules():
         if _is_ours(layer):
@@ -111,13 +111,13 @@ def _is_ours(layer: nn.Module) -> bool:
     return getattr(vars(layer).get("forward"), "func", None) in (_linear, _convolution)
 
 
-def fits(layer: nn.Conv2d) -> bool:
+def is_supported_conv2d(layer: nn.Conv2d) -> bool:
     """Whether the layer convolves as its fields say: zeros around the input, then a plain convolution."""
-    known = type(layer).forward is nn.Conv2d.forward or isinstance(layer, Padded)
+    known = type(layer).forward is nn.Conv2d.forward or isinstance(layer, PaddedConvolution)
     return known and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def _linear(layer: nn.Linear, keeping: Keeping, x: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, keeping: InputStorage, x: Tensor) -> Tensor:
     """[..., inputs] -> [..., outputs]."""
     if not (layer.training and torch.is_grad_enabled() and layer.weight.requires_grad):
         return F.linear(x, layer.weight, layer.bias)
@@ -126,21 +126,21 @@ def _linear(layer: nn.Linear, keeping: Keeping, x: Tensor) -> Tensor:
     return out
 
 
-def _convolution(layer: nn.Conv2d, keeping: Keeping, x: Tensor) -> Tensor:
+def _convolution(layer: nn.Conv2d, keeping: InputStorage, x: Tensor) -> Tensor:
     """[n, c, h, w] -> [n, c', h', w'], as the layer's class does it."""
     if not (layer.training and torch.is_grad_enabled()):
         return type(layer).forward(layer, x)
     if x.dim() == 3:
         return _convolution(layer, keeping, x[None])[0]
     kept, layout = keeping.pack(x, x[0].numel()) if layer.weight.requires_grad else ((), None)
-    out: Tensor = _Convolution.apply(x, layer.weight, layer.bias, geometry_of(layer, x), layout, *kept)
+    out: Tensor = _Convolution.apply(x, layer.weight, layer.bias, get_geometry(layer, x), layout, *kept)
     return out
 
 
-def geometry_of(layer: nn.Conv2d, x: Tensor) -> Geometry:
+def get_geometry(layer: nn.Conv2d, x: Tensor) -> Geometry:
     """The geometry for an input [n, c, h, w]."""
     assert not isinstance(layer.padding, str)
-    margins = layer.margins(x.shape[-2], x.shape[-1]) if isinstance(layer, Padded) else ()
+    margins = layer.margins(x.shape[-2], x.shape[-1]) if isinstance(layer, PaddedConvolution) else ()
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     order = torch.channels_last if last else torch.contiguous_format
     return Geometry(margins if any(margins) else (), layer.stride, layer.padding, layer.dilation, layer.groups, order)
@@ -150,7 +150,9 @@ class _Linear(torch.autograd.Function):
     """Stores what ``kept`` is given as."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, *kept: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: PackedLayout, *kept: Tensor
+    ) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(weight, *kept)
         return F.linear(x, weight, bias)
@@ -161,7 +163,7 @@ class _Linear(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         by_x, _, by_bias = ctx.needs_input_grad[:3]
         grad = gradients[0].reshape(-1, len(weight))
-        x_hat = unpack(kept, ctx.layout).reshape(-1, weight.shape[1])
+        x_hat = unpack_pruned(kept, ctx.layout).reshape(-1, weight.shape[1])
         return (
             (grad @ weight).view(ctx.layout.shape) if by_x else None,
             grad.t() @ x_hat,
@@ -180,7 +182,7 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         how: Geometry,
-        layout: Layout | None,
+        layout: PackedLayout | None,
         *kept: Tensor,
     ) -> Tensor:
         ctx.how, ctx.layout, ctx.shape = how, layout, x.shape
@@ -192,6 +194,6 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         [grad] = gradients
-        x_hat = None if ctx.layout is None else unpack(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        x_hat = None if ctx.layout is None else unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
         found = convolve_backward(grad, x_hat, ctx.shape, weight, ctx.how, ctx.needs_input_grad[:3])
         return (*found, *(None,) * (2 + len(kept)))

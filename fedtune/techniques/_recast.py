@@ -6,14 +6,14 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from fedtune.techniques._live_norm import LiveNorm
+from fedtune.techniques._live_norm import UnfrozenBatchNorm2d
 
-__all__ = ["Restorable", "StandIn", "recast", "replace", "restore"]
+__all__ = ["ForwardOverride", "ReplacementLayer", "convert_layer_class", "replace_layer", "restore_plain_layers"]
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
-class Restorable(nn.Module):
+class ReplacementLayer(nn.Module):
     """Mixed into a layer that took a plain one's place under its name."""
 
     def plain(self) -> nn.Module:
@@ -21,7 +21,7 @@ class Restorable(nn.Module):
         raise NotImplementedError
 
 
-class StandIn:
+class ForwardOverride:
     """What is called in place of a module's own ``forward``: an object, so that the module still pickles."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -33,14 +33,14 @@ class StandIn:
         vars(module)["forward"] = self
 
 
-def recast(layer: nn.Module, kind: type[_Kind]) -> _Kind:
+def convert_layer_class(layer: nn.Module, kind: type[_Kind]) -> _Kind:
     """What ``layer`` holds as a module of another class, which needs no attributes but those."""
     made = kind.__new__(kind)
     vars(made).update({name: copy(held) if isinstance(held, dict) else held for name, held in vars(layer).items()})
     return made
 
 
-def replace(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
+def replace_layer(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
     """Put what ``make`` gives for the named layer in its place, in the same mode."""
     layer = model.get_submodule(name)
     made = make(layer)
@@ -48,10 +48,10 @@ def replace(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module])
         model.set_submodule(name, made.train(layer.training))
 
 
-def restore(model: nn.Module) -> None:
+def restore_plain_layers(model: nn.Module) -> None:
     """Put plain layers back wherever one was replaced, and modules' own functions."""
     for name, layer in list(model.named_modules()):
-        if isinstance(vars(layer).get("forward"), StandIn):
+        if isinstance(vars(layer).get("forward"), ForwardOverride):
             del vars(layer)["forward"]
-        if isinstance(layer, Restorable | LiveNorm):
+        if isinstance(layer, ReplacementLayer | UnfrozenBatchNorm2d):
             model.set_submodule(name, layer.plain().train(layer.training))

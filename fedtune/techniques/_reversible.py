@@ -19,36 +19,36 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from fedtune.errors import ModelError
-from fedtune.techniques._couplings import Half, Stage
-from fedtune.techniques._halves import Call, without_cache
-from fedtune.techniques._terms import collecting, emit
-from fedtune.techniques._two_streams import Stack, Streams, draw, plain
+from fedtune.techniques._couplings import Stage, Stages
+from fedtune.techniques._halves import BlockArguments, drop_cache_arguments
+from fedtune.techniques._terms import add_loss_term, collect_loss_terms
+from fedtune.techniques._two_streams import ReversibleStack, Streams, draw_dropout_seed, run_with_autograd
 
-__all__ = ["reversible"]
+__all__ = ["run_reversible"]
 
 
-def reversible(stack: Stack, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+def run_reversible(stack: ReversibleStack, hidden: Tensor, calls: Sequence[BlockArguments]) -> Tensor:
     """The stack's output, with gradients for its input and for every parameter inside that is trained."""
     if not torch.is_grad_enabled():
-        return plain(stack, hidden, calls)
+        return run_with_autograd(stack, hidden, calls)
     parameters = [one for block in stack.blocks for one in block.parameters() if one.requires_grad]
-    calls = [without_cache(call) for call in calls]
+    calls = [drop_cache_arguments(call) for call in calls]
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls)):
         raise ModelError("meft cannot give gradients to what is passed to its blocks beside the hidden states; drop it")
-    walk = _Walk(stack, calls, draw(stack), hidden.dtype, _autocast(), parameters)
+    walk = _ReversiblePass(stack, calls, draw_dropout_seed(stack), hidden.dtype, _autocast(), parameters)
     out: Tensor
     out, term = _Reversible.apply(walk, hidden, *parameters)
     if walk.emitted:
-        emit(term)
+        add_loss_term(term)
     return out
 
 
 @dataclass(eq=False)
-class _Walk:
+class _ReversiblePass:
     """What both directions of one pass share."""
 
-    stack: Stack
-    calls: Sequence[Call]
+    stack: ReversibleStack
+    calls: Sequence[BlockArguments]
     seed: int | None
     dtype: torch.dtype
     autocast: tuple[bool, torch.dtype]
@@ -67,10 +67,10 @@ def _autocast() -> tuple[bool, torch.dtype]:
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, walk: _ReversiblePass, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
         stack, kept = walk.stack, dict[int, Streams]()
         start = stack.start(hidden)
-        with torch.random.fork_rng(devices=[]), walk.inside(), collecting() as terms:
+        with torch.random.fork_rng(devices=[]), walk.inside(), collect_loss_terms() as terms:
             ends = stack.climb(start, walk.calls, walk.seed, walk.dtype, kept)
         walk.emitted = bool(terms)
         ctx.walk, ctx.kept = walk, list(kept)
@@ -82,29 +82,29 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_term: Tensor) -> tuple[Tensor | None, ...]:
-        walk: _Walk = ctx.walk
+        walk: _ReversiblePass = ctx.walk
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # from here on a pair of streams goes as soon as it was used
         original = saved.pop() if ctx.proof is None else None
-        descent = _Descent(walk, (saved.pop(0), saved.pop(0)), walk.stack.unmerged(d_out), d_term)
+        descent = _BackwardPass(walk, (saved.pop(0), saved.pop(0)), walk.stack.unmerged(d_out), d_term)
         with torch.random.fork_rng(devices=[]):
             for index in reversed(range(len(walk.calls))):
                 kept = (saved.pop(-2), saved.pop(-1)) if index in ctx.kept else None
                 descent.undo(index, kept, index > 0 or ctx.needs_input_grad[1])
-        _check(walk.stack, descent.y, ctx.proof, original)
+        _check_reconstruction(walk.stack, descent.y, ctx.proof, original)
         d_hidden = _sum(*descent.d) if ctx.needs_input_grad[1] else None
         found = [descent.gradients.get(id(one)) for one in walk.parameters]
         return None, None if d_hidden is None else d_hidden.to(walk.dtype), *found
 
 
 @dataclass(eq=False)
-class _Descent:
+class _BackwardPass:
     """The way back: the streams ``y`` behind the block that is undone next, their gradients, and those found so far.
 
     Streams and gradients are replaced one by one: a name that outlives its use is memory at the peak.
     """
 
-    walk: _Walk
+    walk: _ReversiblePass
     y: Streams
     d: tuple[Tensor | None, Tensor | None]
     d_term: Tensor
@@ -115,7 +115,7 @@ class _Descent:
         stack, walk = self.walk.stack, self.walk
         self.y, self.d = stack.crossed(self.y), stack.crossed(self.d)
         if kept is not None:
-            with walk.inside(), collecting():
+            with walk.inside(), collect_loss_terms():
                 f = stack.half(
                     stack.first(index), index, kept[1].to(walk.dtype, copy=True), walk.calls[index], walk.seed
                 )
@@ -131,11 +131,11 @@ class _Descent:
         dx1, dx2 = stack.apart(*self.d)
         self.d = dx1, _sum(dx2, through)
 
-    def again(self, half: Half, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
+    def again(self, half: Stages, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
         """F or G of ``x`` once more, and the gradient of ``x`` from that of the result; one stage's graph at a time."""
         last = x.to(self.walk.dtype, copy=True)
         for stage in half[:-1]:
-            with self.walk.inside(), collecting():  # these terms come again, with their graph
+            with self.walk.inside(), collect_loss_terms():  # these terms come again, with their graph
                 last = self.walk.stack.stage(stage, index, last, self.walk.calls[index], self.walk.seed)
         out, d = self.stage(half[-1], index, last, d, inner or len(half) > 1)
         del last
@@ -156,11 +156,11 @@ class _Descent:
         return stack.joined(stage, [out for out, _ in reversed(last_first)]), stack.joined(stage, dx) if dx else None
 
     def piece(
-        self, stage: Stage, index: int, at: int, x: Tensor, call: Call, d: Tensor | None, inner: bool
+        self, stage: Stage, index: int, at: int, x: Tensor, call: BlockArguments, d: Tensor | None, inner: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The same for one piece; gradients of the block's parameters are noted."""
         walk, x = self.walk, x.detach().requires_grad_(inner)
-        with torch.enable_grad(), walk.inside(), collecting() as terms:
+        with torch.enable_grad(), walk.inside(), collect_loss_terms() as terms:
             out = walk.stack.piece(stage, index, at, x, call, walk.seed)
         pairs = [(out, d), *((term, self.d_term) for term in terms)]
         outs = [(one, by.to(one.dtype)) for one, by in pairs if by is not None and one.requires_grad]
@@ -191,7 +191,9 @@ def _fingerprint(x: Streams) -> tuple[int, ...]:
     return tuple(int((stream + 0.0).view(torch.int64).sum()) for stream in x)
 
 
-def _check(stack: Stack, start: Streams, proof: tuple[int, ...] | None, original: Tensor | None) -> None:
+def _check_reconstruction(
+    stack: ReversibleStack, start: Streams, proof: tuple[int, ...] | None, original: Tensor | None
+) -> None:
     """The streams below the first block must be those the stack began with."""
     if proof is not None and proof != _fingerprint(start):
         raise ModelError(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedtune.techniques._recast import Restorable, recast
+from fedtune.techniques._recast import ReplacementLayer, convert_layer_class
 
-__all__ = ["ShiftNorm", "shift_norm"]
+__all__ = ["FrozenBatchNorm2d", "make_frozen_batch_norm"]
 
 
-class ShiftNorm(nn.BatchNorm2d, Restorable):
+class FrozenBatchNorm2d(nn.BatchNorm2d, ReplacementLayer):
     """Its statistics stay in training too; a scale that is trained needs the input, which is then kept."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.BatchNorm2d gives it
@@ -28,13 +28,13 @@ class ShiftNorm(nn.BatchNorm2d, Restorable):
 
     def plain(self) -> nn.BatchNorm2d:
         """The batch norm it was."""
-        return recast(self, nn.BatchNorm2d)
+        return convert_layer_class(self, nn.BatchNorm2d)
 
 
-def shift_norm(norm: nn.Module) -> nn.Module:
+def make_frozen_batch_norm(norm: nn.Module) -> nn.Module:
     """A norm as ShiftNorm; one without parameters or statistics, or of another kind, as it is."""
     able = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
-    return recast(norm, ShiftNorm) if able and type(norm) is nn.BatchNorm2d else norm
+    return convert_layer_class(norm, FrozenBatchNorm2d) if able and type(norm) is nn.BatchNorm2d else norm
 
 
 class _Shift(torch.autograd.Function):

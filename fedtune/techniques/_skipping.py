@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["Zero", "drop", "without"]
+__all__ = ["ZeroOutput", "remove_mlps", "remove_mlps_for_export"]
 
 _PREFIX = "Skipping"
 
 
-class Zero(nn.Module):
+class ZeroOutput(nn.Module):
     """In place of an MLP's last layer: what the block adds to its residual stream is zero."""
 
     weight = None
@@ -28,17 +28,17 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-def without(model: Any, skipped: Sequence[Sequence[str]]) -> None:
+def remove_mlps(model: Any, skipped: Sequence[Sequence[str]]) -> None:
     """Drop MLPs, each given by the names of its linear layers, the last one last."""
     for *firsts, second in skipped:
         for first in firsts:
             model.set_submodule(first, nn.Identity())
-        model.set_submodule(second, Zero())
+        model.set_submodule(second, ZeroOutput())
 
 
-def drop(model: Any, auto_class: str, skipped: Sequence[Sequence[str]]) -> None:
+def remove_mlps_for_export(model: Any, auto_class: str, skipped: Sequence[Sequence[str]]) -> None:
     """Drop MLPs of a transformers model and make it save itself with this file."""
-    without(model, skipped)
+    remove_mlps(model, skipped)
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
     model.config.skipped_mlps = [list(names) for names in skipped]
     model.__class__ = _class(_PREFIX + type(model).__name__)
@@ -63,7 +63,7 @@ def _class(name: str) -> type[Any]:
 def _initialiser(base: type[Any]) -> Callable[..., None]:
     def initialise(self: Any, config: Any, *others: Any, **settings: Any) -> None:
         base.__init__(self, config, *others, **settings)
-        without(self, config.skipped_mlps)
+        remove_mlps(self, config.skipped_mlps)
 
     return initialise
 

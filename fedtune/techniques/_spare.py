@@ -4,15 +4,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fedtune.techniques._lean_conv import lean
-from fedtune.techniques._lean_dropout import lean_dropout
-from fedtune.techniques._live_norm import LiveNorm
-from fedtune.techniques._masked import EXACT, Rule, masked
-from fedtune.techniques._recast import replace
-from fedtune.techniques._shift_norm import shift_norm
-from fedtune.techniques._tf_padding import pad_inside
+from fedtune.techniques._lean_conv import make_efficient_conv2d
+from fedtune.techniques._lean_dropout import make_efficient_dropout
+from fedtune.techniques._live_norm import UnfrozenBatchNorm2d
+from fedtune.techniques._masked import EXACT_GRADIENTS, GradientRule, make_one_bit_activation
+from fedtune.techniques._recast import replace_layer
+from fedtune.techniques._shift_norm import make_frozen_batch_norm
+from fedtune.techniques._tf_padding import move_padding_into_conv2d
 
-__all__ = ["has_batch_norms", "live", "spare", "spare_all"]
+__all__ = ["has_batch_norms", "make_layer_efficient", "make_model_efficient", "unfreeze_batch_norm"]
 
 
 def has_batch_norms(model: nn.Module) -> bool:
@@ -20,19 +20,21 @@ def has_batch_norms(model: nn.Module) -> bool:
     return any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
-def live(norm: nn.Module) -> nn.Module:
+def unfreeze_batch_norm(norm: nn.Module) -> nn.Module:
     """A batch norm whose statistics are trained."""
-    return LiveNorm.of(norm) if isinstance(norm, nn.BatchNorm2d) else norm
+    return UnfrozenBatchNorm2d.of(norm) if isinstance(norm, nn.BatchNorm2d) else norm
 
 
-def spare(layer: nn.Module, rules: Mapping[type[nn.Module], Rule] = EXACT) -> nn.Module:
+def make_layer_efficient(
+    layer: nn.Module, rules: Mapping[type[nn.Module], GradientRule] = EXACT_GRADIENTS
+) -> nn.Module:
     """A convolution, norm, activation or dropout that keeps less, once it is known what is trained; others as is."""
-    return masked(lean_dropout(shift_norm(lean(layer))), rules)
+    return make_one_bit_activation(make_efficient_dropout(make_frozen_batch_norm(make_efficient_conv2d(layer))), rules)
 
 
-def spare_all(model: nn.Module) -> None:
+def make_model_efficient(model: nn.Module) -> None:
     """All layers of a net whose trained parameters have been chosen; gradients stay the same to the bit."""
-    pad_inside(model)
+    move_padding_into_conv2d(model)
     for name, layer in list(model.named_modules()):
         if not any(True for _ in layer.children()):
-            replace(model, name, spare)
+            replace_layer(model, name, make_layer_efficient)

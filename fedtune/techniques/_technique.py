@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from torch import Tensor, nn
 
-from fedtune.contribution import Form, Pair, Sent
+from fedtune.contribution import LowRankPair, TensorSpec, UpdateKind
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.registry import Named
+from fedtune.recipe import TaskName
+from fedtune.registry import NamedUnit
 from fedtune.techniques._saving import allow_saving
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["Answer", "Moment", "Technique", "head_names", "require"]
+__all__ = ["ExtraPayload", "StepInfo", "Technique", "list_head_parameters", "unfreeze_parameters"]
 
 
-class Moment(NamedTuple):
+class StepInfo(NamedTuple):
     """A step within a client's round: rounds count from 1, steps from 0; the run's first and present rate."""
 
     round: int
@@ -28,14 +28,14 @@ class Moment(NamedTuple):
     lr: float
 
 
-class Answer(NamedTuple):
+class ExtraPayload(NamedTuple):
     """What a client added to its contribution, and the weight it has among the clients of the round."""
 
     weight: float
     tensors: Mapping[str, Tensor]
 
 
-class Technique(Named):
+class Technique(NamedUnit):
     """One published way to make fine-tuning fit a device; its fields are its knobs."""
 
     trains: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class Technique(Named):
         """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
         return None
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Rewrite the model and switch on gradients of what is trained; ModelError if the model does not fit."""
 
     def begin_round(self, model: nn.Module, number: int) -> None:
@@ -63,7 +63,7 @@ class Technique(Named):
         Scoring calls it too, with ``progress`` 1. Terms of the loss that layers produce are handed in by ``emit``.
         """
 
-    def before_update(self, model: nn.Module, moment: Moment) -> float:
+    def before_update(self, model: nn.Module, moment: StepInfo) -> float:
         """Between a step's backward pass and its update: change gradients, and say the learning rate to take."""
         return moment.lr
 
@@ -83,15 +83,15 @@ class Technique(Named):
         """Whether rounds differ in what is trained or kept, so that an answer fits the round it was begun in alone."""
         return self.masks_weights()
 
-    def sends(self) -> Sent:
+    def sends(self) -> UpdateKind:
         """What clients train, as a merge must know it before it can be chosen."""
         return "tensors"
 
-    def pairs(self, model: nn.Module) -> list[Pair]:
+    def pairs(self, model: nn.Module) -> list[LowRankPair]:
         """The low-rank pairs it put into the model."""
         return []
 
-    def asked(self, model: nn.Module, number: int) -> dict[str, Form]:
+    def asked(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
         """What each client adds to its contribution in round ``number``, by name."""
         return {}
 
@@ -99,7 +99,7 @@ class Technique(Named):
         """On a client that has trained: the tensors asked for. ``backward`` takes the gradient of one batch."""
         return {}
 
-    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]) -> dict[str, Tensor]:
+    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]) -> dict[str, Tensor]:
         """On the server, once a round is merged: the shared state in the light of the clients' answers."""
         return dict(state)
 
@@ -116,7 +116,7 @@ class Technique(Named):
         """Whether the pretrained layers compute what they did, so that an adapter beside them says it all."""
         return True
 
-    def adapter(self, model: nn.Module, task: Task) -> "PeftConfig | None":
+    def adapter(self, model: nn.Module, task: TaskName) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 
@@ -137,7 +137,7 @@ class Technique(Named):
         """What ``fold`` does; a technique that leaves layers plain has nothing to do."""
 
 
-def head_names(model: nn.Module) -> list[str]:
+def list_head_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters behind the backbone: the new head of a classifier."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     inside = f"{prefix}." if prefix and prefix in dict(model.named_children()) else None
@@ -147,7 +147,7 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
 
 
-def require(model: nn.Module, names: list[str]) -> None:
+def unfreeze_parameters(model: nn.Module, names: list[str]) -> None:
     """Switch on gradients of the named parameters; ModelError when there is none to switch on."""
     if not names:
         raise ModelError(f"{type(model).__name__} has none of the parameters this technique trains; choose another")

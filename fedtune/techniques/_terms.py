@@ -10,13 +10,13 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-__all__ = ["collecting", "emit"]
+__all__ = ["add_loss_term", "collect_loss_terms"]
 
 _terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)
 
 
 @contextmanager
-def collecting() -> Iterator[list[Tensor]]:
+def collect_loss_terms() -> Iterator[list[Tensor]]:
     """Scalars emitted inside the block, in order; blocks nest, and the innermost one collects."""
     collected: list[Tensor] = []
     token = _terms.set(collected)
@@ -26,7 +26,7 @@ def collecting() -> Iterator[list[Tensor]]:
         _terms.reset(token)
 
 
-def emit(term: Tensor) -> None:
+def add_loss_term(term: Tensor) -> None:
     """Add a scalar, already weighted, to the loss of the step that is running, if there is one."""
     collected = _terms.get()
     if collected is not None:

@@ -3,13 +3,13 @@ it itself, and so need not keep the larger map."""
 
 from torch import Tensor, nn
 
-from fedtune.techniques._lean_conv import LeanSameConv2d
-from fedtune.techniques._recast import StandIn, recast
+from fedtune.techniques._lean_conv import MemoryEfficientSameConv2d
+from fedtune.techniques._recast import ForwardOverride, convert_layer_class
 
-__all__ = ["TfConv2d", "pad_inside"]
+__all__ = ["TensorFlowConv2d", "move_padding_into_conv2d"]
 
 
-class TfConv2d(LeanSameConv2d):
+class TensorFlowConv2d(MemoryEfficientSameConv2d):
     """A convolution that was given a padded map."""
 
     def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -20,10 +20,10 @@ class TfConv2d(LeanSameConv2d):
 
     def plain(self) -> nn.Conv2d:  # type: ignore[override]
         """The convolution for maps that are padded before."""
-        return recast(self, nn.Conv2d)
+        return convert_layer_class(self, nn.Conv2d)
 
 
-class _InARow(StandIn):
+class _UnpaddedForward(ForwardOverride):
     """A convolution, its norm and its activation, without the padding in between."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -36,10 +36,12 @@ class _InARow(StandIn):
         return x
 
 
-def pad_inside(model: nn.Module) -> None:
+def move_padding_into_conv2d(model: nn.Module) -> None:
     """Let the convolutions of such layers pad."""
     for layer in list(model.modules()):
         convolution = getattr(layer, "convolution", None)
         if getattr(getattr(layer, "config", None), "tf_padding", False) and type(convolution) is nn.Conv2d:
-            layer.add_module("convolution", recast(convolution, TfConv2d).train(convolution.training))
-            _InARow(layer).stand_in(layer)
+            layer.add_module(
+                "convolution", convert_layer_class(convolution, TensorFlowConv2d).train(convolution.training)
+            )
+            _UnpaddedForward(layer).stand_in(layer)

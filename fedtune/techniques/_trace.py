@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 
-__all__ = ["Call", "trace"]
+__all__ = ["ModuleCall", "trace_modules"]
 
 _SIDE = 64
 """Pixels of the picture's side."""
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """A module that ran from one moment to another."""
 
     name: str
@@ -29,7 +29,7 @@ class Call:
     begin: int
     end: int
 
-    def inside(self, other: "Call") -> bool:
+    def inside(self, other: "ModuleCall") -> bool:
         """Whether the other was running when it ran."""
         return other.begin < self.begin and self.end < other.end
 
@@ -38,7 +38,7 @@ class Call:
 class _Recorder:
     clock: Iterator[int] = field(default_factory=count)
     begun: list[int] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
 
     def begin(self, *_: Any) -> None:
         self.begun.append(next(self.clock))
@@ -46,10 +46,10 @@ class _Recorder:
     def end(self, name: str, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         begin, end = self.begun.pop(), next(self.clock)
         if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-            self.calls.append(Call(name, module, args[0], out, begin, end))
+            self.calls.append(ModuleCall(name, module, args[0], out, begin, end))
 
 
-def trace(model: nn.Module) -> list[Call]:
+def trace_modules(model: nn.Module) -> list[ModuleCall]:
     """Calls of the model's modules on a picture, in the order they began; ModelError where it takes none."""
     recorder = _Recorder()
     hooks = [
@@ -62,7 +62,7 @@ def trace(model: nn.Module) -> list[Call]:
     ]
     picture = torch.zeros(1, 3, _SIDE, _SIDE, dtype=next(model.parameters()).dtype)
     try:
-        with torch.no_grad(), _scoring(model):
+        with torch.no_grad(), _use_eval_mode(model):
             model(pixel_values=picture)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{type(model).__name__} cannot be tried out on a picture ({error}); choose lora") from error
@@ -73,7 +73,7 @@ def trace(model: nn.Module) -> list[Call]:
 
 
 @contextmanager
-def _scoring(model: nn.Module) -> Iterator[None]:
+def _use_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -21,22 +21,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._couplings import LAYER, STAGES, STREAM, Half, Plan, Stage
-from ._halves import Adapter, Call, attention_half, bound, feed_half, rows_of, stream_adapter
+from ._couplings import FULL_LAYER, STAGES, STREAM_ADAPTER, CouplingPlan, Stage, Stages
+from ._halves import (
+    BlockArguments,
+    BottleneckAdapter,
+    bind_block_arguments,
+    run_attention_half,
+    run_feed_forward_half,
+    run_stream_adapter,
+    select_batch_rows,
+)
 
-__all__ = ["Stack", "Streams", "attach", "draw", "plain"]
+__all__ = ["ReversibleStack", "Streams", "couple_blocks", "draw_dropout_seed", "run_with_autograd"]
 
 _Of = TypeVar("_Of")
 Streams = tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
-class Stack:
+class ReversibleStack:
     """The blocks of a model and how they are coupled; the blocks stay children of the model alone."""
 
     blocks: list[nn.Module]
-    plan: Plan
-    calls: list[Call] = field(default_factory=list)
+    plan: CouplingPlan
+    calls: list[BlockArguments] = field(default_factory=list)
     """Of the forward pass that is under way."""
     warned: bool = False
 
@@ -46,56 +54,56 @@ class Stack:
         first, second = self.plan.coupling.scaled
         return (self.plan.factor if first else 1.0), (self.plan.factor if second else 1.0)
 
-    def first(self, index: int) -> Half:
+    def first(self, index: int) -> Stages:
         """F of a block."""
         return self.plan.coupling.first
 
-    def second(self, index: int) -> Half:
+    def second(self, index: int) -> Stages:
         """G of a block; empty where it would feed the stream that nobody reads."""
         second = self.plan.coupling.second
-        unread = second == STREAM and self.plan.merge == "main" and index == len(self.blocks) - 1
+        unread = second == STREAM_ADAPTER and self.plan.merge == "main" and index == len(self.blocks) - 1
         return () if unread else second
 
     def adapters(self, index: int) -> list[Stage]:
         """A block's adapters: beside its feed-forward part; in the other stream, or in line behind attention."""
         coupled = self.first(index), self.second(index)
-        if LAYER not in coupled:
+        if FULL_LAYER not in coupled:
             return ["attention", "feed"]
-        return ["feed", "stream"] if STREAM in coupled else ["feed"]
+        return ["feed", "stream"] if STREAM_ADAPTER in coupled else ["feed"]
 
     def cut(self, stage: Stage, x: Tensor) -> tuple[Tensor, ...]:
         """The pieces of an input that a stage takes one after the other."""
         return x.chunk(self.plan.pieces, dim=_ALONG[stage]) if stage in _ALONG else (x,)
 
-    def cut_call(self, stage: Stage, inputs: Sequence[Tensor], call: Call) -> list[Call]:
+    def cut_call(self, stage: Stage, inputs: Sequence[Tensor], call: BlockArguments) -> list[BlockArguments]:
         """What is passed beside each piece."""
         if stage != "attention" or len(inputs) == 1:
             return [call] * len(inputs)
         sizes = [len(x) for x in inputs]
         starts = accumulate(sizes[:-1], initial=0)
-        return [rows_of(call, sum(sizes), start, size) for start, size in zip(starts, sizes, strict=True)]
+        return [select_batch_rows(call, sum(sizes), start, size) for start, size in zip(starts, sizes, strict=True)]
 
     def joined(self, stage: Stage, outs: Sequence[Tensor]) -> Tensor:
         """Pieces put together."""
         return outs[0] if len(outs) == 1 else torch.cat(list(outs), dim=_ALONG[stage])
 
-    def stage(self, stage: Stage, index: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+    def stage(self, stage: Stage, index: int, x: Tensor, call: BlockArguments, seed: int | None) -> Tensor:
         """Part of a block."""
         inputs = self.cut(stage, x)
         calls = enumerate(self.cut_call(stage, inputs, call))
         return self.joined(stage, [self.piece(stage, index, at, inputs[at], one, seed) for at, one in calls])
 
-    def piece(self, stage: Stage, index: int, at: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+    def piece(self, stage: Stage, index: int, at: int, x: Tensor, call: BlockArguments, seed: int | None) -> Tensor:
         """Part of a block on piece ``at`` of its input; ``seed`` makes its dropout the same whenever it runs."""
         if seed is not None:
             place = (index * self.plan.pieces + at) * len(STAGES) + STAGES.index(stage)
             torch.default_generator.manual_seed(seed + place)
         block, parts = self.blocks[index], self.plan.parts[index]
         if stage == "attention":
-            return attention_half(block, parts, x, call)
-        return feed_half(block, parts, x) if stage == "feed" else stream_adapter(block, parts, x)
+            return run_attention_half(block, parts, x, call)
+        return run_feed_forward_half(block, parts, x) if stage == "feed" else run_stream_adapter(block, parts, x)
 
-    def half(self, half: Half, index: int, x: Tensor, call: Call, seed: int | None) -> Tensor:
+    def half(self, half: Stages, index: int, x: Tensor, call: BlockArguments, seed: int | None) -> Tensor:
         """F or G of a block, on the grid."""
         for stage in half:
             x = self.stage(stage, index, x, call, seed)
@@ -113,7 +121,9 @@ class Stack:
         x = self.gridded(hidden)
         return x, x.view_as(x)
 
-    def push(self, index: int, x: Streams, call: Call, seed: int | None, dtype: torch.dtype) -> tuple[Streams, bool]:
+    def push(
+        self, index: int, x: Streams, call: BlockArguments, seed: int | None, dtype: torch.dtype
+    ) -> tuple[Streams, bool]:
         """A block forwards; the streams behind it, and whether they lead back to the very bits of ``x``."""
         f = self.half(self.first(index), index, x[1].to(dtype, copy=True), call, seed)
         y1, g, y2 = self.upper(x, f), None, x[1]
@@ -158,7 +168,7 @@ class Stack:
     def climb(
         self,
         x: Streams,
-        calls: Sequence[Call],
+        calls: Sequence[BlockArguments],
         seed: int | None,
         dtype: torch.dtype,
         keep: dict[int, Streams] | None = None,
@@ -193,14 +203,14 @@ _ALONG: dict[Stage, int] = {"attention": 0, "feed": 1}
 """Attention sees no other rows, the feed-forward part no other tokens."""
 
 
-def plain(stack: Stack, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+def run_with_autograd(stack: ReversibleStack, hidden: Tensor, calls: Sequence[BlockArguments]) -> Tensor:
     """The stack by ordinary operations: for scoring, and with every activation stored, for checking gradients."""
-    seed = draw(stack)
+    seed = draw_dropout_seed(stack)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         return stack.merged(stack.climb(stack.start(hidden), calls, seed, hidden.dtype), hidden.dtype)
 
 
-def draw(stack: Stack) -> int | None:
+def draw_dropout_seed(stack: ReversibleStack) -> int | None:
     """The seed of a pass's dropout, drawn from the global generator; None while scoring."""
     return int(torch.randint(2**31, ())) if stack.blocks[0].training else None
 
@@ -215,28 +225,28 @@ class _Round(torch.autograd.Function):
         return gradients[0], None
 
 
-Runner = Callable[[Stack, Tensor, Sequence[Call]], Tensor]
+StackRunner = Callable[[ReversibleStack, Tensor, Sequence[BlockArguments]], Tensor]
 
 
-def attach(model: nn.Module, plan: Plan, run: Runner) -> Stack:
+def couple_blocks(model: nn.Module, plan: CouplingPlan, run: StackRunner) -> ReversibleStack:
     """Give the blocks their adapters, uninitialised, and let them run as one stack through ``run``."""
     blocks = list(model.get_submodule(plan.stack).children())
-    stack = Stack(blocks, plan)
+    stack = ReversibleStack(blocks, plan)
     for index, (block, parts) in enumerate(zip(blocks, plan.parts, strict=True)):
         norm = block.get_parameter(f"{parts.norms[0]}.weight")
-        made = partial(Adapter, len(norm), plan.rank, plan.dropout, norm.dtype)
+        made = partial(BottleneckAdapter, len(norm), plan.rank, plan.dropout, norm.dtype)
         kinds = stack.adapters(index)
         block.add_module("adapters", nn.ModuleDict({kind: made() for kind in kinds}))
-        block.__dict__["forward"] = partial(_called, stack, index, run)
+        block.__dict__["forward"] = partial(_run_block, stack, index, run)
     return stack
 
 
-def _called(stack: Stack, index: int, run: Runner, *args: Any, **kwargs: Any) -> Tensor:
+def _run_block(stack: ReversibleStack, index: int, run: StackRunner, *args: Any, **kwargs: Any) -> Tensor:
     """Note a block's call; the last one runs them all.
 
     So each block keeps its place and its name, and gets what the model's own loop passes to it alone, such as a mask.
     """
-    hidden, call = bound(stack.blocks[index], args, kwargs)
+    hidden, call = bind_block_arguments(stack.blocks[index], args, kwargs)
     stack.calls = [*stack.calls[:index], call]
     if index < len(stack.blocks) - 1:
         return hidden

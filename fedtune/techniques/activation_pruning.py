@@ -43,13 +43,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._masked import EXACT, Masked, masked
-from fedtune.techniques._normalised_conv import conv_norm_pairs, denormalise, normalise, normalised
-from fedtune.techniques._pruned import Rule
-from fedtune.techniques._pruned_layers import Keeping, Latest, attach, detach
-from fedtune.techniques._recast import replace, restore
-from fedtune.techniques._technique import Technique, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._masked import EXACT_GRADIENTS, OneBitActivation, make_one_bit_activation
+from fedtune.techniques._normalised_conv import (
+    find_conv_norm_pairs,
+    iter_standardised_conv2d,
+    restore_batch_norms,
+    standardise_convolutions,
+)
+from fedtune.techniques._pruned import PruningRule
+from fedtune.techniques._pruned_layers import InputStorage, RecentInputs, attach_input_pruning, detach_input_pruning
+from fedtune.techniques._recast import replace_layer, restore_plain_layers
+from fedtune.techniques._technique import Technique, unfreeze_parameters
 
 __all__ = ["ActivationPruning"]
 
@@ -68,24 +73,26 @@ class ActivationPruning(Technique):
     centre: bool = Field(False, description="take the mean of each feature out of a linear layer's input first")
     normalise: bool = Field(False, description="normalise convolutions' weights in place of batch norms behind them")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Swap batch norms for normalised weights if asked to; layers are told in ``begin_round``."""
-        vars(model)["activation_pruning"] = Latest()
+        vars(model)["activation_pruning"] = RecentInputs()
         if self.normalise:
-            require(model, normalise(model, conv_norm_pairs(model), self._convolutions(model)))
+            unfreeze_parameters(
+                model, standardise_convolutions(model, find_conv_norm_pairs(model), self._convolutions(model))
+            )
 
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Tell the layers, as all techniques have left them, to store their inputs pruned."""
-        frozen = next((name for name, layer in normalised(model) if not layer.weight.requires_grad), None)
+        frozen = next((name for name, layer in iter_standardised_conv2d(model) if not layer.weight.requires_grad), None)
         if frozen is not None:
             raise ModelError(
                 f"activation-pruning's normalise rescales {frozen}, which is frozen; train it (full) or leave it out"
             )
         if self.prune or self.values == "half":
             _mask_activations(model)
-        rule = Rule(self.prune, self.values == "half", self.centre)
-        linear = Keeping(rule, self.per != "tensor", _latest(model))
-        if not attach(model, linear, self._convolutions(model)) and not self.normalise:
+        rule = PruningRule(self.prune, self.values == "half", self.centre)
+        linear = InputStorage(rule, self.per != "tensor", _latest(model))
+        if not attach_input_pruning(model, linear, self._convolutions(model)) and not self.normalise:
             raise ModelError(
                 f"{type(model).__name__} has no linear layer or convolution; leave the technique activation-pruning out"
             )
@@ -104,23 +111,23 @@ class ActivationPruning(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """Let layers be plain again."""
-        detach(model)
-        denormalise(model)
-        restore(model)
+        detach_input_pruning(model)
+        restore_batch_norms(model)
+        restore_plain_layers(model)
         del vars(model)["activation_pruning"]
 
-    def _convolutions(self, model: nn.Module) -> Keeping:
-        return Keeping(Rule(self.prune, self.values == "half"), self.per == "row", _latest(model))
+    def _convolutions(self, model: nn.Module) -> InputStorage:
+        return InputStorage(PruningRule(self.prune, self.values == "half"), self.per == "row", _latest(model))
 
 
-def _latest(model: nn.Module) -> Latest:
-    found: Latest = vars(model)["activation_pruning"]
+def _latest(model: nn.Module) -> RecentInputs:
+    found: RecentInputs = vars(model)["activation_pruning"]
     return found
 
 
 def _mask_activations(model: nn.Module) -> None:
     """Let ReLU and ReLU6 keep a bit, or they would keep whole what the next layer stores pruned."""
-    inner = {layer.activation for layer in model.modules() if isinstance(layer, Masked)}
+    inner = {layer.activation for layer in model.modules() if isinstance(layer, OneBitActivation)}
     for name, layer in list(model.named_modules()):
-        if type(layer) in EXACT and layer not in inner and "forward" not in vars(layer):
-            replace(model, name, partial(masked, rules=EXACT))
+        if type(layer) in EXACT_GRADIENTS and layer not in inner and "forward" not in vars(layer):
+            replace_layer(model, name, partial(make_one_bit_activation, rules=EXACT_GRADIENTS))

@@ -18,10 +18,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import Task
-from fedtune.techniques._recast import restore
-from fedtune.techniques._spare import has_batch_norms, spare_all
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._recast import restore_plain_layers
+from fedtune.techniques._spare import has_batch_norms, make_model_efficient
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["Bias"]
 
@@ -37,13 +37,13 @@ class Bias(Technique):
 
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of biases, then of the head."""
-        require(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         if task != "causal-language-modelling":
-            require(model, head_names(model))
+            unfreeze_parameters(model, list_head_parameters(model))
         if has_batch_norms(model) and not self.stored_activations:
-            spare_all(model)
+            make_model_efficient(model)
 
     def stored(self) -> "Bias":
         """The same network, every activation stored."""
@@ -51,4 +51,4 @@ class Bias(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""
-        restore(model)
+        restore_plain_layers(model)

@@ -14,19 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 from fedtune.techniques._technique import Technique
 
-__all__ = ["Checkpointing"]
+__all__ = ["GradientCheckpointing"]
 
 
-class Checkpointing(Technique):
+class GradientCheckpointing(Technique):
     """Recompute blocks in the backward pass."""
 
     name: ClassVar[str] = "checkpointing"
     trains: ClassVar[bool] = False
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the model's own non-reentrant checkpointing."""
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")

@@ -14,13 +14,13 @@ from typing import ClassVar
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
-__all__ = ["Classifier"]
+__all__ = ["HeadOnly"]
 
 
-class Classifier(Technique):
+class HeadOnly(Technique):
     """Train the head alone."""
 
     name: ClassVar[str] = "classifier"
@@ -31,8 +31,8 @@ class Classifier(Technique):
         "qlora": "the head is trained beside a low-rank pair anyway",
     }
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the head's gradients."""
         if task == "causal-language-modelling":
             raise ModelError("the technique classifier trains a new head, which causal-language-modelling has not")
-        require(model, head_names(model))
+        unfreeze_parameters(model, list_head_parameters(model))

@@ -38,16 +38,22 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Section, Task
-from fedtune.techniques._mlp_weights import MlpWeight, WeightTerms, add_thetas, attach_weights, fold_weights
-from fedtune.techniques._mlps import Mlp, find_mlps
-from fedtune.techniques._probe import Probe, Tally, attach, counting, detach
-from fedtune.techniques._technique import Technique, require
+from fedtune.recipe import SettingsModel, TaskName
+from fedtune.techniques._mlp_weights import (
+    MlpWeight,
+    MlpWeightLoss,
+    attach_mlp_weights,
+    merge_mlp_weights,
+    register_mlp_weights,
+)
+from fedtune.techniques._mlps import MlpLayers, find_mlps
+from fedtune.techniques._probe import ActivationCounts, DensityProbe, attach_probes, count_activations, detach_hooks
+from fedtune.techniques._technique import Technique, unfreeze_parameters
 
-__all__ = ["Deft", "Skip", "probes"]
+__all__ = ["Deft", "SkipMlps", "get_probes"]
 
 
-class Skip(Section):
+class SkipMlps(SettingsModel):
     """Weigh each MLP's output by a trained number and drop those that become small (ADA-DEFT-style)."""
 
     gamma: float = Field(0.1, ge=0, description="how hard the weights are pressed towards zero")
@@ -65,35 +71,35 @@ class Deft(Technique):
     eps_start: float | None = Field(None, ge=1e-12, description="anneal eps geometrically from here over the run")
     relu: bool = Field(False, description="swap the MLPs' activation function (the gate's, if gated) for ReLU")
     threshold: float = Field(0.0, ge=0, description="activations up to it are zeroed whenever the model is scored")
-    skip: Skip | None = None
+    skip: SkipMlps | None = None
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Find the MLPs, swap their activation function, add the trained weights."""
         mlps = find_mlps(model)
         if self.relu:
             _swap(model, mlps)
         if self.skip is not None:
-            require(model, add_thetas(model, mlps))
+            unfreeze_parameters(model, register_mlp_weights(model, mlps))
 
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Hang probes on the layers as all techniques have left them."""
         if "deft" in vars(model):
             return
-        made = attach(model, self.alpha, self.threshold)
-        weights = attach_weights(model, made, self.alpha, self.skip.gamma, self.skip.below) if self.skip else None
+        made = attach_probes(model, self.alpha, self.threshold)
+        weights = attach_mlp_weights(model, made, self.alpha, self.skip.gamma, self.skip.below) if self.skip else None
         vars(model)["deft"] = made, weights
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
         """Set epsilon, and leave the padding out."""
         start = self.eps if self.eps_start is None else self.eps_start
-        probes(model)[0].step.begin(batch, start * (self.eps / start) ** progress)
+        get_probes(model)[0].step.begin(batch, start * (self.eps / start) ** progress)
         if (weights := _weights(model)) is not None:
             weights.begin_step()
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
         """Count non-zero activations."""
-        with counting(probes(model)) as tallies:
+        with count_activations(get_probes(model)) as tallies:
             yield lambda: self._figures(model, tallies)
 
     def keeps_base(self) -> bool:
@@ -103,31 +109,31 @@ class Deft(Technique):
     def _fold(self, model: nn.Module) -> None:
         """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""
         weights = _weights(model)
-        detach(model, (Probe, MlpWeight, WeightTerms))
+        detach_hooks(model, (DensityProbe, MlpWeight, MlpWeightLoss))
         if weights is not None:
-            fold_weights(model, weights)
+            merge_mlp_weights(model, weights)
         del vars(model)["deft"]
 
-    def _figures(self, model: nn.Module, tallies: list[Tally]) -> dict[str, float]:
-        figures = _densities(probes(model), tallies)
+    def _figures(self, model: nn.Module, tallies: list[ActivationCounts]) -> dict[str, float]:
+        figures = _densities(get_probes(model), tallies)
         if (weights := _weights(model)) is None:
             return figures
         deployed = [weight.deployed() for weight in weights.weights]
         return {**figures, "mlps_skipped": float(deployed.count(0.0)), "mlp_weight": sum(deployed) / len(deployed)}
 
 
-def probes(model: nn.Module) -> list[Probe]:
+def get_probes(model: nn.Module) -> list[DensityProbe]:
     """The probes of a model, one per MLP."""
-    made: list[Probe] = vars(model)["deft"][0]
+    made: list[DensityProbe] = vars(model)["deft"][0]
     return made
 
 
-def _weights(model: nn.Module) -> WeightTerms | None:
-    weights: WeightTerms | None = vars(model)["deft"][1]
+def _weights(model: nn.Module) -> MlpWeightLoss | None:
+    weights: MlpWeightLoss | None = vars(model)["deft"][1]
     return weights
 
 
-def _densities(made: Sequence[Probe], tallies: Sequence[Tally]) -> dict[str, float]:
+def _densities(made: Sequence[DensityProbe], tallies: Sequence[ActivationCounts]) -> dict[str, float]:
     thresholded = any(probe.threshold for probe in made)
     stacks = list(dict.fromkeys(probe.mlp.stack for probe in made))
     figures: dict[str, float] = {}
@@ -151,7 +157,7 @@ def _called(stack: str, stacks: Sequence[str]) -> str:
     return owner if owner and owners.count(owner) == 1 else stack.replace(".", "_")
 
 
-def _swap(model: nn.Module, mlps: Sequence[Mlp]) -> None:
+def _swap(model: nn.Module, mlps: Sequence[MlpLayers]) -> None:
     """ReLU in place of each activation, and in every field of the configuration that names it."""
     old = type(model.get_submodule(mlps[0].activation))
     config: Any = model.config
@@ -163,7 +169,7 @@ def _swap(model: nn.Module, mlps: Sequence[Mlp]) -> None:
     _check_swap(model, mlps[0])
 
 
-def _check_swap(model: nn.Module, mlp: Mlp) -> None:
+def _check_swap(model: nn.Module, mlp: MlpLayers) -> None:
     """A model built from the configuration has to have ReLU there, or an export would be another function."""
     kind, config = type(model), cast("Any", model.config)
     with torch.device("meta"):

@@ -31,16 +31,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.contribution import Form
-from fedtune.recipe import Task
-from fedtune.sparse import mask_name, masks
-from fedtune.techniques._extrusion import Extrusion, Layer, extrusion_rate, press
-from fedtune.techniques._layer_density import active_counts
-from fedtune.techniques._mask_moves import gathered, largest, moved, smallest_active
-from fedtune.techniques._normalised_conv import is_normalised
-from fedtune.techniques._own_moves import averaged, forms, move, told
-from fedtune.techniques._places import pack_places, place_forms
-from fedtune.techniques._technique import Answer, Moment, Technique, require
+from fedtune.contribution import TensorSpec
+from fedtune.recipe import TaskName
+from fedtune.sparse import find_masks, mask_name
+from fedtune.techniques._extrusion import Extrusion, MaskableLayer, add_extrusion_gradient, compute_extrusion_lr
+from fedtune.techniques._layer_density import count_active_weights
+from fedtune.techniques._mask_moves import average_gradients, mask_largest, mask_smallest_active, update_mask
+from fedtune.techniques._normalised_conv import is_standardised
+from fedtune.techniques._own_moves import (
+    average_over_holders,
+    declare_mask_update,
+    pack_mask_update,
+    update_client_mask,
+)
+from fedtune.techniques._places import declare_positions, pack_positions
+from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, unfreeze_parameters
 
 __all__ = ["DynamicPruning"]
 
@@ -72,49 +77,51 @@ class DynamicPruning(Technique):
             raise ValueError("extrusion readies weights for the server's drop; with by: clients say extrusion: null")
         return self
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Draw the masks from ``seed``, zero what is inactive, train everything."""
         layers = dict(_layers(model))
         weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
         dense = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in weights.values())
-        counts = active_counts({name: tuple(w.shape) for name, w in weights.items()}, dense, self.density)
+        counts = count_active_weights({name: tuple(w.shape) for name, w in weights.items()}, dense, self.density)
         random = torch.Generator().manual_seed(seed)
         for name, layer in layers.items():
             drawn = torch.rand(layer.weight.shape, generator=random)
             scores = drawn if self.start == "random" else layer.weight.detach().abs()
-            mask = largest(scores, counts[f"{name}.weight"])
+            mask = mask_largest(scores, counts[f"{name}.weight"])
             layer.register_buffer("mask", mask)
             layer.weight.data *= mask
-        require(model, [name for name, _ in model.named_parameters()])
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters()])
 
     def held(self, model: nn.Module) -> list[str]:
         """The masks."""
-        return [f"{name}.mask" for name, _, _ in _masked(model)]
+        return [f"{name}.mask" for name, _, _ in _list_masked_layers(model)]
 
-    def before_update(self, model: nn.Module, moment: Moment) -> float:
+    def before_update(self, model: nn.Module, moment: StepInfo) -> float:
         """Mask the gradients; press the weights that are about to be dropped, or drop them here."""
         if self.by == "clients" and self._moves(moment.round) and moment.step == moment.steps // 2:
             self._move(model, moment.round)
-        for _, layer, mask in _masked(model):
+        for _, layer, mask in _list_masked_layers(model):
             if layer.weight.grad is not None:
                 layer.weight.grad *= mask
         if self.extrusion is None or not self._moves(moment.round):
             return moment.lr
         if moment.step == 0:
             self._mark(model, moment.round)
-        square = sum(press(layer, self.extrusion.strength) for _, layer, _ in _masked(model))
-        return max(moment.lr, extrusion_rate(moment, math.sqrt(square)))
+        square = sum(
+            add_extrusion_gradient(layer, self.extrusion.strength) for _, layer, _ in _list_masked_layers(model)
+        )
+        return max(moment.lr, compute_extrusion_lr(moment, math.sqrt(square)))
 
-    def asked(self, model: nn.Module, number: int) -> dict[str, Form]:
+    def asked(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
         """In a round after which the mask moves: of each layer, places and gradients of what might wake."""
-        asked: dict[str, Form] = {}
-        for name, _, mask in _masked(model) if self._moves(number) else ():
+        asked: dict[str, TensorSpec] = {}
+        for name, _, mask in _list_masked_layers(model) if self._moves(number) else ():
             count = self._count(mask, number)
             if self.by == "clients":
-                asked |= forms(name, mask.numel(), count)
+                asked |= declare_mask_update(name, mask.numel(), count)
             else:
-                asked |= place_forms(f"{name}.wake", count, mask.numel())
-                asked |= {f"{name}.wake_gradient": Form((count,), "BF16")}
+                asked |= declare_positions(f"{name}.wake", count, mask.numel())
+                asked |= {f"{name}.wake_gradient": TensorSpec((count,), "BF16")}
         return asked
 
     def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
@@ -122,26 +129,28 @@ class DynamicPruning(Technique):
         if not self._moves(number):
             return {}
         if self.by == "clients":
-            return _moves_of(model)
+            return _pack_mask_updates(model)
         found: dict[str, Tensor] = {}
         model.zero_grad()
         try:
             backward()
-            for name, layer, mask in _masked(model):
+            for name, layer, mask in _list_masked_layers(model):
                 found |= _largest_inactive(name, layer.weight, mask, self._count(mask, number))
         finally:
             model.zero_grad()
         return found
 
-    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[Answer]) -> dict[str, Tensor]:
+    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]) -> dict[str, Tensor]:
         """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero; or FedDST."""
         revised = dict(state)
-        for name, mask in masks(state).items() if self._moves(number) else ():
+        for name, mask in find_masks(state).items() if self._moves(number) else ():
             owner = name.removesuffix(".weight")
             if self.by == "clients":
-                revised[name], revised[mask_name(name)] = averaged(owner, state[name], mask, answers)
+                revised[name], revised[mask_name(name)] = average_over_holders(owner, state[name], mask, answers)
             else:
-                after = moved(state[name], mask, gathered(mask, answers, owner), self._count(mask, number))
+                after = update_mask(
+                    state[name], mask, average_gradients(mask, answers, owner), self._count(mask, number)
+                )
                 revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
 
@@ -155,8 +164,8 @@ class DynamicPruning(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """Take the masks off; the weights are zero where they were. Normalised weights need theirs to be folded."""
-        for _, layer, _ in list(_masked(model)):
-            if not is_normalised(layer):
+        for _, layer, _ in list(_list_masked_layers(model)):
+            if not is_standardised(layer):
                 del layer.mask
 
     def _moves(self, number: int) -> bool:
@@ -170,36 +179,36 @@ class DynamicPruning(Technique):
 
     def _move(self, model: nn.Module, number: int) -> None:
         """A client's own move, by the gradients of the step."""
-        for _, layer, mask in _masked(model):
+        for _, layer, mask in _list_masked_layers(model):
             gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
-            vars(layer)["received"] = move(layer.weight.data, gradient, mask, self._count(mask, number))
+            vars(layer)["received"] = update_client_mask(layer.weight.data, gradient, mask, self._count(mask, number))
 
     def _mark(self, model: nn.Module, number: int) -> None:
         """Remember the smallest active weights at the start of a round."""
-        for _, layer, mask in _masked(model):
-            vars(layer)["marked"] = smallest_active(layer.weight.detach(), mask, self._count(mask, number)).bool()
+        for _, layer, mask in _list_masked_layers(model):
+            vars(layer)["marked"] = mask_smallest_active(layer.weight.detach(), mask, self._count(mask, number)).bool()
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, MaskableLayer]]:
     """Convolutions and linear layers whose weight is nobody else's too."""
     owners = [id(p) for layer in model.modules() for p in layer.parameters(recurse=False)]
     for name, layer in model.named_modules():
-        if isinstance(layer, Layer) and owners.count(id(layer.weight)) == 1:
+        if isinstance(layer, MaskableLayer) and owners.count(id(layer.weight)) == 1:
             yield name, layer
 
 
-def _masked(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor]]:
+def _list_masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskableLayer, Tensor]]:
     for name, layer in model.named_modules():
         mask = layer._buffers.get("mask")
-        if isinstance(layer, Layer) and mask is not None:
+        if isinstance(layer, MaskableLayer) and mask is not None:
             yield name, layer, mask
 
 
-def _moves_of(model: nn.Module) -> dict[str, Tensor]:
+def _pack_mask_updates(model: nn.Module) -> dict[str, Tensor]:
     """What a client tells of its own moves."""
     found: dict[str, Tensor] = {}
-    for name, layer, mask in _masked(model):
-        found |= told(name, layer.weight.detach(), vars(layer)["received"], mask)
+    for name, layer, mask in _list_masked_layers(model):
+        found |= pack_mask_update(name, layer.weight.detach(), vars(layer)["received"], mask)
     return found
 
 
@@ -209,4 +218,4 @@ def _largest_inactive(name: str, weight: Tensor, mask: Tensor, count: int) -> di
     weight.grad = None
     places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices.sort().values
     kept = gradient[places].bfloat16()
-    return {**pack_places(f"{name}.wake", places, mask.numel()), f"{name}.wake_gradient": kept}
+    return {**pack_positions(f"{name}.wake", places, mask.numel()), f"{name}.wake_gradient": kept}

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedtune.recipe import Task
-from fedtune.techniques._technique import Technique, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._technique import Technique, unfreeze_parameters
 
 __all__ = ["Full"]
 
@@ -31,6 +31,6 @@ class Full(Technique):
         "qlora": "full trains the weights that qlora freezes",
     }
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on every gradient."""
-        require(model, [name for name, _ in model.named_parameters()])
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters()])

@@ -30,14 +30,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 from fedtune.techniques._fused_loss import fused_cross_entropy
 from fedtune.techniques._technique import Technique
 
-__all__ = ["FusedHead", "LateHead"]
+__all__ = ["DeferredHead", "FusedCrossEntropy"]
 
 
-class FusedHead(Technique):
+class FusedCrossEntropy(Technique):
     """Output layer and cross-entropy in one, a chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-head"
@@ -45,17 +45,17 @@ class FusedHead(Technique):
 
     chunk: int = Field(128, ge=1, description="tokens whose logits exist at one time")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
-        late = LateHead(plain, self.chunk)
+        late = DeferredHead(plain, self.chunk)
         model.set_submodule(name, late)
         late.handles = (
-            model.register_forward_pre_hook(_expect, with_kwargs=True),
-            model.register_forward_hook(_conclude, always_call=True),
+            model.register_forward_pre_hook(_begin_forward, with_kwargs=True),
+            model.register_forward_hook(_end_forward, always_call=True),
         )
         model.loss_function = partial(_loss, head=late)  # type: ignore[assignment]
-        _try(model)
+        _try_step(model)
 
     def stored(self) -> None:
         """The plain head gives the same gradients."""
@@ -63,13 +63,13 @@ class FusedHead(Technique):
     def _fold(self, model: nn.Module) -> None:
         """Put the plain output layer back."""
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, LateHead):
+            if isinstance(layer, DeferredHead):
                 layer.retire()
                 model.set_submodule(name, layer.plain())
         vars(model).pop("_loss_function", None)
 
 
-class LateHead(nn.Module):
+class DeferredHead(nn.Module):
     """An output layer that in a training step with labels passes the hidden states on to the loss."""
 
     handles: tuple[RemovableHandle, ...] = ()
@@ -110,7 +110,7 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
     return next(name for name, layer in model.named_modules() if layer is head), head
 
 
-def _try(model: nn.Module) -> None:
+def _try_step(model: nn.Module) -> None:
     """A step on two tokens meets whatever the model does between its head and its loss."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     mode = model.training
@@ -123,13 +123,13 @@ def _try(model: nn.Module) -> None:
         model.train(mode)
 
 
-def _expect(model: PreTrainedModel, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _begin_forward(model: PreTrainedModel, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Before the model's forward pass: is this a training step whose loss is asked for?"""
     head = model.get_output_embeddings()
     head.late = model.training and kwargs.get("labels") is not None
 
 
-def _conclude(model: PreTrainedModel, _: tuple[Any, ...], output: Any) -> Any:
+def _end_forward(model: PreTrainedModel, _: tuple[Any, ...], output: Any) -> Any:
     """After it: hidden states are not handed out under the name of logits."""
     head = model.get_output_embeddings()
     late, passed = head.late, head.passed
@@ -147,7 +147,7 @@ def _loss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     *,
-    head: LateHead,
+    head: DeferredHead,
     **others: Any,
 ) -> Tensor:
     """What transformers calls for the loss of a causal language model; late, it is given the hidden states."""

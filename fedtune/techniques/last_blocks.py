@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import Task
-from fedtune.techniques._inverted_residual import Top, top
-from fedtune.techniques._prefix import run_apart
-from fedtune.techniques._recast import replace, restore
-from fedtune.techniques._spare import live
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
+from fedtune.techniques._prefix import run_frozen_prefix
+from fedtune.techniques._recast import replace_layer, restore_plain_layers
+from fedtune.techniques._spare import unfreeze_batch_norm
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["LastBlocks"]
 
@@ -50,25 +50,25 @@ class LastBlocks(Technique):
     norms: Literal["live", "frozen"] = Field("live", description="statistics of the trained norms")
     micro_batch: int | None = Field(None, ge=1, description="examples at a time through the frozen part; null: all")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of the last blocks and the head."""
-        found = top(model, self.blocks)
+        found = split_before_last_blocks(model, self.blocks)
         tail = found.tail if self.head == "train" else None
         whole = [block.name for block in found.blocks] + ([*tail.convolutions, *tail.norms] if tail else [])
         inside = tuple(f"{name}." for name in whole)
-        require(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
-        require(model, head_names(model))
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
+        unfreeze_parameters(model, list_head_parameters(model))
         if self.norms == "live":
             for name in _norms(found, with_tail=tail is not None):
-                replace(model, name, live)
+                replace_layer(model, name, unfreeze_batch_norm)
         if self.micro_batch is not None:
-            run_apart(model, found.before, self.micro_batch, keep=False)
+            run_frozen_prefix(model, found.before, self.micro_batch, keep=False)
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain norms back around what was learned."""
-        restore(model)
+        restore_plain_layers(model)
 
 
-def _norms(found: Top, *, with_tail: bool) -> list[str]:
+def _norms(found: NetworkSplit, *, with_tail: bool) -> list[str]:
     inside = [norm for block in found.blocks for norm in (*block.inner, block.last)]
     return inside + list(found.tail.norms) if with_tail else inside

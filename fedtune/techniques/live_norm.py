@@ -22,14 +22,14 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._live_norm import LiveNorm, own
-from fedtune.techniques._technique import Technique, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors
+from fedtune.techniques._technique import Technique, unfreeze_parameters
 
-__all__ = ["LiveNorms"]
+__all__ = ["BatchNormStatistics"]
 
 
-class LiveNorms(Technique):
+class BatchNormStatistics(Technique):
     """Let batch norms follow the data."""
 
     name: ClassVar[str] = "live-norm"
@@ -38,16 +38,16 @@ class LiveNorms(Technique):
 
     local: bool = Field(False, description="each device keeps its batch norms for itself")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Put a live norm in the place of each plain one; ModelError when the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
             raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
         for name, layer in norms:
-            model.set_submodule(name, LiveNorm.of(layer, self.local))
+            model.set_submodule(name, UnfrozenBatchNorm2d.of(layer, self.local))
         if self.local:
-            norm_parameters = set(own(model)) & dict(model.named_parameters()).keys()
-            require(model, sorted(norm_parameters))
+            norm_parameters = set(list_local_tensors(model)) & dict(model.named_parameters()).keys()
+            unfreeze_parameters(model, sorted(norm_parameters))
 
     def keeps_own(self) -> bool:
         """When they are local."""
@@ -56,5 +56,5 @@ class LiveNorms(Technique):
     def _fold(self, model: nn.Module) -> None:
         """Plain norms again."""
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, LiveNorm):
+            if isinstance(layer, UnfrozenBatchNorm2d):
                 model.set_submodule(name, layer.plain())

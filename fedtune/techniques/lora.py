@@ -21,12 +21,12 @@ Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).
 from collections.abc import Mapping
 from typing import ClassVar
 
-from fedtune.techniques._low_rank import LowRank
+from fedtune.techniques._low_rank import LowRankTechnique
 
 __all__ = ["Lora"]
 
 
-class Lora(LowRank):
+class Lora(LowRankTechnique):
     """A low-rank pair beside full-precision layers."""
 
     name: ClassVar[str] = "lora"

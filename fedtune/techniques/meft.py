@@ -33,12 +33,20 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._blocks import UNRUN, Run, find_stack, in_training, parts_of, probe, said
-from fedtune.techniques._couplings import COUPLINGS, Plan
-from fedtune.techniques._reversible import reversible
-from fedtune.techniques._technique import Technique, head_names, require
-from fedtune.techniques._two_streams import Stack, attach, plain
+from fedtune.recipe import TaskName
+from fedtune.techniques._blocks import (
+    UNRUN,
+    BlockInputs,
+    find_block_list,
+    record_block_inputs,
+    said,
+    split_block,
+    use_seeded_train_mode,
+)
+from fedtune.techniques._couplings import COUPLINGS, CouplingPlan
+from fedtune.techniques._reversible import run_reversible
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
+from fedtune.techniques._two_streams import ReversibleStack, couple_blocks, run_with_autograd
 
 __all__ = ["Meft"]
 
@@ -77,21 +85,21 @@ class Meft(Technique):
             return "deft measures a layer's activations whole, which only pieces: 1 makes"
         return super().refusal(other)
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Give the blocks adapters drawn from ``seed`` and couple them; train the adapters and a classifier's head."""
-        stack = find_stack(model)
-        hidden, calls = run = probe(model, stack)
+        stack = find_block_list(model)
+        hidden, calls = run = record_block_inputs(model, stack)
         blocks = model.get_submodule(stack).named_children()
-        parts = tuple(parts_of(f"{stack}.{i}", b, hidden, call) for (i, b), call in zip(blocks, calls, strict=True))
-        plan = Plan(stack, parts, self.variant, self.factor, self.rank, self.dropout, self.merge, self.pieces)
-        made = attach(model, plan, plain if self.stored_activations else reversible)
-        _draw(made, seed)
+        parts = tuple(split_block(f"{stack}.{i}", b, hidden, call) for (i, b), call in zip(blocks, calls, strict=True))
+        plan = CouplingPlan(stack, parts, self.variant, self.factor, self.rank, self.dropout, self.merge, self.pieces)
+        made = couple_blocks(model, plan, run_with_autograd if self.stored_activations else run_reversible)
+        _init_adapters(made, seed)
         if self.mode == "exact":
             made.plan = replace(plan, grid=self.bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
         vars(model)["meft"] = made
-        require(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
         if task != "causal-language-modelling":
-            require(model, head_names(model))
+            unfreeze_parameters(model, list_head_parameters(model))
 
     def keeps_base(self) -> bool:
         """The factor stays in the network."""
@@ -99,12 +107,12 @@ class Meft(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """Make the model save itself with the code of its two streams."""
-        from fedtune.techniques._meft_in_transformers import ship
+        from fedtune.techniques._meft_in_transformers import export_with_code
 
-        stack: Stack = vars(model).pop("meft")
+        stack: ReversibleStack = vars(model).pop("meft")
         if not type(model).__module__.startswith("transformers."):
             raise ModelError(f"meft cannot export a {type(model).__name__}, which brings code of its own already")
-        ship(model, stack.plan)
+        export_with_code(model, stack.plan)
 
     def stored(self) -> "Meft":
         """The same network, every activation stored."""
@@ -125,7 +133,7 @@ class Meft(Technique):
         return 2 * scalings if COUPLINGS[self.variant].swap else scalings
 
 
-def _draw(stack: Stack, seed: int) -> None:
+def _init_adapters(stack: ReversibleStack, seed: int) -> None:
     """Matrices from N(0, 0.02 ** 2), biases 0, in the blocks' order."""
     random = torch.Generator().manual_seed(seed)
     for block in stack.blocks:
@@ -136,21 +144,21 @@ def _draw(stack: Stack, seed: int) -> None:
             parameter.data.copy_(drawn)
 
 
-def _measured(model: nn.Module, stack: Stack, run: Run) -> int:
+def _measured(model: nn.Module, stack: ReversibleStack, run: BlockInputs) -> int:
     """The range, where the coupled blocks run at all."""
     try:
-        return _range(model, stack, run)
+        return _count_range_bits(model, stack, run)
     except UNRUN as error:
         name = type(model).__name__
         raise ModelError(f"{name} does not run as two streams ({said(error)}); leave meft out") from error
 
 
-def _range(model: nn.Module, stack: Stack, run: Run) -> int:
+def _count_range_bits(model: nn.Module, stack: ReversibleStack, run: BlockInputs) -> int:
     """Bits before the point of twice the largest stream value seen on the probe's inputs."""
     hidden, calls = run
     largest = hidden.abs().max()
     x = hidden.double(), hidden.double()
-    with in_training(model):
+    with use_seeded_train_mode(model):
         for index, call in enumerate(calls):
             x, _ = stack.push(index, x, call, None, hidden.dtype)
             largest = torch.maximum(largest, torch.stack(x).abs().max())

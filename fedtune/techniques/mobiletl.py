@@ -27,15 +27,15 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedtune.recipe import Task
-from fedtune.techniques._behind_gate import behind_gate
-from fedtune.techniques._inverted_residual import Top, top
-from fedtune.techniques._masked import EXACT, SIGNED, Rule
-from fedtune.techniques._prefix import run_apart
-from fedtune.techniques._recast import replace, restore
-from fedtune.techniques._spare import live, spare
-from fedtune.techniques._technique import Technique, head_names, require
-from fedtune.techniques._tf_padding import pad_inside
+from fedtune.recipe import TaskName
+from fedtune.techniques._behind_gate import make_product_input_conv2d
+from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
+from fedtune.techniques._masked import EXACT_GRADIENTS, SIGN_GRADIENTS, GradientRule
+from fedtune.techniques._prefix import run_frozen_prefix
+from fedtune.techniques._recast import replace_layer, restore_plain_layers
+from fedtune.techniques._spare import make_layer_efficient, unfreeze_batch_norm
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
+from fedtune.techniques._tf_padding import move_padding_into_conv2d
 
 __all__ = ["Mobiletl"]
 
@@ -73,16 +73,16 @@ class Mobiletl(Technique):
             raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
         return self
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Train the last blocks and the head; everything above the frozen part keeps what it must."""
-        found = top(model, self.blocks)
+        found = split_before_last_blocks(model, self.blocks)
         if self.last_norm == "live":
             for block in found.blocks:
-                replace(model, block.last, live)
-        require(model, [*self._trained(model, found), *head_names(model)])
+                replace_layer(model, block.last, unfreeze_batch_norm)
+        unfreeze_parameters(model, [*self._trained(model, found), *list_head_parameters(model)])
         if not self.stored_activations:
             self._spare(model, found)
-            run_apart(model, found.before, self.micro_batch, keep=self.cache)
+            run_frozen_prefix(model, found.before, self.micro_batch, keep=self.cache)
 
     def stored(self) -> "Mobiletl":
         """The same network, every activation stored and no gradient approximated."""
@@ -90,9 +90,9 @@ class Mobiletl(Technique):
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""
-        restore(model)
+        restore_plain_layers(model)
 
-    def _trained(self, model: nn.Module, found: Top) -> list[str]:
+    def _trained(self, model: nn.Module, found: NetworkSplit) -> list[str]:
         whole = [layer for block in found.blocks for layer in (*block.convolutions, *block.gate, block.last)]
         shifted = [norm for block in found.blocks for norm in block.inner]
         if self.head == "train":
@@ -102,22 +102,22 @@ class Mobiletl(Technique):
         inside = tuple(f"{layer}." for layer in whole)
         return [name for name, _ in model.named_parameters() if name.startswith(inside) or name in shifts]
 
-    def _spare(self, model: nn.Module, found: Top) -> None:
-        pad_inside(model)
-        make = partial(spare, rules=self._rules())
+    def _spare(self, model: nn.Module, found: NetworkSplit) -> None:
+        move_padding_into_conv2d(model)
+        make = partial(make_layer_efficient, rules=self._rules())
         tail = found.tail
         for block in found.blocks:
             for name in (*block.convolutions, *block.inner, *block.activations, block.last):
-                replace(model, name, make)
+                replace_layer(model, name, make)
             if block.gate:
-                replace(model, block.convolutions[-1], behind_gate)
+                replace_layer(model, block.convolutions[-1], make_product_input_conv2d)
         for name in (*tail.convolutions, *tail.norms, *tail.activations, *tail.dropouts):
-            replace(model, name, make)
+            replace_layer(model, name, make)
 
-    def _rules(self) -> Mapping[type[nn.Module], Rule]:
-        rules = dict(EXACT)
+    def _rules(self) -> Mapping[type[nn.Module], GradientRule]:
+        rules = dict(EXACT_GRADIENTS)
         if self.mask == "paper":
-            rules[nn.ReLU6] = SIGNED[nn.ReLU6]
+            rules[nn.ReLU6] = SIGN_GRADIENTS[nn.ReLU6]
         if self.hard_swish == "paper":
-            rules[nn.Hardswish] = SIGNED[nn.Hardswish]
+            rules[nn.Hardswish] = SIGN_GRADIENTS[nn.Hardswish]
         return rules

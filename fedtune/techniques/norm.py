@@ -19,15 +19,15 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._recast import restore
-from fedtune.techniques._spare import has_batch_norms, spare_all
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._recast import restore_plain_layers
+from fedtune.techniques._spare import has_batch_norms, make_model_efficient
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
-__all__ = ["Norm"]
+__all__ = ["BatchNorm"]
 
 
-class Norm(Technique):
+class BatchNorm(Technique):
     """Train batch norms and a classifier's head."""
 
     name: ClassVar[str] = "norm"
@@ -40,21 +40,21 @@ class Norm(Technique):
 
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of scales, shifts and the head."""
         if not has_batch_norms(model):
             raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")
         norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         inside = tuple(f"{norm}." for norm in norms)
-        require(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
-        require(model, head_names(model))
+        unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
+        unfreeze_parameters(model, list_head_parameters(model))
         if not self.stored_activations:
-            spare_all(model)
+            make_model_efficient(model)
 
-    def stored(self) -> "Norm":
+    def stored(self) -> "BatchNorm":
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""
-        restore(model)
+        restore_plain_layers(model)

@@ -16,12 +16,12 @@ import torch
 from pydantic import model_validator
 from transformers import BitsAndBytesConfig
 
-from fedtune.techniques._low_rank import LowRank
+from fedtune.techniques._low_rank import LowRankTechnique
 
 __all__ = ["Qlora"]
 
 
-class Qlora(LowRank):
+class Qlora(LowRankTechnique):
     """A low-rank pair beside NF4 layers."""
 
     name: ClassVar[str] = "qlora"

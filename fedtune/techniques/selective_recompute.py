@@ -27,10 +27,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
+from fedtune.recipe import TaskName
 from fedtune.techniques._technique import Technique
 
-__all__ = ["SelectiveRecompute"]
+__all__ = ["SelectiveCheckpointing"]
 
 _LEFT = {"aten::mm": 0, "aten::addmm": 1, "bitsandbytes::gemm_4bit": 0}
 """Products of linear layers, and which of their arguments is the left factor [..., terms]."""
@@ -48,7 +48,7 @@ _HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else 
 """What is kept passes others' hooks by, as in every torch before 2.14, which warns that its default will change."""
 
 
-class SelectiveRecompute(Technique):
+class SelectiveCheckpointing(Technique):
     """Keep products, recompute what lies between them."""
 
     name: ClassVar[str] = "selective-recompute"
@@ -60,7 +60,7 @@ class SelectiveRecompute(Technique):
 
     terms: int = Field(64, ge=0, description="products that sum at most so many terms are recomputed")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")

@@ -24,11 +24,11 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import Task
-from fedtune.techniques._inverted_residual import Block, blocks
-from fedtune.techniques._lite_residual import LiteResidual, put_beside
-from fedtune.techniques._spare import spare_all
-from fedtune.techniques._technique import Technique, head_names, require
+from fedtune.recipe import TaskName
+from fedtune.techniques._inverted_residual import InvertedResidualLayers, find_inverted_residuals
+from fedtune.techniques._lite_residual import LiteResidual, attach_lite_residual
+from fedtune.techniques._spare import make_model_efficient
+from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["Tinytl"]
 
@@ -52,18 +52,18 @@ class Tinytl(Technique):
     groups: int = Field(2, ge=1, description="of that convolution")
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: Task, seed: int) -> None:
+    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Put branches drawn from ``seed`` beside the blocks; train them, biases and the head."""
-        found = blocks(model)
+        found = find_inverted_residuals(model)
         if self.biases:
-            require(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
-        require(model, head_names(model))
+            unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
+        unfreeze_parameters(model, list_head_parameters(model))
         if not self.stored_activations:
-            spare_all(model)
+            make_model_efficient(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for block in found:
-                put_beside(model.get_submodule(block.name), self._branch(model, block))
+                attach_lite_residual(model.get_submodule(block.name), self._branch(model, block))
 
     def stored(self) -> "Tinytl":
         """The same network, every activation stored."""
@@ -77,7 +77,7 @@ class Tinytl(Technique):
         """There is no plain net that computes this."""
         raise ModelError(f"tinytl adds branches that a plain {type(model).__name__} has not; evaluate the run instead")
 
-    def _branch(self, model: nn.Module, block: Block) -> LiteResidual:
+    def _branch(self, model: nn.Module, block: InvertedResidualLayers) -> LiteResidual:
         first: Any = model.get_submodule(block.convolutions[0])
         last: Any = model.get_submodule(block.convolutions[-1])
         return LiteResidual(first.in_channels, last.out_channels, self.kernel, self.groups).to(first.weight.dtype)

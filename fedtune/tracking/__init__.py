@@ -2,39 +2,39 @@
 
 from fedtune.tracking.access import Access
 from fedtune.tracking.database import default_url, file_url
-from fedtune.tracking.lock import alive, claim
+from fedtune.tracking.lock import claim_run, is_run_active
 from fedtune.tracking.records import (
+    Assignment,
     AuditRecord,
     CheckpointRecord,
+    ClientRecord,
     ClientScore,
-    ContributionRecord,
     DeviceRecord,
     MetricRecord,
     OperatorRecord,
     RoundRecord,
     RunRecord,
-    Seat,
     TokenRecord,
 )
 from fedtune.tracking.store import Store, new_run_id
 
 __all__ = [
     "Access",
+    "Assignment",
     "AuditRecord",
     "CheckpointRecord",
+    "ClientRecord",
     "ClientScore",
-    "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
-    "Seat",
     "Store",
     "TokenRecord",
-    "alive",
-    "claim",
+    "claim_run",
     "default_url",
     "file_url",
+    "is_run_active",
     "new_run_id",
 ]

@@ -10,7 +10,7 @@ from fedtune.errors import StoreError
 from fedtune.tracking import tables
 from fedtune.tracking.audit import AuditLog
 from fedtune.tracking.database import reader, writer
-from fedtune.tracking.records import DeviceRecord, OperatorRecord, Seat, TokenRecord
+from fedtune.tracking.records import Assignment, DeviceRecord, OperatorRecord, TokenRecord
 
 __all__ = ["Access"]
 
@@ -153,17 +153,17 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
 
-    def seat(self, run_id: str, seats: Sequence[Seat]) -> None:
+    def seat(self, run_id: str, seats: Sequence[Assignment]) -> None:
         """Record who is which client of a run, once and for all its rounds."""
         with writer(self._engine) as connection:
             connection.execute(insert(tables.seats), [{"run_id": run_id} | asdict(seat) for seat in seats])
 
-    def seats(self, run_id: str) -> list[Seat]:
+    def seats(self, run_id: str) -> list[Assignment]:
         """Who is which client of a run, by client; nobody before it was started or in a simulation."""
         table = tables.seats.c
         wanted = select(table.client, table.device, table.node).where(table.run_id == run_id).order_by(table.client)
         with reader(self._engine) as connection:
-            return [Seat(**row) for row in connection.execute(wanted).mappings()]
+            return [Assignment(**row) for row in connection.execute(wanted).mappings()]
 
 
 def _in_order(tags: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from fedtune import home
 from fedtune.errors import StoreError
 
-__all__ = ["connect", "default_url", "explained", "file_of", "file_url", "reader", "writer"]
+__all__ = ["default_url", "file_url", "get_sqlite_path", "make_engine", "reader", "translate_database_errors", "writer"]
 
 _PATIENCE = "30"  # seconds SQLite waits for another process's transaction; ?timeout= in the URL says otherwise
 _BEGIN = "fedtune_begin"
@@ -31,7 +31,7 @@ _MEANING = {
 
 def default_url() -> str:
     """The SQLAlchemy URL of the default store: ``$FEDTUNE_STORE``, or a file in fedtune's home."""
-    return os.environ.get("FEDTUNE_STORE") or file_url(home.home() / "store.sqlite")
+    return os.environ.get("FEDTUNE_STORE") or file_url(home.get_home_folder() / "store.sqlite")
 
 
 def file_url(path: Path) -> str:
@@ -39,10 +39,10 @@ def file_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
-def connect(url: str) -> Engine:
+def make_engine(url: str) -> Engine:
     """An engine for a SQLAlchemy URL, its folder made; nothing is read or written yet."""
     target = _target(url)
-    if path := file_of(target):
+    if path := get_sqlite_path(target):
         _make_folder(path)
     try:
         engine = create_engine(target)
@@ -71,7 +71,7 @@ def _no_driver(url: URL) -> str:
     return f"no driver for the store {_shown(url)} is installed; {mend}"
 
 
-def file_of(url: URL) -> Path | None:
+def get_sqlite_path(url: URL) -> Path | None:
     """The file a SQLite URL names; None for a database in memory, a ``file:`` URI or a server."""
     database = url.database or ":memory:"
     plain = url.get_backend_name() == "sqlite" and not database.startswith((":memory:", "file:"))
@@ -99,19 +99,19 @@ def _begin_sqlite(connection: Connection) -> None:
 @contextmanager
 def reader(engine: Engine) -> Iterator[Connection]:
     """One consistent view of the database, taken without locking writers out."""
-    with explained(engine.url), engine.connect() as connection:
+    with translate_database_errors(engine.url), engine.connect() as connection:
         yield connection
 
 
 @contextmanager
 def writer(engine: Engine) -> Iterator[Connection]:
     """One transaction that waits for other writers and is kept whole or not at all."""
-    with explained(engine.url), engine.execution_options(**{_BEGIN: "IMMEDIATE"}).begin() as connection:
+    with translate_database_errors(engine.url), engine.execution_options(**{_BEGIN: "IMMEDIATE"}).begin() as connection:
         yield connection
 
 
 @contextmanager
-def explained(url: URL) -> Iterator[None]:
+def translate_database_errors(url: URL) -> Iterator[None]:
     """Turn what a database driver raises into one StoreError sentence."""
     try:
         yield
@@ -122,4 +122,4 @@ def explained(url: URL) -> Iterator[None]:
 
 
 def _shown(url: URL) -> str:
-    return str(file_of(url) or url.set(query={}).render_as_string(hide_password=True))
+    return str(get_sqlite_path(url) or url.set(query={}).render_as_string(hide_password=True))

@@ -9,12 +9,12 @@ from fedtune import home
 from fedtune.json_text import json_text as text
 from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
-from fedtune.tracking.summary import privacy
+from fedtune.tracking.summary import get_privacy_spent
 
-__all__ = ["document", "text"]
+__all__ = ["make_run_document", "text"]
 
 
-def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
+def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
     """A run with its metrics and newest checkpoint; ``detailed`` adds what it spent of privacy, and every round."""
     checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
     found = asdict(run) | {
@@ -28,14 +28,14 @@ def document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = 
         return found
     clients = [asdict(one) for one in spreads(rounds)]
     return found | {
-        "privacy": privacy(run, rounds),
+        "privacy": get_privacy_spent(run, rounds),
         "clients": clients,
         "rounds": [_round(record) for record in rounds],
     }
 
 
 def _checkpoint(number: int, checkpoint: CheckpointRecord) -> dict[str, Any]:
-    return {"round": number} | asdict(checkpoint) | {"path": str(home.runs() / checkpoint.path)}
+    return {"round": number} | asdict(checkpoint) | {"path": str(home.get_runs_folder() / checkpoint.path)}
 
 
 def _round(record: RoundRecord) -> dict[str, Any]:

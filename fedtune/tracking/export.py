@@ -17,14 +17,14 @@ from fedtune.errors import StoreError
 from fedtune.tracking import document
 from fedtune.tracking.records import (
     CheckpointRecord,
+    ClientRecord,
     ClientScore,
-    ContributionRecord,
     MetricRecord,
     RoundRecord,
     RunRecord,
 )
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "export_runs"]
 
 Recorded = Sequence[tuple[RunRecord, Sequence[RoundRecord]]]
 
@@ -46,7 +46,7 @@ _RUN = {"run_id": pa.string()}
 _ROUND = {"run_id": pa.string(), "round": pa.int64()}
 
 
-def export(recorded: Recorded, format: str, path: Path) -> list[Path]:  # noqa: A002
+def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # noqa: A002
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
@@ -54,13 +54,13 @@ def export(recorded: Recorded, format: str, path: Path) -> list[Path]:  # noqa: 
     the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
-        documents = [document.document(run, rounds, detailed=True) for run, rounds in recorded]
-        files.write(path, f"{document.text(documents)}\n".encode())
+        documents = [document.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]
+        files.write_bytes_atomically(path, f"{document.text(documents)}\n".encode())
         return [path]
     if path.exists():
         raise StoreError(f"{path} is there already; choose a new folder for the tables with -o")
     try:
-        return _write_folder(tables(recorded), format, path)
+        return _write_folder(make_arrow_tables(recorded), format, path)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; free or choose another place") from error
 
@@ -76,13 +76,13 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
     return sorted(path.iterdir())
 
 
-def tables(recorded: Recorded) -> dict[str, pa.Table]:
+def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
     """The six tables, each row with the keys that join it."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
         "rounds": _table(_RUN, RoundRecord, [{"run_id": run_id, **_own(record)} for run_id, record in every]),
-        "contributions": _table(_ROUND, ContributionRecord, _children(every, lambda record: record.contributions)),
+        "contributions": _table(_ROUND, ClientRecord, _children(every, lambda record: record.contributions)),
         "metrics": _table(_ROUND, MetricRecord, _children(every, lambda record: record.metrics)),
         "client_scores": _table(_ROUND, ClientScore, _children(every, lambda record: record.client_scores)),
         "checkpoints": _table(

@@ -10,13 +10,13 @@ from filelock import FileLock, Timeout
 from fedtune import home
 from fedtune.errors import StoreError
 
-__all__ = ["alive", "claim", "held"]
+__all__ = ["claim_run", "hold_file_lock", "is_run_active"]
 
 _INSTANT = 0.5  # seconds; not zero, for `alive` in another process shares the lock for an instant
 
 
 @contextmanager
-def held(path: Path, patience: float, refusal: str) -> Iterator[None]:
+def hold_file_lock(path: Path, patience: float, refusal: str) -> Iterator[None]:
     """Hold a lock file while the block lasts; StoreError when another process keeps it longer than ``patience`` s."""
     lock = FileLock(path, timeout=patience, poll_interval=0.01)
     try:
@@ -33,14 +33,14 @@ def held(path: Path, patience: float, refusal: str) -> Iterator[None]:
 
 
 @contextmanager
-def claim(run_id: str) -> Iterator[None]:
+def claim_run(run_id: str) -> Iterator[None]:
     """Own a run while the block lasts; StoreError when another process does."""
     refusal = f"run {run_id} is being executed by another process; wait for it or stop it"
-    with held(_path(run_id), _INSTANT, refusal):
+    with hold_file_lock(_path(run_id), _INSTANT, refusal):
         yield
 
 
-def alive(run_id: str) -> bool:
+def is_run_active(run_id: str) -> bool:
     """Whether some process owns the run now; looking changes nothing on disk and shuts no owner out."""
     try:
         with _path(run_id).open("rb") as file:
@@ -53,4 +53,4 @@ def alive(run_id: str) -> bool:
 
 
 def _path(run_id: str) -> Path:
-    return home.runs() / run_id / "lock"
+    return home.get_runs_folder() / run_id / "lock"

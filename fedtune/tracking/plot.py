@@ -13,10 +13,18 @@ from fedtune import files
 from fedtune.errors import StoreError
 from fedtune.tracking.client_spread import MOMENTS
 from fedtune.tracking.plot_clients import draw_clients
-from fedtune.tracking.records import ContributionRecord, RoundRecord, RunRecord
-from fedtune.tracking.summary import curve, domains, main_metric, scores, series, totals, training_loss
+from fedtune.tracking.records import ClientRecord, RoundRecord, RunRecord
+from fedtune.tracking.summary import (
+    compute_train_loss,
+    find_main_metric_name,
+    get_metric_series,
+    get_progress_series,
+    list_domains,
+    list_metrics,
+    totals,
+)
 
-__all__ = ["plot"]
+__all__ = ["draw_runs"]
 
 Rounds = Sequence[RoundRecord]
 Recorded = Sequence[tuple[RunRecord, Rounds]]
@@ -26,7 +34,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _BARS = 32  # more clients than this are shown by device class
 
 
-def plot(runs: Recorded, path: Path) -> None:
+def draw_runs(runs: Recorded, path: Path) -> None:
     """Draw runs into a PNG or SVG file; StoreError when there is nothing to draw or the place cannot be written."""
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
@@ -34,7 +42,7 @@ def plot(runs: Recorded, path: Path) -> None:
     if not any(rounds for _, rounds in runs):
         raise StoreError("there is no recorded round to draw yet; wait for the first one")
     figure = _figure(runs)
-    with files.writing(path) as beside:
+    with files.replace_file_atomically(path) as beside:
         figure.savefig(beside, format=kind, dpi=150)
 
 
@@ -87,12 +95,17 @@ def _coloured(runs: Recorded) -> list[tuple[str, Rounds, str]]:
 
 
 def _draw_quality(axes: Axes, runs: Recorded) -> None:
-    name = next((found for _, rounds in runs if (found := main_metric(scores(rounds)))), None)
+    name = next((found for _, rounds in runs if (found := find_main_metric_name(list_metrics(rounds)))), None)
     if name is None:
         _say(axes, "Held-out metric", "none recorded")
         return
     part = next(
-        (part for part in ("validation", "own") if any(curve(rounds, name)[0] == part for _, rounds in runs)), "test"
+        (
+            part
+            for part in ("validation", "own")
+            if any(get_progress_series(rounds, name)[0] == part for _, rounds in runs)
+        ),
+        "test",
     )
     axes.set_title(f"{name.capitalize()} on {part}")
     if name == "accuracy":
@@ -101,16 +114,18 @@ def _draw_quality(axes: Axes, runs: Recorded) -> None:
         _draw_domains(axes, runs[0][1], part, name)
     else:
         for label, rounds, colour in _coloured(runs):
-            _line(axes, series(rounds, part, "all", name), color=colour, label=label)
+            _line(axes, get_metric_series(rounds, part, "all", name), color=colour, label=label)
     axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_domains(axes: Axes, rounds: Rounds, part: str, name: str) -> None:
-    single = [domain for domain in domains(rounds, part, name) if domain != "all"]
+    single = [domain for domain in list_domains(rounds, part, name) if domain != "all"]
     for domain, colour in zip(single, cycle(_COLOURS), strict=False):
-        _line(axes, series(rounds, part, domain, name), color=colour, label=domain, linewidth=1, markersize=2.5)
-    _line(axes, series(rounds, part, "all", name), color="black", label="all", linewidth=2.4)
-    test = series(rounds, "test", "all", name) if part != "test" else {}
+        _line(
+            axes, get_metric_series(rounds, part, domain, name), color=colour, label=domain, linewidth=1, markersize=2.5
+        )
+    _line(axes, get_metric_series(rounds, part, "all", name), color="black", label="all", linewidth=2.4)
+    test = get_metric_series(rounds, "test", "all", name) if part != "test" else {}
     if test:
         axes.plot(
             list(test),
@@ -136,7 +151,7 @@ def _draw_learning(axes: Axes, runs: Recorded) -> None:
     for label, rounds, colour in _coloured(runs):
         told = {record.number: [one.loss for one in record.contributions if _told(one)] for record in rounds}
         trained = [record for record in rounds if told[record.number]]
-        means = {record.number: training_loss(record.contributions) for record in trained}
+        means = {record.number: compute_train_loss(record.contributions) for record in trained}
         _line(axes, means, color=colour, label=label if len(runs) > 1 else "mean of clients")
         if len(runs) == 1:
             losses = [told[record.number] for record in trained]
@@ -145,7 +160,7 @@ def _draw_learning(axes: Axes, runs: Recorded) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _told(sent: ContributionRecord) -> bool:
+def _told(sent: ClientRecord) -> bool:
     """Whether a client's loss counts; one that is exactly zero was withheld."""
     return sent.status == "merged" and sent.tells_loss
 

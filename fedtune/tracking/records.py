@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from datetime import datetime
 
 __all__ = [
+    "Assignment",
     "AuditRecord",
     "CheckpointRecord",
+    "ClientRecord",
     "ClientScore",
-    "ContributionRecord",
     "DeviceRecord",
     "MetricRecord",
     "OperatorRecord",
     "RoundRecord",
     "RunRecord",
-    "Seat",
     "TokenRecord",
 ]
 
@@ -33,7 +33,7 @@ class MetricRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContributionRecord:
+class ClientRecord:
     """What one client did in one round; ``status`` is merged, refused, declined, error, missing or unused. In bytes.
 
     ``loss`` is NaN where the client keeps it to itself.
@@ -96,7 +96,7 @@ class RoundRecord:
     status: str
     reason: str
     seconds: float
-    contributions: tuple[ContributionRecord, ...]
+    contributions: tuple[ClientRecord, ...]
     metrics: tuple[MetricRecord, ...]
     checkpoint: CheckpointRecord | None
     client_scores: tuple[ClientScore, ...] = ()
@@ -120,7 +120,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class Assignment:
     """Which device is a client of a run; ``node`` is its number on the SuperLink."""
 
     client: int

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from fedtune import checkpoint, home
 from fedtune.errors import StoreError
-from fedtune.tracking.lock import claim
+from fedtune.tracking.lock import claim_run
 from fedtune.tracking.pruning import with_checkpoint
 from fedtune.tracking.records import RoundRecord
 from fedtune.tracking.store import Store
@@ -31,11 +31,11 @@ def rollback(store: Store, reference: str, number: int) -> int:
     recorded = next((found.status for found in store.unfinished(run.engine) if found.id == run.id), "")
     if recorded == "queued" or (recorded and run.engine == _SERVED):
         raise StoreError(f"run {run.id} is {recorded}; stop it first: fedtune runs stop {run.id}")
-    with claim(run.id):
+    with claim_run(run.id):
         rounds = store.rounds(run.id)
         target = with_checkpoint(run.id, rounds, number).checkpoint
         assert target is not None
-        checkpoint.load(home.runs() / target.path, target.sha256)
+        checkpoint.read_checkpoint(home.get_runs_folder() / target.path, target.sha256)
         later = [record for record in rounds if record.number > number]
         if later:
             store.forget_rounds(run.id, number, f"rolled back to round {number}; {len(later)} rounds removed")
@@ -48,4 +48,4 @@ def _remove_checkpoints(records: list[RoundRecord]) -> None:
     for record in records:
         if record.checkpoint is not None:
             with suppress(OSError):
-                (home.runs() / record.checkpoint.path).unlink()
+                (home.get_runs_folder() / record.checkpoint.path).unlink()

@@ -8,32 +8,41 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Table, and_, delete, func, select
 
 from fedtune.tracking import tables
-from fedtune.tracking.records import CheckpointRecord, ClientScore, ContributionRecord, MetricRecord, RoundRecord
+from fedtune.tracking.records import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord
 
-__all__ = ["delete_rounds", "of_children", "of_round", "read_checkpoint_scores", "read_newest_scores", "read_rounds"]
+__all__ = [
+    "delete_rounds",
+    "make_child_rows",
+    "make_round_row",
+    "read_checkpoint_scores",
+    "read_latest_metrics",
+    "read_rounds",
+]
 
-Child = TypeVar("Child", ContributionRecord, MetricRecord, CheckpointRecord, ClientScore)
+Child = TypeVar("Child", ClientRecord, MetricRecord, CheckpointRecord, ClientScore)
 Row = dict[str, Any]
 Key = tuple[str, int]
 
 
-def of_round(run_id: str, record: RoundRecord) -> Row:
+def make_round_row(run_id: str, record: RoundRecord) -> Row:
     """The row of the round itself."""
     own = ("number", "status", "reason", "seconds")
     return {"run_id": run_id} | {name: getattr(record, name) for name in own}
 
 
-def of_children(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
+def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[Row]]]:
     """The rows below a round, by table; tables without a row are left out."""
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
-    groups = zip(tables.CHILDREN, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True)
+    groups = zip(
+        tables.ROUND_CHILD_TABLES, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True
+    )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 
 
 def delete_rounds(connection: Connection, run_id: str, after: int) -> None:
     """Remove the rounds of a run after number ``after``, with all that hangs below them."""
-    for table in (*tables.CHILDREN, tables.rounds):
+    for table in (*tables.ROUND_CHILD_TABLES, tables.rounds):
         number = table.c.number if table is tables.rounds else table.c.round
         connection.execute(delete(table).where(table.c.run_id == run_id, number > after))
 
@@ -43,7 +52,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
 
     Contributions are by client, metrics by part, domain and name.
     """
-    contributions = _below(connection, tables.contributions, ContributionRecord, run_ids, after)
+    contributions = _below(connection, tables.contributions, ClientRecord, run_ids, after)
     metrics = _below(connection, tables.metrics, MetricRecord, run_ids, after)
     checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
     client_scores = _below(connection, tables.client_scores, ClientScore, run_ids, after)
@@ -64,7 +73,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
     return found
 
 
-def read_newest_scores(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
+def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
     """Per run, the newest value of each held-out metric over all domains, with its round."""
     table = tables.metrics.c
     own = (table.run_id, table.part, table.domain, table.name)

@@ -14,8 +14,8 @@ from fedtune.tracking import rows, schema, tables
 from fedtune.tracking.access import Access
 from fedtune.tracking.checkpoint_rows import CheckpointRows
 from fedtune.tracking.compaction import shrink
-from fedtune.tracking.database import connect, default_url, file_of, reader, writer
-from fedtune.tracking.lock import alive
+from fedtune.tracking.database import default_url, get_sqlite_path, make_engine, reader, writer
+from fedtune.tracking.lock import is_run_active
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
 
 __all__ = ["Store", "new_run_id"]
@@ -39,9 +39,9 @@ class Store:
     @classmethod
     def open(cls, url: str | None = None) -> Self:
         """The store at a SQLAlchemy URL, by default ``default_url()``; created or upgraded when needed."""
-        store = cls(connect(url or default_url()))
+        store = cls(make_engine(url or default_url()))
         try:
-            schema.prepare(store._engine)
+            schema.prepare_schema(store._engine)
         except BaseException:
             store.close()
             raise
@@ -84,8 +84,8 @@ class Store:
             _expect(connection, run_id)
             if _has_round(connection, run_id, record.number):
                 raise StoreError(f"round {record.number} of run {run_id} is recorded already; go on at the next round")
-            connection.execute(insert(tables.rounds), rows.of_round(run_id, record))
-            for table, children in rows.of_children(run_id, record):
+            connection.execute(insert(tables.rounds), rows.make_round_row(run_id, record))
+            for table, children in rows.make_child_rows(run_id, record):
                 connection.execute(insert(table), children)
 
     def finish(self, run_id: str, status: str, reason: str = "") -> None:
@@ -121,13 +121,13 @@ class Store:
         """The run with this id, the only one whose id begins so, or the newest for ``latest``."""
         with reader(self._engine) as connection:
             found = _find(connection, _resolve(connection, reference))
-        return _as_it_is(found)
+        return mark_interrupted(found)
 
     def runs(self) -> list[RunRecord]:
         """Every run, newest first."""
         with reader(self._engine) as connection:
             found = [RunRecord(**row) for row in connection.execute(_newest_first()).mappings()]
-        return [_as_it_is(run) for run in found]
+        return [mark_interrupted(run) for run in found]
 
     def record_recipe(self, run_id: str, recipe: str) -> None:
         """Record a run's recipe, as JSON text, with what was read from its model written out."""
@@ -167,7 +167,7 @@ class Store:
     def newest_scores(self) -> dict[str, list[tuple[int, MetricRecord]]]:
         """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
         with reader(self._engine) as connection:
-            return rows.read_newest_scores(connection)
+            return rows.read_latest_metrics(connection)
 
     def delete(self, run_id: str) -> None:
         """Remove a run and every row below it; its files are the caller's."""
@@ -178,7 +178,7 @@ class Store:
 
     def compact(self) -> None:
         """Give back what is free in the database's file; a database server does that by itself."""
-        path = file_of(self._engine.url)
+        path = get_sqlite_path(self._engine.url)
         if path is not None:
             self._engine.dispose()  # a connection of ours would keep others from it
             shrink(path)
@@ -201,9 +201,9 @@ def _find(connection: Connection, run_id: str) -> RunRecord:
     return RunRecord(**connection.execute(_newest_first().where(tables.runs.c.id == run_id)).mappings().one())
 
 
-def _as_it_is(run: RunRecord) -> RunRecord:
+def mark_interrupted(run: RunRecord) -> RunRecord:
     """A run whose owner is gone without a word was interrupted, whatever its row says."""
-    return replace(run, status="interrupted") if run.status == "running" and not alive(run.id) else run
+    return replace(run, status="interrupted") if run.status == "running" and not is_run_active(run.id) else run
 
 
 def _status(connection: Connection, run_id: str) -> str | None:

@@ -6,25 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.tracking.records import ContributionRecord, MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.records import ClientRecord, MetricRecord, RoundRecord, RunRecord
 
 __all__ = [
-    "Score",
+    "RoundMetric",
     "Totals",
-    "before_and_after",
-    "curve",
-    "differences",
-    "domains",
-    "main_metric",
-    "privacy",
-    "result",
-    "scores",
-    "series",
+    "compare_before_and_after",
+    "compute_train_loss",
+    "diff_recipes",
+    "find_main_metric_name",
+    "get_headline_metric",
+    "get_metric_series",
+    "get_privacy_spent",
+    "get_progress_series",
+    "list_domains",
+    "list_metrics",
     "totals",
-    "training_loss",
 ]
 
-Score = tuple[int, MetricRecord]
+RoundMetric = tuple[int, MetricRecord]
 
 _MAIN = ("accuracy", "perplexity", "loss")
 
@@ -56,47 +56,47 @@ def totals(rounds: Sequence[RoundRecord]) -> Totals:
     )
 
 
-def scores(rounds: Sequence[RoundRecord]) -> list[Score]:
+def list_metrics(rounds: Sequence[RoundRecord]) -> list[RoundMetric]:
     """Every metric with the number of its round."""
     return [(record.number, metric) for record in rounds for metric in record.metrics]
 
 
-def main_metric(scored: Iterable[Score]) -> str | None:
+def find_main_metric_name(scored: Iterable[RoundMetric]) -> str | None:
     """The first of accuracy, perplexity and loss that was measured on held-out examples."""
     found = {metric.name for _, metric in scored if metric.part != "train"}
     return next((name for name in _MAIN if name in found), None)
 
 
-def series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> dict[int, float]:
+def get_metric_series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> dict[int, float]:
     """One metric by round number."""
     wanted = (part, domain, name)
-    return {number: one.value for number, one in scores(rounds) if (one.part, one.domain, one.name) == wanted}
+    return {number: one.value for number, one in list_metrics(rounds) if (one.part, one.domain, one.name) == wanted}
 
 
-def curve(rounds: Sequence[RoundRecord], name: str) -> tuple[str, dict[int, float]]:
+def get_progress_series(rounds: Sequence[RoundRecord], name: str) -> tuple[str, dict[int, float]]:
     """The held-out part that tells how a run went on, and its values by round: what clients held out comes second."""
-    found = {part: series(rounds, part, "all", name) for part in ("validation", "own", "test")}
+    found = {part: get_metric_series(rounds, part, "all", name) for part in ("validation", "own", "test")}
     part = next((part for part, values in found.items() if values), "validation")
     return part, found[part]
 
 
-def domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
+def list_domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
     """The domains a metric was reported for, their ``mean`` and ``all`` last."""
-    found = {metric.domain for _, metric in scores(rounds) if (metric.part, metric.name) == (part, name)}
+    found = {metric.domain for _, metric in list_metrics(rounds) if (metric.part, metric.name) == (part, name)}
     return sorted(found, key=lambda domain: (domain == "all", domain == "mean", domain))
 
 
-def before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
+def compare_before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
     """Per domain, the metric before any training and the last one after some; NaN where it was not scored.
 
     The test part is scored at the end only, for the start as well: that figure is in the part ``test-before``.
     """
-    found = {domain: series(rounds, part, domain, name) for domain in domains(rounds, part, name)}
-    start = {domain: _last(series(rounds, f"{part}-before", domain, name)) for domain in found}
+    found = {domain: get_metric_series(rounds, part, domain, name) for domain in list_domains(rounds, part, name)}
+    start = {domain: _last(get_metric_series(rounds, f"{part}-before", domain, name)) for domain in found}
     return {domain: (values.pop(0, start[domain]), _last(values)) for domain, values in found.items()}
 
 
-def privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
+def get_privacy_spent(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
     """What the weights after these rounds may tell of any one client: epsilon, at which delta, and who added the noise.
 
     Epsilon is None before the first round, and the whole None for a run without privacy.
@@ -104,7 +104,7 @@ def privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | N
     asked = json.loads(run.recipe).get("privacy")
     if asked is None:
         return None
-    values = series(rounds, "privacy", "all", "epsilon")
+    values = get_metric_series(rounds, "privacy", "all", "epsilon")
     return {"epsilon": values[max(values)] if values else None, "delta": asked["delta"], "noise_by": asked["where"]}
 
 
@@ -112,9 +112,9 @@ def _last(values: Mapping[int, float]) -> float:
     return values[max(values)] if values else math.nan
 
 
-def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
+def get_headline_metric(scored: Sequence[RoundMetric]) -> tuple[str, str, float] | None:
     """A run's headline: part, metric and value, from the test part once it was scored after training."""
-    name = main_metric(scored)
+    name = find_main_metric_name(scored)
     of_part: dict[str, dict[int, float]] = {"validation": {}, "own": {}, "test": {}}
     for number, metric in scored:
         if (metric.domain, metric.name) == ("all", name) and metric.part in of_part:
@@ -124,14 +124,14 @@ def result(scored: Sequence[Score]) -> tuple[str, str, float] | None:
     return (part, name, _last(of_part[part])) if name and of_part[part] else None
 
 
-def training_loss(contributions: Sequence[ContributionRecord]) -> float:
+def compute_train_loss(contributions: Sequence[ClientRecord]) -> float:
     """Mean loss of the merged contributions by examples; NaN without any, or where all clients withhold theirs."""
     merged = [one for one in contributions if one.status == "merged" and one.tells_loss]
     examples = sum(one.examples for one in merged)
     return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
 
 
-def differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def diff_recipes(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The dotted settings in which recipes differ, with each recipe's value (None where it has none)."""
     flat = [_flat(recipe) for recipe in recipes]
     keys = dict.fromkeys(key for settings in flat for key in settings)

@@ -16,7 +16,7 @@ from sqlalchemy import (
 from fedtune.tracking.column_types import Flag, Measured, Utc, Words
 
 __all__ = [
-    "CHILDREN",
+    "ROUND_CHILD_TABLES",
     "audit",
     "checkpoints",
     "client_scores",
@@ -126,7 +126,7 @@ client_scores = Table(
     Column("predictions", BigInteger, nullable=False),
 )
 
-CHILDREN = (contributions, metrics, checkpoints, client_scores)
+ROUND_CHILD_TABLES = (contributions, metrics, checkpoints, client_scores)
 
 seats = Table(
     "seats",

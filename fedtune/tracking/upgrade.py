@@ -9,10 +9,10 @@ from fedtune.errors import StoreError
 from fedtune.shipped import shipped_folder
 from fedtune.tracking import schema
 
-__all__ = ["settings", "upgrade"]
+__all__ = ["make_alembic_config", "upgrade_schema"]
 
 
-def settings(connection: Connection | None = None) -> Config:
+def make_alembic_config(connection: Connection | None = None) -> Config:
     """Alembic's configuration for fedtune's migrations, on a connection that is already open."""
     config = Config()
     config.set_main_option("script_location", str(shipped_folder("migrations")).replace("%", "%%"))
@@ -21,12 +21,14 @@ def settings(connection: Connection | None = None) -> Config:
     return config
 
 
-def upgrade(connection: Connection) -> None:
+def upgrade_schema(connection: Connection) -> None:
     """Bring a database to the newest revision; StoreError when it is at one this code does not know."""
-    current = schema.revision(connection)
-    if current not in {script.revision for script in ScriptDirectory.from_config(settings()).walk_revisions()}:
+    current = schema.read_revision(connection)
+    if current not in {
+        script.revision for script in ScriptDirectory.from_config(make_alembic_config()).walk_revisions()
+    }:
         raise StoreError(
-            f"the store is at revision {current}, but this fedtune knows it only up to {schema.HEAD}; "
+            f"the store is at revision {current}, but this fedtune knows it only up to {schema.HEAD_REVISION}; "
             "upgrade fedtune or choose another store"
         )
-    command.upgrade(settings(connection), "head")
+    command.upgrade(make_alembic_config(connection), "head")

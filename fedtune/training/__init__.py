@@ -1,35 +1,41 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
-from fedtune.training.evaluate import Score, score
-from fedtune.training.loop import Outcome, step_loss, train, train_mode, update
+from fedtune.training.evaluate import Metric, evaluate_model
+from fedtune.training.loop import (
+    LocalTrainingResult,
+    apply_optimiser_step,
+    compute_step_loss,
+    set_train_mode,
+    train_local_model,
+)
 from fedtune.training.order import total_steps
-from fedtune.training.parts import received, trained_in
+from fedtune.training.parts import get_received_shapes, list_tensors_of_round
 from fedtune.training.received_state import score_received
-from fedtune.training.state import load_state, precise, read_state, shapes, tensors_of
-from fedtune.training.threads import processor_threads
-from fedtune.training.workshop import Workshop, adopt, build_model, discard, workshop
+from fedtune.training.state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
+from fedtune.training.threads import use_cpu_threads
+from fedtune.training.workshop import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
 
 __all__ = [
-    "Outcome",
-    "Score",
-    "Workshop",
-    "adopt",
-    "build_model",
-    "discard",
-    "load_state",
+    "LocalTrainingResult",
+    "Metric",
+    "RunContext",
+    "apply_optimiser_step",
+    "clear_run_context",
+    "compute_step_loss",
+    "evaluate_model",
+    "get_model_state",
+    "get_received_shapes",
+    "get_run_context",
+    "get_tensor_shapes",
+    "list_tensors_of_round",
+    "named_tensors",
     "precise",
-    "processor_threads",
-    "read_state",
-    "received",
-    "score",
+    "prepare_model",
     "score_received",
-    "shapes",
-    "step_loss",
-    "tensors_of",
+    "set_model_state",
+    "set_run_context",
+    "set_train_mode",
     "total_steps",
-    "train",
-    "train_mode",
-    "trained_in",
-    "update",
-    "workshop",
+    "train_local_model",
+    "use_cpu_threads",
 ]

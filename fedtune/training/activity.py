@@ -10,15 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import RecipeError
-from fedtune.merging import Activity, ByActivity
+from fedtune.merging import ActivationRelaxStep, ActivationStatistics
 from fedtune.sparse import mask_name
 from fedtune.techniques import Technique, begin_step
-from fedtune.training.entering import Batch, entering
+from fedtune.training.entering import Batch, hook_layer_inputs
 
-__all__ = ["Channels", "Total", "activity", "channels", "mean", "require_scaled", "totals"]
+__all__ = [
+    "ActivationSums",
+    "InputChannels",
+    "average_activations",
+    "check_merge_has_targets",
+    "find_input_channels",
+    "measure_activation_statistics",
+    "sum_activations",
+]
 
 
-class Channels(NamedTuple):
+class InputChannels(NamedTuple):
     """The input channels of a weight: ``inward`` is the axis of the layer's input and ``axis`` that of the weight."""
 
     layer: nn.Module
@@ -29,14 +37,14 @@ class Channels(NamedTuple):
 
 
 @dataclass
-class Total:
+class ActivationSums:
     """Sums of |x| [channels], fp64, over ``count`` tokens, pixels or examples. Totals of several places add up."""
 
     sums: Tensor
     count: int = 0
 
 
-def channels(model: nn.Module, names: AbstractSet[str] | None = None) -> dict[str, Channels]:
+def find_input_channels(model: nn.Module, names: AbstractSet[str] | None = None) -> dict[str, InputChannels]:
     """The input channels of each weight that has any, by parameter name; ``names`` keeps some of them.
 
     Left out are embeddings, by name or because a weight is tied to one, and B of a low-rank pair, whose input has ranks
@@ -44,43 +52,43 @@ def channels(model: nn.Module, names: AbstractSet[str] | None = None) -> dict[st
     """
     embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, Channels] = {}
+    found: dict[str, InputChannels] = {}
     for path, layer in model.named_modules():
         weight = layer._parameters.get("weight")
         if weight is None or id(weight) in embeddings or "embed" in path.lower() or ".lora_B." in path:
             continue
-        place = _place(layer, weight)
+        place = _input_channels_of(layer, weight)
         if place is not None and (names is None or known[id(weight)] in names):
             found[known[id(weight)]] = place
     return found
 
 
-def _place(layer: nn.Module, weight: Tensor) -> Channels | None:
+def _input_channels_of(layer: nn.Module, weight: Tensor) -> InputChannels | None:
     if not weight.is_floating_point():  # a four-bit layer's packed weight
         return None
     if isinstance(layer, nn.Linear):
-        return Channels(layer, -1, 1, layer.in_features)
+        return InputChannels(layer, -1, 1, layer.in_features)
     if type(layer).__name__ == "Conv1D":  # of transformers, which a device that classifies pictures does not load
-        return Channels(layer, -1, 0, len(weight))
+        return InputChannels(layer, -1, 0, len(weight))
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return Channels(layer, 1, 0, layer.in_channels)
+        return InputChannels(layer, 1, 0, layer.in_channels)
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return Channels(layer, 1, 1, layer.in_channels, layer.groups)
+        return InputChannels(layer, 1, 1, layer.in_channels, layer.groups)
     if weight.dim() == 1 and "norm" in type(layer).__name__.lower():
         by_channel = isinstance(layer, nn.modules.batchnorm._NormBase | nn.GroupNorm)
-        return Channels(layer, 1 if by_channel else -1, 0, len(weight))
+        return InputChannels(layer, 1 if by_channel else -1, 0, len(weight))
     return None
 
 
-def require_scaled(steps: Sequence[object], model: nn.Module, shared: Collection[str]) -> None:
+def check_merge_has_targets(steps: Sequence[object], model: nn.Module, shared: Collection[str]) -> None:
     """RecipeError when a step that follows activity would find nothing to scale among the shared tensors."""
     for step in steps:
-        if isinstance(step, ByActivity) and step.needs:
+        if isinstance(step, ActivationRelaxStep) and step.needs:
             _require_scaled(step, model, shared)
 
 
-def _require_scaled(step: ByActivity, model: nn.Module, shared: Collection[str]) -> None:
-    places = channels(model, set(shared))
+def _require_scaled(step: ActivationRelaxStep, model: nn.Module, shared: Collection[str]) -> None:
+    places = find_input_channels(model, set(shared))
     scaled = [name for name in places if step.norms or model.get_parameter(name).dim() > 1]
     if any(mask_name(name) in shared for name in scaled):
         raise RecipeError(f"merge: {step.name} scales whole columns, but masked weights are sent without; drop one")
@@ -91,25 +99,34 @@ def _require_scaled(step: ByActivity, model: nn.Module, shared: Collection[str])
         )
 
 
-def activity(model: nn.Module, batches: Iterable[Batch], techniques: Sequence[Technique] = ()) -> dict[str, Activity]:
+def measure_activation_statistics(
+    model: nn.Module, batches: Iterable[Batch], techniques: Sequence[Technique] = ()
+) -> dict[str, ActivationStatistics]:
     """Mean |x| of every input channel over the batches, by parameter name; labels in them are not used.
 
     Layers that no batch reaches are left out. The model is left in evaluation mode.
     """
-    return mean(channels(model), totals(model, channels(model), batches, techniques))
+    return average_activations(
+        find_input_channels(model), sum_activations(model, find_input_channels(model), batches, techniques)
+    )
 
 
 @torch.no_grad()
-def totals(
-    model: nn.Module, places: Mapping[str, Channels], batches: Iterable[Batch], techniques: Sequence[Technique] = ()
-) -> dict[str, Total]:
+def sum_activations(
+    model: nn.Module,
+    places: Mapping[str, InputChannels],
+    batches: Iterable[Batch],
+    techniques: Sequence[Technique] = (),
+) -> dict[str, ActivationSums]:
     """Sums of |x| of the layers at ``places``, by parameter name.
 
-    Padding does not count, as ``entering`` tells it.
+    Padding does not count, as ``hook_layer_inputs`` tells it.
     """
-    found = {name: Total(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
+    found = {name: ActivationSums(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
     model.eval()
-    with entering({name: (place.layer, place.inward) for name, place in places.items()}, partial(_add, found)) as begin:
+    with hook_layer_inputs(
+        {name: (place.layer, place.inward) for name, place in places.items()}, partial(_add, found)
+    ) as begin:
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             begin_step(techniques, model, inputs, 1.0)
@@ -118,7 +135,7 @@ def totals(
     return found
 
 
-def _add(found: Mapping[str, Total], name: str, rows: Tensor) -> None:
+def _add(found: Mapping[str, ActivationSums], name: str, rows: Tensor) -> None:
     total = found[name]
     if rows.shape[1] != len(total.sums):  # a norm of other than the last axis
         return
@@ -126,16 +143,18 @@ def _add(found: Mapping[str, Total], name: str, rows: Tensor) -> None:
     total.count += len(rows)
 
 
-def mean(places: Mapping[str, Channels], found: Mapping[str, Total]) -> dict[str, Activity]:
+def average_activations(
+    places: Mapping[str, InputChannels], found: Mapping[str, ActivationSums]
+) -> dict[str, ActivationStatistics]:
     """Totals as means, laid out as each weight needs them; without those that counted nothing."""
     return {
-        name: Activity(_by_group(places[name], total.sums / total.count), places[name].axis)
+        name: ActivationStatistics(_expand_groups(places[name], total.sums / total.count), places[name].axis)
         for name, total in found.items()
         if total.count
     }
 
 
-def _by_group(place: Channels, level: Tensor) -> Tensor:
+def _expand_groups(place: InputChannels, level: Tensor) -> Tensor:
     """[channels] as it is, or for a grouped convolution [out, channels of the row's group]."""
     if place.groups == 1:
         return level

@@ -8,32 +8,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune import data, models
-from fedtune.data import Encoded
+from fedtune.data import EncodedDataset
 from fedtune.errors import DataError
-from fedtune.recipe import Data, DeviceClass, Federation, Model, Recipe, Task, Train
+from fedtune.recipe import DataSettings, DeviceClass, Federation, ModelSettings, Recipe, TaskName, Train
 
-__all__ = ["block_batches", "calibration", "few", "inputs"]
+__all__ = ["iter_inputs", "iter_token_blocks", "load_calibration_inputs", "sample_rows"]
 
 Batch = dict[str, Tensor]
 _SEED, _DOCUMENTS, _BLOCK = 42, 256, 512
 
 
-def few(indices: NDArray[np.int64], count: int | None, seed: int) -> list[int]:
+def sample_rows(indices: NDArray[np.int64], count: int | None, seed: int) -> list[int]:
     """Up to ``count`` of the indices, drawn by the seed, in ascending order; null takes all."""
     if count is None or count >= len(indices):
         return sorted(indices.tolist())
     return sorted(np.random.default_rng(seed).choice(indices, count, replace=False).tolist())
 
 
-def inputs(examples: Encoded, chosen: Sequence[int], batch: int) -> Iterator[Batch]:
+def iter_inputs(examples: EncodedDataset, chosen: Sequence[int], batch: int) -> Iterator[Batch]:
     """Chosen examples as a model reads them, without labels."""
     for start in range(0, len(chosen), batch):
         made = examples.batch(chosen[start : start + batch])
         yield {name: tensor for name, tensor in made.items() if name != "labels"}
 
 
-def calibration(
-    source: str, model: Model, task: Task, *, column: str | None = None, block: int = _BLOCK, batch: int = 8
+def load_calibration_inputs(
+    source: str, model: ModelSettings, task: TaskName, *, column: str | None = None, block: int = _BLOCK, batch: int = 8
 ) -> list[Batch]:
     """Inputs from any data source for a merge that is not part of a run.
 
@@ -41,15 +41,15 @@ def calibration(
     For classifiers 256 examples, texts cut to ``block`` tokens. ``column`` names the text or image column.
     """
     kind = "image" if task == "image-classification" else "text"
-    chosen = Data.model_validate({"source": source, "columns": {kind: column or kind}})
+    chosen = DataSettings.model_validate({"source": source, "columns": {kind: column or kind}})
     if task == "causal-language-modelling":
-        documents = data.everything(_recipe(chosen, model, task), ())["text"]
-        return list(block_batches(_rows(documents, model), block=block, batch=batch))
-    examples = _unlabelled(chosen, model, task, block)
-    return list(inputs(examples, few(np.arange(len(examples)), _DOCUMENTS, _SEED), batch))
+        documents = data.load_all_examples(_make_minimal_recipe(chosen, model, task), ())["text"]
+        return list(iter_token_blocks(_rows(documents, model), block=block, batch=batch))
+    examples = _encode_unlabelled(chosen, model, task, block)
+    return list(iter_inputs(examples, sample_rows(np.arange(len(examples)), _DOCUMENTS, _SEED), batch))
 
 
-def block_batches(
+def iter_token_blocks(
     rows: Iterable[Sequence[int]], *, block: int = _BLOCK, documents: int = _DOCUMENTS, batch: int = 8
 ) -> Iterator[Batch]:
     """Token ids [k, block] of texts end to end: the first ``documents`` that are neither empty nor above a block long.
@@ -71,27 +71,27 @@ def block_batches(
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _rows(documents: Sequence[str], model: Model) -> Iterator[list[int]]:
+def _rows(documents: Sequence[str], model: ModelSettings) -> Iterator[list[int]]:
     """Token ids of texts in a shuffled order, one text at a time."""
-    tokenizer = models.tokenizer(model)
+    tokenizer = models.load_tokenizer(model)
     if tokenizer is None:
         raise DataError(f"{model.source} has no tokenizer to read calibration text with; choose another model")
     for index in np.random.default_rng(_SEED).permutation(len(documents)):
         yield tokenizer(documents[int(index)], verbose=False)["input_ids"]
 
 
-def _unlabelled(chosen: Data, model: Model, task: Task, length: int) -> Encoded:
+def _encode_unlabelled(chosen: DataSettings, model: ModelSettings, task: TaskName, length: int) -> EncodedDataset:
     """Examples of a source that may have no labels, encoded as a classifier reads them."""
     pictures = task == "image-classification"
-    recipe = _recipe(chosen, model, task if pictures else "causal-language-modelling")
+    recipe = _make_minimal_recipe(chosen, model, task if pictures else "causal-language-modelling")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
-    found = data.everything(recipe, ())
+    found = data.load_all_examples(recipe, ())
     labels = data.Values(np.zeros(len(found), np.int64))
     blank = found.only(["image" if pictures else "text"]).with_column("label", labels)
-    return data.encode(blank, recipe, models.reader(recipe))
+    return data.encode_examples(blank, recipe, models.reader(recipe))
 
 
-def _recipe(chosen: Data, model: Model, task: Task) -> Recipe:
+def _make_minimal_recipe(chosen: DataSettings, model: ModelSettings, task: TaskName) -> Recipe:
     """The least recipe that reads a source."""
     return Recipe(
         name="calibration",

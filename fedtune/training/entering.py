@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "entering"]
+__all__ = ["Batch", "hook_layer_inputs"]
 
 Batch = Mapping[str, Tensor]
 Note = Callable[[str, Tensor], None]
 
 
 @contextmanager
-def entering(layers: Mapping[str, tuple[nn.Module, int]], note: Note) -> Iterator[Callable[[Batch], None]]:
+def hook_layer_inputs(layers: Mapping[str, tuple[nn.Module, int]], note: Note) -> Iterator[Callable[[Batch], None]]:
     """Inside the block ``note`` is given a layer's name and rows [n, channels] whenever the layer runs.
 
     ``layers`` say which axis of the input counts channels; the callable is told the batch that runs next. An input with

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.contribution import OwnScore
-from fedtune.data import Encoded
-from fedtune.recipe import Recipe, Task
-from fedtune.techniques import Technique, begin_step, watch
+from fedtune.contribution import HoldoutMetrics
+from fedtune.data import EncodedDataset
+from fedtune.recipe import Recipe, TaskName
+from fedtune.techniques import Technique, begin_step, collect_metrics
 from fedtune.training.metrics import measure
 
-__all__ = ["Score", "score", "score_held_out"]
+__all__ = ["Metric", "evaluate_model", "score_held_out"]
 
 
-class Score(NamedTuple):
+class Metric(NamedTuple):
     """One figure: ``domain`` is a domain's name, ``all`` for every example, ``mean`` for the mean over domains."""
 
     domain: str
@@ -40,7 +40,7 @@ class _Row(NamedTuple):
 
 
 @dataclass
-class _Tally:
+class _MetricSums:
     """Sums over predictions: texts or images count once, language models count once per token.
 
     Where it ``keeps`` them, probabilities and labels too, for metrics that are no sums.
@@ -69,55 +69,64 @@ class _Tally:
 
 
 @torch.no_grad()
-def score(
+def evaluate_model(
     model: nn.Module,
-    data: Encoded,
+    data: EncodedDataset,
     batch: int,
-    task: Task,
+    task: TaskName,
     techniques: Sequence[Technique] = (),
     rows: Sequence[int] | None = None,
     told: Callable[[int], None] = lambda _: None,
     *,
     metrics: Sequence[str] = (),
-) -> list[Score]:
+) -> list[Metric]:
     """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain.
 
     ``rows`` are the examples to score, all by default. ``told`` is called with the number scored so far, after every
     batch. ``metrics`` are further ones by name. What techniques measure meanwhile is added for all examples together.
     """
     model.eval()
-    tallies: dict[str, _Tally] = defaultdict(lambda: _Tally(keeps=bool(metrics)))
-    order = _order(data, rows)
-    with watch(techniques, model) as figures:
+    tallies: dict[str, _MetricSums] = defaultdict(lambda: _MetricSums(keeps=bool(metrics)))
+    order = _order_by_length(data, rows)
+    with collect_metrics(techniques, model) as figures:
         for done, (index, row) in enumerate(_predictions(model, data, order, batch, task, techniques), 1):
             tallies["all"].add(row)
             if done % batch == 0 or done == len(order):
                 told(done)
             if data.domains is not None:
                 tallies[data.domains[index]].add(row)
-        watched = [Score("all", name, value) for name, value in figures().items()]
-    return [*_figures(tallies, task, metrics), *watched]
+        watched = [Metric("all", name, value) for name, value in figures().items()]
+    return [*_compute_metrics(tallies, task, metrics), *watched]
 
 
 @torch.no_grad()
 def score_held_out(
-    model: nn.Module, data: Encoded, held: NDArray[np.int64], recipe: Recipe, techniques: Sequence[Technique] = ()
-) -> OwnScore:
+    model: nn.Module,
+    data: EncodedDataset,
+    held: NDArray[np.int64],
+    recipe: Recipe,
+    techniques: Sequence[Technique] = (),
+) -> HoldoutMetrics:
     """The score on the rows a client holds out, over all of them together; zeros, and nothing done, without any."""
     metrics, rows = recipe.evaluation.metrics, held.tolist()
     if not rows:
-        return OwnScore()
+        return HoldoutMetrics()
     model.eval()
-    tally = _Tally(keeps=bool(metrics))
+    tally = _MetricSums(keeps=bool(metrics))
     for _, row in _predictions(model, data, rows, recipe.train.batch, recipe.task, techniques):
         tally.add(row)
     predictions = max(1, tally.count)
     more = tuple(tally.measure(metrics).values())
-    return OwnScore(tally.count, tally.loss / predictions, tally.correct / predictions, more)
+    return HoldoutMetrics(tally.count, tally.loss / predictions, tally.correct / predictions, more)
 
 
 def _predictions(
-    model: nn.Module, data: Encoded, rows: Sequence[int], batch: int, task: Task, techniques: Sequence[Technique]
+    model: nn.Module,
+    data: EncodedDataset,
+    rows: Sequence[int],
+    batch: int,
+    task: TaskName,
+    techniques: Sequence[Technique],
 ) -> Iterator[tuple[int, _Row]]:
     for start in range(0, len(rows), batch):
         chosen = rows[start : start + batch]
@@ -126,7 +135,7 @@ def _predictions(
         yield from zip(chosen, _predict(model, inputs, task), strict=True)
 
 
-def _order(data: Encoded, rows: Sequence[int] | None) -> list[int]:
+def _order_by_length(data: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
     """Short texts first, so that a batch holds little padding."""
     chosen = list(range(len(data)) if rows is None else rows)
     if data.lengths is None:
@@ -134,7 +143,7 @@ def _order(data: Encoded, rows: Sequence[int] | None) -> list[int]:
     return [chosen[place] for place in torch.argsort(data.lengths[chosen], stable=True).tolist()]
 
 
-def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[_Row]:
+def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: TaskName) -> list[_Row]:
     """A row for each example of a batch."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
@@ -152,18 +161,18 @@ def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> list[
     return [_Row(*row) for row in zip(*sums, classes, first, strict=True)]
 
 
-def _figures(tallies: dict[str, _Tally], task: Task, metrics: Sequence[str]) -> Iterator[Score]:
+def _compute_metrics(tallies: dict[str, _MetricSums], task: TaskName, metrics: Sequence[str]) -> Iterator[Metric]:
     accuracies = []
     for domain, tally in sorted(tallies.items()):
         loss = tally.loss / max(1, tally.count)
         accuracy = tally.correct / max(1, tally.count)
-        yield Score(domain, "accuracy", accuracy)
-        yield Score(domain, "loss", loss)
+        yield Metric(domain, "accuracy", accuracy)
+        yield Metric(domain, "loss", loss)
         if task == "causal-language-modelling":
-            yield Score(domain, "perplexity", math.exp(min(loss, 700.0)))
+            yield Metric(domain, "perplexity", math.exp(min(loss, 700.0)))
         for name, value in tally.measure(metrics).items():
-            yield Score(domain, name, value)
+            yield Metric(domain, name, value)
         if domain != "all":
             accuracies.append(accuracy)
     if accuracies:
-        yield Score("mean", "accuracy", sum(accuracies) / len(accuracies))
+        yield Metric("mean", "accuracy", sum(accuracies) / len(accuracies))

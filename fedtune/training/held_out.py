@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["count_held_out", "held_out"]
+__all__ = ["count_held_out", "split_holdout"]
 
 Rows = NDArray[np.int64]
 
@@ -13,7 +13,7 @@ def count_held_out(examples: int, share: float) -> int:
     return int(share * examples)
 
 
-def held_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+def split_holdout(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """Rows to train on and rows to score on: ``share`` (at most 0.5) of them, rounded down, drawn by ``seed``.
 
     Of fewer than 1 / share rows none is held out; one at least is always left to train on.

@@ -13,43 +13,43 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.contribution import OwnScore
-from fedtune.data import Encoded
+from fedtune.contribution import HoldoutMetrics
+from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe import Recipe, Train
-from fedtune.seeds import derive
+from fedtune.seeds import derive_seed
 from fedtune.techniques import (
-    LiveNorm,
-    Moment,
+    StepInfo,
     Technique,
-    answer,
-    before_update,
+    UnfrozenBatchNorm2d,
+    before_optimiser_step,
     begin_step,
-    collecting,
-    trained,
+    collect_loss_terms,
+    compute_extra_payload,
+    list_trainable_tensors,
 )
 from fedtune.training.evaluate import score_held_out
-from fedtune.training.held_out import held_out
+from fedtune.training.held_out import split_holdout
 from fedtune.training.masters import make_stepper, masters_of
-from fedtune.training.micro import cut, shares
-from fedtune.training.optimiser import Stepper, rate
+from fedtune.training.micro import compute_loss_weights, split_into_micro_batches
+from fedtune.training.optimiser import LocalOptimiser, compute_lr_factor
 from fedtune.training.order import batches, total_steps
 from fedtune.training.received_state import receive_state
 from fedtune.training.start import Start
-from fedtune.training.state import read_state, tensors_of
-from fedtune.training.threads import processor_threads
-from fedtune.training.told_activity import tell_activity
+from fedtune.training.state import get_model_state, named_tensors
+from fedtune.training.threads import use_cpu_threads
+from fedtune.training.told_activity import compute_uploaded_statistics
 
 IntArray = NDArray[np.int64]
 
-__all__ = ["Outcome", "step_loss", "train", "train_mode", "update"]
+__all__ = ["LocalTrainingResult", "apply_optimiser_step", "compute_step_loss", "set_train_mode", "train_local_model"]
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LocalTrainingResult:
     """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
 
     ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
@@ -59,8 +59,8 @@ class Outcome:
     delta: dict[str, Tensor]
     extras: dict[str, Tensor]
     own: dict[str, Tensor]
-    own_score: OwnScore
-    trained_score: OwnScore
+    own_score: HoldoutMetrics
+    trained_score: HoldoutMetrics
     examples: int
     loss: float
     seconds: float
@@ -68,18 +68,18 @@ class Outcome:
     peak_rss: int
 
 
-def train(
+def train_local_model(
     model: nn.Module,
     techniques: Sequence[Technique],
     state: Mapping[str, Tensor],
-    data: Encoded,
+    data: EncodedDataset,
     indices: IntArray,
     recipe: Recipe,
     number: int,
     client: int,
     own: Mapping[str, Tensor] = _NOTHING,
     micro: int | None = None,
-) -> Outcome:
+) -> LocalTrainingResult:
     """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
 
     ``micro`` is the most examples that go through the model at a time, the batch staying what it is. ``own`` holds all
@@ -88,30 +88,33 @@ def train(
     """
     started = time.perf_counter()
     reset_peak_rss()
-    indices, held = held_out(indices, recipe.evaluation.own, derive(recipe.seed, client, "own"))
+    indices, held = split_holdout(indices, recipe.evaluation.own, derive_seed(recipe.seed, client, "own"))
     receive_state(model, techniques, state, own, number)
-    names = trained(model)
+    names = list_trainable_tensors(model)
     start = Start(model, names, own, state)
     masters = masters_of(model, start)
-    with processor_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+    with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         own_score = score_held_out(model, data, held, recipe, techniques)
-        seed = derive(recipe.seed, number, client, "activity")
-        told = tell_activity(model, techniques, data, indices, recipe, names, seed)
-        torch.manual_seed(derive(recipe.seed, number, client, "dropout"))
+        seed = derive_seed(recipe.seed, number, client, "activity")
+        told = compute_uploaded_statistics(model, techniques, data, indices, recipe, names, seed)
+        torch.manual_seed(derive_seed(recipe.seed, number, client, "dropout"))
         release_freed()
-        loss, saved_bytes, examples = _run(model, techniques, data, indices, recipe, number, client, micro, masters)
+        loss, saved_bytes, examples = _run_steps(
+            model, techniques, data, indices, recipe, number, client, micro, masters
+        )
         release_freed()
         kept = {
-            name: masters[name].detach() if name in masters else one for name, one in read_state(model, own).items()
+            name: masters[name].detach() if name in masters else one
+            for name, one in get_model_state(model, own).items()
         }
-        delta = start.deltas({**tensors_of(model), **masters}, names)
+        delta = start.deltas({**named_tensors(model), **masters}, names)
         _say_if_nothing_moved([*delta.values(), *(kept[name] - own[name] for name in own)], number, client)
-        backward = partial(_backward, model, techniques, data, indices, recipe, number, micro)
-        extras = {**told, **answer(techniques, model, number, backward)}
+        backward = partial(_run_extra_backward, model, techniques, data, indices, recipe, number, micro)
+        extras = {**told, **compute_extra_payload(techniques, model, number, backward)}
         trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
     scores = own_score, trained_score
-    return Outcome(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
+    return LocalTrainingResult(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
 
 
 def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> None:
@@ -123,10 +126,10 @@ def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> 
         )
 
 
-def _backward(
+def _run_extra_backward(
     model: nn.Module,
     techniques: Sequence[Technique],
-    data: Encoded,
+    data: EncodedDataset,
     indices: IntArray,
     recipe: Recipe,
     number: int,
@@ -134,15 +137,15 @@ def _backward(
 ) -> None:
     """Gradients of the loss on the client's first examples, at most ``micro`` of them at a time."""
     chosen = indices[: recipe.train.batch].tolist()
-    parts = [data.batch(part) for part in cut(chosen, micro or len(chosen))]
+    parts = [data.batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
     model.eval()
-    _step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
+    _run_step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
 
 
-def _run(
+def _run_steps(
     model: nn.Module,
     techniques: Sequence[Technique],
-    data: Encoded,
+    data: EncodedDataset,
     indices: IntArray,
     recipe: Recipe,
     number: int,
@@ -156,18 +159,18 @@ def _run(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed midway may have left gradients
     optimiser = make_stepper(settings, model, masters)
-    train_mode(model)
+    set_train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
     lengths = data.lengths if settings.by_length else None
-    order = batches(indices, settings.batch, steps, derive(recipe.seed, number, client, "order"), lengths)
+    order = batches(indices, settings.batch, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((number - 1) + step / steps) / recipe.federation.rounds
-        parts = [data.batch(part) for part in cut(chosen, micro or len(chosen))]
-        loss, kept = _step(model, techniques, parts, progress, metered=step == 0)
+        parts = [data.batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
+        loss, kept = _run_step(model, techniques, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
-        moment = Moment(number, step, steps, settings.lr, settings.lr * rate(settings, progress))
+        moment = StepInfo(number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
         if loss is not None:
-            update(model, techniques, optimiser, parameters, settings, moment)
+            apply_optimiser_step(model, techniques, optimiser, parameters, settings, moment)
             losses.append(loss)
         examples += len(chosen)
     if not losses:
@@ -177,23 +180,23 @@ def _run(
     return float(np.mean(losses)), saved_bytes, examples
 
 
-def update(
+def apply_optimiser_step(
     model: nn.Module,
     techniques: Sequence[Technique],
-    optimiser: Stepper,
+    optimiser: LocalOptimiser,
     parameters: Sequence[nn.Parameter],
     settings: Train,
-    moment: Moment,
+    moment: StepInfo,
 ) -> None:
     """Follow the gradients of a step and let go of them."""
-    lr = before_update(techniques, model, moment)
+    lr = before_optimiser_step(techniques, model, moment)
     if settings.clip is not None:
         nn.utils.clip_grad_norm_(parameters, settings.clip)
     optimiser.step(lr)
     model.zero_grad()
 
 
-def _step(
+def _run_step(
     model: nn.Module,
     techniques: Sequence[Technique],
     parts: Sequence[Mapping[str, Tensor]],
@@ -207,27 +210,27 @@ def _step(
     """
     excluded = [*model.parameters(), *model.buffers()]
     total, kept = 0.0, 0
-    predicting = [(part, share) for part, share in zip(parts, shares(parts), strict=True) if share]
+    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(parts), strict=True) if share]
     for part, share in predicting:
         begin_step(techniques, model, part, progress)
         with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
-            loss = step_loss(model, part)
+            loss = compute_step_loss(model, part)
             kept = max(kept, meter.bytes if meter is not None else 0)
         (loss if len(parts) == 1 else loss * share).backward()
         total += share * float(loss.detach())
     return total if predicting else None, kept
 
 
-def step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def compute_step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss a step follows: the task's, and the terms that techniques add inside the model."""
-    with collecting() as terms:
+    with collect_loss_terms() as terms:
         loss: Tensor = model(**batch).loss
     return torch.stack([loss, *terms]).sum() if terms else loss
 
 
-def train_mode(model: nn.Module) -> None:
+def set_train_mode(model: nn.Module) -> None:
     """Dropout on; batch-norm statistics stay those of the pretrained model, except where a technique trains them."""
     model.train()
     for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, LiveNorm):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, UnfrozenBatchNorm2d):
             layer.eval()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedtune.recipe import Train
-from fedtune.training.optimiser import Stepper, make_optimiser
+from fedtune.training.optimiser import LocalOptimiser, make_optimiser
 from fedtune.training.start import Start
 
 __all__ = ["make_stepper", "masters_of"]
@@ -30,7 +30,7 @@ def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
     }
 
 
-def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> Stepper:
+def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> LocalOptimiser:
     """A fresh optimiser over the trained parameters, which moves those of ``masters`` in their stead."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner = make_optimiser(settings, [masters.get(name, parameter) for name, parameter in named.items()])
@@ -41,7 +41,7 @@ def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Par
 class _Mastered:
     """Steps masters by the gradients of their parameters, and rounds them into these."""
 
-    def __init__(self, inner: Stepper, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def __init__(self, inner: LocalOptimiser, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
         self._inner, self._pairs = inner, pairs
 
     @torch.no_grad()

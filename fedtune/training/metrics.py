@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import RecipeError
-from fedtune.explain import nearest
+from fedtune.explain import suggest_nearest
 from fedtune.recipe import Recipe
 
 __all__ = ["Metric", "check_metrics", "known", "load_metrics", "measure", "register"]
@@ -65,7 +65,7 @@ def _find(name: str) -> Metric:
         return _built_in(name)
     if name not in _published():
         raise RecipeError(
-            f"evaluation.metrics: there is no {name!r}; {nearest(name, known())}", code="metric-unavailable"
+            f"evaluation.metrics: there is no {name!r}; {suggest_nearest(name, known())}", code="metric-unavailable"
         )
     found: Metric = _published()[name]()
     return found

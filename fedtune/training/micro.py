@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedtune.data.encode import IGNORED
-from fedtune.techniques import LiveNorm
+from fedtune.data.encode import IGNORE_INDEX
+from fedtune.techniques import UnfrozenBatchNorm2d
 
-__all__ = ["cut", "divisible", "shares"]
+__all__ = ["can_split_batch", "compute_loss_weights", "split_into_micro_batches"]
 
 
-def divisible(model: nn.Module) -> bool:
+def can_split_batch(model: nn.Module) -> bool:
     """Whether a batch may be cut: not where norms follow the statistics of the batch itself."""
-    return not any(isinstance(layer, LiveNorm) for layer in model.modules())
+    return not any(isinstance(layer, UnfrozenBatchNorm2d) for layer in model.modules())
 
 
-def cut(batch: Sequence[int], size: int) -> list[list[int]]:
+def split_into_micro_batches(batch: Sequence[int], size: int) -> list[list[int]]:
     """Examples in parts of at most ``size``."""
     return [list(batch[start : start + size]) for start in range(0, len(batch), size)]
 
 
-def shares(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
+def compute_loss_weights(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
     """Each part's share of all predictions."""
     counts = [_predictions(part["labels"]) for part in parts]
     return [count / max(1, sum(counts)) for count in counts]
@@ -32,4 +32,4 @@ def shares(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
 
 def _predictions(labels: Tensor) -> int:
     """Labels [k], or [k, tokens] of which each is predicted from those before it."""
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORE_INDEX).sum())

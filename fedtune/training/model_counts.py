@@ -7,7 +7,7 @@ from fedtune.recipe import Recipe
 __all__ = ["check_model_counts"]
 
 
-def check_model_counts(recipe: Recipe, pipeline: merging.Pipeline) -> None:
+def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
     """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
     combine, late = pipeline.combine, recipe.federation.late
     coming, key = recipe.clients_per_round, "federation.clients"

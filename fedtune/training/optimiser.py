@@ -17,21 +17,21 @@ from torch.optim.sgd import sgd
 
 from fedtune.recipe import Optimiser, Train
 
-__all__ = ["Stepper", "make_optimiser", "rate"]
+__all__ = ["LocalOptimiser", "compute_lr_factor", "make_optimiser"]
 
 
 _PIECE = 1 << 20
 """Numbers of a parameter that AdamW steps at a time."""
 
 
-class Stepper(Protocol):
+class LocalOptimiser(Protocol):
     """Moves parameters along their gradients; those without a gradient stay."""
 
     def step(self, lr: float) -> None:
         """One step at the given learning rate."""
 
 
-def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> Stepper:
+def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> LocalOptimiser:
     """A fresh optimiser over the trained parameters."""
     if settings.optimiser == "adamw":
         return _AdamW(parameters, settings.weight_decay)
@@ -154,7 +154,7 @@ def _moments(parameter: Parameter) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(parameter), torch.zeros_like(parameter), torch.tensor(0.0)
 
 
-def rate(settings: Train, progress: float) -> float:
+def compute_lr_factor(settings: Train, progress: float) -> float:
     """The factor on ``lr`` after a share ``progress`` (0..1) of all steps of the run: warm-up, then the schedule."""
     if progress < settings.warmup:
         return progress / settings.warmup

@@ -8,53 +8,53 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune import merging, techniques
-from fedtune.contribution import Pair
+from fedtune.contribution import LowRankPair
 from fedtune.errors import RecipeError
-from fedtune.training.state import shapes
+from fedtune.training.state import get_tensor_shapes
 
 if TYPE_CHECKING:
-    from fedtune.training.workshop import Workshop
+    from fedtune.training.workshop import RunContext
 
-__all__ = ["check_part", "received", "trained_in"]
+__all__ = ["check_device_class", "get_received_shapes", "list_tensors_of_round"]
 
 _ROUNDS = (1, 2)
 """Techniques that alternate do so from one round to the next."""
 
 
-def trained_in(shop: "Workshop", number: int) -> list[str]:
+def list_tensors_of_round(shop: "RunContext", number: int) -> list[str]:
     """Names of the tensors that a workshop's clients train in a round."""
     techniques.begin_round(shop.techniques, shop.model, number)
-    return techniques.trained(shop.model)
+    return techniques.list_trainable_tensors(shop.model)
 
 
-def received(shop: "Workshop", part: "Workshop") -> dict[str, tuple[int, ...]]:
+def get_received_shapes(shop: "RunContext", part: "RunContext") -> dict[str, tuple[int, ...]]:
     """What a class is sent of the shared state: its own shapes, by name."""
-    own = shapes(part.model)
+    own = get_tensor_shapes(part.model)
     return {name: own[name] for name in shop.shared if name in own}
 
 
-def check_part(shop: "Workshop", part: "Workshop", device: str) -> None:
+def check_device_class(shop: "RunContext", part: "RunContext", device: str) -> None:
     """RecipeError unless a device class trains a part of the shared state on the model that all have."""
     start = f"devices: the techniques of {device}"
     mend = "give the class and train.techniques such as differ in how much they train"
-    own = received(shop, part)
+    own = get_received_shapes(shop, part)
     if lacking := sorted(set(shop.shared) - own.keys()):
         raise RecipeError(f"{start} leave no place for {lacking[0]}, which train.techniques shares; {mend}")
-    if beside := sorted({name for number in _ROUNDS for name in trained_in(part, number)} - own.keys()):
+    if beside := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
         raise RecipeError(f"{start} train {beside[0]}, which train.techniques does not share; {mend}")
-    pairs = techniques.pairs(shop.techniques, shop.model)
-    whole = shapes(shop.model)
+    pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
+    whole = get_tensor_shapes(shop.model)
     if unfit := [name for name in own if not _fits(own[name], whole[name], name in _factors(pairs))]:
         raise RecipeError(
             f"{start} make {unfit[0]} {list(own[unfit[0]])}, which is no part of {list(whole[unfit[0]])} as "
             f"train.techniques has it; raise the rank there"
         )
     _check_factors(shop, part, pairs, start)
-    if any(set(trained_in(shop, number)) != set(trained_in(part, number)) for number in _ROUNDS):
-        _check_merge(merging.choose(shop.recipe.merge), device)
+    if any(set(list_tensors_of_round(shop, number)) != set(list_tensors_of_round(part, number)) for number in _ROUNDS):
+        _check_merge(merging.build_pipeline(shop.recipe.merge), device)
 
 
-def _factors(pairs: Sequence[Pair]) -> set[str]:
+def _factors(pairs: Sequence[LowRankPair]) -> set[str]:
     return {name for pair in pairs for name in (pair.left, pair.right)}
 
 
@@ -64,10 +64,10 @@ def _fits(own: tuple[int, ...], whole: tuple[int, ...], is_factor: bool) -> bool
     return len(own) == len(whole) and all(a <= b for a, b in zip(own, whole, strict=True))
 
 
-def _check_factors(shop: "Workshop", part: "Workshop", pairs: Sequence[Pair], start: str) -> None:
+def _check_factors(shop: "RunContext", part: "RunContext", pairs: Sequence[LowRankPair], start: str) -> None:
     """A mean of factors is one of products only while all train the same one."""
     for number in _ROUNDS:
-        one, other = (_factors(pairs) & set(trained_in(each, number)) for each in (shop, part))
+        one, other = (_factors(pairs) & set(list_tensors_of_round(each, number)) for each in (shop, part))
         if one != other:
             raise RecipeError(
                 f"{start} and train.techniques train different factors of low-rank pairs in round {number}; set "
@@ -75,9 +75,9 @@ def _check_factors(shop: "Workshop", part: "Workshop", pairs: Sequence[Pair], st
             )
 
 
-def _check_merge(pipeline: merging.Pipeline, device: str) -> None:
+def _check_merge(pipeline: merging.MergePipeline, device: str) -> None:
     """Where classes train different tensors, a step sees of each tensor only the models that have it."""
-    asked = merging.measurement(pipeline.steps)
+    asked = merging.build_calibration_request(pipeline.steps)
     combine = pipeline.combine
     needy = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
     needy += [combine.name] if combine.fewest > 1 or combine.most is not None or combine.needs else []

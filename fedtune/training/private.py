@@ -9,10 +9,10 @@ from fedtune.errors import RecipeError
 from fedtune.recipe import Recipe
 from fedtune.techniques import Technique
 
-__all__ = ["check_private", "require_private"]
+__all__ = ["check_model_privacy", "check_privacy_settings"]
 
 
-def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
+def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
     """RecipeError for settings that would tell more than the noise covers, or that noise would make pointless."""
     if recipe.privacy is None:
         return
@@ -31,7 +31,7 @@ def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
             f"devices: {mixed} has techniques of its own, so that fewer clients share the noise of some tensors; "
             "let all train alike, or drop privacy"
         )
-    measured = merging.measurement(pipeline.steps)
+    measured = merging.build_calibration_request(pipeline.steps)
     if measured is not None and measured.by == "clients":
         raise RecipeError(
             "merge: statistics: clients sends activations without noise; let the server measure, or drop privacy"
@@ -40,10 +40,12 @@ def check_private(recipe: Recipe, pipeline: merging.Pipeline) -> None:
         _check_sum(pipeline)
 
 
-def _check_sum(pipeline: merging.Pipeline) -> None:
+def _check_sum(pipeline: merging.MergePipeline) -> None:
     """Noise on the merged weights covers a client that moves them by clip / n at most: a mean, or less."""
     unbounded = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
-    unbounded += [step.name for step in pipeline.relax if not isinstance(step, merging.ByActivity)]  # those only shrink
+    unbounded += [
+        step.name for step in pipeline.relax if not isinstance(step, merging.ActivationRelaxStep)
+    ]  # those only shrink
     if not pipeline.combine.averages:
         unbounded.append(pipeline.combine.name)
     if unbounded:
@@ -53,11 +55,13 @@ def _check_sum(pipeline: merging.Pipeline) -> None:
         )
 
 
-def require_private(recipe: Recipe, model: nn.Module, chosen: Sequence[Technique], shared: Sequence[str]) -> None:
+def check_model_privacy(recipe: Recipe, model: nn.Module, chosen: Sequence[Technique], shared: Sequence[str]) -> None:
     """RecipeError when a recipe asks for privacy and clients would send more than deltas of weights."""
     if recipe.privacy is None:
         return
-    check_private(recipe, merging.choose(recipe.merge))  # again where it runs: a recipe may come by another way
+    check_privacy_settings(
+        recipe, merging.build_pipeline(recipe.merge)
+    )  # again where it runs: a recipe may come by another way
     statistics = [name for name in shared if name.endswith((".running_mean", ".running_var"))]
     if statistics:
         raise RecipeError(
@@ -65,7 +69,10 @@ def require_private(recipe: Recipe, model: nn.Module, chosen: Sequence[Technique
             "noise could make negative and whose pooling has no bound; train bias, norm or an adapter instead"
         )
     for technique in chosen:
-        if any(techniques.asked([technique], model, number) for number in range(1, recipe.federation.rounds + 1)):
+        if any(
+            techniques.declare_extra_payload([technique], model, number)
+            for number in range(1, recipe.federation.rounds + 1)
+        ):
             raise RecipeError(
                 f"privacy: with {technique.name} clients send more than deltas, which neither clip nor noise covers; "
                 "drop one of the two"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.data import Encoded
+from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, ModelError
 from fedtune.recipe import Recipe
 
@@ -18,7 +18,7 @@ _NEAR = 8
 _BROKEN = (IndexError, RuntimeError, ValueError)
 
 
-def require_readable(model: nn.Module, examples: Encoded, recipe: Recipe, tokenizer: Any = None) -> None:
+def require_readable(model: nn.Module, examples: EncodedDataset, recipe: Recipe, tokenizer: Any = None) -> None:
     """ModelError or DataError for tokens, texts or pictures that do not fit the model; examples of its own task."""
     if not len(examples):
         return
@@ -31,7 +31,7 @@ def require_readable(model: nn.Module, examples: Encoded, recipe: Recipe, tokeni
     _require_positions(model, ids, recipe)
 
 
-def _require_rows(model: nn.Module, examples: Encoded, recipe: Recipe) -> None:
+def _require_rows(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
     able: Any = model
     rows: int = able.get_input_embeddings().num_embeddings
     largest = max(int(batch["input_ids"].max()) for batch in _batches(examples))
@@ -42,7 +42,7 @@ def _require_rows(model: nn.Module, examples: Encoded, recipe: Recipe) -> None:
         )
 
 
-def _require_words(examples: Encoded, tokenizer: Any, recipe: Recipe) -> None:
+def _require_words(examples: EncodedDataset, tokenizer: Any, recipe: Recipe) -> None:
     """A tokenizer that is not the text's, or not the model's, makes unknown tokens of all words, or nothing."""
     if tokenizer is None:
         return
@@ -61,7 +61,7 @@ def _require_words(examples: Encoded, tokenizer: Any, recipe: Recipe) -> None:
         )
 
 
-def _batches(examples: Encoded) -> Sequence[dict[str, Tensor]]:
+def _batches(examples: EncodedDataset) -> Sequence[dict[str, Tensor]]:
     size = 1024
     return [examples.batch(range(at, min(at + size, len(examples)))) for at in range(0, len(examples), size)]
 
@@ -90,7 +90,7 @@ def _told_positions(model: nn.Module) -> int | None:
     return min((number for number in found if isinstance(number, int) and number > 0), default=None)
 
 
-def _require_side(model: nn.Module, examples: Encoded, recipe: Recipe) -> None:
+def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
     size = getattr(getattr(model, "config", None), "image_size", None)
     pixels = examples.batch([0])["pixel_values"]
     if size is None or size == pixels.shape[-1]:

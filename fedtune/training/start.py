@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedtune.training.state import precise, read_state, tensors_of
+from fedtune.training.state import get_model_state, named_tensors, precise
 
 __all__ = ["Start"]
 
@@ -19,8 +19,8 @@ class Start:
 
     def __init__(self, model: nn.Module, names: Sequence[str], *received: Mapping[str, Tensor]) -> None:
         self._received = received
-        tensors = tensors_of(model)
-        self._changed = read_state(model, [name for name in names if not self._holds(name, tensors[name])])
+        tensors = named_tensors(model)
+        self._changed = get_model_state(model, [name for name in names if not self._holds(name, tensors[name])])
 
     def _holds(self, name: str, tensor: Tensor) -> bool:
         return any(name in each and torch.equal(tensor, each[name].to(tensor.dtype)) for each in self._received)

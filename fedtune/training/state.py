@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_state", "precise", "read_state", "shapes", "tensors_of"]
+__all__ = ["get_model_state", "get_tensor_shapes", "named_tensors", "precise", "set_model_state"]
 
 
-def read_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def get_model_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the named tensors, in fp32 but for integers."""
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     return {name: _copy(tensors[name].detach()) for name in names}
 
 
@@ -24,18 +24,18 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def set_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Write the state into the model, rounding to its precision."""
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     for name, tensor in state.items():
         tensors[name].copy_(tensor)
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def get_tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that may be shared."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

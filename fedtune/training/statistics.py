@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import DataError
-from fedtune.merging.fisher import information
-from fedtune.merging.regmean import add_gram
-from fedtune.training.entering import Batch, entering
-from fedtune.training.loop import step_loss
+from fedtune.merging.fisher import square_gradient
+from fedtune.merging.regmean import accumulate_gram
+from fedtune.training.entering import Batch, hook_layer_inputs
+from fedtune.training.loop import compute_step_loss
 
-__all__ = ["fisher_information", "input_grams"]
+__all__ = ["compute_fisher_information", "compute_input_grams"]
 
 
-def fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Mean over examples of each one's squared gradient of the loss, fp32 in the shape of each parameter.
 
     The diagonal of the empirical Fisher information (of the true labels) when the loss is a negative log-likelihood;
@@ -28,14 +28,16 @@ def fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, 
     sums = {name: torch.zeros(one.shape) for name, one in parameters.items()}
     count = 0
     model.eval()
-    with _trainable(parameters.values()):
+    with _require_gradients(parameters.values()):
         for example in (example for batch in batches for example in _examples(batch)):
-            gradients = torch.autograd.grad(step_loss(model, example), list(parameters.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                compute_step_loss(model, example), list(parameters.values()), allow_unused=True
+            )
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += information(gradient)
+                    sums[name] += square_gradient(gradient)
             count += 1
-    return {name: total / _some(count) for name, total in sums.items()}
+    return {name: total / _require_examples(count) for name, total in sums.items()}
 
 
 def _examples(batch: Batch) -> Iterator[Batch]:
@@ -45,7 +47,7 @@ def _examples(batch: Batch) -> Iterator[Batch]:
 
 
 @contextmanager
-def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _require_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """All of them ask for gradients inside the block, whatever is frozen."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
@@ -58,7 +60,7 @@ def _trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Mean x x^T [in, in] over the inputs of each linear layer, fp32, by the name of its weight; padding left out.
 
     Summed in double: 16 bytes per entry and layer at work. Weights tied to an embedding are left out, as are layers
@@ -70,15 +72,15 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]
     model.eval()
 
     def add(name: str, rows: Tensor) -> None:
-        add_gram(sums[name], rows)
+        accumulate_gram(sums[name], rows)
         counts[name] += len(rows)
 
-    with entering({name: (layer, -1) for name, layer in layers.items()}, add) as begin:
+    with hook_layer_inputs({name: (layer, -1) for name, layer in layers.items()}, add) as begin:
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             begin(inputs)
             model(**inputs)
-    _some(sum(counts.values()))
+    _require_examples(sum(counts.values()))
     return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
 
 
@@ -92,7 +94,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def _some(count: int) -> int:
+def _require_examples(count: int) -> int:
     """The count; DataError when it is zero."""
     if not count:
         raise DataError("statistics need at least one batch of examples; give some data")

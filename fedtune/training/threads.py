@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["processor_threads"]
+__all__ = ["use_cpu_threads"]
 
 
 @contextmanager
-def processor_threads(count: int) -> Iterator[None]:
+def use_cpu_threads(count: int) -> Iterator[None]:
     """Use ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

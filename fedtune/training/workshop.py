@@ -12,75 +12,75 @@ from torch import Tensor, nn
 
 from fedtune import data, merging, models, techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.explain import explain
-from fedtune.recipe import Columns, Data, Recipe
-from fedtune.seeds import derive
+from fedtune.explain import explain_validation_error
+from fedtune.recipe import ColumnSettings, DataSettings, Recipe
+from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
-from fedtune.training.activity import require_scaled
-from fedtune.training.parts import check_part
-from fedtune.training.private import require_private
+from fedtune.training.activity import check_merge_has_targets
+from fedtune.training.parts import check_device_class
+from fedtune.training.private import check_model_privacy
 from fedtune.training.readable import require_readable
-from fedtune.training.state import read_state, tensors_of
+from fedtune.training.state import get_model_state, named_tensors
 
-__all__ = ["Workshop", "adopt", "build_model", "discard", "workshop"]
+__all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model", "set_run_context"]
 
 
-def build_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
+def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
     """The model with its techniques applied, the techniques, and the names of the tensors a federation shares."""
-    chosen = techniques.choose(recipe.train.techniques)
+    chosen = techniques.build_techniques(recipe.train.techniques)
     quantised = [found for found in (technique.quantisation() for technique in chosen) if found is not None]
     if len(quantised) > 1:
         raise ModelError("two techniques want to quantise the base; keep one of them")
-    model = models.load(
+    model = models.load_model(
         recipe.model,
         recipe.task,
         labels,
-        seed=derive(recipe.seed, "head"),
+        seed=derive_seed(recipe.seed, "head"),
         quantisation=quantised[0] if quantised else None,
     )
-    shared = techniques.apply(chosen, model, recipe.task, derive(recipe.seed, "techniques"))
+    shared = techniques.apply_techniques(chosen, model, recipe.task, derive_seed(recipe.seed, "techniques"))
     return model, chosen, shared
 
 
 @dataclass
-class Workshop:
+class RunContext:
     """A recipe with all that is built from it; each part is made when it is first asked for."""
 
     recipe: Recipe
-    corpus: data.Corpus = field(repr=False)
+    corpus: data.DataSplits = field(repr=False)
     model: nn.Module = field(repr=False)
     techniques: tuple[Technique, ...]
     shared: list[str] = field(repr=False)
-    parts: dict[str, "Workshop"] = field(default_factory=dict, repr=False)
+    parts: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
     """Of device classes with settings of their own, by name; their examples are taken from here."""
     own: dict[str, Tensor] = field(init=False, repr=False)
     """What each device keeps for itself, as it is before training."""
 
     def __post_init__(self) -> None:
         """Read them while the model is untrained."""
-        self.own = read_state(self.model, techniques.own(self.model))
+        self.own = get_model_state(self.model, techniques.list_local_tensors(self.model))
 
-    def of(self, client: int) -> "Workshop":
+    def of(self, client: int) -> "RunContext":
         """What a client trains with: its device class's model and settings, or those of all."""
         return self.parts.get(self.recipe.device_of(client).name, self)
 
     @cached_property
     def clients(self) -> list[np.ndarray]:
         """Indices into the training part, one sorted array per client."""
-        return data.split(self.recipe, self.corpus.train)
+        return data.partition_examples(self.recipe, self.corpus.train)
 
     @cached_property
-    def train(self) -> data.Encoded:
+    def train(self) -> data.EncodedDataset:
         """The training part, encoded."""
         return self._encode(self.corpus.train)
 
     @cached_property
-    def validation(self) -> data.Encoded:
+    def validation(self) -> data.EncodedDataset:
         """The validation part, encoded."""
         return self._encode(self.corpus.validation)
 
     @cached_property
-    def test(self) -> data.Encoded:
+    def test(self) -> data.EncodedDataset:
         """The test part, encoded."""
         return self._encode(self.corpus.test)
 
@@ -93,14 +93,14 @@ class Workshop:
         mixes = {client: Counter(domains[index] for index in indices) for client, indices in enumerate(self.clients)}
         return {client: mix.most_common(1)[0][0] for client, mix in mixes.items()}
 
-    def other(self, source: str, columns: Mapping[str, str]) -> data.Encoded:
+    def other(self, source: str, columns: Mapping[str, str]) -> data.EncodedDataset:
         """All examples of another source, encoded; ``columns`` says which of its columns holds what."""
         try:
-            chosen = Data(source=source, columns=Columns.model_validate(columns))
+            chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns))
         except ValidationError as error:
-            raise RecipeError(explain(error, Columns, "--columns")) from error
+            raise RecipeError(explain_validation_error(error, ColumnSettings, "--columns")) from error
         recipe = self.recipe.model_copy(update={"data": chosen})
-        return self._encode(data.everything(recipe, self.corpus.labels))
+        return self._encode(data.load_all_examples(recipe, self.corpus.labels))
 
     def share_memory(self) -> None:
         """Move the models into memory that worker processes can map, and split and encode before they do."""
@@ -111,57 +111,57 @@ class Workshop:
     def own_trained(self) -> None:
         """In a worker process: replace the mapped copies of what is trained or received by own ones."""
         for shop in (self, *self.parts.values()):
-            tensors = tensors_of(shop.model)
+            tensors = named_tensors(shop.model)
             for name in [*self.shared, *self.own]:
                 tensors[name].data = tensors[name].data.clone()
 
-    def _encode(self, examples: data.Table) -> data.Encoded:
+    def _encode(self, examples: data.Table) -> data.EncodedDataset:
         reader = models.reader(self.recipe)
-        encoded = data.encode(examples, self.recipe, reader)
+        encoded = data.encode_examples(examples, self.recipe, reader)
         require_readable(self.model, encoded, self.recipe, reader)
         return encoded
 
 
-_built: dict[str, Workshop] = {}
+_current_context: dict[str, RunContext] = {}
 
 
-def workshop(recipe: str) -> Workshop:
+def get_run_context(recipe: str) -> RunContext:
     """The workshop of a recipe given as JSON; the latest one is kept, so that a base model is loaded once."""
-    if recipe not in _built:
+    if recipe not in _current_context:
         shop = _build(recipe)
-        adopt(shop)
-        _built[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
-    return _built[recipe]
+        set_run_context(shop)
+        _current_context[recipe] = shop  # as it was asked for, before the model's preprocessor was written into it
+    return _current_context[recipe]
 
 
-def adopt(shop: Workshop) -> None:
+def set_run_context(shop: RunContext) -> None:
     """Make a workshop the one this process uses for its recipe."""
-    _built.clear()
-    _built[shop.recipe.model_dump_json()] = shop
+    _current_context.clear()
+    _current_context[shop.recipe.model_dump_json()] = shop
 
 
-def discard() -> None:
+def clear_run_context() -> None:
     """Let go of the workshop that is kept: once its model was trained, it is no start for another run."""
-    _built.clear()
+    _current_context.clear()
 
 
-def _build(recipe: str) -> Workshop:
+def _build(recipe: str) -> RunContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = models.settled(Recipe.model_validate_json(recipe))
-    corpus = data.load(parsed, models.class_names(parsed.model, parsed.task))
-    model, chosen, shared = build_model(parsed, corpus.labels)
-    require_scaled(merging.choose(parsed.merge).steps, model, shared)
-    require_private(parsed, model, chosen, shared)
-    shop = Workshop(parsed, corpus, model, chosen, shared)
-    shop.parts = _parts(shop)
+    corpus = data.load_data(parsed, models.class_names(parsed.model, parsed.task))
+    model, chosen, shared = prepare_model(parsed, corpus.labels)
+    check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
+    check_model_privacy(parsed, model, chosen, shared)
+    shop = RunContext(parsed, corpus, model, chosen, shared)
+    shop.parts = _build_device_classes(shop)
     return shop
 
 
-def _parts(shop: Workshop) -> dict[str, Workshop]:
-    found: dict[str, Workshop] = {}
+def _build_device_classes(shop: RunContext) -> dict[str, RunContext]:
+    found: dict[str, RunContext] = {}
     for device in (device for device in shop.recipe.devices if device.settings):
         recipe = shop.recipe.with_settings_of(device)
-        part = Workshop(recipe, shop.corpus, *build_model(recipe, shop.corpus.labels))
-        check_part(shop, part, device.name)
+        part = RunContext(recipe, shop.corpus, *prepare_model(recipe, shop.corpus.labels))
+        check_device_class(shop, part, device.name)
         found[device.name] = part
     return found

@@ -13,11 +13,11 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequ
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.cli.connection import connect
+from fedtune.cli.connection import connect_to_server
 from fedtune.device import records
-from fedtune.device.fleet import signed_headers
+from fedtune.device.fleet import make_signed_headers
 from fedtune.errors import ServerError
-from fedtune.server.operators import add
+from fedtune.server.operators import write_operator_file
 from fedtune.tracking import Store
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
@@ -36,17 +36,17 @@ def _stolen_key(scene: Scene) -> str:
     """The public key of an enrolled device, with a signature of another."""
     thief = Knocker(scene.server)
     now = datetime.datetime.now(datetime.UTC).timestamp()
-    shown = signed_headers(scene.hostile.private, now)[FLEET_HTTP_PUBLIC_KEY_HEADER]
-    headers = signed_headers(thief.private, now) | {FLEET_HTTP_PUBLIC_KEY_HEADER: shown}
+    shown = make_signed_headers(scene.hostile.private, now)[FLEET_HTTP_PUBLIC_KEY_HEADER]
+    headers = make_signed_headers(thief.private, now) | {FLEET_HTTP_PUBLIC_KEY_HEADER: shown}
     return scene.refused(scene.server.knock("POST", _PUSH, headers=headers), 401)
 
 
 def _replayed(scene: Scene) -> str:
     """A signature that was good some minutes ago, and one under a new date."""
     now = datetime.datetime.now(datetime.UTC).timestamp()
-    old = signed_headers(scene.hostile.private, now - TIMESTAMP_TOLERANCE - SYSTEM_TIME_TOLERANCE - 5)
+    old = make_signed_headers(scene.hostile.private, now - TIMESTAMP_TOLERANCE - SYSTEM_TIME_TOLERANCE - 5)
     told = scene.refused(scene.server.knock("POST", "/fedtune/device/profile", headers=old, json={}), 401)
-    fresh = old | {TIMESTAMP_HEADER: signed_headers(scene.hostile.private, now)[TIMESTAMP_HEADER]}
+    fresh = old | {TIMESTAMP_HEADER: make_signed_headers(scene.hostile.private, now)[TIMESTAMP_HEADER]}
     scene.refused(scene.server.knock("POST", "/fedtune/device/profile", headers=fresh, json={}), 401)
     fresh[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(b"no signature").decode()
     scene.refused(scene.server.knock("POST", "/fedtune/device/profile", headers=fresh, json={}), 401)
@@ -90,10 +90,10 @@ def _operators_routes(scene: Scene) -> str:
 def _reader_submits(scene: Scene) -> str:
     """An operator who may look tries what they may not; a recipe that does not hold is posted past the command line."""
     with Store.open() as store:
-        add(scene.server.place, store.access, "reader", scene.folder / "reader.json", "read")
+        write_operator_file(scene.server.place, store.access, "reader", scene.folder / "reader.json", "read")
     told = []
     recipe = trivial("devices=[{name: any, count: 1, memory: 64MB}]").model_dump(mode="json")
-    with connect(scene.folder / "reader.json") as reader:
+    with connect_to_server(scene.folder / "reader.json") as reader:
         for method, path in (("POST", "runs"), ("POST", "tokens"), ("DELETE", "operators/local")):
             try:
                 reader.ask(method, path, {"recipe": recipe})
@@ -127,7 +127,7 @@ def _push(scene: Scene, name: str, content: bytes) -> httpx.Response:
 
 def _bomb(scene: Scene) -> str:
     """5 MB on the wire that stand for 600."""
-    content = records.answer(b"\0" * (120 * (5 << 20)), {"examples": 3})
+    content = records.make_update_record(b"\0" * (120 * (5 << 20)), {"examples": 3})
     _announce(scene, content)
     objects = {name: one.deflate() for name, one in get_all_nested_objects(content).items()}
     told = ""

@@ -14,9 +14,9 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.contribution import Report, pack, unpack
+from fedtune.contribution import ClientReport, decode_tensors, pack
 from fedtune.device import records
-from fedtune.device.fleet import Fleet, _reply_metadata
+from fedtune.device.fleet import FleetClient, _reply_metadata
 from fedtune.errors import ServerError
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
@@ -55,7 +55,9 @@ def _stopped(scene: Scene, run: str) -> None:
 def _large_answer(scene: Scene) -> str:
     """6 MB for an order that asks for some kilobytes."""
     [asked] = [message_from_proto(one) for one in _order(scene).messages_list]
-    reply = make_message(_reply_metadata(asked.metadata), records.answer(bytes(range(250)) * (_LARGE // 250), {}), None)
+    reply = make_message(
+        _reply_metadata(asked.metadata), records.make_update_record(bytes(range(250)) * (_LARGE // 250), {}), None
+    )
     reply.metadata.__dict__["_message_id"] = reply.object_id
     announced = PushMessagesRequest(
         node=Node(node_id=scene.node),
@@ -82,7 +84,7 @@ def _large_answer(scene: Scene) -> str:
 def _destructive(scene: Scene) -> str:
     """In its first round it claims 10**18 examples, in its second it sends deltas that are not finite."""
     address = scene.server.url.removeprefix("https://")
-    fleet = Fleet(address, scene.server.place.ca.read_text(), scene.hostile.private, scene.node, time.time)
+    fleet = FleetClient(address, scene.server.place.ca.read_text(), scene.hostile.private, scene.node, time.time)
     recipe = trivial(*_RECIPE).model_dump(mode="json")
     fleet.beat()
     with scene.server.operator() as connection:
@@ -91,8 +93,8 @@ def _destructive(scene: Scene) -> str:
     for examples, value in ((10**18, 0.0), (3, float("inf"))):
         claim = _claimed(fleet)
         task = fleet.fetch(claim)
-        deltas = {name: torch.full_like(tensor, value) for name, tensor in unpack(task.payload).items()}
-        report = Report(examples=examples, loss=1.0, seconds=1.0, saved_bytes=1, peak_rss=1)
+        deltas = {name: torch.full_like(tensor, value) for name, tensor in decode_tensors(task.payload).items()}
+        report = ClientReport(examples=examples, loss=1.0, seconds=1.0, saved_bytes=1, peak_rss=1)
         fleet.answer(claim, pack(deltas), asdict(report), 1.0)
     found = ended(scene.server, run, _PATIENCE)
     fleet.close()
@@ -102,7 +104,7 @@ def _destructive(scene: Scene) -> str:
     return "; ".join(sent["reason"] for sent in told)
 
 
-def _claimed(fleet: Fleet) -> bytes:
+def _claimed(fleet: FleetClient) -> bytes:
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         fleet.beat()

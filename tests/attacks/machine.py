@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from fedtune.device.channel import Frame
-from fedtune.device.keeper import Keeper
+from fedtune.device.keeper import TrainerSupervisor
 from tests.attacks.scene import Attack, Scene
 
 __all__ = ["ATTACKS"]
@@ -100,7 +100,7 @@ def _planted_modules(scene: Scene) -> str:
         (trap / name).write_text(f"open({str(mark)!r}, 'a').write(__name__)\nraise SystemExit\n")
     before = Path.cwd()
     os.chdir(trap)
-    keeper = Keeper("part:0", 1 << 34, 60.0)
+    keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
     try:
         assert keeper.ask(Frame({"recipe": "{}"})).header["kind"] == "failed"
     finally:
