@@ -80,7 +80,7 @@ def formats() -> list[Row]:
                 {
                     "share": share,
                     "values": values,
-                    "places": packed.layout.places,
+                    "places": packed.layout.position_format,
                     "bytes_per_entry": stored / len(x),
                     "formula": formula,
                 }
@@ -166,7 +166,7 @@ def a_step(
     torch.manual_seed(0)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss = compute_step_loss(model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept
 
@@ -204,9 +204,9 @@ def a_batch(recipe: Recipe) -> Tensors:
     """The first training examples; of texts, those that fill the length."""
     encoded = data.encode_examples(data.load_data(recipe).train, recipe, models.reader(recipe))
     if encoded.lengths is None:
-        return encoded.batch(list(range(recipe.train.batch)))
+        return encoded.make_batch(list(range(recipe.train.batch)))
     long = (encoded.lengths >= recipe.train.length).nonzero()[:, 0].tolist()
-    return encoded.batch(long[: recipe.train.batch])
+    return encoded.make_batch(long[: recipe.train.batch])
 
 
 if __name__ == "__main__":

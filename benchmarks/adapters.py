@@ -143,7 +143,7 @@ def clients(size: float, count: int) -> list[LowRankFactors]:
 
 def drift(size: float, count: int) -> dict[str, Any]:
     factors, weights = clients(size, count), [1 / count] * count
-    flexlora = truncate_product(stack_factors(factors, weights), RANK).error
+    flexlora = truncate_product(stack_factors(factors, weights), RANK).relative_error
     return {"drift": size, "clients": count, "fedit": compute_averaging_error(factors, weights), "flexlora": flexlora}
 
 

@@ -103,7 +103,9 @@ def scored(part: str, seed: int, lr: float, steps: int, texts: int, omegas: list
         tuned = MAKE[part](seed, lr, steps, Path(folder))
         took = time.perf_counter() - started
         own = {domain: alone(tuned, domain, "test", part, texts) for domain in tuned.operands}
-        outshone = len(merging.find_dominated_weights(tuned.evidence.activity)) / len(tuned.evidence.activity)
+        outshone = len(merging.find_dominated_weights(tuned.evidence.activation_statistics)) / len(
+            tuned.evidence.activation_statistics
+        )
         yield {"arm": "alone", **figures(own, own), "outshone": outshone, "seconds": took}
         yield {"arm": "base", **figures(evaluated(tuned, tuned.base, "test", FIGURE[part], texts), own)}
         for method in METHODS:

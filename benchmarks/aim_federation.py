@@ -88,7 +88,7 @@ def federation(recipe: Recipe, texts: int) -> dict[str, Any]:
     clear_run_context()
     shop = get_run_context(recipe.model_dump_json())
     clear_run_context()
-    state: State = get_model_state(shop.model, shop.shared)
+    state: State = get_model_state(shop.model, shop.shared_names)
     started, curve, sizes = time.perf_counter(), [accuracy(shop, state, "validation", texts)], []
     for number in range(1, recipe.federation.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -105,11 +105,11 @@ def federation(recipe: Recipe, texts: int) -> dict[str, Any]:
 def collected(shop: RunContext, state: State, number: int, folder: Path) -> list[ClientUpdate]:
     sent = []
     for client in sample_cohort(shop.recipe, number):
-        indices = shop.clients[client]
+        indices = shop.client_rows[client]
         got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
-        path.write_bytes(pack({**got.delta, **got.extras}))
-        sent.append(ClientUpdate(client, got.examples, path))
+        path.write_bytes(pack({**got.delta, **got.extra_payload}))
+        sent.append(ClientUpdate(client, got.num_examples, path))
     return sent
 
 

@@ -53,12 +53,12 @@ class Tuned:
 def minilm(seed: int, lr: float, steps: int, folder: Path) -> Tuned:
     """Four of them; deltas lie in ``folder``. Statistics are of unlabelled validation sentences on the base."""
     shop = _shop("aim.yaml", seed, lr, steps, 1, "train.techniques=full", "train.batch=16")
-    base, operands = get_model_state(shop.model, shop.shared), {}
-    for client, domain in shop.domain_of_client.items():
-        got = train_local_model(shop.model, (), base, shop.train, shop.clients[client], shop.recipe, 1, client)
+    base, operands = get_model_state(shop.model, shop.shared_names), {}
+    for client, domain in shop.client_domains.items():
+        got = train_local_model(shop.model, (), base, shop.train, shop.client_rows[client], shop.recipe, 1, client)
         path = folder / f"{domain}.safetensors"
         path.write_bytes(pack(got.delta))
-        operands[domain] = MergeInput(ClientUpdate(client, got.examples, path).rows, 1.0)
+        operands[domain] = MergeInput(ClientUpdate(client, got.num_examples, path).read_rows, 1.0)
     set_model_state(shop.model, base)
     chosen = sample_rows(np.arange(len(shop.validation)), 256, seed)
     found = measure_activation_statistics(shop.model, iter_inputs(shop.validation, chosen, 64))
@@ -69,8 +69,8 @@ def smollm2(seed: int, lr: float, steps: int, _: Path) -> Tuned:
     """Three of them. Statistics are of blocks of neutral text that no score uses."""
     more = ("task=causal-language-modelling", "model.source=sample:smollm2", "train.techniques=lora", "train.batch=8")
     shop = _shop("aim.yaml", seed, lr, steps // 4, 4, *more, f"train.length={LENGTH}")
-    start, operands = get_model_state(shop.model, shop.shared), {}
-    for client, domain in shop.domain_of_client.items():
+    start, operands = get_model_state(shop.model, shop.shared_names), {}
+    for client, domain in shop.client_domains.items():
         if domain != NEUTRAL:
             operands[domain] = MergeInput(partial(_product_rows, dict(_factors(shop, start, client))), 1.0)
     set_model_state(shop.model, start)  # B is zero: the base itself
@@ -107,7 +107,7 @@ def _shop(file: str, seed: int, lr: float, steps: int, rounds: int, *more: str) 
     devices = ["devices=[{name: lab, count: 4}]", "federation.quorum=1"]
     shop = get_run_context(resolve_recipe(read_recipe(RECIPES / file, [*settings, *devices, *more])).model_dump_json())
     clear_run_context()
-    if len(set(shop.domain_of_client.values())) != 4:
+    if len(set(shop.client_domains.values())) != 4:
         raise AssertionError("each client should hold one domain of its own")
     return shop
 
@@ -117,7 +117,7 @@ def _factors(shop: RunContext, start: State, client: int) -> Iterator[tuple[str,
     state = dict(start)
     for number in range(1, shop.recipe.federation.rounds + 1):
         got = train_local_model(
-            shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client
+            shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, number, client
         )
         state |= {name: state[name] + delta for name, delta in got.delta.items()}
     for name, a in state.items():
@@ -137,8 +137,10 @@ def _neutral_blocks(shop: RunContext) -> Iterator[dict[str, Tensor]]:
     domains = shop.train.domains
     assert domains is not None
     indices = np.array([index for index, domain in enumerate(domains) if domain == NEUTRAL])
-    rows = (shop.train.batch([index])["input_ids"][0].tolist() for index in sample_rows(indices, 256, shop.recipe.seed))
-    return iter_token_blocks(rows, block=256, batch=2)
+    rows = (
+        shop.train.make_batch([index])["input_ids"][0].tolist() for index in sample_rows(indices, 256, shop.recipe.seed)
+    )
+    return iter_token_blocks(rows, block_size=256, batch=2)
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ class Some:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return self.whole.batch([self.chosen[index] for index in indices])
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self.whole.make_batch([self.chosen[index] for index in indices])
 
 
 def some(examples: EncodedDataset, texts: int) -> Some:

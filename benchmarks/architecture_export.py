@@ -50,7 +50,7 @@ def exported(
 def _base(bench: Bench, recipe: Recipe) -> Any:
     """What an adapter is put beside, in four bits where it was trained so."""
     settings: dict[str, Any] = {"num_labels": len(bench.labels)} if bench.labels else {}
-    four_bits = [one.quantisation() for one in techniques.build_techniques(recipe.train.techniques)]
+    four_bits = [one.make_quantisation_config() for one in techniques.build_techniques(recipe.train.techniques)]
     if four_bits != [None]:
         four_bits[0].llm_int8_skip_modules = _head(bench)
         settings |= {"quantization_config": four_bits[0], "device_map": "cpu"}

@@ -110,7 +110,7 @@ def _tried(bench: Bench, technique: str, folder: Path) -> Cell:
         trained |= outcome.delta.keys()
     unmoved = [name for name in trained if torch.equal(state[name], before[name])]
     set_model_state(model, state)
-    batch = bench.examples.batch(range(4))
+    batch = bench.examples.make_batch(range(4))
     wanted = logits(model, batch)
     gradient = gradient_error(recipe, bench.labels, state, batch, (1, 2))
     full, adapter = (exported(bench, recipe, state, form, folder, batch, wanted) for form in ("full", None))

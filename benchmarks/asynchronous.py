@@ -75,8 +75,11 @@ def arm(name: str, seed: int, seconds: float) -> Arm:
     if name in LATE:
         most = recipe(seed, int(seconds / FAST * 4), f"federation.late={LATE[name]}")
         assert most.federation.late is not None
-        sizes = [len(rows) for rows in get_run_context(most.model_dump_json()).clients]
-        ends = [one.ends for one in make_simulated_schedule(most, range(most.clients), sizes, most.federation.late)]
+        sizes = [len(rows) for rows in get_run_context(most.model_dump_json()).client_rows]
+        ends = [
+            one.end_seconds
+            for one in make_simulated_schedule(most, range(most.num_clients), sizes, most.federation.late)
+        ]
     else:
         most = recipe(seed, int(seconds / FAST * 2))
         ends = list(accumulate(length(most, number, name) for number in range(1, most.federation.rounds + 1)))
@@ -96,7 +99,7 @@ def recipe(seed: int, rounds: int, *overrides: str) -> Recipe:
 
 def length(made: Recipe, number: int, name: str) -> float:
     """Simulated seconds of a round that waits for all, or for those before the deadline."""
-    slowest = max(duration(made, 0, client, number) for client in range(made.clients))
+    slowest = max(duration(made, 0, client, number) for client in range(made.num_clients))
     return slowest if name == "wait" else min(slowest, DEADLINE)
 
 
@@ -134,7 +137,7 @@ def run(store: Store, made: Arm) -> list[RoundRecord]:
         engine="local",
         rounds_planned=whole.federation.rounds,
     )
-    run_to_completion(InProcessGrid(whole.clients, SequentialWorkers(app)), store, "run")
+    run_to_completion(InProcessGrid(whole.num_clients, SequentialWorkers(app)), store, "run")
     return store.rounds("run")
 
 

@@ -20,7 +20,7 @@ def bare_loop(shop: RunContext, indices: NDArray[np.int64], steps: int, seed: in
     settings = shop.recipe.train
     torch.manual_seed(seed)
     parameters = dict(shop.model.named_parameters())
-    trained = [parameters[name].requires_grad_(True) for name in shop.shared]
+    trained = [parameters[name].requires_grad_(True) for name in shop.shared_names]
     optimiser = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     lengths = shop.train.lengths if settings.by_length else None
     shop.model.train()
@@ -28,7 +28,7 @@ def bare_loop(shop: RunContext, indices: NDArray[np.int64], steps: int, seed: in
     for step, chosen in enumerate(batches(indices, settings.batch, steps, seed, lengths)):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * (1 - step / steps)
-        loss = shop.model(**shop.train.batch(chosen)).loss
+        loss = shop.model(**shop.train.make_batch(chosen)).loss
         loss.backward()
         if settings.clip is not None:
             nn.utils.clip_grad_norm_(trained, settings.clip)

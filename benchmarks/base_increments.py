@@ -81,14 +81,16 @@ class Row(NamedTuple):
 
 def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
     """Round by round, as the server's loop does it."""
-    state = stored(get_model_state(shop.model, shop.shared), folder, 0)
+    state = stored(get_model_state(shop.model, shop.shared_names), folder, 0)
     bases = Bases(shop, folder, state, [])
     for number in range(1, rounds + 1):
         downloads = Downloads(RoundPayloads(shop, state, number), bases, None, deployed=True)
         got, away = downloads.of(0), downloads.of(AWAY)
         device = received(shop, got, number, folder / "device")
         sent = contributions(shop, state, number, folder)
-        evidence = MergeContext(pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model), draw=number)
+        evidence = MergeContext(
+            low_rank_pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model), round_number=number
+        )
         started = time.process_time()
         merged = merging.merge_round(
             merging.build_pipeline(shop.recipe.merge), state, list_trainable_tensors(shop, number), sent, evidence

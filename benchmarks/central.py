@@ -76,9 +76,9 @@ def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, fl
     recipe = read_recipe(RECIPE, [f"seed={seed}", f"train.lr={rate}", *TECHNIQUES[kind]])
     steps, batch = recipe.federation.rounds * (recipe.train.steps or 0), recipe.train.batch
     if way == "in_step":
-        batch *= recipe.clients_per_round
+        batch *= recipe.cohort_size
     else:
-        steps *= recipe.clients_per_round
+        steps *= recipe.cohort_size
     train = recipe.train.model_copy(update={"batch": batch})
     shop = get_run_context(resolve_recipe(recipe.model_copy(update={"train": train})).model_dump_json())
     bare_loop(shop, np.arange(len(shop.train)), steps, seed)

@@ -145,7 +145,7 @@ def built(file: str, techniques: str, seed: int, settings: list[str]) -> RunCont
     shop = get_run_context(resolve_recipe(recipe).model_dump_json())
     clear_run_context()
     if "freeze-a" not in techniques:
-        for name in shop.shared:
+        for name in shop.shared_names:
             shop.model.get_parameter(name).requires_grad_(True)
     return shop
 
@@ -161,7 +161,7 @@ def fine_tune(shop: RunContext, steps: int, seed: int) -> float:
     for step, chosen in enumerate(batches(np.arange(len(shop.train)), settings.batch, steps, seed, lengths)):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1, (step + 1) / (WARMUP * steps)) * (1 - step / steps)
-        one_step(shop, shop.train.batch(chosen), step / steps)
+        one_step(shop, shop.train.make_batch(chosen), step / steps)
         nn.utils.clip_grad_norm_(trained, settings.clip or torch.inf)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -181,12 +181,12 @@ def scored(shop: RunContext, part: str) -> dict[str, float]:
 
 
 def inputs(shop: RunContext, chosen: list[int]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in shop.train.batch(chosen).items() if name != "labels"}
+    return {name: tensor for name, tensor in shop.train.make_batch(chosen).items() if name != "labels"}
 
 
 def compared(shops: list[RunContext], pairs: int) -> dict[str, Any]:
     """Seconds and kept bytes of plain and term; the ratio of times is the median over pairs of neighbouring steps."""
-    batch = shops[0].train.batch(range(shops[0].recipe.train.batch))
+    batch = shops[0].train.make_batch(range(shops[0].recipe.train.batch))
     kept = [kept_bytes(shop, batch) for shop in shops]
     taken = [[seconds(shop, batch) for shop in shops] for _ in range(pairs)]
     plain, term = (statistics.median(one) for one in zip(*taken, strict=True))
@@ -200,7 +200,7 @@ def kept_bytes(shop: RunContext, batch: dict[str, torch.Tensor]) -> int:
     begin_step(shop.techniques, shop.model, batch, 0.5)
     with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
         loss = compute_step_loss(shop.model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
     loss.backward()
     return kept
 

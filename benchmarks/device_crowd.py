@@ -95,7 +95,7 @@ def reached(made: Fleet, run: str, number: int, end: float) -> bool:
     """Whether a run commits a round before its end and that of the time."""
     while time.monotonic() < end:
         with made.operator() as connection:  # without the rounds, whose documents would grow in the server's memory
-            found = connection.ask("GET", f"runs/{run}?after={ROUNDS + 1}")
+            found = connection.request_json("GET", f"runs/{run}?after={ROUNDS + 1}")
         if found["rounds_completed"] >= number:
             return True
         if found["status"] not in ("queued", "running"):
@@ -114,7 +114,9 @@ def idle(made: Fleet) -> int:
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         with made.operator() as connection:
-            if sum(device["online"] for device in connection.ask("GET", "devices")["devices"]) == len(made.devices):
+            if sum(device["online"] for device in connection.request_json("GET", "devices")["devices"]) == len(
+                made.devices
+            ):
                 break
         time.sleep(1.0)
     return int(statistics.median(memory(_own(device)) for device in made.devices))

@@ -121,7 +121,7 @@ def in_one_run(
             break
     if watch.made.found(watch.run)["status"] == "running" and len(kills) < len(phases):
         with watch.made.operator() as connection:
-            connection.ask("POST", f"runs/{watch.run}/stop")
+            connection.request_json("POST", f"runs/{watch.run}/stop")
     judge(kills, watch.made.ended(watch.run, PATIENCE), watch.folder, left_alone)
     for kill in kills:
         print(kill, file=sys.stderr, flush=True)

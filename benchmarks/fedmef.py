@@ -116,7 +116,7 @@ def federation(recipe: Recipe, part: str) -> dict[str, Any]:
     clear_run_context()
     shop = get_run_context(recipe.model_dump_json())
     clear_run_context()
-    state: State = get_model_state(shop.model, shop.shared)
+    state: State = get_model_state(shop.model, shop.shared_names)
     started, drops, kept = time.perf_counter(), [], 0
     traffic: dict[str, list[int]] = {"up": [], "down": []}
     for number in range(1, recipe.federation.rounds + 1):
@@ -124,7 +124,7 @@ def federation(recipe: Recipe, part: str) -> dict[str, Any]:
             sent, outcomes = collect(shop, state, number, Path(folder), traffic)
             merged = merge(shop, state, number, sent)
             state = revise(shop, merged, number, sent)
-        kept = max(kept, *(outcome.saved_bytes for outcome in outcomes))
+        kept = max(kept, *(outcome.activation_bytes for outcome in outcomes))
         if moved := techniques.declare_extra_payload(shop.techniques, shop.model, number):
             drops.append(accuracy(shop, merged, "validation") - accuracy(shop, state, "validation"))
         if moved or number % recipe.evaluation.every == 0:
@@ -145,12 +145,12 @@ def collect(
     sent, outcomes = [], []
     for client in sample_cohort(shop.recipe, number):
         outcome = train_local_model(
-            shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, number, client
+            shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, number, client
         )
-        payload = pack({**select_active_values(outcome.delta, find_masks(state)), **outcome.extras})
+        payload = pack({**select_active_values(outcome.delta, find_masks(state)), **outcome.extra_payload})
         path = folder / f"{client}.safetensors"
         path.write_bytes(payload)
-        sent.append(ClientUpdate(client, outcome.examples, path))
+        sent.append(ClientUpdate(client, outcome.num_examples, path))
         outcomes.append(outcome)
         traffic["up"].append(len(payload))
     traffic["down"].append(len(pack(encode_masked_state(state))))
@@ -171,8 +171,10 @@ def merge(shop: RunContext, state: State, number: int, sent: Sequence[ClientUpda
 
 def revise(shop: RunContext, merged: State, number: int, sent: Sequence[ClientUpdate]) -> State:
     extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
-    weights = merging.build_pipeline(shop.recipe.merge).combine.weights([one.examples for one in sent])
-    answers = [techniques.ExtraPayload(weight, one.read(extras)) for weight, one in zip(weights, sent, strict=True)]
+    weights = merging.build_pipeline(shop.recipe.merge).combine.weights([one.num_examples for one in sent])
+    answers = [
+        techniques.ExtraPayload(weight, one.read_tensors(extras)) for weight, one in zip(weights, sent, strict=True)
+    ]
     return techniques.after_aggregation(shop.techniques, merged, number, answers)
 
 

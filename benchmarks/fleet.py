@@ -81,7 +81,7 @@ class Fleet:
     def submit(self, recipe: Recipe) -> str:
         """Queue a run; its id."""
         with self.operator() as connection:
-            run: str = connection.ask("POST", "runs", {"recipe": recipe.model_dump(mode="json")})["run"]
+            run: str = connection.request_json("POST", "runs", {"recipe": recipe.model_dump(mode="json")})["run"]
         return run
 
     def found(self, run: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Fleet:
         while True:
             try:
                 with self.operator() as connection:
-                    document: dict[str, Any] = connection.ask("GET", f"runs/{run}")
+                    document: dict[str, Any] = connection.request_json("GET", f"runs/{run}")
                 return document
             except ServerError:
                 if time.monotonic() > end:
@@ -109,7 +109,7 @@ class Fleet:
         folder = self.server.home.parent
         environment = home(folder / f"device-{number}") | more
         with self.operator() as connection:
-            token: str = connection.ask("POST", "tokens", {"name": f"device-{number:02d}"})["token"]
+            token: str = connection.request_json("POST", "tokens", {"name": f"device-{number:02d}"})["token"]
         command = [*before, *FEDTUNE, "device", "enroll", "--token", "-"]
         subprocess.run(command, env=environment, check=True, input=token, text=True, stdout=subprocess.DEVNULL)
         words = ("device", "join", "--data", data)
@@ -160,7 +160,7 @@ def until_up(made: Fleet) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         with suppress(ServerError), made.operator() as connection:
-            connection.ask("GET", "devices")
+            connection.request_json("GET", "devices")
             return
         time.sleep(0.1)
     raise SystemExit(f"the server did not come up; see {made.server.log}")

@@ -150,7 +150,7 @@ def federation(part: str, arm: str, rate: float, seed: int, *, tested: bool) -> 
     clear_run_context()
     changed += [*told.settings.split(), f"devices=[{{name: phone, count: {told.clients}}}]"]
     shop = get_run_context(resolve_recipe(read_recipe(ROOT / "recipes" / told.recipe, changed)).model_dump_json())
-    state: State = get_model_state(shop.model, shop.shared)
+    state: State = get_model_state(shop.model, shop.shared_names)
     sizes: list[int] = []
     for number in range(1, shop.recipe.federation.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -166,11 +166,11 @@ def collected(shop: RunContext, state: State, number: int, folder: Path) -> list
     """What the round's clients send."""
     sent = []
     for client in sample_cohort(shop.recipe, number):
-        indices = shop.clients[client]
+        indices = shop.client_rows[client]
         got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack(got.delta))
-        sent.append(ClientUpdate(client, got.examples, path))
+        sent.append(ClientUpdate(client, got.num_examples, path))
     return sent
 
 
@@ -180,7 +180,11 @@ def merged(shop: RunContext, state: State, number: int, sent: list[ClientUpdate]
     pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
     names = techniques.list_trainable_tensors(shop.model)
     return merging.merge_client_updates(
-        merging.build_pipeline(shop.recipe.merge), state, names, sent, MergeContext(pairs=pairs, draw=number)
+        merging.build_pipeline(shop.recipe.merge),
+        state,
+        names,
+        sent,
+        MergeContext(low_rank_pairs=pairs, round_number=number),
     )
 
 

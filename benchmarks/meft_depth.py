@@ -88,14 +88,14 @@ def measured(part: str, model: str, blocks: int | None, techniques: str) -> dict
     with use_cpu_threads(1):
         with StorageMeter(excluded=[*built.parameters(), *built.buffers()]) as meter:
             loss = step()
-            kept = meter.bytes
+            kept = meter.current_bytes
             loss.backward()
             del loss
         seconds = [timed(built, step) for _ in range(5)]
     trainable = sum(p.numel() for p in built.parameters() if p.requires_grad)
     return {
         "kept_bytes": kept,
-        "peak_bytes": meter.peak,
+        "peak_bytes": meter.peak_bytes,
         "seconds": statistics.median(seconds),
         "trainable": trainable,
     }

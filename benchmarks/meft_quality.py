@@ -40,7 +40,7 @@ def main() -> None:
         tried = {str(tried): accuracy(shop, "validation") for tried, shop in zip(rates, trials, strict=True)}
         shops = [best, *(trained(technique, rate, seed) for seed in range(1, arguments.seeds))]
         tests = [accuracy(shop, "test") for shop in shops]
-        trainable = sum(best.model.get_parameter(name).numel() for name in best.shared)
+        trainable = sum(best.model.get_parameter(name).numel() for name in best.shared_names)
         row = {"technique": technique, "trainable": trainable, "rate": rate, "validation": tried, "test": tests}
         rows.append(row)
         print(rows[-1], file=sys.stderr, flush=True)

@@ -103,14 +103,14 @@ def in_fresh_process(**case: Any) -> dict[str, Any]:
 def trained(arm: str, rate: float, seed: int, epochs: int, limit: int) -> dict[str, Any]:
     """One training: accuracies, and what its first step kept."""
     shop = get_run_context(recipe(arm, rate, seed, epochs, limit).model_dump_json())
-    start = get_model_state(shop.model, shop.shared)
+    start = get_model_state(shop.model, shop.shared_names)
     everything = np.arange(len(shop.train))
     outcome = train_local_model(shop.model, shop.techniques, start, shop.train, everything, shop.recipe, 1, 0)
     return {
         "validation": accuracy(shop, shop.validation, VALIDATION),
         "test": accuracy(shop, shop.test, TEST),
-        "loss": outcome.loss,
-        "kept_bytes": outcome.saved_bytes,
+        "loss": outcome.train_loss,
+        "kept_bytes": outcome.activation_bytes,
         "seconds": outcome.seconds,
     }
 
@@ -144,9 +144,9 @@ class Some:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """As the whole part gives them."""
-        return self.whole.batch([self.chosen[index] for index in indices])
+        return self.whole.make_batch([self.chosen[index] for index in indices])
 
 
 def accuracy(shop: RunContext, part: EncodedDataset, count: int) -> float:

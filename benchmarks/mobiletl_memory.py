@@ -109,7 +109,7 @@ class OneBlock(ImageClassifier):
     """An inverted residual block between a frozen convolution and a classifier."""
 
     kind = "one-block"
-    head = "fc"
+    head_name = "fc"
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss = compute_step_loss(model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
     loss.backward()
     return kept
 

@@ -48,8 +48,8 @@ REPEATS = 5
 def main() -> None:
     recipe = resolve_recipe(read_recipe(RECIPE, OVERRIDES))
     shop = get_run_context(recipe.model_dump_json())
-    start = get_model_state(shop.model, shop.shared)
-    _ = shop.train, shop.clients, shop.validation, shop.test
+    start = get_model_state(shop.model, shop.shared_names)
+    _ = shop.train, shop.client_rows, shop.validation, shop.test
     bare(shop)
     pairs = []
     for repeat in range(REPEATS):
@@ -94,7 +94,7 @@ def bare(shop: RunContext) -> None:
         begin_round(shop.techniques, shop.model, number)
         parameters = dict(shop.model.named_parameters())
         chosen = [parameters[name] for name in list_trainable_tensors(shop.model)]
-        for client, indices in enumerate(shop.clients):
+        for client, indices in enumerate(shop.client_rows):
             with use_cpu_threads(settings.threads):
                 seed = derive_seed(recipe.seed, number, client, "order")
                 order = batches(indices, settings.batch, settings.steps or 1, seed, shop.train.lengths)
@@ -107,7 +107,7 @@ def client_steps(shop: RunContext, chosen: list[nn.Parameter], order: Iterable[l
     optimiser = torch.optim.AdamW(chosen, lr=shop.recipe.train.lr, weight_decay=shop.recipe.train.weight_decay)
     shop.model.train()
     for indices in order:
-        loss = shop.model(**shop.train.batch(indices)).loss
+        loss = shop.model(**shop.train.make_batch(indices)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(chosen, shop.recipe.train.clip or float("inf"))
         optimiser.step()

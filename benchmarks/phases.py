@@ -43,7 +43,7 @@ class Watch:
             case "sending":
                 return not (device.folder / "order").exists() and not self._spooled(number) and self._is_next(number)
             case "training":
-                noted = device.noted()
+                noted = device.read_status()
                 training = noted.get("state") == "training" and noted.get("round") == number
                 return training and not (device.folder / "answer").exists()
             case "returning":

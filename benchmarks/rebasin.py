@@ -157,7 +157,7 @@ def merged(name: str, steps: list[Unit], ends: list[nn.Sequential], calibration:
         sent = [spooled(Path(folder), number, end, names) for number, end in enumerate(ends)]
         started = time.perf_counter()
         state = merge_client_updates(
-            build_pipeline(steps), start, names, sent, MergeContext(model=made(name), batches=batches)
+            build_pipeline(steps), start, names, sent, MergeContext(model=made(name), calibration_batches=batches)
         )
         seconds = time.perf_counter() - started
     net.load_state_dict(state)

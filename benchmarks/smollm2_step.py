@@ -92,13 +92,13 @@ def metered(
     with StorageMeter(excluded=[*parameters, *model.buffers(), *moments]) as meter:
         begin_step(chosen, model, batch, 0.0)
         loss = compute_step_loss(model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
         loss.backward()
-        gradients = meter.gradients
+        gradients = meter.gradient_bytes
         update(model, optimiser)
     return {
         "kept_bytes": kept,
-        "peak_bytes": meter.peak,
+        "peak_bytes": meter.peak_bytes,
         "gradient_bytes": gradients,
         "optimiser_bytes": sum(moment.nbytes for moment in moments),
     }

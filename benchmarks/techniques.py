@@ -36,7 +36,7 @@ def measured(name: str) -> list[dict[str, Any]]:
     batch = pack(encode_first_batch(recipe, corpus))
     rows = []
     for case in make_profile_cases(
-        recipe, [recipe.train.techniques, *list_profiled_techniques()], corpus.labels, batch, check=True
+        recipe, [recipe.train.techniques, *list_profiled_techniques()], corpus.label_names, batch, check=True
     ):
         rows.append({"recipe": name, **asdict(profile_in_subprocess(case))})
         print(rows[-1], file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> str:
     return hash_tensors(state)
 
 
-def read_checkpoint(path: Path, expected: str | None = None) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
     """The state in a checkpoint; StoreError when it is absent, not safetensors, or not the one that was written."""
     try:
         state = safetensors.torch.load_file(path)
@@ -30,7 +30,7 @@ def read_checkpoint(path: Path, expected: str | None = None) -> dict[str, Tensor
         raise StoreError(f"the checkpoint {path} is missing; resume from another run or start anew") from error
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} is not a safetensors checkpoint ({error}); name one that fedtune wrote") from error
-    if expected is not None and hash_tensors(state) != expected:
+    if expected_sha256 is not None and hash_tensors(state) != expected_sha256:
         raise StoreError(f"{path} has changed since it was written (its SHA-256 differs); restore it or start anew")
     return state
 

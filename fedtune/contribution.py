@@ -64,8 +64,8 @@ class TensorSpec(NamedTuple):
 
     shape: Shape
     dtype: str = "F32"
-    below: int = 0
-    total: int | None = None
+    upper_bound: int = 0
+    required_sum: int | None = None
     negative: bool = True
 
 
@@ -96,7 +96,7 @@ class HoldoutMetrics(NamedTuple):
     ``more`` are the recipe's further metrics in its order.
     """
 
-    predictions: int = 0
+    num_predictions: int = 0
     loss: float = 0.0
     accuracy: float = 0.0
     more: tuple[float, ...] = ()
@@ -148,24 +148,24 @@ class ClientUpdate:
     """A spooled contribution: ``path`` holds one fp32 delta per trained tensor, which counts ``scale`` times."""
 
     client: int
-    examples: int
+    num_examples: int
     path: Path
-    own: HoldoutMetrics = _NOTHING_HELD_OUT
+    holdout_metrics: HoldoutMetrics = _NOTHING_HELD_OUT
     trained: HoldoutMetrics = _NOTHING_HELD_OUT
     scale: float = 1.0
 
-    def names(self) -> set[str]:
+    def list_tensor_names(self) -> set[str]:
         """Of the tensors it holds; what is asked beside the deltas is among them."""
         with safe_open(self.path, "pt") as file:
             return set(file.keys())
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a delta, read from disk; a delta without dimensions counts as one row."""
         with safe_open(self.path, "pt") as file:
             rows = rows_of(file, name, start, stop)
         return rows if self.scale == 1.0 else rows * self.scale
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors, for those that are small."""
         with safe_open(self.path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}

@@ -33,7 +33,12 @@ def export_model(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form
     PEFT cannot carry, and StoreError when the folder exists already.
     """
     return write(
-        recipe, data.load_data(recipe, models.class_names(recipe.model, recipe.task)).labels, state, folder, form, card
+        recipe,
+        data.load_data(recipe, models.class_names(recipe.model, recipe.task)).label_names,
+        state,
+        folder,
+        form,
+        card,
     )
 
 
@@ -58,7 +63,7 @@ def write(
 
 def describe_missing_tensors(recipe: Recipe) -> str:
     """What must be known of a model that is not all that was learned; nothing of one that is."""
-    if any(technique.keeps_own() for technique in techniques.build_techniques(recipe.train.techniques)):
+    if any(technique.has_local_tensors() for technique in techniques.build_techniques(recipe.train.techniques)):
         return "Its batch norms are those of before training: each device keeps the ones it trained.\n"
     return ""
 
@@ -70,10 +75,10 @@ def _carried(
 
     What was drawn for want of weights, such as a pooler, goes with the adapter: nobody else would draw the same.
     """
-    trains = [technique for technique in chosen if technique.trains]
-    kept = all(technique.keeps_base() for technique in chosen)
+    trains = [technique for technique in chosen if technique.selects_trainable_tensors]
+    kept = all(technique.has_unchanged_base() for technique in chosen)
     carried = len(trains) == 1 and kept and isinstance(model, PreTrainedModel)
-    adapter = trains[0].adapter(model, recipe.task) if carried else None
+    adapter = trains[0].make_peft_config(model, recipe.task) if carried else None
     if adapter is None:
         return None
     drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])

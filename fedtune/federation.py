@@ -20,7 +20,7 @@ class ClientSelection(SettingsModel):
     prefer: Literal["random", "longest-ago"] = Field("random", description="whom to sample first")
 
     @property
-    def restricts(self) -> bool:
+    def has_criteria(self) -> bool:
         """Whether any device could fail to qualify."""
         return bool(self.devices or self.tags or self.memory)
 

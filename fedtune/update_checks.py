@@ -65,10 +65,10 @@ def _check_extra(file: Any, name: str, form: TensorSpec) -> None:
         raise ClientUpdateError(f"{name} holds values that are not finite")
     if not form.negative and bool((tensor < 0).any()):
         raise ClientUpdateError(f"{name} holds negative numbers")
-    if not tensor.is_floating_point() and any(not 0 <= number < form.below for number in _range(tensor)):
-        raise ClientUpdateError(f"{name} holds numbers outside 0 to {form.below - 1}")
-    if form.total is not None and int(tensor.sum()) != form.total:
-        raise ClientUpdateError(f"{name} adds up to {int(tensor.sum())} in place of {form.total}")
+    if not tensor.is_floating_point() and any(not 0 <= number < form.upper_bound for number in _range(tensor)):
+        raise ClientUpdateError(f"{name} holds numbers outside 0 to {form.upper_bound - 1}")
+    if form.required_sum is not None and int(tensor.sum()) != form.required_sum:
+        raise ClientUpdateError(f"{name} adds up to {int(tensor.sum())} in place of {form.required_sum}")
 
 
 def _range(tensor: Tensor) -> list[int]:

@@ -50,7 +50,7 @@ def activations(model: nn.Module) -> Iterator[list[Tensor]]:
     def take(layer: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].reshape(-1, args[0].shape[-1]))
 
-    hooks = [model.get_submodule(mlp.second).register_forward_pre_hook(take) for mlp in find_mlps(model)]
+    hooks = [model.get_submodule(mlp.down_projection).register_forward_pre_hook(take) for mlp in find_mlps(model)]
     try:
         yield seen
     finally:
@@ -114,7 +114,7 @@ def unlabelled() -> dict[str, Tensor]:
 def folded(model: PreTrainedModel, chosen: tuple[Technique, ...], folder: Path, **settings: Any) -> PreTrainedModel:
     """Fold all techniques, save, and load with plain transformers."""
     for technique in chosen:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     model.save_pretrained(folder)
     text = task_of(model) == "sequence-classification"
     kind = AutoModelForSequenceClassification if text else AutoModelForCausalLM

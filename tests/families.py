@@ -51,7 +51,7 @@ class Family(NamedTuple):
         torch.manual_seed(seed)
         return self.build()
 
-    def batch(self, rows: int = 3, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
+    def make_batch(self, rows: int = 3, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
         """Texts [rows, length] or pictures [rows, 3, 16, 16], with labels."""
         random = torch.Generator().manual_seed(seed)
         classes = torch.randint(0, 3, (rows,), generator=random)

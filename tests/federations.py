@@ -127,7 +127,7 @@ def execute(recipe: Recipe, workers: ClientWorkers | ClientApp | None = None, ru
     crew = workers if isinstance(workers, ClientWorkers) else SequentialWorkers(workers or app)
     with Store.open() as store, claim_run(begin(store, recipe, run)), silent():
         try:
-            run_to_completion(InProcessGrid(recipe.clients, crew), store, run)
+            run_to_completion(InProcessGrid(recipe.num_clients, crew), store, run)
         finally:
             crew.close()
     return outcome(run)

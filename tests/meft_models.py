@@ -122,7 +122,7 @@ def twins(family: str, joined: str = "meft", **settings: Any) -> Twins:
     model, task = made(family)
     other = deepcopy(model)
     techniques = chosen(joined, **settings)
-    stored = [twin for one in techniques if (twin := one.stored()) is not None]
+    stored = [twin for one in techniques if (twin := one.make_reference()) is not None]
     for one, applied in ((model, techniques), (other, stored)):
         shake(
             one, [name for name in apply_techniques(applied, one, task, 0) if ".adapters." in name or ".lora_" in name]

@@ -143,7 +143,7 @@ def settled_and_merged(
     step: CombineStep, given: Sequence[MergeInput], shapes: Mapping[str, tuple[int, ...]] = SHAPES, draw: int = 0
 ) -> dict[str, Tensor]:
     """The merged delta of every tensor."""
-    settled = bind_combine(step, shapes, given, MergeContext(draw=draw))
+    settled = bind_combine(step, shapes, given, MergeContext(round_number=draw))
     return {name: whole(settled.combine, name, shape, settled.operands) for name, shape in shapes.items()}
 
 

@@ -22,7 +22,7 @@ class SmallNet(ImageClassifier):
     """A stem, five blocks of ReLU6 with and without expansion, both strides, a head and a classifier for three."""
 
     kind: ClassVar[str] = "small"
-    head: ClassVar[str] = "fc"
+    head_name: ClassVar[str] = "fc"
 
     def __init__(self, blocks: Iterable[nn.Module] | None = None, dropout: float = 0.0) -> None:
         super().__init__()

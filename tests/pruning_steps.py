@@ -37,7 +37,7 @@ def a_step(model: Any, chosen: Any, batch: dict[str, Tensor]) -> tuple[dict[str,
     torch.manual_seed(3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss = compute_step_loss(model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept
 

@@ -185,10 +185,12 @@ def arrangement(kind: PermutationKind, random: torch.Generator) -> Permutation:
         width = kind.size // kind.groups
         blocks = shuffles(kind.groups, width) + torch.randperm(kind.groups, generator=random)[:, None] * width
         return {"": blocks.flatten()}
-    groups = torch.randperm(kind.groups, generator=random)
-    fixed = torch.arange(kind.qk).expand(kind.groups, -1)
-    qk = fixed if kind.rotary else shuffles(kind.groups, kind.qk)
-    return kind.order(groups, shuffles(kind.groups, kind.per_group), qk, shuffles(kind.groups, kind.v))
+    groups = torch.randperm(kind.num_kv_heads, generator=random)
+    fixed = torch.arange(kind.qk).expand(kind.num_kv_heads, -1)
+    qk = fixed if kind.is_rotary else shuffles(kind.num_kv_heads, kind.qk)
+    return kind.build_permutation(
+        groups, shuffles(kind.num_kv_heads, kind.queries_per_kv_head), qk, shuffles(kind.num_kv_heads, kind.v)
+    )
 
 
 def shuffled(symmetry: PermutationSpec, seed: int = 0) -> Permutations:

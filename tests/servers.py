@@ -41,14 +41,14 @@ class Server:
 
     @property
     def url(self) -> str:
-        return self.place.settings.url()
+        return self.place.settings.get_public_url()
 
     @property
     def trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cadata=self.place.ca.read_text())
+        return ssl.create_default_context(cadata=self.place.ca_file.read_text())
 
     def operator(self) -> OperatorClient:
-        return connect_to_server(self.place.operator)
+        return connect_to_server(self.place.operator_file)
 
     def knock(self, method: str, path: str, **more: Any) -> httpx.Response:
         """A request without any key."""
@@ -56,7 +56,7 @@ class Server:
 
     def token(self, name: str = "") -> str:
         with self.operator() as connection:
-            text: str = connection.ask("POST", "tokens", {"name": name})["token"]
+            text: str = connection.request_json("POST", "tokens", {"name": name})["token"]
         return text
 
     def audit(self) -> list[AuditRecord]:
@@ -91,7 +91,7 @@ def _place(home: Path) -> ServerHome:
         return open_server_home()
     place = create_server_home(["localhost"], f"127.0.0.1:{find_free_port()}")
     with Store.open() as store:
-        write_operator_file(place, store.access, "local", place.operator)
+        write_operator_file(place, store.access, "local", place.operator_file)
     return place
 
 
@@ -224,7 +224,7 @@ def ended(server: Server, run: str, seconds: float = 120.0) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while True:
         with server.operator() as connection:
-            found: dict[str, Any] = connection.ask("GET", f"runs/{run}")
+            found: dict[str, Any] = connection.request_json("GET", f"runs/{run}")
         if found["status"] not in ("queued", "running"):
             return found
         if time.monotonic() > end:

@@ -56,6 +56,6 @@ def gradients(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict[st
     torch.manual_seed(3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss: Tensor = model(**batch).loss
-        kept = meter.bytes
+        kept = meter.current_bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept

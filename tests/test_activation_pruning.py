@@ -116,7 +116,7 @@ def test_blocks_that_run_again_have_the_same_gradients_and_store_shared_inputs_o
 @pytest.mark.parametrize("settings", [{}, {"values": "half"}, {"normalise": True}])
 def test_its_twin_stores_the_whole_and_is_the_network_without_it(settings: Pruning) -> None:
     [twin] = [
-        one.stored()
+        one.make_reference()
         for one in techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
         if one.name == "activation-pruning"
     ]
@@ -144,7 +144,7 @@ def test_folded_it_leaves_nothing_behind(joined: str) -> None:
 def test_only_an_untouched_function_can_be_carried_as_an_adapter() -> None:
     for settings, kept in (({}, True), ({"normalise": True}, False)):
         chosen = techniques.build_techniques([Unit(name="full"), Unit(name="activation-pruning", settings=settings)])
-        assert chosen[1].keeps_base() is kept
+        assert chosen[1].has_unchanged_base() is kept
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -84,7 +84,7 @@ def test_saved_bytes_are_those_of_the_formula_by_both_ways_to_count(name: str, h
     excluded = [*layer.parameters(), x]
     with StorageMeter(excluded=excluded) as meter, saved_tensors_hooks(noting(saved), lambda t: t):
         out = layer(x)
-        made_bytes = meter.bytes - out.untyped_storage().nbytes()
+        made_bytes = meter.current_bytes - out.untyped_storage().nbytes()
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     hooked = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     n = x.numel()
@@ -144,7 +144,7 @@ def test_a_frozen_layer_keeps_nothing_and_passes_the_gradient_to_the_bit(name: s
     x = drawn(*shape).requires_grad_()
     with StorageMeter(excluded=[*frozen.parameters(), x]) as meter:
         out = frozen(x)
-        assert meter.bytes == out.untyped_storage().nbytes()
+        assert meter.current_bytes == out.untyped_storage().nbytes()
     assert torch.equal(step(frozen, drawn(*shape))[1]["input"], step(dense, drawn(*shape))[1]["input"])
 
 

@@ -79,7 +79,7 @@ def test_the_search_takes_no_memory_that_grows_with_the_tensor_but_its_mask() ->
     for rows in (x, x.view(-1, 1000)):
         with StorageMeter() as meter:
             mask = mask_largest_per_row(rows, rows.shape[1] // 2)
-        assert meter.peak <= 2 * mask.numel() + 30 * _largest._PIECE
+        assert meter.peak_bytes <= 2 * mask.numel() + 30 * _largest._PIECE
         assert mask.sum() == x.numel() // 2
 
 
@@ -114,14 +114,14 @@ def test_bytes_are_those_of_the_formula(prune: float, half: bool) -> None:
 def test_seventy_percent_of_pruning_stores_less_than_a_third() -> None:
     x = drawn(64, 1000)
     assert stored_bytes(pack_pruned(x, PruningRule(0.7), x.numel())) == 0.33125 * 4 * x.numel()
-    assert stored_bytes(pack_pruned(x, PruningRule(0.7, half=True), x.numel())) < 0.19 * 4 * x.numel()
+    assert stored_bytes(pack_pruned(x, PruningRule(0.7, half_precision=True), x.numel())) < 0.19 * 4 * x.numel()
 
 
 def test_the_list_takes_over_where_the_bitmap_would_cost_more() -> None:
     """At n = 320,000 an index takes four bytes: the bitmap is n / 8 = 40,000, the list 4 k."""
     n = 320_000
     kinds = {k: pack_pruned(drawn(n), PruningRule(float(f"{1 - k / n:.12f}")), n) for k in (9_999, 10_000, 10_001)}
-    assert [kinds[k].layout.places for k in kinds] == ["list", "bitmap", "bitmap"]
+    assert [kinds[k].layout.position_format for k in kinds] == ["list", "bitmap", "bitmap"]
     assert [stored_bytes(kinds[k]) for k in kinds] == [9_999 * 8, 10_000 * 4 + 40_000, 10_001 * 4 + 40_000]
 
 
@@ -130,7 +130,7 @@ def test_an_index_is_as_narrow_as_its_row_allows(width: int, size: int) -> None:
     x = drawn(2, width)
     packed = pack_pruned(x, PruningRule(0.999), width)
     kept = count_kept_entries(width, 0.999)
-    assert packed.layout.places == "list"
+    assert packed.layout.position_format == "list"
     assert stored_bytes(packed) == 2 * kept * (4 + size)
     assert torch.equal(unpack_pruned(*packed) != 0, mask_largest_per_row(x, kept))
 
@@ -144,20 +144,20 @@ def test_a_tensor_that_is_kept_whole_is_not_copied() -> None:
 
 def test_half_precision_is_left_out_for_a_tensor_it_cannot_hold() -> None:
     x = drawn(100)
-    assert pack_pruned(x, PruningRule(0.5, half=True), 100).tensors[0].dtype == torch.float16
+    assert pack_pruned(x, PruningRule(0.5, half_precision=True), 100).tensors[0].dtype == torch.float16
     x[3] = 65504.0
-    assert pack_pruned(x, PruningRule(0.5, half=True), 100).tensors[0].dtype == torch.float16
+    assert pack_pruned(x, PruningRule(0.5, half_precision=True), 100).tensors[0].dtype == torch.float16
     for beyond in (65505.0, -1e6, math.inf):
         x[3] = beyond
-        packed = pack_pruned(x, PruningRule(0.5, half=True), 100)
+        packed = pack_pruned(x, PruningRule(0.5, half_precision=True), 100)
         assert packed.tensors[0].dtype == torch.float32
         assert unpack_pruned(*packed)[3] == beyond
-    assert pack_pruned(x.bfloat16(), PruningRule(0.5, half=True), 100).tensors[0].dtype == torch.bfloat16
+    assert pack_pruned(x.bfloat16(), PruningRule(0.5, half_precision=True), 100).tensors[0].dtype == torch.bfloat16
 
 
 def test_centring_prunes_what_differs_from_the_mean_and_puts_the_mean_back() -> None:
     x = drawn(6, 4, 10, dtype=torch.float64) + 5 * drawn(10, seed=1, dtype=torch.float64)
-    packed = pack_pruned(x, PruningRule(0.5, centre=True), 10)
+    packed = pack_pruned(x, PruningRule(0.5, centre_features=True), 10)
     means = x.mean((0, 1))
     keep = mask_largest_per_row((x - means).reshape(-1, 10), 5).view(x.shape)
     torch.testing.assert_close(unpack_pruned(*packed), torch.where(keep, x, means), rtol=1e-12, atol=0)

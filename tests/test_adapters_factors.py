@@ -84,7 +84,7 @@ def test_rank_zero_takes_part_as_a_matrix_of_zeros() -> None:
     assert relative(dense(whole), 0.5 * dense(drawn()[0])) < 1e-14
     assert compute_product_norm(nothing) == 0
     empty = truncate_product(stack_factors([nothing, nothing], (0.5, 0.5)), rank=3)
-    assert (empty.factors.rank, empty.error) == (0, 0.0)
+    assert (empty.factors.rank, empty.relative_error) == (0, 0.0)
     assert compute_averaging_error([nothing, nothing], (0.5, 0.5)) == 0
 
 
@@ -169,24 +169,24 @@ def test_the_reduction_is_the_best_of_its_rank_and_its_error_the_tail(rank: int)
     found = truncate_product(whole, rank)
     assert found.factors.rank == min(rank, 13)
     assert relative(dense(found.factors), best) < 1e-12
-    assert found.missed == pytest.approx(float(s[rank:].norm()), abs=1e-12)
-    assert found.error == pytest.approx(relative(dense(found.factors), dense(whole)), abs=1e-12)
+    assert found.dropped_norm == pytest.approx(float(s[rank:].norm()), abs=1e-12)
+    assert found.relative_error == pytest.approx(relative(dense(found.factors), dense(whole)), abs=1e-12)
 
 
 def test_the_whole_rank_is_exact_and_the_error_falls_with_the_rank() -> None:
-    errors = [truncate_product(stack_factors(drawn(), WEIGHTS), rank).error for rank in range(14)]
+    errors = [truncate_product(stack_factors(drawn(), WEIGHTS), rank).relative_error for rank in range(14)]
     assert errors[0] == 1
     assert errors[-1] < 1e-14
     assert errors == sorted(errors, reverse=True)
-    assert truncate_product(stack_factors(drawn(), WEIGHTS)).error == 0
+    assert truncate_product(stack_factors(drawn(), WEIGHTS)).relative_error == 0
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
 def test_the_smallest_rank_with_the_energy_is_chosen(energy: float) -> None:
     whole = stack_factors(drawn(), WEIGHTS)
     found = truncate_product(whole, energy=energy)
-    assert 1 - found.error**2 >= energy - 1e-12
-    assert found.factors.rank == 1 or 1 - truncate_product(whole, found.factors.rank - 1).error ** 2 < energy
+    assert 1 - found.relative_error**2 >= energy - 1e-12
+    assert found.factors.rank == 1 or 1 - truncate_product(whole, found.factors.rank - 1).relative_error ** 2 < energy
     assert truncate_product(whole, 2, energy).factors.rank <= 2
 
 
@@ -226,4 +226,4 @@ def test_a_large_product_is_never_formed_out() -> None:
     with StorageMeter(excluded=[tensor for one in factors for tensor in one[:2]]) as meter:
         truncate_product(stack_factors(factors, WEIGHTS), 4)
         compute_averaging_error(factors, WEIGHTS)
-    assert meter.peak < 3000 * 3000 * 8 / 8
+    assert meter.peak_bytes < 3000 * 3000 * 8 / 8

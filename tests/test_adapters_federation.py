@@ -43,7 +43,7 @@ def test_pairs_are_told_with_their_scale_and_the_shared_base() -> None:
     techniques.begin_round(picked, model, 1)
     now = set(techniques.list_trainable_tensors(model))
     assert all({pair.left, pair.right} <= now and pair.base not in now for pair in pairs)
-    assert [technique.keeps_base() for technique in (*picked, *chosen("lora", exact="none"))] == [False, True]
+    assert [technique.has_unchanged_base() for technique in (*picked, *chosen("lora", exact="none"))] == [False, True]
 
 
 def gpt2() -> nn.Module:
@@ -81,7 +81,11 @@ def test_a_real_models_folded_weights_are_the_mean_of_its_clients(
     set_model_state(
         model,
         merge_client_updates(
-            build_pipeline([Unit(name=step)]), state, names, contributions, MergeContext(pairs=lora.pairs(model))
+            build_pipeline([Unit(name=step)]),
+            state,
+            names,
+            contributions,
+            MergeContext(low_rank_pairs=lora.list_low_rank_pairs(model)),
         ),
     )
     for name, weight in folded(model, lora).items():
@@ -91,7 +95,7 @@ def test_a_real_models_folded_weights_are_the_mean_of_its_clients(
 
 def folded(model: nn.Module, lora: techniques.Technique) -> dict[str, Tensor]:
     plain = copy.deepcopy(model)
-    lora.fold(plain)
+    lora.merge_into_weights(plain)
     return {name: tensor.clone() for name, tensor in plain.state_dict().items()}
 
 
@@ -166,7 +170,7 @@ def test_an_export_says_what_the_federation_learned(home: Path, tmp_path: Path, 
     assert form == ("full" if step in EXACT else "adapter")
     shop = get_run_context(made.model_dump_json())
     set_model_state(shop.model, state)
-    batch = {name: tensor for name, tensor in shop.test.batch(range(8)).items() if name != "labels"}
+    batch = {name: tensor for name, tensor in shop.test.make_batch(range(8)).items() if name != "labels"}
     expected = logits(shop.model, batch)
     base = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / ("out" if form == "full" else "bert"), num_labels=2
@@ -195,11 +199,11 @@ def test_a_halted_run_goes_on_to_the_same_bits(home: Path, tmp_path: Path, step:
         begin(store, made, "halted")
         token = event_handler.set(halt_after(2))
         with pytest.raises(Halted):
-            run_to_completion(InProcessGrid(made.clients, SequentialWorkers(app)), store, "halted")
+            run_to_completion(InProcessGrid(made.num_clients, SequentialWorkers(app)), store, "halted")
         event_handler.reset(token)
         clear_run_context()
         with silent():
-            run_to_completion(InProcessGrid(made.clients, SequentialWorkers(app)), store, "halted")
+            run_to_completion(InProcessGrid(made.num_clients, SequentialWorkers(app)), store, "halted")
     assert outcome("halted").hashes == alone.hashes
     assert [record.metrics for record in outcome("halted").rounds] == [record.metrics for record in alone.rounds]
 

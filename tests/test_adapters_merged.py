@@ -164,7 +164,7 @@ def dense_twin(
         for own, weight, own_knobs in zip(found, weights, knobs or [{}] * len(found), strict=True)
     ]
     shapes = {name: tuple(delta.shape) for name, delta in found[0].items()}
-    made, operands = made.settle(shapes, operands, MergeContext())  # type: ignore[assignment]
+    made, operands = made.bind(shapes, operands, MergeContext())  # type: ignore[assignment]
     merged = {name: torch.cat(list(made.combine(name, shape, operands))).double() for name, shape in shapes.items()}
     merged["tokens"] = merged["tokens"].T
     merged["block.kernel"] = merged["block.kernel"].reshape(6, 1, 3, 3)

@@ -38,7 +38,7 @@ def sent(folder: Path, deltas: Sequence[State], examples: Sequence[int] = EXAMPL
 def merged(
     step: str, contributions: Sequence[ClientUpdate], pair: LowRankPair = PAIR, draw: int = 1
 ) -> dict[str, Tensor]:
-    evidence = MergeContext(pairs=[pair], draw=draw)
+    evidence = MergeContext(low_rank_pairs=[pair], round_number=draw)
     return merge_client_updates(build_pipeline([Unit(name=step)]), drawn(0), NAMES, contributions, evidence)
 
 
@@ -126,7 +126,7 @@ def test_flexlora_pads_a_rank_that_the_layer_cannot_fill(tmp_path: Path) -> None
         wide,
         ["A", "B"],
         [delta],
-        MergeContext(pairs=[LowRankPair("B", "A", 1.0)]),
+        MergeContext(low_rank_pairs=[LowRankPair("B", "A", 1.0)]),
     )
     assert after["B"].shape == (2, 5)
     torch.testing.assert_close(after["B"] @ after["A"], wide["B"] @ wide["A"])
@@ -153,7 +153,7 @@ def test_flora_begins_again_and_draws_anew_each_round(tmp_path: Path) -> None:
 def test_a_transposed_weight_gets_the_transpose(tmp_path: Path, step: str) -> None:
     contributions = sent(tmp_path, DELTAS)
     state = {**drawn(0), "fc.weight": drawn(0)["fc.weight"].T.contiguous()}
-    evidence = MergeContext(pairs=[PAIR._replace(transposed=True)])
+    evidence = MergeContext(low_rank_pairs=[PAIR._replace(transposed=True)])
     after = merge_client_updates(build_pipeline([Unit(name=step)]), state, NAMES, contributions, evidence)
     assert relative(after["fc.weight"].T + product(after), wanted(DELTAS)) < 1e-6
 
@@ -166,7 +166,7 @@ def test_a_base_that_is_not_shared_is_named(tmp_path: Path, step: str) -> None:
 
 def figures(step: str, contributions: Sequence[ClientUpdate]) -> dict[str, float]:
     return measure_averaging_errors(
-        build_pipeline([Unit(name=step)]), drawn(0), NAMES, contributions, MergeContext(pairs=[PAIR])
+        build_pipeline([Unit(name=step)]), drawn(0), NAMES, contributions, MergeContext(low_rank_pairs=[PAIR])
     )
 
 
@@ -188,7 +188,7 @@ def test_a_round_whose_products_cancel_is_merged_and_its_error_has_no_figure(tmp
     one = {name: (4 * tensor).round() for name, tensor in DELTAS[0].items()}  # so that sums are exact
     other = {**one, "fc.lora_B": -2 * one["fc.lora_B"], "fc.lora_A": one["fc.lora_A"] / 2}
     zero = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
-    contributions, evidence = sent(tmp_path, [one, other], [1, 1]), MergeContext(pairs=[PAIR])
+    contributions, evidence = sent(tmp_path, [one, other], [1, 1]), MergeContext(low_rank_pairs=[PAIR])
     assert "factor_error" not in measure_averaging_errors(
         build_pipeline([Unit(name=step)]), zero, NAMES, contributions, evidence
     )

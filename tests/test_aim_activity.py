@@ -29,7 +29,7 @@ Batch = Mapping[str, Tensor]
 
 def in_batches(data: FewTexts, size: int) -> Iterator[Batch]:
     for start in range(0, len(data), size):
-        yield data.batch(range(start, min(start + size, len(data))))
+        yield data.make_batch(range(start, min(start + size, len(data))))
 
 
 def close(one: Mapping[str, object], other: Mapping[str, object]) -> None:
@@ -86,7 +86,7 @@ def test_statistics_do_not_depend_on_the_batches_nor_on_padding(size: int) -> No
 
 def test_padding_would_have_counted() -> None:
     model, data = bert(), few_texts()
-    batch = dict(data.batch(range(12)))
+    batch = dict(data.make_batch(range(12)))
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     real = measure_activation_statistics(model, [batch])[name].mean_abs
     mask = batch.pop("attention_mask")
@@ -106,7 +106,7 @@ def test_the_pooled_input_counts_once_per_text_and_inner_ones_per_token() -> Non
 def test_dropout_labels_and_gradients_play_no_part() -> None:
     model, data = bert().train(), few_texts()
     random = torch.random.get_rng_state()
-    batch = data.batch(range(4))
+    batch = data.make_batch(range(4))
     one = measure_activation_statistics(model, [{**batch, "labels": torch.full((4,), 99)}])
     assert torch.equal(torch.random.get_rng_state(), random)
     other = measure_activation_statistics(model, [batch])
@@ -202,9 +202,9 @@ def test_an_adapters_a_reads_what_its_layer_reads_and_b_has_no_channels() -> Non
 def test_totals_of_several_places_add_up_to_the_total_of_all() -> None:
     model, data = bert(), few_texts()
     places = find_input_channels(model)
-    first, second = (sum_activations(model, places, [data.batch(part)]) for part in (range(5), range(5, 12)))
+    first, second = (sum_activations(model, places, [data.make_batch(part)]) for part in (range(5), range(5, 12)))
     both = {n: ActivationSums(first[n].sums + second[n].sums, first[n].count + second[n].count) for n in places}
-    whole = average_activations(places, sum_activations(model, places, [data.batch(range(12))]))
+    whole = average_activations(places, sum_activations(model, places, [data.make_batch(range(12))]))
     for name, found in average_activations(places, both).items():
         torch.testing.assert_close(found.mean_abs, whole[name].mean_abs, rtol=1e-5, atol=1e-8)
 
@@ -247,14 +247,14 @@ def test_masked_weights_are_refused() -> None:
 
 def test_blocks_are_short_texts_end_to_end_without_the_rest() -> None:
     rows = [[1, 2], [], [3] * 5, [4], [5, 6, 7], [8]]
-    found = list(iter_token_blocks(rows, block=3, documents=4, batch=1))
+    found = list(iter_token_blocks(rows, block_size=3, num_documents=4, batch=1))
     assert [one["input_ids"].tolist() for one in found] == [[[1, 2, 4]], [[5, 6, 7]]]
     assert all(bool(one["attention_mask"].all()) for one in found)
 
 
 def test_too_little_calibration_text_is_one_sentence() -> None:
     with pytest.raises(DataError, match=r"^the calibration text gives 2 tokens, less than a block of 3; bring more$"):
-        list(iter_token_blocks([[1, 2]], block=3))
+        list(iter_token_blocks([[1, 2]], block_size=3))
 
 
 def test_a_few_examples_are_drawn_by_the_seed_and_null_takes_all() -> None:

@@ -57,12 +57,12 @@ def states(ended: Ended) -> list[Mapping[str, Tensor]]:
 
 def sent_by(shop: RunContext, folder: Path, number: int = 1) -> tuple[Mapping[str, Tensor], list[ClientUpdate]]:
     """What all clients of a round send, as files, beside the state the round starts from."""
-    state, sent = get_model_state(shop.model, shop.shared), []
-    for client, indices in enumerate(shop.clients):
+    state, sent = get_model_state(shop.model, shop.shared_names), []
+    for client, indices in enumerate(shop.client_rows):
         got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
         path = folder / f"{client}.safetensors"
-        path.write_bytes(pack({**got.delta, **got.extras}))
-        sent.append(ClientUpdate(client, got.examples, path))
+        path.write_bytes(pack({**got.delta, **got.extra_payload}))
+        sent.append(ClientUpdate(client, got.num_examples, path))
     return state, sent
 
 
@@ -70,9 +70,9 @@ def test_what_clients_sum_is_the_statistic_of_their_pooled_examples(home: Path, 
     shop = shop_of(words(tmp_path, FULL, ALL))
     state, sent = sent_by(shop, tmp_path)
     pipeline = build_pipeline(shop.recipe.merge)
-    found = make_merge_context(shop, pipeline, state, 1, shop.shared, sent).activity
+    found = make_merge_context(shop, pipeline, state, 1, shop.shared_names, sent).activation_statistics
     set_model_state(shop.model, state)
-    pooled = np.concatenate(shop.clients).tolist()
+    pooled = np.concatenate(shop.client_rows).tolist()
     wanted = measure_activation_statistics(shop.model, iter_inputs(shop.train, pooled, 7))
     assert found.keys() == wanted.keys() == find_input_channels(shop.model).keys()
     for name in wanted:
@@ -84,7 +84,8 @@ def test_the_order_in_which_clients_arrive_does_not_touch_a_bit(home: Path, tmp_
     state, sent = sent_by(shop, tmp_path)
     pipeline = build_pipeline(shop.recipe.merge)
     one, other = (
-        make_merge_context(shop, pipeline, state, 1, shop.shared, some).activity for some in (sent, sent[::-1])
+        make_merge_context(shop, pipeline, state, 1, shop.shared_names, some).activation_statistics
+        for some in (sent, sent[::-1])
     )
     assert all(torch.equal(one[name].mean_abs, other[name].mean_abs) for name in one)
 
@@ -92,7 +93,9 @@ def test_the_order_in_which_clients_arrive_does_not_touch_a_bit(home: Path, tmp_
 def test_the_server_measures_validation_inputs_on_the_model_the_round_began_with(home: Path, tmp_path: Path) -> None:
     shop = shop_of(words(tmp_path, FULL, SERVER))
     state, sent = sent_by(shop, tmp_path)  # the model now holds what the last client trained
-    found = make_merge_context(shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared, sent).activity
+    found = make_merge_context(
+        shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared_names, sent
+    ).activation_statistics
     set_model_state(shop.model, state)
     wanted = measure_activation_statistics(shop.model, iter_inputs(shop.validation, range(len(shop.validation)), 64))
     assert all(torch.equal(found[name].mean_abs, wanted[name].mean_abs) for name in wanted)
@@ -107,7 +110,9 @@ def test_a_round_ends_where_a_plain_mean_scaled_by_hand_ends(home: Path, tmp_pat
     )
     shop = shop_of(words(tmp_path, FULL, "federation.rounds=1", merge))
     state, sent = sent_by(shop, tmp_path)
-    found = make_merge_context(shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared, sent).activity
+    found = make_merge_context(
+        shop, build_pipeline(shop.recipe.merge), state, 1, shop.shared_names, sent
+    ).activation_statistics
     assert all(torch.equal(plain[0][name], aim[0][name]) for name in state)
     for name, before in state.items():
         scale = torch.ones(())
@@ -157,7 +162,7 @@ def resumed(run: str, recipe: Recipe) -> Ended:
     crew = SequentialWorkers(app)
     with Store.open() as store, claim_run(run), silent():
         store.reopen(run)
-        run_to_completion(InProcessGrid(recipe.clients, crew), store, run)
+        run_to_completion(InProcessGrid(recipe.num_clients, crew), store, run)
     return outcome(run)
 
 
@@ -179,8 +184,8 @@ def test_clients_send_sums_only_for_weights_that_are_trained_in_the_round(home: 
         names[number] = set(find_input_channels(shop.model, set(list_trainable_tensors(shop.model))))
         assert asked["activity.counts"].shape == (len(names[number]),)
     assert names[1] == {"classifier.weight"}  # B and the head
-    assert names[2] == {"classifier.weight", *(name for name in shop.shared if ".lora_A." in name)}
-    assert not declare_uploaded_statistics(shop.model, shop_of(words(tmp_path, SERVER)).recipe, shop.shared)
+    assert names[2] == {"classifier.weight", *(name for name in shop.shared_names if ".lora_A." in name)}
+    assert not declare_uploaded_statistics(shop.model, shop_of(words(tmp_path, SERVER)).recipe, shop.shared_names)
 
 
 def test_the_bytes_added_are_one_number_per_input_channel_and_a_count_per_weight(home: Path, tmp_path: Path) -> None:
@@ -222,7 +227,7 @@ def test_client_sums_do_not_change_what_is_trained(home: Path, tmp_path: Path, t
         folder.mkdir()
         shop = shop_of(words(folder, f"train.techniques={techniques}", merge))
         _, [first, *_] = sent_by(shop, folder, number=2)
-        sent[merge] = first.read(list_trainable_tensors(shop.model))
+        sent[merge] = first.read_tensors(list_trainable_tensors(shop.model))
     plain, aim = sent.values()
     assert all(torch.equal(plain[name], aim[name]) for name in plain)
 

@@ -33,23 +33,23 @@ def watched(home: Path) -> Iterator[Watched]:
 
 def test_one_address_fills_sixty_lines_a_minute_and_the_rest_is_counted(watched: Watched) -> None:
     for number in range(75):
-        watched.audit.refused("10.0.0.1", f"knocked {number}")
-    watched.audit.refused("10.0.0.2", "knocked too")
+        watched.audit.record_refusal("10.0.0.1", f"knocked {number}")
+    watched.audit.record_refusal("10.0.0.2", "knocked too")
     assert len(watched.of("10.0.0.1")) == 60
     assert len(watched.of("10.0.0.2")) == 1
     watched.now += 59.5
-    watched.audit.refused("10.0.0.2", "knocked within the minute")
+    watched.audit.record_refusal("10.0.0.2", "knocked within the minute")
     assert len(watched.of("10.0.0.1")) == 60
     watched.now += 0.5
-    watched.audit.refused("10.0.0.2", "knocked later")
+    watched.audit.record_refusal("10.0.0.2", "knocked later")
     assert watched.of("10.0.0.1")[0].what == "15 more requests within a minute"
-    watched.audit.refused("10.0.0.1", "knocked again")
+    watched.audit.record_refusal("10.0.0.1", "knocked again")
     assert len(watched.of("10.0.0.1")) == 62
 
 
 def test_what_was_left_out_is_told_also_when_nobody_knocks_any_more(watched: Watched) -> None:
     for number in range(61):
-        watched.audit.refused("10.0.0.1", f"knocked {number}")
+        watched.audit.record_refusal("10.0.0.1", f"knocked {number}")
     watched.now += 61
     watched.audit.flush()
     assert watched.lines()[0].what == "1 more requests within a minute"
@@ -57,7 +57,7 @@ def test_what_was_left_out_is_told_also_when_nobody_knocks_any_more(watched: Wat
 
 def test_a_network_of_ipv6_counts_as_one_address(watched: Watched) -> None:
     for number in range(75):
-        watched.audit.refused(f"2001:db8::{number:x}", f"knocked {number}")
+        watched.audit.record_refusal(f"2001:db8::{number:x}", f"knocked {number}")
     assert len(watched.lines()) == 60
     assert source_of("2001:db8::5%eth0") == source_of("2001:db8:0:0:9::") == "2001:db8::/64"
     assert source_of("::ffff:10.0.0.1") == source_of("10.0.0.1") == "10.0.0.1"
@@ -66,14 +66,14 @@ def test_a_network_of_ipv6_counts_as_one_address(watched: Watched) -> None:
 
 def test_a_key_that_is_shown_does_not_hide_where_a_refusal_comes_from(watched: Watched) -> None:
     for number in range(75):
-        watched.audit.refused("10.0.0.1", "knocked", f"device-{number}")
+        watched.audit.record_refusal("10.0.0.1", "knocked", f"device-{number}")
     assert len(watched.lines()) == 60
     assert watched.lines()[0].who == "device-59 at 10.0.0.1"
 
 
 def test_all_addresses_together_fill_six_hundred_lines_a_minute(watched: Watched) -> None:
     for number in range(700):
-        watched.audit.refused(f"10.0.{number // 250}.{number % 250}", "knocked")
+        watched.audit.record_refusal(f"10.0.{number // 250}.{number % 250}", "knocked")
     assert len(watched.lines()) == 600
     watched.now += 60
     watched.audit.flush()
@@ -84,14 +84,14 @@ def test_all_addresses_together_fill_six_hundred_lines_a_minute(watched: Watched
 
 def test_what_comes_again_within_an_hour_is_one_line(watched: Watched) -> None:
     for _ in range(1000):
-        watched.audit.refused("10.0.0.1", "knocked")
+        watched.audit.record_refusal("10.0.0.1", "knocked")
         watched.now += 1
     watched.audit.flush()
     [line] = watched.lines()
     assert line.times == 1000
     assert line.last >= line.at
     watched.now += 3600
-    watched.audit.refused("10.0.0.1", "knocked")
+    watched.audit.record_refusal("10.0.0.1", "knocked")
     assert len(watched.lines()) == 2
 
 
@@ -100,7 +100,7 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
 ) -> None:
     for name, value in {"_DONE": 100, "_REFUSED": 200, "_OF_ONE_SOURCE": 50, "_PRUNE_EVERY": 1}.items():
         monkeypatch.setattr(audit, name, value)
-    watched.audit.done("ada", "run r submitted")
+    watched.audit.record_action("ada", "run r submitted")
     watched.log.note("refused", "10.9.9.9", "a key that is not known", "10.9.9.9")
     for number in range(400):
         watched.log.note("refused", "10.0.0.1", f"knocked {number}", "10.0.0.1")
@@ -112,12 +112,12 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
     assert [line.what for line in watched.of("ada")] == ["run r submitted"]
     assert len(watched.of("10.9.9.9")) == 1
     for number in range(150):
-        watched.audit.done("ada", f"run {number} submitted")
+        watched.audit.record_action("ada", f"run {number} submitted")
     assert len(watched.of("ada")) == 100
 
 
 def test_lines_are_cleaned_and_cut_before_they_are_kept(watched: Watched) -> None:
-    watched.audit.refused("10.0.0.1", "\x1b]0;title\x07\x9b31m\u202e[/x]\n" + "x" * 20_000_000)
+    watched.audit.record_refusal("10.0.0.1", "\x1b]0;title\x07\x9b31m\u202e[/x]\n" + "x" * 20_000_000)
     [line] = watched.lines()
     assert line.what.startswith("\\x1b]0;title\\x07\\x9b31m\\u202e[/x]\\n")
     assert len(line.what) == 500

@@ -75,13 +75,13 @@ def deployed(
 ) -> Ended:
     with Store.open() as store, silent():
         if run not in {one.id for one in store.runs()}:
-            seat(store, begin(store, made, run), made.clients)
+            seat(store, begin(store, made, run), made.num_clients)
         run_to_completion(grid_of(made, sent, happens), store, run)
     return outcome(run)
 
 
 def grid_of(made: Recipe, sent: Sent, happens: Happens = nothing) -> TickingGrid:
-    return TickingGrid(made.clients, devices(sent, happens), lambda client, number: 1.0)
+    return TickingGrid(made.num_clients, devices(sent, happens), lambda client, number: 1.0)
 
 
 def sizes(rounds: Sequence[RoundRecord]) -> list[dict[int, int]]:
@@ -239,7 +239,7 @@ def test_a_halted_run_goes_on_with_the_same_bits_and_bytes(home: Path, tmp_path:
     with Store.open() as store:
         begin(store, made, "halted")
         if way == "deployed":
-            seat(store, "halted", made.clients)
+            seat(store, "halted", made.num_clients)
         token = event_handler.set(halt_after(2))
         with pytest.raises(Halted):
             run_to_completion(_grid(made, sent, way), store, "halted")
@@ -255,7 +255,7 @@ def test_a_halted_run_goes_on_with_the_same_bits_and_bytes(home: Path, tmp_path:
 def _grid(made: Recipe, sent: Sent, way: str) -> InProcessGrid:
     if way == "deployed":
         return grid_of(made, sent)
-    return InProcessGrid(made.clients, SequentialWorkers(apps.app))
+    return InProcessGrid(made.num_clients, SequentialWorkers(apps.app))
 
 
 class Apart(InProcessGrid):
@@ -270,7 +270,7 @@ def test_a_simulation_whose_clients_see_no_disk_counts_increments_and_sends_the_
     made, sent = recipe(tmp_path, "flora"), Sent()
     alone = execute(made, run="simulated")
     with Store.open() as store, silent():
-        run_to_completion(Apart(made.clients, SequentialWorkers(devices(sent))), store, begin(store, made, "apart"))
+        run_to_completion(Apart(made.num_clients, SequentialWorkers(devices(sent))), store, begin(store, made, "apart"))
     assert outcome("apart").hashes == alone.hashes
     assert sizes(outcome("apart").rounds) == sizes(alone.rounds)
     assert wholes(sent) == set(sent)
@@ -282,7 +282,7 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
     made, sent = recipe(tmp_path, "flora", "federation.rounds=3"), Sent()
     alone = execute(made, run="simulated")
     with Store.open() as store, silent(), pytest.MonkeyPatch.context() as patch:
-        seat(store, begin(store, made, "deployed"), made.clients)
+        seat(store, begin(store, made, "deployed"), made.num_clients)
         patch.setattr(rounds, "_merged", _killed_in(2))
         with pytest.raises(Halted):
             run_to_completion(grid_of(made, sent), store, "deployed")

@@ -41,8 +41,8 @@ def deployed(
     recipe: Recipe, takes: Takes = slow, client: ClientApp = app, gone: Sequence[int] = (), run: str = "run-1"
 ) -> list[RoundRecord]:
     with Store.open() as store, silent():
-        seat(store, begin(store, recipe, run), recipe.clients)
-        run_to_completion(TickingGrid(recipe.clients, client, takes, gone), store, run)
+        seat(store, begin(store, recipe, run), recipe.num_clients)
+        run_to_completion(TickingGrid(recipe.num_clients, client, takes, gone), store, run)
     return outcome(run).rounds
 
 
@@ -199,7 +199,7 @@ def test_a_killed_server_loses_what_was_in_flight_and_goes_on_from_its_last_roun
         return reply
 
     run, client = begin(store, recipe), spoilt(stop, range(4))
-    seat(store, run, recipe.clients)
+    seat(store, run, recipe.num_clients)
     with pytest.raises(KeyboardInterrupt):
         run_to_completion(TickingGrid(4, client, slow), store, run)
     before = outcome(run)
@@ -243,13 +243,15 @@ def test_the_timetable_is_bounded_and_slow_classes_come_later_and_less_often() -
     )
     assert recipe.federation.late is not None
     planned = list(make_simulated_schedule(recipe, range(8), [100] * 8, recipe.federation.late))
-    taus = [(number - begun, client) for number, one in enumerate(planned, 1) for client, begun in one.begun.items()]
-    assert all(len(one.begun) == 4 for one in planned)
+    taus = [
+        (number - begun, client) for number, one in enumerate(planned, 1) for client, begun in one.start_rounds.items()
+    ]
+    assert all(len(one.start_rounds) == 4 for one in planned)
     assert max(tau for tau, _ in taus) <= 6
     slow_ones, fast_ones = [t for t, c in taus if c > 5], [t for t, c in taus if c < 6]
     assert np.mean(slow_ones) > 3 * np.mean(fast_ones)
     # 6 fast devices and 2 at a fifth of the speed give 6.4 devices' work; the slow ones do 0.4 of it.
     assert len(slow_ones) / len(taus) == pytest.approx(0.4 / 6.4, rel=0.5)
-    assert [one.ends for one in planned] == sorted(one.ends for one in planned)
+    assert [one.end_seconds for one in planned] == sorted(one.end_seconds for one in planned)
     # Busy all the time they would train 6.4 examples a second; rounds of all eight would take the slow ones' 50 s.
-    assert 60 * 4 * 10 / 6.4 < planned[-1].ends < 30 * 50 / 2
+    assert 60 * 4 * 10 / 6.4 < planned[-1].end_seconds < 30 * 50 / 2

@@ -36,7 +36,7 @@ def submit_late(server: Server, *overrides: str) -> str:
 
 def rounds(server: Server, run: str) -> int:
     with server.operator() as connection:
-        return len(connection.ask("GET", f"runs/{run}")["rounds"]) - 1
+        return len(connection.request_json("GET", f"runs/{run}")["rounds"]) - 1
 
 
 def until_round(server: Server, run: str, number: int) -> None:

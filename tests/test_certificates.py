@@ -22,7 +22,7 @@ from fedtune.server.home import ServerHome, create_server_home, open_server_home
 def answering(place: ServerHome) -> Iterator[tuple[ssl.SSLContext, int]]:
     """A TLS server with the home's certificate that shakes hands with whoever comes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(place.certificate, place.key)
+    context.load_cert_chain(place.certificate_file, place.key_file)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -40,7 +40,7 @@ def answering(place: ServerHome) -> Iterator[tuple[ssl.SSLContext, int]]:
 
 def shown(place: ServerHome, port: int) -> datetime:
     """When the certificate ends that the server shows."""
-    trust = ssl.create_default_context(cadata=place.ca.read_text())
+    trust = ssl.create_default_context(cadata=place.ca_file.read_text())
     with (
         socket.create_connection(("127.0.0.1", port)) as line,
         trust.wrap_socket(line, server_hostname="localhost") as tls,
@@ -54,7 +54,7 @@ def age(place: ServerHome, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
     """Make the server's certificate one that ends in so many days."""
     with monkeypatch.context() as patched:
         patched.setattr(authority, "_SERVER_DAYS", days)
-        place.renew(force=True)
+        place.renew_certificate(force=True)
 
 
 def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connects_next(
@@ -78,7 +78,7 @@ def test_a_certificate_is_renewed_while_the_server_is_up_and_shown_to_who_connec
 def test_a_certificate_that_cannot_be_made_anew_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, said = create_server_home(["localhost"], "127.0.0.1:8443"), list[str]()
     age(place, monkeypatch, 50)
-    place.ca_key.unlink()
+    place.ca_key_file.unlink()
     Certificates(place, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), said.append).renew()
     [sentence] = said
     assert sentence.startswith("the certificate ends on ")
@@ -91,17 +91,20 @@ def test_the_end_of_the_authority_is_told_on_both_sides_and_no_certificate_outli
     place = create_server_home(["localhost"], "127.0.0.1:8443")
     now = datetime.now(UTC).timestamp()
     assert ending(place) == []
-    assert ending_for_device(DeviceIdentity(place.settings.url(), "pi", 1, place.ca.read_text()), now) == ""
+    assert (
+        ending_for_device(DeviceIdentity(place.settings.get_public_url(), "pi", 1, place.ca_file.read_text()), now)
+        == ""
+    )
     monkeypatch.setattr(authority, "_AUTHORITY_DAYS", 100)
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "old"))
     old = create_server_home(["localhost"], "127.0.0.1:8443")
-    until = authority.ends(old.ca.read_bytes())
+    until = authority.ends(old.ca_file.read_bytes())
     [sentence] = ending(old)
     assert f"ends on {until:%d %b %Y}" in sentence
-    told = ending_for_device(DeviceIdentity(old.settings.url(), "pi", 1, old.ca.read_text()), now)
+    told = ending_for_device(DeviceIdentity(old.settings.get_public_url(), "pi", 1, old.ca_file.read_text()), now)
     assert (
         told == f"the server's authority ends on {until:%d %b %Y}; before that, leave and enrol again with a new token"
     )
-    assert authority.ends(old.certificate.read_bytes()) == until
+    assert authority.ends(old.certificate_file.read_bytes()) == until
     monkeypatch.setattr(certificates, "_LOOK_SECONDS", 0.0)
-    assert not open_server_home().renew(), "what cannot be made longer is not made anew again and again"
+    assert not open_server_home().renew_certificate(), "what cannot be made longer is not made anew again and again"

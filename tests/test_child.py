@@ -59,9 +59,9 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
 def test_a_devices_trainer_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
     keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
     try:
-        answer = keeper.ask(Frame({"recipe": "{}"}))
+        answer = keeper.run_request(Frame({"recipe": "{}"}))
     finally:
-        keeper.close()
+        keeper.stop_trainer()
     assert answer.header["kind"] == "failed"  # it is there, and was asked something it does not know
     assert not trap.exists()
 
@@ -71,7 +71,7 @@ def test_a_servers_processes_import_nothing_of_the_working_folder(trap: Path, tm
     superlink = SuperLink(tmp_path / "flower")
     try:
         superlink.start()
-        assert superlink.executes()
+        assert superlink.is_superexec_alive()
     finally:
         superlink.close()
     assert not trap.exists()
@@ -107,8 +107,10 @@ def simulate(*words: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
     place = DeviceHome()
-    place.make_key()
-    place.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, make_ca_certificate(generate_private_key()).decode()))
+    place.create_key()
+    place.save_identity(
+        DeviceIdentity("https://127.0.0.1:1", "pi", 7, make_ca_certificate(generate_private_key()).decode())
+    )
     command = isolated("fedtune.cli.main", "device", "join", "--data", "part:0", "--memory", "1GB")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None

@@ -35,7 +35,7 @@ def noted(recipe: Recipe) -> tuple[Ended, dict[tuple[int, int], tuple[bytes, byt
         sent[order_of(message)] = sent_state(message), bytes(reply.content.array_records["delta"]["safetensors"].data)
         return reply
 
-    return execute(recipe, spoilt(note, range(recipe.clients))), sent
+    return execute(recipe, spoilt(note, range(recipe.num_clients))), sent
 
 
 def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(home: Path) -> None:
@@ -49,8 +49,8 @@ def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(h
             down, up = sent[record.number, client]
             state = decode_masked_state(decode_tensors(down), get_tensor_shapes(shop.model))
             trained = {name: state[name] + delta for name, delta in decode_tensors(up).items()}
-            _, held = split_holdout(shop.clients[client], 0.2, derive_seed(recipe.seed, client, "own"))
-            batch = shop.train.batch(held.tolist())
+            _, held = split_holdout(shop.client_rows[client], 0.2, derive_seed(recipe.seed, client, "own"))
+            batch = shop.train.make_batch(held.tolist())
             labels = batch.pop("labels")
             for moment, weights in (("before", state), ("after", trained)):
                 set_model_state(shop.model, weights)

@@ -57,8 +57,8 @@ def test_every_client_scores_the_state_that_the_round_ended_with(home: Path) -> 
         found = figures(ended, number, "shared")
         assert len(found) == 4 * 3
         for client in range(4):
-            _, held = split_holdout(shop.clients[client], 0.2, derive_seed(recipe.seed, client, "own"))
-            batch = shop.train.batch(held.tolist())
+            _, held = split_holdout(shop.client_rows[client], 0.2, derive_seed(recipe.seed, client, "own"))
+            batch = shop.train.make_batch(held.tolist())
             labels = batch.pop("labels")
             logits = shop.model.eval()(**batch).logits.detach()
             predicted = logits.argmax(-1)
@@ -182,12 +182,12 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
         if client == 4:
             return Message(Error(TRAINING_FAILED, DECLINED_PREFIX + Problem("memory-short").text), reply_to=message)
         if client == 5:
-            shop.clients[5] = shop.clients[5][:10]
+            shop.client_rows[5] = shop.client_rows[5][:10]
         return train_round(message, context)
 
     crew = RunClients(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
     with silent() as events:
-        state = get_model_state(shop.model, shop.shared)
+        state = get_model_state(shop.model, shop.shared_names)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
         found = score_by_clients(Unreliable(6, SequentialWorkers(app)), shop, "run", sending, crew, state, 1, 0.0)
     assert {one.client for one in found} == {3}
@@ -230,8 +230,8 @@ def test_a_score_is_checked_before_it_is_believed() -> None:
 
 def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
     shop = get_run_context(trivial("evaluation={own: 0.2}").model_dump_json())
-    state = get_model_state(shop.model, shop.shared)
+    state = get_model_state(shop.model, shop.shared_names)
     order = TrainRequest(shop.recipe.model_dump_json(), 1, 0, scoring=True)
-    assert run_local_round(order, state, shop, shop.clients[0], home)[1].own_predictions > 0
+    assert run_local_round(order, state, shop, shop.client_rows[0], home)[1].own_predictions > 0
     private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": PrivacySettings(clip=1.0, noise=1.0)}))
-    assert run_local_round(order, state, private, shop.clients[0], home)[1].own_predictions == 0
+    assert run_local_round(order, state, private, shop.client_rows[0], home)[1].own_predictions == 0

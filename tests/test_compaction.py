@@ -75,7 +75,7 @@ def test_the_store_gives_back_what_a_deleted_run_took(home: Path) -> None:
     with Store.open() as store:
         fill(store)
         [run, *_] = store.runs()
-        store.explain(run.id, "x" * (8 * MEGABYTE))
+        store.set_run_reason(run.id, "x" * (8 * MEGABYTE))
         store.delete(run.id)
         store.compact()
     assert path.stat().st_size < MEGABYTE

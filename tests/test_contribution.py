@@ -130,8 +130,8 @@ def test_a_client_that_sends_a_hundred_unknown_names_gets_a_short_answer(tmp_pat
 def test_rows_put_together_are_the_delta(tmp_path: Path, shape: tuple[int, ...]) -> None:
     delta = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
     (tmp_path / "a").write_bytes(pack({"other": torch.zeros(3), "a": delta}))
-    sent = ClientUpdate(client=0, examples=1, path=tmp_path / "a")
+    sent = ClientUpdate(client=0, num_examples=1, path=tmp_path / "a")
     height = shape[0] if shape else 1
-    pieces = [sent.rows("a", start, min(start + 2, height)) for start in range(0, height, 2)]
+    pieces = [sent.read_rows("a", start, min(start + 2, height)) for start in range(0, height, 2)]
     assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces] or [torch.zeros(0)]), delta.flatten())
     assert all(piece.shape[1:] == shape[1:] for piece in pieces)

@@ -39,18 +39,18 @@ def grey_images(*sides: int) -> data.Table:
 def test_a_batch_of_texts_is_padded_to_its_own_longest_and_cut_to_the_length() -> None:
     texts = as_table(Dataset.from_dict({"text": ["a b", "a b c a b c a b c a b c", "c"], "label": [1, 0, 1]}))
     encoded = data.encode_examples(texts, a_recipe("train.length=8"), tokenizer(starts=True))
-    batch = encoded.batch([2, 0])
+    batch = encoded.make_batch([2, 0])
     assert batch["input_ids"].tolist() == [[2, 5, 0], [2, 3, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [1, 1]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert encoded.batch([1])["input_ids"].tolist() == [[2, 3, 4, 5, 3, 4, 5, 3]]
+    assert encoded.make_batch([1])["input_ids"].tolist() == [[2, 3, 4, 5, 3, 4, 5, 3]]
     assert len(encoded) == 3
 
 
 def test_a_text_for_language_modelling_ends_unless_it_is_cut() -> None:
     texts = as_table(Dataset.from_dict({"text": ["a", "a b c", "a b c d"]}))
-    batch = data.encode_examples(texts, a_recipe(LANGUAGE, "train.length=4"), tokenizer()).batch([0, 1, 2])
+    batch = data.encode_examples(texts, a_recipe(LANGUAGE, "train.length=4"), tokenizer()).make_batch([0, 1, 2])
     assert batch["input_ids"].tolist() == [[3, END, PAD, PAD], [3, 4, 5, END], [3, 4, 5, 6]]
     assert batch["labels"].tolist() == [[3, END, -100, -100], [3, 4, 5, END], [3, 4, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
@@ -59,7 +59,7 @@ def test_a_text_for_language_modelling_ends_unless_it_is_cut() -> None:
 def test_an_empty_text_still_has_a_token_to_attend_to() -> None:
     batch = data.encode_examples(
         as_table(Dataset.from_dict({"text": [""], "label": [0]})), a_recipe(), tokenizer()
-    ).batch([0])
+    ).make_batch([0])
     assert batch["attention_mask"].tolist() == [[1]]
 
 
@@ -82,7 +82,7 @@ def test_grey_arrays_are_kept_as_bytes_and_given_out_scaled_in_three_channels() 
     features = Features({"image": Array2D((8, 8), "uint8"), "label": Value("int64")})
     images = as_table(Dataset.from_dict({"image": pixels, "label": [4, 5, 6]}, features=features))
     encoded = data.encode_examples(images, a_recipe(IMAGES), Preprocessor(side=8))
-    batch = encoded.batch([2, 0])
+    batch = encoded.make_batch([2, 0])
     expected = (torch.tensor(pixels[[2, 0]]).float() - 127) / 128
     assert encoded.pixels.dtype == torch.uint8  # type: ignore[attr-defined]
     assert torch.equal(batch["pixel_values"], expected[:, None].expand(2, 3, 8, 8))
@@ -93,14 +93,14 @@ def test_images_are_enlarged_bilinearly_when_given_out() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8), dtype=np.uint8)
     features = Features({"image": Array2D((8, 8), "uint8"), "label": Value("int64")})
     images = as_table(Dataset.from_dict({"image": pixels, "label": [0]}, features=features))
-    batch = data.encode_examples(images, a_recipe(IMAGES), Preprocessor(side=20)).batch([0])
+    batch = data.encode_examples(images, a_recipe(IMAGES), Preprocessor(side=20)).make_batch([0])
     enlarged = F.interpolate(torch.tensor(pixels[None]).float(), size=(20, 20), mode="bilinear", align_corners=False)
     torch.testing.assert_close(batch["pixel_values"][:, :1], (enlarged - 127) / 128)
 
 
 def test_pictures_of_different_sizes_are_brought_to_one() -> None:
     encoded = data.encode_examples(grey_images(10, 30, 16), a_recipe(IMAGES), Preprocessor(side=16))
-    batch = encoded.batch([0, 1, 2])
+    batch = encoded.make_batch([0, 1, 2])
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
     expected = (torch.tensor([0.0, 10.0, 20.0]) - 127) / 128
     torch.testing.assert_close(batch["pixel_values"].mean(dim=(1, 2, 3)), expected)

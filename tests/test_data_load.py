@@ -81,7 +81,7 @@ def test_no_review_of_the_sample_is_in_two_parts_though_the_recipe_names_no_grou
     corpus = data.load_data(a_recipe())
     train, validation, test = (set(part["group"]) for part in (corpus.train, corpus.validation, corpus.test))
     assert len(train | validation | test) == len(train) + len(validation) + len(test)
-    assert corpus.labels == ("negative", "positive")
+    assert corpus.label_names == ("negative", "positive")
     assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 21015
 
 
@@ -122,7 +122,7 @@ def test_fashion_mnist_keeps_its_published_parts_and_class_names(
     assert [len(part) for part in loaded.values()] == [40, 20]
     assert (loaded["train"].greys()[1] == np.arange(784, 1568).astype(np.uint8).reshape(28, 28)).all()
     corpus = data.load_data(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
-    assert (corpus.labels[0], corpus.labels[9]) == ("T-shirt/top", "Ankle boot")
+    assert (corpus.label_names[0], corpus.label_names[9]) == ("T-shirt/top", "Ankle boot")
     assert corpus.test["label"] == [*range(10), *range(10)]
     assert len(corpus.train) + len(corpus.validation) == 40
     assert len(corpus.validation)
@@ -193,7 +193,7 @@ def test_tables_of_each_kind_hold_the_same(tmp_path: Path, suffix: str) -> None:
         row["text"]: row["label"] for part in (corpus.train, corpus.validation, corpus.test) for row in rows_of(part)
     }
     assert found == dict(zip(loaded["text"], loaded["label"], strict=True))
-    assert corpus.labels == ("0", "1", "2")
+    assert corpus.label_names == ("0", "1", "2")
 
 
 def test_the_files_of_a_folder_are_its_own_parts(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_folder_of_images_has_a_class_per_subfolder(tmp_path: Path) -> None:
         for index in range(30):
             Image.new("L", (20, 20), grey + index).save(tmp_path / name / f"{index}.png")
     corpus = data.load_data(a_recipe("task=image-classification", f"data.source=folder:{tmp_path}"))
-    assert corpus.labels == ("cat", "dog")
+    assert corpus.label_names == ("cat", "dog")
     assert sum(map(len, (corpus.train, corpus.validation, corpus.test))) == 60
     assert all((decode(row["image"], "") >= 200).all() == (row["label"] == 1) for row in rows_of(corpus.train))
 
@@ -221,7 +221,7 @@ def test_class_names_of_a_typed_column_are_kept(tmp_path: Path) -> None:
     rows = {"text": [f"t{row}" for row in range(40)], "label": [row % 2 for row in range(40)]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
     corpus = data.load_data(a_recipe(f"data.source=parquet:{tmp_path / 'a.parquet'}"))
-    assert corpus.labels == ("spam", "ham")
+    assert corpus.label_names == ("spam", "ham")
     assert all(row["label"] == int(row["text"][1:]) % 2 for row in rows_of(corpus.train))
 
 
@@ -242,7 +242,7 @@ def test_the_column_of_a_natural_split_is_kept(table: str) -> None:
 def test_language_modelling_needs_no_label(table: str) -> None:
     corpus = data.load_data(a_recipe(table, "task=causal-language-modelling"))
     assert corpus.train.column_names == ["text"]
-    assert corpus.labels == ()
+    assert corpus.label_names == ()
 
 
 def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> None:
@@ -262,6 +262,6 @@ def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> 
 def test_a_part_of_everything_is_what_a_run_on_the_same_source_holds_out(tmp_path: Path, part: str) -> None:
     recipe = a_recipe(csv_file(tmp_path / "rows.csv", "text,label,group", *ROWS), "data.columns.group=group")
     corpus = data.load_data(recipe)
-    found = data.load_all_examples(recipe, corpus.labels, part)
+    found = data.load_all_examples(recipe, corpus.label_names, part)
     assert found["text"][:] == getattr(corpus, part)["text"][:]
-    assert 0 < len(found) < len(data.load_all_examples(recipe, corpus.labels)) == len(ROWS)
+    assert 0 < len(found) < len(data.load_all_examples(recipe, corpus.label_names)) == len(ROWS)

@@ -41,7 +41,7 @@ def test_words_for_nothing_are_words_in_texts_and_class_names(tmp_path: Path) ->
     words = ["N/A", "null", "NaN", "nothing"]
     rows = [f"{words[row % 4]},{'None' if row % 2 else 'some'},{row}" for row in range(200)]
     corpus = loaded(text_file(tmp_path / "a.csv", rows, "text,label,id"), "data.columns.group=id")
-    assert corpus.labels == ("None", "some")
+    assert corpus.label_names == ("None", "some")
     assert set(everything(corpus)) == {"N/A", "null", "NaN", "nothing"}
 
 
@@ -69,7 +69,7 @@ def test_texts_are_kept_as_they_are_written(tmp_path: Path) -> None:
 )
 def test_numbers_are_classes_in_their_order(tmp_path: Path, values: tuple[str, ...], labels: tuple[str, ...]) -> None:
     rows = [f"t{row},{values[row % 3]}" for row in range(90)]
-    assert loaded(text_file(tmp_path / "a.csv", rows)).labels == labels
+    assert loaded(text_file(tmp_path / "a.csv", rows)).label_names == labels
 
 
 @pytest.mark.parametrize("values", [('"a,b"', "a", "b"), ('"a,b"', '"b,a"', "c"), ("a;b", "a", "b"), ("a|b", "b", "a")])
@@ -81,7 +81,7 @@ def test_labels_that_are_lists_of_classes_are_refused(tmp_path: Path, values: tu
 
 def test_a_class_name_may_hold_a_comma(tmp_path: Path) -> None:
     rows = [f't{row},"{["Dresses, long", "Dresses, short", "Shirts"][row % 3]}"' for row in range(90)]
-    assert loaded(text_file(tmp_path / "a.csv", rows)).labels == ("Dresses, long", "Dresses, short", "Shirts")
+    assert loaded(text_file(tmp_path / "a.csv", rows)).label_names == ("Dresses, long", "Dresses, short", "Shirts")
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
@@ -106,7 +106,7 @@ def test_ends_of_lines_and_a_spreadsheets_first_line_are_understood(tmp_path: Pa
 
 def test_blanks_around_a_class_name_do_not_count(tmp_path: Path) -> None:
     rows = [f"t{row},{[' yes', 'yes ', 'no'][row % 3]}" for row in range(90)]
-    assert loaded(text_file(tmp_path / "a.csv", rows)).labels == ("no", "yes")
+    assert loaded(text_file(tmp_path / "a.csv", rows)).label_names == ("no", "yes")
     with pytest.raises(DataError, match="row 91 has no value in column 'label'"):
         loaded(text_file(tmp_path / "b.csv", [*rows, "x,  "]))
 
@@ -128,7 +128,7 @@ def test_a_row_with_more_or_fewer_fields_is_refused(tmp_path: Path, row: str, se
 def test_encodings_are_told_from_the_bytes(tmp_path: Path, encoding: str) -> None:
     rows = [f"a long enough text, müde {row};{'süß' if row % 2 else 'herb'}" for row in range(60)]
     corpus = loaded(text_file(tmp_path / "a.csv", rows, "text;label", encoding))
-    assert corpus.labels == ("herb", "süß")
+    assert corpus.label_names == ("herb", "süß")
     guessed = ["is no UTF-8 and was read as cp1252" in note for note in corpus.notes]
     assert guessed == ([True] if encoding == "latin-1" else [])
 
@@ -162,8 +162,8 @@ def test_a_column_called_split_says_what_is_held_out(tmp_path: Path) -> None:
     assert set(corpus.validation["text"]) == {f"t{row}" for row in range(3, 80, 4)}
     assert len(corpus.train) == 40
     device = a_recipe(f"data.source=csv:{tmp_path / 'a.csv'}")
-    assert set(data.training(device, corpus.labels)["text"]) == set(corpus.train["text"])
-    assert len(data.load_all_examples(device, corpus.labels)) == 80
+    assert set(data.training(device, corpus.label_names)["text"]) == set(corpus.train["text"])
+    assert len(data.load_all_examples(device, corpus.label_names)) == 80
 
 
 def test_a_split_column_may_have_another_name_or_none_count(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_data_set_saved_to_disk_is_read(tmp_path: Path, parts: bool) -> None:
 
 def test_a_rare_class_absent_from_the_test_part_is_told_and_trained(tmp_path: Path) -> None:
     corpus = loaded(text_file(tmp_path / "a.csv", [*ROWS, "rare,maybe"]))
-    assert corpus.labels == ("maybe", "no", "yes")
+    assert corpus.label_names == ("maybe", "no", "yes")
     assert [note.partition(": ")[2] for note in corpus.notes] == [
         "the test part has no example of class 'maybe'; its score tells nothing of it"
     ]
@@ -279,7 +279,7 @@ def classes(folder: Path) -> dict[str, str]:
     found = {}
     for part in (corpus.train, corpus.validation, corpus.test):
         for row in rows_of(part):
-            found[str(decode(row["image"], "")[0, 0, 0])] = corpus.labels[row["label"]]
+            found[str(decode(row["image"], "")[0, 0, 0])] = corpus.label_names[row["label"]]
     return found
 
 
@@ -311,7 +311,7 @@ def test_folders_of_parts_hold_folders_of_classes(tmp_path: Path) -> None:
             for index in range(4):
                 picture(tmp_path / part / name / f"test_{index}.png", grey)
     corpus = loaded(tmp_path, IMAGES, kind="folder")
-    assert corpus.labels == ("cat", "dog")
+    assert corpus.label_names == ("cat", "dog")
     for table, grey in ((corpus.train, 1), (corpus.validation, 2), (corpus.test, 3)):
         assert [int(decode(image, "")[0, 0, 0]) for image in table["image"]] == [grey] * 8
 
@@ -322,7 +322,7 @@ def test_a_class_called_train_is_not_taken_for_a_part_by_itself(tmp_path: Path) 
             picture(tmp_path / name / f"{index}.png", index)
     with pytest.raises(DataError, match=r"the name of bus/0\.png says neither train"):
         loaded(tmp_path, IMAGES, kind="folder")
-    assert loaded(tmp_path, IMAGES, "data.columns.split=false", kind="folder").labels == ("bus", "train")
+    assert loaded(tmp_path, IMAGES, "data.columns.split=false", kind="folder").label_names == ("bus", "train")
 
 
 def test_pictures_outside_class_folders_are_refused(tmp_path: Path) -> None:

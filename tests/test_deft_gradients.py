@@ -74,7 +74,7 @@ def test_a_product_with_dropout_in_it_is_followed_as_it_is() -> None:
     torch.manual_seed(3)
     wanted = slow_loss(twin, batch, 2 * 3.0, _EPS, gated=True)  # two stacks, of which each has weight 1
     wanted.backward()
-    assert [probe.remade for probe in get_probes(model)] == [False] * 4
+    assert [probe.can_recompute for probe in get_probes(model)] == [False] * 4
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, twin.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
@@ -95,7 +95,7 @@ def test_no_byte_more_is_kept_for_the_backward_pass(build: Callable[[], PreTrain
         techniques.begin_step(chosen, model, batch, 1.0)
         with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
             loss = compute_step_loss(model, batch)
-            kept[name] = meter.bytes
+            kept[name] = meter.current_bytes
         loss.backward()
     tokens = 16 * 24
     assert kept["deft"] - kept["plain"] <= 2 * 8 * tokens  # a mask and a few scalars, no activation of 32 tokens
@@ -109,7 +109,7 @@ def test_blocks_that_run_again_give_the_gradients_of_stored_activations(
 ) -> None:
     own = {"deft": {"alpha": 3.0, "eps": _EPS, **settings}}
     chosen = techniques.build_techniques([Unit(name=name, settings=own.get(name, {})) for name in joined.split("+")])
-    twins = [technique.stored() for technique in chosen]
+    twins = [technique.make_reference() for technique in chosen]
     stored = tuple(twin for twin in twins if twin is not None)
     found, wanted = (_shaken_gradients(build(), techniques_of) for techniques_of in (chosen, stored))
     assert found.keys() == wanted.keys()

@@ -26,26 +26,26 @@ PLAIN: dict[Any, tuple[str, str, str]] = {
 def test_the_mlp_of_every_block_is_found(build: Callable[[], PreTrainedModel]) -> None:
     stack, first, second = PLAIN[build]
     found = find_mlps(build())
-    assert [mlp.second for mlp in found] == [f"{stack}.{index}.{second}" for index in range(2)]
-    assert [mlp.firsts for mlp in found] == [(f"{stack}.{index}.{first}",) for index in range(2)]
-    assert {mlp.stack for mlp in found} == {stack}
-    assert not any(mlp.gated for mlp in found)
+    assert [mlp.down_projection for mlp in found] == [f"{stack}.{index}.{second}" for index in range(2)]
+    assert [mlp.up_projections for mlp in found] == [(f"{stack}.{index}.{first}",) for index in range(2)]
+    assert {mlp.block_list for mlp in found} == {stack}
+    assert not any(mlp.is_gated for mlp in found)
 
 
 @pytest.mark.parametrize("build", [llama, llama_classifier, qwen2, qwen3, mistral])
 def test_a_gated_mlp_is_found_with_both_its_widening_layers(build: Callable[[], PreTrainedModel]) -> None:
     found = find_mlps(build())
-    assert [mlp.second for mlp in found] == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
-    assert found[1].firsts == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
-    assert found[1].scope == "model.layers.1.mlp"
-    assert all(mlp.gated for mlp in found)
+    assert [mlp.down_projection for mlp in found] == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert found[1].up_projections == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert found[1].parent == "model.layers.1.mlp"
+    assert all(mlp.is_gated for mlp in found)
 
 
 @pytest.mark.parametrize(("build", "gated"), [(t5, False), (gated_t5, True)])
 def test_encoder_and_decoder_are_two_stacks(build: Callable[[], PreTrainedModel], gated: bool) -> None:
     found = find_mlps(build())
-    assert [mlp.stack for mlp in found] == ["transformer.encoder.block"] * 2 + ["transformer.decoder.block"] * 2
-    assert {mlp.gated for mlp in found} == {gated}
+    assert [mlp.block_list for mlp in found] == ["transformer.encoder.block"] * 2 + ["transformer.decoder.block"] * 2
+    assert {mlp.is_gated for mlp in found} == {gated}
 
 
 @pytest.mark.parametrize("build", [bert, llama, gpt2])
@@ -67,9 +67,9 @@ def test_an_adapters_own_activation_is_not_an_mlps(build: Callable[[], PreTraine
     model = build()
     before = find_mlps(model)
     for index in range(2):
-        block = model.get_submodule(f"{before[0].stack}.{index}")
+        block = model.get_submodule(f"{before[0].block_list}.{index}")
         block.add_module("adapter", Adapter())
-        model.get_submodule(before[index].scope).add_module("inner", Adapter())
+        model.get_submodule(before[index].parent).add_module("inner", Adapter())
     assert find_mlps(model) == before
 
 

@@ -36,7 +36,7 @@ def _scored(model: PreTrainedModel, chosen: tuple[Technique, ...], batch: int) -
 def _counted_by_hand(model: PreTrainedModel, threshold: float = 0.0, *, padding: bool = False) -> float:
     """Every entry of every layer looked at one by one, all texts in one batch."""
     data = few_texts(language=True)
-    inputs = data.batch(torch.argsort(data.lengths, stable=True).tolist() if data.lengths is not None else [])
+    inputs = data.make_batch(torch.argsort(data.lengths, stable=True).tolist() if data.lengths is not None else [])
     with activations(model) as seen, torch.no_grad():
         model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     real = [padding or bool(one) for one in inputs["attention_mask"].flatten()]
@@ -98,7 +98,7 @@ def test_a_threshold_is_applied_and_its_density_is_that_of_the_model_scored(
 
 
 def _median(model: PreTrainedModel) -> float:
-    inputs = few_texts().batch(range(12))
+    inputs = few_texts().make_batch(range(12))
     with activations(model) as seen, torch.no_grad():
         model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     values = torch.cat([a[a != 0].abs() for a in seen])
@@ -110,7 +110,7 @@ def _median(model: PreTrainedModel) -> float:
 def test_the_magnitude_control_keeps_the_wanted_share_of_each_layer(kept: float) -> None:
     model = llama()
     chosen = _applied(model, alpha=0.0)
-    batch = {name: one for name, one in few_texts(language=True).batch(range(12)).items() if name != "labels"}
+    batch = {name: one for name, one in few_texts(language=True).make_batch(range(12)).items() if name != "labels"}
     calibrate_thresholds(model, get_probes(model), [batch], kept)
     techniques.begin_step(chosen, model, batch, 1.0)
     with techniques.collect_metrics(chosen, model) as figures:

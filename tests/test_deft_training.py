@@ -145,7 +145,7 @@ def test_density_falls_in_training_with_relu_and_costs_little_of_the_fit() -> No
         chosen = deft("full", alpha=alpha)
         names = techniques.apply_techniques(chosen, model, TEXT, 0)
         _train(model, chosen, names, a_training_recipe(steps=60, lr=3e-3))
-        batch = few_texts().batch(range(12))
+        batch = few_texts().make_batch(range(12))
         model.eval()
         techniques.begin_step(chosen, model, batch, 1.0)
         with techniques.collect_metrics(chosen, model) as figures, torch.no_grad():
@@ -163,7 +163,7 @@ def test_gelu_hardly_gets_an_exact_zero_in_a_short_run() -> None:
     chosen = deft("lora", alpha=1.0)
     names = techniques.apply_techniques(chosen, model, TEXT, 0)
     _train(model, chosen, names, a_training_recipe(steps=60, lr=1e-3))
-    batch = few_texts().batch(range(12))
+    batch = few_texts().make_batch(range(12))
     model.eval()
     techniques.begin_step(chosen, model, batch, 1.0)
     with techniques.collect_metrics(chosen, model) as figures, torch.no_grad():

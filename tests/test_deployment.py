@@ -23,7 +23,7 @@ TWO = "devices=[{name: toy, count: 2, memory: 64MB}]"
 
 def submit(server: Server, recipe: Recipe) -> str:
     with server.operator() as connection:
-        run: str = connection.ask("POST", "runs", {"recipe": json.loads(recipe.model_dump_json())})["run"]
+        run: str = connection.request_json("POST", "runs", {"recipe": json.loads(recipe.model_dump_json())})["run"]
     return run
 
 
@@ -129,7 +129,7 @@ def at_round(server: Server, run: str, number: int) -> None:
     end = time.monotonic() + 90
     while time.monotonic() < end:
         with server.operator() as connection:
-            found = connection.ask("GET", f"runs/{run}")
+            found = connection.request_json("GET", f"runs/{run}")
         if found["rounds"] and found["rounds"][-1]["number"] >= number:
             return
         time.sleep(0.05)
@@ -186,14 +186,14 @@ def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home
         other = submit(server, trivial(TWO))
         with joined(server, tmp_path, "part:0", "part:1"), server.operator() as connection:
             at_round(server, run, 1)
-            assert connection.ask("GET", f"runs/{other}")["status"] == "queued"
-            connection.ask("POST", f"runs/{other}/stop")
-            connection.ask("POST", f"runs/{run}/stop")
+            assert connection.request_json("GET", f"runs/{other}")["status"] == "queued"
+            connection.request_json("POST", f"runs/{other}/stop")
+            connection.request_json("POST", f"runs/{run}/stop")
             stopped = ended(server, run)
             assert (stopped["status"], stopped["reason"]) == ("interrupted", "stopped by an operator")
             with pytest.raises(ServerError, match="there is nothing to stop"):
-                connection.ask("POST", f"runs/{run}/stop")
-            connection.ask("POST", f"runs/{run}/resume")
+                connection.request_json("POST", f"runs/{run}/stop")
+            connection.request_json("POST", f"runs/{run}/resume")
             found = ended(server, run)
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == undisturbed

@@ -74,7 +74,7 @@ def database(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
         with (home / "server" / "server.yaml").open("a") as file:
             file.write(f"store: {made.url}\n")
         with Store.open(made.url) as store:
-            write_operator_file(place, store.access, "local", place.operator)
+            write_operator_file(place, store.access, "local", place.operator_file)
         yield made
 
 

@@ -73,16 +73,16 @@ def start(recipe: Recipe) -> tuple[RunContext, dict[str, Tensor]]:
     clear_run_context()
     shop = get_run_context(recipe.model_dump_json())
     clear_run_context()
-    return shop, get_model_state(shop.model, shop.shared)
+    return shop, get_model_state(shop.model, shop.shared_names)
 
 
 def alone(recipe: Recipe, client: int, state: dict[str, Tensor]) -> LocalTrainingResult:
     """What a client makes of a state, by a workshop that knows no other class."""
     clear_run_context()
-    shop = get_run_context(recipe.of(client).model_dump_json())
+    shop = get_run_context(recipe.get_client_recipe(client).model_dump_json())
     clear_run_context()
     return train_local_model(
-        shop.model, shop.techniques, state, shop.train, shop.clients[client], shop.recipe, 1, client
+        shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, 1, client
     )
 
 
@@ -104,7 +104,7 @@ def test_a_tensor_is_merged_over_those_who_trained_it(partly: Recipe) -> None:
     assert done[2].delta.keys() < done[0].delta.keys()
     merged = ended(partly)
     for name, before in state.items():
-        sent = [(one.examples, one.delta[name]) for one in done if name in one.delta]
+        sent = [(one.num_examples, one.delta[name]) for one in done if name in one.delta]
         mean = sum(count * delta for count, delta in sent) / sum(count for count, _ in sent)
         torch.testing.assert_close(merged[name], before + mean, rtol=1e-6, atol=1e-7)
 
@@ -123,7 +123,7 @@ def test_ranks_may_differ(tmp_path: Path, exact: str, merge: str) -> None:
     )
     shop, state = start(recipe)
     pair = next(iter(techniques.list_low_rank_pairs(shop.techniques, shop.model)))
-    part = shop.of(2)
+    part = shop.for_client(2)
     own = next(iter(techniques.list_low_rank_pairs(part.techniques, part.model)))
     assert (pair.scale, own.scale) == (4.0, 8.0)
     total = torch.zeros(16, 16, dtype=torch.float64)
@@ -132,8 +132,8 @@ def test_ranks_may_differ(tmp_path: Path, exact: str, merge: str) -> None:
         begun, scale = (narrowed_state(shop, part, state), own.scale) if client == 2 else (state, pair.scale)
         done = alone(recipe, client, begun)
         after = {name: tensor + done.delta.get(name, 0) for name, tensor in begun.items()}
-        total += done.examples * product(scale, after[pair.left].double(), after[pair.right].double())
-        examples += done.examples
+        total += done.num_examples * product(scale, after[pair.left].double(), after[pair.right].double())
+        examples += done.num_examples
     merged = ended(recipe)
     found = product(pair.scale, merged[pair.left].double(), merged[pair.right].double())
     if pair.base is not None:
@@ -146,7 +146,7 @@ def test_ranks_may_differ(tmp_path: Path, exact: str, merge: str) -> None:
 
 
 def narrowed_state(shop: RunContext, part: RunContext, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in get_model_state(part.model, shop.shared).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_model_state(part.model, shop.shared_names).items()}
     pairs = [techniques.list_low_rank_pairs(each.techniques, each.model) for each in (shop, part)]
     return truncate_to_rank(state, shapes, *pairs)
 
@@ -169,8 +169,8 @@ def test_a_class_may_have_its_own_batch(tmp_path: Path) -> None:
 def test_a_class_may_have_its_own_precision(tmp_path: Path) -> None:
     recipe = words(tmp_path, CLASSES % "dtype: bfloat16", "federation.rounds=1")
     shop, _ = start(recipe)
-    assert {p.dtype for p in shop.of(2).model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in shop.of(0).model.parameters()} == {torch.float32}
+    assert {p.dtype for p in shop.for_client(2).model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in shop.for_client(0).model.parameters()} == {torch.float32}
     assert execute(recipe).rounds[-1].status == "completed"
 
 

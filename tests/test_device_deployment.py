@@ -71,7 +71,7 @@ def until(meets: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def state(device: Device) -> str:
-    return str(DeviceHome(device.home / "device").noted().get("state", ""))
+    return str(DeviceHome(device.home / "device").read_status().get("state", ""))
 
 
 def trainers(device: Device) -> list[psutil.Process]:
@@ -143,7 +143,7 @@ def test_a_device_that_is_killed_before_its_order_is_on_its_disk_gets_it_again(
 def test_a_dead_device_is_given_no_place_in_a_new_run(server: Server, tmp_path: Path, undisturbed: list[str]) -> None:
     def there() -> list[str]:
         with server.operator() as connection:
-            return [one["name"] for one in connection.ask("GET", "devices")["devices"] if one["online"]]
+            return [one["name"] for one in connection.request_json("GET", "devices")["devices"] if one["online"]]
 
     with joined(server, tmp_path, "part:0", "part:0", "part:1") as devices:
         until(lambda: len(there()) == 3)
@@ -241,14 +241,14 @@ def test_a_device_that_was_stopped_is_offline_at_once(server: Server, tmp_path: 
     with joined(server, tmp_path, "part:0") as [device]:
         until(lambda: state(device) == "online")
         with server.operator() as connection:
-            assert connection.ask("GET", "devices")["devices"][0]["online"]
+            assert connection.request_json("GET", "devices")["devices"][0]["online"]
             device.process.send_signal(signal.SIGTERM)
             assert device.process.wait(20) == 130
-            assert not connection.ask("GET", "devices")["devices"][0]["online"]
+            assert not connection.request_json("GET", "devices")["devices"][0]["online"]
 
 
 def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, tmp_path: Path) -> None:
-    token = EnrolmentToken.read(server.token("one"))
+    token = EnrolmentToken.parse_token(server.token("one"))
     home = DeviceHome(tmp_path / "one" / "device")
     with pytest.raises(DeviceError, match="not the server this token is from"):
         enrol_device(home, None, EnrolmentToken(token.url, "0" * 64, token.secret), None)
@@ -257,10 +257,10 @@ def test_enrolment_holds_against_false_servers_and_used_tokens(server: Server, t
     with pytest.raises(DeviceError, match="cannot be reached"):
         enrol_device(home, "https://127.0.0.1:1", token, None)
     with pytest.raises(DeviceError, match="the token is not whole"):
-        EnrolmentToken.read(server.token("two")[:-9])
+        EnrolmentToken.parse_token(server.token("two")[:-9])
     assert not home.folder.exists(), "nothing stays of what failed"
     identity = enrol_device(home, None, token, None)
-    assert (identity.name, home.identity()) == ("one", identity)
+    assert (identity.name, home.read_identity()) == ("one", identity)
     with pytest.raises(DeviceError, match="leave first"):
         enrol_device(home, None, token, None)
     other = DeviceHome(tmp_path / "other" / "device")

@@ -87,8 +87,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place(home: Path) -> DeviceHome:
     made = DeviceHome()
-    made.make_key()
-    made.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
+    made.create_key()
+    made.save_identity(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
     return made
 
 
@@ -130,12 +130,12 @@ def answer(text: str) -> tuple[bytes, bytes]:
 
 
 def test_an_order_and_its_answer_that_are_whole_are_gone_on_with(place: DeviceHome) -> None:
-    place.hold("order", order())
-    place.hold("answer", *answer("source-unreadable"))
+    place.save_pending("order", order())
+    place.save_pending("answer", *answer("source-unreadable"))
     line = Line()
     run(place, line)
     assert line.sent == [(order(), b"source-unreadable")]
-    assert place.held("order") is None
+    assert place.read_pending("order") is None
 
 
 Damage = Callable[[bytes], bytes]
@@ -154,8 +154,8 @@ Damage = Callable[[bytes], bytes]
     ],
 )
 def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place: DeviceHome, damage: Damage) -> None:
-    place.hold("order", order(1))
-    place.hold("answer", *answer("code-failed"))
+    place.save_pending("order", order(1))
+    place.save_pending("answer", *answer("code-failed"))
     kept = place.folder / "order"
     kept.write_bytes(damage(kept.read_bytes()))
     line = Line(order(2))
@@ -166,14 +166,14 @@ def test_a_damaged_order_is_dropped_with_its_answer_and_the_device_goes_on(place
 
 
 def test_an_order_that_is_whole_and_no_message_is_dropped_too(place: DeviceHome) -> None:
-    place.hold("order", PullMessagesResponse().SerializeToString() or b"\x00")
+    place.save_pending("order", PullMessagesResponse().SerializeToString() or b"\x00")
     said = run(place, Line())
     assert "the order in hand was damaged and is dropped; the server hands it out again" in said
 
 
 def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
-    place.hold("order", order())
-    place.hold("answer", *answer("source-unreadable"))
+    place.save_pending("order", order())
+    place.save_pending("answer", *answer("source-unreadable"))
     kept = place.folder / "answer"
     content = bytearray(kept.read_bytes())
     content[-3] ^= 1
@@ -192,16 +192,16 @@ def test_a_message_that_cannot_be_opened_is_told_apart() -> None:
 
 def test_a_device_at_rest_does_not_write_its_disk(place: DeviceHome, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[dict[str, Any]] = []
-    real = DeviceHome.note
+    real = DeviceHome.write_status
 
     def note(self: DeviceHome, state: dict[str, Any]) -> None:
         noted.append(state)
         real(self, state)
 
-    monkeypatch.setattr(DeviceHome, "note", note)
+    monkeypatch.setattr(DeviceHome, "write_status", note)
     run(place, Line(looks=500))
     assert [note["state"] for note in noted] == ["connecting", "online", "stopped"]
-    assert place.noted()["state"] == "stopped"
+    assert place.read_status()["state"] == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_a_damaged_identity_is_told_in_a_sentence(place: DeviceHome, change: dic
     path = place.folder / "identity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DeviceError, match=r"identity\.json is damaged; leave, and enrol"):
-        place.identity()
+        place.read_identity()
 
 
 def test_a_damaged_note_is_no_note(place: DeviceHome) -> None:
     for text in ("[]", "5", "{", '"x"'):
         (place.folder / "status.json").write_text(text)
-        assert place.noted() == {}
+        assert place.read_status() == {}

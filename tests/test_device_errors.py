@@ -30,7 +30,7 @@ SECRET = "patient 4711 has a rash"
 
 def order_for(recipe: Recipe, labels: str) -> Frame:
     shop = get_run_context(recipe.model_dump_json())
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     clear_run_context()
     return Frame({"recipe": recipe.model_dump_json(), "round": 1, "client": 0, "labels": labels}, payload)
 
@@ -44,7 +44,7 @@ def csv(tmp_path: Path, name: str, *lines: str) -> str:
 @pytest.fixture
 def text_order(home: Path, tmp_path: Path) -> Frame:
     recipe = words(tmp_path)
-    return order_for(recipe, json.dumps(list(get_run_context(recipe.model_dump_json()).corpus.labels)))
+    return order_for(recipe, json.dumps(list(get_run_context(recipe.model_dump_json()).corpus.label_names)))
 
 
 def told(answer: Frame, folder: Path) -> str:
@@ -74,7 +74,7 @@ HOSTILE: Mapping[str, tuple[tuple[str, ...], str]] = {
 def test_an_error_about_the_data_tells_a_code_and_counts_only(text_order: Frame, tmp_path: Path, what: str) -> None:
     lines, code = HOSTILE[what]
     source = csv(tmp_path, "private-name.csv", *lines)
-    answer = Trainer(source, 4_000_000_000, 0).answer(text_order, lambda: None)
+    answer = Trainer(source, 4_000_000_000, 0).run_request(text_order, lambda: None)
     assert answer.header["kind"] == "failed"
     leaving = told(answer, tmp_path)
     assert leaving == f"2 {code}"
@@ -93,7 +93,7 @@ def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_
     home = DeviceHome(tmp_path / "device")
     holding = {"examples": 12, "labels": {}}
     header = {"kind": "trained", "report": {}, "holding": holding, "seconds": 1.0}
-    home.hold("answer", *Frame(header, b"deltas").pieces())
+    home.save_pending("answer", *Frame(header, b"deltas").pieces())
     clock: Any = type("Clock", (), {"set": print})()
     fleet: Any = Fleet()
     keeper: Any = None
@@ -103,7 +103,7 @@ def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_
 
 
 def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp_path: Path) -> None:
-    answer = Trainer(f"csv:{tmp_path}/gone.csv", 4_000_000_000, 0).answer(text_order, lambda: None)
+    answer = Trainer(f"csv:{tmp_path}/gone.csv", 4_000_000_000, 0).run_request(text_order, lambda: None)
     assert "gone.csv" in answer.header["detail"]
     assert told(answer, tmp_path) in ("2 data-unfit", "2 source-unreadable")
 
@@ -111,7 +111,7 @@ def test_a_device_without_its_file_does_not_tell_the_path(text_order: Frame, tmp
 def test_an_order_it_cannot_read_and_a_recipe_it_does_not_know_are_codes(text_order: Frame, tmp_path: Path) -> None:
     trainer = Trainer("sample:digits", 4_000_000_000, 0)
     for header in ({"recipe": SECRET}, {**text_order.header, "labels": SECRET}, {**text_order.header, "recipe": "{}"}):
-        answer = trainer.answer(Frame(header, b""), lambda: None)
+        answer = trainer.run_request(Frame(header, b""), lambda: None)
         assert SECRET not in told(answer, tmp_path)
 
 

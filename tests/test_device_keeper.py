@@ -24,7 +24,7 @@ PLENTY = 4_000_000_000
 def order(home: Path) -> Frame:
     recipe = trivial().model_dump_json()
     shop = get_run_context(recipe)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     return Frame({"recipe": recipe, "round": 1, "client": 2, "labels": "[]"}, payload)
 
 
@@ -33,7 +33,7 @@ def keepers() -> Iterator[list[TrainerSupervisor]]:
     made: list[TrainerSupervisor] = []
     yield made
     for keeper in made:
-        keeper.close()
+        keeper.stop_trainer()
 
 
 def _keeper(
@@ -47,32 +47,34 @@ def test_a_trainer_answers_with_the_bits_of_a_simulated_client_and_stays(
     order: Frame, keepers: list[TrainerSupervisor], home: Path
 ) -> None:
     keeper = _keeper(keepers)
-    first = keeper.ask(order)
+    first = keeper.run_request(order)
     trainer = keeper.pid
-    second = keeper.ask(order)
+    second = keeper.run_request(order)
     clear_run_context()
     shop = get_run_context(order.header["recipe"])
     deltas, report = run_local_round(
-        TrainRequest(**order.header), read_payload(order.payload, shop, 2), shop, shop.clients[2], home / "own"
+        TrainRequest(**order.header), read_payload(order.payload, shop, 2), shop, shop.client_rows[2], home / "own"
     )
     assert first.payload == second.payload == deltas
     assert first.header["report"]["loss"] == report.loss
-    assert first.header["holding"]["examples"] == len(shop.clients[2])
-    assert sum(first.header["holding"]["labels"].values()) == len(shop.clients[2])
+    assert first.header["holding"]["examples"] == len(shop.client_rows[2])
+    assert sum(first.header["holding"]["labels"].values()) == len(shop.client_rows[2])
     assert keeper.pid == trainer is not None
 
 
 def test_a_device_trains_on_its_own_file_with_the_server_s_labels(
     order: Frame, keepers: list[TrainerSupervisor], tmp_path: Path
 ) -> None:
-    answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": _digits()}, order.payload))
+    answer = _keeper(keepers, "sample:digits").run_request(Frame({**order.header, "labels": _digits()}, order.payload))
     assert answer.header["kind"] == "trained", answer.header
     assert answer.header["holding"]["examples"] > 1000
     assert set(answer.header["holding"]["labels"]) == {str(digit) for digit in range(10)}
 
 
 def test_a_file_with_a_label_the_model_does_not_know_fails(order: Frame, keepers: list[TrainerSupervisor]) -> None:
-    answer = _keeper(keepers, "sample:digits").ask(Frame({**order.header, "labels": '["0", "1"]'}, order.payload))
+    answer = _keeper(keepers, "sample:digits").run_request(
+        Frame({**order.header, "labels": '["0", "1"]'}, order.payload)
+    )
     assert answer.header["kind"] == "failed"
     assert "does not know the label" in answer.header["detail"]
     assert answer.header["problem"].startswith("unknown-labels rows=")
@@ -84,7 +86,7 @@ def test_a_budget_that_cannot_hold_the_settings_declines_before_training(
     keeper = _keeper(keepers, budget=100_000_000)
     keeper._started()
     keeper._budget = PLENTY  # so that the trainer itself must tell, and is not ended from outside
-    answer = keeper.ask(order)
+    answer = keeper.run_request(order)
     assert answer.header["kind"] == "declined"
     assert "this device allows 100 MB" in answer.header["detail"]
     assert "allowed_mb=100" in answer.header["problem"]
@@ -94,7 +96,7 @@ def test_a_budget_that_cannot_hold_the_settings_declines_before_training(
 def test_a_trainer_that_may_not_even_hold_the_model_declines(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers, budget=20_000_000)
     for _ in range(2):
-        declined = keeper.ask(order)
+        declined = keeper.run_request(order)
         assert declined.header == {
             "kind": "declined",
             "problem": "memory-model allowed_mb=20",
@@ -115,10 +117,10 @@ def test_a_trainer_that_holds_too_much_while_it_trains_is_ended_and_asked_no_mor
         return answer
 
     monkeypatch.setattr(TrainerSupervisor, "_received", excessive)
-    died = keeper.ask(order)
+    died = keeper.run_request(order)
     assert (died.header["kind"], died.header["problem"]) == ("died", "memory-training allowed_mb=4000")
     assert keeper._halvings == 4
-    assert keeper.ask(order).header == {**died.header, "kind": "declined"}
+    assert keeper.run_request(order).header == {**died.header, "kind": "declined"}
 
 
 def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_time(
@@ -126,7 +128,7 @@ def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_t
 ) -> None:
     whole, halved = _keeper(keepers), _keeper(keepers)
     halved._recipe, halved._halvings = order.header["recipe"], 1
-    one, other = whole.ask(order), halved.ask(order)
+    one, other = whole.run_request(order), halved.run_request(order)
     assert one.header["report"]["micro_batch"] == 0
     assert other.header["report"]["micro_batch"] == 5
     assert one.header["report"]["examples"] == other.header["report"]["examples"]
@@ -136,11 +138,11 @@ def test_a_trainer_begun_again_for_want_of_memory_takes_half_the_examples_at_a_t
 
 def test_a_killed_trainer_is_replaced_and_gives_the_same_answer(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers)
-    expected = keeper.ask(order).payload
+    expected = keeper.run_request(order).payload
     before = keeper.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
-    assert keeper.ask(order).payload == expected
+    assert keeper.run_request(order).payload == expected
     assert keeper.pid != before
 
 
@@ -151,7 +153,7 @@ def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(
     killer = threading.Thread(target=_kill_each, args=(keeper, over))
     killer.start()
     try:
-        answer = keeper.ask(order)
+        answer = keeper.run_request(order)
     finally:
         over.set()
         killer.join()
@@ -161,11 +163,11 @@ def test_a_trainer_killed_again_and_again_is_an_answer_that_says_so(
 
 def test_a_resting_trainer_ends_after_its_time(order: Frame, keepers: list[TrainerSupervisor]) -> None:
     keeper = _keeper(keepers, idle=0.2)
-    keeper.ask(order)
-    keeper.rest()
+    keeper.run_request(order)
+    keeper.stop_if_idle()
     assert keeper.pid is not None
     time.sleep(0.3)
-    keeper.rest()
+    keeper.stop_if_idle()
     assert keeper.pid is None
 
 

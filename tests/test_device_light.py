@@ -50,8 +50,8 @@ def _raising(*errors: Exception) -> Callable[[], str]:
 
 def _identity(home: Path) -> DeviceHome:
     place = DeviceHome()
-    place.make_key()
-    place.keep(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
+    place.create_key()
+    place.save_identity(DeviceIdentity("https://127.0.0.1:1", "pi", 7, CA))
     return place
 
 
@@ -73,10 +73,12 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
     clocks: list[int] = []
     persistence = RetryLoop(said.append, lambda: clocks.append(1))
     line = [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut")] * 5
-    assert persistence.until_done(_raising(*line)) == "done"
+    assert persistence.call_until_success(_raising(*line)) == "done"
     assert said == ["the server cannot be reached; trying again until it works", RECOVERED_MESSAGE]
     said.clear()
-    assert persistence.until_done(_raising(_refused(500), _refused(503), _refused(401), _refused(412))) == "done"
+    assert (
+        persistence.call_until_success(_raising(_refused(500), _refused(503), _refused(401), _refused(412))) == "done"
+    )
     assert [sentence.split(";")[0].split(":")[0] for sentence in said] == [
         "the server has trouble of its own (HTTP 500)",
         "the server has trouble of its own (HTTP 503)",
@@ -91,14 +93,14 @@ def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
 def test_what_is_not_about_the_line_comes_through(error: Exception) -> None:
     said: list[str] = []
     with pytest.raises(type(error)):
-        RetryLoop(said.append, lambda: None).until_done(_raising(error))
+        RetryLoop(said.append, lambda: None).call_until_success(_raising(error))
     assert said == []
 
 
 def test_an_answer_that_is_none_of_the_protocol_is_told_as_what_it_is() -> None:
     said: list[str] = []
     persistence = RetryLoop(said.append, lambda: None)
-    assert persistence.until_done(_raising(NonsenseError("no message"), httpx.TooManyRedirects("x"))) == "done"
+    assert persistence.call_until_success(_raising(NonsenseError("no message"), httpx.TooManyRedirects("x"))) == "done"
     assert said[0] == (
         "the server answers something else than fedtune; check its address and both versions; "
         "trying again until it works"
@@ -112,7 +114,7 @@ def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
     error.__cause__ = OSError()
     error.__cause__.__context__ = refused
     said: list[str] = []
-    assert RetryLoop(said.append, lambda: None).until_done(_raising(error)) == "done"
+    assert RetryLoop(said.append, lambda: None).call_until_success(_raising(error)) == "done"
     assert said[0].startswith(
         "the server's certificate does not hold (certificate has expired); on the server: fedtune"
     )
@@ -128,11 +130,11 @@ def test_a_time_that_is_none_is_no_time(told: str, monkeypatch: pytest.MonkeyPat
 
 def test_waits_grow_to_a_limit_and_differ() -> None:
     backoff = Backoff(1.0, 8.0)
-    waits = [backoff.wait() for _ in range(50)]
+    waits = [backoff.choose_delay() for _ in range(50)]
     assert all(most / 2 <= wait <= most for wait, most in zip(waits, [1.0, 2.0, 4.0] + [8.0] * 47, strict=True))
     assert len(set(waits)) == 50
     backoff.reset()
-    assert backoff.wait() <= 1.0
+    assert backoff.choose_delay() <= 1.0
 
 
 def test_the_longer_no_order_came_the_seldomer_it_is_looked_for() -> None:
@@ -153,7 +155,7 @@ def test_the_longer_no_order_came_the_seldomer_it_is_looked_for() -> None:
 
 def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = ServerClock(lambda: 5_000.0)
-    clock.set()
+    clock.synchronise()
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert clock.now() == pytest.approx(5_000.0, abs=1.0)
 
@@ -170,39 +172,39 @@ def test_a_frame_that_is_not_whole_is_told_apart() -> None:
 def test_a_key_is_its_owner_s_alone_and_one_that_is_not_is_refused(home: Path) -> None:
     place = _identity(home)
     assert (place.folder / "key.pem").stat().st_mode & 0o777 == 0o600
-    assert place.key().curve.name == "secp384r1"
+    assert place.read_key().curve.name == "secp384r1"
     (place.folder / "key.pem").chmod(0o644)
     with pytest.raises(DeviceError, match="chmod 600"):
-        place.key()
+        place.read_key()
 
 
 def test_an_answer_never_outlives_the_order_it_belongs_to(home: Path) -> None:
     place = _identity(home)
-    place.hold("order", b"one")
-    place.hold("answer", b"to one")
-    place.release()
-    assert place.held("order") is None
-    assert place.held("answer") is None
+    place.save_pending("order", b"one")
+    place.save_pending("answer", b"to one")
+    place.clear_pending()
+    assert place.read_pending("order") is None
+    assert place.read_pending("answer") is None
 
 
 def test_one_process_is_a_device_at_a_time(home: Path) -> None:
     place = _identity(home)
-    with place.claimed():
+    with place.hold_lock():
         script = "from fedtune.device.device_home import DeviceHome\nwith DeviceHome().claimed(): pass"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert "is joined by another process" in done.stderr
-        assert place.joined
-    assert not place.joined
+        assert place.is_joined
+    assert not place.is_joined
 
 
 def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
     place = _identity(home)
-    place.note({"state": "online", "trainer": None})
+    place.write_status({"state": "online", "trainer": None})
     shown = CliRunner().invoke(device, ["status", "--json"], catch_exceptions=False)
     assert '"state": "not joined"' in shown.output
     assert '"name": "pi"' in shown.output
     assert shown.exit_code == 1, "a script sees it too"
-    with place.claimed():
+    with place.hold_lock():
         shown = CliRunner().invoke(device, ["status"], catch_exceptions=False)
         assert "online" in shown.output
         assert shown.exit_code == 0

@@ -31,7 +31,7 @@ def task(recipe: Recipe) -> Any:
     clear_run_context()
     text = recipe.model_dump_json()
     shop = get_run_context(text)
-    payload = pack(get_model_state(shop.model, shop.shared))
+    payload = pack(get_model_state(shop.model, shop.shared_names))
     clear_run_context()
     return SimpleNamespace(order={"recipe": text, "round": 1, "client": 0, "labels": "[]"}, payload=payload)
 
@@ -54,7 +54,7 @@ def train(keeper: Any, asked: Any, say: Callable[[str], None] = lambda _: None) 
 def keeper(home: Path) -> Iterator[TrainerSupervisor]:
     made = TrainerSupervisor("part:0", 1 << 34, 60.0)
     yield made
-    made.close()
+    made.stop_trainer()
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_trainer_holds_four_copies_of_the_model_and_half_a_one(keeper: Trainer
     first, asked = task(words(tmp_path / "small", *SETTINGS)), wide(tmp_path / "wide")
     copies = [measured(keeper, first, asked)]
     if copies[0] >= 4.5:  # what the allocator holds on to varies from run to run
-        keeper.close()
+        keeper.stop_trainer()
         copies.append(measured(keeper, first, asked))
     assert 3.9 < min(copies) < 4.5, copies
 
@@ -115,7 +115,7 @@ def within(budget: int, asked: Any) -> Frame:
     try:
         return train(keeper, asked)
     finally:
-        keeper.close()
+        keeper.stop_trainer()
 
 
 def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,9 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
 
     monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
     monkeypatch.setattr(budget, "estimate_memory", partial(note, "need", budget.estimate_memory))
-    trainer.Trainer("part:0", 1 << 34, 0).answer(Frame(dict(asked.order), asked.payload), lambda: done.append("fits"))
+    trainer.Trainer("part:0", 1 << 34, 0).run_request(
+        Frame(dict(asked.order), asked.payload), lambda: done.append("fits")
+    )
     assert done == ["read", "need", "fits"]
 
 
@@ -137,7 +139,7 @@ def test_a_state_that_is_none_is_told_as_such_in_a_file_and_beside_it(home: Path
     path = DeviceHome().spool(garbage)
     made = trainer.Trainer("part:0", 1 << 34, 0)
     for frame in (Frame({**asked.order, "state": str(path)}), Frame({**asked.order, "state": ""}, garbage)):
-        answer = made.answer(frame, lambda: None)
+        answer = made.run_request(frame, lambda: None)
         assert (answer.header["kind"], answer.header["problem"]) == ("failed", "order-unreadable")
 
 
@@ -176,7 +178,7 @@ def test_an_order_without_a_round_is_told_as_unreadable(home: Path) -> None:
 def test_a_file_left_by_a_process_that_was_killed_is_dropped_and_is_no_order(home: Path) -> None:
     place = DeviceHome()
     place.spool(b"state")
-    assert not place.release()
+    assert not place.clear_pending()
     assert not place._state.exists()
 
 

@@ -210,11 +210,13 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
     model.register_forward_hook(lambda _, __, out: seen.append(len(out.logits)))
     recipe = a_training_recipe(batch=8, steps=1, optimiser="sgd")
     state = get_model_state(model, shared)
-    extras = train_local_model(model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro=micro).extras
+    extras = train_local_model(
+        model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro_batch_size=micro
+    ).extra_payload
     assert max(seen) == (micro or 8)
     model.zero_grad()
     model.eval()
-    compute_step_loss(model, few_texts().batch(range(8))).backward()
+    compute_step_loss(model, few_texts().make_batch(range(8))).backward()
     gradient = model.get_parameter(f"{layer}.weight").grad
     assert gradient is not None
     inactive = gradient[model.get_buffer(f"{layer}.mask") == 0]
@@ -405,10 +407,10 @@ def test_an_interrupted_federation_ends_with_the_bits_of_one_left_alone(home: Pa
     with Store.open() as store, claim_run(begin(store, recipe, "broken")):
         token = event_handler.set(stop)
         with pytest.raises(KeyboardInterrupt):
-            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "broken")
+            run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, "broken")
         event_handler.reset(token)
         with silent():
-            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "broken")
+            run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, "broken")
     assert outcome("broken").hashes == whole.hashes
 
 

@@ -42,7 +42,7 @@ def own_logits(recipe: Recipe, tensors: dict[str, Tensor], examples: int = 8) ->
     """Some inputs and what the model that fedtune trained says to them."""
     shop = get_run_context(recipe.model_dump_json())
     set_model_state(shop.model, tensors)
-    inputs = shop.test.batch(range(examples))
+    inputs = shop.test.make_batch(range(examples))
     inputs.pop("labels")
     return inputs, shop.model.eval()(**inputs).logits
 
@@ -168,16 +168,18 @@ def verdicts(path: Path, rows: Sequence[str], heading: str = "text,label") -> st
 
 
 def labels_of(found: EncodedDataset) -> list[int]:
-    labels: list[int] = found.batch(range(len(found)))["labels"].tolist()
+    labels: list[int] = found.make_batch(range(len(found)))["labels"].tolist()
     return labels
 
 
 def test_all_examples_of_another_source_are_numbered_by_the_names_the_model_knows(tmp_path: Path) -> None:
     shop = get_run_context(words(tmp_path).model_dump_json())
-    assert shop.corpus.labels == ("bad", "good")
+    assert shop.corpus.label_names == ("bad", "good")
     rows = [f"the film was {word},{label}" for word, label in (("great", "good"), ("weak", "bad"), ("fine", "good"))]
-    assert labels_of(shop.other(verdicts(tmp_path / "a.csv", rows), {})) == [1, 0, 1]
-    only_good = shop.other(verdicts(tmp_path / "b.csv", rows[:1], "review,stars"), {"text": "review", "label": "stars"})
+    assert labels_of(shop.encode_source(verdicts(tmp_path / "a.csv", rows), {})) == [1, 0, 1]
+    only_good = shop.encode_source(
+        verdicts(tmp_path / "b.csv", rows[:1], "review,stars"), {"text": "review", "label": "stars"}
+    )
     assert labels_of(only_good) == [1]
 
 
@@ -186,7 +188,7 @@ def test_the_parts_of_another_source_are_scored_together(tmp_path: Path) -> None
     (tmp_path / "parts").mkdir()
     for number, part in enumerate(("train", "test")):
         verdicts(tmp_path / "parts" / f"{part}.csv", ["the film was great,good"] * (number + 1))
-    assert len(shop.other(f"csv:{tmp_path / 'parts'}", {})) == 3
+    assert len(shop.encode_source(f"csv:{tmp_path / 'parts'}", {})) == 3
 
 
 def test_whole_real_numbers_stand_for_class_numbers(tmp_path: Path) -> None:
@@ -194,23 +196,26 @@ def test_whole_real_numbers_stand_for_class_numbers(tmp_path: Path) -> None:
     rows = [f"text {row} a,{row % 2}" for row in range(60)]
     verdicts(tmp_path / "words.csv", rows)
     shop = get_run_context(recipe.model_copy(update={"seed": 5}).model_dump_json())
-    assert shop.corpus.labels == ("0", "1")
-    assert labels_of(shop.other(verdicts(tmp_path / "real.csv", ["the film,1.0", "film was,0.0"]), {})) == [1, 0]
+    assert shop.corpus.label_names == ("0", "1")
+    assert labels_of(shop.encode_source(verdicts(tmp_path / "real.csv", ["the film,1.0", "film was,0.0"]), {})) == [
+        1,
+        0,
+    ]
 
 
 def test_a_label_the_model_does_not_know_is_named(tmp_path: Path) -> None:
     shop = get_run_context(words(tmp_path).model_dump_json())
     source = verdicts(tmp_path / "a.csv", ["the film was fine,good", "the film was dull,so-so"])
     with pytest.raises(DataError, match=r"a.csv: the model does not know the label 'so-so'; it knows bad, good$"):
-        shop.other(source, {})
+        shop.encode_source(source, {})
     with pytest.raises(RecipeError, match="--columns: unknown key 'txt'; did you mean 'text'"):
-        shop.other(source, {"txt": "review"})
+        shop.encode_source(source, {"txt": "review"})
 
 
 def test_another_domain_column_gives_figures_per_domain(tmp_path: Path) -> None:
     shop = get_run_context(words(tmp_path).model_dump_json())
     rows = ["the film was fine,good,a", "the film was dull,bad,b"]
-    found = shop.other(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
+    found = shop.encode_source(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
     assert {one.domain for one in evaluate_model(shop.model, found, 2, "sequence-classification")} == {
         "a",
         "b",

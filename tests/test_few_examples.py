@@ -21,9 +21,9 @@ def report(home: Path, rows: int, *overrides: str) -> ClientReport:
     recipe = trivial(*overrides).model_dump_json()
     clear_run_context()
     shop = get_run_context(recipe)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     return run_local_round(
-        TrainRequest(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.clients[0][:rows], home / "own"
+        TrainRequest(recipe, 1, 0), read_payload(payload, shop, 0), shop, shop.client_rows[0][:rows], home / "own"
     )[1]
 
 

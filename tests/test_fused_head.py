@@ -27,7 +27,7 @@ from tests.tiny import bert, few_texts, llama, llama_classifier, texts
 @pytest.mark.parametrize("family", LANGUAGE_FAMILIES)
 @pytest.mark.parametrize("technique", ["full", "lora"])
 def test_a_step_follows_the_plain_gradients(family: str, technique: str) -> None:
-    usual, model, batch = FAMILIES[family].model(), FAMILIES[family].model(), FAMILIES[family].batch()
+    usual, model, batch = FAMILIES[family].model(), FAMILIES[family].model(), FAMILIES[family].make_batch()
     shake(usual, shared(technique, usual, LANGUAGE))
     shake(model, shared(f"fused-head+{technique}", model, LANGUAGE, chunk=4))
     batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] % 3 == 0, -100)
@@ -93,7 +93,7 @@ def test_a_step_that_fails_leaves_a_plain_head() -> None:
     with pytest.raises(IndexError):
         model.train()(**{**batch, "input_ids": batch["input_ids"] + 1000})
     head = model.get_output_embeddings()
-    assert (head.late, head.passed) == (False, None)
+    assert (head.is_deferred, head.hidden_states) == (False, None)
     assert torch.equal(logits(model, batch), wanted)
 
 
@@ -121,7 +121,7 @@ def test_a_copied_model_takes_the_same_step_on_its_own(copy: Any) -> None:
     begin_round(techniques, model, 1)
     model.share_memory()
     other = copy(model)
-    batch = FAMILIES["gpt2"].batch()
+    batch = FAMILIES["gpt2"].make_batch()
     wanted, kept = gradients(model, batch)
     found, kept_too = gradients(other, batch)
     assert (found.keys(), kept_too) == (wanted.keys(), kept)
@@ -137,9 +137,9 @@ def test_a_folded_model_is_plain_again(with_bias: bool) -> None:
     before = vars(model).keys() | set()
     state = model.state_dict()
     [technique, _] = chosen("fused-head+full")
-    technique.apply(model, LANGUAGE, 0)
+    technique.rewrite_model(model, LANGUAGE, 0)
     batch = texts(model)
-    technique.fold(model)
+    technique.merge_into_weights(model)
     assert type(model.lm_head) is nn.Linear
     assert vars(model).keys() == before
     assert not model._forward_pre_hooks

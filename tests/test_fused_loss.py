@@ -24,7 +24,7 @@ def a_head(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, T
 
 
 def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int = 5) -> Tensor:
-    return fused_cross_entropy(hidden, weight, bias, labels, chunk=chunk, ignore=-100, divisor=None)
+    return fused_cross_entropy(hidden, weight, bias, labels, chunk_size=chunk, ignore_index=-100, num_items=None)
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_the_upstream_gradient_scales_all_gradients() -> None:
 def test_a_given_divisor_takes_the_place_of_the_number_of_labels() -> None:
     hidden, weight, bias, labels = a_head()
     given = fused_cross_entropy(
-        hidden, weight, bias, labels, chunk=5, ignore=-100, divisor=torch.tensor(4.0, dtype=torch.float64)
+        hidden, weight, bias, labels, chunk_size=5, ignore_index=-100, num_items=torch.tensor(4.0, dtype=torch.float64)
     )
     assert close(given, fused(hidden, weight, bias, labels) * 10 / 4)
 
@@ -138,9 +138,9 @@ def test_kept_and_peak_bytes_stay_below_the_closed_form(trained: bool) -> None:
     gradients_alone = 4 * (n * h + trained * v * h)
     with StorageMeter(excluded=[hidden, weight, labels]) as meter:
         loss = fused(hidden, weight, None, labels, chunk)
-        kept = meter.bytes
+        kept = meter.current_bytes
         loss.backward()
     small = 64 * n  # indices, labels and scalars
     assert gradients_alone <= kept <= gradients_alone + small
-    assert meter.peak <= gradients_alone + 4 * chunk * v + small
+    assert meter.peak_bytes <= gradients_alone + 4 * chunk * v + small
     assert 4 * chunk * v < 4 * n * v / 10

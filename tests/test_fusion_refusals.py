@@ -29,7 +29,7 @@ def run(folder: Path, models: list[str], method: str = "ties", base: str | None 
     based = None if base is None else str(folder / base)
     config, _ = build_merge_config(named, method, weights, settings, base_model=based, **keys)
     prepared = prepare_merge(config)
-    output.check_output_space(folder / "out", prepared.shards(10**9))
+    output.check_output_space(folder / "out", prepared.plan_shards(10**9))
     compare(prepared, ignore_progress)
     write_merged_model(prepared, folder / "out", "a card")
 

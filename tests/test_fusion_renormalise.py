@@ -40,7 +40,9 @@ def folders(tmp_path: Path) -> list[str]:
 
 def evidence() -> MergeContext:
     random = torch.Generator().manual_seed(0)
-    return MergeContext(model=Net(0), batches=[{"x": torch.randn(32, 6, generator=random)} for _ in range(3)])
+    return MergeContext(
+        model=Net(0), calibration_batches=[{"x": torch.randn(32, 6, generator=random)} for _ in range(3)]
+    )
 
 
 def config(folders: list[str], **keys: object) -> MergeConfig:
@@ -69,7 +71,7 @@ def test_one_that_is_stopped_while_it_writes_changes_goes_on_with_the_same_ones(
 ) -> None:
     asked = config(folders, renormalise=["repair"])
     write_merged_model(prepare_merge(asked), tmp_path / "alone", "", evidence=evidence())
-    real, calls = OutputFolder.write, []
+    real, calls = OutputFolder.write_rows, []
 
     def stopping(self: OutputFolder, name: str, start: int, rows: Tensor) -> None:
         calls.append(name)
@@ -77,10 +79,10 @@ def test_one_that_is_stopped_while_it_writes_changes_goes_on_with_the_same_ones(
             raise KeyboardInterrupt
         real(self, name, start, rows)
 
-    monkeypatch.setattr(OutputFolder, "write", stopping)
+    monkeypatch.setattr(OutputFolder, "write_rows", stopping)
     with pytest.raises(KeyboardInterrupt):
         write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
-    monkeypatch.setattr(OutputFolder, "write", real)
+    monkeypatch.setattr(OutputFolder, "write_rows", real)
     write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
     alone, found = tensors(tmp_path / "alone"), tensors(tmp_path / "out")
     assert all(torch.equal(alone[name], tensor) for name, tensor in found.items())

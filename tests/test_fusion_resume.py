@@ -83,13 +83,13 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(
     run("alone")
     kill(where, count)
     assert not Path("out").exists()
-    names, real = list[str](), OutputFolder.finish
+    names, real = list[str](), OutputFolder.mark_finished
 
     def finish(self: OutputFolder, name: str) -> None:
         names.append(name)
         real(self, name)
 
-    monkeypatch.setattr(OutputFolder, "finish", finish)
+    monkeypatch.setattr(OutputFolder, "mark_finished", finish)
     run()
     assert digests(Path("out")) == digests(Path("alone"))
     assert len(names) == written
@@ -120,8 +120,8 @@ FORMS = {"model.safetensors": {"a": TensorInfo((2, 3), torch.float32), "b": Tens
 def interrupted(*, flushed: bool) -> None:
     """A merge that is stopped after its first tensor."""
     with open_output_folder(Path("new"), FORMS, "key") as made:
-        made.write("a", 0, torch.ones(2, 3))
-        made.finish("a")
+        made.write_rows("a", 0, torch.ones(2, 3))
+        made.mark_finished("a")
         if flushed:
             made.flush()
         raise KeyboardInterrupt
@@ -133,14 +133,14 @@ def test_a_half_written_line_of_the_journal_does_not_count() -> None:
     journal = Path(".new.merging/journal")
     journal.write_text(journal.read_text() + "b")
     with open_output_folder(Path("new"), FORMS, "key") as made:
-        assert made.done == {"a"}
+        assert made.finished_tensors == {"a"}
 
 
 def test_what_was_not_forced_to_disk_does_not_count() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted(flushed=False)
     with open_output_folder(Path("new"), FORMS, "key") as made:
-        assert made.done == set()
+        assert made.finished_tensors == set()
 
 
 def test_only_one_process_fills_a_folder() -> None:

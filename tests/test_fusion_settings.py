@@ -72,13 +72,13 @@ def test_two_spellings_are_one_merge(folders: list[Path], tmp_path: Path, what: 
 
 def test_a_path_with_the_name_of_a_key_in_it_is_a_path() -> None:
     text = "models: [the_parameters_of_a, {model: b, parameters: }, {model: c, statistics: }]\n"
-    assert parse_merge_config(text, "merge.yaml").sources == ["the_parameters_of_a", "b", "c"]
+    assert parse_merge_config(text, "merge.yaml").model_names == ["the_parameters_of_a", "b", "c"]
 
 
 def test_a_base_as_a_mapping_and_an_adapter_beside_a_model_are_read() -> None:
     text = "models: [{model: {model: {path: a}, lora: {path: b}}}]\nbase_model: {model: {path: a, revision: r1}}\n"
     config = parse_merge_config(text, "merge.yaml")
-    assert config.sources == ["a+b"]
+    assert config.model_names == ["a+b"]
     assert config.base_model == "a@r1"
 
 

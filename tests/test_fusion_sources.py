@@ -28,12 +28,12 @@ LINEARS = ["q_proj", "v_proj", "down_proj"]
 def whole(weights: ModelReader) -> dict[str, Tensor]:
     """All tensors, read in pieces of three rows."""
     found = {}
-    for name, form in weights.forms.items():
+    for name, form in weights.tensor_infos.items():
         if not form.shape:
             found[name] = weights.rows(name, 0, 1)
             continue
-        starts = range(0, form.height, 3)
-        found[name] = torch.cat([weights.rows(name, start, min(start + 3, form.height)) for start in starts])
+        starts = range(0, form.num_rows, 3)
+        found[name] = torch.cat([weights.rows(name, start, min(start + 3, form.num_rows)) for start in starts])
     return found
 
 
@@ -154,7 +154,7 @@ def test_four_bits_are_read_as_bitsandbytes_reads_them(tmp_path: Path, nested: b
     folder = save(llama(hidden_size=hidden), tmp_path / "model")
     wanted = _quantised(folder, nested, 64)
     opened = open_model(str(folder))
-    assert opened.quantised
+    assert opened.is_quantised
     assert_same(whole(opened), wanted, 1e-6)
 
 
@@ -195,4 +195,4 @@ def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> Non
     with silence_transformers():
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     assert_same(whole(opened), dict(read.state_dict()))
-    assert opened.quantised == kind.startswith("Q")
+    assert opened.is_quantised == kind.startswith("Q")

@@ -38,7 +38,7 @@ def signed(**changed: str) -> Request:
 
 def asked(door: Authenticator, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(guard, "now", lambda: MOMENT + timedelta(seconds=age))
-    return door.signed_device(signed())
+    return door.authenticate_device(signed())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_request_is_refused_outside_the_window(
 ) -> None:
     with pytest.raises(RequestRefusedError, match=f"signed {age:.0f} s ago") as refused:
         asked(at_the_door, age, monkeypatch)
-    assert (refused.value.status, refused.value.who) == (401, "dev")
+    assert (refused.value.status, refused.value.actor) == (401, "dev")
 
 
 @pytest.mark.parametrize("moment", ["2026-05-04T12:00:01+00:00", "2026-05-04T12:00:00", "now", ""])
@@ -75,7 +75,7 @@ def test_another_moment_than_the_signed_one_is_refused(
 ) -> None:
     monkeypatch.setattr(guard, "now", lambda: MOMENT)
     with pytest.raises(RequestRefusedError, match="not signed with the device's key"):
-        at_the_door.signed_device(signed(**{TIMESTAMP_HEADER: moment}))
+        at_the_door.authenticate_device(signed(**{TIMESTAMP_HEADER: moment}))
 
 
 def test_another_keys_signature_is_refused(at_the_door: Authenticator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,4 +84,4 @@ def test_another_keys_signature_is_refused(at_the_door: Authenticator, monkeypat
     name = FLEET_HTTP_SIGNATURE_HEADER
     for signature in (others[name], b64encode(b"x").decode(), "no base64", ""):
         with pytest.raises(RequestRefusedError, match="not signed with the device's key"):
-            at_the_door.signed_device(signed(**{name: signature}))
+            at_the_door.authenticate_device(signed(**{name: signature}))

@@ -29,9 +29,9 @@ class Watched:
     def __len__(self) -> int:
         return len(self._data)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         (self.trained if torch.is_grad_enabled() else self.scored).update(indices)
-        return self._data.batch(indices)
+        return self._data.make_batch(indices)
 
 
 @pytest.mark.parametrize(
@@ -58,21 +58,23 @@ def test_each_seed_holds_out_other_rows() -> None:
 
 def test_held_out_examples_are_never_trained_on_and_scored_as_by_hand() -> None:
     shop = get_run_context(trivial(SHARE, "train={steps: null, epochs: 2}").model_dump_json())
-    recipe, rows, client = shop.recipe, shop.clients[2], 2
+    recipe, rows, client = shop.recipe, shop.client_rows[2], 2
     kept, held = split_holdout(rows, 0.3, derive_seed(recipe.seed, client, "own"))
-    state = {name: torch.randn_like(tensor) for name, tensor in get_model_state(shop.model, shop.shared).items()}
+    state = {name: torch.randn_like(tensor) for name, tensor in get_model_state(shop.model, shop.shared_names).items()}
     for number in (1, 2):
         watched = Watched(shop.train)
         got = train_local_model(shop.model, shop.techniques, state, watched, rows, recipe, number, client)
         assert watched.trained == set(kept.tolist())
         assert watched.scored == set(held.tolist())
         set_model_state(shop.model, state)
-        batch = shop.train.batch(held.tolist())
+        batch = shop.train.make_batch(held.tolist())
         with torch.no_grad():
             logits = shop.model(pixel_values=batch["pixel_values"]).logits
-        assert got.own_score.predictions == len(held)
-        assert got.own_score.accuracy == pytest.approx(float((logits.argmax(1) == batch["labels"]).float().mean()))
-        assert got.own_score.loss == pytest.approx(float(F.cross_entropy(logits, batch["labels"])), rel=1e-5)
+        assert got.holdout_metrics.num_predictions == len(held)
+        assert got.holdout_metrics.accuracy == pytest.approx(
+            float((logits.argmax(1) == batch["labels"]).float().mean())
+        )
+        assert got.holdout_metrics.loss == pytest.approx(float(F.cross_entropy(logits, batch["labels"])), rel=1e-5)
 
 
 def test_a_run_records_what_clients_report_beside_the_central_figures(home: Path) -> None:

@@ -27,9 +27,9 @@ def test_staleness_scales_by_a_power_of_one_more_than_the_rounds(tau: int, expon
 def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_path: Path) -> None:
     delta = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     (tmp_path / "sent").write_bytes(pack({"weight": delta}))
-    assert torch.equal(ClientUpdate(0, 5, tmp_path / "sent").rows("weight", 1, 4), delta[1:4])
+    assert torch.equal(ClientUpdate(0, 5, tmp_path / "sent").read_rows("weight", 1, 4), delta[1:4])
     halved = ClientUpdate(0, 5, tmp_path / "sent", scale=0.5)
-    assert torch.equal(halved.rows("weight", 1, 4), delta[1:4] / 2)
+    assert torch.equal(halved.read_rows("weight", 1, 4), delta[1:4] / 2)
 
 
 @pytest.mark.parametrize(

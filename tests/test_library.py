@@ -83,10 +83,10 @@ def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
 def test_a_model_of_several_techniques_is_saved_when_the_last_one_is_folded(tmp_path: Path) -> None:
     model = bert()
     first, second = applied(model, "lora", "deft")
-    second.fold(model)
+    second.merge_into_weights(model)
     with pytest.raises(ModelError, match="holds lora unfolded"):
         model.save_pretrained(tmp_path)
-    first.fold(model)
+    first.merge_into_weights(model)
     model.save_pretrained(tmp_path)
     assert "save_pretrained" not in vars(model)
     assert "unfolded" not in vars(model)

@@ -24,7 +24,9 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 def norms() -> nn.Sequential:
-    model = nn.Sequential(nn.BatchNorm2d(CHANNELS), UnfrozenBatchNorm2d.of(nn.BatchNorm2d(CHANNELS, momentum=0.25)))
+    model = nn.Sequential(
+        nn.BatchNorm2d(CHANNELS), UnfrozenBatchNorm2d.from_batch_norm(nn.BatchNorm2d(CHANNELS, momentum=0.25))
+    )
     model.requires_grad_(False)
     return model
 
@@ -34,18 +36,18 @@ def test_it_is_the_norm_it_was_made_of_in_training_and_out_of_it() -> None:
     nn.init.normal_(plain.weight)
     twin = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.25)
     twin.load_state_dict(plain.state_dict())
-    live = UnfrozenBatchNorm2d.of(plain)
+    live = UnfrozenBatchNorm2d.from_batch_norm(plain)
     assert live.weight is plain.weight
     assert live.running_var is plain.running_var
     for mode in (True, False):
         assert torch.equal(live.train(mode)(pictures(2, 1)), twin.train(mode)(pictures(2, 1)))
         for name in ("running_mean", "running_var"):
             assert torch.equal(getattr(live, name), getattr(twin, name))
-    assert torch.equal(live.plain()(pictures(2, 2)), twin(pictures(2, 2)))
+    assert torch.equal(live.to_plain_layer()(pictures(2, 2)), twin(pictures(2, 2)))
 
 
 def test_too_small_a_batch_is_normalised_by_what_ran_before() -> None:
-    live = UnfrozenBatchNorm2d.of(nn.BatchNorm2d(CHANNELS)).train()
+    live = UnfrozenBatchNorm2d.from_batch_norm(nn.BatchNorm2d(CHANNELS)).train()
     few, enough = pictures(1, 3)[..., :3], pictures(2, 3)
     assert torch.equal(live(few), live.eval()(few))
     assert live.running_mean is not None

@@ -66,7 +66,7 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
 
     ended = execute(recipe, spoilt(note, range(3)))
     for down, up in sent.values():
-        assert decode_tensors(down).keys() == decode_tensors(up).keys() == set(shop.shared)
+        assert decode_tensors(down).keys() == decode_tensors(up).keys() == set(shop.shared_names)
         assert not set(names) & decode_tensors(down).keys()
     for number in (1, 2, 3):
         assert len({sent[number, client][0] for client in range(3)}) == 1
@@ -133,17 +133,19 @@ def test_a_killed_and_resumed_run_keeps_what_an_undisturbed_one_keeps(
 def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, tmp_path: Path) -> None:
     recipe = local_norms(tmp_path).model_dump_json()
     shop = get_run_context(recipe)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
     orders = [TrainRequest(recipe, number, 1, run=run) for run, number in rounds]
     keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
-        answers = [keeper.ask(Frame(asdict(order), payload)) for order in orders]
+        answers = [keeper.run_request(Frame(asdict(order), payload)) for order in orders]
     finally:
-        keeper.close()
+        keeper.stop_trainer()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
     simulated = [
-        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.clients[1], home / order.run)[0]
+        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], home / order.run)[
+            0
+        ]
         for order in orders
     ]
     assert [answer.payload for answer in answers] == simulated

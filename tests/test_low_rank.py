@@ -62,7 +62,7 @@ def test_a_folded_lora_gives_the_same_logits_without_lora(build: Callable[[], Pr
     shake(model, names)
     batch = texts(model)
     wanted, start = logits(model, batch), logits(plain, batch)
-    lora.fold(model)
+    lora.merge_into_weights(model)
     torch.testing.assert_close(logits(model, batch), wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(wanted, start, atol=1e-2)
     assert list(layers(model, LoraLayer)) == []
@@ -80,7 +80,7 @@ def test_pairs_at_the_transposed_layers_of_gpt2_fold_too() -> None:
     shake(model, names)
     batch = texts(llama())
     wanted = logits(model, batch)
-    lora.fold(model)
+    lora.merge_into_weights(model)
     torch.testing.assert_close(logits(model, batch), wanted, rtol=0, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_pairs_at_pointwise_convolutions_fold_too() -> None:
     shake(model, names)
     pixels = torch.randn(3, 4, 5, 5)
     wanted = model(pixels)
-    lora.fold(model)
+    lora.merge_into_weights(model)
     torch.testing.assert_close(model(pixels), wanted, rtol=0, atol=1e-5)
     assert type(model.point) is nn.Conv2d
 
@@ -119,12 +119,12 @@ def test_peft_is_told_of_the_pair_and_the_head() -> None:
     model = bert()
     [lora] = chosen("lora", rank=3, alpha=6)
     techniques.apply_techniques([lora], model, TEXT, 0)
-    config = lora.adapter(model, TEXT)
+    config = lora.make_peft_config(model, TEXT)
     assert config is not None
     told = config.to_dict()
     assert (told["r"], told["lora_alpha"], told["modules_to_save"]) == (3, 6, ["classifier"])
     assert told["task_type"] == "SEQ_CLS"
-    assert [chosen(name)[0].adapter(bert(), TEXT) for name in ("full", "bias", "classifier")] == [None] * 3
+    assert [chosen(name)[0].make_peft_config(bert(), TEXT) for name in ("full", "bias", "classifier")] == [None] * 3
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def four_bit(tmp_path: Path) -> nn.Module:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
     return models.load_model(
-        ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation()
+        ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.make_quantisation_config()
     )
 
 
@@ -140,10 +140,10 @@ def test_a_classifiers_new_head_stays_out_of_the_four_bits(tmp_path: Path) -> No
     bert(hidden_size=64, intermediate_size=128).bert.save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
     base = ModelSettings(source=f"path:{tmp_path}")
-    model = models.load_model(base, TEXT, ("a", "b", "c"), seed=0, quantisation=qlora.quantisation())
+    model = models.load_model(base, TEXT, ("a", "b", "c"), seed=0, quantisation=qlora.make_quantisation_config())
     assert type(model.get_submodule("classifier")) is nn.Linear
     assert type(model.get_submodule("bert.encoder.layer.0.intermediate.dense")) is Linear4bit
-    qlora.apply(model, TEXT, seed=0)
+    qlora.rewrite_model(model, TEXT, seed=0)
     assert model(**texts(bert())).loss.isfinite()
 
 
@@ -186,7 +186,7 @@ def test_a_folded_qlora_gives_the_same_logits_in_plain_layers(four_bit: PreTrain
     shake(four_bit, techniques.apply_techniques([qlora], four_bit, LANGUAGE, 0))
     batch = texts(four_bit)
     wanted = logits(four_bit, batch)
-    qlora.fold(four_bit)
+    qlora.merge_into_weights(four_bit)
     torch.testing.assert_close(logits(four_bit, batch), wanted, rtol=0, atol=1e-4)
     assert [*layers(four_bit, Linear4bit), *layers(four_bit, LoraLayer)] == []
     assert {parameter.dtype for parameter in four_bit.parameters()} == {torch.float32}
@@ -196,7 +196,7 @@ def test_qlora_stores_weights_in_a_seventh_of_the_bytes(four_bit: PreTrainedMode
     layer = four_bit.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(layer, Linear4bit)
     assert layer.weight.nbytes == 64 * 128 // 2
-    assert chosen("lora")[0].quantisation() is None
+    assert chosen("lora")[0].make_quantisation_config() is None
 
 
 def test_a_warning_is_one_line_on_the_command_line() -> None:

@@ -29,7 +29,7 @@ def exported(family: str, joined: str, folder: Path, **settings: Any) -> torch.T
     del batch["labels"]
     wanted = logits(model, batch)
     for technique in applied:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     models.save_model(model, (), folder)
     return wanted
 

@@ -56,11 +56,11 @@ def test_whatever_else_is_trained_inside_the_blocks(joined: str) -> None:
 def test_a_four_bit_base(joined: str, tmp_path: Path) -> None:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     applied = chosen(joined)
-    [quantisation] = [found for one in applied if (found := one.quantisation()) is not None]
+    [quantisation] = [found for one in applied if (found := one.make_quantisation_config()) is not None]
     model = models.load_model(ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=quantisation)
     assert isinstance(model, PreTrainedModel)
     stored = deepcopy(model)
-    twin = [made for one in applied if (made := one.stored()) is not None]
+    twin = [made for one in applied if (made := one.make_reference()) is not None]
     found = []
     for one, units in ((model, applied), (stored, twin)):
         shake(one, apply_techniques(units, one, LANGUAGE, 0))

@@ -21,10 +21,10 @@ def kept_and_peak(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[int
     model.train()
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        kept = meter.bytes
+        kept = meter.current_bytes
         hidden.backward(torch.ones_like(hidden))
         del hidden
-    return kept, meter.peak
+    return kept, meter.peak_bytes
 
 
 def built(joined: str, blocks: int, task: TaskName, **settings: Any) -> PreTrainedModel:

@@ -124,13 +124,13 @@ def test_a_block_is_undone_to_the_bit(variant: str) -> None:
     model, _ = twins("llama", variant=variant)
     model.eval()
     stack, call = stack_of(model), {"position_embeddings": rotation(4), "attention_mask": None}
-    x = stack.start(torch.randn(2, 4, 16))
+    x = stack.make_streams(torch.randn(2, 4, 16))
     with torch.no_grad():
-        y, whole = stack.push(0, x, call, None, torch.float32)
+        y, whole = stack.forward_block(0, x, call, None, torch.float32)
         assert whole
-        y1, y2 = stack.crossed(y)
-        x2 = stack.below_lower(y2, stack.half(stack.second(0), 0, y1.float(), call, None))
-        x1 = stack.below_upper(y1, x2, stack.half(stack.first(0), 0, x2.float(), call, None))
+        y1, y2 = stack.swap_streams(y)
+        x2 = stack.recover_x2(y2, stack.run_half(stack.g_stages(0), 0, y1.float(), call, None))
+        x1 = stack.recover_x1(y1, x2, stack.run_half(stack.f_stages(0), 0, x2.float(), call, None))
     assert torch.equal(x1, x[0])
     assert torch.equal(x2, x[1])
     assert not torch.equal(y1, x1)
@@ -146,7 +146,7 @@ def test_streams_are_doubles_on_the_grid() -> None:
     stack = stack_of(model)
     grid = stack.plan.grid
     assert grid is not None
-    x = stack.start(torch.randn(1, 2, 16))[0]
+    x = stack.make_streams(torch.randn(1, 2, 16))[0]
     assert x.dtype == torch.float64
     assert torch.equal((x * 2.0**grid).round(), x * 2.0**grid)
     assert not torch.equal((x * 2.0 ** (grid - 4)).round(), x * 2.0 ** (grid - 4))
@@ -155,7 +155,7 @@ def test_streams_are_doubles_on_the_grid() -> None:
 def test_rounding_passes_gradients_straight_through() -> None:
     model, _ = twins("bert")
     x = torch.randn(3, 4, requires_grad=True)
-    stack_of(model).gridded(x).sum().backward()
+    stack_of(model).round_to_grid(x).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.ones(3, 4))
 
@@ -199,7 +199,7 @@ def test_the_guard_keeps_a_block_whose_streams_outgrow_the_measured_range() -> N
 def record_kept(stack: ReversibleStack, batch: dict[str, Tensor], model: nn.Module) -> set[int]:
     """The blocks whose inputs a forward pass keeps though no cut was planned there."""
     seen: set[int] = set()
-    push = stack.push
+    push = stack.forward_block
 
     def watched(index: int, *others: object) -> object:
         y, whole = push(index, *others)  # type: ignore[arg-type]

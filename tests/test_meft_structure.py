@@ -41,27 +41,27 @@ def parts(family: str) -> BlockParts:
 
 def test_the_parts_of_known_blocks() -> None:
     assert parts("bert") == BlockParts(
-        pre=False,
+        is_pre_norm=False,
         norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        attend=("attention.self", "attention.output.dense", "attention.output.dropout"),
-        feed=("intermediate", "output.dense", "output.dropout"),
+        attention=("attention.self", "attention.output.dense", "attention.output.dropout"),
+        feed_forward=("intermediate", "output.dense", "output.dropout"),
     )
     assert parts("llama") == BlockParts(
-        pre=True,
+        is_pre_norm=True,
         norms=("input_layernorm", "post_attention_layernorm"),
-        attend=("self_attn",),
-        feed=("mlp",),
+        attention=("self_attn",),
+        feed_forward=("mlp",),
     )
     assert parts("opt") == BlockParts(
-        pre=True,
+        is_pre_norm=True,
         norms=("self_attn_layer_norm", "final_layer_norm"),
-        attend=("self_attn",),
-        feed=("fc1", "activation_fn", "fc2"),
+        attention=("self_attn",),
+        feed_forward=("fc1", "activation_fn", "fc2"),
         dropout=0.2,
     )
-    assert not parts("opt-post-norm").pre
-    assert not parts("distilbert").pre
-    assert parts("vit").feed == ("mlp", "dropout")
+    assert not parts("opt-post-norm").is_pre_norm
+    assert not parts("distilbert").is_pre_norm
+    assert parts("vit").feed_forward == ("mlp", "dropout")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,6 +178,6 @@ def test_adapters_use_the_activation_of_their_block() -> None:
     x = torch.randn(3, 16)
     down, up = x @ adapter.get_parameter("down_weight").T, adapter.get_parameter("up_weight").T
     model.eval()
-    torch.testing.assert_close(stack.piece("stream", 0, 0, x, {}, None), down.relu() @ up)
+    torch.testing.assert_close(stack.run_chunk("stream", 0, 0, x, {}, None), down.relu() @ up)
     block.get_submodule("intermediate").add_module("intermediate_act_fn", nn.Tanh())
-    torch.testing.assert_close(stack.piece("stream", 0, 0, x, {}, None), down.tanh() @ up)
+    torch.testing.assert_close(stack.run_chunk("stream", 0, 0, x, {}, None), down.tanh() @ up)

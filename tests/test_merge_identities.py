@@ -42,7 +42,9 @@ def test_the_table_has_every_step_that_combines_tensors_one_by_one() -> None:
     steps = {
         name: build_unit("fedtune.merging", Unit(name=name), "merge") for name in list_unit_names("fedtune.merging")
     }
-    combining = {name for name, step in steps.items() if isinstance(step, CombineStep) and step.takes == "tensors"}
+    combining = {
+        name for name, step in steps.items() if isinstance(step, CombineStep) and step.update_kind == "tensors"
+    }
     assert combining == set(METHODS)
 
 

@@ -24,7 +24,7 @@ def after_round(
     pipeline = build_pipeline([Unit(name=name, settings=settings)])
     sent = [spool(folder, client, EXAMPLES[client], delta) for client, delta in enumerate(deltas)]
     state = {tensor: torch.zeros_like(value) for tensor, value in deltas[0].items()}
-    return merge_client_updates(pipeline, state, state, sent, MergeContext(draw=draw))
+    return merge_client_updates(pipeline, state, state, sent, MergeContext(round_number=draw))
 
 
 def clients(count: int) -> list[dict[str, Tensor]]:
@@ -124,7 +124,7 @@ def test_a_settled_step_treats_running_statistics_as_the_chosen_one_does(name: s
     settled = bind_combine(
         step, MODEL_SHAPES, operands(step, models(METHODS[name].models), [0.5] * METHODS[name].models), MergeContext()
     )
-    assert settled.combine.thinning == step.thinning
+    assert settled.combine.sparsifies == step.sparsifies
 
 
 def test_shapes_of_the_round_are_all_covered(tmp_path: Path) -> None:

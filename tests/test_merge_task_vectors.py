@@ -64,7 +64,7 @@ def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None)
     chosen = torch.cat(
         [
             mask(piece)
-            for mask in [find_threshold(lambda: stream(values, 7), keep, 500).inside()]
+            for mask in [find_threshold(lambda: stream(values, 7), keep, 500).make_mask_function()]
             for piece in stream(values, 7)
         ]
     )

@@ -183,7 +183,7 @@ class Greedy(Mean):
     name: ClassVar[str] = "greedy"
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        held = [operand.rows(name, 0, shape[0]) for operand in operands]
+        held = [operand.read_rows(name, 0, shape[0]) for operand in operands]
         yield from super().combine(name, shape, operands)
         del held
 
@@ -193,7 +193,7 @@ def peak(step: Mean, folder: Path, count: int) -> int:
     state, sent = a_state(shapes), several(folder, [1] * count, shapes)
     with StorageMeter(excluded=state.values()) as meter:
         merge_client_updates(alone(step), state, shapes, sent)
-    return meter.peak
+    return meter.peak_bytes
 
 
 def test_the_peak_does_not_grow_with_the_number_of_contributions(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def kept(model: nn.Module, width: int) -> int:
     batch = torch.randn(ROWS, width)
     with StorageMeter(excluded=model.parameters()) as meter:
         loss = model(batch).sum()
-        found = meter.bytes
+        found = meter.current_bytes
     del loss
     return found
 
@@ -80,7 +80,7 @@ def test_parameters_are_excluded_and_would_else_be_seen() -> None:
     model, batch = nn.Sequential(linear(5, 7), ReLU(), linear(7, 9)), torch.randn(ROWS, 5)
     with StorageMeter() as meter:
         loss = model(batch).sum()
-        found = meter.bytes
+        found = meter.current_bytes
     assert found == kept(model, 5) + 7 * 9 * FLOAT  # the first layer's weight is not kept: its input needs no gradient
     del loss
 
@@ -234,12 +234,12 @@ def after_backward(model: nn.Module) -> StorageMeter:
 @pytest.mark.parametrize("model", [nn.Sequential(linear(5, 7), GELU(), linear(7, 3)), Checkpointed(), Squaring()])
 def test_nothing_is_left_after_the_backward_pass(model: nn.Module) -> None:
     meter = after_backward(model)
-    assert meter.bytes == 0
-    assert meter.peak > ROWS * (5 + 7) * FLOAT
+    assert meter.current_bytes == 0
+    assert meter.peak_bytes > ROWS * (5 + 7) * FLOAT
 
 
 def test_what_outlives_the_step_is_found_after_the_backward_pass() -> None:
     meter = after_backward(Leaking(into_a_list))
-    assert meter.bytes == LEAKED[0].nbytes == ROWS * 7 * FLOAT
+    assert meter.current_bytes == LEAKED[0].nbytes == ROWS * 7 * FLOAT
     LEAKED.clear()
-    assert meter.bytes == 0
+    assert meter.current_bytes == 0

@@ -23,8 +23,8 @@ def test_gradients_of_parameters_are_told_apart() -> None:
     model, batch = a_model(), torch.randn(ROWS, 64)
     with StorageMeter(excluded=model.parameters()) as meter:
         model(batch).sum().backward()
-    assert meter.bytes == batch.nbytes
-    assert meter.gradients == sum(parameter.nbytes for parameter in model.parameters())
+    assert meter.current_bytes == batch.nbytes
+    assert meter.gradient_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_gradient_leaves_the_peak_from_its_making_on_even_if_it_is_used_up_at_once() -> None:
@@ -43,14 +43,14 @@ def test_a_gradient_leaves_the_peak_from_its_making_on_even_if_it_is_used_up_at_
         model.zero_grad()
         model(batch).sum().backward()
     assert len(used) == len(list(model.parameters()))
-    assert emptied.gradients == 0
-    assert emptied.peak == meter.peak < kept_and_gradients(model, batch)
+    assert emptied.gradient_bytes == 0
+    assert emptied.peak_bytes == meter.peak_bytes < kept_and_gradients(model, batch)
 
 
 def kept_and_gradients(model: nn.Module, batch: Tensor) -> int:
     with StorageMeter() as meter:
         loss = model(batch).sum()
-    found = meter.bytes
+    found = meter.current_bytes
     del loss
     return found + sum(parameter.nbytes for parameter in model.parameters())
 
@@ -74,11 +74,11 @@ def test_what_is_kept_from_the_forward_pass_counts_though_it_ends_as_a_gradient(
     weight = torch.ones(100, requires_grad=True)
     with StorageMeter(excluded=[weight]) as meter:
         loss: Tensor = EagerGradient.apply(weight)
-        kept = meter.bytes
+        kept = meter.current_bytes
         loss.backward()
     assert weight.grad is not None
     assert kept == 100 * FLOAT + FLOAT
-    assert meter.peak >= kept
+    assert meter.peak_bytes >= kept
 
 
 def test_a_weight_that_serves_twice_has_no_higher_peak_than_two_that_serve_once() -> None:
@@ -87,8 +87,8 @@ def test_a_weight_that_serves_twice_has_no_higher_peak_than_two_that_serve_once(
     def peak(first: Tensor, second: Tensor) -> int:
         with StorageMeter(excluded={first, second}) as meter:
             ((batch @ first).relu() @ second).square().sum().backward()
-        assert meter.bytes == batch.nbytes
-        return meter.peak
+        assert meter.current_bytes == batch.nbytes
+        return meter.peak_bytes
 
     one, two, both = (torch.randn(64, 64, requires_grad=True) for _ in range(3))
     assert peak(both, both) == peak(one, two)
@@ -99,7 +99,7 @@ def test_sparse_gradients_have_no_storage_and_pass_by() -> None:
     table, ids = nn.Embedding(10, 4, sparse=True), torch.tensor([1, 2])
     with StorageMeter(excluded=table.parameters()) as meter:
         (table(ids) + table(ids)).sum().backward()
-    assert meter.gradients == 0
+    assert meter.gradient_bytes == 0
 
 
 class WritingItself(torch.autograd.Function):
@@ -124,8 +124,8 @@ def test_a_gradient_that_a_function_writes_past_autograd_is_told_apart() -> None
         loss: Tensor = WritingItself.apply(batch, [weight], left)
         loss.backward()
         del loss
-    assert meter.gradients == (100 + 8) * FLOAT
-    assert meter.bytes == left[0].nbytes
+    assert meter.gradient_bytes == (100 + 8) * FLOAT
+    assert meter.current_bytes == left[0].nbytes
 
 
 def allocator(run: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
@@ -145,7 +145,7 @@ def test_the_allocator_of_torch_agrees_to_the_byte() -> None:
     left, worst, loss = allocator(lambda: model(batch).sum())
     with StorageMeter(excluded=model.parameters()) as meter:
         metered = model(batch).sum()
-        kept, peak = meter.bytes, meter.peak
+        kept, peak = meter.current_bytes, meter.peak_bytes
     assert (kept, peak) == (left + batch.nbytes, worst + batch.nbytes)  # it was there before, and is kept
     del loss, metered
 
@@ -160,7 +160,7 @@ def test_the_allocator_of_torch_agrees_on_the_peak_of_a_whole_step() -> None:
     left, worst, gradient = allocator(step)
     with StorageMeter(excluded=[*model.parameters(), batch]) as meter:
         metered = step()
-    assert (meter.bytes, meter.peak) == (left, worst)
+    assert (meter.current_bytes, meter.peak_bytes) == (left, worst)
     del gradient, metered
 
 
@@ -175,7 +175,7 @@ def test_where_two_gradients_meet_the_peak_is_above_the_truth_by_one_tensor_at_m
     _, worst, gradient = allocator(step)
     with StorageMeter(excluded=[batch]) as meter:
         metered = step()
-    assert worst <= meter.peak <= worst + batch.nbytes
+    assert worst <= meter.peak_bytes <= worst + batch.nbytes
     del gradient, metered
 
 
@@ -192,5 +192,5 @@ def test_the_meter_stops_with_the_block_even_on_a_fault() -> None:
     with pytest.raises(ValueError, match="planted"), StorageMeter() as meter:
         raise ValueError("planted")
     made = torch.ones(10)
-    assert meter.bytes == 0
+    assert meter.current_bytes == 0
     del made

@@ -12,11 +12,11 @@ def test_views_count_once_and_what_is_dropped_counts_in_the_peak_only() -> None:
     with StorageMeter() as meter:
         one = torch.ones(100)
         view = one[10:20].reshape(2, 5)
-        held = meter.bytes
+        held = meter.current_bytes
         del one
-        still = meter.bytes
+        still = meter.current_bytes
         del view
-    assert (held, still, meter.bytes, meter.peak) == (400, 400, 0, 400)
+    assert (held, still, meter.current_bytes, meter.peak_bytes) == (400, 400, 0, 400)
 
 
 def test_the_peak_is_the_largest_sum_held_at_one_time() -> None:
@@ -25,18 +25,18 @@ def test_the_peak_is_the_largest_sum_held_at_one_time() -> None:
         second = torch.ones(50)
         del first
         third = torch.ones(75)
-    assert (meter.peak, meter.bytes) == (600, 500)
+    assert (meter.peak_bytes, meter.current_bytes) == (600, 500)
     del second, third
 
 
 def test_addresses_that_are_used_again_count_again() -> None:
     with StorageMeter() as meter:
         addresses = {torch.ones(1000).untyped_storage().data_ptr() for _ in range(200)}
-        assert meter.bytes == 0
+        assert meter.current_bytes == 0
         again = [torch.ones(1000) for _ in range(3)]
-        assert meter.bytes == 3 * 4000
+        assert meter.current_bytes == 3 * 4000
     assert len(addresses) < 200
-    assert meter.peak == 3 * 4000
+    assert meter.peak_bytes == 3 * 4000
     del again
 
 
@@ -45,7 +45,7 @@ def test_a_parameter_whose_data_is_swapped_does_not_pass_its_exemption_on() -> N
     with StorageMeter(excluded=[parameter]) as meter:
         parameter.data = torch.zeros(100)
         others = [torch.ones(100) for _ in range(50)]
-        assert meter.bytes == 51 * 100 * FLOAT
+        assert meter.current_bytes == 51 * 100 * FLOAT
     del others
 
 
@@ -53,14 +53,14 @@ def test_a_storage_that_is_emptied_and_filled_again_counts_as_it_is() -> None:
     with StorageMeter() as meter:
         hidden = torch.ones(100)
         hidden.untyped_storage().resize_(0)
-        emptied = meter.bytes
+        emptied = meter.current_bytes
         other = torch.ones(90)
         hidden.untyped_storage().resize_(400)
         hidden.copy_(torch.ones(100))
-        filled = meter.bytes
+        filled = meter.current_bytes
         other.resize_(200)
-    assert (emptied, filled, meter.bytes) == (0, 400 + 360, 400 + 800)
-    assert meter.peak == max(400 + 360 + 400, 400 + 800)
+    assert (emptied, filled, meter.current_bytes) == (0, 400 + 360, 400 + 800)
+    assert meter.peak_bytes == max(400 + 360 + 400, 400 + 800)
 
 
 def test_resizing_is_left_alone_after_the_block() -> None:
@@ -74,14 +74,14 @@ def test_what_was_there_before_counts_only_once_it_is_kept_for_the_backward_pass
     batch, weight = torch.ones(8, 5), torch.ones(5, requires_grad=True)
     with StorageMeter(excluded=[weight]) as meter:
         batch[1:].add_(1)
-        assert meter.bytes == 0
+        assert meter.current_bytes == 0
         product = batch[2:] * weight
-        assert meter.bytes == product.nbytes + batch.nbytes
+        assert meter.current_bytes == product.nbytes + batch.nbytes
     del product
 
 
 def test_a_tensor_made_from_numbers_counts() -> None:
     with StorageMeter() as meter:
         numbers = torch.tensor([1.0, 2.0, 3.0])
-    assert meter.bytes == 3 * FLOAT
+    assert meter.current_bytes == 3 * FLOAT
     del numbers

@@ -106,7 +106,7 @@ def test_without_scikit_learn_a_recipe_that_asks_for_a_figure_is_refused() -> No
 def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, request: pytest.FixtureRequest) -> None:
     order = TrainRequest(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0)
     request.getfixturevalue("without_scikit_learn")
-    said = Trainer("part:0", 10**11, 0).answer(Frame(asdict(order)), lambda: pytest.fail("it trains"))
+    said = Trainer("part:0", 10**11, 0).run_request(Frame(asdict(order)), lambda: pytest.fail("it trains"))
     problem = parse_problem(said.header["problem"])
     assert problem is not None
     assert "install scikit-learn, or the package that publishes the metric, on the device" in problem.remote_sentence
@@ -132,7 +132,7 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     state = ended.rounds[-1].checkpoint
     assert state is not None
     set_model_state(shop.model, checkpoint.read_checkpoint(homes.get_runs_folder() / state.path))
-    batch = shop.test.batch(range(len(shop.test)))
+    batch = shop.test.make_batch(range(len(shop.test)))
     labels = batch.pop("labels").numpy()
     probabilities = shop.model.eval()(**batch).logits.softmax(-1).detach().double().numpy()
     assert last["test", "f1"] == pytest.approx(count_f1(probabilities.argmax(1).tolist(), labels.tolist()))

@@ -55,9 +55,9 @@ def _shop(recipe: str) -> RunContext:
 
 
 def _delta(shop: RunContext, micro: int | None) -> dict[str, torch.Tensor]:
-    state = get_model_state(shop.model, shop.shared)
-    shop_of = (shop.model, shop.techniques, state, shop.train, shop.clients[0], shop.recipe, 1, 0)
-    return train_local_model(*shop_of, micro=micro).delta
+    state = get_model_state(shop.model, shop.shared_names)
+    shop_of = (shop.model, shop.techniques, state, shop.train, shop.client_rows[0], shop.recipe, 1, 0)
+    return train_local_model(*shop_of, micro_batch_size=micro).delta
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,13 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000))
     trained = sum(parameter.numel() for parameter in shop.model.parameters())
     found = estimate_memory(shop, np.arange(20), 1)
-    assert found.example == 1000
-    assert found.fixed == pytest.approx(5_000 + 4 * trained * per_value, rel=0.01)
+    assert found.bytes_per_example == 1000
+    assert found.fixed_bytes == pytest.approx(5_000 + 4 * trained * per_value, rel=0.01)
     assert trained == 7850
     shop.model.bfloat16()
-    assert estimate_memory(shop, np.arange(20), 1).fixed - found.fixed == 4 * trained, "and an fp32 master of each"
+    assert estimate_memory(shop, np.arange(20), 1).fixed_bytes - found.fixed_bytes == 4 * trained, (
+        "and an fp32 master of each"
+    )
 
 
 def test_the_budget_counts_fp32_masters_of_what_is_trained_in_a_lower_precision() -> None:

@@ -78,7 +78,7 @@ def test_without_gradients_or_with_a_frozen_weight_it_is_the_plain_layer() -> No
 def test_it_becomes_the_plain_convolution_again_and_leaves_others_alone() -> None:
     plain, lean = pair(bias=False)
     assert isinstance(lean, ReplacementLayer)
-    again = lean.plain()
+    again = lean.to_plain_layer()
     assert type(again) is nn.Conv2d
     assert again.weight is plain.weight
     odd = nn.Conv2d(6, 4, 3, padding="same")

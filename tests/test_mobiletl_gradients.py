@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_untouched_net(kind: str, technique: str, set
 
 
 def with_last_norms_in_training(plain: nn.Module) -> list[nn.BatchNorm2d]:
-    last = [plain.get_submodule(block.last) for block in find_inverted_residuals(plain)[-2:]]
+    last = [plain.get_submodule(block.last_norm) for block in find_inverted_residuals(plain)[-2:]]
     return [norm.train() for norm in last if isinstance(norm, nn.BatchNorm2d)]
 
 
@@ -153,7 +153,7 @@ def test_the_twin_with_stored_activations_has_the_same_gradients_to_the_bit(
     """In micro-batches the frozen part would differ by rounding."""
     [one] = chosen(technique, **({"micro_batch": 8} if technique == "mobiletl" else {}))
     found = []
-    for made in (one, one.stored()):
+    for made in (one, one.make_reference()):
         assert made is not None
         model = age(build())
         names = techniques.apply_techniques([made], model, IMAGES, 0)

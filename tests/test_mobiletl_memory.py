@@ -66,7 +66,7 @@ def kept(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
         compute_step_loss(model, batch)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         loss = compute_step_loss(model, batch)
-        found = meter.bytes
+        found = meter.current_bytes
     loss.backward()
     return found, sum(packed)
 

@@ -34,25 +34,25 @@ def test_every_block_of_a_mobile_net_is_found(
     found = find_inverted_residuals(build())
     assert len(found) == count
     assert sum(len(block.convolutions) == 2 for block in found) == without_expansion
-    assert sum(bool(block.gate) for block in found) == gates
-    assert all(len(block.inner) == len(block.activations) == len(block.convolutions) - 1 for block in found)
+    assert sum(bool(block.gate_layers) for block in found) == gates
+    assert all(len(block.inner_norms) == len(block.activations) == len(block.convolutions) - 1 for block in found)
 
 
 def test_a_blocks_layers_are_told_apart() -> None:
     block = find_inverted_residuals(hard_net())[-1]
     assert block.name == "blocks.2"
     inside = [f"blocks.2.block.{name}" for name in ("0.0", "1.0", "3.0", "0.1", "1.1", "0.2", "1.2", "3.1")]
-    assert [*block.convolutions, *block.inner, *block.activations, block.last] == inside
+    assert [*block.convolutions, *block.inner_norms, *block.activations, block.last_norm] == inside
     gate = ("fc1", "activation", "fc2", "scale_activation")
-    assert block.gate == tuple(f"blocks.2.block.2.{name}" for name in gate)
+    assert block.gate_layers == tuple(f"blocks.2.block.2.{name}" for name in gate)
 
 
 def test_a_net_is_cut_below_its_top_blocks() -> None:
     found = split_before_last_blocks(SmallNet(), 2)
-    assert found.before == ("stem", "blocks.0", "blocks.1", "blocks.2")
+    assert found.frozen_modules == ("stem", "blocks.0", "blocks.1", "blocks.2")
     assert [block.name for block in found.blocks] == ["blocks.3", "blocks.4"]
     assert found.tail == TailLayers(("top.0",), ("top.1",), ("top.2",), ("dropout",))
-    assert split_before_last_blocks(in_transformers(), 16).before == ("mobilenet_v2.conv_stem",)
+    assert split_before_last_blocks(in_transformers(), 16).frozen_modules == ("mobilenet_v2.conv_stem",)
 
 
 @pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "tinytl"])
@@ -161,7 +161,7 @@ def test_the_frozen_part_gives_in_micro_batches_what_it_gives_on_the_whole_batch
 ) -> None:
     plain, model = age(build()), age(build())
     cut = split_before_last_blocks(model, 2)
-    run_frozen_prefix(model, cut.before, 1, keep=False)
+    run_frozen_prefix(model, cut.frozen_modules, 1, cache_outputs=False)
     seen: list[torch.Tensor] = []
     for one in (plain, model):
         block = one.get_submodule(cut.blocks[0].name)
@@ -181,8 +181,8 @@ class _Twice(ForwardOverride):
 def test_the_frozen_part_runs_what_already_stood_in_for_its_modules() -> None:
     plain, model = age(SmallNet()), age(SmallNet())
     for one in (plain, model):
-        _Twice().stand_in(one.blocks[0])
-    run_frozen_prefix(model, split_before_last_blocks(SmallNet(), 3).before, 5, keep=False)
+        _Twice().install(one.blocks[0])
+    run_frozen_prefix(model, split_before_last_blocks(SmallNet(), 3).frozen_modules, 5, cache_outputs=False)
     assert torch.equal(logits(model, pictures(5)), logits(plain, pictures(5)))
 
 

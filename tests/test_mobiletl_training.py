@@ -36,7 +36,7 @@ class FewPictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         return {"pixel_values": self.pixels[list(indices)], "labels": self.labels[list(indices)]}
 
 
@@ -65,7 +65,7 @@ def test_a_round_moves_what_is_shared_and_nothing_else_and_a_pickled_copy_trains
     assert list(other.state_dict()) == list(before)
     outcome, copied = a_round(model, names, technique), a_round(other, names, technique)
     assert sorted(outcome.delta) == names
-    assert outcome.loss == copied.loss
+    assert outcome.train_loss == copied.train_loss
     assert all(torch.equal(outcome.delta[name], copied.delta[name]) for name in names)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(names)
@@ -82,7 +82,7 @@ def test_a_worker_that_replaces_what_is_trained_trains_alike(technique: str) -> 
         if name in names:
             tensor.data = tensor.data.clone()
     wanted, found = a_round(model, names, technique), a_round(other, names, technique)
-    assert wanted.loss == found.loss
+    assert wanted.train_loss == found.train_loss
     assert all(torch.equal(wanted.delta[name], found.delta[name]) for name in names)
 
 
@@ -94,7 +94,7 @@ def test_last_blocks_trains_alike_with_its_frozen_part_in_micro_batches() -> Non
     model.stem[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     found = a_round(model, names, "last-blocks", micro_batch=3)
     assert rows == [3, 3, 2, 3, 1]
-    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert found.train_loss == pytest.approx(wanted.train_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("technique", ["last-blocks", "norm", "bias", "tinytl"])
@@ -118,7 +118,7 @@ def test_what_was_learned_folds_into_the_plain_net(build: Callable[[], Any], tec
     batch = pictures(5)
     wanted = logits(model, batch)
     for one in chosen(technique):
-        one.fold(model)
+        one.merge_into_weights(model)
     assert [type(layer) for layer in model.modules()] == [type(layer) for layer in plain.modules()]
     assert not any("forward" in vars(layer) for layer in model.modules())
     plain.load_state_dict(model.state_dict())
@@ -187,7 +187,7 @@ def test_tinytl_cannot_be_exported_as_a_plain_net() -> None:
     with pytest.raises(
         ModelError, match="tinytl adds branches that a plain SmallNet has not; evaluate the run instead"
     ):
-        technique.fold(model)
+        technique.merge_into_weights(model)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_kept_outputs_give_the_same_round_to_the_bit_and_spare_the_frozen_part(o
         model, names, ran = with_cache()
         found = a_round(model, names, "mobiletl", cache=True)
         assert len(ran) == runs
-        assert found.loss == wanted.loss
+        assert found.train_loss == wanted.train_loss
         assert all(torch.equal(found.delta[name], wanted.delta[name]) for name in names)
     assert len(files(outputs)) == 12
 

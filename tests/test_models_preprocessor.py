@@ -89,7 +89,7 @@ def read_by(preprocessor: Preprocessor, pictures: list[Picture.Image]) -> NDArra
     features = Features({"image": Image(), "label": Value("int64")})
     held = as_table(Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features))
     encoded = data.encode_examples(held, a_recipe(IMAGES), preprocessor)
-    return encoded.batch(range(len(pictures)))["pixel_values"].numpy()
+    return encoded.make_batch(range(len(pictures)))["pixel_values"].numpy()
 
 
 def assert_alike(found: NDArray[np.float32], expected: NDArray[np.float32], preprocessor: Preprocessor) -> None:
@@ -134,7 +134,7 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
         "pixel_values"
     ]
     assert shop.recipe.model.preprocessor is not None
-    found = shop.train.batch(range(len(shop.train)))["pixel_values"]
+    found = shop.train.make_batch(range(len(shop.train)))["pixel_values"]
     assert_alike(found.numpy(), expected, shop.recipe.model.preprocessor)
     assert shop.model(pixel_values=found).logits.shape == (len(shop.train), 2)
     assert get_run_context(shop.recipe.model_dump_json()) is shop

@@ -78,7 +78,7 @@ def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path: Path, names: tu
     config = BertConfig.from_pretrained(tmp_path / "bert", id2label=dict(enumerate(names)))
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     shop = get_run_context(recipe.model_dump_json())
-    assert shop.corpus.labels == ("good", "bad")
+    assert shop.corpus.label_names == ("good", "bad")
     trained = load_file(tmp_path / "bert" / "model.safetensors")
     assert torch.equal(shop.model.get_parameter("classifier.weight"), trained["classifier.weight"])
     first = shop.corpus.train["text"][0]
@@ -90,7 +90,7 @@ def test_classes_of_other_names_are_in_alphabetical_order(tmp_path: Path) -> Non
     assert models.class_names(recipe.model, TEXT) == ()
     edit(tmp_path / "bert", id2label={"0": "sport", "1": "politics"})
     assert models.class_names(recipe.model, TEXT) == ("sport", "politics")
-    assert data.load_data(recipe, ("sport", "politics")).labels == ("bad", "good")
+    assert data.load_data(recipe, ("sport", "politics")).label_names == ("bad", "good")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_texts_for_an_encoder_decoder_end_in_one_end_token(tmp_path: Path, archi
     """Its classifier reads the state at the end token, and wants as many in each text."""
     recipe = reads(tmp_path, architecture, [*rows(), f"word1 </s> word2 {'word3 ' * 30},good"])
     shop = get_run_context(recipe.model_dump_json())
-    ids = shop.train.batch(range(len(shop.train)))["input_ids"]
+    ids = shop.train.make_batch(range(len(shop.train)))["input_ids"]
     assert ((ids == 3).sum(1) == 1).all()
     assert ids.shape[1] <= recipe.train.length
     assert evaluate_model(shop.model, shop.train, 8, TEXT)

@@ -98,7 +98,7 @@ def test_a_net_of_transformers_takes_the_step_that_plain_torch_takes(
     )
     model, techniques, names = prepare_model(recipe, SEVEN)
     outcome = train_local_model(model, techniques, get_model_state(model, names), pictures, np.arange(4), recipe, 1, 0)
-    expected = by_hand(published, pictures.batch(range(4)), 0.01)
+    expected = by_hand(published, pictures.make_batch(range(4)), 0.01)
     assert outcome.delta.keys() == expected.keys()
     for name, delta in outcome.delta.items():
         torch.testing.assert_close(delta, expected[name], rtol=1e-3, atol=1e-6)

@@ -131,7 +131,7 @@ def test_a_layer_has_the_gradients_of_the_formula_written_out(
     found = gradients(layer, x)
     x_hat = unpack_pruned(*pack_pruned(x, PruningRule(prune), x.numel()))
     w, g = layer.weight.detach().requires_grad_(), layer.gain.detach().requires_grad_()
-    margins = layer.margins(9, 8) if isinstance(layer, SameConv2d) else (1, 1, 1, 1)
+    margins = layer.compute_same_padding(9, 8) if isinstance(layer, SameConv2d) else (1, 1, 1, 1)
     for given, names in ((x, ("out", "input", "bias")), (x_hat, ("weight", "gain"))):
         given = given.clone().requires_grad_()
         b = layer.bias.detach().requires_grad_()
@@ -149,7 +149,7 @@ def test_it_keeps_its_pruned_input_and_nothing_of_its_weights() -> None:
     x = drawn(2, 8, 12, 12).requires_grad_()
     with StorageMeter(excluded=[*model.parameters(), x]) as meter:
         out = model.deep(x)
-        kept = meter.bytes - out.untyped_storage().nbytes()
+        kept = meter.current_bytes - out.untyped_storage().nbytes()
     assert kept == x.numel() // 2 * 4 + x.numel() // 8
 
 

@@ -66,10 +66,10 @@ def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", ["a%20b?c=1#d"], indirect=True)
 def test_flower_opens_its_own_database_in_a_servers_home_of_that_name(odd: Path) -> None:
-    superlink = SuperLink(create_server_home(["localhost"], "127.0.0.1:8443").flower)
+    superlink = SuperLink(create_server_home(["localhost"], "127.0.0.1:8443").flower_home)
     try:
         superlink.start()
-        assert superlink.control().online() == set()
+        assert superlink.get_control_client().list_online_nodes() == set()
     finally:
         superlink.close()
     found = [path.name for path in (odd / "server" / "flower").glob("*.sqlite")]

@@ -19,13 +19,15 @@ def devices(home: Path) -> list[DeviceRecord]:
 def test_a_device_is_there_when_flower_says_so_and_it_was_heard_of_late(devices: list[DeviceRecord]) -> None:
     now = [1000.0]
     presence = Presence(lambda: {1, 2}, lambda: now[0])
-    assert presence.there(devices) == [], "none was heard yet"
+    assert presence.list_connected_devices(devices) == [], "none was heard yet"
     for name in ("dev-1", "dev-3"):
-        presence.heard(name)
+        presence.record_contact(name)
     now[0] += 44
-    presence.heard("dev-2")
-    assert [one.name for one in presence.there(devices)] == ["dev-1", "dev-2"], "Flower does not know node 3"
+    presence.record_contact("dev-2")
+    assert [one.name for one in presence.list_connected_devices(devices)] == ["dev-1", "dev-2"], (
+        "Flower does not know node 3"
+    )
     now[0] += 2
-    assert [one.name for one in presence.there(devices)] == ["dev-2"], "dev-1 missed three beats"
-    presence.heard("dev-1")
-    assert [one.name for one in presence.there(devices)] == ["dev-1", "dev-2"]
+    assert [one.name for one in presence.list_connected_devices(devices)] == ["dev-2"], "dev-1 missed three beats"
+    presence.record_contact("dev-1")
+    assert [one.name for one in presence.list_connected_devices(devices)] == ["dev-1", "dev-2"]

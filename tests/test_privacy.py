@@ -83,12 +83,12 @@ def test_noise_is_what_a_readable_twin_says_however_it_is_cut_into_pieces() -> N
 
 def test_a_row_may_be_drawn_from_anywhere() -> None:
     row = NormalStream(KEY, "here")
-    assert np.array_equal(row.draw(70_000, 5), row.draw(0, 70_005)[70_000:])
+    assert np.array_equal(row.draw_normals(70_000, 5), row.draw_normals(0, 70_005)[70_000:])
 
 
 def test_noise_is_standard_normal() -> None:
     count = 400_000
-    drawn = NormalStream(KEY, "here").draw(0, count)
+    drawn = NormalStream(KEY, "here").draw_normals(0, count)
     assert abs(drawn.mean()) < 5 / math.sqrt(count)
     assert abs(drawn.var() - 1) < 5 * math.sqrt(2 / count)
     assert stats.kstest(drawn, "norm").pvalue > 1e-4
@@ -103,14 +103,14 @@ def test_noise_of_other_places_and_other_secrets_is_unrelated() -> None:
         NormalStream(KEY, "b", 1),
         NormalStream(KEY[::-1], "a", 1),
     ]
-    apart = np.corrcoef([row.draw(0, count) for row in rows]) - np.eye(4)
+    apart = np.corrcoef([row.draw_normals(0, count) for row in rows]) - np.eye(4)
     assert np.abs(apart).max() < 5 / math.sqrt(count)
-    assert np.array_equal(NormalStream(KEY, "a", 1).draw(0, 9), NormalStream(KEY, "a", 1).draw(0, 9))
+    assert np.array_equal(NormalStream(KEY, "a", 1).draw_normals(0, 9), NormalStream(KEY, "a", 1).draw_normals(0, 9))
 
 
 def test_noise_is_added_to_values_in_double_precision() -> None:
     values = torch.full((1000,), 3.0)
-    expected = torch.from_numpy(3.0 + 1e-4 * NormalStream(KEY, "x", "t").draw(0, 1000)).float()
+    expected = torch.from_numpy(3.0 + 1e-4 * NormalStream(KEY, "x", "t").draw_normals(0, 1000)).float()
     assert torch.equal(add_gaussian_noise({"t": values}, 1e-4, KEY, "x")["t"], expected)
 
 

@@ -26,7 +26,7 @@ class KilledError(Exception):
 def carried(recipe: Recipe) -> None:
     """Go on with run-1 in this home."""
     with Store.open() as store, claim_run("run-1"), silent():
-        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "run-1")
+        run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, "run-1")
 
 
 def cut_off(recipe: Recipe) -> None:

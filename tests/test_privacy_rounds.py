@@ -125,27 +125,27 @@ def test_a_client_with_its_own_noise_tells_neither_examples_nor_loss_nor_labels(
     told = [one for record in ended.rounds[1:] for one in record.contributions]
     assert all(one.examples == 1 and math.isnan(one.loss) for one in told)
     shop = get_run_context(recipe.model_dump_json())
-    assert summarise_local_data(shop, shop.clients[0]) == {}
+    assert summarise_local_data(shop, shop.client_rows[0]) == {}
     other = get_run_context(private("server").model_dump_json())
-    assert summarise_local_data(other, other.clients[0])["examples"] == len(other.clients[0])
+    assert summarise_local_data(other, other.client_rows[0])["examples"] == len(other.client_rows[0])
 
 
 @pytest.mark.slow
 def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing_else(home: Path) -> None:
     recipe = private("client").model_dump_json()
     shop = get_run_context(recipe)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     order = TrainRequest(recipe, 1, 1, run="one")
     keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
-        answer = keeper.ask(Frame(asdict(order), payload))
+        answer = keeper.run_request(Frame(asdict(order), payload))
     finally:
-        keeper.close()
+        keeper.stop_trainer()
     assert answer.header["kind"] == "trained", answer.header
     assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
     simulated = [
-        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.clients[1], at)[0]
-        for at in (DeviceHome().own("one"), home / "new")
+        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], at)[0]
+        for at in (DeviceHome().get_local_state_folder("one"), home / "new")
     ]
     assert answer.payload == simulated[0] != simulated[1]
 

@@ -47,4 +47,4 @@ def secrets(found: dict[str, Any], devices: list[Device]) -> list[Path]:
     """Where the devices' secrets would lie, by the clients they were."""
     by_name = {device.name: device for device in devices}
     seated = [by_name[seat["device"]] for seat in found["devices"]]
-    return [DeviceHome(device.home / "device").own(found["id"]) / "noise.key" for device in seated]
+    return [DeviceHome(device.home / "device").get_local_state_folder(found["id"]) / "noise.key" for device in seated]

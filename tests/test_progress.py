@@ -80,7 +80,7 @@ def test_the_start_is_not_taken_for_a_round() -> None:
 def test_a_scoring_tells_how_far_it_is_and_a_recipe_may_score_fewer_examples_before_the_end(home: Path) -> None:
     recipe = trivial("evaluation={examples: 30, batch: 25}", "federation.rounds=2")
     with Store.open() as store, claim_run(begin(store, recipe)), silent() as seen:
-        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, "run-1")
+        run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, "run-1")
     [started] = [event for event in seen if isinstance(event, RunStarted)]
     told = [(event.part, event.done, event.total) for event in seen if isinstance(event, Scoring)]
     whole, test = told[6][2], told[-1][2]

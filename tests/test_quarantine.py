@@ -25,8 +25,8 @@ def enrolled(store: Store, count: int = 4) -> None:
 
 def deployed(store: Store, recipe: Recipe, client: ClientApp, run: str = "run-1") -> Ended:
     with silent():
-        seat(store, begin(store, recipe, run, engine="devices"), recipe.clients)
-        run_to_completion(TickingGrid(recipe.clients, client, lambda *_: 1.0), store, run)
+        seat(store, begin(store, recipe, run, engine="devices"), recipe.num_clients)
+        run_to_completion(TickingGrid(recipe.num_clients, client, lambda *_: 1.0), store, run)
     return outcome(run)
 
 

@@ -39,16 +39,16 @@ def place(home: Path) -> ServerHome:
 
 
 def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> None:
-    kept = {path: path.read_bytes() for path in (place.ca, place.ca_key, place.key)}
-    key, before = json.loads(place.operator.read_text())["key"], settings(place)
+    kept = {path: path.read_bytes() for path in (place.ca_file, place.ca_key_file, place.key_file)}
+    key, before = json.loads(place.operator_file.read_text())["key"], settings(place)
     done = init("--name", "new.example", "--name", "10.0.0.7", "--listen", "0.0.0.0:9443")
     assert done.exit_code == 0, done.output
     assert "fedtune device move https://new.example:9443" in done.output
     moved = open_server_home()
     assert moved.settings.names == ["new.example", "10.0.0.7", "old.example"]
-    assert moved.settings.url() == "https://new.example:9443"
+    assert moved.settings.get_public_url() == "https://new.example:9443"
     assert {path: path.read_bytes() for path in kept} == kept
-    told = json.loads(moved.operator.read_text())
+    told = json.loads(moved.operator_file.read_text())
     assert (told["url"], told["key"]) == ("https://new.example:9443", key)
     with Store.open() as store:
         assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", hash_secret(key))]
@@ -115,7 +115,7 @@ class Time(BaseHTTPRequestHandler):
 def answering(place: ServerHome) -> Iterator[int]:
     """The port of a server that shows the home's certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(place.certificate, place.key)
+    context.load_cert_chain(place.certificate_file, place.key_file)
     with HTTPServer(("127.0.0.1", 0), Time) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
@@ -130,7 +130,7 @@ def answering(place: ServerHome) -> Iterator[int]:
 @pytest.fixture
 def moving(place: ServerHome) -> DeviceHome:
     made = DeviceHome()
-    made.keep(DeviceIdentity("https://old.example:8443", "pi", 7, place.ca.read_text()))
+    made.save_identity(DeviceIdentity("https://old.example:8443", "pi", 7, place.ca_file.read_text()))
     return made
 
 
@@ -138,13 +138,13 @@ def test_a_device_moves_with_its_server_and_keeps_who_it_is(place: ServerHome, m
     with answering(place) as port:
         done = CliRunner().invoke(device, ["move", f"https://localhost:{port}/"], catch_exceptions=False)
     assert f"pi reaches its server at https://localhost:{port}\n" in done.output
-    assert moving.identity() == DeviceIdentity(f"https://localhost:{port}", "pi", 7, place.ca.read_text())
+    assert moving.read_identity() == DeviceIdentity(f"https://localhost:{port}", "pi", 7, place.ca_file.read_text())
 
 
 def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certificate_is_not_for(
     place: ServerHome, moving: DeviceHome, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = moving.identity()
+    before = moving.read_identity()
     with pytest.raises(DeviceError, match="no https:// address"):
         move_device(moving, "localhost:8443")
     with pytest.raises(DeviceError, match="cannot be reached"):
@@ -153,17 +153,17 @@ def test_a_device_does_not_move_to_another_server_or_to_an_address_the_certifica
     other = create_server_home(["localhost"], "127.0.0.1:8443")
     with answering(other) as port, pytest.raises(DeviceError, match="certificate does not hold"):
         move_device(moving, f"https://localhost:{port}")
-    with moving.claimed(), pytest.raises(DeviceError, match="stop that process first"):
+    with moving.hold_lock(), pytest.raises(DeviceError, match="stop that process first"):
         move_device(moving, "https://localhost:1")
-    assert moving.identity() == before
+    assert moving.read_identity() == before
 
 
 def test_an_operators_file_of_this_machine_is_made_for_the_new_address_only_if_there_is_one(place: ServerHome) -> None:
-    place.operator.unlink()
+    place.operator_file.unlink()
     assert init("--name", "new.example").exit_code == 0
-    assert not place.operator.exists()
+    assert not place.operator_file.exists()
     with Store.open() as store:
-        write_operator_file(open_server_home(), store.access, "local", place.operator)
-    assert json.loads(place.operator.read_text())["url"] == "https://new.example:8443"
-    certificate, names = place.certificate.read_bytes(), ["new.example", "old.example"]
+        write_operator_file(open_server_home(), store.access, "local", place.operator_file)
+    assert json.loads(place.operator_file.read_text())["url"] == "https://new.example:8443"
+    certificate, names = place.certificate_file.read_bytes(), ["new.example", "old.example"]
     assert authority.is_certificate_valid_for(certificate, names, authority.ends(certificate).replace(year=2000))

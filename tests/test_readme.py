@@ -25,15 +25,17 @@ def test_a_device_joined_as_the_readme_says_trains_the_recipe_it_submits(home: P
     [(source, allowed)], [recipe_file] = JOIN.findall(README), SUBMIT.findall(README)
     recipe = resolve_recipe(read_recipe(ROOT / recipe_file, ["train.steps=1"]))
     memory = _Bytes().convert(allowed, None, None)
-    assert recipe.clients == 4, "as many devices as the README says"
+    assert recipe.num_clients == 4, "as many devices as the README says"
     assert memory >= max(device.memory for device in recipe.devices)
     text = recipe.model_dump_json()
     shop = get_run_context(text)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     clear_run_context()
     keeper = TrainerSupervisor(source, memory, 60.0)
     try:
-        answer = keeper.ask(Frame({"recipe": text, "round": 1, "client": 0, "labels": "[]", "run": "run"}, payload))
+        answer = keeper.run_request(
+            Frame({"recipe": text, "round": 1, "client": 0, "labels": "[]", "run": "run"}, payload)
+        )
     finally:
-        keeper.close()
+        keeper.stop_trainer()
     assert answer.header["kind"] == "trained", answer.header

@@ -28,8 +28,8 @@ State = dict[str, Tensor]
 KINDS: dict[str, PermutationKind] = {
     "units": UnitLayout(5),
     "units in groups": UnitLayout(6, 3),
-    "heads": HeadLayout(3, 1, 2, 3, rotary=False),
-    "grouped heads": HeadLayout(2, 2, 2, 3, rotary=True),
+    "heads": HeadLayout(3, 1, 2, 3, is_rotary=False),
+    "grouped heads": HeadLayout(2, 2, 2, 3, is_rotary=True),
 }
 
 
@@ -53,7 +53,7 @@ def same(one: Permutations, other: Permutations) -> bool:
 
 
 def weights(symmetry: PermutationSpec, state: State, other: State, visits: int = 1) -> Permutations:
-    start = symmetry.identity()
+    start = symmetry.build_identity()
     return match_weights(symmetry, read(state), read(other), start, visits=visits, sweeps=100)[0]
 
 
@@ -72,7 +72,9 @@ def test_a_known_permutation_is_recovered_exactly_under_noise(noise: float) -> N
 )
 def test_known_permutations_of_all_layers_and_heads_are_recovered(name: str) -> None:
     symmetry, state, other, undone = shuffled_copy(drawn({**NETS, **TEXT}[name]()), 0.05)
-    best, before, after = match_weights(symmetry, read(state), read(other), symmetry.identity(), visits=5, sweeps=100)
+    best, before, after = match_weights(
+        symmetry, read(state), read(other), symmetry.build_identity(), visits=5, sweeps=100
+    )
     assert after > before
     assert after == pytest.approx(compute_agreement(symmetry, read(state), read(other), undone), rel=1e-9)
     assert same(best, undone)
@@ -88,7 +90,7 @@ def test_the_inverse_of_the_order_found_is_not_an_answer() -> None:
 def test_agreement_falls_in_no_update(name: str) -> None:
     one, two = (drawn({**NETS, **TEXT}[name](), seed).state_dict() for seed in (1, 2))
     symmetry = symmetry_of({**NETS, **TEXT}[name]())
-    start, random = symmetry.identity(), torch.Generator().manual_seed(0)
+    start, random = symmetry.build_identity(), torch.Generator().manual_seed(0)
     reached = [compute_agreement(symmetry, read(one), read(two), start)]
     for orders in run_coordinate_ascent(symmetry, read(one), read(two), start, random, 100):
         reached.append(compute_agreement(symmetry, read(one), read(two), orders))
@@ -102,10 +104,10 @@ def test_agreement_is_the_distance_in_other_words() -> None:
     symmetry = symmetry_of(mlp())
 
     def square(orders: Permutations) -> float:
-        moved = {name: symmetry.permute(name, two[name], orders) for name in symmetry.moved()}
+        moved = {name: symmetry.permute(name, two[name], orders) for name in symmetry.list_permuted_tensors()}
         return float(sum((one[name] - tensor).double().square().sum() for name, tensor in moved.items()))
 
-    still, other = symmetry.identity(), shuffled(symmetry)
+    still, other = symmetry.build_identity(), shuffled(symmetry)
     gained = [compute_agreement(symmetry, read(one), read(two), orders) for orders in (still, other)]
     assert square(still) - square(other) == pytest.approx(2 * (gained[1] - gained[0]), rel=1e-5)
 
@@ -114,20 +116,20 @@ def test_agreement_is_the_distance_in_other_words() -> None:
 def test_a_model_matched_to_itself_stays(name: str) -> None:
     model = drawn({**NETS, **TEXT}[name]())
     symmetry, state = symmetry_of(model), model.state_dict()
-    assert same(weights(symmetry, state, state, visits=3), symmetry.identity())
+    assert same(weights(symmetry, state, state, visits=3), symmetry.build_identity())
 
 
 def test_one_hidden_layer_takes_one_update() -> None:
     symmetry = symmetry_of(mlp(12, 16, 5))
     one, two = (drawn(mlp(12, 16, 5), seed).state_dict() for seed in (1, 2))
     random = torch.Generator().manual_seed(0)
-    assert len(list(run_coordinate_ascent(symmetry, read(one), read(two), symmetry.identity(), random, 100))) == 1
+    assert len(list(run_coordinate_ascent(symmetry, read(one), read(two), symmetry.build_identity(), random, 100))) == 1
 
 
 def test_more_orders_of_layers_find_no_worse_a_match() -> None:
     symmetry = symmetry_of(mlp())
     one, two = (read(drawn(mlp(), seed).state_dict()) for seed in (1, 2))
-    start = symmetry.identity()
+    start = symmetry.build_identity()
     found = [match_weights(symmetry, one, two, start, visits=visits, sweeps=100)[2] for visits in (1, 2, 8)]
     assert found == sorted(found)
     assert found[0] < found[-1]
@@ -166,10 +168,14 @@ def every_order(kind: PermutationKind) -> list[Any]:
         return [{"": (torch.stack(of) + outer[:, None] * width).flatten()} for outer, of in chosen]
     still = [torch.arange(kind.qk)]
     p, qk, v = (
-        [torch.stack(of) for of in itertools.product(orders, repeat=kind.groups)]
-        for orders in (shuffles(kind.per_group), still if kind.rotary else shuffles(kind.qk), shuffles(kind.v))
+        [torch.stack(of) for of in itertools.product(orders, repeat=kind.num_kv_heads)]
+        for orders in (
+            shuffles(kind.queries_per_kv_head),
+            still if kind.is_rotary else shuffles(kind.qk),
+            shuffles(kind.v),
+        )
     )
-    return [kind.order(*chosen) for chosen in itertools.product(shuffles(kind.groups), p, qk, v)]
+    return [kind.build_permutation(*chosen) for chosen in itertools.product(shuffles(kind.num_kv_heads), p, qk, v)]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -179,13 +185,13 @@ def test_assignments_find_the_best_of_all_orders(name: str) -> None:
         gain = {part: torch.randn(n, n, generator=random, dtype=torch.float64) for part, n in kind.parts.items()}
         best = max(compute_total_gain(order, gain) for order in every_order(kind))
         found = compute_total_gain(solve_assignment(kind, gain), gain)
-        exact = not isinstance(kind, HeadLayout) or kind.per_group == 1
+        exact = not isinstance(kind, HeadLayout) or kind.queries_per_kv_head == 1
         assert found == pytest.approx(best, rel=1e-12) if exact else 0.8 * best < found <= best + 1e-9
 
 
 def by_activity(model: nn.Module, state: State, other: State, similarity: str = "pearson") -> Permutations:
     symmetry = symmetry_of(model)
-    net, start, batches = model.eval(), symmetry.identity(), [batch_for(model, 64)]
+    net, start, batches = model.eval(), symmetry.build_identity(), [batch_for(model, 64)]
     return match_activations(symmetry, read(state), read(other), start, net, batches, similarity)[0]
 
 

@@ -45,7 +45,9 @@ def ended(base: State, one: MergeInput) -> State:
     """A model from its operand, read piece by piece."""
     return {
         name: before
-        + torch.cat([one.rows(name, *piece) for piece in iter_row_chunks(tuple(before.shape))]).reshape(before.shape)
+        + torch.cat([one.read_rows(name, *piece) for piece in iter_row_chunks(tuple(before.shape))]).reshape(
+            before.shape
+        )
         if before.is_floating_point()
         else before
         for name, before in base.items()
@@ -53,7 +55,7 @@ def ended(base: State, one: MergeInput) -> State:
 
 
 def evidence(model: nn.Module) -> MergeContext:
-    return MergeContext(model=model, batches=[batch_for(model, 64)])
+    return MergeContext(model=model, calibration_batches=[batch_for(model, 64)])
 
 
 def aligned(model: nn.Module, base: State, ends: Sequence[State], **settings: Any) -> list[State]:
@@ -122,10 +124,10 @@ def test_weights_and_knobs_of_a_model_are_kept_and_one_model_stays() -> None:
     base = zeros(model.state_dict())
     sent = [
         operand(base, state_of(model), 0.7),
-        operand(base, permuted(model, 1), 0.3)._replace(knobs={"density": 0.5}),
+        operand(base, permuted(model, 1), 0.3)._replace(overrides={"density": 0.5}),
     ]
     found = Rebasin().align(base, sent, evidence(model))
-    assert [(one.weight, one.knobs) for one in found] == [(0.7, {}), (0.3, {"density": 0.5})]
+    assert [(one.weight, one.overrides) for one in found] == [(0.7, {}), (0.3, {"density": 0.5})]
     assert found[1] is not sent[1]
     assert Rebasin(many="cycle").align(base, sent[:1], evidence(model)) == sent[:1]
 
@@ -160,7 +162,7 @@ def test_what_moves_must_be_sent_and_what_stays_need_not() -> None:
     end, symmetry = permuted(model, 1), trace_permutation_spec(model)
     for missing, moves in (("4.bias", False), ("2.bias", True)):
         sent = [operand(base, {name: t for name, t in one.items() if name != missing}) for one in (base, end)]
-        assert (missing in symmetry.moved()) == moves
+        assert (missing in symmetry.list_permuted_tensors()) == moves
         if moves:
             with pytest.raises(ModelError, match=rf"no '{missing}' was sent, which moves with others"):
                 Rebasin().align(base, sent, evidence(model))

@@ -47,15 +47,15 @@ def test_a_permuted_net_is_another_net_that_computes_the_same(name: str) -> None
     state = permuted(model, symmetry, shuffled(symmetry))
     assert len(symmetry.kinds) > 1
     assert relative(centred(outputs(model, state)), centred(outputs(model))) < 2e-6
-    moved = [key for key in symmetry.moved() if not torch.equal(state[key], model.state_dict()[key])]
-    assert len(moved) > 0.9 * len(symmetry.moved())
+    moved = [key for key in symmetry.list_permuted_tensors() if not torch.equal(state[key], model.state_dict()[key])]
+    assert len(moved) > 0.9 * len(symmetry.list_permuted_tensors())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_tensor_is_covered_once_and_a_permutation_undone_is_none(name: str) -> None:
     model = drawn(ALL[name]())
     symmetry, state = symmetry_of(model), model.state_dict()
-    symmetry.check({key: tuple(tensor.shape) for key, tensor in state.items()})
+    symmetry.check_shapes({key: tuple(tensor.shape) for key, tensor in state.items()})
     assert symmetry.axes.keys() == state.keys()
     assert {axis.permutation for axes in symmetry.axes.values() for axis in axes if axis} == symmetry.kinds.keys()
     orders = shuffled(symmetry)
@@ -70,7 +70,7 @@ def test_a_permutation_forgotten_in_any_one_tensor_shows(name: str) -> None:
     model = drawn(ALL[name]())
     symmetry, own = symmetry_of(model), outputs(model)
     orders = shuffled(symmetry)
-    for key in symmetry.moved():
+    for key in symmetry.list_permuted_tensors():
         state = permuted(model, symmetry, orders)
         state[key] = model.state_dict()[key]
         tied = "lm_head" in key or "wte" in key or "embed_tokens" in key
@@ -148,12 +148,12 @@ def test_a_tensor_that_the_tables_lack_is_named() -> None:
 def test_other_names_other_shapes_and_layers_onto_themselves_are_refused() -> None:
     symmetry = trace_permutation_spec(mlp())
     with pytest.raises(ModelError, match=r"nothing is known of 'other'"):
-        symmetry.check({"other": (3,)})
+        symmetry.check_shapes({"other": (3,)})
     with pytest.raises(ModelError, match=r"'0\.weight' has shape \[3, 12\] in place of \[16, 'any'\]"):
-        symmetry.check({"0.weight": (3, 12)})
+        symmetry.check_shapes({"0.weight": (3, 12)})
     onto = PermutationSpec({"a": (PermutedAxis("p"), PermutedAxis("p"))}, {"p": UnitLayout(4)})
     with pytest.raises(ModelError, match="'a' maps units onto themselves"):
-        onto.check({"a": (4, 4)})
+        onto.check_shapes({"a": (4, 4)})
 
 
 LAYER = "model.layers.0.self_attn"
@@ -249,7 +249,7 @@ def turned(state: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
 
 
 def test_parts_of_heads_count_what_projections_have() -> None:
-    assert HeadLayout(3, 3, 4, 4, rotary=True).parts == {"q": 36, "k": 12, "v": 12, "o": 36}
+    assert HeadLayout(3, 3, 4, 4, is_rotary=True).parts == {"q": 36, "k": 12, "v": 12, "o": 36}
     assert symmetry_of(TEXT["gpt2"]()).axes["transformer.h.0.attn.c_attn.weight"] == (
         PermutedAxis("stream"),
         PermutedAxis("transformer.h.0.heads", ("q", "k", "v")),

@@ -21,7 +21,7 @@ def test_a_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     assert recipe.data.split == Dirichlet(alpha=0.5)
     assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
     assert [int(device.memory) for device in recipe.devices] == [512 * 10**6, 2 * 2**30]
-    assert (recipe.clients, recipe.clients_per_round, recipe.seed) == (5, 5, 0)
+    assert (recipe.num_clients, recipe.cohort_size, recipe.seed) == (5, 5, 0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_value_may_hold_an_equals_sign() -> None:
 )
 def test_clients_per_round_follow_the_fraction_or_the_count(federation: str, clients: int, sampled: int) -> None:
     recipe = parse_recipe(TEXT, "a", [f"federation={federation}"])
-    assert (recipe.clients, recipe.clients_per_round) == (clients, sampled)
+    assert (recipe.num_clients, recipe.cohort_size) == (clients, sampled)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_quorum_of_all_sampled_clients_holds() -> None:
 
 def test_clients_are_numbered_through_the_device_classes() -> None:
     recipe = parse_recipe(TEXT, "a")
-    assert [recipe.device_of(client).name for client in range(5)] == ["phone"] * 3 + ["laptop"] * 2
+    assert [recipe.get_device_class(client).name for client in range(5)] == ["phone"] * 3 + ["laptop"] * 2
     with pytest.raises(IndexError):
-        recipe.device_of(5)
+        recipe.get_device_class(5)
 
 
 def test_a_recipe_is_a_value() -> None:

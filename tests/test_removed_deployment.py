@@ -31,12 +31,14 @@ def test_a_device_that_is_removed_and_enrolled_again_costs_no_round_and_no_bit(s
         run = submit(server, recipe)
         at_round(server, run, 1)
         with server.operator() as connection:
-            connection.ask("DELETE", "devices/device-1")
+            connection.request_json("DELETE", "devices/device-1")
         devices[1].process.terminate()
         devices[1].process.wait()
         waiting = _waiting(server, run)
         shutil.rmtree(devices[1].home / "device")
-        enrol_device(DeviceHome(devices[1].home / "device"), None, EnrolmentToken.read(server.token("device-1")), None)
+        enrol_device(
+            DeviceHome(devices[1].home / "device"), None, EnrolmentToken.parse_token(server.token("device-1")), None
+        )
         devices[1].again()
         found = ended(server, run)
     assert "device-1 was removed, and too few devices are left for federation.quorum 2; enrol again" in waiting
@@ -51,14 +53,14 @@ def _waiting(server: Server, run: str) -> str:
     end = time.monotonic() + 90
     while True:
         with server.operator() as connection:
-            found = connection.ask("GET", f"runs/{run}")
+            found = connection.request_json("GET", f"runs/{run}")
         if found["reason"].startswith("waits:"):
             break
         assert time.monotonic() < end, found
         time.sleep(0.1)
     time.sleep(3.0)
     with server.operator() as connection:
-        later = connection.ask("GET", f"runs/{run}")
+        later = connection.request_json("GET", f"runs/{run}")
     assert (later["status"], later["rounds_completed"]) == ("running", found["rounds_completed"])
     reason: str = later["reason"]
     return reason

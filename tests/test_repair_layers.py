@@ -51,7 +51,7 @@ def goal(net: nn.Module, ends: Sequence[tuple[float, State]], layers: Sequence[s
     return {
         layer: ChannelMoments(
             sum((w * of[layer].mean for w, of in found), torch.zeros(())),
-            sum((w * of[layer].deviation for w, of in found), torch.zeros(())),
+            sum((w * of[layer].std for w, of in found), torch.zeros(())),
         )
         for layer in layers
     }
@@ -61,15 +61,15 @@ def goal(net: nn.Module, ends: Sequence[tuple[float, State]], layers: Sequence[s
 @pytest.mark.parametrize("step", STEPS)
 def test_after_the_fold_every_channel_has_what_the_step_promises(step: str, name: str) -> None:
     net, merged, ends = two_ends(NETS[name])
-    mended = merged | STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    mended = merged | STEPS[step].renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     found, wanted = moments(net, mended, SITES[name]), goal(net, ends, SITES[name])
     before = moments(net, merged, SITES[name])
     for layer in SITES[name]:
-        alive = found[layer].deviation > 1e-6
-        if STEPS[step].scales:
-            torch.testing.assert_close(found[layer].deviation[alive], wanted[layer].deviation[alive], rtol=1e-4, atol=0)
-            assert float((before[layer].deviation / wanted[layer].deviation - 1)[alive].abs().max()) > 0.05
-        if STEPS[step].shifts:
+        alive = found[layer].std > 1e-6
+        if STEPS[step].matches_std:
+            torch.testing.assert_close(found[layer].std[alive], wanted[layer].std[alive], rtol=1e-4, atol=0)
+            assert float((before[layer].std / wanted[layer].std - 1)[alive].abs().max()) > 0.05
+        if STEPS[step].matches_mean:
             torch.testing.assert_close(found[layer].mean, wanted[layer].mean, rtol=0, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_one_end_alone_and_like_ends_change_nothing(step: str, name: str) -> Non
     net, _, ends = two_ends(NETS[name])
     one, other = ends[0][1], ends[1][1]
     for weighted in ([(1.0, one), (0.0, other)], [(0.4, one), (0.6, one)]):
-        changed = STEPS[step].renormalise(one, weighted, MergeContext(model=net, batches=batches(net)))
+        changed = STEPS[step].renormalise(one, weighted, MergeContext(model=net, calibration_batches=batches(net)))
         assert changed
         for key, tensor in changed.items():
             torch.testing.assert_close(tensor, one[key], rtol=1e-5, atol=1e-5)
@@ -109,9 +109,9 @@ def wrapped(
         z = nn.Sequential(*layers[: at + 1])(inputs)
         over = [axis for axis in range(z.dim()) if axis != 1]
         mean, deviation = z.mean(over), z.var(over, unbiased=False).sqrt()
-        gain = wanted.deviation / deviation if step.scales else torch.ones_like(mean)
+        gain = wanted.std / deviation if step.matches_std else torch.ones_like(mean)
         gain[deviation < 1e-8] = 1.0
-        layers[at] = Wrapped(layers[at], gain, wanted.mean - gain * mean if step.shifts else 0 * gain)
+        layers[at] = Wrapped(layers[at], gain, wanted.mean - gain * mean if step.matches_mean else 0 * gain)
     return nn.Sequential(*layers)
 
 
@@ -120,7 +120,7 @@ def wrapped(
 def test_the_folded_net_is_the_wrapped_net(step: str, name: str) -> None:
     net, merged, ends = two_ends(NETS[name])
     goals = goal(net, ends, SITES[name])
-    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     inputs = torch.cat([batch["input"] for batch in batches(net)]).double()
     folded, plain = copy.deepcopy(net).double(), copy.deepcopy(net)
     folded.load_state_dict(merged | changed)
@@ -138,21 +138,20 @@ def test_mended_all_at_once_deep_layers_are_corrected_twice() -> None:
     wanted, before = goal(net, ends, layers), moments(net, merged, layers)
     at_once = dict(merged)
     for layer in layers:
-        gain = (wanted[layer].deviation / before[layer].deviation).float()
+        gain = (wanted[layer].std / before[layer].std).float()
         shift = wanted[layer].mean.float() - gain * before[layer].mean.float()
         at_once[f"{layer}.weight"] = gain[:, None] * merged[f"{layer}.weight"]
         at_once[f"{layer}.bias"] = gain * merged[f"{layer}.bias"] + shift
-    in_turn = merged | Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    in_turn = merged | Repair().renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     off = [
-        float((moments(net, state, layers)["6"].deviation / wanted["6"].deviation - 1).abs().mean())
-        for state in (at_once, in_turn)
+        float((moments(net, state, layers)["6"].std / wanted["6"].std - 1).abs().mean()) for state in (at_once, in_turn)
     ]
     assert off[1] < 1e-4 < 0.3 < off[0]
 
 
 def test_rescaling_one_layer_multiplies_its_output_bias_and_all() -> None:
     net, merged, ends = two_ends(lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 5)))
-    changed = Rescale().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    changed = Rescale().renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     x = batch_for(net)["input"]
     before, after = ((x @ of["0.weight"].T + of["0.bias"]).detach() for of in (merged, changed))
     gain = after / before
@@ -164,10 +163,10 @@ def test_rescaling_one_layer_multiplies_its_output_bias_and_all() -> None:
 def test_a_channel_that_does_not_vary_keeps_its_gain(step: str) -> None:
     net, merged, ends = two_ends(mlp)
     merged["0.weight"][3] = 0.0
-    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    changed = STEPS[step].renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     assert all(bool(tensor.isfinite().all()) for tensor in changed.values())
     assert bool((changed["0.weight"][3] == 0).all())
-    wanted = goal(net, ends, ["0"])["0"].mean[3] if STEPS[step].shifts else merged["0.bias"][3]
+    wanted = goal(net, ends, ["0"])["0"].mean[3] if STEPS[step].matches_mean else merged["0.bias"][3]
     assert float(changed["0.bias"][3]) == pytest.approx(float(wanted), abs=1e-5)
 
 
@@ -176,10 +175,10 @@ def test_a_faint_channel_is_mended_and_what_rounding_alone_moves_is_not(size: fl
     net, merged, ends = two_ends(mlp)
     merged["0.weight"][3] *= size
     merged["0.bias"][3] = 0.0
-    before, wanted = moments(net, merged, ["0"])["0"].deviation[3], goal(net, ends, ["0"])["0"].deviation[3]
+    before, wanted = moments(net, merged, ["0"])["0"].std[3], goal(net, ends, ["0"])["0"].std[3]
     assert (float(before) > 1e-8) == alive
-    mended = merged | Rescale().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
-    found = moments(net, mended, ["0"])["0"].deviation[3]
+    mended = merged | Rescale().renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
+    found = moments(net, mended, ["0"])["0"].std[3]
     torch.testing.assert_close(found, wanted if alive else before, rtol=1e-4, atol=0)
 
 
@@ -195,33 +194,33 @@ def test_moments_are_those_of_all_batches_together_even_far_from_zero() -> None:
     values = 1000 + torch.randn(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     found = measure_channel_moments(net, [{"input": part} for part in values.split([3, 40, 7])], {"0"})["0"]
     assert float(found.mean) == pytest.approx(float(values.double().mean()), rel=1e-12)
-    assert float(found.deviation) == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-9)
+    assert float(found.std) == pytest.approx(float(values.double().std(unbiased=False)), rel=1e-9)
 
 
 def test_the_logits_stay_as_merged_and_the_architecture_keeps_its_weights() -> None:
     net, merged, ends = two_ends(mlp)
     own = copy.deepcopy(net.state_dict())
-    changed = Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    changed = Repair().renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     assert changed.keys() == {f"{layer}.{part}" for layer, part in itertools.product("02", ("weight", "bias"))}
     assert all(torch.equal(tensor, own[key]) for key, tensor in net.state_dict().items())
 
 
 def test_batch_norms_take_the_change_of_what_they_normalise() -> None:
     net, merged, ends = two_ends(NETS["batch norm"])
-    changed = Repair().renormalise(merged, ends, MergeContext(model=net, batches=batches(net)))
+    changed = Repair().renormalise(merged, ends, MergeContext(model=net, calibration_batches=batches(net)))
     assert {key.split(".")[0] for key in changed} == {"1", "5", "8"}
 
 
 def test_layers_without_a_bias_are_rescaled_but_not_shifted() -> None:
     net, merged, ends = two_ends(lambda: mlp(12, 16, 16, 5, bias=False))
-    evidence = MergeContext(model=net, batches=batches(net))
+    evidence = MergeContext(model=net, calibration_batches=batches(net))
     for step in (Repair(), Reshift()):
         with pytest.raises(ModelError, match="'0' has no bias to shift; take rescale"):
             step.renormalise(merged, ends, evidence)
     mended = merged | Rescale().renormalise(merged, ends, evidence)
     found, wanted = moments(net, mended, ["0", "2"]), goal(net, ends, ["0", "2"])
     for layer in ("0", "2"):
-        torch.testing.assert_close(found[layer].deviation, wanted[layer].deviation, rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[layer].std, wanted[layer].std, rtol=1e-4, atol=0)
 
 
 def test_what_cannot_be_mended_is_refused_in_one_sentence() -> None:
@@ -229,7 +228,9 @@ def test_what_cannot_be_mended_is_refused_in_one_sentence() -> None:
     with pytest.raises(ModelError, match="repair: it needs the model and calibration data"):
         Repair().renormalise(merged, ends, MergeContext(model=net))
     with pytest.raises(ModelError, match="the model has no 'other'"):
-        Repair().renormalise({**merged, "other": torch.ones(1)}, ends, MergeContext(model=net, batches=batches(net)))
+        Repair().renormalise(
+            {**merged, "other": torch.ones(1)}, ends, MergeContext(model=net, calibration_batches=batches(net))
+        )
     single, one, pair = two_ends(lambda: nn.Sequential(nn.Linear(12, 5)))
     with pytest.raises(ModelError, match="no layer to mend before its logits"):
-        Repair().renormalise(one, pair, MergeContext(model=single, batches=batches(single)))
+        Repair().renormalise(one, pair, MergeContext(model=single, calibration_batches=batches(single)))

@@ -24,7 +24,7 @@ def test_reset_collects_the_cumulative_average_layer_by_layer() -> None:
     net = drawn(convolutional("batch"))
     state, inputs = state_of(net), batch_for(net, 48)["input"]
     found = Reset().renormalise(
-        state, [], MergeContext(model=net, batches=[{"input": part} for part in inputs.split(16)])
+        state, [], MergeContext(model=net, calibration_batches=[{"input": part} for part in inputs.split(16)])
     )
     assert found.keys() == {"1.running_mean", "1.running_var", "5.running_mean", "5.running_var"}
     conv = nn.Sequential(*list(net)[:1])  # type: ignore[call-overload]
@@ -39,7 +39,7 @@ def test_reset_collects_the_cumulative_average_layer_by_layer() -> None:
 def test_reset_leaves_the_architecture_as_it_was() -> None:
     net = drawn(convolutional("batch"))
     own, momenta = state_of(net), [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    Reset().renormalise(own, [], MergeContext(model=net, batches=[batch_for(net, 8)]))
+    Reset().renormalise(own, [], MergeContext(model=net, calibration_batches=[batch_for(net, 8)]))
     assert all(torch.equal(tensor, own[name]) for name, tensor in net.state_dict().items())
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
     assert not any(module.training for module in net.modules())
@@ -65,7 +65,9 @@ def test_reset_of_an_unmerged_net_reproduces_its_accuracy() -> None:
 
     before = accuracy()
     state = state_of(net)
-    changed = Reset().renormalise(state, [], MergeContext(model=net, batches=[{"input": p} for p in inputs.split(100)]))
+    changed = Reset().renormalise(
+        state, [], MergeContext(model=net, calibration_batches=[{"input": p} for p in inputs.split(100)])
+    )
     net.load_state_dict(state | changed)
     assert before > 0.6
     assert accuracy() == pytest.approx(before, abs=0.003)
@@ -75,7 +77,9 @@ def test_reset_of_an_unmerged_net_reproduces_its_accuracy() -> None:
 
 def test_reset_is_for_nets_with_running_statistics() -> None:
     with pytest.raises(ModelError, match="reset: Sequential has no batch norm with running statistics"):
-        Reset().renormalise({}, [], MergeContext(model=convolutional("layer"), batches=[{"input": pictures()}]))
+        Reset().renormalise(
+            {}, [], MergeContext(model=convolutional("layer"), calibration_batches=[{"input": pictures()}])
+        )
 
 
 def test_biases_fade_with_the_power_of_their_depth() -> None:

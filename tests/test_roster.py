@@ -42,13 +42,13 @@ class Listening(RoundScheduler):
     def admit(self, clients: Sequence[int], moved: Collection[int]) -> None:
         self.heard.append((list(clients), set(moved)))
 
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         return 0
 
-    def replies(self, send: Any, usable: Any) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: Any, usable: Any) -> Iterator[tuple[int, Message]]:
         return iter(())
 
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         return {}
 
 
@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_those_that_are_left_and_knows_who_moved(store: Store
     crew = made.refreshed(crew, asking)
     assert made.removed() == []
     assert asking.heard == [([0, 2, 3], set()), ([0, 1, 2, 3], {1})]
-    assert list(crew.nodes) == [10, 77, 12, 13]
+    assert list(crew.node_ids) == [10, 77, 12, 13]
     assert store.run("run").reason == "", "nothing had to be waited for"
 
 
@@ -119,7 +119,7 @@ def test_a_run_whose_quorum_is_gone_waits_says_what_to_do_and_goes_on(
         "waits: dev-1, dev-3 were removed, and too few devices are left for federation.quorum 3; enrol again under the "
         "same name (fedtune server token dev-1), or stop the run and submit it with a lower quorum"
     }
-    assert store.unfinished("devices")[0].reason == ""
+    assert store.list_unfinished_runs("devices")[0].reason == ""
 
 
 def test_a_run_whose_devices_are_away_waits_and_spends_no_round(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_run_whose_devices_are_away_waits_and_spends_no_round(store: Store, mo
     grid = Nodes(10)
 
     def sleep(_: float) -> None:
-        said.append(store.unfinished("devices")[0].reason)
+        said.append(store.list_unfinished_runs("devices")[0].reason)
         grid.nodes = (10, 12) if len(said) < 3 else (10, 12, 13)
 
     monkeypatch.setattr(time, "sleep", sleep)
@@ -138,13 +138,13 @@ def test_a_run_whose_devices_are_away_waits_and_spends_no_round(store: Store, mo
         "waits for devices: dev-1, dev-3 are away, and federation.quorum is 3",
         "waits for devices: dev-1, dev-3 are away, and federation.quorum is 3",
     ]
-    assert store.unfinished("devices")[0].reason == ""
+    assert store.list_unfinished_runs("devices")[0].reason == ""
 
 
 def test_a_removed_device_is_not_waited_for_when_a_run_is_taken_up_again(store: Store) -> None:
     seats = store.access.seats("run")
     crew = wait_for_clients(cast("Grid", Nodes(10, 11, 13)), trivial("federation.quorum=2"), seats, 60.0, lambda: [2])
-    assert list(crew.nodes) == [10, 11, 12, 13], "clients keep their numbers"
+    assert list(crew.node_ids) == [10, 11, 12, 13], "clients keep their numbers"
 
 
 def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
@@ -155,14 +155,14 @@ def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
 def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
     recipe = trivial("devices=[{name: toy, count: 10}]", "federation.fraction=0.5", "federation.quorum=3")
     asking = SynchronousScheduler(cast("Grid", Nodes()), recipe, range(10), 0.0, dict)
-    assert asking.begin(1) == 5
+    assert asking.begin_round(1) == 5
     asking.admit([0, 1, 2, 3, 4, 5], set())
     for number in range(2, 12):
-        assert asking.begin(number) == 5
-        assert set(asking.silent(())) <= {0, 1, 2, 3, 4, 5}
+        assert asking.begin_round(number) == 5
+        assert set(asking.list_missing_clients(())) <= {0, 1, 2, 3, 4, 5}
     asking.admit([0, 7, 9], set())
-    assert asking.begin(12) == 3
-    assert set(asking.silent(())) == {0, 7, 9}
+    assert asking.begin_round(12) == 3
+    assert set(asking.list_missing_clients(())) == {0, 7, 9}
 
 
 LATE = "federation.late={buffer: 2, oldest: 5}"
@@ -183,16 +183,16 @@ def test_work_of_a_removed_device_is_not_waited_for_and_its_successor_is_asked_a
         asked.append(sorted(clients))
         return cast("Mapping[int, Message]", {client: nodes[client] for client in clients})
 
-    asking.begin(1)
-    assert list(asking.replies(send, lambda: 0)) == []
+    asking.begin_round(1)
+    assert list(asking.stream_replies(send, lambda: 0)) == []
     asking.admit([0, 2, 3], set())
-    asking.begin(2)
-    assert list(asking.silent(())) == [1], "its answer will never come"
-    list(asking.replies(send, lambda: 0))
+    asking.begin_round(2)
+    assert list(asking.list_missing_clients(())) == [1], "its answer will never come"
+    list(asking.stream_replies(send, lambda: 0))
     nodes[1] = 99
     grid.nodes = (10, 12, 13, 99)
     asking.admit([0, 1, 2, 3], {1})
-    asking.begin(3)
-    assert list(asking.silent(())) == []
-    list(asking.replies(send, lambda: 0))
+    asking.begin_round(3)
+    assert list(asking.list_missing_clients(())) == []
+    list(asking.stream_replies(send, lambda: 0))
     assert asked == [[0, 1, 2, 3], [1]]

@@ -206,10 +206,10 @@ def test_only_sampled_clients_are_asked(home: Path) -> None:
 class Backwards(SequentialWorkers):
     """All clients answer at once, the last one first."""
 
-    def finished(self) -> list[tuple[str, ClientResult]]:
+    def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Every answer, in reverse."""
         answers: list[tuple[str, ClientResult]] = []
-        while found := super().finished():
+        while found := super().collect_results():
             answers += found
         return answers[::-1]
 
@@ -282,8 +282,8 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     record, sent = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99)
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
-    assert torch.equal(sent.rows("weight", 1, 4), deltas["weight"][1:4])
-    assert torch.equal(sent.rows("bias", 0, 1), deltas["bias"])
+    assert torch.equal(sent.read_rows("weight", 1, 4), deltas["weight"][1:4])
+    assert torch.equal(sent.read_rows("bias", 0, 1), deltas["bias"])
     norm = float(torch.cat([deltas["weight"].flatten(), deltas["bias"][None]]).double().norm())
     assert record.norm == pytest.approx(norm)
     assert replace(record, norm=0.0).__dict__ == {
@@ -297,7 +297,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "staleness": None,
         **{name: value for name, value in REPORT.items() if not name.startswith(("own", "micro"))},
     }
-    assert sent.own == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
+    assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
     reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
     record, _ = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path)

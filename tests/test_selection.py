@@ -138,10 +138,10 @@ def test_a_stopped_run_asks_the_same_clients_when_it_is_resumed(home: Path) -> N
     with Store.open() as store, silent():
         run = begin(store, recipe, "stopped")
         with pytest.raises(KeyboardInterrupt):
-            run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, run)
+            run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, run)
         assert len(store.rounds(run)) == 4
         store.reopen(run)
-        run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(app)), store, run)
+        run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(app)), store, run)
     assert clients(outcome("stopped")) == clients(whole)
     assert outcome("stopped").hashes == whole.hashes
 
@@ -170,14 +170,14 @@ def store(home: Path) -> Iterator[Store]:
         for node in range(1, 7):
             tags = ("lab", "mains") if node % 2 else ("lab",)
             opened.access.add_device(name=f"dev-{node}", node=str(node), public_key=f"pem {node}", tags=tags)
-            opened.access.profile_device(f"dev-{node}", json.dumps({"memory": node * 10**8}))
+            opened.access.save_device_profile(f"dev-{node}", json.dumps({"memory": node * 10**8}))
         yield opened
 
 
 def managed(store: Store, home: Path) -> RunManager:
     presence = Presence(Online().online)
     for device in store.access.devices():
-        presence.heard(device.name)
+        presence.record_contact(device.name)
     return RunManager(store, cast("Any", Online()), presence, home, deadline=77.0)
 
 
@@ -196,7 +196,7 @@ def selecting(*overrides: str) -> Recipe:
 )
 def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: str, seated: list[str]) -> None:
     work = managed(store, home)
-    run = work.submit(selecting(select))
+    run = work.submit_run(selecting(select))
     work.tick()
     assert [seat.device for seat in store.access.seats(run)] == seated
 
@@ -204,9 +204,9 @@ def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: st
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:
     work = managed(store, home)
     with pytest.raises(RecipeError, match="1 of 6 enrolled devices qualify, but devices counts 2; tag or enrol more"):
-        work.submit(selecting("federation.select.devices=[dev-6]"))
+        work.submit_run(selecting("federation.select.devices=[dev-6]"))
     assert store.runs() == []
-    store.access.tag_device("dev-2", ["mains"], ["lab"])
+    store.access.change_device_tags("dev-2", ["mains"], ["lab"])
     devices = {one.name: one.tags for one in store.access.devices()}
     assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
     check_enough_enrolled_devices(

@@ -58,7 +58,7 @@ def selective(family: str, joined: str, terms: int = TERMS) -> PreTrainedModel:
 @pytest.mark.parametrize("joined", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_bit_equal_with_dropout_on_and_fewer_bytes_are_kept(family: str, joined: str) -> None:
-    batch = FAMILIES[family].batch(rows=4, length=32)
+    batch = FAMILIES[family].make_batch(rows=4, length=32)
     wanted, plain_bytes = gradients(prepared(family, joined), batch)
     found, kept = gradients(selective(family, joined), batch)
     _, least = gradients(prepared(family, joined, "checkpointing"), batch)
@@ -70,7 +70,7 @@ def test_gradients_are_bit_equal_with_dropout_on_and_fewer_bytes_are_kept(family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_product_of_a_linear_layer_runs_twice(family: str) -> None:
-    batch = FAMILIES[family].batch()
+    batch = FAMILIES[family].make_batch()
     plain, found = (calls(model, batch) for model in (prepared(family, "full"), selective(family, "full")))
     again = calls(prepared(family, "full", "checkpointing"), batch)
     for product in ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
@@ -89,7 +89,7 @@ def test_no_product_of_a_linear_layer_runs_twice(family: str) -> None:
     ],
 )
 def test_what_lies_between_products_runs_twice(family: str, cheap: list[str]) -> None:
-    batch = FAMILIES[family].batch()
+    batch = FAMILIES[family].make_batch()
     plain, found = (calls(model, batch) for model in (prepared(family, "full"), selective(family, "full")))
     assert all(found[name] > plain[name] > 0 for name in cheap)
 
@@ -131,7 +131,11 @@ def test_four_bit_products_are_kept_and_no_weight_is(tmp_path: Path) -> None:
     steps, kept = [], []
     for joined, settings in (("qlora", {}), ("selective-recompute+qlora", {"terms": 63}), ("checkpointing+qlora", {})):
         model = models.load_model(
-            ModelSettings(source=f"path:{tmp_path}"), LANGUAGE, (), seed=0, quantisation=qlora.quantisation()
+            ModelSettings(source=f"path:{tmp_path}"),
+            LANGUAGE,
+            (),
+            seed=0,
+            quantisation=qlora.make_quantisation_config(),
         )
         assert isinstance(model, PreTrainedModel)
         shake(model, shared(joined, model, LANGUAGE, **settings))
@@ -151,7 +155,7 @@ def test_four_bit_products_are_kept_and_no_weight_is(tmp_path: Path) -> None:
 def test_a_pickled_model_takes_the_same_step() -> None:
     model = selective("bert", "lora")
     other = pickle.loads(pickle.dumps(model))
-    batch = FAMILIES["bert"].batch()
+    batch = FAMILIES["bert"].make_batch()
     wanted, kept = gradients(model, batch)
     found, kept_too = gradients(other, batch)
     assert kept == kept_too
@@ -159,7 +163,7 @@ def test_a_pickled_model_takes_the_same_step() -> None:
 
 
 def test_scoring_is_left_alone() -> None:
-    batch = FAMILIES["gpt2"].batch()
+    batch = FAMILIES["gpt2"].make_batch()
     assert torch.equal(logits(selective("gpt2", "full"), batch), logits(prepared("gpt2", "full"), batch))
 
 

@@ -57,7 +57,7 @@ def error(answer: httpx.Response) -> str:
 
 def test_the_authority_that_a_token_names_is_the_one_the_server_shows(server: Server) -> None:
     shown = server.knock("GET", "/fedtune/ca").text
-    assert shown == server.place.ca.read_text()
+    assert shown == server.place.ca_file.read_text()
     assert len(authority.compute_certificate_fingerprint(shown)) == 64
 
 
@@ -66,7 +66,7 @@ def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, e
         node = fleet.ActivateNode(ActivateNodeRequest(public_key=enrolled.pem, heartbeat_interval=30)).node_id
         assert list(fleet.PullMessages(PullMessagesRequest(node=Node(node_id=node))).messages_list) == []
     with server.operator() as connection:
-        [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "one"]
+        [device] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == "one"]
     assert device["online"]
 
 
@@ -74,7 +74,7 @@ def test_a_profile_is_kept_when_it_is_signed_and_refused_when_not(server: Server
     profile = {"memory": 512_000_000, "cores": 4, "examples": 12, "labels": {"good": 7, "bad": 5}}
     assert enrolled.signed("/fedtune/device/profile", json=profile).status_code == 200
     with server.operator() as connection:
-        [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "one"]
+        [device] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == "one"]
     assert device["profile"] == profile
     assert server.knock("POST", "/fedtune/device/profile", json=profile).status_code == 401
 
@@ -82,19 +82,21 @@ def test_a_profile_is_kept_when_it_is_signed_and_refused_when_not(server: Server
 def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> None:
     knocker = Knocker(server)
     with server.operator() as connection:
-        token = connection.ask("POST", "tokens", {"name": "tagged", "tags": ["roof", "mains", "roof"]})["token"]
+        token = connection.request_json("POST", "tokens", {"name": "tagged", "tags": ["roof", "mains", "roof"]})[
+            "token"
+        ]
         assert knocker.enroll(token).status_code == 200
         assert tags_of(connection) == ["mains", "roof"]
         assert knocker.signed("/fedtune/device/profile", json={"memory": 1, "tags": ["lab"]}).status_code == 200
         assert knocker.signed("/fedtune/devices/tagged/tags", json={"add": ["lab"]}).status_code == 401
         assert tags_of(connection) == ["mains", "roof"]
-        told = connection.ask("POST", "devices/tagged/tags", {"add": ["lab"], "remove": ["roof", "never"]})
+        told = connection.request_json("POST", "devices/tagged/tags", {"add": ["lab"], "remove": ["roof", "never"]})
         assert told == {"device": "tagged", "tags": ["lab", "mains"]}
         for bad in ("two words", "", "x" * 33, ["a"]):
             with pytest.raises(ServerError, match="are no tags; use small letters"):
-                connection.ask("POST", "devices/tagged/tags", {"add": [bad]})
+                connection.request_json("POST", "devices/tagged/tags", {"add": [bad]})
         with pytest.raises(ServerError, match="there is no device 'nobody'; see them with fedtune server devices"):
-            connection.ask("POST", "devices/nobody/tags", {"add": ["lab"]})
+            connection.request_json("POST", "devices/nobody/tags", {"add": ["lab"]})
         assert tags_of(connection) == ["lab", "mains"]
         changed = CliRunner().invoke(devices, ["--tag", "tagged", "attic", "--untag", "tagged", "lab"])
         assert tags_of(connection) == ["attic", "mains"]
@@ -104,7 +106,7 @@ def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> No
 
 
 def tags_of(connection: OperatorClient) -> list[str]:
-    [device] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "tagged"]
+    [device] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == "tagged"]
     return list(device["tags"])
 
 
@@ -192,16 +194,16 @@ def test_a_removed_device_is_shut_out(server: Server) -> None:
     knocker = Knocker(server)
     assert knocker.enroll(server.token("gone")).status_code == 200
     with server.operator() as connection:
-        assert connection.ask("DELETE", "devices/gone") == {"device": "gone"}
+        assert connection.request_json("DELETE", "devices/gone") == {"device": "gone"}
         with pytest.raises(ServerError, match="no device 'gone'"):
-            connection.ask("DELETE", "devices/gone")
+            connection.request_json("DELETE", "devices/gone")
     with knocker.fleet() as fleet, pytest.raises(httpx.HTTPStatusError, match="401"):
         fleet.ActivateNode(ActivateNodeRequest(public_key=knocker.pem, heartbeat_interval=30))
 
 
 def test_a_recipe_that_does_not_hold_is_refused_in_a_sentence(server: Server) -> None:
     with server.operator() as connection, pytest.raises(ServerError, match=r"the recipe: .*'name' is missing"):
-        connection.ask("POST", "runs", {"recipe": {"task": "image-classification"}})
+        connection.request_json("POST", "runs", {"recipe": {"task": "image-classification"}})
 
 
 def below(server: Server) -> list[psutil.Process]:
@@ -242,7 +244,7 @@ except OSError as error:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_machine_cannot_reach_the_superlink(server: Server) -> None:
-    socket_path = server.place.flower / "superlink.sock"
+    socket_path = server.place.flower_home / "superlink.sock"
     assert socket_path.stat().st_mode & 0o777 == 0o600
     assert socket_path.parent.stat().st_mode & 0o777 == 0o700
     for folder in [*server.place.folder.parents][:-1]:  # whatever lies above it may be open to everybody
@@ -250,13 +252,13 @@ def test_another_user_of_the_machine_cannot_reach_the_superlink(server: Server) 
     knocked = subprocess.run([sys.executable, "-I", "-c", _KNOCK, str(socket_path)], capture_output=True, text=True)
     assert knocked.stdout.strip() == "Permission denied", knocked
     control = ControlClient(socket_path)
-    assert isinstance(control.online(), set)  # the server's own user can
+    assert isinstance(control.list_online_nodes(), set)  # the server's own user can
     control.close()
 
 
 def test_secrets_are_in_files_of_the_owner_only_and_in_no_log_or_argument(server: Server) -> None:
-    key = json.loads(server.place.operator.read_text())["key"]
-    for path in (server.place.ca_key, server.place.key, server.place.operator):
+    key = json.loads(server.place.operator_file.read_text())["key"]
+    for path in (server.place.ca_key_file, server.place.key_file, server.place.operator_file):
         assert path.stat().st_mode & 0o777 == 0o600
     logs = [path.read_text(errors="replace") for path in server.place.folder.rglob("*.log")] + [server.log.read_text()]
     assert not any(key in text for text in [*logs, *map(arguments, below(server))])

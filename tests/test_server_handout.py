@@ -15,43 +15,43 @@ def told(number: str) -> bytes:
 
 def test_a_message_comes_again_until_it_is_held() -> None:
     handout = RedeliveryBuffer()
-    assert handout.again("one", "") is None
-    handout.handed("one", told("a"))
-    assert handout.again("one", "") == told("a")
-    assert handout.again("one", "the one before") == told("a")
-    assert handout.again("one", "a") is None
-    assert handout.again("two", "") is None
+    assert handout.get_unconfirmed_message("one", "") is None
+    handout.remember_message("one", told("a"))
+    assert handout.get_unconfirmed_message("one", "") == told("a")
+    assert handout.get_unconfirmed_message("one", "the one before") == told("a")
+    assert handout.get_unconfirmed_message("one", "a") is None
+    assert handout.get_unconfirmed_message("two", "") is None
 
 
 def test_a_node_that_tells_nothing_of_what_it_holds_gets_nothing_twice() -> None:
     handout = RedeliveryBuffer()
-    handout.handed("one", told("a"))
-    assert handout.again("one", None) is None
+    handout.remember_message("one", told("a"))
+    assert handout.get_unconfirmed_message("one", None) is None
 
 
 def test_an_empty_answer_takes_nothing_back_and_a_later_message_does() -> None:
     handout = RedeliveryBuffer()
-    handout.handed("one", told("a"))
-    handout.handed("one", PullMessagesResponse().SerializeToString())
-    assert handout.again("one", "") == told("a")
-    handout.handed("one", told("b"))
-    assert handout.again("one", "a") == told("b")
+    handout.remember_message("one", told("a"))
+    handout.remember_message("one", PullMessagesResponse().SerializeToString())
+    assert handout.get_unconfirmed_message("one", "") == told("a")
+    handout.remember_message("one", told("b"))
+    assert handout.get_unconfirmed_message("one", "a") == told("b")
 
 
 def test_an_answered_message_does_not_come_again_and_an_older_answer_settles_nothing() -> None:
     handout = RedeliveryBuffer()
-    handout.handed("one", told("b"))
-    handout.answered("one", "a")
-    handout.answered("two", "b")
-    assert handout.again("one", "a") == told("b")
-    handout.answered("one", "b")
-    assert handout.again("one", "") is None
+    handout.remember_message("one", told("b"))
+    handout.remove_message("one", "a")
+    handout.remove_message("two", "b")
+    assert handout.get_unconfirmed_message("one", "a") == told("b")
+    handout.remove_message("one", "b")
+    assert handout.get_unconfirmed_message("one", "") is None
 
 
 def test_an_answer_to_nothing_that_was_handed_out_settles_nothing() -> None:
     handout = RedeliveryBuffer()
     for held in ("", None, "a"):
-        handout.answered("one", held)
-    handout.handed("one", told("b"))
-    handout.answered("one", "")
-    assert handout.again("one", "") == told("b")
+        handout.remove_message("one", held)
+    handout.remember_message("one", told("b"))
+    handout.remove_message("one", "")
+    assert handout.get_unconfirmed_message("one", "") == told("b")

@@ -47,10 +47,10 @@ def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
     result = CliRunner().invoke(cli, ["server", "init", "--name", "lab.example", "--listen", "0.0.0.0:8443"])
     assert result.exit_code == 0, result.output
     place = open_server_home()
-    assert place.settings.url() == "https://lab.example:8443"
-    for path in (place.ca_key, place.key, place.operator):
+    assert place.settings.get_public_url() == "https://lab.example:8443"
+    for path in (place.ca_key_file, place.key_file, place.operator_file):
         assert path.stat().st_mode & 0o777 == 0o600
-    told = json.loads(place.operator.read_text())
+    told = json.loads(place.operator_file.read_text())
     assert told["url"] == "https://lab.example:8443"
     with Store.open() as store:
         assert [(one.name, one.sha256, one.role) for one in store.access.operators()] == [
@@ -60,36 +60,36 @@ def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
 
 def test_a_second_init_changes_nothing_and_says_so(home: Path) -> None:
     place = create_server_home(["localhost"], "127.0.0.1:8443")
-    before = place.ca.read_bytes()
+    before = place.ca_file.read_bytes()
     with pytest.raises(ServerError, match="is a server's home already"):
         create_server_home(["localhost"], "127.0.0.1:8443")
-    assert place.ca.read_bytes() == before
+    assert place.ca_file.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["lab.example", "10.1.2.3", "localhost", "127.0.0.1"])
 def test_the_certificate_is_good_for_the_names_given_and_this_machine(home: Path, name: str) -> None:
     place = create_server_home(["lab.example", "10.1.2.3"], "127.0.0.1:8443")
-    handshake(place.ca.read_bytes(), place.certificate, place.key, name)
+    handshake(place.ca_file.read_bytes(), place.certificate_file, place.key_file, name)
 
 
 def test_the_certificate_is_refused_for_another_name_and_by_who_trusts_another_authority(home: Path) -> None:
     place = create_server_home(["lab.example"], "127.0.0.1:8443")
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
-        handshake(place.ca.read_bytes(), place.certificate, place.key, "other.example")
+        handshake(place.ca_file.read_bytes(), place.certificate_file, place.key_file, "other.example")
     stranger = authority.make_ca_certificate(authority.generate_private_key())
     with pytest.raises(ssl.SSLCertVerificationError):
-        handshake(stranger, place.certificate, place.key, "lab.example")
+        handshake(stranger, place.certificate_file, place.key_file, "lab.example")
 
 
 def test_a_new_name_in_the_settings_renews_the_certificate_but_nothing_else_does(home: Path) -> None:
     place = create_server_home(["lab.example"], "127.0.0.1:8443")
-    before = place.certificate.read_bytes()
-    place.renew()
-    assert place.certificate.read_bytes() == before
+    before = place.certificate_file.read_bytes()
+    place.renew_certificate()
+    assert place.certificate_file.read_bytes() == before
     path = place.folder / "server.yaml"
     path.write_text(path.read_text().replace('["lab.example"]', '["lab.example", "new.example"]'))
-    open_server_home().renew()
-    handshake(place.ca.read_bytes(), place.certificate, place.key, "new.example")
+    open_server_home().renew_certificate()
+    handshake(place.ca_file.read_bytes(), place.certificate_file, place.key_file, "new.example")
 
 
 def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home: Path) -> None:
@@ -125,9 +125,9 @@ def access(home: Path) -> Access:
 def test_a_token_that_has_expired_is_refused_and_not_spent(access: Access) -> None:
     access.add_token("a", "dev", hours=-1)
     with pytest.raises(StoreError, match="has expired"):
-        access.spend_token("a")
+        access.use_enrolment_token("a")
     with pytest.raises(StoreError, match="is not known here"):
-        access.spend_token("b")
+        access.use_enrolment_token("b")
 
 
 def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: Access, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
         store.access.seat("r", seats)
         assert store.access.seats("r") == seats
         assert store.run("r").status == "queued"
-        assert [run.id for run in store.unfinished("devices")] == ["r"]
+        assert [run.id for run in store.list_unfinished_runs("devices")] == ["r"]
         store.delete("r")
         assert store.access.seats("r") == []
         assert [device.name for device in store.access.devices()] == ["dev"]
@@ -161,8 +161,8 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
 def test_one_address_cannot_fill_the_audit(access: Access) -> None:
     audit = AuditLog(access)
     for _ in range(100):
-        audit.refused("10.0.0.1", "knocked")
-    audit.refused("10.0.0.2", "knocked too")
+        audit.record_refusal("10.0.0.1", "knocked")
+    audit.record_refusal("10.0.0.2", "knocked too")
     lines = access.audit.lines(1000)
     assert len([line for line in lines if line.who == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
     assert lines[0].who == "10.0.0.2"
@@ -177,7 +177,7 @@ def test_secrets_are_long_and_never_the_same() -> None:
 def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(home: Path, tmp_path: Path) -> None:
     place = create_server_home(["localhost"], "127.0.0.1:1")
     with Store.open() as store:
-        write_operator_file(place, store.access, "local", place.operator)
+        write_operator_file(place, store.access, "local", place.operator_file)
     result = CliRunner().invoke(cli, ["runs", "watch"])
     assert isinstance(result.exception, ServerError)
     assert "is fedtune server up there?" in str(result.exception)

@@ -50,8 +50,8 @@ def test_a_token_for_a_name_that_no_device_can_have_is_refused(server: Server) -
     with server.operator() as connection:
         for name in ("Kitchen", "a b", "-a", "x" * 65, "é", "a/b", "\x1b[2J"):
             with pytest.raises(ServerError, match="is no name for a device; use at most 64 small letters"):
-                connection.ask("POST", "tokens", {"name": name})
-        assert connection.ask("POST", "tokens", {"name": ""})["token"]
+                connection.request_json("POST", "tokens", {"name": name})
+        assert connection.request_json("POST", "tokens", {"name": ""})["token"]
 
 
 def test_the_log_needs_an_operators_key_and_a_sensible_count(server: Server) -> None:
@@ -60,9 +60,9 @@ def test_the_log_needs_an_operators_key_and_a_sensible_count(server: Server) -> 
     with server.operator() as connection:
         for count in ("0", "-1", "5001", "x", "1e3", "9" * 4000):
             with pytest.raises(ServerError, match="lines must be a whole number from 1 to 5000"):
-                connection.ask("GET", f"logs?lines={count}")
+                connection.request_json("GET", f"logs?lines={count}")
         with pytest.raises(ServerError, match="no run"):
-            connection.ask("GET", "runs/nothing/logs")
+            connection.request_json("GET", "runs/nothing/logs")
 
 
 def test_a_server_at_rest_logs_less_than_a_megabyte_a_day_also_while_a_run_waits(server: Server) -> None:
@@ -72,7 +72,7 @@ def test_a_server_at_rest_logs_less_than_a_megabyte_a_day_also_while_a_run_waits
         before = _logged(server)
         time.sleep(5.0)
         assert (_logged(server) - before) * 86_400 / 5.0 < 1_000_000
-        connection.ask("POST", f"runs/{run}/stop")
+        connection.request_json("POST", f"runs/{run}/stop")
 
 
 def test_a_run_in_such_homes_ends_well_and_both_outlive_their_terminals(server: Server, folder: Path) -> None:
@@ -83,10 +83,10 @@ def test_a_run_in_such_homes_ends_well_and_both_outlive_their_terminals(server: 
         found = ended(server, submit(server, trivial(TWO)))
         assert server.process.poll() is None
         assert [device.process.poll() for device in devices] == [None, None]
-        assert DeviceHome(devices[0].home / "device").joined
+        assert DeviceHome(devices[0].home / "device").is_joined
     assert found["status"] == "completed", found["reason"]
     assert statuses(found) == {"merged"}
-    assert {path.name for path in server.place.flower.iterdir()} >= {"superlink.sqlite"}
+    assert {path.name for path in server.place.flower_home.iterdir()} >= {"superlink.sqlite"}
     assert sorted(path.name for path in folder.iterdir()) == ["device-0", "device-1", "server %(here)s"]
     log = command("server", "logs", found["id"])
     assert "rounds 1 to 2" in log

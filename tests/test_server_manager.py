@@ -55,7 +55,7 @@ def store(home: Path) -> Iterator[Store]:
 def managed(store: Store, superlink: Any, home: Path) -> RunManager:
     presence = Presence(superlink.online, lambda: 0.0)
     for number in range(10):
-        presence.heard(f"dev-{number}")
+        presence.record_contact(f"dev-{number}")
     return RunManager(store, cast("SuperLink", superlink), presence, home, deadline=77.0)
 
 
@@ -66,7 +66,7 @@ def enrol(store: Store, *nodes: int) -> None:
 
 def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(store: Store, home: Path) -> None:
     work = managed(store, Hopeless(), home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3)
     work.tick()
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
@@ -83,8 +83,8 @@ def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(s
 
 def test_every_submitted_run_has_a_deadline(store: Store, home: Path) -> None:
     work = managed(store, Hopeless(), home)
-    assert '"deadline":77.0' in store.run(work.submit(trivial())).recipe
-    assert '"deadline":5.0' in store.run(work.submit(trivial("federation.deadline=5"))).recipe
+    assert '"deadline":77.0' in store.run(work.submit_run(trivial())).recipe
+    assert '"deadline":5.0' in store.run(work.submit_run(trivial("federation.deadline=5"))).recipe
 
 
 def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
@@ -93,7 +93,7 @@ def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
     monkeypatch.setattr(manager, "_LONGEST_REST", 0.0)
     superlink = Hopeless()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     for _ in range(100):
         work.tick()
@@ -110,36 +110,36 @@ def test_a_store_that_cannot_be_written_for_a_while_counts_no_starts(
 
     superlink = Hopeless()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     work.tick()
     with monkeypatch.context() as patched:
-        patched.setattr(store, "explain", full)
+        patched.setattr(store, "set_run_reason", full)
         for _ in range(100):
             with pytest.raises(StoreError):
                 work.tick()
     work.tick()
     assert superlink.started == 1
     assert store.run(run).reason == "it fell over; goes on at round 1"
-    assert work.planned(store.run(run)).status == "running"
+    assert work.get_recorded_run(store.run(run)).status == "running"
 
 
 def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Path) -> None:
     superlink = Hopeless()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     for _ in range(100):
         work.tick()
     assert superlink.started < 4
-    assert work.planned(store.run(run)).status == "running"
+    assert work.get_recorded_run(store.run(run)).status == "running"
     assert store.run(run).reason == "it fell over; goes on at round 1"
 
 
 def test_a_simulation_is_not_the_managers(store: Store, home: Path) -> None:
     store.create_run(id="mine", name="mine", recipe="{}", seed=0, engine="local", rounds_planned=1)
     with pytest.raises(StoreError, match="is a simulation of this machine"):
-        managed(store, Hopeless(), home).stop("mine")
+        managed(store, Hopeless(), home).stop_run("mine")
 
 
 class Connected:
@@ -158,7 +158,7 @@ SEATS = [Assignment(client=client, device=f"dev-{client}", node=str(10 - client)
 def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "_PATIENCE_FOR_ALL", 0.1)
     found = wait_for_clients(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
-    assert (found.nodes, found.names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
+    assert (found.node_ids, found.device_names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
 
 
 def test_too_few_devices_for_a_round_are_told() -> None:
@@ -186,7 +186,7 @@ class Bereft(Hopeless):
 def test_a_superlink_that_cannot_start_runs_is_ended_before_it_is_given_one(store: Store, home: Path) -> None:
     superlink = Bereft()
     work = managed(store, superlink, home)
-    work.submit(trivial())
+    work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     superlink.whole = False
     work.tick()
@@ -199,7 +199,7 @@ def test_a_superlink_that_cannot_start_runs_is_ended_before_it_is_given_one(stor
 def test_a_pending_run_is_not_waited_for_when_nobody_will_start_it(store: Store, home: Path) -> None:
     superlink = Bereft()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     work.tick()
     work.tick()
@@ -231,13 +231,13 @@ def test_a_run_that_is_stopped_and_resumed_between_two_ticks_goes_on_and_may_fai
 ) -> None:
     superlink = Working()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     work.tick()
-    work.stop(run)
-    work.resume(run)
+    work.stop_run(run)
+    work.resume_run(run)
     work.tick()
-    assert store.unfinished("devices")[0].status == "running"
+    assert store.list_unfinished_runs("devices")[0].status == "running"
     assert (superlink.started, superlink.stopped) == (1, 0), "its process goes on"
     superlink.works = False
     for _ in range(3):
@@ -248,11 +248,11 @@ def test_a_run_that_is_stopped_and_resumed_between_two_ticks_goes_on_and_may_fai
 def test_a_run_that_is_stopped_and_resumed_while_its_process_dies_is_started_again(store: Store, home: Path) -> None:
     superlink = Working()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     work.tick()
-    work.stop(run)
-    work.resume(run)
+    work.stop_run(run)
+    work.resume_run(run)
     superlink.works = False
     work.tick()
     superlink.works = True
@@ -266,30 +266,30 @@ def test_a_run_that_is_stopped_and_resumed_while_its_process_dies_is_started_aga
 def test_a_run_that_is_resumed_does_not_wait_for_the_rest_of_its_last_failure(store: Store, home: Path) -> None:
     superlink = Hopeless()
     work = managed(store, superlink, home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     work.tick()
     work.tick()
     assert superlink.started == 1
-    work.stop(run)
-    work.resume(run)
+    work.stop_run(run)
+    work.resume_run(run)
     work.tick()
     assert superlink.started == 2
 
 
 def test_a_run_is_rolled_back_only_once_it_is_stopped(store: Store, home: Path) -> None:
     work = managed(store, Hopeless(), home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     with pytest.raises(StoreError, match="is queued; stop it first: fedtune runs stop"):
         work.rollback(run, 0)
-    work.stop(run)
+    work.stop_run(run)
     with pytest.raises(StoreError, match="has not recorded a checkpoint of round 0"):
         work.rollback(run, 0)
 
 
 def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Path) -> None:
     work = managed(store, Hopeless(), home)
-    run = work.submit(trivial())
+    run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
     store.access.quarantine("dev-8", "3 refused in a row")
     work.tick()

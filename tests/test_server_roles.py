@@ -67,7 +67,7 @@ def test_a_role_allows_what_it_is_for_and_what_lesser_ones_allow(server: Server,
             for method, path in calls:
                 said = ""
                 try:
-                    connection.ask(method, path, {})
+                    connection.request_json(method, path, {})
                 except ServerError as error:
                     said = str(error)
                 refused = f"operator with-{role} has the role {role}" in said
@@ -85,22 +85,22 @@ def test_operators_are_listed_and_removed_but_not_the_last_admin(
     assert {"local": "admin", "ada": "read"}.items() <= {one["name"]: one["role"] for one in listed}.items()
     assert "sha256" not in listed[0]
     with connect_to_server(ada) as hers:
-        hers.ask("GET", "runs")
+        hers.request_json("GET", "runs")
         assert "ada" not in told("operators", "--remove", "ada").output
         with pytest.raises(ServerError, match="a key that is not known"):
-            hers.ask("GET", "runs")
+            hers.request_json("GET", "runs")
     with pytest.raises(ServerError, match="there is no operator 'ada'; see them with fedtune server operators"):
-        connection.ask("DELETE", "operators/ada")
+        connection.request_json("DELETE", "operators/ada")
     others = [one["name"] for one in json.loads(told("operators", "--json").output) if one["name"] != "local"]
     for name in others:
-        connection.ask("DELETE", f"operators/{name}")
+        connection.request_json("DELETE", f"operators/{name}")
     with pytest.raises(ServerError, match="'local' is the only admin; make another first"):
-        connection.ask("DELETE", "operators/local")
+        connection.request_json("DELETE", "operators/local")
 
 
 def test_unspent_tokens_are_listed_and_removed(server: Server, connection: OperatorClient) -> None:
-    for left in connection.ask("GET", "tokens")["tokens"]:
-        connection.ask("DELETE", f"tokens/{left['token']}")
+    for left in connection.request_json("GET", "tokens")["tokens"]:
+        connection.request_json("DELETE", f"tokens/{left['token']}")
     first, second = server.token("one"), server.token()
     listed = json.loads(told("tokens", "--json").output)
     assert [one["device"] for one in listed] == ["", "one"]
@@ -111,30 +111,30 @@ def test_unspent_tokens_are_listed_and_removed(server: Server, connection: Opera
         "this token is not known here; ask the operator for a new one",
     )
     assert Knocker(server).enroll(second, "two").status_code == 200
-    assert connection.ask("GET", "tokens") == {"tokens": []}
+    assert connection.request_json("GET", "tokens") == {"tokens": []}
     with pytest.raises(ServerError, match="there is no unspent token"):
-        connection.ask("DELETE", f"tokens/{listed[0]['token']}")
+        connection.request_json("DELETE", f"tokens/{listed[0]['token']}")
 
 
 def test_a_token_for_a_name_no_device_can_have_is_not_made(connection: OperatorClient) -> None:
     for name in ("No Name", "[/x]", "a" * 65, "-a"):
         with pytest.raises(ServerError, match="is no name for a device"):
-            connection.ask("POST", "tokens", {"name": name})
+            connection.request_json("POST", "tokens", {"name": name})
 
 
 def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection: OperatorClient) -> None:
     for number in range(12):
         server.knock("GET", f"/fedtune/nothing-{number}")
-    first = connection.ask("GET", "audit?limit=5")
+    first = connection.request_json("GET", "audit?limit=5")
     assert (len(first["audit"]), first["more"]) == (5, True)
-    second = connection.ask("GET", f"audit?limit=5&before={first['audit'][-1]['id']}")
+    second = connection.request_json("GET", f"audit?limit=5&before={first['audit'][-1]['id']}")
     numbers = [line["id"] for line in first["audit"] + second["audit"]]
     assert numbers == sorted(set(numbers), reverse=True)
     later = (datetime.now(UTC) + timedelta(hours=1)).isoformat().replace("+", "%2B")
-    assert connection.ask("GET", f"audit?since={later}") == {"audit": [], "more": False}
+    assert connection.request_json("GET", f"audit?since={later}") == {"audit": [], "more": False}
     for query in ("limit=0", "limit=x", "before=-1", "since=soon"):
         with pytest.raises(ServerError, match=r"is no whole number|is no time"):
-            connection.ask("GET", f"audit?{query}")
+            connection.request_json("GET", f"audit?{query}")
     every = told("audit", "--all", "--since", "1h", "--limit", "2", "--json")
     assert len(json.loads(every.output)) >= 12
     assert told("audit", "--since", "yesterday").exception
@@ -143,7 +143,7 @@ def test_the_audit_comes_by_pages_and_since_a_moment(server: Server, connection:
 def test_a_refusal_that_comes_again_is_one_line_with_a_count(server: Server, connection: OperatorClient) -> None:
     for _ in range(30):
         server.knock("GET", "/fedtune/again-and-again")
-    lines = [one for one in connection.ask("GET", "audit")["audit"] if "again-and-again" in one["what"]]
+    lines = [one for one in connection.request_json("GET", "audit")["audit"] if "again-and-again" in one["what"]]
     assert [line["times"] for line in lines] == [30]
     assert "30, last" in " ".join(told("audit").output.split())
 
@@ -167,10 +167,10 @@ STRANGE = [
 def test_strange_requests_are_refused_and_told_and_shown_as_text(
     server: Server, connection: OperatorClient, method: str, path: str, body: bytes | None, status: int
 ) -> None:
-    before = max((line["id"] for line in connection.ask("GET", "audit")["audit"]), default=0)
+    before = max((line["id"] for line in connection.request_json("GET", "audit")["audit"]), default=0)
     answer = server.knock(method, path, content=body)
     assert answer.status_code == status, answer.text
-    lines = connection.ask("GET", "audit")["audit"]
+    lines = connection.request_json("GET", "audit")["audit"]
     assert any(line["id"] > before or line["times"] > 1 for line in lines if line["kind"] == "refused")
     shown = told("audit")
     assert not shown.exception
@@ -199,7 +199,7 @@ def test_a_profile_that_is_not_plausible_is_refused(
     assert knocker.enroll(server.token(name)).status_code == 200
     assert knocker.signed("/fedtune/device/profile", json=profile).status_code == 400
     assert told("devices").exit_code == 0
-    [found] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == name]
+    [found] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == name]
     assert found["profile"] == {}
 
 
@@ -208,14 +208,14 @@ def test_what_a_profile_names_is_cleaned_before_it_is_kept(server: Server, conne
     assert knocker.enroll(server.token("odd")).status_code == 200
     profile = {"memory": 1, "labels": {"[/x]\x1b]0;a\x07": 3}, "later": [1]}
     assert knocker.signed("/fedtune/device/profile", json=profile).status_code == 200
-    [found] = [one for one in connection.ask("GET", "devices")["devices"] if one["name"] == "odd"]
+    [found] = [one for one in connection.request_json("GET", "devices")["devices"] if one["name"] == "odd"]
     assert found["profile"] == {"memory": 1, "labels": {"[/x]\\x1b]0;a\\x07": 3}}
 
 
 def test_a_round_number_that_is_none_is_refused_and_told(server: Server) -> None:
     with Store.open() as store:
         start(store, "some-run")
-    key = json.loads(server.place.operator.read_text())["key"]
+    key = json.loads(server.place.operator_file.read_text())["key"]
     transport = httpx.HTTPTransport(verify=server.trust, local_address="127.0.0.9")  # its lines are counted apart
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(base_url=server.url, transport=transport, headers=headers) as client:
@@ -232,10 +232,10 @@ def test_a_run_that_is_submitted_directly_is_checked_and_made_whole(server: Serv
     recipe = trivial("devices=[{name: any, count: 1, memory: 64MB}]").model_dump(mode="json")
     recipe["train"]["techniques"] = [{"name": "nonsense", "settings": {}}]
     with pytest.raises(ServerError, match="nonsense"):
-        connection.ask("POST", "runs", {"recipe": recipe})
+        connection.request_json("POST", "runs", {"recipe": recipe})
     recipe["train"]["techniques"] = [{"name": "full", "settings": {}}]
-    run = connection.ask("POST", "runs", {"recipe": recipe})["run"]
+    run = connection.request_json("POST", "runs", {"recipe": recipe})["run"]
     with Store.open() as store:
         kept = Recipe.model_validate_json(store.run(run).recipe)
     assert [unit.name for unit in kept.train.techniques] == ["full"]
-    connection.ask("POST", f"runs/{run}/stop")
+    connection.request_json("POST", f"runs/{run}/stop")

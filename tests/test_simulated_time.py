@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(home: Path, override
 
 
 def carry_on(store: Store, recipe: Recipe, client: ClientApp) -> None:
-    run_to_completion(InProcessGrid(recipe.clients, SequentialWorkers(client)), store, "stopped")
+    run_to_completion(InProcessGrid(recipe.num_clients, SequentialWorkers(client)), store, "stopped")
 
 
 def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> None:
@@ -216,7 +216,7 @@ def test_on_devices_the_clock_is_the_real_one(
     with Store.open() as store:
         begin(store, recipe)
         started = time.monotonic()
-        run_to_completion(InProcessGrid(recipe.clients, Deaf(app)), store, "run-1")
+        run_to_completion(InProcessGrid(recipe.num_clients, Deaf(app)), store, "run-1")
     found = list(statuses(outcome().rounds[1]).values())
     assert found == [("merged", "")] * merged + [("missing", reason)] * (4 - merged)
     if merged == 3:
@@ -231,5 +231,5 @@ def test_a_timetable_of_two_thousand_rounds_is_made_round_by_round() -> None:
     assert recipe.federation.late is not None
     started = time.process_time()
     first = next(make_simulated_schedule(recipe, range(1000), [10] * 1000, recipe.federation.late))
-    assert len(first.begun) == 50
+    assert len(first.start_rounds) == 50
     assert time.process_time() - started < 5

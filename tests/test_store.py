@@ -199,7 +199,7 @@ def test_newest_scores_are_the_last_of_each_held_out_metric_over_all_domains(sto
     last = (a_metric(0.7), a_metric(0.1, domain="film"), a_metric(9.0, "train", name="loss"))
     for record in (a_round(0, metrics=(a_metric(0.4, "test"),)), a_round(1), a_round(2, metrics=last)):
         store.commit_round("film-1a2b", record)
-    found = store.newest_scores()
+    found = store.get_latest_metrics()
     assert sorted(found["film-1a2b"]) == [(0, a_metric(0.4, "test")), (2, a_metric(0.7))]
     assert found["other"] == [(1, a_metric(0.65))]
     assert "empty" not in found

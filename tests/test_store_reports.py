@@ -44,7 +44,7 @@ def test_totals_are_sums_and_peaks() -> None:
     cost = totals([a_round(0), a_round(1, contributions=(a_contribution(0), a_contribution(1, status="refused")))])
     assert (cost.bytes_down, cost.bytes_up) == (6_000_000_001, 4_000_000_001)
     assert (cost.saved_bytes, cost.peak_rss) == (5_000_000_001, 7_000_000_001)
-    assert (cost.seconds, cost.merged, cost.asked) == (6.0, 1, 2)
+    assert (cost.seconds, cost.merged, cost.requested) == (6.0, 1, 2)
     assert totals([]).saved_bytes == 0
 
 

@@ -140,7 +140,7 @@ class Bench:
         self.loaded: dict[tuple[str, bool], nn.Module] = {}
 
     def model(self, base: str, chosen: Sequence[Technique]) -> nn.Module:
-        found = [made for made in (technique.quantisation() for technique in chosen) if made is not None]
+        found = [made for made in (technique.make_quantisation_config() for technique in chosen) if made is not None]
         key = (base, bool(found))
         if key not in self.loaded:
             task, labels = FAMILIES[base].task, () if base == "opt" else ("a", "b", "c")
@@ -170,7 +170,7 @@ def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Te
     shake(model, names)
     begin_round(chosen, model, 1)
     set_train_mode(model)
-    batch = FAMILIES[base].batch(rows=3, length=11)
+    batch = FAMILIES[base].make_batch(rows=3, length=11)
     batch["attention_mask"][0, 7:] = 0
     begin_step(chosen, model, batch, 0.5)
     torch.manual_seed(3)
@@ -189,7 +189,7 @@ def a_round(
 def moved(outcome: LocalTrainingResult) -> bool:
     """Whether training changed something, to finite numbers."""
     finite = all(bool(delta.isfinite().all()) for delta in outcome.delta.values())
-    return finite and any(bool(delta.any()) for delta in outcome.delta.values()) and np.isfinite(outcome.loss)
+    return finite and any(bool(delta.any()) for delta in outcome.delta.values()) and np.isfinite(outcome.train_loss)
 
 
 ALLOWED = [(base, joined) for base in BASES for joined in PAIRS if reason(base, joined) is None]
@@ -215,7 +215,7 @@ def test_a_pair_has_the_gradients_of_the_same_network_with_everything_stored(
     bench: Bench, base: str, joined: str
 ) -> None:
     model, names, chosen = bench.chosen(base, joined)
-    stored = [made for made in (technique.stored() for technique in chosen) if made is not None]
+    stored = [made for made in (technique.make_reference() for technique in chosen) if made is not None]
     twin, twin_names = bench.prepared(base, stored)
     assert names == twin_names
     found, wanted = gradients(base, model, names, chosen), gradients(base, twin, names, stored)
@@ -238,7 +238,7 @@ def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: B
     assert other_names == [name for name, _ in model.named_parameters()]
     outcome, copied = a_round(base, model, names, chosen), a_round(base, other, names, chosen)
     assert moved(outcome)
-    assert outcome.loss == copied.loss
+    assert outcome.train_loss == copied.train_loss
     assert outcome.delta.keys() == copied.delta.keys()
     assert all(torch.equal(outcome.delta[name], copied.delta[name]) for name in outcome.delta)
 

@@ -81,8 +81,8 @@ def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_path: Path, kind: str) -> None:
     recipe = trivial() if kind == "image" else words(tmp_path)
     order = TrainRequest(recipe.model_dump_json(), 1, 0, "[]", "run")
-    shop, rows = LocalData("part:0").of(order)
-    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared)))
+    shop, rows = LocalData("part:0").get_context(order)
+    payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     deltas, _ = run_local_round(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")
     clear_run_context()
     paths = [tmp_path / name for name in ("recipe", "payload", "sent")]

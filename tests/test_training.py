@@ -75,7 +75,7 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
             for group in optimiser.param_groups:
                 group["lr"] = settings.lr * factor
             optimiser.zero_grad()
-            loss = model(**data.batch(order[start : start + settings.batch].tolist())).loss
+            loss = model(**data.make_batch(order[start : start + settings.batch].tolist())).loss
             loss.backward()
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -107,7 +107,7 @@ def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number:
         deltas, loss = readable_twin(bert(), recipe, number, client=1)
     assert outcome.delta.keys() == deltas.keys()
     assert all(torch.equal(outcome.delta[name], deltas[name]) for name in deltas)
-    assert outcome.loss == pytest.approx(loss, abs=1e-12)
+    assert outcome.train_loss == pytest.approx(loss, abs=1e-12)
     assert any(delta.any() for delta in deltas.values())
 
 
@@ -120,7 +120,9 @@ def test_every_setting_the_bare_loop_is_compared_with_matters(settings: dict[str
 
 
 def same_bits(one: LocalTrainingResult, other: LocalTrainingResult) -> bool:
-    return one.loss == other.loss and all(torch.equal(one.delta[name], other.delta[name]) for name in one.delta)
+    return one.train_loss == other.train_loss and all(
+        torch.equal(one.delta[name], other.delta[name]) for name in one.delta
+    )
 
 
 @pytest.mark.parametrize("technique", ["full", "lora", "bias+checkpointing"])
@@ -131,7 +133,7 @@ def test_a_round_gives_the_same_bits_whatever_ran_before(technique: str) -> None
     train_local_model(model, chosen, state, data, np.array([1, 6]), recipe, 2, 1)
     evaluate_model(model, data, 5, TEXT)
     torch.manual_seed(99)
-    model(**data.batch([0, 1])).loss.backward()
+    model(**data.make_batch([0, 1])).loss.backward()
     assert same_bits(first, train_local_model(model, chosen, state, data, INDICES, recipe, 1, 0))
 
 
@@ -149,7 +151,7 @@ def test_a_client_that_fails_midway_leaves_nothing_to_the_next(monkeypatch: pyte
 def test_rounds_and_clients_draw_their_own_numbers() -> None:
     recipe = a_training_recipe(schedule="constant")
     outcomes = [a_round(bert(), recipe, number, client) for number, client in ((1, 0), (1, 1), (2, 0))]
-    assert len({outcome.loss for outcome in outcomes}) == 3
+    assert len({outcome.train_loss for outcome in outcomes}) == 3
 
 
 def test_a_round_leaves_the_random_state_and_the_threads_of_the_process_alone() -> None:
@@ -174,8 +176,8 @@ def test_only_what_is_trained_in_the_round_is_sent_and_the_rest_stays() -> None:
 
 
 def test_the_outcome_counts_examples_with_repeats_and_ragged_batches() -> None:
-    assert a_round(bert(), a_training_recipe(epochs=2)).examples == 20
-    assert a_round(bert(), a_training_recipe(steps=4)).examples == 4 + 4 + 2 + 4
+    assert a_round(bert(), a_training_recipe(epochs=2)).num_examples == 20
+    assert a_round(bert(), a_training_recipe(steps=4)).num_examples == 4 + 4 + 2 + 4
     outcome = a_round(bert(), a_training_recipe())
     assert outcome.seconds > 0
     assert outcome.peak_rss > 2**20
@@ -183,7 +185,7 @@ def test_the_outcome_counts_examples_with_repeats_and_ragged_batches() -> None:
 
 def test_saved_bytes_fall_with_techniques_that_keep_less() -> None:
     full, checkpointed, head = (
-        a_round(bert(), a_training_recipe(), technique=name).saved_bytes
+        a_round(bert(), a_training_recipe(), technique=name).activation_bytes
         for name in ("full", "full+checkpointing", "classifier")
     )
     assert head < checkpointed < full
@@ -202,7 +204,7 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
         set_model_state(model, copies)
         model.zero_grad()
         with use_cpu_threads(recipe.train.threads):
-            compute_step_loss(model, few_texts().batch(batch)).backward()
+            compute_step_loss(model, few_texts().make_batch(batch)).backward()
         for name, copy in copies.items():
             gradient = model.get_parameter(name).grad
             assert gradient is not None
@@ -233,12 +235,12 @@ def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
     model = llama()
     state = get_model_state(model, techniques.apply_techniques(chosen, model, LANGUAGE, 0))
     recipe = a_training_recipe(batch=4, steps=2).model_copy(update={"task": LANGUAGE})
-    found = train_local_model(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro=micro)
-    assert math.isfinite(found.loss)
+    found = train_local_model(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro_batch_size=micro)
+    assert math.isfinite(found.train_loss)
     assert all(delta.isfinite().all() for delta in found.delta.values())
     set_model_state(model, state)
     several = train_local_model(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
-    assert math.isfinite(several.loss)
+    assert math.isfinite(several.train_loss)
     with pytest.raises(DataError, match="no example of the client has a second token"):
         train_local_model(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
 
@@ -248,7 +250,7 @@ def test_tensors_of_another_client_are_refused() -> None:
     chosen, state = prepared(model)
     other = {"bert.pooler.dense.bias": torch.zeros(16)}
     with pytest.raises(ClientUpdateError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
-        train_local_model(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, own=other)
+        train_local_model(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, local_tensors=other)
 
 
 def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
@@ -278,7 +280,7 @@ def twin_with_masters(model: PreTrainedModel, received: dict[str, Tensor], recip
     steps = -(-len(order) // recipe.train.batch)
     for step in range(steps):
         chosen = order[step * recipe.train.batch : (step + 1) * recipe.train.batch]
-        model(**few_texts().batch(chosen.tolist())).loss.backward()
+        model(**few_texts().make_batch(chosen.tolist())).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or 1e9)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None

@@ -65,7 +65,7 @@ def test_equal_pieces_count_as_often_as_they_occur(backwards: bool) -> None:
 def test_more_than_the_round_asks_for_is_refused_as_it_comes() -> None:
     with pytest.raises(RequestRefusedError, match=r"asks for 31000 at most") as refused:
         send(Uploads(lambda _: 31_000), answer(400_000))
-    assert (refused.value.status, refused.value.who) == (413, "dev")
+    assert (refused.value.status, refused.value.actor) == (413, "dev")
 
 
 def test_another_announcement_of_the_same_answer_does_not_begin_to_count_anew() -> None:

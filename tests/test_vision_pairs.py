@@ -74,9 +74,9 @@ def test_a_pair_trains_alike_in_either_order_and_as_its_pickled_copy(joined: str
     outcome = a_round(model, names, found)
     assert any(bool(delta.any()) for delta in outcome.delta.values())
     for again in (a_round(copied, names, found), a_round(other, names, reverse)):
-        assert again.loss == outcome.loss
+        assert again.train_loss == outcome.train_loss
         assert again.delta.keys() == outcome.delta.keys()
-        assert again.extras.keys() == outcome.extras.keys()
+        assert again.extra_payload.keys() == outcome.extra_payload.keys()
         assert all(torch.equal(again.delta[name], outcome.delta[name]) for name in outcome.delta)
 
 
@@ -90,10 +90,10 @@ def test_what_a_pair_learned_stays_when_all_is_folded_into_plain_layers(joined: 
     set_model_state(model, {name: tensor + outcome.delta.get(name, 0 * tensor) for name, tensor in state.items()})
     for name, mask in find_masks(state).items():
         model.get_parameter(name).data.mul_(mask)
-    picture = {"pixel_values": few_pictures().batch(range(4))["pixel_values"]}
+    picture = {"pixel_values": few_pictures().make_batch(range(4))["pixel_values"]}
     before = logits(deepcopy(model), picture)
     for technique in found:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     assert {type(layer).__module__.split(".")[0] for layer in model.modules()} <= {"torch", "fedtune", "tests"}
     assert not any(type(layer).__module__.startswith("fedtune.techniques") for layer in model.modules())
     torch.testing.assert_close(logits(model, picture), before, rtol=1e-4, atol=1e-5)

@@ -73,7 +73,7 @@ class FewTexts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         chosen = [torch.tensor(self.rows[index]) for index in indices]
         ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
         mask = (ids != 0).long()

@@ -45,7 +45,7 @@ class OperatorClient:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def ask(self, method: str, path: str, sent: Any = None) -> Any:
+    def request_json(self, method: str, path: str, sent: Any = None) -> Any:
         """The JSON a server answers; ServerError with its sentence when it refuses, or when it cannot be reached."""
         import httpx
 

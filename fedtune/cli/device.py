@@ -60,7 +60,7 @@ def enroll(url: str | None, token: str, name: str | None) -> None:
     from fedtune.device.enrolment import EnrolmentToken, enrol_device
 
     text = _typed() if token == "-" else token
-    identity = enrol_device(DeviceHome(), url, EnrolmentToken.read(text), name)
+    identity = enrol_device(DeviceHome(), url, EnrolmentToken.parse_token(text), name)
     click.echo(f"enrolled as {identity.name} at {identity.url}\ntry next  fedtune device join --data csv:FILE")
 
 
@@ -125,8 +125,8 @@ def status(as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     home = DeviceHome()
-    identity, joined = home.identity(), home.joined
-    noted = home.noted() if joined else {"state": "not joined"}
+    identity, joined = home.read_identity(), home.is_joined
+    noted = home.read_status() if joined else {"state": "not joined"}
     ends = f"{authority_ends(identity):%Y-%m-%d}"
     found = {"name": identity.name, "server": identity.url, "node": identity.node, "enrolled until": ends, **noted}
     shown = [f"{key:14}  {value}" for key, value in found.items() if value is not None]
@@ -145,11 +145,11 @@ def leave() -> None:
     from fedtune.errors import DeviceError
 
     home = DeviceHome()
-    if not home.enrolled:
+    if not home.is_enrolled:
         raise DeviceError(f"{home.folder} holds no device; there is nothing to leave")
-    if home.joined:
+    if home.is_joined:
         raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
-    home.forget()
+    home.delete_all()
     click.echo("left; ask the operator to remove this device at the server too")
 
 

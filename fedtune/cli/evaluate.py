@@ -48,11 +48,11 @@ def evaluate(
         raise click.UsageError("--columns are those of --data; name that too, e.g. --data csv:reviews.csv")
     recipe, state, run, at = load_checkpoint_target(target, number, store)
     shop = get_run_context(recipe.model_dump_json())
-    if shop.own:
+    if shop.local_tensors:
         raise ModelError(
             f"run {run} kept a part of its model on the devices; see its part own: fedtune runs show {run}"
         )
-    examples = getattr(shop, part or "validation") if source is None else shop.other(source, _columns(columns))
+    examples = getattr(shop, part or "validation") if source is None else shop.encode_source(source, _columns(columns))
     told = source or part or "validation"
     set_model_state(shop.model, state)
     settings = recipe.evaluation

@@ -21,7 +21,7 @@ def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> 
     show = (lambda _: None) if quiet else _show
     last, said = -1, ""
     while True:
-        found: dict[str, Any] = connection.ask("GET", f"runs/{run}?after={last}")
+        found: dict[str, Any] = connection.request_json("GET", f"runs/{run}?after={last}")
         run = found["id"]  # another may be the latest by the next look
         for record in found["rounds"]:
             show(f"round {record['number']}/{found['rounds_planned']}  {_summary(record, found)}")

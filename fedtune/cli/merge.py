@@ -105,16 +105,16 @@ def _merge_adapters(asked: Asked) -> None:
     if asked.output is None or config.relax or config.align or config.renormalise or config.slices:
         raise click.UsageError("--as adapter writes at once (-o) and takes no align, relax, renormalise or slices")
     chosen = build_merge_method(config.merge_method)
-    chosen.check(config.parameters, "parameters")
-    for entry in config.entries:
-        chosen.check(entry.parameters, f"the parameters of {entry.model}", own=True)
-    layers = [(entry.parameters, config.parameters) for entry in config.entries]
+    chosen.check_parameters(config.parameters, "parameters")
+    for entry in config.model_entries:
+        chosen.check_parameters(entry.parameters, f"the parameters of {entry.model}", own=True)
+    layers = [(entry.parameters, config.parameters) for entry in config.model_entries]
     if any(isinstance(value, list) for layer in layers for settings in layer for value in settings.values()):
         raise click.UsageError("--as adapter takes one value for all modules; lists and filters need --as model")
     parts = [chosen.own(layer, "", 0.0) for layer in layers]
-    if chosen.copies or any(part.nothing for part in parts):
+    if chosen.is_passthrough or any(part.nothing for part in parts):
         raise click.UsageError("--as adapter needs something of every adapter; copy one, or leave one out, by hand")
-    folders = [Path(entry.model.removeprefix("path:")).expanduser() for entry in config.entries]
-    step = chosen.step([config.parameters], "", 0.0, config.seed)
+    folders = [Path(entry.model.removeprefix("path:")).expanduser() for entry in config.model_entries]
+    step = chosen.build_step([config.parameters], "", 0.0, config.seed)
     weights, knobs = [part.weight for part in parts], [part.knobs for part in parts]
     write_merged_adapter(folders, asked.output, step, weights, knobs, asked.rank, asked.energy, asked.as_json)

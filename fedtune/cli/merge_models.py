@@ -45,7 +45,7 @@ def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path
     """The folder of one merge's result, which is there already when the same one was made before."""
     from fedtune.fusion import prepare_merge
 
-    key = prepare_merge(config, asked.export).key()
+    key = prepare_merge(config, asked.export).compute_resume_key()
     folder = beside / f"{config.name}-{key[:12]}"
     if not folder.exists():
         click.echo(f"{config.name}:", err=asked.as_json)
@@ -58,14 +58,14 @@ def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = T
     from fedtune.fusion import compare, prepare_merge
 
     prepared = prepare_merge(config, asked.export)
-    shards = prepared.shards(size(asked.shard_size))
+    shards = prepared.plan_shards(size(asked.shard_size))
     if asked.output is not None:
         from fedtune.fusion.output import check_output_space
 
         check_output_space(asked.output, shards)
     found = None
     if asked.report or asked.dry_run:
-        with show_byte_progress("comparing", prepared.bytes) as progress:
+        with show_byte_progress("comparing", prepared.output_bytes) as progress:
             found = compare(prepared, progress, trust_base=asked.trust_base)
     if found is not None and not asked.as_json:
         from fedtune.cli.merge_view import show_comparison
@@ -95,7 +95,7 @@ def _write(
     evidence = _evidence(asked, prepared, named)
     warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activity)]
     read = hashes(prepared)
-    with show_byte_progress("merging", prepared.bytes) as progress:
+    with show_byte_progress("merging", prepared.output_bytes) as progress:
         fusion.write_merged_model(
             prepared,
             asked.output,
@@ -148,9 +148,9 @@ def _tell(
         document = {
             "method": prepared.steps.combine.name,
             "path": None if asked.dry_run else str(Path(str(asked.output)).absolute()),
-            "tensors": len(prepared.targets),
-            "bytes": prepared.bytes,
-            "report": None if found is None else found.document(),
+            "tensors": len(prepared.output_tensors),
+            "bytes": prepared.output_bytes,
+            "report": None if found is None else found.to_dict(),
             "scores": {name: [one._asdict() for one in figures] for name, figures in scores.items()},
             "warnings": list(warned),
         }
@@ -161,4 +161,4 @@ def _tell(
     if scores:
         show_metrics(scores)
     if not asked.dry_run:
-        click.echo(f"{asked.output}: {len(prepared.targets)} tensors, {prepared.bytes / 1e6:.1f} MB")
+        click.echo(f"{asked.output}: {len(prepared.output_tensors)} tensors, {prepared.output_bytes / 1e6:.1f} MB")

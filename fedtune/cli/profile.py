@@ -133,7 +133,7 @@ def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: 
         return profile.make_profile_cases(recipe, asked, labels, None, check)
     corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
     batch = pack(profile.encode_first_batch(recipe, corpus))
-    return profile.make_profile_cases(recipe, asked, corpus.labels, batch, check)
+    return profile.make_profile_cases(recipe, asked, corpus.label_names, batch, check)
 
 
 def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":

@@ -65,7 +65,7 @@ class Clock:
             self._training += passed
         match event:
             case RunStarted():
-                self._ahead, self._number, self._training = event.scoring, event.first - 1, 0.0
+                self._ahead, self._number, self._training = event.scoring, event.first_round - 1, 0.0
             case Scoring():
                 self._done = event.done
             case RoundEnded():
@@ -141,9 +141,9 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
     clock.see(event)
     match event:
         case RunStarted():
-            bars.update(round_bar, completed=event.first - 1, note="")
+            bars.update(round_bar, completed=event.first_round - 1, note="")
         case RoundStarted():
-            bars.reset(client_bar, total=event.clients, visible=True, description="clients", note="")
+            bars.reset(client_bar, total=event.num_clients, visible=True, description="clients", note="")
         case ReplyReceived():
             bars.update(client_bar, advance=1, note=_answer(event))
         case Scoring():
@@ -158,7 +158,7 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
 
 
 def _answer(event: ReplyReceived) -> str:
-    sent = event.contribution
+    sent = event.client_record
     if sent.status != "merged":
         return f"client {sent.client} {sent.status}: {sent.reason}"
     return f"loss {sent.loss:.3f}" if sent.tells_loss else ""

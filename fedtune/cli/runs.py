@@ -52,7 +52,7 @@ def list_(store: str | None, as_json: bool) -> None:
             rounds = opened.rounds_of(run.id for run in found)
             click.echo(document.text([document.make_run_document(run, rounds[run.id]) for run in found]))
         else:
-            runs_view.show_list(found, opened.newest_scores())
+            runs_view.show_list(found, opened.get_latest_metrics())
 
 
 @runs.command()

@@ -39,7 +39,7 @@ def rollback(run: str, number: int, yes: bool, server: Path | None, store: str |
 
 def _there(server: Path, run: str, number: int) -> dict[str, object]:
     with connect_to_server(server) as connection:
-        told: dict[str, object] = connection.ask("POST", f"runs/{run}/rollback", {"round": number})
+        told: dict[str, object] = connection.request_json("POST", f"runs/{run}/rollback", {"round": number})
     return told
 
 

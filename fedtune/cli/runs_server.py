@@ -32,7 +32,7 @@ def watch(run: str, server: Path | None, as_json: bool) -> None:
     with connect_to_server(server) as connection:
         last = follow_run(connection, run, quiet=as_json)
         if as_json:
-            click.echo(json_text(connection.ask("GET", f"runs/{last['id']}")))
+            click.echo(json_text(connection.request_json("GET", f"runs/{last['id']}")))
 
 
 @click.command()
@@ -43,7 +43,7 @@ def stop(run: str, server: Path | None, as_json: bool) -> None:
     Example: fedtune runs stop latest
     """
     with connect_to_server(server) as connection:
-        told = connection.ask("POST", f"runs/{run}/stop")
+        told = connection.request_json("POST", f"runs/{run}/stop")
     click.echo(json_text(told) if as_json else f"stopped: {told['run']}")
 
 
@@ -55,5 +55,5 @@ def resume(run: str, server: Path | None, as_json: bool) -> None:
     Example: fedtune runs resume latest
     """
     with connect_to_server(server) as connection:
-        told = connection.ask("POST", f"runs/{run}/resume")
+        told = connection.request_json("POST", f"runs/{run}/resume")
     click.echo(json_text(told) if as_json else f"queued: {told['run']}")

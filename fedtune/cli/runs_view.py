@@ -120,7 +120,7 @@ def _rounds(rounds: Rounds, last: int | None) -> Table:
         if hidden and place == 1:
             table.add_row("…", f"{hidden} more: --all")
         cost = totals([record])
-        merged = f"{cost.merged}/{cost.asked}" if cost.asked else "-"
+        merged = f"{cost.merged}/{cost.requested}" if cost.requested else "-"
         loss, sent = _number(compute_train_loss(record.contributions)), decimal(cost.bytes_down + cost.bytes_up)
         value = _number(values.get(record.number, math.nan))
         table.add_row(str(record.number), _status(record.status), value, loss, merged, sent, _seconds(record.seconds))

@@ -47,7 +47,7 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
         return
     made = create_server_home(list(names) or ["localhost"], listen or _LISTEN)
     with Store.open(made.settings.store) as store:
-        write_operator_file(made, store.access, "local", made.operator)
+        write_operator_file(made, store.access, "local", made.operator_file)
     click.echo(f"made      {made.folder}")
     click.echo(f"settings  {made.folder / 'server.yaml'}")
     click.echo("try next  fedtune server up")
@@ -99,7 +99,7 @@ def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -
     Example: fedtune server token kitchen-pi --tag indoors
     """
     with connect_to_server(server) as connection:
-        click.echo(connection.ask("POST", "tokens", {"name": name, "hours": hours, "tags": tags})["token"])
+        click.echo(connection.request_json("POST", "tokens", {"name": name, "hours": hours, "tags": tags})["token"])
 
 
 @server.command()
@@ -120,8 +120,8 @@ def devices(
     with connect_to_server(server) as connection:
         for change, pairs in (("add", added), ("remove", taken)):
             for device, tag in pairs:
-                connection.ask("POST", f"devices/{device}/tags", {change: [tag]})
-        found = connection.ask("GET", "devices")["devices"]
+                connection.request_json("POST", f"devices/{device}/tags", {change: [tag]})
+        found = connection.request_json("GET", "devices")["devices"]
     shown(found, server_view.DEVICES, as_json)
 
 
@@ -134,7 +134,7 @@ def release(device: str, server: Path | None) -> None:
     Example: fedtune server release kitchen-pi
     """
     with connect_to_server(server) as connection:
-        released = connection.ask("POST", f"devices/{device}/release")["released"]
+        released = connection.request_json("POST", f"devices/{device}/release")["released"]
     click.echo(f"released: {device}" if released else f"{device} was not quarantined")
 
 
@@ -147,7 +147,7 @@ def remove(device: str, server: Path | None) -> None:
     Example: fedtune server remove kitchen-pi
     """
     with connect_to_server(server) as connection:
-        removed = connection.ask("DELETE", f"devices/{device}")["device"]
+        removed = connection.request_json("DELETE", f"devices/{device}")["device"]
     click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
 
 
@@ -160,7 +160,7 @@ def runs(server: Path | None, as_json: bool) -> None:
     Example: fedtune server runs --server ada.json
     """
     with connect_to_server(server) as connection:
-        found = connection.ask("GET", "runs")["runs"]
+        found = connection.request_json("GET", "runs")["runs"]
     shown(found, server_view.RUNS, as_json)
 
 
@@ -183,7 +183,7 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
 
     path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
     with connect_to_server(server) as connection:
-        found = connection.ask("GET", f"{path}?lines={lines}")
+        found = connection.request_json("GET", f"{path}?lines={lines}")
     if as_json or found["lines"]:
         click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:

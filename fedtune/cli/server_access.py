@@ -55,8 +55,8 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
     """
     with connect_to_server(server) as connection:
         for name in removed:
-            connection.ask("DELETE", f"operators/{quote(name, safe='')}")
-        found = connection.ask("GET", "operators")["operators"]
+            connection.request_json("DELETE", f"operators/{quote(name, safe='')}")
+        found = connection.request_json("GET", "operators")["operators"]
     shown(found, server_view.OPERATORS, as_json)
 
 
@@ -74,8 +74,8 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
     """
     with connect_to_server(server) as connection:
         for token in removed:
-            connection.ask("DELETE", f"tokens/{quote(token, safe='')}")
-        found = connection.ask("GET", "tokens")["tokens"]
+            connection.request_json("DELETE", f"tokens/{quote(token, safe='')}")
+        found = connection.request_json("GET", "tokens")["tokens"]
     shown(found, server_view.TOKENS, as_json)
 
 
@@ -107,7 +107,7 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
 def _page(connection: OperatorClient, since: str | None, limit: int, before: int | None) -> tuple[list[Any], bool]:
     asked = {"limit": limit, "since": _moment(since) if since else None, "before": before}
     query = urlencode({key: value for key, value in asked.items() if value is not None})
-    told = connection.ask("GET", f"audit?{query}")
+    told = connection.request_json("GET", f"audit?{query}")
     return told["audit"], told.get("more", False)
 
 

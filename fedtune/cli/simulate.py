@@ -141,7 +141,7 @@ def _workshop(recipe: "Recipe") -> "RunContext":
     if sys.stderr.isatty():
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
     shop = get_run_context(recipe.model_dump_json())
-    _ = shop.clients, shop.train, shop.validation, shop.test
+    _ = shop.client_rows, shop.train, shop.validation, shop.test
     for note in shop.corpus.notes:
         click.echo(f"warning: {note}", err=True)
     return shop
@@ -181,7 +181,7 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(
-        rounds, shop.domain_of_client, figure
+        rounds, shop.client_domains, figure
     ):  # none where the server has no whole model to score
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):

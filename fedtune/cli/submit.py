@@ -31,7 +31,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
     with connect_to_server(server) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
-        run = connection.ask("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
+        run = connection.request_json("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
         click.echo(f"run       {run}")
         if watch:
             click.echo("watching it; Ctrl-C ends the watching, not the run", err=True)

@@ -34,7 +34,7 @@ class DataSplits:
     train: Table
     validation: Table
     test: Table
-    labels: tuple[str, ...]
+    label_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 

@@ -34,7 +34,7 @@ class EncodedDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The model's inputs for some examples, ``labels`` among them."""
 
 
@@ -70,7 +70,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """input_ids and attention_mask [k, longest of the batch]; labels [k], or [k, longest] with padding at -100."""
         rows = torch.as_tensor(indices)
         lengths = self.lengths[rows]

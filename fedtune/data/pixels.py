@@ -29,7 +29,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """pixel_values float32 [k, 3, side, side], scaled as the preprocessor says; labels [k]."""
         rows = torch.as_tensor(indices)
         chosen = self.pixels[rows].float()

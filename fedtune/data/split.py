@@ -27,13 +27,13 @@ def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
     group = number_groups(train)
     rng = np.random.default_rng(derive_seed(recipe.seed, "split"))
     owner = _owners(recipe, train, group, rng)[group]
-    counts = np.bincount(owner, minlength=recipe.clients)
+    counts = np.bincount(owner, minlength=recipe.num_clients)
     _check(recipe, counts)
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> IntArray:
-    kind, clients, sizes = recipe.data.split, recipe.clients, np.bincount(group)
+    kind, clients, sizes = recipe.data.split, recipe.num_clients, np.bincount(group)
     match kind:
         case Iid():
             return _deal(rng.permutation(len(sizes)), sizes, clients)

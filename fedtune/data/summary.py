@@ -46,7 +46,7 @@ def summarise_partition(recipe: Recipe, corpus: DataSplits, clients: Sequence[ND
     holdings = tuple(
         ClientExamples(
             client=client,
-            device=recipe.device_of(client).name,
+            device=recipe.get_device_class(client).name,
             examples=len(rows),
             groups=len(np.unique(group[rows])),
             counts=tuple(np.bincount(numbers[rows], minlength=len(values)).tolist()),
@@ -63,9 +63,9 @@ def _parts(corpus: DataSplits) -> dict[str, int]:
 def _values(corpus: DataSplits, *, prefers_domains: bool) -> tuple[str, tuple[str, ...], NDArray[np.int64]]:
     """What is counted, its names, and the number of the name of each training row."""
     train: Table = corpus.train
-    if "domain" in train.column_names and (prefers_domains or not corpus.labels):
+    if "domain" in train.column_names and (prefers_domains or not corpus.label_names):
         names, numbers = np.unique(np.asarray(train["domain"][:]), return_inverse=True)
         return "domain", tuple(names.tolist()), numbers
-    if corpus.labels:
-        return "label", corpus.labels, np.asarray(train["label"][:])
+    if corpus.label_names:
+        return "label", corpus.label_names, np.asarray(train["label"][:])
     return "examples", ("examples",), np.zeros(len(train), np.int64)

@@ -30,12 +30,12 @@ _ALLOCATOR = 0.5
 class MemoryEstimate(NamedTuple):
     """Resident bytes a round will reach: whatever the batch, and for each example that goes through the model."""
 
-    fixed: float
-    example: float
+    fixed_bytes: float
+    bytes_per_example: float
 
-    def of(self, examples: int) -> int:
+    def estimate_total_bytes(self, examples: int) -> int:
         """With so many examples at a time."""
-        return math.ceil(self.fixed + self.example * examples)
+        return math.ceil(self.fixed_bytes + self.bytes_per_example * examples)
 
 
 def choose_micro_batch_size(
@@ -51,14 +51,14 @@ def choose_micro_batch_size(
     may_cut = can_split_batch(shop.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
     for size in sizes[min(halvings, len(sizes) - 1) :]:
-        if needed.of(size) <= budget:
+        if needed.estimate_total_bytes(size) <= budget:
             return None if size == batch else size
     whole = "even one example at a time" if may_cut else "as its batch norms need whole batches"
     raise MemoryBudgetError(
-        f"a step needs about {_megabytes(needed.of(sizes[-1]))} MB of memory, {whole}, and this device allows "
-        f"{_megabytes(budget)} MB",
+        f"a step needs about {_megabytes(needed.estimate_total_bytes(sizes[-1]))} MB of memory, {whole}, "
+        f"and this device allows {_megabytes(budget)} MB",
         code="memory-step",
-        counts={"needed_mb": _megabytes(needed.of(sizes[-1])), "allowed_mb": _megabytes(budget)},
+        counts={"needed_mb": _megabytes(needed.estimate_total_bytes(sizes[-1])), "allowed_mb": _megabytes(budget)},
     )
 
 
@@ -100,14 +100,14 @@ def _longest(shop: RunContext, rows: NDArray[np.int64], count: int) -> list[int]
 
 def _kept(shop: RunContext, chosen: list[int], number: int) -> int:
     """Bytes a step over some examples holds at its peak, beside gradients."""
-    batch = shop.train.batch(chosen)
+    batch = shop.train.make_batch(chosen)
     set_train_mode(shop.model)
     with use_cpu_threads(shop.recipe.train.threads), torch.random.fork_rng(devices=[]):
         begin_step(shop.techniques, shop.model, batch, number / shop.recipe.federation.rounds)
         with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
             compute_step_loss(shop.model, batch).backward()
     shop.model.zero_grad()
-    return meter.peak
+    return meter.peak_bytes
 
 
 def _megabytes(count: int) -> int:

@@ -55,7 +55,7 @@ class TrainerChannel:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise EOFError("the other end is gone") from error
 
-    def ready(self, seconds: float) -> bool:
+    def wait_until_ready(self, seconds: float) -> bool:
         """Whether a frame begins, or the other end goes, within some seconds."""
         return bool(select.select([self._end], [], [], seconds)[0])
 

@@ -32,7 +32,7 @@ def train_round(message: Message, _: Context) -> Message:
     own = home.get_runs_folder() / order.run / "own" / f"client-{order.client:06d}"
     payload = records.state_file(message.content) or records.read_shared_state(message.content)
     state = read_payload(payload, shop, order.client)
-    deltas, report = run_local_round(order, state, shop, shop.clients[order.client], own)
+    deltas, report = run_local_round(order, state, shop, shop.client_rows[order.client], own)
     return Message(records.make_update_record(deltas, asdict(report)), reply_to=message)
 
 

@@ -13,7 +13,7 @@ class ServerClock:
         self._ask = ask
         self._ahead = time.time() - time.monotonic()
 
-    def set(self) -> None:
+    def synchronise(self) -> None:
         """Ask anew; raises what asking raises."""
         before = time.monotonic()
         told = self._ask()

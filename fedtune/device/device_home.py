@@ -46,11 +46,11 @@ class DeviceHome:
         self.folder = folder or home.get_home_folder() / "device"
 
     @property
-    def enrolled(self) -> bool:
+    def is_enrolled(self) -> bool:
         """Whether there is an identity."""
         return (self.folder / "identity.json").exists()
 
-    def identity(self) -> DeviceIdentity:
+    def read_identity(self) -> DeviceIdentity:
         """Who this device is; DeviceError when it is nobody yet."""
         try:
             return _identity(json.loads((self.folder / "identity.json").read_text()))
@@ -59,11 +59,11 @@ class DeviceHome:
         except (ValueError, TypeError) as error:
             raise DeviceError(f"{self.folder}/identity.json is damaged; leave, and enrol with a new token") from error
 
-    def keep(self, identity: DeviceIdentity) -> None:
+    def save_identity(self, identity: DeviceIdentity) -> None:
         """Be somebody from now on."""
         write_bytes_atomically(self.folder / "identity.json", json.dumps(asdict(identity), indent=2).encode())
 
-    def make_key(self) -> ec.EllipticCurvePrivateKey:
+    def create_key(self) -> ec.EllipticCurvePrivateKey:
         """A new private key, readable by its owner alone; it never leaves this folder."""
         key = ec.generate_private_key(ec.SECP384R1())
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class DeviceHome:
             beside.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return key
 
-    def key(self) -> ec.EllipticCurvePrivateKey:
+    def read_key(self) -> ec.EllipticCurvePrivateKey:
         """The private key; DeviceError when it is gone, damaged or readable by others."""
         try:
             if self._key.stat().st_mode & 0o077:
@@ -87,7 +87,7 @@ class DeviceHome:
         return self.folder / "key.pem"
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Be the one process that is this device; DeviceError when another is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("wb") as file:
@@ -98,21 +98,21 @@ class DeviceHome:
             yield
 
     @property
-    def joined(self) -> bool:
+    def is_joined(self) -> bool:
         """Whether some process is this device now."""
         try:
-            with self.claimed():
+            with self.hold_lock():
                 return False
         except DeviceError:
             return True
 
-    def note(self, state: dict[str, Any]) -> None:
+    def write_status(self, state: dict[str, Any]) -> None:
         """What ``fedtune device status`` shows; not worth a flush to disk."""
         beside = self.folder / ".status.json.part"
         beside.write_text(json.dumps(state))
         os.replace(beside, self.folder / "status.json")
 
-    def noted(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
         """The last note, if there is one that can be read."""
         try:
             state = json.loads((self.folder / "status.json").read_text())
@@ -120,7 +120,7 @@ class DeviceHome:
             return {}
         return state if isinstance(state, dict) else {}
 
-    def hold(self, what: str, *pieces: bytes) -> None:
+    def save_pending(self, what: str, *pieces: bytes) -> None:
         """Keep the ``order`` in hand or the ``answer`` to it, so that a device that is killed can go on with it."""
         digest = hashlib.sha256()
         for piece in pieces:
@@ -128,7 +128,7 @@ class DeviceHome:
         with replace_file_atomically(self.folder / what) as beside, beside.open("wb") as file:
             file.writelines([digest.digest(), *pieces])
 
-    def held(self, what: str) -> bytes | None:
+    def read_pending(self, what: str) -> bytes | None:
         """The order or the answer that was in hand when the last process ended; None when it is not whole any more.
 
         A message that is not held is handed out again by the server, so a damaged file costs time and nothing else.
@@ -165,7 +165,7 @@ class DeviceHome:
     def _state(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def release(self) -> bool:
+    def clear_pending(self) -> bool:
         """Let go of the order in hand and of its answer; whether there was one."""
         self.drop_state()
         kept = [self.folder / what for what in ("answer", "order")]  # an answer is never left behind for the next order
@@ -174,11 +174,11 @@ class DeviceHome:
             path.unlink(missing_ok=True)
         return found
 
-    def own(self, run: str) -> Path:
+    def get_local_state_folder(self, run: str) -> Path:
         """Where what the device keeps for itself in a run rests; a run's name comes from outside, hence the hash."""
         return self.folder / "own" / hashlib.sha256(run.encode()).hexdigest()[:32]
 
-    def forget(self) -> None:
+    def delete_all(self) -> None:
         """Be nobody again."""
         shutil.rmtree(self.folder, ignore_errors=True)
 

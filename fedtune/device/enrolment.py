@@ -40,7 +40,7 @@ class EnrolmentToken:
     secret: str
 
     @classmethod
-    def read(cls, text: str) -> "EnrolmentToken":
+    def parse_token(cls, text: str) -> "EnrolmentToken":
         """From the text an operator hands over; DeviceError when it is not whole."""
         try:
             padded = text.strip() + "=" * (-len(text.strip()) % 4)
@@ -51,27 +51,27 @@ class EnrolmentToken:
 
 def enrol_device(home: DeviceHome, url: str | None, token: EnrolmentToken, name: str | None) -> DeviceIdentity:
     """Make a key, show its public half and the token, and keep what the server answers; nothing stays if it fails."""
-    if home.enrolled:
-        raise DeviceError(f"{home.folder} holds device {home.identity().name} already; leave first")
+    if home.is_enrolled:
+        raise DeviceError(f"{home.folder} holds device {home.read_identity().name} already; leave first")
     chosen, where = name or _own_name(), (url or token.url).rstrip("/")
     if not _NAME.fullmatch(chosen):
         raise DeviceError(f"a device cannot be called {chosen!r}; use small letters, digits, dots and dashes")
     ca = _checked_authority(where, token)
     try:
-        key = home.make_key().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        key = home.create_key().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         answer = request_enrolment(where, ca, {"secret": token.secret, "name": chosen, "public_key": key})
         identity = DeviceIdentity(where, str(answer["name"]), int(answer["node_id"]), ca)
-        home.keep(identity)
+        home.save_identity(identity)
     except BaseException:
-        home.forget()
+        home.delete_all()
         raise
     return identity
 
 
 def move_device(home: DeviceHome, url: str) -> DeviceIdentity:
     """Keep another address of the same server; DeviceError when it is another server or cannot be reached there."""
-    identity, where = home.identity(), url.rstrip("/")
-    if home.joined:
+    identity, where = home.read_identity(), url.rstrip("/")
+    if home.is_joined:
         raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
     if not where.startswith("https://"):
         raise DeviceError(f"{url} is no https:// address; write e.g. https://192.168.1.20:8443")
@@ -84,7 +84,7 @@ def move_device(home: DeviceHome, url: str) -> DeviceIdentity:
     except (httpx.HTTPStatusError, httpx.InvalidURL, NonsenseError) as error:
         raise DeviceError(f"{where} is no fedtune server: {clean_text(error)}; check the address") from error
     moved = replace(identity, url=where)
-    home.keep(moved)
+    home.save_identity(moved)
     return moved
 
 

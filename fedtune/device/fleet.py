@@ -57,7 +57,7 @@ class TrainMessage:
     """A message to train: what it asks and the state to start from."""
 
     metadata: Metadata
-    order: dict[str, str | int]
+    request: dict[str, str | int]
     payload: bytes
 
 
@@ -119,17 +119,17 @@ class FleetClient:
         interceptors: list[ProtobufClientInterceptor] = [_Signer(key, now), self._holding]
         self._client = _Client.from_server_address(address, False, ca.encode(), interceptors)
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Be online for the next ``OFFLINE_AFTER_SECONDS``."""
         self._client.SendNodeHeartbeat(
             SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=OFFLINE_AFTER_SECONDS / 2)
         )
 
-    def leave(self) -> None:
+    def deactivate_node(self) -> None:
         """Be offline from now on."""
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
 
-    def claim(self) -> bytes | None:
+    def pull_message(self) -> bytes | None:
         """Take the next message, if there is one; the server hands it out until ``holds`` is called with it."""
         response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not response.messages_list:
@@ -138,11 +138,11 @@ class FleetClient:
         _opened(claim)
         return claim
 
-    def holds(self, claim: bytes) -> None:
+    def mark_message_stored(self, claim: bytes) -> None:
         """A message that was taken is on the disk."""
         self._holding.message = _opened(claim)[0].metadata.message_id
 
-    def fetch(self, claim: bytes) -> TrainMessage:
+    def download_message(self, claim: bytes) -> TrainMessage:
         """The message that was taken, with its content."""
         message, tree = _opened(claim)
         wanted = [one.object_id for one in iterate_object_tree(tree)]
@@ -165,11 +165,11 @@ class FleetClient:
                 return response.object_content
             time.sleep(0.1)
 
-    def answer(self, claim: bytes, payload: bytes, report: Mapping[str, float], seconds: float) -> None:
+    def push_update(self, claim: bytes, payload: bytes, report: Mapping[str, float], seconds: float) -> None:
         """Send deltas for a message that was taken."""
         self._push(claim, records.make_update_record(payload, report), None, seconds)
 
-    def refuse(self, claim: bytes, code: int, reason: str) -> None:
+    def push_error(self, claim: bytes, code: int, reason: str) -> None:
         """Say why there are no deltas."""
         self._push(claim, None, Error(code, reason), 0.0)
 

@@ -36,7 +36,7 @@ def check_data_source(source: str) -> None:
 def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:
     """Be the device until interrupted. ``budget`` is in bytes, ``idle`` in seconds; DeviceError when it cannot be."""
     check_data_source(source)
-    identity, key = home.identity(), home.key()
+    identity, key = home.read_identity(), home.read_key()
     trust = make_tls_context(identity.ca)
     clock = ServerClock(partial(fetch_server_time, identity.url, trust))
 
@@ -45,7 +45,7 @@ def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Cal
         send_profile(identity.url, trust, headers, make_device_profile(budget, dict(holding) if holding else None))
 
     address = identity.url.removeprefix("https://")
-    with home.claimed():
+    with home.hold_lock():
         fleet = FleetClient(address, identity.ca, key, identity.node, clock.now)
         if sentence := ending(identity, clock.now()):
             say(sentence)

@@ -43,7 +43,7 @@ class TrainerSupervisor:
         """The trainer's process number while there is one."""
         return self._process.pid if self._process is not None else None
 
-    def ask(self, frame: Frame) -> Frame:
+    def run_request(self, frame: Frame) -> Frame:
         """The trainer's answer, or one that says why there is none."""
         if self._recipe != frame.header.get("recipe"):
             self._recipe, self._halvings, self._declines = frame.header.get("recipe"), 0, None
@@ -57,12 +57,12 @@ class TrainerSupervisor:
             except EOFError:
                 killed, problem = killed + 1, self._ended()
             except MemoryBudgetError as error:
-                self.close()
+                self.stop_trainer()
                 if not rested:  # otherwise another recipe may have been held as well
                     self._declines = Problem(error.code, error.counts)
                     return _without_update("declined", self._declines)
             except MemoryError:
-                self.close()
+                self.stop_trainer()
                 self._halvings += 1
                 if self._halvings > _HALVINGS:
                     self._declines = Problem("memory-training", self._allowed())
@@ -90,7 +90,7 @@ class TrainerSupervisor:
 
     def _received(self, channel: TrainerChannel, held: psutil.Process) -> Frame:
         """The trainer's next frame; MemoryError when it holds more than it may before that comes."""
-        while not channel.ready(_LOOK_SECONDS):
+        while not channel.wait_until_ready(_LOOK_SECONDS):
             with suppress(psutil.NoSuchProcess):
                 if held.memory_info().rss > self._budget:
                     raise MemoryError
@@ -98,7 +98,7 @@ class TrainerSupervisor:
 
     def _started(self) -> tuple[TrainerChannel, psutil.Process]:
         if self._process is None or self._channel is None or self._process.poll() is not None:
-            self.close()
+            self.stop_trainer()
             ours, theirs = socket.socketpair()
             numbers = str(self._budget), str(self._halvings)
             command = isolated("fedtune.device.trainer", str(theirs.fileno()), self._source, *numbers)
@@ -109,15 +109,15 @@ class TrainerSupervisor:
             self._channel = TrainerChannel(ours)
         return self._channel, psutil.Process(self._process.pid)
 
-    def rest(self) -> None:
+    def stop_if_idle(self) -> None:
         """Called while there is no work: end the trainer when it rested too long or memory is short."""
         if self._process is None:
             return
         memory = psutil.virtual_memory()
         if time.monotonic() - self._worked > self._idle or memory.available < _SHORT * memory.total:
-            self.close()
+            self.stop_trainer()
 
-    def close(self) -> None:
+    def stop_trainer(self) -> None:
         """End the trainer at once; what it was doing is lost."""
         if self._channel is not None:
             self._channel.close()
@@ -131,7 +131,7 @@ class TrainerSupervisor:
     def _ended(self) -> Problem:
         """How the trainer that is gone ended."""
         code = self._process.wait() if self._process is not None else 0
-        self.close()
+        self.stop_trainer()
         if code < 0:
             return Problem("trainer-killed", {"signal": -code, "tries": _TRIES})
         return Problem("trainer-ended", {"code": code, "tries": _TRIES})

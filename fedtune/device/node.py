@@ -48,7 +48,7 @@ class DeviceNode:
         say: Callable[[str], None],
     ) -> None:
         self._home, self._fleet, self._keeper, self._clock = home, fleet, keeper, clock
-        self._until_done = RetryLoop(self._meet, clock.set).until_done
+        self._until_done = RetryLoop(self._meet, clock.synchronise).call_until_success
         self._tell, self._say = tell, say
         self._told: dict[str, Any] | None = None
         self._noted: dict[str, Any] = {}
@@ -58,17 +58,17 @@ class DeviceNode:
         """Take part until interrupted."""
         try:
             self._note("connecting")
-            self._until_done(self._clock.set)
-            self._until_done(self._fleet.beat)
+            self._until_done(self._clock.synchronise)
+            self._until_done(self._fleet.send_heartbeat)
             self._say("online")
             self._introduce(None)
             with self._heartbeat():
                 self._work()
         finally:
-            self._keeper.close()
-            if self._home.held("order") is None:  # with one, being away for a moment must not look like leaving
+            self._keeper.stop_trainer()
+            if self._home.read_pending("order") is None:  # with one, being away for a moment must not look like leaving
                 with suppress(httpx.HTTPError, NonsenseError):
-                    self._fleet.leave()
+                    self._fleet.deactivate_node()
             self._note("stopped")
 
     def _work(self) -> None:
@@ -76,21 +76,21 @@ class DeviceNode:
             self._carry_out(order)
         while True:
             self._note("online")
-            order = self._until_done(self._fleet.claim)
+            order = self._until_done(self._fleet.pull_message)
             if order is not None:
                 self._carry_out(self._newest(order))
             else:
-                self._keeper.rest()
+                self._keeper.stop_if_idle()
                 time.sleep(choose_poll_delay(time.monotonic() - self._last_order))
 
     def _order_in_hand(self) -> bytes | None:
         """The order that a process before this one did not finish; what is damaged of it is dropped."""
-        order = self._home.held("order")
+        order = self._home.read_pending("order")
         if order is not None:
             with suppress(NonsenseError):
-                self._fleet.holds(order)
+                self._fleet.mark_message_stored(order)
                 return order
-        if self._home.release():
+        if self._home.clear_pending():
             self._say("the order in hand was damaged and is dropped; the server hands it out again")
         return None
 
@@ -100,8 +100,8 @@ class DeviceNode:
         while later is not None:
             order = later
             self._hold("order", order)
-            self._fleet.holds(order)
-            later = self._until_done(self._fleet.claim)
+            self._fleet.mark_message_stored(order)
+            later = self._until_done(self._fleet.pull_message)
         return order
 
     def _carry_out(self, order: bytes) -> None:
@@ -115,11 +115,11 @@ class DeviceNode:
             self._until_done(partial(self._send, order, answer))
         except ObsoleteRequestError as error:
             self._say(f"an order was dropped: {error}")
-        self._home.release()
+        self._home.clear_pending()
         self._last_order = time.monotonic()
 
     def _kept_answer(self) -> Frame | None:
-        content = self._home.held("answer")
+        content = self._home.read_pending("answer")
         with suppress(ValueError):
             return Frame.decode(content) if content is not None else None
         return None
@@ -134,7 +134,7 @@ class DeviceNode:
             problem = Problem("order-unreadable")
             return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
         self._note("scoring" if frame.header.get("scoring") else "training", round=number)
-        answer = self._keeper.ask(frame)
+        answer = self._keeper.run_request(frame)
         self._home.drop_state()
         answer.header["seconds"] = time.monotonic() - started
         self._report(number, answer)
@@ -146,12 +146,12 @@ class DeviceNode:
 
         Where the disk is full the trainer is sent the state itself.
         """
-        task = self._fleet.fetch(order)
+        task = self._fleet.download_message(order)
         try:
-            return Frame({**task.order, STATE: str(self._home.spool(task.payload))})
+            return Frame({**task.request, STATE: str(self._home.spool(task.payload))})
         except StoreError as error:
             self._say(f"{error}; going on without")
-            return Frame({**task.order, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
+            return Frame({**task.request, STATE: ""}, task.payload)  # whatever the server may call so is overwritten
 
     def _report(self, number: int, answer: Frame) -> None:
         kind, said = answer.header["kind"], answer.header
@@ -165,13 +165,13 @@ class DeviceNode:
     def _send(self, order: bytes, answer: Frame) -> None:
         said = answer.header
         if said["kind"] == "trained":
-            self._fleet.answer(order, answer.payload, said["report"], said["seconds"])
+            self._fleet.push_update(order, answer.payload, said["report"], said["seconds"])
         else:
             code, beginning = _REFUSALS[said["kind"]]
             problem = parse_problem(str(said.get("problem"))) or Problem(
                 "code-failed"
             )  # an answer kept by an older one
-            self._fleet.refuse(order, code, beginning + problem.text)
+            self._fleet.push_error(order, code, beginning + problem.text)
 
     def _introduce(self, holding: dict[str, Any] | None) -> None:
         """Tell the server what is here when that is new; it can do without."""
@@ -183,7 +183,7 @@ class DeviceNode:
     def _hold(self, what: str, *pieces: bytes) -> None:
         """Keep something, if the disk can; a full one costs safety, not the round."""
         try:
-            self._home.hold(what, *pieces)
+            self._home.save_pending(what, *pieces)
         except StoreError as error:
             self._say(f"{error}; going on without")
 
@@ -193,7 +193,7 @@ class DeviceNode:
         if note == self._noted:
             return
         with suppress(OSError):
-            self._home.note(note)
+            self._home.write_status(note)
             self._noted = note
 
     def _meet(self, trouble: str) -> None:
@@ -216,4 +216,4 @@ class DeviceNode:
     def _beat(self, over: threading.Event) -> None:
         while not over.wait(_BEAT_SECONDS):
             with suppress(httpx.HTTPError, NonsenseError):
-                self._fleet.beat()
+                self._fleet.send_heartbeat()

@@ -22,7 +22,7 @@ class Backoff:
         self._first, self._most = first, most
         self._next = first
 
-    def wait(self) -> float:
+    def choose_delay(self) -> float:
         """The seconds to wait now."""
         seconds, self._next = self._next, min(self._most, self._next * 2)
         return seconds * random.uniform(0.5, 1.0)

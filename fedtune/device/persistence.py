@@ -23,9 +23,9 @@ class RetryLoop:
 
     def __init__(self, say: Callable[[str], None], reset_clock: Callable[[], None]) -> None:
         self._say, self._reset_clock = say, reset_clock
-        self.trouble = ""
+        self.last_error = ""
 
-    def until_done(self, call: Callable[[], Result]) -> Result:
+    def call_until_success(self, call: Callable[[], Result]) -> Result:
         """What the call gives once it succeeds; only what is not about the server or the line comes through."""
         backoff = Backoff()
         while True:
@@ -42,7 +42,7 @@ class RetryLoop:
             else:
                 self._be_rid()
                 return result
-            time.sleep(backoff.wait())
+            time.sleep(backoff.choose_delay())
 
     def _try_clock(self) -> None:
         try:
@@ -51,14 +51,14 @@ class RetryLoop:
             return
 
     def _have(self, trouble: str) -> None:
-        if trouble != self.trouble:
+        if trouble != self.last_error:
             self._say(f"{trouble}; trying again until it works")
-        self.trouble = trouble
+        self.last_error = trouble
 
     def _be_rid(self) -> None:
-        if self.trouble:
+        if self.last_error:
             self._say(RECOVERED_MESSAGE)
-        self.trouble = ""
+        self.last_error = ""
 
 
 def unreachable(error: BaseException) -> str:

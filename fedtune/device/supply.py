@@ -27,9 +27,9 @@ class LocalData:
         self._key: tuple[str, str] | None = None
         self._held: tuple[RunContext, Rows] | None = None
 
-    def of(self, order: TrainRequest) -> tuple[RunContext, Rows]:
+    def get_context(self, order: TrainRequest) -> tuple[RunContext, Rows]:
         """The workshop for an order and the rows of its training part that are this device's."""
-        recipe = Recipe.model_validate_json(order.recipe).of(order.client)
+        recipe = Recipe.model_validate_json(order.recipe).get_client_recipe(order.client)
         key = (recipe.model_dump_json(), order.labels)
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
@@ -53,7 +53,7 @@ def summarise_local_data(shop: RunContext, rows: Rows) -> dict[str, int | dict[s
     """
     if shop.recipe.privacy is not None and shop.recipe.privacy.where == "client":
         return {}
-    return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.labels, rows)}
+    return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.label_names, rows)}
 
 
 def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
@@ -66,9 +66,9 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
 def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
     shop = get_run_context(recipe.model_dump_json())
     number = source.removeprefix("part:")
-    if not number.isdecimal() or int(number) >= len(shop.clients):
-        raise DataError(f"--data {source} is none of the recipe's {len(shop.clients)} parts; count from part:0")
-    return shop, shop.clients[int(number)]
+    if not number.isdecimal() or int(number) >= len(shop.client_rows):
+        raise DataError(f"--data {source} is none of the recipe's {len(shop.client_rows)} parts; count from part:0")
+    return shop, shop.client_rows[int(number)]
 
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:

@@ -35,7 +35,7 @@ def main(descriptor: int, source: str, budget: int, halvings: int) -> None:
     channel, trainer = TrainerChannel(socket.socket(fileno=descriptor)), Trainer(source, budget, halvings)
     while True:
         try:
-            channel.send(trainer.answer(channel.receive(), lambda: channel.send(Frame({"kind": "fits"}))))
+            channel.send(trainer.run_request(channel.receive(), lambda: channel.send(Frame({"kind": "fits"}))))
         except EOFError:
             return
 
@@ -48,7 +48,7 @@ class Trainer:
         self._looked: RunContext | None = None
         self._micro: int | None = None
 
-    def answer(self, frame: Frame, fits: Callable[[], None]) -> Frame:
+    def run_request(self, frame: Frame, fits: Callable[[], None]) -> Frame:
         """Train, or say why not. ``fits`` is called just before training.
 
         Of whatever is raised the answer holds a ``problem``, which may travel, and a ``detail``, which stays here.
@@ -62,13 +62,13 @@ class Trainer:
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
     def _train(self, order: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
-        shop, rows = self._supply.of(order)
+        shop, rows = self._supply.get_context(order)
         state = _state(payload, shop, order.client)  # before it is looked what is held
         if self._looked is not shop:
             self._micro = choose_micro_batch_size(shop, rows, order.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        folder = DeviceHome().own(order.run)
+        folder = DeviceHome().get_local_state_folder(order.run)
         leave_others(folder)
         deltas, report = run_local_round(order, state, shop, rows, folder, self._micro)
         return Frame({"kind": "trained", "report": asdict(report), "holding": summarise_local_data(shop, rows)}, deltas)

@@ -27,7 +27,7 @@ __all__ = ["read_payload", "run_local_round"]
 def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
     """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
     sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
-    return decode_masked_state(sent, get_tensor_shapes(shop.of(client).model))
+    return decode_masked_state(sent, get_tensor_shapes(shop.for_client(client).model))
 
 
 def run_local_round(
@@ -45,24 +45,24 @@ def run_local_round(
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
-    part = shop.of(order.client)
+    part = shop.for_client(order.client)
     if order.scoring:
         return pack({}), _scored(order, state, part, shop.train, rows, folder)
     state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
     outcome = train_local_model(
         part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
     )
-    if outcome.own:
-        own_tensors.save_local_state(folder, order.round, outcome.own)
+    if outcome.local_tensors:
+        own_tensors.save_local_state(folder, order.round, outcome.local_tensors)
     held_out = count_held_out(len(rows), part.recipe.evaluation.own)
-    loss = outcome.loss if len(rows) - held_out >= FEWEST else math.nan
-    scores = _told(outcome.own_score, outcome.trained_score) if held_out >= FEWEST else {}
-    cost = outcome.examples, loss, outcome.seconds, outcome.saved_bytes, outcome.peak_rss
+    loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
+    scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
+    cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
     report = ClientReport(*cost, micro_batch=micro or 0, **scores)
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
-        return pack({**deltas, **outcome.extras}), report
-    sent = make_update_private(deltas, outcome.extras, privacy, order, folder)
+        return pack({**deltas, **outcome.extra_payload}), report
+    sent = make_update_private(deltas, outcome.extra_payload, privacy, order, folder)
     return pack(sent), redact_report(report) if privacy.where == "client" else report
 
 
@@ -86,13 +86,13 @@ def _scored(
 
 def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:
     """What the client keeps for itself, as it is before a round."""
-    return {**part.own, **own_tensors.load_local_state(folder, before)} if part.own else {}
+    return {**part.local_tensors, **own_tensors.load_local_state(folder, before)} if part.local_tensors else {}
 
 
 def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[str, Any]:
     """Fields of a report; with nothing held out there is nothing to tell."""
-    if not before.predictions:
+    if not before.num_predictions:
         return {}
-    first = {"own_predictions": before.predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
+    first = {"own_predictions": before.num_predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
     trained = {} if after is None else {"own_after": [after.loss, after.accuracy, *after.more]}
     return {**first, "own_more": list(before.more), **trained}

@@ -45,27 +45,27 @@ class AdapterModelReader(ModelReader):
 
     def __init__(self, folder: Path, origin: str, base: ModelReader) -> None:
         self._adapter = LoraAdapterReader(folder)
-        self.origin, self.folder, self.quantised = origin, base.folder, base.quantised
+        self.source, self.folder, self.is_quantised = origin, base.folder, base.is_quantised
         self.own_tokens = folder if has_tokenizer(folder) else base.own_tokens
         self.files = (*base.files, folder / TENSORS)
-        own = dict(sorted((_in_the_base(name), name) for name in self._adapter.whole if _ASIDE not in name))
+        own = dict(sorted((_in_the_base(name), name) for name in self._adapter.extra_tensors if _ASIDE not in name))
         self._magnitudes = {name.partition(_MAGNITUDE)[0]: own[name] for name in own if _MAGNITUDE in name}
         self._whole = {name: stored for name, stored in own.items() if _MAGNITUDE not in name}
-        self._modules = {f"{module}.weight": module for module in self._adapter.places}
+        self._modules = {f"{module}.weight": module for module in self._adapter.modules}
         self._base = match_tensor_names(base, [*self._modules, *self._whole])
-        if any(name not in self._base.forms for name in self._modules):
+        if any(name not in self._base.tensor_infos for name in self._modules):
             self._base = base
-            meant = by_their_rest([*self._modules, *self._whole], base.forms)
+            meant = by_their_rest([*self._modules, *self._whole], base.tensor_infos)
             self._modules = {meant.get(name, name): module for name, module in self._modules.items()}
             self._whole = {meant.get(name, name): stored for name, stored in self._whole.items()}
         self._same: dict[str, str] = {}
         self._transposed: dict[str, bool] = {}
-        self.forms = dict(self._base.forms)
+        self.tensor_infos = dict(self._base.tensor_infos)
         for name, stored in self._whole.items():
-            dtype = self._base.forms[name].dtype if name in self._base.forms else self._adapter.dtype
-            self.forms[name] = TensorInfo(self._adapter.forms[stored], dtype)
+            dtype = self._base.tensor_infos[name].dtype if name in self._base.tensor_infos else self._adapter.dtype
+            self.tensor_infos[name] = TensorInfo(self._adapter.tensor_shapes[stored], dtype)
         self._untie()
-        self._factors, self._taken = lru_cache(1)(self._adapter.factors), lru_cache(1)(self._taken_out)
+        self._factors, self._taken = lru_cache(1)(self._adapter.read_factors), lru_cache(1)(self._taken_out)
         for name, module in self._modules.items():
             self._check(name, module)
         self._check_rows()
@@ -92,7 +92,7 @@ class AdapterModelReader(ModelReader):
         """Rows without the product: the adapter's own where it holds the tensor whole, or else the base's."""
         if name not in self._whole:
             return self._left(name, start, stop)
-        whole = convert_to_fp32(self._adapter.read(self._whole[name]))
+        whole = convert_to_fp32(self._adapter.read_tensor(self._whole[name]))
         return whole[start:stop] if whole.dim() else whole
 
     def _left(self, name: str, start: int, stop: int) -> Tensor:
@@ -100,15 +100,15 @@ class AdapterModelReader(ModelReader):
         rows = self._base.rows(self._same.get(name, name), start, stop)
         if self._adapter.start not in RESIDUAL or name not in self._modules:
             return rows
-        left = rows.double() - self._taken(name).rows(start, stop)
-        return left.to(self.forms[name].dtype).to(rows.dtype)  # rounded once, as PEFT keeps it
+        left = rows.double() - self._taken(name).compute_rows(start, stop)
+        return left.to(self.tensor_infos[name].dtype).to(rows.dtype)  # rounded once, as PEFT keeps it
 
     def _taken_out(self, name: str) -> LowRankFactors:
         """What was taken out of a weight, in the order of its own axes."""
         weight, module = self._base.whole(self._same.get(name, name)), self._modules[name]
-        rank = self._adapter.forms[self._adapter.places[module].a][0]
+        rank = self._adapter.tensor_shapes[self._adapter.modules[module].a][0]
         flipped = self._flipped(module)
-        scale = self._adapter.scale(module, rank)
+        scale = self._adapter.compute_scale(module, rank)
         found = taken_out(self._adapter.start, weight.T if flipped else weight, rank, scale)
         return LowRankFactors(found.a.T, found.b.T, found.scale) if flipped else found
 
@@ -118,23 +118,23 @@ class AdapterModelReader(ModelReader):
         So it is in PEFT: a module's own copy, and what stands beside a module, are not those of the other module.
         """
         output = output_of(self.folder)
-        inputs = [name for name in self._base.forms if is_embedding(name)]
+        inputs = [name for name in self._base.tensor_infos if is_embedding(name)]
         tied = bool(read_json(self.folder / "config.json").get("tie_word_embeddings", True))
-        if output is None or output in self.forms or not inputs or not tied:
+        if output is None or output in self.tensor_infos or not inputs or not tied:
             return
-        apart = self._has_its_own(inputs[0]) and not self._adapter.setting("ensure_weight_tying")
+        apart = self._has_its_own(inputs[0]) and not self._adapter.read_setting("ensure_weight_tying")
         stored = self._whole.get(inputs[0], "")
         if apart and _BELOW in stored:  # rows for more tokens, which the output has too
             self._whole[output] = stored
-            self.forms = {**self.forms, output: self.forms[inputs[0]]}
+            self.tensor_infos = {**self.tensor_infos, output: self.tensor_infos[inputs[0]]}
         elif apart or output in self._modules:
             self._same[output] = inputs[0]
-            self.forms = {**self.forms, output: self._base.forms[inputs[0]]}
+            self.tensor_infos = {**self.tensor_infos, output: self._base.tensor_infos[inputs[0]]}
 
     def _has_its_own(self, name: str) -> bool:
         """Whether the adapter trained a tensor apart, beside a base that keeps its own."""
         module = name.removesuffix(".weight")
-        copied = self._adapter.setting("modules_to_save") or ()
+        copied = self._adapter.read_setting("modules_to_save") or ()
         return name in self._modules or (name in self._whole and module.rpartition(".")[2] in copied)
 
     def _moved(self, name: str, module: str, start: int, stop: int) -> Tensor:
@@ -143,12 +143,12 @@ class AdapterModelReader(ModelReader):
         if self._flipped(module):
             factors = LowRankFactors(factors.a.T, factors.b.T, factors.scale)
         rows = self._before(name, start, stop)
-        return rows + factors.rows(start, stop).reshape(rows.shape).to(rows.dtype)
+        return rows + factors.compute_rows(start, stop).reshape(rows.shape).to(rows.dtype)
 
     def _rescaled(self, name: str, module: str, start: int, stop: int) -> Tensor:
-        magnitude: Tensor = convert_to_fp32(self._adapter.read(self._magnitudes[module])).flatten()
+        magnitude: Tensor = convert_to_fp32(self._adapter.read_tensor(self._magnitudes[module])).flatten()
         if self._flipped(module):  # norms run over all rows
-            whole = self._moved(name, module, 0, self.forms[name].height)
+            whole = self._moved(name, module, 0, self.tensor_infos[name].num_rows)
             columns: Tensor = magnitude / torch.linalg.vector_norm(whole, dim=0)
             return whole[start:stop] * columns
         rows = self._moved(name, module, start, stop)
@@ -157,38 +157,42 @@ class AdapterModelReader(ModelReader):
 
     def _flipped(self, module: str) -> bool:
         if module not in self._transposed:
-            said = bool(self._adapter.setting("fan_in_fan_out"))
-            place = self._adapter.places[module]
+            said = bool(self._adapter.read_setting("fan_in_fan_out"))
+            place = self._adapter.modules[module]
             self._transposed[module] = place.embedding or is_transposed(self.folder, module, said)
         return self._transposed[module]
 
     def _check_rows(self) -> None:
         """ModelError where the adapter brings rows for more tokens to the input than the output has, or less."""
-        heights = {name: form.height for name, form in self.forms.items() if is_embedding(name) or is_output(name)}
+        heights = {
+            name: form.num_rows for name, form in self.tensor_infos.items() if is_embedding(name) or is_output(name)
+        }
         if any(name in self._whole for name in heights) and len(set(heights.values())) > 1:
             told = ", ".join(f"{height} in {name}" for name, height in heights.items())
             raise ModelError(
-                f"{self.origin} has another number of tokens in one layer than in another ({told}); save the adapter "
+                f"{self.source} has another number of tokens in one layer than in another ({told}); save the adapter "
                 "with both (modules_to_save)"
             )
 
     def _check(self, name: str, module: str) -> None:
-        base, origin = self._base, self.origin
-        if name not in self.forms:
-            raise ModelError(f"{origin} changes {name}, which {base.origin} does not have; name its own base")
-        place = self._adapter.places[module]
-        if self._adapter.start in RESIDUAL and (place.embedding or len(self.forms[name].shape) != 2 or base.quantised):
+        base, origin = self._base, self.source
+        if name not in self.tensor_infos:
+            raise ModelError(f"{origin} changes {name}, which {base.source} does not have; name its own base")
+        place = self._adapter.modules[module]
+        if self._adapter.start in RESIDUAL and (
+            place.embedding or len(self.tensor_infos[name].shape) != 2 or base.is_quantised
+        ):
             raise ModelError(
                 f"{origin} has init_lora_weights {self._adapter.start} on {module}, which starts only from linear "
                 "weights that are not quantised; name its own base"
             )
         if place.embedding and module in self._magnitudes:
             raise ModelError(f"{origin} has DoRA magnitudes for the embedding {module}; fold it with peft")
-        a, b = self._adapter.forms[place.a], self._adapter.forms[place.b]
+        a, b = self._adapter.tensor_shapes[place.a], self._adapter.tensor_shapes[place.b]
         wanted = [b[0], math.prod(a[1:])]
-        found = [self.forms[name].height, math.prod(self.forms[name].shape[1:])]
+        found = [self.tensor_infos[name].num_rows, math.prod(self.tensor_infos[name].shape[1:])]
         if found != (wanted[::-1] if self._flipped(module) else wanted):
-            raise ModelError(f"{origin} changes {name} of another shape than {base.origin} has; name its own base")
+            raise ModelError(f"{origin} changes {name} of another shape than {base.source} has; name its own base")
 
 
 def _in_the_base(name: str) -> str:

@@ -48,7 +48,7 @@ class LoraAdapterReader:
         self.start = check_start(self.config.get("init_lora_weights", True), str(folder))
 
     @cached_property
-    def forms(self) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor in the file."""
         path = self.folder / TENSORS
         if not path.is_file():
@@ -63,11 +63,11 @@ class LoraAdapterReader:
         return found
 
     @cached_property
-    def places(self) -> dict[str, FactorNames]:
+    def modules(self) -> dict[str, FactorNames]:
         """Modules by their names in the base, and where their factors are."""
         found: dict[str, dict[str, str]] = {}
         embeddings = set()
-        for name in self.forms:
+        for name in self.tensor_shapes:
             if (match := _FACTOR.match(name)) is not None:
                 found.setdefault(match["owner"], {})[match["factor"]] = name
                 embeddings |= {match["owner"]} if match["embedding"] else set()
@@ -80,15 +80,15 @@ class LoraAdapterReader:
         }
 
     @cached_property
-    def whole(self) -> list[str]:
+    def extra_tensors(self) -> list[str]:
         """Names of tensors that are no part of a product: magnitudes, biases, heads."""
-        names = [name for name in self.forms if not _FACTOR.match(name)]
+        names = [name for name in self.tensor_shapes if not _FACTOR.match(name)]
         odd = [name for name in names if ".lora_" in name and not _MAGNITUDE.search(name)]
         if odd:
             raise ModelError(f"{self.folder} holds {odd[0]}, which is no LoRA factor; fold it with peft")
         return names
 
-    def read(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored; ModelError for values that are not finite."""
         with safe_open(self.folder / TENSORS, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
@@ -96,13 +96,13 @@ class LoraAdapterReader:
             raise ModelError(f"{self.folder} holds values that are not finite in {name}; train or fetch it again")
         return tensor
 
-    def factors(self, module: str) -> LowRankFactors:
+    def read_factors(self, module: str) -> LowRankFactors:
         """B [d, r] and A [r, k] with the module's scale; a kernel's further dimensions count as columns."""
-        place = self.places[module]
-        a, b = self.read(place.a).flatten(1), self.read(place.b).flatten(1)
-        return LowRankFactors(b, a, self.scale(module, len(a)))
+        place = self.modules[module]
+        a, b = self.read_tensor(place.a).flatten(1), self.read_tensor(place.b).flatten(1)
+        return LowRankFactors(b, a, self.compute_scale(module, len(a)))
 
-    def scale(self, module: str, rank: int) -> float:
+    def compute_scale(self, module: str, rank: int) -> float:
         """What multiplies a module's product."""
         alpha = self._said("alpha_pattern", "lora_alpha", module)
         if alpha is None:
@@ -122,21 +122,21 @@ class LoraAdapterReader:
             return found
         raise SourceError(f"{self.folder} has {found!r} as {key} of {module}, which is no number; fetch {CONFIG} again")
 
-    def setting(self, name: str) -> Any:
+    def read_setting(self, name: str) -> Any:
         """A value of the configuration, None where it has none."""
         return self.config.get(name) or None
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the factors."""
-        return self.read(next(iter(self.places.values())).a).dtype if self.places else torch.float32
+        return self.read_tensor(next(iter(self.modules.values())).a).dtype if self.modules else torch.float32
 
     def _check(self, owner: str, names: Mapping[str, str]) -> None:
         if names.keys() != {"A", "B"}:
             raise SourceError(
                 f"{self.folder} has only factor {next(iter(names))} of {strip_peft_prefix(owner)}; fetch it again"
             )
-        self._check_shapes(strip_peft_prefix(owner), self.forms[names["A"]], self.forms[names["B"]])
+        self._check_shapes(strip_peft_prefix(owner), self.tensor_shapes[names["A"]], self.tensor_shapes[names["B"]])
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
         """SourceError for factors that are not whole, ModelError for those that do not multiply as it is said."""
@@ -156,8 +156,8 @@ class LoraAdapterReader:
 
     def _check_magnitudes(self, owners: Set[str]) -> None:
         """SourceError unless all modules have magnitudes, or none, as use_dora says."""
-        having = {_MAGNITUDE.sub("", name) for name in self.forms if _MAGNITUDE.search(name)}
-        wanted = owners if self.setting("use_dora") else set()
+        having = {_MAGNITUDE.sub("", name) for name in self.tensor_shapes if _MAGNITUDE.search(name)}
+        wanted = owners if self.read_setting("use_dora") else set()
         if odd := sorted(having ^ wanted):
             says, has = ("has", "none") if odd[0] in wanted else ("has no", "some")
             raise SourceError(

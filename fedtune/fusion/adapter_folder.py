@@ -46,7 +46,7 @@ def write_adapter(
     dtype, tensors = adapters[0].dtype, dict(whole)
     for module, made in factors.items():
         place = places[module]
-        like = next(one.forms for one in adapters if module in one.places)
+        like = next(one.tensor_shapes for one in adapters if module in one.modules)
         tensors[place.a] = cast(place.a, made.a.reshape(-1, *like[place.a][1:]), dtype)
         tensors[place.b] = cast(place.b, made.b.reshape(*made.b.shape, *like[place.b][2:]), dtype)
     payload = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
@@ -72,7 +72,7 @@ def build_adapter_config(
     ranks = {module: made.rank for module, made in factors.items()}
     alphas = {module: made.scale * made.rank for module, made in factors.items()}
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    heads = {name for one in adapters for name in one.setting("modules_to_save") or ()}
+    heads = {name for one in adapters for name in one.read_setting("modules_to_save") or ()}
     return {
         **adapters[0].config,
         **_ALL_TARGETS,
@@ -82,7 +82,7 @@ def build_adapter_config(
         "rank_pattern": _patterns(ranks, rank),
         "alpha_pattern": _patterns(alphas, alpha),
         "modules_to_save": sorted(heads) or None,
-        "bias": next((bias for one in adapters if (bias := one.setting("bias")) != "none"), "none"),
+        "bias": next((bias for one in adapters if (bias := one.read_setting("bias")) != "none"), "none"),
     }
 
 

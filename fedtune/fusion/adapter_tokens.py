@@ -46,5 +46,7 @@ def copy_tokenizer(source: Path, into: Path) -> None:
 
 
 def _holds_rows(adapter: LoraAdapterReader) -> bool:
-    names = [f"{module}.weight" for module in adapter.places] + [strip_peft_prefix(name) for name in adapter.whole]
+    names = [f"{module}.weight" for module in adapter.modules] + [
+        strip_peft_prefix(name) for name in adapter.extra_tensors
+    ]
     return any(is_of_tokens(name) for name in names)

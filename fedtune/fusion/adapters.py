@@ -89,16 +89,16 @@ def merge_adapters(
     adapters = [LoraAdapterReader(folder) for folder in folders]
     _check_alike(adapters)
     tokens = common_tokens(adapters)
-    places = {module: place for one in reversed(adapters) for module, place in one.places.items()}
+    places = {module: place for one in reversed(adapters) for module, place in one.modules.items()}
     whole = _averaged(adapters, shares)
     modules, factors = [], {}
     parts = _Parts(shares, knobs or [{}] * len(shares))
     for module, made in _merged(adapters, sorted(places), step, parts, cut, evidence):
         relaxed = _relaxed(made.factors, module, adapters, relax, evidence)
         factors[module] = pad_factors(relaxed, max(1, relaxed.rank))
-        modules.append(MergedModule(module, factors[module].rank, made.missed, made.whole))
+        modules.append(MergedModule(module, factors[module].rank, made.dropped_norm, made.total_norm))
     write_adapter(out, adapters, places, factors, whole, tokens)
-    return _with_magnitudes(modules, folders, out, step, parts) if adapters[0].setting("use_dora") else modules
+    return _with_magnitudes(modules, folders, out, step, parts) if adapters[0].read_setting("use_dora") else modules
 
 
 class _Parts(NamedTuple):
@@ -129,14 +129,14 @@ def _merged(
     evidence: MergeContext,
 ) -> Iterator[tuple[str, TruncatedProduct]]:
     """Each module's merged product as it is cut, at the scale of the first adapter that has it."""
-    products = Products(adapters, small=isinstance(step, GramCombineStep) and step.groups == "tensor")
+    products = Products(adapters, small=isinstance(step, GramCombineStep) and step.granularity == "tensor")
     shapes = {module: products.shape(module) for module in modules}
-    step, operands = bind_combine(step, shapes, products.operands(parts.weights, parts.knobs), evidence)
+    step, operands = bind_combine(step, shapes, products.build_adapter_inputs(parts.weights, parts.knobs), evidence)
     energy = 1.0 if cut == RankLimit() else cut.energy
     for module, shape in shapes.items():
         matrix = torch.cat(list(step.combine(module, shape, operands)))
         made = truncate_matrix(matrix, cut.rank, energy, products.scale(module))
-        yield module, made._replace(factors=products.outward(module, made.factors))
+        yield module, made._replace(factors=products.expand_core(module, made.factors))
 
 
 def _relaxed(
@@ -147,10 +147,10 @@ def _relaxed(
     evidence: MergeContext,
 ) -> LowRankFactors:
     """A with the columns scaled as steps scale the weight's columns, or rows where the weight is transposed."""
-    owner = next(one for one in adapters if module in one.places)
-    place = owner.places[module]
-    flipped = place.embedding or bool(owner.setting("fan_in_fan_out"))
-    a = factors.a.reshape(factors.rank, *owner.forms[place.a][1:])
+    owner = next(one for one in adapters if module in one.modules)
+    place = owner.modules[module]
+    flipped = place.embedding or bool(owner.read_setting("fan_in_fan_out"))
+    a = factors.a.reshape(factors.rank, *owner.tensor_shapes[place.a][1:])
     for step in relax:
         a = step.relax(f"{module}.weight", 0, a.T if flipped else a, evidence)
         a = a.T if flipped else a
@@ -159,22 +159,22 @@ def _relaxed(
 
 def _averaged(adapters: Sequence[LoraAdapterReader], weights: Sequence[float]) -> dict[str, Tensor]:
     """Magnitudes, biases and heads: each the mean over the adapters that have it."""
-    names = sorted({name for one in adapters for name in one.whole})
+    names = sorted({name for one in adapters for name in one.extra_tensors})
     return {name: _mean(name, adapters, weights) for name in names}
 
 
 def _mean(name: str, adapters: Sequence[LoraAdapterReader], weights: Sequence[float]) -> Tensor:
-    having = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if name in one.forms]
-    shapes = {one.forms[name] for one, _ in having}
+    having = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if name in one.tensor_shapes]
+    shapes = {one.tensor_shapes[name] for one, _ in having}
     if len(shapes) > 1:
         raise ModelError(f"{name} has shapes {sorted(shapes)} in the adapters; only heads of one shape are averaged")
     total = sum(weight for _, weight in having)
     if total == 0:
         raise RecipeError(f"merge: the weights of the adapters that have {name} sum to zero; change one of them")
-    first = having[0][0].read(name)
+    first = having[0][0].read_tensor(name)
     mean = torch.zeros(first.shape, dtype=torch.float64)
     for one, weight in having:
-        mean += one.read(name).double() * (weight / total)
+        mean += one.read_tensor(name).double() * (weight / total)
     return cast(name, mean, first.dtype)
 
 
@@ -190,14 +190,14 @@ def _check_alike(adapters: Sequence[LoraAdapterReader]) -> None:
             )
     for other in others:
         for key in _AGREE:
-            if first.setting(key) != other.setting(key):
+            if first.read_setting(key) != other.read_setting(key):
                 raise ModelError(
-                    f"{other.folder} has {key} {other.setting(key)}, but {first.folder} {first.setting(key)}; "
-                    "give adapters of one kind"
+                    f"{other.folder} has {key} {other.read_setting(key)}, but {first.folder} {first.read_setting(key)}"
+                    "; give adapters of one kind"
                 )
     kinds: dict[str, tuple[bool, Path]] = {}
     for one in adapters:
-        for module, place in one.places.items():
+        for module, place in one.modules.items():
             embedding, folder = kinds.setdefault(module, (place.embedding, one.folder))
             if embedding != place.embedding:
                 raise ModelError(

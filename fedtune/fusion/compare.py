@@ -58,7 +58,7 @@ class ModelComparison:
     tensors: int
     entries: int
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The figures as JSON takes them."""
         return asdict(self)
 
@@ -66,11 +66,11 @@ class ModelComparison:
 @one_thread()
 def compare(merge: PreparedMerge, progress: ProgressCallback, *, trust_base: bool = False) -> ModelComparison:
     """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
-    names = list(merge.models.tuned) or list(merge.models.by_name)
+    names = list(merge.models.fine_tuned) or list(merge.models.by_name)
     based = merge.models.base is not None
     sums = _Sums(len(names))
     for name, parts, base in _pieces(merge, names, progress):
-        sums.add(name, parts, base, matrix=len(merge.models.by_name[names[0]].forms[name].shape) > 1)
+        sums.add(name, parts, base, matrix=len(merge.models.by_name[names[0]].tensor_infos[name].shape) > 1)
         sums.entries += len(parts[0])
     for place, square in enumerate(sums.gram.diagonal().tolist()):
         if not math.isfinite(square):
@@ -138,21 +138,21 @@ def _pieces(
     Slices renumber layers in the result; what models differ from the base does not depend on them.
     """
     models = [merge.models.by_name[name] for name in names]
-    shared = {name: name for name in models[0].forms if _shared(merge, name)}
+    shared = {name: name for name in models[0].tensor_infos if _shared(merge, name)}
     base = None if merge.models.base is None else BaseReader(merge.models.by_name[merge.models.base], shared)
     readers = [DeltaReader(model, shared, base) for model in models]
     done = 0
     for name in shared:
-        form = models[0].forms[name]
+        form = models[0].tensor_infos[name]
         for start, stop in iter_row_chunks(form.shape, math.ceil(len(models) / _TOGETHER)):
             parts = [reader(name, start, stop).flatten() for reader in readers]
             yield name, parts, None if base is None else base.rows(name, start, stop).flatten()
-        done += form.bytes
+        done += form.num_bytes
         progress(done)
 
 
 def _shared(merge: PreparedMerge, name: str) -> bool:
-    known = [model.forms.get(name) for model in merge.models.by_name.values()]
+    known = [model.tensor_infos.get(name) for model in merge.models.by_name.values()]
     first = known[0]
     return (
         first is not None
@@ -172,7 +172,7 @@ def _check_base(merge: PreparedMerge, names: list[str], norms: list[float]) -> N
 
 def _weights(merge: PreparedMerge, names: list[str]) -> Tensor:
     """Each model's weight where nothing is said of single tensors."""
-    entries = {entry.model: entry for entry in merge.config.entries}
+    entries = {entry.model: entry for entry in merge.config.model_entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
     weights = [merge.steps.combine.own(layer, "", 0.0).weight for layer in layers]
     return torch.tensor(weights, dtype=torch.float64)

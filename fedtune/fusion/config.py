@@ -155,18 +155,18 @@ class MergeConfig(SettingsModel):
         return self
 
     @property
-    def token_rule(self) -> TokenizerRule | None:
+    def tokenizer_rule(self) -> TokenizerRule | None:
         """Whose tokens the result has, if anything is said about it."""
         return TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
 
     @property
-    def entries(self) -> Sequence[ModelEntry]:
+    def model_entries(self) -> Sequence[ModelEntry]:
         """Every mention of a model, in order."""
         if self.models is not None:
             return self.models
         return [source for part in self.slices or [] for source in part.sources]
 
     @property
-    def sources(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """The models named, each once, without a base that is only named as such."""
-        return list(dict.fromkeys(entry.model for entry in self.entries))
+        return list(dict.fromkeys(entry.model for entry in self.model_entries))

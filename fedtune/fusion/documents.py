@@ -29,30 +29,30 @@ def write_model_files(merge: PreparedMerge, folder: Path, shards: Mapping[str, M
     _write_json(folder / "config.json", _settings(merge, model))
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json", _index(shards))
-    _copy(merge.models.tokens, folder, TOKENIZER)
+    _copy(merge.models.tokenizer_folder, folder, TOKENIZER)
     _copy(model.folder, folder, _MODEL)
     for file in sentence_files(model.folder):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(model.folder / file, folder / file)
     if (model.folder / _GENERATION).is_file():
         _write_json(folder / _GENERATION, _renumbered(merge, read_json(model.folder / _GENERATION), _GENERATION))
-    if merge.models.described is not None:
-        _write_json(folder / "tokenizer.json", merge.models.described)
+    if merge.models.tokenizer_json is not None:
+        _write_json(folder / "tokenizer.json", merge.models.tokenizer_json)
     if (template := merge.chat_template()) is not None:
         _set_chat_template(folder, template)
 
 
 def _owner(merge: PreparedMerge) -> ModelReader:
     """Whose config.json the result has: the base's, but a model's where this has a head that the base has not."""
-    first = next(iter(merge.models.tuned.values()), merge.models.first)
-    return merge.models.first if first.forms.keys() <= merge.models.first.forms.keys() else first
+    first = next(iter(merge.models.fine_tuned.values()), merge.models.first)
+    return merge.models.first if first.tensor_infos.keys() <= merge.models.first.tensor_infos.keys() else first
 
 
 def _settings(merge: PreparedMerge, model: ModelReader) -> dict[str, Any]:
     settings = read_model_config(model)
     settings.pop("quantization_config", None)
-    forms = {target.name: target.form for target in merge.targets}
-    largest = max(forms.values(), key=lambda form: form.bytes)
+    forms = {target.name: target.form for target in merge.output_tensors}
+    largest = max(forms.values(), key=lambda form: form.num_bytes)
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = str(largest.dtype).removeprefix("torch.")
     if any(is_output(name) for name in forms) and "scale_decoder_outputs" not in settings:
         settings["tie_word_embeddings"] = False  # T5 takes this for another setting, and never ties what differs
@@ -66,25 +66,25 @@ def _settings(merge: PreparedMerge, model: ModelReader) -> dict[str, Any]:
 
 
 def _token_rows(forms: Mapping[str, TensorInfo]) -> int | None:
-    rows = [form.height for name, form in forms.items() if is_of_tokens(name)]
+    rows = [form.num_rows for name, form in forms.items() if is_of_tokens(name)]
     return max(rows, default=None)
 
 
 def _renumbered(merge: PreparedMerge, settings: dict[str, Any], file: str) -> dict[str, Any]:
     """Special tokens as the model numbers them whose tokens a rule chose."""
-    return settings if merge.config.token_rule is None else with_token_ids(settings, merge.models, file)
+    return settings if merge.config.tokenizer_rule is None else with_token_ids(settings, merge.models, file)
 
 
 def _set_labels(settings: dict[str, Any], forms: Mapping[str, TensorInfo]) -> None:
     """An adapter brings a head without saying of how many labels."""
-    heads = [form.height for name, form in forms.items() if name.endswith(_HEADS)]
+    heads = [form.num_rows for name, form in forms.items() if name.endswith(_HEADS)]
     if heads and "id2label" not in settings and heads[0] != 2:
         settings["id2label"] = {str(number): f"LABEL_{number}" for number in range(heads[0])}
         settings["label2id"] = {label: int(number) for number, label in settings["id2label"].items()}
 
 
 def _index(shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Any]:
-    total = sum(form.bytes for forms in shards.values() for form in forms.values())
+    total = sum(form.num_bytes for forms in shards.values() for form in forms.values())
     return {
         "metadata": {"total_size": total},
         "weight_map": {name: file for file, forms in shards.items() for name in forms},

@@ -61,7 +61,7 @@ def missed_by_dora(
     told = zip(inputs, weights, knobs, strict=True)
     dense = [MergeInput(_Change(adapted, before), weight, own) for adapted, weight, own in told]
     names = {module: result.weight_of(module) for module in modules}
-    shapes = {name: before.forms[name].shape for name in names.values()}
+    shapes = {name: before.tensor_infos[name].shape for name in names.values()}
     step, dense_parts = bind_combine(step, shapes, dense, MergeContext())
     found = _Change(result, before)
     return {module: _missed(name, shapes[name], step, dense_parts, found) for module, name in names.items()}

@@ -17,7 +17,7 @@ class SafetensorsModelReader(ModelReader):
     """The tensors of a folder, as they are stored."""
 
     def __init__(self, folder: Path, origin: str, files: tuple[Path, ...] | None = None) -> None:
-        self.origin, self.folder = origin, folder
+        self.source, self.folder = origin, folder
         self.files = _found(folder) if files is None else files
         self._reader = Reader()
         read = [(file, read_tensor_locations(file)) for file in self.files]
@@ -25,13 +25,13 @@ class SafetensorsModelReader(ModelReader):
         self._places = {name: (file, place) for file, held in read for name, place in held.items()}
         if files is None:
             check_index(folder, self._places)
-        self.forms = {name: place.form for name, (_, place) in self._places.items()}
+        self.tensor_infos = {name: place.form for name, (_, place) in self._places.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in fp32; integers as they are."""
-        return convert_to_fp32(self.stored(name, start, stop))
+        return convert_to_fp32(self.read_stored_rows(name, start, stop))
 
-    def stored(self, name: str, start: int, stop: int) -> Tensor:
+    def read_stored_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows in the precision they are stored in."""
         file, place = self._places[name]
         return self._reader.rows(file, place, start, stop)

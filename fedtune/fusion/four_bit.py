@@ -23,7 +23,7 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 def is_four_bit_checkpoint(folder: SafetensorsModelReader) -> bool:
     """Whether some tensor carries the marks of four-bit quantisation."""
-    return any(_MARK in name for name in folder.forms)
+    return any(_MARK in name for name in folder.tensor_infos)
 
 
 class _Nested(NamedTuple):
@@ -47,17 +47,17 @@ class _Code(NamedTuple):
 class FourBitModelReader(ModelReader):
     """The tensors of a quantised folder as numbers."""
 
-    quantised = True
+    is_quantised = True
 
     def __init__(self, folder: SafetensorsModelReader) -> None:
         self._stored = folder
-        self.origin, self.folder, self.files = folder.origin, folder.folder, folder.files
-        states = {name.partition(_MARK)[0]: name for name in folder.forms if _MARK in name}
+        self.source, self.folder, self.files = folder.source, folder.folder, folder.files
+        states = {name.partition(_MARK)[0]: name for name in folder.tensor_infos if _MARK in name}
         self._codes = {name: self._code(name, state) for name, state in states.items()}
         inner = {name + part for name in states for part in _PARTS} | set(states.values())
-        self.forms = {
+        self.tensor_infos = {
             name: self._codes[name].form if name in states else form
-            for name, form in folder.forms.items()
+            for name, form in folder.tensor_infos.items()
             if name not in inner
         }
 
@@ -68,7 +68,7 @@ class FourBitModelReader(ModelReader):
         code = self._codes[name]
         width = code.form.row_bytes // code.form.dtype.itemsize
         first, last = start * width, stop * width
-        packed = self._stored.stored(name, first // 2, (last + 1) // 2).flatten().to(torch.int32)
+        packed = self._stored.read_stored_rows(name, first // 2, (last + 1) // 2).flatten().to(torch.int32)
         halves = torch.stack([packed >> 4, packed & 15], 1).flatten()[first % 2 :][: last - first]
         scales = self._scales(name, code, first // code.block, -(-last // code.block))
         blocks = torch.arange(first, last) // code.block - first // code.block
@@ -87,7 +87,7 @@ class FourBitModelReader(ModelReader):
         return _Code(form, self._stored.whole(f"{name}.quant_map"), told["blocksize"], self._nested(name, told))
 
     def _nested(self, name: str, told: dict[str, Any]) -> _Nested | None:
-        if f"{name}.nested_absmax" not in self._stored.forms:
+        if f"{name}.nested_absmax" not in self._stored.tensor_infos:
             return None
         values, scales = (self._stored.whole(f"{name}.nested_{part}") for part in ("quant_map", "absmax"))
         return _Nested(values, scales, told["nested_blocksize"], told["nested_offset"])
@@ -96,7 +96,7 @@ class FourBitModelReader(ModelReader):
         try:
             told: dict[str, Any] = json.loads(bytes(self._stored.whole(name).tolist()))
         except ValueError as error:
-            raise SourceError(f"{self.origin}: {name} is no quantisation state; fetch it again") from error
+            raise SourceError(f"{self.source}: {name} is no quantisation state; fetch it again") from error
         if not {"blocksize", "dtype", "shape"} <= told.keys():
-            raise SourceError(f"{self.origin}: {name} is no quantisation state; fetch it again")
+            raise SourceError(f"{self.source}: {name} is no quantisation state; fetch it again")
         return told

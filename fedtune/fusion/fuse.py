@@ -34,35 +34,35 @@ class PreparedMerge(NamedTuple):
     config: MergeConfig
     models: ModelSet
     steps: OfflineSteps
-    targets: list[OutputTensor]
+    output_tensors: list[OutputTensor]
     base: BaseReader | None
 
     @property
-    def bytes(self) -> int:
+    def output_bytes(self) -> int:
         """Bytes of the result's tensors."""
-        return sum(target.form.bytes for target in self.targets)
+        return sum(target.form.num_bytes for target in self.output_tensors)
 
     @property
     def warnings(self) -> list[str]:
         """What speaks against the merge before it is made, one sentence each."""
-        return [*self.models.warnings, *empty_slices(self.config), *gradients_outside(self.config, self.targets)]
+        return [*self.models.warnings, *empty_slices(self.config), *gradients_outside(self.config, self.output_tensors)]
 
     @property
-    def acts_on_deltas(self) -> bool:
+    def is_delta_merge(self) -> bool:
         """Whether what is combined is what models differ from the base."""
-        acts = self.steps.combine.acts
+        acts = self.steps.combine.operates_on
         return acts == "deltas" or (acts == "either" and self.base is not None)
 
-    def shards(self, size: int) -> dict[str, dict[str, TensorInfo]]:
+    def plan_shards(self, size: int) -> dict[str, dict[str, TensorInfo]]:
         """The result's files, none of more bytes than ``size`` unless it holds one tensor."""
         groups: list[dict[str, TensorInfo]] = [{}]
         filled = 0
-        for target in self.targets:
-            if groups[-1] and filled + target.form.bytes > size:
+        for target in self.output_tensors:
+            if groups[-1] and filled + target.form.num_bytes > size:
                 groups.append({})
                 filled = 0
             groups[-1][target.name] = target.form
-            filled += target.form.bytes
+            filled += target.form.num_bytes
         if len(groups) == 1:
             return {"model.safetensors": groups[0]}
         return {f"model-{place:05}-of-{len(groups):05}.safetensors": group for place, group in enumerate(groups, 1)}
@@ -73,7 +73,7 @@ class PreparedMerge(NamedTuple):
         folders = [model.tokens for model in self.models.by_name.values()]
         return None if wanted is None else resolve_chat_template(wanted, folders)
 
-    def key(self) -> str:
+    def compute_resume_key(self) -> str:
         """A hash of the configuration and of which files it reads, by path, size and time."""
         files = [file for model in self.models.by_name.values() for file in model.files]
         told = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -88,7 +88,9 @@ def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> Prepa
     targets = plan_output_tensors(config, models)
     base = None
     if models.base is not None:
-        base = BaseReader(models.by_name[models.base], {target.name: target.base for target in targets if target.base})
+        base = BaseReader(
+            models.by_name[models.base], {target.name: target.base_tensor for target in targets if target.base_tensor}
+        )
     merge = PreparedMerge(config, models, chosen, targets, base)
     merge.chat_template()
     _try_settings(merge)
@@ -98,11 +100,11 @@ def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> Prepa
 def _try_settings(merge: PreparedMerge) -> None:
     """Let each setting of the method merge one zero, so that one that does not hold is refused before any reading."""
     seen = []
-    targets = {target.name: target for target in merge.targets}
-    combined = [target for target in merge.targets if not target.averaged]
+    targets = {target.name: target for target in merge.output_tensors}
+    combined = [target for target in merge.output_tensors if not target.averaged]
     for name, parts in build_model_inputs(merge.steps, combined, merge.models, None).items():
-        step, zeros = _step(merge, targets[name]), [part._replace(rows=_zero) for part in parts]
-        told = (step, [(part.weight, dict(part.knobs)) for part in parts])
+        step, zeros = _step(merge, targets[name]), [part._replace(read_rows=_zero) for part in parts]
+        told = (step, [(part.weight, dict(part.overrides)) for part in parts])
         if told not in seen:
             seen.append(told)
             measured = any(part.statistics is not None for part in parts)
@@ -120,20 +122,20 @@ def write_merged_tensors(
     merge: PreparedMerge, output: OutputFolder, evidence: MergeContext, progress: ProgressCallback
 ) -> list[MergeInput]:
     """Write every tensor that is not written yet; returns the models as they were aligned, by their first part."""
-    base = merge.base if merge.acts_on_deltas else None
-    found = build_model_inputs(merge.steps, merge.targets, merge.models, base)
-    found = align_inputs(merge.steps, merge.targets, found, base, evidence)
+    base = merge.base if merge.is_delta_merge else None
+    found = build_model_inputs(merge.steps, merge.output_tensors, merge.models, base)
+    found = align_inputs(merge.steps, merge.output_tensors, found, base, evidence)
     settled = _settled(merge, found, evidence)
     done = 0
-    for target in merge.targets:
-        if target.name not in output.done:
+    for target in merge.output_tensors:
+        if target.name not in output.finished_tensors:
             for start, _, rows in _rows(merge, target, found.get(target.name, []), settled, evidence):
-                output.write(target.name, start, rows)
-            output.finish(target.name)
-        done += target.form.bytes
+                output.write_rows(target.name, start, rows)
+            output.mark_finished(target.name)
+        done += target.form.num_bytes
         progress(done)
     output.flush()
-    merged = [target.name for target in merge.targets if not target.copied]
+    merged = [target.name for target in merge.output_tensors if not target.is_copied]
     return found[merged[0]] if merged else []
 
 
@@ -148,11 +150,11 @@ def _settled(
     merge: PreparedMerge, found: Mapping[str, Sequence[MergeInput]], evidence: MergeContext
 ) -> _Settled | None:
     """What whole models tell a method; None where each tensor is set by itself."""
-    first = next((target for target in merge.targets if not target.copied and not target.averaged), None)
+    first = next((target for target in merge.output_tensors if not target.is_copied and not target.averaged), None)
     if first is None:
         return None
     step = _step(merge, first)
-    shapes = {target.name: target.form.shape for target in merge.targets if not target.copied}
+    shapes = {target.name: target.form.shape for target in merge.output_tensors if not target.is_copied}
     told = bind_combine(step, shapes, found[first.name], evidence)
     if told.combine == step and told.operands is found[first.name]:
         return None
@@ -160,7 +162,7 @@ def _settled(
 
 
 def _step(merge: PreparedMerge, target: OutputTensor) -> CombineStep:
-    return merge.steps.combine.step(target.layers, target.name, target.depth, merge.config.seed)
+    return merge.steps.combine.build_step(target.layers, target.name, target.depth, merge.config.seed)
 
 
 def _rows(
@@ -170,12 +172,12 @@ def _rows(
     settled: _Settled | None,
     evidence: MergeContext,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    if target.copied:
+    if target.is_copied:
         yield from _copied(merge, target)
         return
     step = _step(merge, target) if settled is None else settled.combine
     parts = parts if settled is None else settled.operands
-    if target.averaged or (merge.acts_on_deltas and target.base is None):  # a head the base has not
+    if target.averaged or (merge.is_delta_merge and target.base_tensor is None):  # a head the base has not
         step, parts = Mean(), shares_of(parts)
     pipeline = MergePipeline((), step, (), ())
     for start, stop, rows in merge_row_chunks(pipeline, target.name, target.form.shape, parts, evidence):
@@ -188,14 +190,14 @@ def _whole(
     merge: PreparedMerge, target: OutputTensor, start: int, stop: int, rows: Tensor, evidence: MergeContext
 ) -> Tensor:
     """The result's rows: what was combined, relaxed around the base, added to it."""
-    if target.base is None or merge.base is None:
+    if target.base_tensor is None or merge.base is None:
         return rows
-    if not merge.acts_on_deltas and not merge.steps.relax:
+    if not merge.is_delta_merge and not merge.steps.relax:
         return rows
     base = merge.base.rows(target.name, start, stop)
-    delta = rows.reshape(base.shape) if merge.acts_on_deltas else rows.reshape(base.shape) - base
+    delta = rows.reshape(base.shape) if merge.is_delta_merge else rows.reshape(base.shape) - base
     for step in merge.steps.relax:
-        delta = step.relax(target.base, start, delta, evidence)  # which was watched under the base's own names
+        delta = step.relax(target.base_tensor, start, delta, evidence)  # which was watched under the base's own names
     return base + delta
 
 
@@ -203,8 +205,8 @@ def _copied(merge: PreparedMerge, target: OutputTensor) -> Iterator[tuple[int, i
     """A tensor of integers as the base has it, or else the first model."""
     part = target.parts[0]
     model, name = merge.models.by_name[part.entry.model], part.tensor
-    if target.base is not None and merge.models.base is not None:
-        model, name = merge.models.by_name[merge.models.base], target.base
+    if target.base_tensor is not None and merge.models.base is not None:
+        model, name = merge.models.by_name[merge.models.base], target.base_tensor
     for start, stop in iter_row_chunks(target.form.shape):
         yield start, stop, model.rows(name, start, stop)
 
@@ -238,5 +240,5 @@ def _not_finite(merge: PreparedMerge, target: OutputTensor) -> str:
         model = merge.models.by_name[part.entry.model]
         for start, stop in iter_row_chunks(target.form.shape):
             if not _finite(model.rows(part.tensor, start, stop)):
-                return f"{model.origin}: {part.tensor} holds values that are not finite; take a sound release"
+                return f"{model.source}: {part.tensor} holds values that are not finite; take a sound release"
     return f"{target.name} comes out with values that are not finite; take smaller weights"

@@ -36,7 +36,7 @@ class GgufModelReader(ModelReader):
     """The tensors of a GGUF file under the names transformers gives them."""
 
     def __init__(self, file: Path, origin: str) -> None:
-        self.origin, self.files = origin, (file,)
+        self.source, self.files = origin, (file,)
         with file.open("rb") as opened:
             if opened.read(4) != b"GGUF":
                 raise SourceError(f"{file} is not a GGUF file; check the path")
@@ -62,8 +62,8 @@ class GgufModelReader(ModelReader):
         stored = {tensor.name: _Stored(tensor) for tensor in reader.tensors}
         self._stored = {self._names[name]: found for name, found in stored.items() if name in self._names}
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        self.forms = {name: TensorInfo(shapes[name], found.dtype) for name, found in self._stored.items()}
-        self.quantised = any(found.quantised for found in stored.values())
+        self.tensor_infos = {name: TensorInfo(shapes[name], found.dtype) for name, found in self._stored.items()}
+        self.is_quantised = any(found.quantised for found in stored.values())
 
     @cached_property
     def folder(self) -> Path:  # type: ignore[override]
@@ -94,7 +94,7 @@ class GgufModelReader(ModelReader):
         if done.name is None:  # it went into the parsed parameters, alone or beside others
             taken = self._parsed["tensors"].pop(self._names.get(found.name, found.name), None)
             if taken is None:
-                raise ModelError(f"{self.origin}: {found.name} is spread over several tensors; use safetensors")
+                raise ModelError(f"{self.source}: {found.name} is spread over several tensors; use safetensors")
             return torch.as_tensor(taken)
         return torch.from_numpy(np.ascontiguousarray(done.weights))
 

@@ -17,7 +17,7 @@ class LayerTensorName(NamedTuple):
     number: int
     rest: str
 
-    def at(self, number: int) -> str:
+    def name_in_layer(self, number: int) -> str:
         """The same tensor's name in another layer."""
         return f"{self.before}.{number}.{self.rest}"
 

@@ -54,7 +54,7 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def height(self) -> int:
+    def num_rows(self) -> int:
         """Number of rows; a tensor without dimensions is one row."""
         return self.shape[0] if self.shape else 1
 
@@ -64,9 +64,9 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of all rows."""
-        return self.height * self.row_bytes
+        return self.num_rows * self.row_bytes
 
 
 class TensorLocation(NamedTuple):
@@ -103,7 +103,7 @@ def build_file_layout(forms: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str,
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name, form in forms.items():
-        offsets[name], end = end, end + form.bytes
+        offsets[name], end = end, end + form.num_bytes
         entries[name] = {
             "dtype": _CODES[form.dtype],
             "shape": list(form.shape),

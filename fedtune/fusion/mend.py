@@ -25,8 +25,8 @@ def renormalise(
     merge: PreparedMerge, output: OutputFolder, parts: Sequence[MergeInput], evidence: MergeContext
 ) -> None:
     """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
-    base = merge.base if merge.acts_on_deltas else None
-    ends = [(part.weight, EndpointStateDict(merge.targets, base, part)) for part in shares_of(parts)]
+    base = merge.base if merge.is_delta_merge else None
+    ends = [(part.weight, EndpointStateDict(merge.output_tensors, base, part)) for part in shares_of(parts)]
     for place, step in enumerate(merge.steps.renormalise):
         kept = _changes(output.folder, place)
         if not kept.is_file():
@@ -34,7 +34,7 @@ def renormalise(
             merged = LazyStateDict(SafetensorsModelReader(output.folder, str(output.folder), files))
             write_bytes_atomically(kept, pack(step.renormalise(merged, ends, evidence)))
         for name, tensor in safetensors.torch.load_file(kept).items():
-            output.write(name, 0, _fitting(merge, name, tensor.to(torch.float32)))
+            output.write_rows(name, 0, _fitting(merge, name, tensor.to(torch.float32)))
         output.flush()
     for place in range(len(merge.steps.renormalise)):
         _changes(output.folder, place).unlink()
@@ -42,7 +42,7 @@ def renormalise(
 
 def _fitting(merge: PreparedMerge, name: str, tensor: Tensor) -> Tensor:
     """The tensor; ModelError when it is not finite in the result's precision."""
-    dtype = next(target.form.dtype for target in merge.targets if target.name == name)
+    dtype = next(target.form.dtype for target in merge.output_tensors if target.name == name)
     if not fits(tensor, dtype):
         raise ModelError(too_large(name, tensor, dtype))
     return tensor

@@ -76,13 +76,13 @@ class MergeMethod(NamedTuple):
     """A method by its name here, and what it acts on; ``copies``: passthrough, which takes one source as it is."""
 
     name: str
-    acts: Acts
-    copies: bool = False
+    operates_on: Acts
+    is_passthrough: bool = False
 
-    def check(self, layer: ParameterLayer, where: str, *, own: bool = False) -> None:
+    def check_parameters(self, layer: ParameterLayer, where: str, *, own: bool = False) -> None:
         """RecipeError when some parameter means nothing to the method, or, with ``own``, nothing for one model."""
-        spelt = {} if self.copies else _spellings(self.name)
-        allowed = {"scale"} if self.copies else {"weight", *spelt, *_switches(self.name)}
+        spelt = {} if self.is_passthrough else _spellings(self.name)
+        allowed = {"scale"} if self.is_passthrough else {"weight", *spelt, *_switches(self.name)}
         fixed = _FIXED.get(self.name, {})
         for key in (key for key in layer if key not in _ignored(self.name)):
             if key in fixed and key not in allowed:
@@ -93,15 +93,15 @@ class MergeMethod(NamedTuple):
                 raise RecipeError(
                     f"{where}: {self.name} has no parameter {key!r}; {suggest_nearest(key, sorted(allowed))}"
                 )
-            elif own and not self.copies and key != "weight" and spelt.get(key) not in _OWN:
+            elif own and not self.is_passthrough and key != "weight" and spelt.get(key) not in _OWN:
                 raise RecipeError(
                     f"{where}: {key} of {self.name} is a setting of the whole merge, not of one model; move it to the "
                     "merge's parameters"
                 )
 
-    def step(self, layers: Sequence[ParameterLayer], name: str, depth: float, seed: int = 0) -> CombineStep:
+    def build_step(self, layers: Sequence[ParameterLayer], name: str, depth: float, seed: int = 0) -> CombineStep:
         """The combining step as it is set for one tensor; ``seed`` is for methods that draw."""
-        if self.copies:
+        if self.is_passthrough:
             return _built("linear", (("normalise", False),))
         spelt, fixed = _spellings(self.name), _FIXED.get(self.name, {})
         told = {key for layer in layers for key in layer} - {"weight", *_ignored(self.name), *fixed}
@@ -114,14 +114,14 @@ class MergeMethod(NamedTuple):
 
         mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
         """
-        key = "scale" if self.copies else "weight"
+        key = "scale" if self.is_passthrough else "weight"
         found = find_value(key, layers, name, depth)
-        if found is None and not self.copies and any(layer.get(key) for layer in layers):
+        if found is None and not self.is_passthrough and any(layer.get(key) for layer in layers):
             raise RecipeError(
                 f"parameters: weight says nothing of {name}; end its list with {{value: ...}} for the rest"
             )
         weight = 1.0 if found is None else _real(found, "weight")
-        if self.copies:
+        if self.is_passthrough:
             return Own(weight, {})
         fields = [field for field in _OWN if field in _spellings(self.name)]
         values = {field: value for field in fields if (value := find_value(field, layers, name, depth)) is not None}
@@ -145,7 +145,7 @@ def build_merge_method(name: str) -> MergeMethod:
     """The method of a configuration; RecipeError names what is near."""
     spelt = name.replace("_", "-")
     if spelt == "passthrough":
-        return MergeMethod(spelt, "models", copies=True)
+        return MergeMethod(spelt, "models", is_passthrough=True)
     if spelt not in list_unit_names("fedtune.merging") or not _combines(spelt):
         combining = [one for one in list_unit_names("fedtune.merging") if _combines(one)]
         raise RecipeError(f"merge_method: there is no {name!r}; {suggest_nearest(spelt, [*combining, 'passthrough'])}")
@@ -155,7 +155,7 @@ def build_merge_method(name: str) -> MergeMethod:
 def _combines(name: str) -> bool:
     """Whether a unit merges tensors one by one; those of low-rank pairs are for rounds of a federation."""
     step: object = _built(name, ())
-    return isinstance(step, CombineStep) and step.takes == "tensors"
+    return isinstance(step, CombineStep) and step.update_kind == "tensors"
 
 
 def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, Value], ...]:

@@ -36,9 +36,9 @@ class ModelSet(NamedTuple):
 
     by_name: Mapping[str, ModelReader]
     base: str | None
-    tokens: Path
+    tokenizer_folder: Path
     numbered: Path
-    described: Mapping[str, Any] | None
+    tokenizer_json: Mapping[str, Any] | None
     tied: bool
     warnings: Sequence[str]
 
@@ -48,29 +48,29 @@ class ModelSet(NamedTuple):
         return self.by_name[self.base] if self.base is not None else next(iter(self.by_name.values()))
 
     @property
-    def tuned(self) -> Mapping[str, ModelReader]:
+    def fine_tuned(self) -> Mapping[str, ModelReader]:
         """All but the base."""
         return {name: model for name, model in self.by_name.items() if name != self.base}
 
 
 def open_models(config: MergeConfig, runs: RunExporter = refuse_runs) -> ModelSet:
     """Open all that a configuration names; ModelError when it cannot be merged, SourceError when one is unreadable."""
-    named = list(dict.fromkeys([*config.sources, *([config.base_model] if config.base_model else [])]))
+    named = list(dict.fromkeys([*config.model_names, *([config.base_model] if config.base_model else [])]))
     opened = {name: open_model(name, runs) for name in named}
     _check_kinds(opened)
     _check_inputs(opened)
     reference = next(iter(opened.values()))
-    alike = without_spare({name: match_tensor_names(model, reference.forms) for name, model in opened.items()})
+    alike = without_spare({name: match_tensor_names(model, reference.tensor_infos) for name, model in opened.items()})
     tied = all(_ties(model) for model in alike.values())
-    outputs = [output for model in alike.values() for output in model.forms if is_output(output)]
+    outputs = [output for model in alike.values() for output in model.tensor_infos if is_output(output)]
     alike = {name: _UniformOutputEmbeddings(model, tied, outputs) for name, model in alike.items()}
     leader: ModelReader = next(iter(alike.values()))
     described: Mapping[str, Any] | None = None
     if config.base_model is not None:
         leader = alike[config.base_model]
-    if config.token_rule is not None:
+    if config.tokenizer_rule is not None:
         base = None if config.base_model is None else alike[config.base_model]
-        changed, leader, described = remap_token_rows(list(alike.values()), base, config.token_rule)
+        changed, leader, described = remap_token_rows(list(alike.values()), base, config.tokenizer_rule)
         alike = dict(zip(alike, changed, strict=True))
     else:
         _check_tokens(alike)
@@ -82,7 +82,7 @@ def open_models(config: MergeConfig, runs: RunExporter = refuse_runs) -> ModelSe
     warnings = check_settings({name: model.folder for name, model in based})
     if unmerged := unmerged_modules(based[0][1].folder):
         warnings.append(
-            f"{', '.join(unmerged)} of {based[0][1].origin} is copied as it is: only transformers are merged"
+            f"{', '.join(unmerged)} of {based[0][1].source} is copied as it is: only transformers are merged"
         )
     return ModelSet(alike, config.base_model, leader.tokens, leader.folder, described, tied, warnings)
 
@@ -96,18 +96,18 @@ class _UniformOutputEmbeddings(ModelReader):
     """A model without its output embeddings where all models tie them to the input's, with them where one does not."""
 
     def __init__(self, model: ModelReader, tied: bool, outputs: Sequence[str]) -> None:
-        self.origin, self.folder, self.files = model.origin, model.folder, model.files
-        self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
+        self.source, self.folder, self.files = model.source, model.folder, model.files
+        self.is_quantised, self.own_tokens, self._model = model.is_quantised, model.own_tokens, model
         self._same: dict[str, str] = {}
-        self.forms = dict(model.forms)
-        embedding = next((name for name in model.forms if is_embedding(name)), None)
+        self.tensor_infos = dict(model.tensor_infos)
+        embedding = next((name for name in model.tensor_infos if is_embedding(name)), None)
         if embedding is None:
             return
         if tied:
-            self.forms = {name: form for name, form in model.forms.items() if not is_output(name)}
-        elif outputs and not any(is_output(name) for name in model.forms) and _ties(model):
+            self.tensor_infos = {name: form for name, form in model.tensor_infos.items() if not is_output(name)}
+        elif outputs and not any(is_output(name) for name in model.tensor_infos) and _ties(model):
             self._same[outputs[0]] = embedding
-            self.forms[outputs[0]] = model.forms[embedding]
+            self.tensor_infos[outputs[0]] = model.tensor_infos[embedding]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows, of the input embeddings where the output's are the same."""
@@ -116,15 +116,15 @@ class _UniformOutputEmbeddings(ModelReader):
 
 def _ties(model: ModelReader) -> bool:
     """Whether the output's embeddings are the input's: not where a file has others, whatever its config.json says."""
-    embedding = next((name for name in model.forms if is_embedding(name)), None)
-    outputs = [name for name in model.forms if is_output(name)]
+    embedding = next((name for name in model.tensor_infos if is_embedding(name)), None)
+    outputs = [name for name in model.tensor_infos if is_output(name)]
     if embedding is None or not read_model_config(model).get("tie_word_embeddings", not outputs):
         return False
     return all(are_same(model, embedding, output) for output in outputs)
 
 
 def _check_kinds(models: Mapping[str, ModelReader]) -> None:
-    kinds = {model.origin: read_model_config(model).get("model_type") for model in models.values()}
+    kinds = {model.source: read_model_config(model).get("model_type") for model in models.values()}
     (one, kind), *others = kinds.items()
     for other, found in others:
         if found != kind:
@@ -134,11 +134,11 @@ def _check_kinds(models: Mapping[str, ModelReader]) -> None:
 def _check_inputs(models: Mapping[str, ModelReader]) -> None:
     """ModelError for a model whose file has the output's tensor alone, though its settings say it is the input's."""
     for model in models.values():
-        outputs = [form.shape for name, form in model.forms.items() if is_output(name)]
-        others = [form.shape for name, form in model.forms.items() if not is_output(name)]
+        outputs = [form.shape for name, form in model.tensor_infos.items() if is_output(name)]
+        others = [form.shape for name, form in model.tensor_infos.items() if not is_output(name)]
         if outputs and outputs[0] not in others and read_model_config(model).get("tie_word_embeddings"):
             raise ModelError(
-                f"{model.origin} holds its output's embeddings and not its input's, which they are tied to; load and "
+                f"{model.source} holds its output's embeddings and not its input's, which they are tied to; load and "
                 "save it with transformers"
             )
 
@@ -153,7 +153,7 @@ def _check_tokens(models: Mapping[str, ModelReader]) -> None:
         if first is not None and found is not None and found != first:
             more, less, moved = compare_vocabularies(found, first)
             raise ModelError(
-                f"{other.origin} has {more} tokens that {one.origin} lacks, lacks {less} and numbers {moved} "
+                f"{other.source} has {more} tokens that {one.source} lacks, lacks {less} and numbers {moved} "
                 "differently; say whose tokens the result has, e.g. tokenizer_source: union"
             )
 
@@ -161,9 +161,9 @@ def _check_tokens(models: Mapping[str, ModelReader]) -> None:
 def _check_labels(models: Mapping[str, ModelReader], base: str | None) -> None:
     """Heads are merged row by row, so that each row must stand for the same class."""
     labels = {
-        model.origin: read_model_config(model).get("id2label")
+        model.source: read_model_config(model).get("id2label")
         for name, model in models.items()
-        if name != base and any(name.startswith(("classifier.", "score.")) for name in model.forms)
+        if name != base and any(name.startswith(("classifier.", "score.")) for name in model.tensor_infos)
     }
     known = {origin: found for origin, found in labels.items() if found}
     for origin, found in known.items():
@@ -186,13 +186,16 @@ def _check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
         _check_names(first, other)
         _check_names(other, first)
     for model in [*others, *([models[base]] if base is not None else [])]:
-        for name, form in first.forms.items():
-            if name in model.forms and model.forms[name].shape != form.shape:
-                raise ModelError(_other_shape(model, name, model.forms[name], first, form))
-            if name in model.forms and model.forms[name].dtype.is_floating_point != form.dtype.is_floating_point:
-                found, wanted = (str(one.forms[name].dtype).removeprefix("torch.") for one in (model, first))
+        for name, form in first.tensor_infos.items():
+            if name in model.tensor_infos and model.tensor_infos[name].shape != form.shape:
+                raise ModelError(_other_shape(model, name, model.tensor_infos[name], first, form))
+            if (
+                name in model.tensor_infos
+                and model.tensor_infos[name].dtype.is_floating_point != form.dtype.is_floating_point
+            ):
+                found, wanted = (str(one.tensor_infos[name].dtype).removeprefix("torch.") for one in (model, first))
                 raise ModelError(
-                    f"{name} is {found} in {model.origin} and {wanted} in {first.origin}; real numbers and integers do "
+                    f"{name} is {found} in {model.source} and {wanted} in {first.source}; real numbers and integers do "
                     "not merge, take another release"
                 )
     if base is not None:
@@ -200,10 +203,10 @@ def _check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
 
 
 def _check_names(one: ModelReader, other: ModelReader, *, layers_only: bool = False) -> None:
-    for name in one.forms:
-        if name not in other.forms and not (layers_only and parse_layer_name(name) is None):
+    for name in one.tensor_infos:
+        if name not in other.tensor_infos and not (layers_only and parse_layer_name(name) is None):
             raise ModelError(
-                f"{other.origin} has no tensor {name}, which {one.origin} has; only models of one architecture merge"
+                f"{other.source} has no tensor {name}, which {one.source} has; only models of one architecture merge"
             )
 
 
@@ -212,8 +215,8 @@ def _other_shape(one: ModelReader, name: str, form: TensorInfo, other: ModelRead
     if is_of_tokens(name):
         mend = "say whose tokens the result has, e.g. tokenizer_source: union"
     return (
-        f"the first tensor that differs is {name}: {list(form.shape)} in {one.origin}, {list(wanted.shape)} in "
-        f"{other.origin}; {mend}"
+        f"the first tensor that differs is {name}: {list(form.shape)} in {one.source}, {list(wanted.shape)} in "
+        f"{other.source}; {mend}"
     )
 
 
@@ -221,17 +224,17 @@ def _check_precision(models: Mapping[str, ModelReader], config: MergeConfig) -> 
     if config.dtype is not None or config.out_dtype is not None:
         return
     tuned: Sequence[ModelReader] = [
-        model for name, model in models.items() if name != config.base_model and not model.quantised
+        model for name, model in models.items() if name != config.base_model and not model.is_quantised
     ]
     for model in tuned:
         if (found := _precision(model)) != (wanted := _precision(tuned[0])):
             raise ModelError(
-                f"{model.origin} is {found} and {tuned[0].origin} {wanted}; say which the result has, e.g. "
+                f"{model.source} is {found} and {tuned[0].source} {wanted}; say which the result has, e.g. "
                 f"dtype: {wanted}"
             )
 
 
 def _precision(model: ModelReader) -> str:
     """The precision of the largest tensor."""
-    largest = max(model.forms.values(), key=lambda form: form.bytes)
+    largest = max(model.tensor_infos.values(), key=lambda form: form.num_bytes)
     return str(largest.dtype).removeprefix("torch.")

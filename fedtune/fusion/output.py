@@ -38,20 +38,20 @@ class OutputFolder:
         resumed = self._resumed(key)
         if resumed is None:
             self._start(key)
-        self.done: set[str] = resumed or set()
+        self.finished_tensors: set[str] = resumed or set()
         self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
 
-    def write(self, name: str, start: int, rows: Tensor) -> None:
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
         """Put rows where they belong, cast once."""
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = (self.folder / file).open("r+b", buffering=0)
         write_rows(self._open[file], self._place(name), start, rows)
 
-    def finish(self, name: str) -> None:
+    def mark_finished(self, name: str) -> None:
         """Note a whole tensor; it counts once it is on disk."""
         self._pending.append(name)
-        self._bytes += self._place(name).form.bytes
+        self._bytes += self._place(name).form.num_bytes
         if self._bytes >= _SAFE_EVERY:
             self.flush()
 
@@ -150,7 +150,7 @@ def check_output_space(wanted: Path, shards: Mapping[str, Mapping[str, TensorInf
     if wanted.exists():
         raise StoreError(f"{wanted} exists already; choose another folder with -o")
     place = next(parent for parent in wanted.absolute().parents if parent.exists())
-    needed = sum(form.bytes for forms in shards.values() for form in forms.values())
+    needed = sum(form.num_bytes for forms in shards.values() for form in forms.values())
     beside = wanted.absolute().with_name(f".{wanted.name}.merging")
     taken = sum(file.stat().st_size for file in beside.glob("*.safetensors"))
     free = shutil.disk_usage(place).free + taken

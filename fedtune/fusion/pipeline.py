@@ -119,16 +119,16 @@ class EndpointStateDict(Mapping[str, Tensor]):
     """One model's whole tensors by the result's names, read when asked for: the base and its delta."""
 
     def __init__(self, targets: Sequence[OutputTensor], base: BaseReader | None, delta: MergeInput | None) -> None:
-        self._targets = {target.name: target for target in targets if not target.copied}
+        self._targets = {target.name: target for target in targets if not target.is_copied}
         self._base, self._delta = base, delta
 
     def __getitem__(self, name: str) -> Tensor:
         form = self._targets[name].form
         found = torch.zeros(form.shape)
         if self._base is not None and name in self._base:
-            found += self._base.rows(name, 0, form.height).reshape(form.shape)
+            found += self._base.rows(name, 0, form.num_rows).reshape(form.shape)
         if self._delta is not None:
-            found += self._delta.rows(name, 0, form.height).reshape(form.shape)
+            found += self._delta.read_rows(name, 0, form.num_rows).reshape(form.shape)
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -146,7 +146,7 @@ def build_model_inputs(
     readers: dict[tuple[int, str], tuple[DeltaReader, Renamed | None]] = {}
     found: dict[str, list[MergeInput]] = {}
     tensors = _tensors(targets)
-    for target in (target for target in targets if not target.copied):
+    for target in (target for target in targets if not target.is_copied):
         found[target.name] = []
         for place, part in enumerate(target.parts):
             key = (place, part.entry.model)
@@ -191,13 +191,13 @@ def align_inputs(
     evidence: MergeContext,
 ) -> dict[str, list[MergeInput]]:
     """The same parts, read after the models were aligned; each model is one part in every tensor."""
-    merged = [target for target in targets if not target.copied]
+    merged = [target for target in targets if not target.is_copied]
     if not chosen.align or not merged:
         return {name: list(parts) for name, parts in found.items()}
     whole = list(found[merged[0].name])
     for step in chosen.align:
         whole = step.align(EndpointStateDict(targets, base, None), whole, evidence)
     return {
-        name: [part._replace(rows=one.rows) for part, one in zip(parts, whole, strict=True)]
+        name: [part._replace(read_rows=one.read_rows) for part, one in zip(parts, whole, strict=True)]
         for name, parts in found.items()
     }

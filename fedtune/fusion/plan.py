@@ -42,8 +42,8 @@ class OutputTensor(NamedTuple):
     name: str
     form: TensorInfo
     parts: tuple[TensorSource, ...]
-    base: str | None
-    copied: bool
+    base_tensor: str | None
+    is_copied: bool
     layers: tuple[ParameterLayer, ...]
     depth: float
     averaged: bool = False
@@ -52,18 +52,18 @@ class OutputTensor(NamedTuple):
 def plan_output_tensors(config: MergeConfig, models: ModelSet) -> list[OutputTensor]:
     """The tensors of the result in order; RecipeError and ModelError when the configuration does not fit."""
     chosen = build_merge_method(config.merge_method)
-    if chosen.acts == "deltas" and config.base_model is None:
+    if chosen.operates_on == "deltas" and config.base_model is None:
         raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
     check_parameters(config, chosen)
     targets = list(_whole(config, models, chosen) if config.models is not None else _sliced(config, models, chosen))
-    if chosen.copies and any(len(target.parts) != 1 for target in targets if not target.copied):
+    if chosen.is_passthrough and any(len(target.parts) != 1 for target in targets if not target.is_copied):
         raise RecipeError("passthrough copies one model per slice; name one source in each, or choose linear")
     return targets
 
 
 def gradients_outside(config: MergeConfig, targets: Sequence[OutputTensor]) -> list[str]:
     """Whether values over the depth reach tensors behind the layers, which mergekit gives the first value."""
-    layers = [config.parameters, *(entry.parameters for entry in config.entries)]
+    layers = [config.parameters, *(entry.parameters for entry in config.model_entries)]
     layers += [part.parameters for part in config.slices or []]
     if not any(over_depth(setting) for layer in layers for setting in layer.values()):
         return []
@@ -88,21 +88,23 @@ def empty_slices(config: MergeConfig) -> list[str]:
 
 def check_parameters(config: MergeConfig, chosen: MergeMethod) -> None:
     """RecipeError for a parameter that means nothing to the method, of the whole, a slice or a model."""
-    chosen.check(config.parameters, "parameters")
+    chosen.check_parameters(config.parameters, "parameters")
     for part in config.slices or []:
-        chosen.check(part.parameters, "a slice's parameters")
-    for entry in config.entries:
-        chosen.check(entry.parameters, f"the parameters of {entry.model}", own=True)
+        chosen.check_parameters(part.parameters, "a slice's parameters")
+    for entry in config.model_entries:
+        chosen.check_parameters(entry.parameters, f"the parameters of {entry.model}", own=True)
 
 
 def _whole(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterator[OutputTensor]:
     entries = _list_merged_entries(config.models or [], config, chosen)
     if config.base_model is not None and _base_counts(config, chosen, entries):
         entries = [ModelEntry(model=config.base_model), *entries]
-    forms = next(iter(models.tuned.values()), models.first).forms
+    forms = next(iter(models.fine_tuned.values()), models.first).tensor_infos
     depth = compute_relative_depths(forms)
     for name, form in forms.items():
-        parts = tuple(TensorSource(entry, name) for entry in entries if name in models.by_name[entry.model].forms)
+        parts = tuple(
+            TensorSource(entry, name) for entry in entries if name in models.by_name[entry.model].tensor_infos
+        )
         target = _target(config, models, name, form, parts, (config.parameters,), depth[name])
         yield target._replace(averaged=len(parts) < len(entries))
 
@@ -118,7 +120,7 @@ def _base_counts(config: MergeConfig, chosen: MergeMethod, entries: Sequence[Mod
 
 def _list_merged_entries(entries: Sequence[ModelEntry], config: MergeConfig, chosen: MergeMethod) -> list[ModelEntry]:
     """The entries that take part: not the base where deltas to it are merged, and the base first on an arc."""
-    if chosen.acts == "deltas" or (chosen.acts == "either" and config.base_model is not None):
+    if chosen.operates_on == "deltas" or (chosen.operates_on == "either" and config.base_model is not None):
         kept = [entry for entry in entries if entry.model != config.base_model]
         if not kept:
             raise RecipeError("only the base is named; name the models that are to be merged into it")
@@ -139,7 +141,7 @@ def _target(
     base: str | None = None,
 ) -> OutputTensor:
     base = name if base is None else base
-    known = config.base_model is not None and base in models.by_name[config.base_model].forms
+    known = config.base_model is not None and base in models.by_name[config.base_model].tensor_infos
     form = TensorInfo(form.shape, _precision(config, form.dtype))
     copied = not form.dtype.is_floating_point
     return OutputTensor(name, form, parts, base if known else None, copied, layers, depth)
@@ -154,7 +156,7 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
     """Tensors before the layers from the first slice's models, those after them from the last one's."""
     slices = config.slices or []
     first = models.by_name[slices[0].sources[0].model]
-    forms, before = first.forms, _stack(first)
+    forms, before = first.tensor_infos, _stack(first)
     resliced(read_model_config(first), slices, models)  # for what it refuses
     outside = {
         name: depth for name, depth in compute_relative_depths(forms).items() if _parse_in_stack(name, before) is None
@@ -173,12 +175,12 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
 
 def _stack(model: ModelReader) -> str:
     """What stands before the numbers of the layers that slices count; ModelError unless there is exactly one stack."""
-    found = stacks(model.forms)
+    found = stacks(model.tensor_infos)
     if not found:
-        raise ModelError(f"{model.origin} has no numbered layers, so it cannot be cut into slices")
+        raise ModelError(f"{model.source} has no numbered layers, so it cannot be cut into slices")
     if len(found) > 1:
         raise ModelError(
-            f"{model.origin} has several stacks of layers ({', '.join(sorted(found))}), and slices do not say whose "
+            f"{model.source} has several stacks of layers ({', '.join(sorted(found))}), and slices do not say whose "
             "layers they count; give models in place of slices"
         )
     return found[0]
@@ -201,15 +203,15 @@ def _layer(
         source for source in _list_merged_entries(part.sources, config, chosen) if isinstance(source, SliceSource)
     ]
     bases = [source for source in part.sources if source.model == config.base_model]
-    if chosen.acts == "deltas" and not bases:
+    if chosen.operates_on == "deltas" and not bases:
         raise RecipeError(f"{chosen.name} needs layers of the base; name {config.base_model} in every slice's sources")
     last = first.layer_range[1] - first.layer_range[0] - 1
     depth = offset / last if last else 1.0
     for layered in _tensors(models, first, before, offset):
-        name = layered.at(number)
-        parts = tuple(TensorSource(source, layered.at(source.layer_range[0] + offset)) for source in counted)
-        base = layered.at((bases or [first])[0].layer_range[0] + offset)
-        form = _form(models, first, layered.at(first.layer_range[0] + offset))
+        name = layered.name_in_layer(number)
+        parts = tuple(TensorSource(source, layered.name_in_layer(source.layer_range[0] + offset)) for source in counted)
+        base = layered.name_in_layer((bases or [first])[0].layer_range[0] + offset)
+        form = _form(models, first, layered.name_in_layer(first.layer_range[0] + offset))
         _check_parts(models, name, form, parts)
         layers = (part.parameters, config.parameters)
         yield _target(config, models, name, form, parts, layers, depth, base)
@@ -217,7 +219,7 @@ def _layer(
 
 def _tensors(models: ModelSet, source: SliceSource, before: str, offset: int) -> list[LayerTensorName]:
     number = source.layer_range[0] + offset
-    found = [_parse_in_stack(name, before) for name in models.by_name[source.model].forms]
+    found = [_parse_in_stack(name, before) for name in models.by_name[source.model].tensor_infos]
     layer = [layered for layered in found if layered is not None and layered.number == number]
     if not layer:
         raise RecipeError(f"layer_range {list(source.layer_range)}: {source.model} has no layer {number}")
@@ -230,12 +232,12 @@ def _parse_in_stack(name: str, before: str) -> LayerTensorName | None:
 
 
 def _form(models: ModelSet, source: SliceSource, name: str) -> TensorInfo:
-    return models.by_name[source.model].forms[name]
+    return models.by_name[source.model].tensor_infos[name]
 
 
 def _check_parts(models: ModelSet, name: str, form: TensorInfo, parts: Sequence[TensorSource]) -> None:
     for part in parts:
-        found: Mapping[str, TensorInfo] = models.by_name[part.entry.model].forms
+        found: Mapping[str, TensorInfo] = models.by_name[part.entry.model].tensor_infos
         if part.tensor not in found:
             raise ModelError(f"{part.entry.model} has no tensor {part.tensor}, which {name} is merged from")
         if found[part.tensor].shape != form.shape:

@@ -34,7 +34,7 @@ class _Reader(NamedTuple):
     number: int
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
-        return self.products.of(name)[self.number].rows(start, stop).float()
+        return self.products.read_module(name)[self.number].compute_rows(start, stop).float()
 
 
 class Products:
@@ -45,25 +45,25 @@ class Products:
         self._read = lru_cache(1)(self._factors)
         self._bases = lru_cache(1)(self._between)
 
-    def operands(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[MergeInput]:
+    def build_adapter_inputs(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[MergeInput]:
         """One per adapter."""
         told = enumerate(zip(weights, knobs, strict=True))
         return [MergeInput(_Reader(self, number), weight, own) for number, (weight, own) in told]
 
-    def of(self, module: str) -> list[LowRankFactors]:
+    def read_module(self, module: str) -> list[LowRankFactors]:
         """Each adapter's product or core."""
         return self._bases(module).cores if self._small else self._read(module)
 
     def shape(self, module: str) -> Shape:
         """Of the product or the core."""
-        one = self.of(module)[0]
+        one = self.read_module(module)[0]
         return len(one.b), one.a.shape[1]
 
     def scale(self, module: str) -> float:
         """The first adapter's that has the module."""
         return next((one.scale for one in self._read(module) if one.rank), 1.0)
 
-    def outward(self, module: str, factors: LowRankFactors) -> LowRankFactors:
+    def expand_core(self, module: str, factors: LowRankFactors) -> LowRankFactors:
         """Factors of a product or core as factors of the product."""
         if not self._small:
             return factors
@@ -72,7 +72,7 @@ class Products:
 
     def _factors(self, module: str) -> list[LowRankFactors]:
         """Every adapter's factors; of rank zero where it does not have the module."""
-        found = {number: one.factors(module) for number, one in enumerate(self._adapters) if module in one.places}
+        found = {number: one.read_factors(module) for number, one in enumerate(self._adapters) if module in one.modules}
         first = next(iter(found.values()))
         for number, one in found.items():
             if (len(one.b), one.a.shape[1]) != (len(first.b), first.a.shape[1]):

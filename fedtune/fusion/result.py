@@ -31,8 +31,8 @@ def write_merged_model(
 
     Raises StoreError when the folder exists or the disk is full, ModelError for values that are not finite.
     """
-    shards = prepared.shards(shard_size)
-    with open_output_folder(folder, shards, prepared.key()) as output:
+    shards = prepared.plan_shards(shard_size)
+    with open_output_folder(folder, shards, prepared.compute_resume_key()) as output:
         parts = write_merged_tensors(prepared, output, evidence, progress)
         if prepared.steps.renormalise:
             renormalise(prepared, output, parts, evidence)

@@ -78,16 +78,20 @@ def collect_merge_context(
             _check_shapes(prepared, net.state_dict())
         batches = [] if source is None else load_calibration_inputs(source, model, task, column=column)
     found = measure_activation_statistics(net, batches) if "activity" in needs else {}
-    known = {target.base for target in prepared.targets if target.base} or {target.name for target in prepared.targets}
+    known = {target.base_tensor for target in prepared.output_tensors if target.base_tensor} or {
+        target.name for target in prepared.output_tensors
+    }
     if "activity" in needs and not found.keys() & known:
         raise ModelError(f"{_who(prepared)} finds no weight of the result in the model; name another base or task")
-    return MergeContext(activity=found, model=net if "model" in needs else None, batches=batches)
+    return MergeContext(
+        activation_statistics=found, model=net if "model" in needs else None, calibration_batches=batches
+    )
 
 
 def _check_shapes(prepared: PreparedMerge, state: Mapping[str, Tensor]) -> None:
     """ModelError when the result is no state of the net that its activations are to be watched in."""
     step = prepared.steps.renormalise[0].name
-    for target in prepared.targets:
+    for target in prepared.output_tensors:
         if target.name in state and tuple(state[target.name].shape) != target.form.shape:
             raise ModelError(
                 f"{step} watches the result in the net it was given, where {target.name} is "

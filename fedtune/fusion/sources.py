@@ -129,9 +129,9 @@ def _gguf(file: Path, source: str) -> ModelReader:
 
 def _stored(folder: Path, source: str) -> ModelReader:
     opened = SafetensorsModelReader(folder, source)
-    if not opened.forms:
+    if not opened.tensor_infos:
         raise SourceError(f"{source} holds no tensor; fetch it again")
     if is_four_bit_checkpoint(opened):
         return FourBitModelReader(opened)
-    check_plain(folder, source, opened.forms)
+    check_plain(folder, source, opened.tensor_infos)
     return opened

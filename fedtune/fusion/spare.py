@@ -21,20 +21,22 @@ _MASK = 4
 
 def without_spare(models: Mapping[str, ModelReader]) -> dict[str, ModelReader]:
     """The models, each without such tensors as one of the others lacks."""
-    held = [set(model.forms) for model in models.values()]
+    held = [set(model.tensor_infos) for model in models.values()]
     common = set.intersection(*held)
     lacked = set.union(*held) - common
     spare = {
         name
         for name in lacked
-        if all(_is_spare(model, name, common) for model in models.values() if name in model.forms)
+        if all(_is_spare(model, name, common) for model in models.values() if name in model.tensor_infos)
     }
-    return {name: _Without(model, spare) if spare & model.forms.keys() else model for name, model in models.items()}
+    return {
+        name: _Without(model, spare) if spare & model.tensor_infos.keys() else model for name, model in models.items()
+    }
 
 
 def _is_spare(model: ModelReader, name: str, common: Collection[str]) -> bool:
     """Whether a tensor follows from the model's settings, or is another one of tokens, which all models have."""
-    if _is_made(name, model.forms[name]):
+    if _is_made(name, model.tensor_infos[name]):
         return True
     if not is_of_tokens(name) or is_output(name):  # an output is compared with the input where models are untied
         return False
@@ -50,9 +52,9 @@ class _Without(ModelReader):
     """A model without some of its tensors."""
 
     def __init__(self, model: ModelReader, names: Collection[str]) -> None:
-        self.origin, self.folder, self.files = model.origin, model.folder, model.files
-        self.quantised, self.own_tokens, self._model = model.quantised, model.own_tokens, model
-        self.forms = {name: form for name, form in model.forms.items() if name not in names}
+        self.source, self.folder, self.files = model.source, model.folder, model.files
+        self.is_quantised, self.own_tokens, self._model = model.is_quantised, model.own_tokens, model
+        self.tensor_infos = {name: form for name, form in model.tensor_infos.items() if name not in names}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The model's rows."""

@@ -54,7 +54,12 @@ def _last(names: Sequence[str | None], origin: str) -> int:
 
 
 def _needs(config: MergeConfig, names: frozenset[str]) -> frozenset[str]:
-    said = [config.base_model, config.tokenizer_source, config.token_rule and config.token_rule.source, *config.sources]
+    said = [
+        config.base_model,
+        config.tokenizer_source,
+        config.tokenizer_rule and config.tokenizer_rule.source,
+        *config.model_names,
+    ]
     return frozenset(part for one in said if one for part in one.split("+")) & names
 
 

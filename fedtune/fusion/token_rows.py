@@ -70,16 +70,16 @@ def remap_token_rows(models: Sequence[ModelReader], base: ModelReader | None, ru
 
 def _check_known(model: ModelReader) -> None:
     """ModelError unless all tensors of tokens are known, and have one row for each."""
-    rows = {form.height for name, form in model.forms.items() if _is_of_tokens(name)}
+    rows = {form.num_rows for name, form in model.tensor_infos.items() if _is_of_tokens(name)}
     if len(rows) != 1:
         raise ModelError(
-            f"{model.origin} has embeddings of {' and '.join(map(str, sorted(rows))) or 'no known'} rows, which no "
+            f"{model.source} has embeddings of {' and '.join(map(str, sorted(rows))) or 'no known'} rows, which no "
             "tokenizer rule can put in order; leave the rule out"
         )
-    for name, form in model.forms.items():
+    for name, form in model.tensor_infos.items():
         if not is_of_columns(name) and looks_like_tokens(name, form.shape, *rows):
             raise ModelError(
-                f"{model.origin}: {name} seems to count tokens, in a way that fedtune does not know; leave the "
+                f"{model.source}: {name} seems to count tokens, in a way that fedtune does not know; leave the "
                 "tokenizer rule out"
             )
 
@@ -91,7 +91,7 @@ def _is_of_tokens(name: str) -> bool:
 def _vocabulary(model: ModelReader) -> dict[str, int]:
     found = read_vocabulary(model.tokens)
     if found is None:
-        raise ModelError(f"{model.origin} has no tokenizer, which the tokenizer rule needs; leave the rule out")
+        raise ModelError(f"{model.source} has no tokenizer, which the tokenizer rule needs; leave the rule out")
     return found
 
 
@@ -104,7 +104,7 @@ def _leader(models: Sequence[ModelReader], base: ModelReader | None, rule: Token
 
 def _named(models: Sequence[ModelReader], name: str) -> int:
     for place, model in enumerate(models):
-        if model.origin == name:
+        if model.source == name:
             return place
     raise ModelError(f"the tokenizer rule names {name!r}, which is none of the models; name one of them")
 
@@ -125,7 +125,7 @@ def _ids_of(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _embedding_rows(model: ModelReader) -> int:
-    return max((form.height for name, form in model.forms.items() if _is_of_tokens(name)), default=0)
+    return max((form.num_rows for name, form in model.tensor_infos.items() if _is_of_tokens(name)), default=0)
 
 
 def _height(model: ModelReader, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
@@ -175,13 +175,13 @@ class _Retokenised(ModelReader):
         self, own: _Known, order: Sequence[_Known], based: bool, height: int, given: Mapping[int, _Given]
     ) -> None:
         weights = own.weights
-        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
+        self.source, self.folder, self.files = weights.source, weights.folder, weights.files
+        self.is_quantised, self.own_tokens = weights.is_quantised, weights.own_tokens
         self._means: dict[str, Tensor] = {}
         self._own, self._order, self._based, self._given = own, order, based, given
-        self.forms = {
+        self.tensor_infos = {
             name: form._replace(shape=(height, *form.shape[1:])) if _is_of_tokens(name) else form
-            for name, form in weights.forms.items()
+            for name, form in weights.tensor_infos.items()
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -206,7 +206,7 @@ class _Retokenised(ModelReader):
         return sorted({*lacking, *forced})
 
     def _missing(self, name: str, row: int) -> Tensor:
-        owners = [one for one in self._order if one.rows[row] >= 0 and name in one.weights.forms]
+        owners = [one for one in self._order if one.rows[row] >= 0 and name in one.weights.tensor_infos]
         if self._based and owners and owners[0] is self._order[0]:
             owners = owners[:1]
         if not owners:  # beyond all tokens
@@ -216,10 +216,13 @@ class _Retokenised(ModelReader):
     def _mean(self, name: str) -> Tensor:
         """The mean of the model's own rows."""
         if name not in self._means:
-            total, form = torch.zeros(self.forms[name].shape[1:], dtype=torch.float64), self._own.weights.forms[name]
+            total, form = (
+                torch.zeros(self.tensor_infos[name].shape[1:], dtype=torch.float64),
+                self._own.weights.tensor_infos[name],
+            )
             for start, stop in iter_row_chunks(form.shape):
                 total += self._own.weights.rows(name, start, stop).double().sum(0)
-            self._means[name] = (total / form.height).to(torch.float32)
+            self._means[name] = (total / form.num_rows).to(torch.float32)
         return self._means[name]
 
 
@@ -230,7 +233,7 @@ def _row(one: _Known, name: str, row: int) -> Tensor:
 def _gathered(one: _Known, name: str, start: int, stop: int) -> Tensor:
     """Rows of a model in the order of the result's tokens, zeros where it lacks one; neighbours are read together."""
     wanted = one.rows[start:stop]
-    found = torch.zeros(stop - start, *one.weights.forms[name].shape[1:])
+    found = torch.zeros(stop - start, *one.weights.tensor_infos[name].shape[1:])
     breaks = torch.nonzero(wanted[1:] != wanted[:-1] + 1).flatten() + 1
     for run in torch.tensor_split(torch.arange(stop - start), breaks):
         first = int(wanted[run[0]])

@@ -13,11 +13,11 @@ class Turned(ModelReader):
 
     def __init__(self, weights: ModelReader) -> None:
         self._weights = weights
-        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
-        self.forms = {
+        self.source, self.folder, self.files = weights.source, weights.folder, weights.files
+        self.is_quantised, self.own_tokens = weights.is_quantised, weights.own_tokens
+        self.tensor_infos = {
             name: form._replace(shape=form.shape[::-1]) if is_of_columns(name) else form
-            for name, form in weights.forms.items()
+            for name, form in weights.tensor_infos.items()
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -33,12 +33,12 @@ class ModelReader(ABC):
     ``quantised`` whether they were stored in fewer bits.
     """
 
-    origin: str
+    source: str
     folder: Path
     own_tokens: Path | None = None
     files: tuple[Path, ...]
-    forms: Mapping[str, TensorInfo]
-    quantised: bool = False
+    tensor_infos: Mapping[str, TensorInfo]
+    is_quantised: bool = False
 
     @property
     def tokens(self) -> Path:
@@ -51,7 +51,7 @@ class ModelReader(ABC):
 
     def whole(self, name: str) -> Tensor:
         """All rows."""
-        return self.rows(name, 0, self.forms[name].height)
+        return self.rows(name, 0, self.tensor_infos[name].num_rows)
 
 
 class Prefixed(ModelReader):
@@ -59,10 +59,10 @@ class Prefixed(ModelReader):
 
     def __init__(self, weights: ModelReader, put: str, take: str = "") -> None:
         self._weights, self._put, self._take = weights, put, take
-        self.origin, self.folder, self.files = weights.origin, weights.folder, weights.files
-        self.quantised, self.own_tokens = weights.quantised, weights.own_tokens
-        self._names = {put + name.removeprefix(take): name for name in weights.forms}
-        self.forms = {name: weights.forms[own] for name, own in self._names.items()}
+        self.source, self.folder, self.files = weights.source, weights.folder, weights.files
+        self.is_quantised, self.own_tokens = weights.is_quantised, weights.own_tokens
+        self._names = {put + name.removeprefix(take): name for name in weights.tensor_infos}
+        self.tensor_infos = {name: weights.tensor_infos[own] for name, own in self._names.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows of the tensor that has this name now."""
@@ -79,16 +79,16 @@ class LazyStateDict(Mapping[str, Tensor]):
         return self._weights.whole(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.forms)
+        return iter(self._weights.tensor_infos)
 
     def __len__(self) -> int:
-        return len(self._weights.forms)
+        return len(self._weights.tensor_infos)
 
 
 def are_same(model: ModelReader, one: str, other: str) -> bool:
     """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
-    form = model.forms[one]
-    if form.shape != model.forms[other].shape:
+    form = model.tensor_infos[one]
+    if form.shape != model.tensor_infos[other].shape:
         return False
     return all(torch.equal(model.rows(one, *at), model.rows(other, *at)) for at in iter_row_chunks(form.shape))
 
@@ -106,9 +106,9 @@ def find_name_prefix(wanted: Collection[str], known: Collection[str]) -> str:
 
 def match_tensor_names(weights: ModelReader, names: Collection[str]) -> ModelReader:
     """The tensors under the names of another model of the same kind, where only a prefix differs."""
-    if put := find_name_prefix(names, weights.forms):
+    if put := find_name_prefix(names, weights.tensor_infos):
         return Prefixed(weights, put)
-    if take := find_name_prefix(weights.forms, names):
+    if take := find_name_prefix(weights.tensor_infos, names):
         return Prefixed(weights, "", take)
     return weights
 

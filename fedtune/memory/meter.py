@@ -62,19 +62,19 @@ class StorageMeter(TorchDispatchMode):
         return False
 
     @property
-    def bytes(self) -> int:
+    def current_bytes(self) -> int:
         """What is held now, without gradients of excluded parameters."""
         gradients = self._gradients()
         return sum(one.size for one in self._live.values() if one.number not in gradients)
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """The most that was held at one time, without gradients of excluded parameters."""
         gradients = self._gradients()
         return max(accumulate((change for number, change in self._changes if number not in gradients), initial=0))
 
     @property
-    def gradients(self) -> int:
+    def gradient_bytes(self) -> int:
         """What gradients of excluded parameters hold now, as far as they were made in the block."""
         gradients = self._gradients()
         return sum(one.size for one in self._live.values() if one.number in gradients)

@@ -153,5 +153,5 @@ def _collect_units(
 
 
 def _samples(values: Tensor, channels: int, site: _Site, symmetry: PermutationSpec) -> Tensor:
-    units = dict(site.axis.rows(values, channels, symmetry.kinds[site.axis.permutation]))
+    units = dict(site.axis.split_into_rows(values, channels, symmetry.kinds[site.axis.permutation]))
     return units[site.part].T

@@ -20,14 +20,14 @@ class PermutedDelta:
         self, symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], operand: MergeInput
     ) -> None:
         self._symmetry, self._orders, self._base, self._operand = symmetry, orders, base, operand
-        self._moved = frozenset(symmetry.moved())
+        self._moved = frozenset(symmetry.list_permuted_tensors())
         self._model = make_tensor_reader(base, operand, self._moved)
         self._held: tuple[str, Tensor] | None = None
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``, fp32."""
         if name not in self._moved:
-            return self._operand.rows(name, start, stop)
+            return self._operand.read_rows(name, start, stop)
         if self._held is None or self._held[0] != name:
             self._held = None
             permuted = self._symmetry.permute(name, self._model(name), self._orders)
@@ -43,7 +43,7 @@ def make_tensor_reader(base: Mapping[str, Tensor], operand: MergeInput, moved: S
         if not before.is_floating_point():
             return before
         try:
-            delta = operand.rows(name, 0, len(before) if before.dim() else 1)
+            delta = operand.read_rows(name, 0, len(before) if before.dim() else 1)
         except (KeyError, SafetensorError) as error:
             if name in moved:
                 raise ModelError(

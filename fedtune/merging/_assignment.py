@@ -66,14 +66,16 @@ def _heads(kind: HeadLayout, gains: GainMatrices) -> Permutation:
     o = gains["o"].reshape(groups, per_group, v, groups, per_group, v)
     k, values = gains["k"].reshape(groups, qk, groups, qk), gains["v"].reshape(groups, v, groups, v)
     pairs = {
-        (i, j): _pair(q[i, :, :, j], k[i, :, j], values[i, :, j], o[i, :, :, j], rotary=kind.rotary)
+        (i, j): _pair(q[i, :, :, j], k[i, :, j], values[i, :, j], o[i, :, :, j], rotary=kind.is_rotary)
         for i in range(groups)
         for j in range(groups)
     }
     outer = _outer(groups, lambda new, old: pairs[new, old].worth)
     chosen = [pairs[new, old] for new, old in enumerate(outer.tolist())]
     queries = torch.stack([pair.queries for pair in chosen])
-    return kind.order(outer, queries, torch.stack([p.qk for p in chosen]), torch.stack([p.v for p in chosen]))
+    return kind.build_permutation(
+        outer, queries, torch.stack([p.qk for p in chosen]), torch.stack([p.v for p in chosen])
+    )
 
 
 def _pair(q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, rotary: bool) -> _Pair:

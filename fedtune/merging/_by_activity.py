@@ -34,8 +34,8 @@ _ON_DATA = frozenset({"activity", "batches", "model"})
 class CalibrationRequest(NamedTuple):
     """Where activation statistics are taken, and on how many examples at each place."""
 
-    by: Literal["server", "clients"]
-    examples: int | None
+    calibrate_on: Literal["server", "clients"]
+    calibration_examples: int | None
 
 
 class ActivationRelaxStep(RelaxStep, ABC):
@@ -47,9 +47,9 @@ class ActivationRelaxStep(RelaxStep, ABC):
     statistics: Literal["server", "clients"] = Field("server", description="who measures in a federation")
     examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 
-    def scale(self, name: str, delta: Tensor, evidence: MergeContext) -> tuple[Tensor, int] | None:
+    def compute_scale(self, name: str, delta: Tensor, evidence: MergeContext) -> tuple[Tensor, int] | None:
         """c and the axis it belongs to, fp64; None for a tensor that is left as merged."""
-        activity = evidence.activity.get(name)
+        activity = evidence.activation_statistics.get(name)
         if activity is None or (delta.dim() == 1 and not self.norms):
             return None
         return compute_channel_scale(activity, self.omega, self.quantile), activity.axis

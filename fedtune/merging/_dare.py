@@ -20,9 +20,7 @@ class DareCombineStep(TaskVectorCombineStep, ABC):
     rescale: bool = True
     seed: int = Field(0, ge=0)
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """The step with the masks of this merge."""
         return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
 

@@ -42,13 +42,13 @@ def _norm(name: str) -> AxisTable:
 
 def _plain_heads(config: Any) -> HeadLayout:
     width = config.hidden_size // config.num_attention_heads
-    return HeadLayout(config.num_attention_heads, 1, width, width, rotary=False)
+    return HeadLayout(config.num_attention_heads, 1, width, width, is_rotary=False)
 
 
 def _rotary_heads(config: Any) -> HeadLayout:
     groups = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return HeadLayout(groups, config.num_attention_heads // groups, width, width, rotary=True)
+    return HeadLayout(groups, config.num_attention_heads // groups, width, width, is_rotary=True)
 
 
 _BERT = _Family(

@@ -30,9 +30,7 @@ class DellaCombineStep(TaskVectorCombineStep, ABC):
             raise ValueError("density - epsilon and density + epsilon must both lie between 0 and 1; lower epsilon")
         return self
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """The step with the masks of this merge."""
         return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
 

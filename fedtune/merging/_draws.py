@@ -47,4 +47,4 @@ def drop_by_rank(
 
 def derive_merge_seed(seed: int, evidence: MergeContext) -> int:
     """The seed of one merge of a run; the first is as given."""
-    return derive_seed(seed, evidence.draw, "merge") if evidence.draw else seed
+    return derive_seed(seed, evidence.round_number, "merge") if evidence.round_number else seed

@@ -37,7 +37,7 @@ class LowRankFactors(NamedTuple):
         """The number of columns of b, whatever their values."""
         return len(self.a)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def compute_rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the product [stop - start, k], in double precision."""
         return self.b[start:stop].double() * self.scale @ self.a.double()
 

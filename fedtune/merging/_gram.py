@@ -57,7 +57,7 @@ def _summed(name: str, shape: Shape, operands: Sequence[MergeInput], over: Granu
 def _parts(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[tuple[int, int, list[Tensor]]]:
     """First row, last row (exclusive) and the rows of each model as matrices, double."""
     for start, stop in iter_row_chunks(shape):
-        yield start, stop, [flatten_rows(operand.rows(name, start, stop)).double() for operand in operands]
+        yield start, stop, [flatten_rows(operand.read_rows(name, start, stop)).double() for operand in operands]
 
 
 def _pairs(operands: Sequence[MergeInput]) -> Iterator[tuple[int, int]]:

@@ -29,7 +29,7 @@ def trace_permutation_spec(model: nn.Module) -> PermutationSpec:
     missing = [name for name in model.state_dict() if name not in reading.axes]
     if missing:
         raise make_unsupported_error(repr(missing[0]), "belongs to no layer that rebasin knows")
-    return reading.symmetry()
+    return reading.build_spec()
 
 
 class _Tracer(fx.Tracer):
@@ -57,7 +57,7 @@ def _trace_node(reading: PermutationSpecBuilder, node: fx.Node, inputs: list[Tra
         return TracedChannels()
     if node.op == "output" or _bundles(node):
         for wire in inputs:
-            reading.join(TracedChannels(), wire, "the output")
+            reading.join_permutations(TracedChannels(), wire, "the output")
         return None
     if node.op == "call_module":
         where = str(node.target).removeprefix("0.")
@@ -89,11 +89,11 @@ def _function(reading: PermutationSpecBuilder, node: fx.Node, inputs: list[Trace
     if name in _SHAPES:
         return None
     if inputs and name in ("add", "mul"):
-        return reading.join(inputs[0], inputs[-1], f"a function {name}")
+        return reading.join_permutations(inputs[0], inputs[-1], f"a function {name}")
     if inputs and name in _PER_CHANNEL:
         return inputs[0]
     if inputs and (_flattens(node, name) or _averages(node, name)):
-        return inputs[0]._replace(spatial=bool(node.kwargs.get("keepdim")))
+        return inputs[0]._replace(is_spatial=bool(node.kwargs.get("keepdim")))
     raise make_unsupported_error(f"the net calls or reads {name!r},", "which rebasin does not know")
 
 

@@ -35,5 +35,5 @@ def held(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Sequence[Me
     found = [_Pieces() for _ in operands]
     for start, stop in iter_row_chunks(shape):
         for own, operand in zip(found, operands, strict=True):
-            own.by_start[start] = operand.rows(name, start, stop)
-    return [operand._replace(rows=own) for own, operand in zip(found, operands, strict=True)]
+            own.by_start[start] = operand.read_rows(name, start, stop)
+    return [operand._replace(read_rows=own) for own, operand in zip(found, operands, strict=True)]

@@ -20,11 +20,11 @@ def apply_layer_rule(
             return rule(reading, where, layer, wire)
     if layer.state_dict() or not (isinstance(layer, _PER_CHANNEL) or reading.is_fixed(wire)):
         raise make_unsupported_error(where, f"is a {type(layer).__name__}, which rebasin does not know")
-    return wire._replace(spatial=wire.spatial and not isinstance(layer, (nn.Flatten, GlobalAveragePool)))
+    return wire._replace(is_spatial=wire.is_spatial and not isinstance(layer, (nn.Flatten, GlobalAveragePool)))
 
 
 def _linear(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
-    if wire.spatial:
+    if wire.is_spatial:
         raise make_unsupported_error(where, "is a linear layer on the columns of maps")
     return _made(reading, where, layer, (layer.out_features, layer.in_features), wire, spatial=False)
 
@@ -55,8 +55,10 @@ def _made(
     spatial: bool,
 ) -> TracedChannels:
     """A layer with channels of its own; ``size`` counts outputs and inputs."""
-    out = reading.found(where, size[0], spatial=spatial)
-    reading.put(where, layer, reading.axis(out, size[0], where), reading.axis(wire, size[1], where))
+    out = reading.add_permutation(where, size[0], spatial=spatial)
+    reading.set_tensor_axes(
+        where, layer, reading.make_axis(out, size[0], where), reading.make_axis(wire, size[1], where)
+    )
     return out
 
 
@@ -64,7 +66,7 @@ def _kept(
     reading: PermutationSpecBuilder, where: str, layer: nn.Module, size: int, wire: TracedChannels
 ) -> TracedChannels:
     """A layer that treats each channel alone."""
-    reading.put(where, layer, reading.axis(wire, size, where))
+    reading.set_tensor_axes(where, layer, reading.make_axis(wire, size, where))
     return wire
 
 
@@ -74,12 +76,12 @@ def _batch_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: T
 
 def _group_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if layer.num_groups not in (1, layer.num_channels):
-        reading.group(wire, layer.num_groups, where)
+        reading.require_groups(wire, layer.num_groups, where)
     return _kept(reading, where, layer, layer.num_channels, wire)
 
 
 def _layer_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
-    if wire.spatial and len(layer.normalized_shape) == 1:
+    if wire.is_spatial and len(layer.normalized_shape) == 1:
         raise make_unsupported_error(where, "is a layer norm over the columns of maps")
     return _kept(reading, where, layer, layer.normalized_shape[0], wire)
 

@@ -19,7 +19,7 @@ def match_to_first(
     match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader]
 ) -> list[Permutations]:
     """The orders of each model; the first stays."""
-    still = symmetry.identity()
+    still = symmetry.build_identity()
     return [still, *(match(models[0], model, still) for model in models[1:])]
 
 
@@ -27,7 +27,7 @@ def cycle(
     match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader], rounds: int
 ) -> list[Permutations]:
     """MergeMany, Ainsworth et al., algorithm 3: until a round over all models, in random order, moves none."""
-    orders = [symmetry.identity() for _ in models]
+    orders = [symmetry.build_identity() for _ in models]
     random = torch.Generator().manual_seed(derive_seed(0, "rebasin", "cycle"))
     for _ in range(rounds):
         before = list(orders)

@@ -82,10 +82,10 @@ def compute_gain_matrices(
     """C[i, j] = <row i of A, row j of B> over all places of a permutation, the other axes of B already in order."""
     kind = symmetry.kinds[permutation]
     found = {part: torch.zeros(size, size, dtype=torch.float64) for part, size in kind.parts.items()}
-    for name, at, axis in symmetry.places(permutation):
+    for name, at, axis in symmetry.list_locations(permutation):
         if not name.endswith(_STATISTICS):
-            ours = axis.rows(reference(name), at, kind)
-            theirs = axis.rows(symmetry.permute(name, model(name), orders, but=at), at, kind)
+            ours = axis.split_into_rows(reference(name), at, kind)
+            theirs = axis.split_into_rows(symmetry.permute(name, model(name), orders, but=at), at, kind)
             for (part, a), (_, b) in zip(ours, theirs, strict=True):
                 found[part].addmm_(a, b.T)
     return found
@@ -96,7 +96,7 @@ def compute_agreement(
 ) -> float:
     """sum <A, pi(B)> over all tensors that are permuted, running statistics apart."""
     total = 0.0
-    for name in symmetry.moved():
+    for name in symmetry.list_permuted_tensors():
         if not name.endswith(_STATISTICS):
             theirs = symmetry.permute(name, model(name), orders).double()
             total += float(torch.vdot(reference(name).double().flatten(), theirs.flatten()))

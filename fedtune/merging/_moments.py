@@ -17,7 +17,7 @@ class ChannelMoments(NamedTuple):
     """Of every channel of a layer's output, in double precision; the deviation is that of a population."""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
 
 class _Pool:

@@ -36,14 +36,14 @@ class MergedPairs(NamedTuple):
 class LowRankPairCombineStep(CombineStep, ABC):
     """Makes one pair of factors out of those of several models, all of them whole: they are small."""
 
-    takes: ClassVar[UpdateKind] = "pairs"
+    update_kind: ClassVar[UpdateKind] = "pairs"
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted mean: heads, biases and magnitudes belong to no product."""
         return Mean().combine(name, shape, operands)
 
     @abstractmethod
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Tensors,
@@ -57,7 +57,7 @@ class LowRankPairCombineStep(CombineStep, ABC):
         """The product that is added to the weight beside the pair; None for merges that leave it alone."""
         return None
 
-    def missed(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
+    def measure_errors(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
         """Frobenius norms of errors by name: what a mean of the factors misses of the mean of the products."""
         return {"factor_error": compute_product_norm(compute_averaging_residual(factors, weights))}
 
@@ -70,9 +70,9 @@ def merge_low_rank_pairs(
     if not isinstance(combine, LowRankPairCombineStep):
         return merged
     weights = [operand.weight for operand in operands]
-    for pair in _select_pairs(evidence.pairs, names):
+    for pair in _select_pairs(evidence.low_rank_pairs, names):
         factors = _factors(pair, state, operands)
-        merged.tensors.update(combine.pair(pair, state, factors, weights, evidence))
+        merged.tensors.update(combine.combine_pair(pair, state, factors, weights, evidence))
         if (product := combine.into_base(factors, weights)) is not None:
             base, increment = _shared_base(pair), make_increment(product)
             merged.increments[base] = increment
@@ -87,10 +87,10 @@ def measure_pair_errors(
     if not isinstance(combine, LowRankPairCombineStep):
         return {}
     weights, missed, whole = [operand.weight for operand in operands], dict[str, float](), 0.0
-    for pair in _select_pairs(evidence.pairs, names):
+    for pair in _select_pairs(evidence.low_rank_pairs, names):
         factors = _factors(pair, state, operands)
         whole += compute_product_norm(stack_factors(factors, weights)) ** 2
-        for name, value in combine.missed(factors, weights).items():
+        for name, value in combine.measure_errors(factors, weights).items():
             missed[name] = missed.get(name, 0.0) + value**2
     return {name: relative(math.sqrt(square), math.sqrt(whole)) for name, square in missed.items()}
 
@@ -125,4 +125,4 @@ def _factors(pair: LowRankPair, state: Tensors, operands: Sequence[MergeInput]) 
 
 
 def _read_factor(name: str, state: Tensors, operand: MergeInput) -> Tensor:
-    return (state[name] + operand.rows(name, 0, len(state[name]))).flatten(1)
+    return (state[name] + operand.read_rows(name, 0, len(state[name]))).flatten(1)

@@ -85,20 +85,21 @@ def bind_combine(
     """The step and operands for work tensor by tensor; RecipeError unless their number and knobs suit the step."""
     _check_count(combine, len(operands))
     for operand in operands:
-        if operand.knobs:
-            own = {**combine.model_dump(), **operand.knobs}
+        if operand.overrides:
+            own = {**combine.model_dump(), **operand.overrides}
             build_unit("fedtune.merging", Unit(name=combine.name, settings=own), "merge")
-    return combine.settle(shapes, operands, evidence)
+    return combine.bind(shapes, operands, evidence)
 
 
 def _check_count(combine: CombineStep, count: int) -> None:
-    if count < combine.fewest:
+    if count < combine.min_models:
         raise RecipeError(
-            f"merge: {combine.name} needs at least {combine.fewest} models, but {count} came; add some or choose mean"
+            f"merge: {combine.name} needs at least {combine.min_models} models, but {count} came; "
+            "add some or choose mean"
         )
-    if combine.most is not None and count > combine.most:
+    if combine.max_models is not None and count > combine.max_models:
         raise RecipeError(
-            f"merge: {combine.name} takes {combine.most} models, but {count} came; leave some out or choose mean"
+            f"merge: {combine.name} takes {combine.max_models} models, but {count} came; leave some out or choose mean"
         )
 
 
@@ -106,7 +107,7 @@ def merge_row_chunks(
     pipeline: MergePipeline, name: str, shape: Shape, operands: Sequence[MergeInput], evidence: MergeContext
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First row, last row (exclusive) and the merged, relaxed delta of each piece of one tensor."""
-    thinned = pipeline.combine.thinning and name.endswith((_MEAN, _VARIANCE))
+    thinned = pipeline.combine.sparsifies and name.endswith((_MEAN, _VARIANCE))
     combine = Linear() if thinned else pipeline.combine
     for (start, stop), delta in zip(iter_row_chunks(shape), combine.combine(name, shape, operands), strict=True):
         for step in pipeline.relax:
@@ -117,8 +118,8 @@ def merge_row_chunks(
 def build_client_inputs(combine: CombineStep, contributions: Sequence[ClientUpdate]) -> list[MergeInput]:
     """Contributions of a round in client order, so that bits do not depend on who answered first."""
     ordered = sorted(contributions, key=lambda contribution: contribution.client)
-    weights = combine.weights([contribution.examples for contribution in ordered])
-    return [MergeInput(one.rows, weight) for one, weight in zip(ordered, weights, strict=True)]
+    weights = combine.weights([contribution.num_examples for contribution in ordered])
+    return [MergeInput(one.read_rows, weight) for one, weight in zip(ordered, weights, strict=True)]
 
 
 class Merged(NamedTuple):
@@ -162,7 +163,7 @@ def _group_by_senders(
     names: Iterable[str], contributions: Sequence[ClientUpdate]
 ) -> Iterator[tuple[list[str], list[ClientUpdate]]]:
     """Names in order, together where the same contributions hold them."""
-    held = [one.names() for one in contributions]
+    held = [one.list_tensor_names() for one in contributions]
     groups: dict[tuple[bool, ...], list[str]] = {}
     for name in names:
         groups.setdefault(tuple(name in found for found in held), []).append(name)
@@ -189,7 +190,7 @@ def _merge_over(
     merged = {**state, **paired}
     for name in (name for name in named if name not in paired):
         merged[name] = _merge_one(pipeline, state[name], name, operands, evidence)
-        if name.endswith(_VARIANCE) and chosen.pooled:
+        if name.endswith(_VARIANCE) and chosen.adds_variance_of_means:
             merged[name] += _spread(name, state[name], operands)
     for mend in pipeline.renormalise:
         ends = [(operand.weight, _build_endpoint(state, named, operand)) for operand in operands]
@@ -229,7 +230,7 @@ def _merge_one(
 def _spread(variance: str, before: Tensor, operands: Sequence[MergeInput]) -> Tensor:
     """What the clients' different means add to a batch norm's variance."""
     mean = variance.removesuffix(_VARIANCE) + _MEAN
-    means = [operand.rows(mean, 0, len(before)) for operand in operands]
+    means = [operand.read_rows(mean, 0, len(before)) for operand in operands]
     return compute_variance_of_means([operand.weight for operand in operands], means)
 
 
@@ -238,5 +239,5 @@ def _build_endpoint(state: Mapping[str, Tensor], names: Sequence[str], operand: 
     end = dict(state)
     for name in names:
         height = len(state[name]) if state[name].dim() else 1
-        end[name] = state[name] + operand.rows(name, 0, height).reshape(state[name].shape)
+        end[name] = state[name] + operand.read_rows(name, 0, height).reshape(state[name].shape)
     return end

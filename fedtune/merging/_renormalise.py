@@ -32,9 +32,9 @@ Tensors = Mapping[str, Tensor]
 class MomentRenormaliseStep(RenormaliseStep, ABC):
     """Layer by layer; a subclass says what is mended."""
 
-    scales: ClassVar[bool]
+    matches_std: ClassVar[bool]
     """Whether deviations become those of the goal."""
-    shifts: ClassVar[bool]
+    matches_mean: ClassVar[bool]
     """Whether means do."""
 
     def renormalise(
@@ -43,7 +43,7 @@ class MomentRenormaliseStep(RenormaliseStep, ABC):
         """The weights and biases of all layers but that of the logits."""
         net, batches = require_model_and_batches(self.name, evidence)
         with use_state_dict(net, merged):
-            layers = sites(net, batches[0], shifts=self.shifts)
+            layers = sites(net, batches[0], shifts=self.matches_mean)
         goals = _compute_target_moments(net, batches, layers, ends)
         changed: dict[str, Tensor] = {}
         with use_state_dict(net, merged):
@@ -54,17 +54,17 @@ class MomentRenormaliseStep(RenormaliseStep, ABC):
 
     def _change(self, now: ChannelMoments, goal: ChannelMoments) -> ChannelAffine:
         """Of z: sigma*/sigma and what brings the mean to the goal; without shifts the mean is scaled along."""
-        alive = now.deviation >= _MIN_STD
-        ratio = torch.where(alive, goal.deviation / torch.where(alive, now.deviation, 1.0), 1.0)
-        gain = ratio if self.scales else torch.ones_like(ratio)
-        return ChannelAffine(gain, goal.mean - gain * now.mean if self.shifts else torch.zeros_like(gain))
+        alive = now.std >= _MIN_STD
+        ratio = torch.where(alive, goal.std / torch.where(alive, now.std, 1.0), 1.0)
+        gain = ratio if self.matches_std else torch.ones_like(ratio)
+        return ChannelAffine(gain, goal.mean - gain * now.mean if self.matches_mean else torch.zeros_like(gain))
 
 
 def require_model_and_batches(step: str, evidence: MergeContext) -> tuple[nn.Module, Batches]:
     """The architecture and the data, or ModelError."""
-    if evidence.model is None or not evidence.batches:
+    if evidence.model is None or not evidence.calibration_batches:
         raise ModelError(f"{step}: it needs the model and calibration data; give some, or leave {step} out")
-    return evidence.model, evidence.batches
+    return evidence.model, evidence.calibration_batches
 
 
 def _compute_target_moments(
@@ -77,7 +77,5 @@ def _compute_target_moments(
         with use_state_dict(net, end):
             found = measure_channel_moments(net, batches, set(layers))
         for layer, (mean, deviation) in found.items():
-            goals[layer] = ChannelMoments(
-                goals[layer].mean + weight * mean, goals[layer].deviation + weight * deviation
-            )
+            goals[layer] = ChannelMoments(goals[layer].mean + weight * mean, goals[layer].std + weight * deviation)
     return goals

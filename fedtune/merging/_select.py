@@ -32,7 +32,7 @@ class MagnitudeThreshold(NamedTuple):
     ties: int
     whole: bool
 
-    def inside(self) -> Callable[[Tensor], Tensor]:
+    def make_mask_function(self) -> Callable[[Tensor], Tensor]:
         """What tells of each next piece of a stream which entries are in; it counts the ties it has passed."""
         tied = self._next_ties()
 
@@ -101,7 +101,7 @@ def between(stream: Stream, first: int, last: int, size: int) -> Stream:
 
 def _outside(found: MagnitudeThreshold) -> Callable[[Tensor], Tensor]:
     """What sets to zero, in each next piece of a stream, what is inside."""
-    inside = found.inside()
+    inside = found.make_mask_function()
     return lambda piece: piece * ~inside(piece)
 
 

@@ -33,13 +33,13 @@ class TruncatedProduct(NamedTuple):
     """An approximation, and the Frobenius norms of what it misses and of what was to be approximated."""
 
     factors: LowRankFactors
-    missed: float
-    whole: float
+    dropped_norm: float
+    total_norm: float
 
     @property
-    def error(self) -> float:
+    def relative_error(self) -> float:
         """Relative; zero for a matrix of zeros."""
-        return relative(self.missed, self.whole)
+        return relative(self.dropped_norm, self.total_norm)
 
 
 def compute_core(factors: LowRankFactors) -> FactorCore:

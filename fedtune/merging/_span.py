@@ -28,18 +28,18 @@ class GramCombineStep(CombineStep, ABC):
     """sum_i c_i x_i of each tensor."""
 
     @property
-    def groups(self) -> Granularity:
+    def granularity(self) -> Granularity:
         """What has coefficients of its own; a tensor of fewer than two dimensions always is one group."""
         return "tensor"
 
     @abstractmethod
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """c [K, groups] from weights [K, 1] and ``gram()`` [K, K, groups], which reads all deltas once; double."""
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The sum of each piece."""
-        over = self.groups if len(shape) > 1 else "tensor"
-        c = self.coefficients(stack_weights(operands), lambda: compute_gram(name, shape, operands, over))
+        over = self.granularity if len(shape) > 1 else "tensor"
+        c = self.compute_coefficients(stack_weights(operands), lambda: compute_gram(name, shape, operands, over))
         for start, stop in iter_row_chunks(shape):
             total = _sum(name, start, stop, operands, _shares_of(c, over, start, stop))
             yield total.float().reshape(stop - start, *shape[1:])
@@ -69,7 +69,7 @@ def normalise_weights(weights: Tensor) -> Tensor:
 def _sum(name: str, start: int, stop: int, operands: Sequence[MergeInput], share: Sequence[float | Tensor]) -> Tensor:
     """sum_i share_i x_i of some rows; a model that counts nothing is not read."""
     counted = [pair for pair in zip(operands, share, strict=True) if _counts(pair[1])] or [(operands[0], share[0])]
-    rows = (flatten_rows(operand.rows(name, start, stop)) for operand, _ in counted)
+    rows = (flatten_rows(operand.read_rows(name, start, stop)) for operand, _ in counted)
     return sum_weighted(rows, [c for _, c in counted])
 
 

@@ -46,9 +46,9 @@ class StatisticsReader(RowReader, Protocol):
 class MergeInput(NamedTuple):
     """One model's part in a merge: its delta, its weight, and knobs of its own that go before the step's."""
 
-    rows: RowReader
+    read_rows: RowReader
     weight: float
-    knobs: Mapping[str, float] = {}
+    overrides: Mapping[str, float] = {}
     statistics: StatisticsReader | None = None
 
 
@@ -70,11 +70,11 @@ class MergeContext(NamedTuple):
     ``pairs`` are the low-rank pairs among the tensors.
     """
 
-    activity: Mapping[str, ActivationStatistics] = {}
+    activation_statistics: Mapping[str, ActivationStatistics] = {}
     model: nn.Module | None = None
-    batches: Sequence[Tensors] = ()
-    pairs: Sequence[LowRankPair] = ()
-    draw: int = 0
+    calibration_batches: Sequence[Tensors] = ()
+    low_rank_pairs: Sequence[LowRankPair] = ()
+    round_number: int = 0
 
 
 class AlignStep(NamedUnit, ABC):
@@ -100,32 +100,32 @@ class CombineStep(NamedUnit, ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    fewest: ClassVar[int] = 1
-    most: ClassVar[int | None] = None
-    thinning: ClassVar[bool] = False
-    picks: ClassVar[bool] = False
+    min_models: ClassVar[int] = 1
+    max_models: ClassVar[int | None] = None
+    sparsifies: ClassVar[bool] = False
+    selects_entries: ClassVar[bool] = False
     averages: ClassVar[bool] = False
-    pooled: ClassVar[bool] = True
-    takes: ClassVar[UpdateKind] = "tensors"
+    adds_variance_of_means: ClassVar[bool] = True
+    update_kind: ClassVar[UpdateKind] = "tensors"
 
     @property
     def needed(self) -> int:
         """The fewest models that the step, as it is set, can merge."""
-        return self.fewest
+        return self.min_models
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """One weight per client of a federated round, in client order: shares of the examples unless a step differs."""
         return [count / sum(examples) for count in examples]
 
-    def settle(
+    def bind(
         self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
     ) -> "BoundCombine":
         """The step and the operands that go through the tensors one by one, when only whole models can tell them."""
         return BoundCombine(self, operands)
 
-    def of(self, operand: MergeInput) -> Self:
+    def with_overrides(self, operand: MergeInput) -> Self:
         """The settings that hold for one model: its knobs go before the step's."""
-        return self.model_copy(update=operand.knobs)
+        return self.model_copy(update=operand.overrides)
 
     @abstractmethod
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:

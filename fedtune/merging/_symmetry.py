@@ -49,21 +49,21 @@ class HeadLayout(NamedTuple):
     may, and the ``qk`` channels of queries and keys unless they are ``rotary``; both alike for all queries of a group.
     """
 
-    groups: int
-    per_group: int
+    num_kv_heads: int
+    queries_per_kv_head: int
     qk: int
     v: int
-    rotary: bool
+    is_rotary: bool
 
     @property
     def parts(self) -> dict[str, int]:
         """Sizes of the parts: rows of queries, keys and values, and what the output projection reads."""
-        keys, queries = self.groups, self.groups * self.per_group
+        keys, queries = self.num_kv_heads, self.num_kv_heads * self.queries_per_kv_head
         return {"q": queries * self.qk, "k": keys * self.qk, "v": keys * self.v, "o": queries * self.v}
 
-    def order(self, groups: Tensor, queries: Tensor, qk: Tensor, v: Tensor) -> Permutation:
+    def build_permutation(self, groups: Tensor, queries: Tensor, qk: Tensor, v: Tensor) -> Permutation:
         """From the old group at each place [g], its old queries [g, p] and its old channels [g, qk] and [g, v]."""
-        heads = groups[:, None] * self.per_group + queries
+        heads = groups[:, None] * self.queries_per_kv_head + queries
         return {
             "q": (heads[:, :, None] * self.qk + qk[:, None]).flatten(),
             "k": (groups[:, None] * self.qk + qk).flatten(),
@@ -82,7 +82,7 @@ class PermutedAxis(NamedTuple):
     parts: tuple[str, ...] = ("",)
     block: int = 1
 
-    def entries(self, order: Permutation, kind: PermutationKind) -> Tensor:
+    def compute_indices(self, order: Permutation, kind: PermutationKind) -> Tensor:
         """Which entry comes to each place."""
         sizes, start, found = kind.parts, 0, []
         for part in self.parts:
@@ -95,7 +95,7 @@ class PermutedAxis(NamedTuple):
         """How many entries the axis has."""
         return self.block * sum(kind.parts[part] for part in self.parts)
 
-    def rows(self, tensor: Tensor, at: int, kind: PermutationKind) -> Iterator[tuple[str, Tensor]]:
+    def split_into_rows(self, tensor: Tensor, at: int, kind: PermutationKind) -> Iterator[tuple[str, Tensor]]:
         """Each part's units as rows [n, the rest of the tensor], in double precision; ``at`` is the axis' place."""
         moved = tensor.double().movedim(at, 0)
         sizes = [self.block * kind.parts[part] for part in self.parts]
@@ -117,17 +117,17 @@ class PermutationSpec(NamedTuple):
     axes: Mapping[str, tuple[PermutedAxis | None, ...]]
     kinds: Mapping[str, PermutationKind]
 
-    def identity(self) -> Permutations:
+    def build_identity(self) -> Permutations:
         """Everything stays where it is."""
         return {
             name: {part: torch.arange(size) for part, size in kind.parts.items()} for name, kind in self.kinds.items()
         }
 
-    def moved(self) -> list[str]:
+    def list_permuted_tensors(self) -> list[str]:
         """Tensors that some permutation acts on."""
         return [name for name, axes in self.axes.items() if any(axes)]
 
-    def places(self, permutation: str) -> list[AxisLocation]:
+    def list_locations(self, permutation: str) -> list[AxisLocation]:
         """Where a permutation acts."""
         return [
             AxisLocation(name, at, axis)
@@ -140,15 +140,15 @@ class PermutationSpec(NamedTuple):
         """A tensor after the permutation of all its axes, or of all but one."""
         for at, axis in enumerate(self.axes[name]):
             if axis and at != but:
-                index = axis.entries(orders[axis.permutation], self.kinds[axis.permutation])
+                index = axis.compute_indices(orders[axis.permutation], self.kinds[axis.permutation])
                 tensor = tensor.index_select(at, index)
         return tensor
 
-    def only(self, names: Set[str]) -> "PermutationSpec":
+    def restrict_to(self, names: Set[str]) -> "PermutationSpec":
         """The part of a symmetry that concerns some tensors."""
         return self._replace(axes={name: axes for name, axes in self.axes.items() if name in names})
 
-    def check(self, shapes: Mapping[str, Shape]) -> None:
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """ModelError unless it covers these tensors, each with its shape, and is linear in each permutation."""
         for name, shape in shapes.items():
             if name not in self.axes:

@@ -39,8 +39,8 @@ _CACHE_ENTRIES = 1 << 15
 class TaskVectorCombineStep(CombineStep, ABC):
     """scale * the sum of thinned task vectors, over the sum of the weights that took part with ``normalise``."""
 
-    thinning: ClassVar[bool] = True
-    elect: ClassVar[bool]
+    sparsifies: ClassVar[bool] = True
+    elects_sign: ClassVar[bool]
     rereads: ClassVar[bool] = False
     """Whether deltas are read more than once; those of a small tensor are held then."""
     scale: Scale = 1.0
@@ -52,10 +52,10 @@ class TaskVectorCombineStep(CombineStep, ABC):
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
-        add = sum_with_elected_sign if self.elect else plain_sum
+        add = sum_with_elected_sign if self.elects_sign else plain_sum
         weights = [operand.weight for operand in operands]
         operands = held(name, shape, operands) if self.rereads else operands
-        streams = [self.of(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
+        streams = [self.with_overrides(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
         for start, stop in iter_row_chunks(shape):
             total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)
             yield total.float().reshape(stop - start, *shape[1:])
@@ -64,7 +64,7 @@ class TaskVectorCombineStep(CombineStep, ABC):
 class Trimmed(TaskVectorCombineStep, ABC):
     """Task vectors of which entries of some magnitudes are kept; with ``rescale`` |x| sums up to what it did."""
 
-    picks: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     rereads: ClassVar[bool] = True
     rescale: bool = False
 
@@ -92,7 +92,7 @@ def _stretch(before: float, after: float) -> float:
 def iter_delta_chunks(name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
     """One model's delta of a tensor, piece by piece, as matrices [rows, width]."""
     for start, stop in iter_row_chunks(shape):
-        yield flatten_rows(operand.rows(name, start, stop))
+        yield flatten_rows(operand.read_rows(name, start, stop))
 
 
 def plain_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:

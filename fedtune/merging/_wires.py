@@ -17,7 +17,7 @@ class TracedChannels(NamedTuple):
 
     permutation: str = _FIXED
     channels: int = 0
-    spatial: bool = False
+    is_spatial: bool = False
 
 
 def make_unsupported_error(where: str, why: str) -> ModelError:
@@ -38,24 +38,24 @@ class PermutationSpecBuilder:
         """Whether nothing may be permuted, because the net's input or output would be."""
         return self._root(wire.permutation) == _FIXED
 
-    def found(self, where: str, channels: int, *, spatial: bool) -> TracedChannels:
+    def add_permutation(self, where: str, channels: int, *, spatial: bool) -> TracedChannels:
         """A layer makes channels of its own."""
         self._units.setdefault(where, UnitLayout(channels))
         return TracedChannels(where, channels, spatial)
 
-    def join(self, one: TracedChannels, other: TracedChannels, where: str) -> TracedChannels:
+    def join_permutations(self, one: TracedChannels, other: TracedChannels, where: str) -> TracedChannels:
         """One wire from two that are added or multiplied; the fixed one wins."""
         kept, dropped = self._root(one.permutation), self._root(other.permutation)
-        if _FIXED not in (kept, dropped) and (one.channels, one.spatial) != (other.channels, other.spatial):
+        if _FIXED not in (kept, dropped) and (one.channels, one.is_spatial) != (other.channels, other.is_spatial):
             raise make_unsupported_error(where, "joins channels of different layout")
         if dropped == _FIXED:
             kept, dropped = dropped, kept
         if kept != dropped:
             self._same[dropped] = kept
-            self.group(TracedChannels(kept), self._units[dropped].groups, where)
+            self.require_groups(TracedChannels(kept), self._units[dropped].groups, where)
         return one if one.channels else other
 
-    def group(self, wire: TracedChannels, groups: int, where: str) -> None:
+    def require_groups(self, wire: TracedChannels, groups: int, where: str) -> None:
         """Keep ``groups`` of channels together."""
         root = self._root(wire.permutation)
         kind = self._units.get(root)
@@ -64,7 +64,7 @@ class PermutationSpecBuilder:
         if kind:
             self._units[root] = kind._replace(groups=max(kind.groups, groups))
 
-    def axis(self, wire: TracedChannels, length: int, where: str) -> PermutedAxis | None:
+    def make_axis(self, wire: TracedChannels, length: int, where: str) -> PermutedAxis | None:
         """How an axis of ``length`` entries lists a wire's channels: in blocks, where maps were flattened."""
         if self.is_fixed(wire):
             return None
@@ -72,13 +72,13 @@ class PermutationSpecBuilder:
             raise make_unsupported_error(where, f"takes {length} inputs where {wire.channels} channels arrive")
         return PermutedAxis(wire.permutation, block=length // wire.channels)
 
-    def put(self, where: str, layer: nn.Module, *axes: PermutedAxis | None) -> None:
+    def set_tensor_axes(self, where: str, layer: nn.Module, *axes: PermutedAxis | None) -> None:
         """Give a layer's tensors these axes: a bias the first alone, kernels none beyond."""
         for name, tensor in layer.state_dict().items():
             whole = (*axes, None, None, None) if tensor.dim() > 1 else axes[:1]
             self.axes[f"{where}.{name}"] = tuple(whole[: tensor.dim()])
 
-    def symmetry(self) -> PermutationSpec:
+    def build_spec(self) -> PermutationSpec:
         """All that was found, each permutation under the name of the layer that founded it."""
         axes = {name: tuple(self._resolved(axis) for axis in of) for name, of in self.axes.items()}
         kinds: dict[str, PermutationKind] = {

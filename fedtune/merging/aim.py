@@ -48,7 +48,7 @@ class Aim(ActivationRelaxStep):
 
     def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
         """The rows with each column multiplied by c."""
-        found = self.scale(name, delta, evidence)
+        found = self.compute_scale(name, delta, evidence)
         return delta if found is None else delta * broadcast_scale_to_rows(*found, start, delta)
 
 

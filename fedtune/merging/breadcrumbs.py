@@ -23,4 +23,4 @@ class PlainBreadcrumbs(BreadcrumbsCombineStep):
     """Cut both ends, add."""
 
     name: ClassVar[str] = "breadcrumbs"
-    elect: ClassVar[bool] = False
+    elects_sign: ClassVar[bool] = False

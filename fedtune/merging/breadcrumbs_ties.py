@@ -22,4 +22,4 @@ class BreadcrumbsTies(BreadcrumbsCombineStep):
     """Cut both ends, elect, add."""
 
     name: ClassVar[str] = "breadcrumbs-ties"
-    elect: ClassVar[bool] = True
+    elects_sign: ClassVar[bool] = True

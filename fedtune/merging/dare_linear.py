@@ -20,4 +20,4 @@ class DareLinear(DareCombineStep):
     """Drop, rescale, add."""
 
     name: ClassVar[str] = "dare-linear"
-    elect: ClassVar[bool] = False
+    elects_sign: ClassVar[bool] = False

@@ -22,5 +22,5 @@ class DareTies(DareCombineStep):
     """Drop, rescale, elect, add."""
 
     name: ClassVar[str] = "dare-ties"
-    elect: ClassVar[bool] = True
-    picks: ClassVar[bool] = True
+    elects_sign: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True

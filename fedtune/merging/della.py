@@ -24,6 +24,6 @@ class DellaTies(DellaCombineStep):
     """Drop by rank, rescale, elect, add."""
 
     name: ClassVar[str] = "della"
-    elect: ClassVar[bool] = True
-    picks: ClassVar[bool] = True
+    elects_sign: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     normalise: Normalise = True

@@ -21,4 +21,4 @@ class DellaLinear(DellaCombineStep):
     """Drop by rank, rescale, add."""
 
     name: ClassVar[str] = "della-linear"
-    elect: ClassVar[bool] = False
+    elects_sign: ClassVar[bool] = False

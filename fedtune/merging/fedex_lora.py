@@ -31,9 +31,9 @@ class FedexLora(LowRankPairCombineStep):
     """The means of the factors, and the remainder in the base."""
 
     name: ClassVar[str] = "fedex-lora"
-    takes: ClassVar[UpdateKind] = "pairs and base"
+    update_kind: ClassVar[UpdateKind] = "pairs and base"
 
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Mapping[str, Tensor],

@@ -28,7 +28,7 @@ class Fedit(LowRankPairCombineStep):
 
     name: ClassVar[str] = "fedit"
 
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Mapping[str, Tensor],

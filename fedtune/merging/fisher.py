@@ -30,9 +30,7 @@ class Fisher(CombineStep):
 
     name: ClassVar[str] = "fisher"
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """Itself, with statistics there for every model."""
         check_statistics(self.name, shapes, operands)
         return BoundCombine(self, operands)
@@ -41,7 +39,7 @@ class Fisher(CombineStep):
         """The weighted mean of each piece."""
         share = normalise_weights(stack_weights(operands))[:, 0].tolist()
         for start, stop in iter_row_chunks(shape):
-            parts = [flatten_rows(operand.rows(name, start, stop)) for operand in operands]
+            parts = [flatten_rows(operand.read_rows(name, start, stop)) for operand in operands]
             total = plain_sum(parts, share, normalise=False)
             if name in require_statistics(operands[0]):
                 information = [_information(name, shape, start, stop, operand) for operand in operands]

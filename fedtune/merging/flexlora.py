@@ -31,7 +31,7 @@ class Flexlora(LowRankPairCombineStep):
 
     name: ClassVar[str] = "flexlora"
 
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Mapping[str, Tensor],
@@ -45,7 +45,7 @@ class Flexlora(LowRankPairCombineStep):
             pair, truncate_product(stack_factors(factors, weights), rank, scale=pair.scale).factors, state
         )
 
-    def missed(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
+    def measure_errors(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
         """Also the singular values past the shared rank, which is that of the factors as they are shared."""
-        cut = truncate_product(stack_factors(factors, weights), factors[0].rank).missed
-        return {**super().missed(factors, weights), "rank_error": cut}
+        cut = truncate_product(stack_factors(factors, weights), factors[0].rank).dropped_norm
+        return {**super().measure_errors(factors, weights), "rank_error": cut}

@@ -37,10 +37,10 @@ class Flora(LowRankPairCombineStep):
     """The stack in the base, and pairs that begin again."""
 
     name: ClassVar[str] = "flora"
-    takes: ClassVar[UpdateKind] = "pairs and base"
+    update_kind: ClassVar[UpdateKind] = "pairs and base"
     seed: int = Field(0, ge=0, description="of the draws of A, beside the round")
 
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Mapping[str, Tensor],
@@ -49,7 +49,7 @@ class Flora(LowRankPairCombineStep):
         evidence: MergeContext,
     ) -> dict[str, Tensor]:
         """B of zeros and a new A."""
-        drawn = _draw_factor(state[pair.right], derive_seed(self.seed, evidence.draw, pair.right))
+        drawn = _draw_factor(state[pair.right], derive_seed(self.seed, evidence.round_number, pair.right))
         return {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
 
     def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:

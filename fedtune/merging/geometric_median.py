@@ -27,23 +27,21 @@ class GeometricMedian(GramCombineStep):
     """The smoothed geometric median."""
 
     name: ClassVar[str] = "geometric-median"
-    pooled: ClassVar[bool] = False
+    adds_variance_of_means: ClassVar[bool] = False
     distances: Literal["model", "tensor"] = "model"
     eps: float = Field(1e-6, gt=0, description="distances below it count as it")
     iterations: int = Field(1000, ge=1)
     tolerance: float = Field(1e-9, ge=0, description="change of the coefficients that ends it")
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """With distances of whole models, their median's coefficients in place of the weights."""
         if self.distances == "tensor":
             return BoundCombine(self, operands)
-        c = self.coefficients(stack_weights(operands), lambda: compute_model_gram(shapes, operands))
+        c = self.compute_coefficients(stack_weights(operands), lambda: compute_model_gram(shapes, operands))
         settled = [one._replace(weight=float(weight)) for one, weight in zip(operands, c, strict=True)]
         return BoundCombine(Linear(normalise=False), settled)
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Weiszfeld's, from the weighted mean."""
         share, products = normalise_weights(weights), gram()
         c = share

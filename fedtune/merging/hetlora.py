@@ -29,7 +29,7 @@ class Hetlora(LowRankPairCombineStep):
 
     name: ClassVar[str] = "hetlora"
 
-    def pair(
+    def combine_pair(
         self,
         pair: LowRankPair,
         state: Mapping[str, Tensor],

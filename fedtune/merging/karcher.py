@@ -29,6 +29,6 @@ class Karcher(GramCombineStep):
         1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
     )
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Those of the mean direction, over each model's norm."""
         return compute_karcher_coefficients(gram(), normalise_weights(weights), self.iterations, self.tolerance)

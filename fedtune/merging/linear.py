@@ -24,6 +24,6 @@ class Linear(GramCombineStep):
     averages: ClassVar[bool] = True
     normalise: Normalise = True
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """w_i, or w_i / sum w."""
         return normalise_weights(weights) if self.normalise else weights

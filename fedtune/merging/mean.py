@@ -34,7 +34,7 @@ class Mean(CombineStep):
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted sum of each piece."""
         for start, stop in iter_row_chunks(shape):
-            total = operands[0].rows(name, start, stop).double() * operands[0].weight
+            total = operands[0].read_rows(name, start, stop).double() * operands[0].weight
             for operand in operands[1:]:
-                total.add_(operand.rows(name, start, stop).double(), alpha=operand.weight)
+                total.add_(operand.read_rows(name, start, stop).double(), alpha=operand.weight)
             yield total.to(torch.float32)

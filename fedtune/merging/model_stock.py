@@ -25,11 +25,11 @@ class ModelStock(GramCombineStep):
     """The mean times t."""
 
     name: ClassVar[str] = "model-stock"
-    fewest: ClassVar[int] = 2
+    min_models: ClassVar[int] = 2
     over: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
 
     @property
-    def groups(self) -> Granularity:
+    def granularity(self) -> Granularity:
         """As set."""
         return self.over
 
@@ -37,7 +37,7 @@ class ModelStock(GramCombineStep):
         """Equal shares."""
         return [1 / len(examples)] * len(examples)
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """T / N for all."""
         count = len(weights)
         cosine = compute_cosines(gram())

@@ -24,6 +24,6 @@ class MultiSlerp(GramCombineStep):
 
     name: ClassVar[str] = "multislerp"
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Those of the barycentre, over each model's norm."""
         return compute_karcher_coefficients(gram(), normalise_weights(weights), 1, 0.0)

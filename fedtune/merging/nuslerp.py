@@ -27,15 +27,15 @@ class NuSlerp(GramCombineStep):
     """The point of the arc that the weights choose."""
 
     name: ClassVar[str] = "nuslerp"
-    fewest: ClassVar[int] = 2
-    most: ClassVar[int | None] = 2
+    min_models: ClassVar[int] = 2
+    max_models: ClassVar[int | None] = 2
     over: Granularity = Field("tensor", description="what has an angle of its own")
 
     @property
-    def groups(self) -> Granularity:
+    def granularity(self) -> Granularity:
         """As set."""
         return self.over
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """SLERP's, at the second model's share."""
         return compute_slerp_coefficients(gram(), normalise_weights(weights)[1], _NEAR)

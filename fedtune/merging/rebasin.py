@@ -56,15 +56,15 @@ class Rebasin(AlignStep):
         self, base: Mapping[str, Tensor], operands: Sequence[MergeInput], evidence: MergeContext
     ) -> list[MergeInput]:
         """Operands whose deltas lead from the base to the permuted models."""
-        if evidence.model is None or (self.method == "activation" and not evidence.batches):
+        if evidence.model is None or (self.method == "activation" and not evidence.calibration_batches):
             raise ModelError(f"rebasin: method {self.method} needs {' and '.join(sorted(self.needs))}; give them")
         if len(operands) < 2:
             return list(operands)
         net = evidence.model.eval()
         symmetry = build_spec_from_tables(net) if has_architecture_table(net) else trace_permutation_spec(net)
-        symmetry.check({name: tuple(tensor.shape) for name, tensor in base.items()})
-        symmetry = symmetry.only(base.keys())
-        moved = frozenset(symmetry.moved())
+        symmetry.check_shapes({name: tuple(tensor.shape) for name, tensor in base.items()})
+        symmetry = symmetry.restrict_to(base.keys())
+        moved = frozenset(symmetry.list_permuted_tensors())
         models = [make_tensor_reader(base, operand, moved) for operand in operands]
         match = self._match(symmetry, evidence)
         orders = (
@@ -84,7 +84,7 @@ class Rebasin(AlignStep):
             if self.method == "weight":
                 found = match_weights(symmetry, reference, model, start, visits=self.visits, sweeps=self.sweeps)
             else:
-                net, batches = evidence.model, evidence.batches
+                net, batches = evidence.model, evidence.calibration_batches
                 assert net is not None
                 found = match_activations(symmetry, reference, model, start, net, batches, self.similarity)
             orders, before, after = found
@@ -100,9 +100,9 @@ def _aligned(
         raise ModelError(
             "rebasin: what was measured on a model no longer fits once it is permuted; leave one of them out"
         )
-    return operand._replace(rows=PermutedDelta(symmetry, orders, base, operand))
+    return operand._replace(read_rows=PermutedDelta(symmetry, orders, base, operand))
 
 
 def _stays(symmetry: PermutationSpec, orders: Permutations) -> bool:
-    still = symmetry.identity()
+    still = symmetry.build_identity()
     return all(bool((orders[name][part] == at).all()) for name, parts in still.items() for part, at in parts.items())

@@ -34,9 +34,7 @@ class RegMean(CombineStep):
     shrink: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
     ridge: float = Field(1e-9, gt=0)
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """Itself, with statistics there for every model."""
         check_statistics(self.name, shapes, operands)
         return BoundCombine(self, operands)
@@ -47,7 +45,7 @@ class RegMean(CombineStep):
         measured = name in require_statistics(operands[0])
         mixing = self._mixing(name, shape, share, operands) if measured else None
         for start, stop in iter_row_chunks(shape):
-            parts = [flatten_rows(operand.rows(name, start, stop)) for operand in operands]
+            parts = [flatten_rows(operand.read_rows(name, start, stop)) for operand in operands]
             total = plain_sum(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
             yield total.float().reshape(stop - start, *shape[1:])
 

@@ -24,5 +24,5 @@ class Repair(MomentRenormaliseStep):
     """Both."""
 
     name: ClassVar[str] = "repair"
-    scales: ClassVar[bool] = True
-    shifts: ClassVar[bool] = True
+    matches_std: ClassVar[bool] = True
+    matches_mean: ClassVar[bool] = True

@@ -18,5 +18,5 @@ class Rescale(MomentRenormaliseStep):
     """Deviations."""
 
     name: ClassVar[str] = "rescale"
-    scales: ClassVar[bool] = True
-    shifts: ClassVar[bool] = False
+    matches_std: ClassVar[bool] = True
+    matches_mean: ClassVar[bool] = False

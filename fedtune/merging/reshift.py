@@ -19,5 +19,5 @@ class Reshift(MomentRenormaliseStep):
     """Means."""
 
     name: ClassVar[str] = "reshift"
-    scales: ClassVar[bool] = False
-    shifts: ClassVar[bool] = True
+    matches_std: ClassVar[bool] = False
+    matches_mean: ClassVar[bool] = True

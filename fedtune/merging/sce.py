@@ -37,9 +37,9 @@ class Sce(CombineStep):
     """Select, calculate, erase."""
 
     name: ClassVar[str] = "sce"
-    fewest: ClassVar[int] = 2
-    thinning: ClassVar[bool] = True
-    picks: ClassVar[bool] = True
+    min_models: ClassVar[int] = 2
+    sparsifies: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     select_topk: float = Field(1.0, gt=0, le=1, description="share of entries selected by variance")
 
     def weights(self, examples: Sequence[int]) -> list[float]:
@@ -82,7 +82,7 @@ def _variance(stack: Tensor) -> Tensor:
 
 
 def _chosen(cut: MagnitudeThreshold, stacks: Stacks) -> Iterator[Tensor]:
-    inside = cut.inside()
+    inside = cut.make_mask_function()
 
     def keep_inside(stack: Tensor) -> Tensor:
         return stack.mul_(inside(_variance(stack)))

@@ -36,5 +36,5 @@ class Shrink(ActivationRelaxStep):
         """The rows times the factor."""
         if self.factor != "aim":
             return delta * self.factor
-        found = self.scale(name, delta, evidence)
+        found = self.compute_scale(name, delta, evidence)
         return delta if found is None else delta * float(found[0].mean())

@@ -26,10 +26,10 @@ class Slerp(GramCombineStep):
     """The point at t of the arc."""
 
     name: ClassVar[str] = "slerp"
-    fewest: ClassVar[int] = 2
-    most: ClassVar[int | None] = 2
+    min_models: ClassVar[int] = 2
+    max_models: ClassVar[int | None] = 2
     t: float = Field(0.5, ge=0, le=1, description="0 is the first model, 1 the second")
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """The two sines, over that of the whole angle."""
         return compute_slerp_coefficients(gram(), self.t, _NEAR)

@@ -24,6 +24,6 @@ class TaskArithmetic(GramCombineStep):
     scale: Scale = 1.0
     normalise: Normalise = False
 
-    def coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Scale times w_i, or times w_i / sum w."""
         return self.scale * (normalise_weights(weights) if self.normalise else weights)

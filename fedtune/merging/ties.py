@@ -27,7 +27,7 @@ class Ties(Trimmed):
     """Trim, elect, average."""
 
     name: ClassVar[str] = "ties"
-    elect: ClassVar[bool] = True
+    elects_sign: ClassVar[bool] = True
     density: Density = 0.2
     normalise: Normalise = True
 

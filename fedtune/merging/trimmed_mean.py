@@ -30,7 +30,7 @@ class TrimmedMean(CombineStep):
     """The mean of the middle."""
 
     name: ClassVar[str] = "trimmed-mean"
-    pooled: ClassVar[bool] = False
+    adds_variance_of_means: ClassVar[bool] = False
     share: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
 
     @property
@@ -42,9 +42,7 @@ class TrimmedMean(CombineStep):
         """Equal shares."""
         return [1 / len(examples)] * len(examples)
 
-    def settle(
-        self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext
-    ) -> BoundCombine:
+    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
@@ -60,6 +58,6 @@ class TrimmedMean(CombineStep):
         """The mean of what is left of each piece."""
         cut = self._cut(len(operands))
         for start, stop in iter_row_chunks(shape):
-            stack = torch.stack([flatten_rows(operand.rows(name, start, stop)) for operand in operands])
+            stack = torch.stack([flatten_rows(operand.read_rows(name, start, stop)) for operand in operands])
             middle = stack.sort(dim=0).values[cut : len(operands) - cut]
             yield middle.double().mean(0).float().reshape(stop - start, *shape[1:])

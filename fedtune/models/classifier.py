@@ -23,7 +23,7 @@ class ImageClassifier(nn.Module, ABC):
 
     kind: ClassVar[str]
     """What its folder's config.json calls it."""
-    head: ClassVar[str]
+    head_name: ClassVar[str]
     """The layer that is new when the labels are."""
     supports_gradient_checkpointing: ClassVar[bool] = True
 

@@ -36,11 +36,11 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
         """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)]."""
-        if any(margins := self.margins(*input.shape[-2:])):
+        if any(margins := self.compute_same_padding(*input.shape[-2:])):
             input = F.pad(input, margins)  # noqa: A001
         return super().forward(input)
 
-    def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Rows and columns of zeros put around the input beside ``padding``: left, right, top, bottom."""
         return (*self._missing(width), *self._missing(height)) if self.stride[0] > 1 else (0, 0, 0, 0)
 
@@ -60,8 +60,8 @@ class LiteBlock(InvertedResidual):
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__(adds_input=stride == 1 and inputs == outputs)
         hidden = inputs * expansion
-        self.expands = expansion > 1
-        if self.expands:
+        self.has_expansion = expansion > 1
+        if self.has_expansion:
             self._expand_conv = nn.Conv2d(inputs, hidden, 1, bias=False)
             self._bn0 = _norm(hidden)
             self._relu0 = nn.ReLU6()
@@ -73,7 +73,7 @@ class LiteBlock(InvertedResidual):
 
     def layers(self) -> list[nn.Module]:
         """Widen, filter, narrow."""
-        widen = [self._expand_conv, self._bn0, self._relu0] if self.expands else []
+        widen = [self._expand_conv, self._bn0, self._relu0] if self.has_expansion else []
         return [*widen, self._depthwise_conv, self._bn1, self._relu1, self._project_conv, self._bn2]
 
 
@@ -90,7 +90,7 @@ class EfficientNetLite(ImageClassifier):
     """Input: pixels [n, 3, h, w], scaled as (pixel - 127) / 128. Lite0 has no free dimension but the labels."""
 
     kind: ClassVar[str] = "efficientnet-lite"
-    head: ClassVar[str] = "_fc"
+    head_name: ClassVar[str] = "_fc"
 
     def __init__(self, labels: int, dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)

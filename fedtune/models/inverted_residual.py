@@ -16,7 +16,7 @@ class InvertedResidual(nn.Module, ABC):
 
     def __init__(self, *, adds_input: bool) -> None:
         super().__init__()
-        self.adds_input = adds_input
+        self.has_residual = adds_input
 
     @abstractmethod
     def layers(self) -> Sequence[nn.Module]:
@@ -27,4 +27,4 @@ class InvertedResidual(nn.Module, ABC):
         out = x
         for layer in self.layers():
             out = layer(out)
-        return x + out if self.adds_input else out
+        return x + out if self.has_residual else out

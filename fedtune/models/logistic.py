@@ -29,7 +29,7 @@ class LogisticRegression(ImageClassifier):
     """One linear layer on grey pixels. The weights start at zero."""
 
     kind: ClassVar[str] = "pixel-logistic"
-    head: ClassVar[str] = "classifier"
+    head_name: ClassVar[str] = "classifier"
     supports_gradient_checkpointing: ClassVar[bool] = False
 
     def __init__(self, labels: int, side: int = 28) -> None:

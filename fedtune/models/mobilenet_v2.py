@@ -44,7 +44,7 @@ class MobileNetV2(ImageClassifier):
     """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
 
     kind: ClassVar[str] = "mobilenet-v2"
-    head: ClassVar[str] = "classifier.1"
+    head_name: ClassVar[str] = "classifier.1"
 
     def __init__(self, labels: int, dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)

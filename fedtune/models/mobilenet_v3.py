@@ -80,7 +80,7 @@ class MobileNetV3(ImageClassifier):
     """Input: pixels [n, 3, h, w]; the last map is 1/32 of their side."""
 
     kind: ClassVar[str] = "mobilenet-v3-small"
-    head: ClassVar[str] = "classifier.3"
+    head_name: ClassVar[str] = "classifier.3"
 
     def __init__(self, labels: int, dropout: float = 0.2) -> None:
         super().__init__(dropout=dropout)

@@ -41,7 +41,7 @@ class ResNet18(ImageClassifier):
     """
 
     kind: ClassVar[str] = "resnet18"
-    head: ClassVar[str] = "fc"
+    head_name: ClassVar[str] = "fc"
 
     def __init__(self, labels: int, small: bool = False, width: int = 64) -> None:
         super().__init__(small=small, width=width)

@@ -34,7 +34,7 @@ class NormalStream:
     def __init__(self, secret: bytes, *place: int | str) -> None:
         self._key = hmac.digest(secret, "/".join(str(part) for part in place).encode(), "sha256")
 
-    def draw(self, start: int, count: int) -> NDArray[np.float64]:
+    def draw_normals(self, start: int, count: int) -> NDArray[np.float64]:
         """Numbers ``start`` to ``start + count`` of the row; each takes one block of the cipher's 2^32."""
         stream = Cipher(ChaCha20(self._key, start.to_bytes(4, "little") + bytes(12)), mode=None).encryptor()
         words = np.frombuffer(stream.update(bytes(count * _BLOCK)), dtype="<u8")
@@ -44,9 +44,9 @@ class NormalStream:
         total: NDArray[np.float64] = normal.sum(axis=1) / math.sqrt(_SUMMANDS)
         return total
 
-    def added(self, values: Tensor, start: int, deviation: float) -> Tensor:
+    def add_noise(self, values: Tensor, start: int, deviation: float) -> Tensor:
         """fp32 values, the first being number ``start`` of its tensor, with N(0, deviation^2) added in double."""
-        noise = torch.from_numpy(self.draw(start, values.numel())).reshape(values.shape)
+        noise = torch.from_numpy(self.draw_normals(start, values.numel())).reshape(values.shape)
         return (values.double() + deviation * noise).float()
 
 
@@ -60,6 +60,7 @@ def add_gaussian_noise(
 def _noised(tensor: Tensor, deviation: float, normals: NormalStream) -> Tensor:
     values = tensor.reshape(-1)
     parts = [
-        normals.added(values[a:b], a, deviation) for a, b in iter_row_chunks((tensor.numel(),), together=2 * _SUMMANDS)
+        normals.add_noise(values[a:b], a, deviation)
+        for a, b in iter_row_chunks((tensor.numel(),), together=2 * _SUMMANDS)
     ]
     return torch.cat(parts).reshape(tensor.shape)

@@ -22,7 +22,7 @@ def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Ten
         raise DataError(f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch")
     first = corpus.train.select(range(settings.batch))
     reader = models.reader(recipe)
-    batch = data.encode_examples(first, recipe, reader).batch(range(settings.batch))
+    batch = data.encode_examples(first, recipe, reader).make_batch(range(settings.batch))
     texts = recipe.task != "image-classification"
     return _pad_batch(batch, settings.length, int(reader.pad_token_id)) if texts else batch
 

@@ -25,7 +25,7 @@ class ProfileCase:
     recipe: str = field(repr=False)
     labels: tuple[str, ...]
     batch: bytes | None = field(repr=False)
-    check: bool = False
+    check_gradients: bool = False
 
 
 def make_profile_cases(

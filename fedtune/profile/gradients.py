@@ -37,7 +37,7 @@ def gradient_error(
 
 def _make_reference_recipe(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
     """The recipe of the twin."""
-    twins = [twin for technique in chosen if (twin := technique.stored()) is not None]
+    twins = [twin for technique in chosen if (twin := technique.make_reference()) is not None]
     units = [Unit(name=twin.name, settings=twin.model_dump(mode="json")) for twin in twins]
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
 

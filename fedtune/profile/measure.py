@@ -44,7 +44,7 @@ def profile_step(case: ProfileCase) -> StepProfile:
     with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "profile"))
         figures, state, batch, rounds = _measure_case(case, recipe)
-        if not case.check:
+        if not case.check_gradients:
             return figures
         return replace(figures, gradient_error=gradient_error(recipe, case.labels, state, batch, rounds))
 
@@ -112,17 +112,17 @@ def _measure_memory(model: nn.Module, techniques: Sequence[Technique], batch: Te
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         begin_step(techniques, model, batch, 0.0)
         loss = compute_step_loss(model, batch)
-        kept = meter.bytes
+        kept = meter.current_bytes
         loss.backward()
     model.zero_grad()
-    return kept, meter.peak
+    return kept, meter.peak_bytes
 
 
 def _measure_payload(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
     """Parameters trained in a round, and bytes of the payload that goes up after it."""
     begin_round(techniques, model, number)
     names = list_trainable_tensors(model)
-    held = [name for technique in techniques for name in technique.held(model)]
+    held = [name for technique in techniques for name in technique.list_server_held_tensors(model)]
     found = find_masks(get_model_state(model, [*names, *held]))
     deltas = select_active_values(get_model_state(model, names), found)
     return sum(delta.numel() for delta in deltas.values()), len(pack(deltas))

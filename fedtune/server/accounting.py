@@ -79,7 +79,7 @@ def compute_epsilon(recipe: Recipe, count: int) -> float:
     if not count:
         return 0.0
     relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION
-    accountant = RdpAccountant(PrivacyConfig(recipe.privacy.delta, recipe.clients, relation, sampling))
+    accountant = RdpAccountant(PrivacyConfig(recipe.privacy.delta, recipe.num_clients, relation, sampling))
     multiplier = recipe.privacy.noise / (1 if recipe.privacy.where == "server" else 2)
-    accountant.compose(GaussianPrivacyEvent(multiplier, recipe.clients_per_round, recipe.clients), count)
+    accountant.compose(GaussianPrivacyEvent(multiplier, recipe.cohort_size, recipe.num_clients), count)
     return accountant.get_epsilon(recipe.privacy.delta)

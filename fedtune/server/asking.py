@@ -42,18 +42,18 @@ class RoundScheduler(ABC):
         return
 
     @abstractmethod
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         """Settle whom round ``number`` asks; how many answers it hopes for."""
 
     @abstractmethod
-    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """(client, reply) as they arrive, each client once at most; ``usable`` counts the sound ones so far."""
 
     @abstractmethod
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         """The clients that count as missing, given those that answered, and why."""
 
-    def staleness(self, client: int) -> int | None:
+    def get_staleness(self, client: int) -> int | None:
         """How many rounds before this one an answer was begun; None where no answer can be late."""
         return None
 
@@ -83,7 +83,7 @@ class SynchronousScheduler(RoundScheduler):
         """Sample among these; as many as before, as far as there are as many."""
         self._among = clients
 
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         """Sample the round's clients."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
         self._removed = set()
@@ -91,7 +91,7 @@ class SynchronousScheduler(RoundScheduler):
         self._number, self._clients = number, sample_cohort(self._recipe, number, self._among, last, count)
         return len(self._clients)
 
-    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Whatever comes before the deadline, until there are enough."""
         federation, self._enough = self._recipe.federation, False
         messages = send(self._clients, self._number)
@@ -109,7 +109,7 @@ class SynchronousScheduler(RoundScheduler):
                 self._enough = True
                 return
 
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         """Every client that was asked and did not answer."""
         reason = NOT_NEEDED if self._enough else NO_REPLY_BEFORE_DEADLINE
         asked = [client for client in self._clients if client not in answered]

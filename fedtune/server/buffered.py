@@ -41,9 +41,9 @@ class AsynchronousScheduler(RoundScheduler):
         """Ask these; of those that are away for good, or another device by now, no answer is waited for."""
         self._moved = self._desk.admit(clients, moved)
 
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         """Give up on clients that are too far behind."""
-        given_up, moved = self._desk.begin(number, self._last()), self._moved
+        given_up, moved = self._desk.begin_round(number, self._last()), self._moved
         self._staleness, self._lost, self._moved = (
             {},
             dict.fromkeys([*given_up, *moved], NO_REPLY_WITHIN_MAX_STALENESS),
@@ -53,7 +53,7 @@ class AsynchronousScheduler(RoundScheduler):
         self._arrived = deque(answer for answer in self._arrived if answer[0] not in self._lost)
         return self._buffer
 
-    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """Answers as they arrive, those of earlier rounds' orders among them; whoever is free is asked meanwhile."""
         end = time.monotonic() + self._deadline
         while usable() < self._buffer and time.monotonic() < end:
@@ -64,17 +64,17 @@ class AsynchronousScheduler(RoundScheduler):
                 time.sleep(self._poll)
             if self._arrived:
                 client, reply = self._arrived.popleft()
-                self._staleness[client] = self._desk.done(client)
+                self._staleness[client] = self._desk.finish_client(client)
                 yield client, reply
 
     def _ask(self, send: MessageFactory) -> None:
-        clients = self._desk.next()
+        clients = self._desk.start_next_clients()
         if not clients:
             return
         messages = send(clients, self._desk.number)
         for client, message in zip(messages, self._grid.push_messages(messages.values()), strict=True):
             if not message:
-                self._desk.done(client)
+                self._desk.finish_client(client)
                 self._lost[client] = DEVICE_REMOVED
             else:
                 self._sent[message] = client
@@ -87,10 +87,10 @@ class AsynchronousScheduler(RoundScheduler):
                 self._arrived.append((client, reply))
         return bool(self._arrived)
 
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that were given up or have no device any more; those still at work are not missing."""
         return {client: reason for client, reason in self._lost.items() if client not in answered}
 
-    def staleness(self, client: int) -> int | None:
+    def get_staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""
         return self._staleness[client]

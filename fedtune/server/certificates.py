@@ -30,15 +30,15 @@ class Certificates:
 
     def renew(self) -> None:
         """Renew the server's certificate where it ends soon; new connections get it at once."""
-        before = self._place.certificate.read_bytes()
+        before = self._place.certificate_file.read_bytes()
         try:
-            renewed = self._place.renew()
+            renewed = self._place.renew_certificate()
         except (FedtuneError, OSError) as error:
             self._say(f"the certificate ends on {_day(authority.ends(before))} and cannot be made anew: {error}")
             return
         if renewed:
-            self._context.load_cert_chain(self._place.certificate, self._place.key)
-            until = _day(authority.ends(self._place.certificate.read_bytes()))
+            self._context.load_cert_chain(self._place.certificate_file, self._place.key_file)
+            until = _day(authority.ends(self._place.certificate_file.read_bytes()))
             self._say(f"the server's certificate was made anew; it is good until {until}")
         for sentence in ending(self._place):
             self._say(sentence)
@@ -46,7 +46,7 @@ class Certificates:
 
 def ending(place: ServerHome) -> list[str]:
     """What is to be told of the authority, which only a new server's home can replace."""
-    if (until := authority.ends_soon(place.ca.read_text())) is None:
+    if (until := authority.ends_soon(place.ca_file.read_text())) is None:
         return []
     return [
         f"the server's authority ends on {_day(until)}, and with it every device's enrolment; before that, make a new "

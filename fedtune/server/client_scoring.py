@@ -49,7 +49,9 @@ def score_by_clients(
     if not clients:
         return ()
     answers = _ask(grid, shop, run, sending, crew, clients, state, number, took)
-    reasons = {f"client {one} ({crew.names[one]})": said for one, said in answers.items() if isinstance(said, str)}
+    reasons = {
+        f"client {one} ({crew.device_names[one]})": said for one, said in answers.items() if isinstance(said, str)
+    }
     if reasons:
         emit_event(Unscored(number, len(clients), reasons))
     scored = [(client, said) for client, said in answers.items() if isinstance(said, HoldoutMetrics)]
@@ -95,7 +97,7 @@ def draw_scorers(recipe: Recipe, among: Sequence[int]) -> list[int]:
         return []
     if wanted == "all":
         return sorted(among)
-    ranked = np.random.default_rng(derive_seed(recipe.seed, "scorers")).permutation(recipe.clients).tolist()
+    ranked = np.random.default_rng(derive_seed(recipe.seed, "scorers")).permutation(recipe.num_clients).tolist()
     there = set(among)
     return sorted([client for client in ranked if client in there][:wanted])
 
@@ -105,7 +107,7 @@ def _connected(grid: Grid, crew: RunClients) -> list[int]:
     if not crew.deployed:
         return list(crew.eligible)
     there = set(grid.get_node_ids())
-    return [client for client in crew.eligible if crew.nodes[client] in there]
+    return [client for client in crew.eligible if crew.node_ids[client] in there]
 
 
 def _deadline(recipe: Recipe, crew: RunClients, took: float) -> float | None:
@@ -123,4 +125,4 @@ def _read(reply: Message) -> HoldoutMetrics | str:
         score = read_score(reply.content.metric_records.get("report"))
     except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
-    return score if score.predictions else f"it holds out fewer than {FEWEST} examples"
+    return score if score.num_predictions else f"it holds out fewer than {FEWEST} examples"

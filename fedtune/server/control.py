@@ -68,7 +68,7 @@ class ControlClient:
         """Let go of the connection."""
         self._client.close()
 
-    def start(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
+    def start_run(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
         """Start a run of fedtune's app with these settings, on devices or on ``simulated`` ones; its number."""
         content, _ = build_fab_from_files(thin_app.make_app_files())
         fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
@@ -80,29 +80,29 @@ class ControlClient:
             raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
         return int(answer.run_id)
 
-    def run(self, number: int) -> FlowerRunStatus:
+    def get_run_status(self, number: int) -> FlowerRunStatus:
         """How a run stands."""
         with _reached():
             found = self._client.ListRuns(ListRunsRequest(run_id=number)).run_dict[number].status
         return FlowerRunStatus(found.status, found.sub_status, found.details)
 
-    def stop(self, number: int) -> None:
+    def stop_run(self, number: int) -> None:
         """End a run, unless it has ended."""
-        if self.run(number).status != "finished":
+        if self.get_run_status(number).status != "finished":
             with _reached():
                 self._client.StopRun(StopRunRequest(run_id=number))
 
-    def register(self, public_key: bytes, name: str) -> int:
+    def register_node(self, public_key: bytes, name: str) -> int:
         """Let a device in by its public key as PEM; its node number."""
         with _reached():
             return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
 
-    def unregister(self, node: int) -> None:
+    def unregister_node(self, node: int) -> None:
         """Shut a device out."""
         with _reached():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
-    def online(self) -> set[int]:
+    def list_online_nodes(self) -> set[int]:
         """Node numbers of the devices that are connected now."""
         with _reached():
             nodes = self._client.ListNodes(ListNodesRequest()).nodes_info

@@ -35,8 +35,8 @@ class RunClients:
     devices. ``expect`` is told the most bytes that a reply may have.
     """
 
-    nodes: Sequence[int]
-    names: Sequence[str]
+    node_ids: Sequence[int]
+    device_names: Sequence[str]
     poll: float = 0.01
     shares_disk: bool = False
     removed: Callable[[], Collection[int]] = tuple
@@ -67,8 +67,8 @@ def wait_for_clients(
     those of the clients ``removed`` tells are not waited for.
     """
     if not seats:
-        nodes = _wait(grid, None, recipe.clients, recipe.clients, patience)
-        names = [recipe.device_of(client).name for client in range(recipe.clients)]
+        nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
+        names = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
         shares_disk = bool(getattr(grid, "shares_disk", False))
         return RunClients(nodes, names, shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
     gone = set(removed())

@@ -18,13 +18,13 @@ def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
     simulated client holds, or that a device declared in its profile before it sent its update; where a device has
     declared none, from the largest declared by any device of the run.
     """
-    recipe = shop.recipe.of(client)
+    recipe = shop.recipe.get_client_recipe(client)
     if recipe.privacy is not None and recipe.privacy.where == "client":
         return 1
     if recipe.train.steps:
         return min(MOST_EXAMPLES, recipe.train.steps * recipe.train.batch)
     seats = store.access.seats(run)
-    held = _declared(store, seats, client) if seats else len(shop.clients[client])
+    held = _declared(store, seats, client) if seats else len(shop.client_rows[client])
     return min(MOST_EXAMPLES, held * (recipe.train.epochs or 1))
 
 

@@ -35,7 +35,7 @@ class InFlightTracker:
             del self._since[client]
         return lost
 
-    def begin(self, number: int, last: Mapping[int, int]) -> list[int]:
+    def begin_round(self, number: int, last: Mapping[int, int]) -> list[int]:
         """Turn to round ``number``; the clients that are given up, since their answers would be too old for it."""
         self.number = number
         self._order = rank_clients(self._recipe, number, self._among, last)
@@ -45,7 +45,7 @@ class InFlightTracker:
             del self._since[client]
         return given_up
 
-    def next(self) -> list[int]:
+    def start_next_clients(self) -> list[int]:
         """Clients to ask now, so that enough are at work; they count as working on this round from now on."""
         room = self._count - len(self._since)
         free = [client for client in self._order if client not in self._since and client not in self._heard]
@@ -53,11 +53,11 @@ class InFlightTracker:
         self._since |= dict.fromkeys(chosen, self.number)
         return chosen
 
-    def begun(self, client: int) -> int | None:
+    def get_start_round(self, client: int) -> int | None:
         """The round a client began that it is at work on."""
         return self._since.get(client)
 
-    def done(self, client: int) -> int:
+    def finish_client(self, client: int) -> int:
         """A client at work answered, or never will; by how many rounds its answer is late."""
         self._heard.add(client)
         return self.number - self._since.pop(client)

@@ -61,7 +61,7 @@ def make_gateway(
     refuse = _refusing(audit)
     handlers = {RequestRefusedError: refuse, HTTPException: refuse, FedtuneError: refuse, Exception: refuse}
     routes = [
-        Route("/v1/fleet/{path:path}", forward.pass_on, methods=["POST"]),
+        Route("/v1/fleet/{path:path}", forward.forward_request, methods=["POST"]),
         Route("/fedtune/ca", lambda _: PlainTextResponse(ca), methods=["GET"]),
         Route("/health", lambda _: _health(healthy()), methods=["GET"]),
         *log_routes(partial(_for_operators, guard, "read"), operating.store, logs),
@@ -84,9 +84,9 @@ def _health(well: bool) -> Response:
 
 def _device_routes(enrolment: DeviceApi) -> list[Route]:
     return [
-        Route("/fedtune/time", _answering(enrolment.time), methods=["GET"]),
-        Route("/fedtune/enroll", _answering(enrolment.enroll), methods=["POST"]),
-        Route("/fedtune/device/profile", _answering(enrolment.profile), methods=["POST"]),
+        Route("/fedtune/time", _answering(enrolment.get_server_time), methods=["GET"]),
+        Route("/fedtune/enroll", _answering(enrolment.enrol_device), methods=["POST"]),
+        Route("/fedtune/device/profile", _answering(enrolment.save_profile), methods=["POST"]),
     ]
 
 
@@ -95,15 +95,15 @@ def _operator_routes(guard: Authenticator, operating: OperatorApi, letting: Lett
         return Route(f"/fedtune/{path}", _for_operators(guard, role, answer), methods=[method])
 
     return [
-        route("submit", "POST", "runs", operating.submit),
-        route("read", "GET", "runs", operating.runs),
-        route("read", "GET", "runs/{run}", operating.run),
-        route("submit", "POST", "runs/{run}/stop", operating.stop),
-        route("submit", "POST", "runs/{run}/resume", operating.resume),
+        route("submit", "POST", "runs", operating.submit_run),
+        route("read", "GET", "runs", operating.list_runs),
+        route("read", "GET", "runs/{run}", operating.get_run),
+        route("submit", "POST", "runs/{run}/stop", operating.stop_run),
+        route("submit", "POST", "runs/{run}/resume", operating.resume_run),
         route("submit", "POST", "runs/{run}/rollback", operating.rollback),
-        route("read", "GET", "devices", operating.devices),
-        route("admin", "DELETE", "devices/{device}", operating.remove),
-        route("admin", "POST", "devices/{device}/tags", operating.tag),
+        route("read", "GET", "devices", operating.list_devices),
+        route("admin", "DELETE", "devices/{device}", operating.remove_device),
+        route("admin", "POST", "devices/{device}/tags", operating.change_device_tags),
         route("admin", "POST", "devices/{device}/release", operating.release),
         route("admin", "POST", "tokens", letting.token),
         route("admin", "GET", "tokens", letting.tokens),
@@ -126,7 +126,7 @@ def _for_operators(guard: Authenticator, role: Role, answer: Callable[[str, Requ
     """The key is looked at before the body is read."""
 
     async def endpoint(request: Request) -> Response:
-        who = await run_in_threadpool(guard.operator, request, role)
+        who = await run_in_threadpool(guard.authenticate_operator, request, role)
         sent = await _sent(request)
         return _json(await run_in_threadpool(answer, who, request, sent))
 
@@ -143,7 +143,7 @@ def _refusing(audit: AuditLog) -> Callable[[Request, Exception], Awaitable[Respo
         status, sentence = _told(request, error)
         if status != _STARTING:
             what = f"{request.method} {request.url.path[:200]}: {sentence}"
-            await run_in_threadpool(audit.refused, get_remote_address(request), what, getattr(error, "who", ""))
+            await run_in_threadpool(audit.record_refusal, get_remote_address(request), what, getattr(error, "who", ""))
         return _json({"error": clean_text(sentence, _SENTENCE)}, status)
 
     return refuse
@@ -153,7 +153,7 @@ def _told(request: Request, error: Exception) -> tuple[int, str]:
     """Status and sentence of what was raised while a request was dealt with."""
     match error:
         case RequestRefusedError():
-            return error.status, error.sentence
+            return error.status, error.message
         case HTTPException():
             return error.status_code, f"there is nothing at {request.url.path[:200]} for {request.method}"
         case ServerError():

@@ -43,7 +43,7 @@ class Downloads:
 
     def of(self, client: int, whole: bool = False) -> Download:
         """A client's; ``whole`` for one that turned out not to hold the base it should."""
-        part = self.parts.of(client)
+        part = self.parts.get_for_client(client)
         held = "" if whole else self._bases.held(client)
         key = id(part), held
         if key not in self._made:

@@ -35,24 +35,24 @@ class DeviceApi:
     control: Callable[[], ControlClient]
     ca: str
 
-    def time(self, _: Request, __: Any) -> dict[str, Any]:
+    def get_server_time(self, _: Request, __: Any) -> dict[str, Any]:
         """This server's clock, in seconds: devices sign by it."""
         return {"unix": time.time()}
 
-    def enroll(self, request: Request, sent: Any) -> dict[str, Any]:
+    def enrol_device(self, request: Request, sent: Any) -> dict[str, Any]:
         """Spend a token and register the device's key; RefusedError when one or the other does not hold."""
         secret, name, public_key = (_text(sent, field) for field in ("secret", "name", "public_key"))
         key = _pem(public_key)
         try:
-            meant = self.access.spend_token(hash_secret(secret))
+            meant = self.access.use_enrolment_token(hash_secret(secret))
         except StoreError as error:
             raise RequestRefusedError(403, str(error)) from error
         try:
-            node = self._register(meant or name, key, self.access.token_tags(hash_secret(secret)))
+            node = self._register(meant or name, key, self.access.get_token_tags(hash_secret(secret)))
         except (RequestRefusedError, ServerError, StoreError):
             self.access.restore_token(hash_secret(secret))
             raise
-        self.audit.done(get_remote_address(request), f"device {meant or name} enrolled")
+        self.audit.record_action(get_remote_address(request), f"device {meant or name} enrolled")
         return {"node_id": str(node), "name": meant or name, "ca": self.ca}
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
@@ -61,15 +61,15 @@ class DeviceApi:
             raise RequestRefusedError(
                 409, f"there is a device {name!r} already; choose another name or have it removed"
             )
-        node = self.control().register(key.encode(), name)
+        node = self.control().register_node(key.encode(), name)
         self.access.add_device(name=name, node=str(node), public_key=key, tags=tags)
-        self.guard.forget()
+        self.guard.clear_device_cache()
         return node
 
-    def profile(self, request: Request, sent: Any) -> dict[str, Any]:
+    def save_profile(self, request: Request, sent: Any) -> dict[str, Any]:
         """Keep what a device says of itself: counts and sizes, never examples."""
-        name = self.guard.signed_device(request)
-        self.access.profile_device(name, read_profile(sent, name))
+        name = self.guard.authenticate_device(request)
+        self.access.save_device_profile(name, read_profile(sent, name))
         return {"name": name}
 
 

@@ -28,22 +28,24 @@ def make_merge_context(
     """Figures of the model as round ``number`` started it from ``state``, for the ``names`` trained in the round."""
     asked = merging.build_calibration_request(pipeline.steps)
     if asked is None:
-        return MergeContext(draw=number)
-    batches = _validation(shop, asked) if asked.by == "server" or "batches" in pipeline.needs else []
+        return MergeContext(round_number=number)
+    batches = _validation(shop, asked) if asked.calibrate_on == "server" or "batches" in pipeline.needs else []
     if "activity" not in pipeline.needs:
-        return MergeContext(model=shop.model, batches=batches, draw=number)
-    if asked.by == "clients":
+        return MergeContext(model=shop.model, calibration_batches=batches, round_number=number)
+    if asked.calibrate_on == "clients":
         extras = declare_uploaded_statistics(shop.model, shop.recipe, names)
         ordered = sorted(contributions, key=lambda one: one.client)
-        found = sum_uploaded_statistics(shop.model, names, [one.read(extras) for one in ordered])
+        found = sum_uploaded_statistics(shop.model, names, [one.read_tensors(extras) for one in ordered])
     else:
         set_model_state(shop.model, state)
         with use_cpu_threads(shop.recipe.train.threads):
             found = measure_activation_statistics(shop.model, batches, shop.techniques)
-    return MergeContext(activity=found, model=shop.model, batches=batches, draw=number)
+    return MergeContext(activation_statistics=found, model=shop.model, calibration_batches=batches, round_number=number)
 
 
 def _validation(shop: RunContext, asked: CalibrationRequest) -> list[dict[str, Tensor]]:
     """Inputs without labels, the same in every round."""
-    chosen = sample_rows(np.arange(len(shop.validation)), asked.examples, derive_seed(shop.recipe.seed, "activity"))
+    chosen = sample_rows(
+        np.arange(len(shop.validation)), asked.calibration_examples, derive_seed(shop.recipe.seed, "activity")
+    )
     return list(iter_inputs(shop.validation, chosen, shop.recipe.evaluation.batch))

@@ -66,17 +66,18 @@ class ReverseProxy:
         """Let go of the connections."""
         await self._client.aclose()
 
-    async def pass_on(self, request: Request) -> Response:
+    async def forward_request(self, request: Request) -> Response:
         """One call there and back."""
         path = request.url.path
         if path not in _PATHS:
             raise RequestRefusedError(404, f"{path} is not for devices; only Flower's fleet paths are")
-        name = await run_in_threadpool(self._guard.device, request)
+        name = await run_in_threadpool(self._guard.identify_device, request)
         if (
             path == _PULL
-            and (body := self._handout.again(name, request.headers.get(STORED_MESSAGE_HEADER))) is not None
+            and (body := self._handout.get_unconfirmed_message(name, request.headers.get(STORED_MESSAGE_HEADER)))
+            is not None
         ):
-            self._presence.heard(await run_in_threadpool(self._guard.signed_device, request))
+            self._presence.record_contact(await run_in_threadpool(self._guard.authenticate_device, request))
             return Response(body, media_type=_PROTOBUF)
         try:
             body = await self._taken(request, path)
@@ -87,14 +88,14 @@ class ReverseProxy:
             return JSONResponse({"error": "the server behind this door is starting; try again shortly"}, 503)
         if answer.status_code in (401, 403):
             what = f"at {path}: the SuperLink does not accept its signature"
-            await run_in_threadpool(self._audit.refused, get_remote_address(request), what, name)
+            await run_in_threadpool(self._audit.record_refusal, get_remote_address(request), what, name)
         return await self._answered(request, name, answer)
 
     async def _taken(self, request: Request, path: str) -> bytes:
         """The body of a call, which is no larger than such a call may be; what is part of an answer is counted."""
         if path not in (_PUSH, _PUSH_OBJECT):
             return await _whole(request, min(_SMALL, self._body_limit))
-        name = await run_in_threadpool(self._guard.signed_device, request)  # before anything large is held for it
+        name = await run_in_threadpool(self._guard.authenticate_device, request)  # before anything large is held for it
         if path == _PUSH:
             body = await _whole(request, min(_ANNOUNCED, self._body_limit))
             await run_in_threadpool(self._uploads.begin, name, body)
@@ -106,17 +107,17 @@ class ReverseProxy:
     async def _answered(self, request: Request, name: str, answer: httpx.Response) -> Response:
         """The SuperLink's answer on its way to the device."""
         if answer.is_success:
-            self._presence.heard(name)
+            self._presence.record_contact(name)
         if request.url.path == _PULL and answer.is_success:
             return await self._handed(name, answer)
         if request.url.path == _PUSH and answer.is_success:
-            self._handout.answered(name, request.headers.get(STORED_MESSAGE_HEADER))
+            self._handout.remove_message(name, request.headers.get(STORED_MESSAGE_HEADER))
         return StreamingResponse(_body(answer), answer.status_code, _kept(answer.headers))
 
     async def _handed(self, name: str, answer: httpx.Response) -> Response:
         """An answer that may hold a message, remembered before it is passed on; it is small."""
         body = b"".join([chunk async for chunk in _body(answer)])
-        self._handout.handed(name, body)
+        self._handout.remember_message(name, body)
         return Response(body, answer.status_code, _kept(answer.headers))
 
     def _onward(self, request: Request, body: bytes) -> httpx.Request:

@@ -32,7 +32,7 @@ class Authenticator:
         self._lock = Lock()
         self._keys: dict[str, str] = {}
 
-    def operator(self, request: Request, needed: Role) -> str:
+    def authenticate_operator(self, request: Request, needed: Role) -> str:
         """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
         header = request.headers.get("authorization", "")
         shown = hash_secret(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
@@ -51,7 +51,7 @@ class Authenticator:
             )
         return found[0].name
 
-    def device(self, request: Request) -> str:
+    def identify_device(self, request: Request) -> str:
         """The name of the enrolled device whose key a request names; RefusedError otherwise.
 
         Whether the request is signed with that key is checked by the SuperLink, or by ``signed_device`` here.
@@ -67,9 +67,9 @@ class Authenticator:
             )
         return name
 
-    def signed_device(self, request: Request) -> str:
+    def authenticate_device(self, request: Request) -> str:
         """The name of the enrolled device that signed a request within the last minutes; RefusedError otherwise."""
-        name = self.device(request)
+        name = self.identify_device(request)
         try:
             moment = request.headers[TIMESTAMP_HEADER]
             signature = b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
@@ -90,7 +90,7 @@ class Authenticator:
             )
         return name
 
-    def forget(self) -> None:
+    def clear_device_cache(self) -> None:
         """Ask the store anew who is enrolled."""
         with self._lock:
             self._keys = {}

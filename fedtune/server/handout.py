@@ -15,17 +15,17 @@ class RedeliveryBuffer:
     def __init__(self) -> None:
         self._handed: dict[str, tuple[str, bytes]] = {}
 
-    def handed(self, device: str, body: bytes) -> None:
+    def remember_message(self, device: str, body: bytes) -> None:
         """Remember the SuperLink's answer to a device that asked for messages."""
         if number := _message(body):
             self._handed[device] = number, body
 
-    def again(self, device: str, held: str | None) -> bytes | None:
+    def get_unconfirmed_message(self, device: str, held: str | None) -> bytes | None:
         """What a device has to be handed again; nothing for one that does not tell which message it holds."""
         number, body = self._handed.get(device, (held, b""))
         return body if held is not None and held != number else None
 
-    def answered(self, device: str, held: str | None) -> None:
+    def remove_message(self, device: str, held: str | None) -> None:
         """A device has answered the message it holds."""
         if device in self._handed and self._handed[device][0] == held:
             del self._handed[device]

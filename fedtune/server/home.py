@@ -39,7 +39,7 @@ class ServerSettings(BaseModel):
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
 
-    def url(self) -> str:
+    def get_public_url(self) -> str:
         """What devices and operators connect to."""
         name = f"[{self.names[0]}]" if ":" in self.names[0] else self.names[0]
         return f"https://{name}:{self.address[1]}"
@@ -53,53 +53,57 @@ class ServerHome:
     settings: ServerSettings
 
     @property
-    def ca(self) -> Path:
+    def ca_file(self) -> Path:
         """The authority's certificate, which is public."""
         return self.folder / "ca.pem"
 
     @property
-    def ca_key(self) -> Path:
+    def ca_key_file(self) -> Path:
         """The authority's private key."""
         return self.folder / "ca.key"
 
     @property
-    def certificate(self) -> Path:
+    def certificate_file(self) -> Path:
         """The server's certificate."""
         return self.folder / "server.pem"
 
     @property
-    def key(self) -> Path:
+    def key_file(self) -> Path:
         """The server's private key."""
         return self.folder / "server.key"
 
     @property
-    def flower(self) -> Path:
+    def flower_home(self) -> Path:
         """Flower's own home, its database among it."""
         return self.folder / "flower"
 
     @property
-    def operator(self) -> Path:
+    def operator_file(self) -> Path:
         """How the operator of this machine reaches the server: address, authority and key as JSON."""
         return self.folder / "operator.json"
 
     @property
-    def lock(self) -> Path:
+    def lock_file(self) -> Path:
         """Held while the server is up."""
         return self.folder / "lock"
 
-    def connection(self, key: str) -> bytes:
+    def encode_operator_file(self, key: str) -> bytes:
         """The content of an operator's file."""
-        return json.dumps({"url": self.settings.url(), "ca": self.ca.read_text(), "key": key}, indent=2).encode()
+        return json.dumps(
+            {"url": self.settings.get_public_url(), "ca": self.ca_file.read_text(), "key": key}, indent=2
+        ).encode()
 
-    def renew(self, *, force: bool = False) -> bool:
+    def renew_certificate(self, *, force: bool = False) -> bool:
         """Make the server's certificate anew where it ends soon or is for other names; whether that was so."""
-        soon = min(datetime.now(UTC) + _RENEW, authority.ends(self.ca.read_bytes()) - timedelta(seconds=1))
-        if not force and authority.is_certificate_valid_for(self.certificate.read_bytes(), self.settings.names, soon):
+        soon = min(datetime.now(UTC) + _RENEW, authority.ends(self.ca_file.read_bytes()) - timedelta(seconds=1))
+        if not force and authority.is_certificate_valid_for(
+            self.certificate_file.read_bytes(), self.settings.names, soon
+        ):
             return False
         signed = authority.issue_server_certificate(
-            self.ca_key.read_bytes(), self.ca.read_bytes(), self.key.read_bytes(), self.settings.names
+            self.ca_key_file.read_bytes(), self.ca_file.read_bytes(), self.key_file.read_bytes(), self.settings.names
         )
-        write_bytes_atomically(self.certificate, signed)
+        write_bytes_atomically(self.certificate_file, signed)
         return True
 
 
@@ -119,10 +123,10 @@ def create_server_home(names: list[str], listen: str) -> ServerHome:
     settings = checked({"names": names, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_bytes_atomically(made.ca_key, authority.generate_private_key())
-    write_bytes_atomically(made.ca, authority.make_ca_certificate(made.ca_key.read_bytes()))
-    write_bytes_atomically(made.key, authority.generate_private_key())
-    made.renew(force=True)
+    write_bytes_atomically(made.ca_key_file, authority.generate_private_key())
+    write_bytes_atomically(made.ca_file, authority.make_ca_certificate(made.ca_key_file.read_bytes()))
+    write_bytes_atomically(made.key_file, authority.generate_private_key())
+    made.renew_certificate(force=True)
     text = fill_template("server/server.yaml", listen=listen, names=json.dumps(names))
     write_bytes_atomically(folder / "server.yaml", text.encode())
     return made

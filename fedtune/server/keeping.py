@@ -74,10 +74,10 @@ class Keeper:
 
     def _look(self) -> None:
         self.certificates.look()
-        if not self.superlink.alive():
+        if not self.superlink.is_alive():
             self.health.in_order = False
             self.say("the SuperLink ended; it is started again")
-            self.superlink.end()
+            self.superlink.stop()
             self.superlink.start()
         self.manager.tick()
         self.superlink.trim()

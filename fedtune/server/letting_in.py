@@ -38,7 +38,9 @@ class LettingIn:
         secret = generate_secret()
         self.access.add_token(hash_secret(secret), name, hours, tags)
         tagged = f", tagged {', '.join(tags)}" if tags else ""
-        self.audit.done(who, f"token {hash_secret(secret)[:_SHOWN_OF_HASH]} made for {name or 'any device'}{tagged}")
+        self.audit.record_action(
+            who, f"token {hash_secret(secret)[:_SHOWN_OF_HASH]} made for {name or 'any device'}{tagged}"
+        )
         return {"token": encode_token(self.url, self.ca, secret)}
 
     def tokens(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
@@ -48,7 +50,9 @@ class LettingIn:
     def remove_token(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Make a token worthless that was not used."""
         found = self.access.remove_token(request.path_params["token"])
-        self.audit.done(who, f"token {found.sha256[:_SHOWN_OF_HASH]} for {found.device or 'any device'} removed")
+        self.audit.record_action(
+            who, f"token {found.sha256[:_SHOWN_OF_HASH]} for {found.device or 'any device'} removed"
+        )
         return {"token": found.sha256[:_SHOWN_OF_HASH]}
 
     def operators(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class LettingIn:
         """Make an operator's key worthless."""
         name = request.path_params["operator"]
         self.access.remove_operator(name)
-        self.audit.done(who, f"operator {name} removed")
+        self.audit.record_action(who, f"operator {name} removed")
         return {"operator": name}
 
     def lines(self, _: str, request: Request, __: Any) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: C
         ws="none",
         timeout_keep_alive=_REST_SECONDS,
         timeout_graceful_shutdown=3,
-        ssl_certfile=str(place.certificate),
-        ssl_keyfile=str(place.key),
+        ssl_certfile=str(place.certificate_file),
+        ssl_keyfile=str(place.key_file),
     )
     config.load()
     assert config.ssl is not None
@@ -74,7 +74,7 @@ def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
     """Connections are made and cut in the event loop, which must not wait for the store."""
 
     def tell(address: str, sentence: str) -> None:
-        asyncio.get_running_loop().run_in_executor(None, audit.refused, address, sentence)
+        asyncio.get_running_loop().run_in_executor(None, audit.record_refusal, address, sentence)
 
     return tell
 

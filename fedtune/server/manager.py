@@ -52,7 +52,7 @@ class RunManager:
         self._attempt: _Attempt | None = None
         self._trouble: dict[str, _Trouble] = {}
 
-    def submit(self, recipe: Recipe) -> str:
+    def submit_run(self, recipe: Recipe) -> str:
         """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
         check_enough_enrolled_devices(recipe, self._store.access.devices())
         federation = recipe.federation
@@ -69,7 +69,7 @@ class RunManager:
         )
         return run
 
-    def stop(self, reference: str) -> str:
+    def stop_run(self, reference: str) -> str:
         """End a run for now; its committed rounds stay."""
         run = self._own(reference)
         if run.status not in ("queued", "running"):
@@ -77,7 +77,7 @@ class RunManager:
         self._store.finish(run.id, "interrupted", "stopped by an operator")
         return run.id
 
-    def resume(self, reference: str) -> str:
+    def resume_run(self, reference: str) -> str:
         """Queue a run again that did not complete."""
         run = self._own(reference)
         if run.status in ("queued", "running"):
@@ -94,9 +94,9 @@ class RunManager:
         self._trouble.pop(run.id, None)
         return run.id, removed
 
-    def planned(self, run: RunRecord) -> RunRecord:
+    def get_recorded_run(self, run: RunRecord) -> RunRecord:
         """A run as it is recorded: one between two starts is running, not interrupted."""
-        return next((found for found in self._store.unfinished(DEVICE_ENGINE) if found.id == run.id), run)
+        return next((found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == run.id), run)
 
     def run_of(self, number: int) -> str | None:
         """The run that is carried out now under a number of the SuperLink's."""
@@ -105,8 +105,8 @@ class RunManager:
 
     def tick(self) -> None:
         """Look after the run that is carried out, or begin the next; to be called every moment."""
-        if self._attempt is None and not self._superlink.executes():
-            self._superlink.end()  # whoever keeps it starts it again
+        if self._attempt is None and not self._superlink.is_superexec_alive():
+            self._superlink.stop()  # whoever keeps it starts it again
             return
         self._attempt = self._begin() if self._attempt is None else self._follow(self._attempt)
 
@@ -114,17 +114,17 @@ class RunManager:
         run = self._store.run(reference)
         if run.engine != DEVICE_ENGINE:
             raise StoreError(f"run {run.id} is a simulation of this machine; only submitted runs can be asked for here")
-        return self.planned(run)
+        return self.get_recorded_run(run)
 
     def _begin(self) -> _Attempt | None:
-        for run in self._store.unfinished(DEVICE_ENGINE):
+        for run in self._store.list_unfinished_runs(DEVICE_ENGINE):
             if is_run_active(run.id) or self._resting(run):
                 continue
             lacking = self._seat(run)
             if not lacking:
                 return self._start(run)
             if run.reason != lacking:
-                self._store.explain(run.id, lacking)
+                self._store.set_run_reason(run.id, lacking)
         return None
 
     def _resting(self, run: RunRecord) -> bool:
@@ -136,9 +136,9 @@ class RunManager:
         if self._store.access.seats(run.id):
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
-        needed, select = recipe.clients, recipe.federation.select
+        needed, select = recipe.num_clients, recipe.federation.select
         fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
-        there = self._presence.there(fit)
+        there = self._presence.list_connected_devices(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
         self._store.access.seat(run.id, assign_devices(recipe, there))
@@ -147,8 +147,8 @@ class RunManager:
     def _start(self, run: RunRecord) -> _Attempt:
         if run.status == "queued":
             self._begin_anew(run)
-        number = self._superlink.control().start({"run": run.id, "store": "", "home": str(self._home)})
-        return _Attempt(run.id, number, self._superlink.generation)
+        number = self._superlink.get_control_client().start_run({"run": run.id, "store": "", "home": str(self._home)})
+        return _Attempt(run.id, number, self._superlink.start_count)
 
     def _begin_anew(self, run: RunRecord) -> None:
         """A queued run is a running one from now on, and its earlier failures are forgotten."""
@@ -157,10 +157,12 @@ class RunManager:
 
     def _follow(self, attempt: _Attempt) -> _Attempt | None:
         working = is_run_active(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
-        run = next((found for found in self._store.unfinished(DEVICE_ENGINE) if found.id == attempt.run), None)
+        run = next(
+            (found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == attempt.run), None
+        )
         if run is None:
             if self._store.run(attempt.run).status == "interrupted":
-                self._superlink.control().stop(attempt.number)
+                self._superlink.get_control_client().stop_run(attempt.number)
             self._trouble.pop(attempt.run, None)
             return None
         if (
@@ -176,25 +178,25 @@ class RunManager:
 
     def _loss(self, attempt: _Attempt, working: bool) -> str:
         """Why an attempt will come to nothing, or nothing."""
-        if attempt.generation != self._superlink.generation:
+        if attempt.generation != self._superlink.start_count:
             return "the SuperLink died"
-        found = self._superlink.control().run(attempt.number)
+        found = self._superlink.get_control_client().get_run_status(attempt.number)
         if found.status == "finished":
             return found.details or f"the server's process {found.outcome}"
         late = time.monotonic() - attempt.begun > _PENDING_SECONDS
-        if found.status == "pending" and (late or not self._superlink.executes()):
-            self._superlink.end()
+        if found.status == "pending" and (late or not self._superlink.is_superexec_alive()):
+            self._superlink.stop()
             return "the SuperLink did not start the run"
         return "the server's process was killed" if attempt.seen and not working else ""
 
     def _give_up_attempt(self, attempt: _Attempt, run: RunRecord, cause: str) -> None:
-        if attempt.generation == self._superlink.generation:
-            self._superlink.control().stop(attempt.number)
+        if attempt.generation == self._superlink.start_count:
+            self._superlink.get_control_client().stop_run(attempt.number)
         trouble = self._trouble.get(run.id, _Trouble(run.rounds_completed))
         starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
         if starts >= _ATTEMPTS:
             self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")
         else:
-            self._store.explain(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
+            self._store.set_run_reason(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
         rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # counted last: a store that cannot be written is asked again
         self._trouble[run.id] = _Trouble(run.rounds_completed, starts, time.monotonic() + rest)

@@ -29,5 +29,5 @@ def write_operator_file(place: ServerHome, access: Access, name: str, output: Pa
     if not require_clean(name, "an operator's name", _NAME_LENGTH).strip():
         raise ServerError("an operator needs a name; give one of letters and digits")
     key = generate_secret()
-    write_bytes_atomically(output, place.connection(key))
+    write_bytes_atomically(output, place.encode_operator_file(key))
     access.set_operator(name, hash_secret(key), role)

@@ -10,13 +10,13 @@ __all__ = ["average_holdout_metrics", "client_scores", "figures_of"]
 
 def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[MetricRecord, ...]:
     """Means by predictions, of the model as the round began it; nothing when no client held anything out."""
-    scores = [one.own for one in contributions]
-    total = sum(score.predictions for score in scores)
+    scores = [one.holdout_metrics for one in contributions]
+    total = sum(score.num_predictions for score in scores)
     if not total:
         return ()
     means = {
-        "accuracy": sum(score.predictions * score.accuracy for score in scores) / total,
-        "loss": sum(score.predictions * score.loss for score in scores) / total,
+        "accuracy": sum(score.num_predictions * score.accuracy for score in scores) / total,
+        "loss": sum(score.num_predictions * score.loss for score in scores) / total,
     }
     return tuple(MetricRecord(part="own", domain="all", name=name, value=value) for name, value in means.items())
 
@@ -29,17 +29,17 @@ def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str])
     return tuple(
         figure
         for one in contributions
-        for moment, score in (("before", one.own), ("after", one.trained))
+        for moment, score in (("before", one.holdout_metrics), ("after", one.trained))
         for figure in figures_of(one.client, moment, score, metrics)
     )
 
 
 def figures_of(client: int, moment: str, score: HoldoutMetrics, metrics: Sequence[str]) -> list[ClientScore]:
     """A client's figures at one moment; none where it held nothing out."""
-    if not score.predictions:
+    if not score.num_predictions:
         return []
     figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(zip(metrics, score.more, strict=False))
     return [
-        ClientScore(client=client, moment=moment, name=name, value=value, predictions=score.predictions)
+        ClientScore(client=client, moment=moment, name=name, value=value, predictions=score.num_predictions)
         for name, value in figures.items()
     ]

@@ -33,18 +33,20 @@ class ClassPayload:
     """One class's state as it goes down, and the shapes and forms of what must come up."""
 
     wire: State
-    expected: Mapping[str, tuple[int, ...]]
-    extras: Mapping[str, TensorSpec]
+    expected_shapes: Mapping[str, tuple[int, ...]]
+    extra_payload_specs: Mapping[str, TensorSpec]
 
     @property
     def values(self) -> int:
         """How many values the deltas of an update have together."""
-        return sum(math.prod(shape) for shape in self.expected.values())
+        return sum(math.prod(shape) for shape in self.expected_shapes.values())
 
     @property
     def most_bytes(self) -> int:
         """The size that no update of this round exceeds: its tensors, and a generous header that names them."""
-        forms = {name: TensorSpec(shape) for name, shape in self.expected.items()} | dict(self.extras)
+        forms = {name: TensorSpec(shape) for name, shape in self.expected_shapes.items()} | dict(
+            self.extra_payload_specs
+        )
         values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
         return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
 
@@ -65,9 +67,9 @@ class RoundPayloads:
         self._shop = shop
         self._made: dict[int, ClassPayload] = {}
 
-    def of(self, client: int) -> ClassPayload:
+    def get_for_client(self, client: int) -> ClassPayload:
         """A client's, made when the first of its class is asked for."""
-        part = self._shop.of(client)
+        part = self._shop.for_client(client)
         if id(part) not in self._made:
             self._made[id(part)] = make_class_payload(self._shop, part, self.state, self.number)
         return self._made[id(part)]
@@ -76,7 +78,7 @@ class RoundPayloads:
 def list_trainable_tensors(shop: RunContext, number: int) -> list[str]:
     """Names of the tensors that any class trains, and so sends back, in a round."""
     named = dict.fromkeys(list_tensors_of_round(shop, number))
-    for part in shop.parts.values():
+    for part in shop.by_device_class.values():
         named |= dict.fromkeys(list_tensors_of_round(part, number))
     return list(named)
 

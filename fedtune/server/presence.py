@@ -23,11 +23,11 @@ class Presence:
         self._online, self._clock = online, clock
         self._heard: dict[str, float] = {}
 
-    def heard(self, device: str) -> None:
+    def record_contact(self, device: str) -> None:
         """The SuperLink has accepted a call of the device with this name."""
         self._heard[device] = self._clock()
 
-    def there(self, devices: Iterable[DeviceRecord]) -> list[DeviceRecord]:
+    def list_connected_devices(self, devices: Iterable[DeviceRecord]) -> list[DeviceRecord]:
         """Those of the devices that are, in the same order."""
         online, now = self._online(), self._clock()
         return [

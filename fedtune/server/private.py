@@ -30,21 +30,21 @@ def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]
     """With privacy every contribution counts the same: weights by examples would tell, and would not be bounded."""
     if recipe.privacy is None:
         return list(contributions)
-    return [replace(one, examples=1) for one in contributions]
+    return [replace(one, num_examples=1) for one in contributions]
 
 
 class NoiseStep(RelaxStep):
     """The last step of a merge: noise on the merged delta, before any rounding to the weights it is added to."""
 
     name: ClassVar[str] = "noise"
-    deviation: float
+    noise_std: float
     secret: bytes = Field(repr=False)
-    place: tuple[int | str, ...]
+    purpose: tuple[int | str, ...]
 
     def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
         """The rows with noise of their own."""
         width = delta[0].numel() if delta.dim() else 1
-        return NormalStream(self.secret, *self.place, name).added(delta, start * width, self.deviation)
+        return NormalStream(self.secret, *self.purpose, name).add_noise(delta, start * width, self.noise_std)
 
 
 def append_noise_step(
@@ -60,6 +60,6 @@ def append_noise_step(
     content = hashlib.sha256("".join(hash_file(one.path) for one in contributions).encode()).hexdigest()
     each = compute_mean_noise_std(recipe.privacy, len(contributions))
     noise = NoiseStep(
-        deviation=each, secret=load_or_create_noise_key(home.get_runs_folder() / run), place=(run, number, content)
+        noise_std=each, secret=load_or_create_noise_key(home.get_runs_folder() / run), purpose=(run, number, content)
     )
     return pipeline._replace(relax=(*pipeline.relax, noise))

@@ -32,10 +32,10 @@ def readdress(names: list[str], listen: str | None) -> str:
     text = _rewritten(path, wanted)
     if not _says(text, moved.settings):  # an anchor that something else refers to, for one
         raise ServerError(f"{path} is written in a way that cannot be changed in place; change listen and names in it")
-    moved.renew()  # refuses what is no name, before anything else is written
+    moved.renew_certificate()  # refuses what is no name, before anything else is written
     write_bytes_atomically(path, text.encode())
     _rename(moved)
-    return moved.settings.url()
+    return moved.settings.get_public_url()
 
 
 def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
@@ -69,6 +69,6 @@ def _end(node: yaml.Node) -> int:
 
 def _rename(place: ServerHome) -> None:
     """Let the operator's file of this machine name the new address; its key stays."""
-    if place.operator.exists():
-        told = json.loads(place.operator.read_text(encoding="utf-8"))
-        write_bytes_atomically(place.operator, place.connection(str(told["key"])))
+    if place.operator_file.exists():
+        told = json.loads(place.operator_file.read_text(encoding="utf-8"))
+        write_bytes_atomically(place.operator_file, place.encode_operator_file(str(told["key"])))

@@ -47,7 +47,7 @@ def receive_update(
         payload = _payload(reply, part.most_bytes)
         report = read_report(reply.content.metric_records.get("report"), most_examples)
         write_bytes_atomically(path, payload)
-        norm = check(path, part.expected, part.extras, max_norm, limit)
+        norm = check(path, part.expected_shapes, part.extra_payload_specs, max_norm, limit)
     except ClientUpdateError as error:
         path.unlink(missing_ok=True)
         return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None

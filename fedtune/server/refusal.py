@@ -27,7 +27,7 @@ class RequestRefusedError(Exception):
 
     def __init__(self, status: int, sentence: str, who: str = "") -> None:
         super().__init__(sentence)
-        self.status, self.sentence, self.who = status, sentence, who
+        self.status, self.message, self.actor = status, sentence, who
 
 
 @dataclass
@@ -50,11 +50,11 @@ class AuditLog:
         self._flushed = clock()
         self._recent: OrderedDict[tuple[str, str], _Line] = OrderedDict()
 
-    def done(self, who: str, what: str) -> None:
+    def record_action(self, who: str, what: str) -> None:
         """Something an operator or a device was allowed to do."""
         self._log.note("done", who, what)
 
-    def refused(self, address: str, what: str, who: str = "") -> None:
+    def record_refusal(self, address: str, what: str, who: str = "") -> None:
         """Something that was turned down; ``who`` is the operator or the device that was known, if one was."""
         with self._lock:
             shown, source = f"{who} at {address}" if who else address, source_of(address)

@@ -55,7 +55,7 @@ class Roster:
             gone = [seat for seat in seats if seat.client in removed]
             lacking = self._lacking(there, gone, [seat for seat in seats if seat.client in out - removed])
             if lacking != said:
-                self._store.explain(self._run, lacking)
+                self._store.set_run_reason(self._run, lacking)
             if not lacking:
                 return there
             said = lacking
@@ -67,10 +67,10 @@ class Roster:
             return crew
         there = self.wait()
         nodes = [int(seat.node) for seat in self._seats()]
-        moved = {client for client, node in enumerate(nodes) if node != crew.nodes[client]}
+        moved = {client for client, node in enumerate(nodes) if node != crew.node_ids[client]}
         eligible = [seat.client for seat in there]
         asking.admit(eligible, moved)
-        return replace(crew, nodes=nodes, eligible=eligible)
+        return replace(crew, node_ids=nodes, eligible=eligible)
 
     def _seats(self) -> list[Assignment]:
         return self._store.access.seats(self._run)

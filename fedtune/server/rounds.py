@@ -63,7 +63,7 @@ def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
     prune_checkpoints(store, run, recipe)
     roster = Roster(store, run, recipe, grid)
     crew = roster.assemble()
-    asking = make_round_scheduler(grid, shop, crew, roster.seated, partial(store.last_asked, run))
+    asking = make_round_scheduler(grid, shop, crew, roster.seated, partial(store.get_last_requested_rounds, run))
     guards = Safeguards(shop, store, run, done)
     sending = Sending(shop, run, Bases(shop, home.get_runs_folder() / run, _earlier(run, 1), done))
     ask_scores = partial(score_by_clients, grid, shop, run, sending)
@@ -89,7 +89,7 @@ def _resumed(run: str, done: Sequence[RoundRecord]) -> SharedState:
 def _start(shop: RunContext, store: Store, run: str) -> SharedState:
     """Commit the state before training as round 0."""
     started = time.perf_counter()
-    state = get_model_state(shop.model, shop.shared)
+    state = get_model_state(shop.model, shop.shared_names)
     metrics = scoring.validation(shop, state, 0)
     return _commit(store, run, 0, state, started, (), metrics)
 
@@ -152,14 +152,15 @@ def _merged(
     pipeline = append_noise_step(shop.recipe, merging.build_pipeline(shop.recipe.merge), run, number, contributions)
     found, names = find_masks(state), list_trainable_tensors(shop, number)
     told = make_merge_context(shop, pipeline, state, number, names, contributions)
-    told = told._replace(pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model))
+    told = told._replace(low_rank_pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model))
     errors = merging.measure_averaging_errors(pipeline, select_active_values(state, found), names, contributions, told)
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged, increments = merging.merge_round(pipeline, select_active_values(state, found), names, contributions, told)
     extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
-    weights = pipeline.combine.weights([one.examples for one in contributions])
+    weights = pipeline.combine.weights([one.num_examples for one in contributions])
     answers = [
-        techniques.ExtraPayload(weight, one.read(extras)) for weight, one in zip(weights, contributions, strict=True)
+        techniques.ExtraPayload(weight, one.read_tensors(extras))
+        for weight, one in zip(weights, contributions, strict=True)
     ]
     revised = techniques.after_aggregation(shop.techniques, restore_dense_tensors(merged, found), number, answers)
     leads = all(revised[name] is merged[name] for name in increments)  # from the weights before to those after
@@ -190,23 +191,25 @@ def _gather(
     def send(clients: Sequence[int], begun: int) -> dict[int, Message]:
         return sending.messages(clients, crew, downloads if begun == number else of(_earlier(run, begun), begun))
 
-    emit_event(RoundStarted(number, asking.begin(number)))
-    for client, reply in asking.replies(send, partial(len, contributions)):
-        device, part = crew.names[client], parts.of(client)
-        most, limit = get_norm_limit(shop.recipe, part.expected.values())
+    emit_event(RoundStarted(number, asking.begin_round(number)))
+    for client, reply in asking.stream_replies(send, partial(len, contributions)):
+        device, part = crew.device_names[client], parts.get_for_client(client)
+        most, limit = get_norm_limit(shop.recipe, part.expected_shapes.values())
         examples, down = guards.examples(client), sending.taken(client, downloads)
         received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
-        records[client], sent = scale_by_staleness(*received, asking.staleness(client), federation.late)
+        records[client], sent = scale_by_staleness(*received, asking.get_staleness(client), federation.late)
         if sent:
-            pad_update_to_shared_rank(shop, shop.of(client), sent)
+            pad_update_to_shared_rank(shop, shop.for_client(client), sent)
             contributions.append(sent)
         emit_event(ReplyReceived(number, records[client]))
-    for client, reason in crew.explained(asking.silent(records)).items():
-        records[client] = make_missing_record(client, crew.names[client], sending.taken(client, downloads), reason)
+    for client, reason in crew.explained(asking.list_missing_clients(records)).items():
+        records[client] = make_missing_record(
+            client, crew.device_names[client], sending.taken(client, downloads), reason
+        )
         emit_event(ReplyReceived(number, records[client]))
     ordered = sorted(weight_clients_equally(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
-    return guards.bound.kept(told, ordered, lambda client: parts.of(client).values)
+    return guards.bound.kept(told, ordered, lambda client: parts.get_for_client(client).values)
 
 
 def _earlier(run: str, number: int) -> SharedState:

@@ -22,7 +22,7 @@ def scored_after(shop: RunContext, number: int) -> bool:
 
 def to_score(shop: RunContext, first: int) -> dict[int, int]:
     """How many examples are scored after each round from ``first`` on; 0 stands for the start."""
-    if shop.own:  # the state alone is no model
+    if shop.local_tensors:  # the state alone is no model
         return {}
     rounds, whole = shop.recipe.federation.rounds, len(shop.validation)
     some = whole if (rows := _some(shop)) is None else len(rows)
@@ -51,7 +51,7 @@ def _some(shop: RunContext) -> list[int] | None:
 
 
 def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[int] | None) -> tuple[MetricRecord, ...]:
-    if shop.own:
+    if shop.local_tensors:
         return ()
     set_model_state(shop.model, state)
     examples, recipe = getattr(shop, part), shop.recipe

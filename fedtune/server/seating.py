@@ -15,9 +15,9 @@ def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assi
     Where device classes have settings of their own, devices that allow the most memory take the places of the classes
     that do, and those with as much go by name.
     """
-    clients, chosen = list(range(recipe.clients)), list(devices[: recipe.clients])
-    if any(device.settings for device in recipe.devices):
-        clients.sort(key=lambda client: -recipe.device_of(client).memory)
+    clients, chosen = list(range(recipe.num_clients)), list(devices[: recipe.num_clients])
+    if any(device.overridden_settings for device in recipe.devices):
+        clients.sort(key=lambda client: -recipe.get_device_class(client).memory)
         chosen.sort(key=lambda device: -_memory(device))
     seats = [
         Assignment(client=client, device=one.name, node=one.node) for client, one in zip(clients, chosen, strict=True)

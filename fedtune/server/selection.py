@@ -42,7 +42,7 @@ def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
 
 def list_eligible_clients(recipe: Recipe) -> list[int]:
     """The clients of a simulation whose device class may take part, in order."""
-    classes = enumerate(recipe.device_of(client) for client in range(recipe.clients))
+    classes = enumerate(recipe.get_device_class(client) for client in range(recipe.num_clients))
     select = recipe.federation.select
     return [client for client, one in classes if is_eligible(select, one.name, one.tags, one.memory)]
 
@@ -58,8 +58,8 @@ def check_enough_eligible_clients(recipe: Recipe) -> None:
     needed = max(federation.clients or 1, federation.quorum, federation.late.buffer if federation.late else 1)
     if count_cohort(recipe, among) < federation.quorum or len(among) < needed:
         raise RecipeError(
-            f"federation.select: {len(among)} of the {recipe.clients} clients in devices qualify, but a round needs "
-            f"{needed}; ask less of them, or give their device class the name, tags or memory"
+            f"federation.select: {len(among)} of the {recipe.num_clients} clients in devices qualify, but a round "
+            f"needs {needed}; ask less of them, or give their device class the name, tags or memory"
         )
 
 
@@ -72,10 +72,10 @@ def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord
         )
     select = recipe.federation.select
     found = sum(is_device_eligible(select, device) for device in devices)
-    if select.restricts and found < recipe.clients:
+    if select.has_criteria and found < recipe.num_clients:
         raise RecipeError(
             f"federation.select: {found} of {len(devices)} enrolled devices qualify, but devices counts "
-            f"{recipe.clients}; tag or enrol more, or lower the count; see fedtune server devices"
+            f"{recipe.num_clients}; tag or enrol more, or lower the count; see fedtune server devices"
         )
 
 
@@ -91,7 +91,7 @@ def sample_cohort(
     ``last`` says for each client which round last asked it; only ``prefer: longest-ago`` looks at it. ``asked`` is how
     many, by default as the recipe says.
     """
-    there = range(recipe.clients) if among is None else among
+    there = range(recipe.num_clients) if among is None else among
     count = count_cohort(recipe, there) if asked is None else asked
     if recipe.federation.select.prefer == "longest-ago":
         return sorted(rank_clients(recipe, number, there, last)[:count])

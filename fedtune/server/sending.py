@@ -23,7 +23,7 @@ class Sending:
 
     def __init__(self, shop: RunContext, run: str, bases: Bases) -> None:
         self.bases, self._run = bases, run
-        self._order = TrainRequest(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.labels), run)
+        self._order = TrainRequest(shop.recipe.model_dump_json(), 0, 0, json.dumps(shop.corpus.label_names), run)
         self._asked: dict[int, tuple[int, int]] = {}
 
     def messages(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> dict[int, Message]:
@@ -57,7 +57,7 @@ class Sending:
 
     def _expect(self, clients: Sequence[int], crew: RunClients, downloads: Downloads) -> None:
         """Let the answers be as large as they may."""
-        most = max((downloads.parts.of(client).most_bytes for client in clients), default=0)
+        most = max((downloads.parts.get_for_client(client).most_bytes for client in clients), default=0)
         crew.expect(most)
         if crew.deployed:
             raise_reply_limit(home.get_runs_folder() / self._run, most + OVERHEAD)
@@ -75,5 +75,5 @@ def _made(
     found: dict[int, Message] = {}
     for download, own in shared:
         one = replace(order, round=number, base=download.base, held=download.held)
-        found |= make_train_messages(own, crew.nodes, one, download.payload)
+        found |= make_train_messages(own, crew.node_ids, one, download.payload)
     return dict(sorted(found.items()))

@@ -25,7 +25,7 @@ def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
 
     Examples over the class's ``speed`` (one a second where it names none), times a log-normal draw of its ``spread``.
     """
-    train, device = recipe.train, recipe.device_of(client)
+    train, device = recipe.train, recipe.get_device_class(client)
     examples = train.steps * (device.batch or train.batch) if train.steps else size * (train.epochs or 1)
     random = np.random.default_rng(derive_seed(recipe.seed, number, client, "duration"))
     return float(examples / (device.speed or 1.0) * np.exp(random.normal(0.0, device.spread)))
@@ -33,7 +33,7 @@ def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
 
 def drops_out(recipe: Recipe, client: int, number: int) -> bool:
     """Whether a client asked in round ``number`` never answers: a draw of its class's ``dropout``."""
-    chance = recipe.device_of(client).dropout
+    chance = recipe.get_device_class(client).dropout
     return bool(chance) and bool(
         np.random.default_rng(derive_seed(recipe.seed, number, client, "dropout")).random() < chance
     )
@@ -57,7 +57,7 @@ def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], num
     for client in clients:
         if drops_out(recipe, client, number):
             absent[client] = DROPPED_OUT
-        elif deadline is not None and recipe.device_of(client).speed is not None and seconds[client] > deadline:
+        elif deadline is not None and recipe.get_device_class(client).speed is not None and seconds[client] > deadline:
             absent[client] = NO_REPLY_BEFORE_DEADLINE
     there = sorted((client for client in clients if client not in absent), key=lambda one: (seconds[one], one))
     return RoundPlan({client: seconds[client] for client in there}, absent)
@@ -85,7 +85,7 @@ class Simulated(RoundScheduler):
         self._asked: list[int] = []
         self._enough = False
 
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         """Sample the round's clients, and draw what time does to them."""
         last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
         clients = sample_cohort(self._recipe, number, self._among, last)
@@ -95,9 +95,9 @@ class Simulated(RoundScheduler):
 
     @property
     def _wanted(self) -> int:
-        return self._recipe.federation.take_first or self._recipe.clients
+        return self._recipe.federation.take_first or self._recipe.num_clients
 
-    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """The earliest answers; where one of them is of no use, the next is asked for in its place."""
         queue = list(self._plan.in_time)
         while queue and usable() < self._wanted:
@@ -107,7 +107,7 @@ class Simulated(RoundScheduler):
             yield from stream_replies(self._grid, send(sorted(asked), self._number), None, self._poll)
         self._enough = usable() >= self._wanted
 
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that dropped out, were too late, or were not needed any more."""
         unneeded = [client for client in self._plan.in_time if client not in answered]
         return {**self._plan.absent, **dict.fromkeys(unneeded, NOT_NEEDED)}

@@ -46,11 +46,11 @@ class SuperLink:
         self._family: set[psutil.Process] = set()
         self._control: ControlClient | None = None
         self.socket = private_folder(folder) / "superlink.sock"
-        self._log = Log(self.log)
+        self._log = Log(self.log_file)
         self._pump: threading.Thread | None = None
-        self.generation = 0
+        self.start_count = 0
 
-    def control(self) -> ControlClient:
+    def get_control_client(self) -> ControlClient:
         """A connection to it; ServerError while it is down."""
         if self._control is None:
             raise ServerError("Flower's SuperLink is starting; try again shortly")
@@ -73,18 +73,18 @@ class SuperLink:
         self._pump = pumped(self._process, self._log)
         self._wait(self._process)
         self._control = ControlClient(self.socket)
-        self.generation += 1
+        self.start_count += 1
 
     def trim(self) -> None:
         """Keep the log beside its database small; to be called every moment."""
         trim_log(self._folder / "superlink.sqlite")
 
     @property
-    def log(self) -> Path:
+    def log_file(self) -> Path:
         """What it and its children print, of every start."""
         return self._folder / "superlink.log"
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the process is there; remembers its children, to end them if it is killed."""
         if self._process is None or self._process.poll() is not None:
             return False
@@ -92,18 +92,18 @@ class SuperLink:
             self._family |= set(psutil.Process(self._process.pid).children(recursive=True))
         return True
 
-    def executes(self) -> bool:
+    def is_superexec_alive(self) -> bool:
         """Whether its one child is there, which starts runs' processes; Flower does not start it again."""
         with suppress(psutil.Error):
             children = psutil.Process(self._process.pid).children() if self._process else []
             return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
         return False
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """End it and every process it started, some of which lead groups of their own."""
         if self._process is None:
             return
-        self.alive()
+        self.is_alive()
         if self._control is not None:
             self._control.close()
         self._control = None
@@ -122,7 +122,7 @@ class SuperLink:
 
     def close(self) -> None:
         """End it for good, and remove the folder of its socket where that is a temporary one."""
-        self.end()
+        self.stop()
         if self.socket.parent != self._folder:
             shutil.rmtree(self.socket.parent, ignore_errors=True)
 
@@ -132,9 +132,9 @@ class SuperLink:
             if self._answers():
                 return
             time.sleep(0.1)
-        self.end()
+        self.stop()
         last = self._log.tail(1) or ["it printed nothing"]
-        raise ServerError(f"Flower's SuperLink did not start: {last[0]}; see {self.log}")
+        raise ServerError(f"Flower's SuperLink did not start: {last[0]}; see {self.log_file}")
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:

@@ -49,9 +49,9 @@ def run_server(place: ServerHome) -> None:
     # uvicorn ends well on a signal and then raises it again: both must come as an exception, or nothing else ends well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the server stays
-    lock = hold_file_lock(place.lock, 0.5, f"the server in {place.folder} is up already")
+    lock = hold_file_lock(place.lock_file, 0.5, f"the server in {place.folder} is up already")
     with suppress(KeyboardInterrupt), lock, Log(place.folder / "server.log") as log:
-        place.renew()
+        place.renew_certificate()
         _serve(place, Telling(log))
 
 
@@ -62,7 +62,7 @@ def _serve(place: ServerHome, say: Telling) -> None:
         _superlink(place) as superlink,
         closing(RecipeCheck()) as check,
     ):
-        presence = Presence(lambda: superlink.control().online())
+        presence = Presence(lambda: superlink.get_control_client().list_online_nodes())
         manager = RunManager(store, superlink, presence, home.get_home_folder(), place.settings.deadline)
         audit, health = AuditLog(store.access), Health()
         store.compact()
@@ -72,7 +72,7 @@ def _serve(place: ServerHome, say: Telling) -> None:
         assert config.ssl is not None
         keeper = Keeper(superlink, manager, Certificates(place, config.ssl, say), audit, health, say)
         with kept_going(keeper):
-            say(f"up at {place.settings.url()}")
+            say(f"up at {place.settings.get_public_url()}")
             for sentence in ending(place):
                 say(sentence)
             uvicorn.Server(config).run([listener])
@@ -81,7 +81,7 @@ def _serve(place: ServerHome, say: Telling) -> None:
 
 @contextmanager
 def _superlink(place: ServerHome) -> Iterator[SuperLink]:
-    superlink = SuperLink(place.flower)
+    superlink = SuperLink(place.flower_home)
     try:
         superlink.start()
         yield superlink
@@ -100,12 +100,12 @@ def _door(
     check: RecipeCheck,
     connections: Connections,
 ) -> Starlette:
-    guard, ca = Authenticator(store.access), place.ca.read_text()
+    guard, ca = Authenticator(store.access), place.ca_file.read_text()
     uploads = Uploads(partial(_reply_limit, manager, place.settings.body_limit))
     forward = ReverseProxy(guard, audit, presence, uploads, superlink.socket, place.settings.body_limit)
-    enrolment = DeviceApi(store.access, guard, audit, superlink.control, ca)
-    operating = OperatorApi(store, manager, presence, guard, audit, superlink.control, check)
-    letting = LettingIn(store.access, audit, place.settings.url(), ca)
+    enrolment = DeviceApi(store.access, guard, audit, superlink.get_control_client, ca)
+    operating = OperatorApi(store, manager, presence, guard, audit, superlink.get_control_client, check)
+    letting = LettingIn(store.access, audit, place.settings.get_public_url(), ca)
     logs = Logs(place.folder)
     return make_gateway(guard, audit, forward, enrolment, operating, letting, ca, health.told, logs, connections.sweep)
 

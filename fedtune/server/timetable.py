@@ -27,10 +27,10 @@ class ScheduledRound(NamedTuple):
     """One round: its number, the round each of its clients began, clients that are given up, its begin and end."""
 
     number: int
-    begun: Mapping[int, int]
-    given_up: Sequence[int]
+    start_rounds: Mapping[int, int]
+    dropped_clients: Sequence[int]
     begins: float
-    ends: float
+    end_seconds: float
 
 
 def make_simulated_schedule(
@@ -45,19 +45,19 @@ def make_simulated_schedule(
     last: dict[int, int] = {}
     patience = recipe.federation.deadline if any(device.speed for device in recipe.devices) else None
     for number in range(1, recipe.federation.rounds + 1):
-        given_up, begun, begins = desk.begin(number, last), dict[int, int](), now
+        given_up, begun, begins = desk.begin_round(number, last), dict[int, int](), now
         ends = begins + (patience or math.inf)
         while len(begun) < late.buffer:
-            for client in desk.next():
+            for client in desk.start_next_clients():
                 if not drops_out(recipe, client, number):
                     heapq.heappush(working, (now + duration(recipe, sizes[client], client, number), client, number))
             if not working or working[0][0] > ends:
                 now = now if math.isinf(ends) else ends
                 break
             ended, client, since = heapq.heappop(working)
-            if desk.begun(client) == since:  # and has not been given up
+            if desk.get_start_round(client) == since:  # and has not been given up
                 now, begun[client] = ended, since
-                desk.done(client)
+                desk.finish_client(client)
         yield ScheduledRound(number, begun, given_up, begins, now)
         last |= dict.fromkeys([*begun, *given_up], number)
 
@@ -69,27 +69,27 @@ class SimulatedAsynchronousScheduler(RoundScheduler):
         self._grid, self._planned, self._poll = grid, iter(planned), poll
         self._now = ScheduledRound(0, {}, (), 0.0, 0.0)
 
-    def begin(self, number: int) -> int:
+    def begin_round(self, number: int) -> int:
         """Go on to the round; a resumed run passes over those that were committed."""
         self._now = next(planned for planned in self._planned if planned.number == number)
-        return len(self._now.begun)
+        return len(self._now.start_rounds)
 
-    def replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
         """The answers of the round; those that come after a deadline are planned for a later one."""
-        by_round = sorted(self._now.begun, key=lambda client: (self._now.begun[client], client))
+        by_round = sorted(self._now.start_rounds, key=lambda client: (self._now.start_rounds[client], client))
         messages: dict[int, Message] = {}
-        for number, clients in groupby(by_round, self._now.begun.__getitem__):
+        for number, clients in groupby(by_round, self._now.start_rounds.__getitem__):
             messages |= send(list(clients), number)
         return stream_replies(self._grid, messages, None, self._poll)
 
-    def silent(self, answered: Collection[int]) -> dict[int, str]:
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
         """Clients that are too far behind."""
-        return dict.fromkeys(self._now.given_up, NO_REPLY_WITHIN_MAX_STALENESS)
+        return dict.fromkeys(self._now.dropped_clients, NO_REPLY_WITHIN_MAX_STALENESS)
 
-    def staleness(self, client: int) -> int | None:
+    def get_staleness(self, client: int) -> int | None:
         """Rounds since the state the answer began with."""
-        return self._now.number - self._now.begun[client]
+        return self._now.number - self._now.start_rounds[client]
 
     def seconds(self) -> float | None:
         """From the end of the round before to this one's."""
-        return self._now.ends - self._now.begins
+        return self._now.end_seconds - self._now.begins

@@ -28,8 +28,8 @@ class RunStarted:
     """The loop begins at ``first`` of ``rounds`` rounds."""
 
     run: str
-    first: int
-    rounds: int
+    first_round: int
+    last_round: int
     scoring: Mapping[int, int] = field(default_factory=dict)
     """Examples that are scored after each round from ``first`` on (and at the start, 0); empty when not known."""
 
@@ -39,7 +39,7 @@ class RoundStarted:
     """Messages have gone out to ``clients`` clients."""
 
     number: int
-    clients: int
+    num_clients: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ReplyReceived:
     """One client's reply has been dealt with."""
 
     number: int
-    contribution: ClientRecord
+    client_record: ClientRecord
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ _NAMED = 5
 
 def format_run_start(event: RunStarted) -> str:
     """A run's first line."""
-    return f"run {event.run}: rounds {event.first} to {event.rounds}"
+    return f"run {event.run}: rounds {event.first_round} to {event.last_round}"
 
 
 def format_round(record: RoundRecord) -> str:

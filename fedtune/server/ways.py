@@ -23,13 +23,13 @@ def make_round_scheduler(
     recipe, federation = shop.recipe, shop.recipe.federation
     if not seated:
         check_enough_eligible_clients(recipe)
-    among = range(recipe.clients) if seated else list_eligible_clients(recipe)
+    among = range(recipe.num_clients) if seated else list_eligible_clients(recipe)
     if seated and federation.late is not None:
         desk = InFlightTracker(recipe, among, federation.late)
         return AsynchronousScheduler(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
     if seated:
         return SynchronousScheduler(grid, recipe, among, crew.poll, last)
-    sizes = [len(rows) for rows in shop.clients]
+    sizes = [len(rows) for rows in shop.client_rows]
     if federation.late is not None:
         return SimulatedAsynchronousScheduler(
             grid, make_simulated_schedule(recipe, among, sizes, federation.late), crew.poll

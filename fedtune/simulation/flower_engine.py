@@ -29,12 +29,12 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
     those that know a secret of this run.
     """
     settings = {"run": run, "store": store, "home": str(home.get_home_folder())}
-    cores = SimulationConfig(num_supernodes=recipe.clients, client_resources_num_cpus=recipe.train.threads)
+    cores = SimulationConfig(num_supernodes=recipe.num_clients, client_resources_num_cpus=recipe.train.threads)
     with tempfile.TemporaryDirectory(prefix="fedtune-flower-") as folder, _ray_with_a_secret():
         superlink = SuperLink(Path(folder), simulation=True)
         try:
             superlink.start()
-            number = superlink.control().start(settings, cores)
+            number = superlink.get_control_client().start_run(settings, cores)
             _follow(superlink, number, recipe, run, store)
         except ServerError as error:
             raise RunError(f"{error}; try again or use --engine local") from error
@@ -65,7 +65,9 @@ def _follow(superlink: SuperLink, number: int, recipe: Recipe, run: str, store: 
         emit_event(RunStarted(run, max(1, last + 1), recipe.federation.rounds))
         ended = False
         while not ended:
-            found = superlink.control().run(number)  # asked first: what was committed before the end is passed on
+            found = superlink.get_control_client().get_run_status(
+                number
+            )  # asked first: what was committed before the end is passed on
             ended = found.status == "finished"
             for record in opened.rounds(run, last):
                 emit_event(RoundEnded(record))

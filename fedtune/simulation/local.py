@@ -27,7 +27,7 @@ def run_in_process(shop: RunContext, run: str, store: str, workers: int) -> None
             "home": str(home.get_home_folder()),
             "recipe": "",
         }
-        server_app(InProcessGrid(shop.recipe.clients, crew), Context(1, 1, {}, RecordDict(), config))
+        server_app(InProcessGrid(shop.recipe.num_clients, crew), Context(1, 1, {}, RecordDict(), config))
     finally:
         crew.close()
 
@@ -37,4 +37,4 @@ def choose_worker_count(shop: RunContext) -> int:
     recipe = shop.recipe
     if sum(parameter.numel() for parameter in shop.model.parameters()) < _WORTH_A_POOL:
         return 1
-    return max(1, min(recipe.clients_per_round, (os.cpu_count() or 1) // recipe.train.threads))
+    return max(1, min(recipe.cohort_size, (os.cpu_count() or 1) // recipe.train.threads))

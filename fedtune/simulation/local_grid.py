@@ -55,7 +55,7 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Hand messages to the workers; those of an earlier exchange that did not start are dropped."""
-        self._workers.forget()
+        self._workers.discard_pending()
         self._sent.clear()
         self._arrived.clear()
         return [self._push(message) for message in messages]
@@ -68,7 +68,7 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies that are there, after waiting a moment for one."""
-        self._arrived |= {number: self._reply(number, answer) for number, answer in self._workers.finished()}
+        self._arrived |= {number: self._reply(number, answer) for number, answer in self._workers.collect_results()}
         return [self._arrived.pop(number) for number in message_ids if number in self._arrived]
 
     def _reply(self, number: str, answer: tuple[Message, Context] | Exception) -> Message:

@@ -45,7 +45,7 @@ def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: mergin
     own = techniques.build_techniques(device.techniques, f"devices: {device.name}")
     _check_fit(own, pipeline.combine)
     for technique in (*chosen, *own):
-        if technique.keeps_own() or technique.masks_weights():
+        if technique.has_local_tensors() or technique.has_weight_masks():
             raise RecipeError(
                 f"devices: {technique.name} needs all devices to train alike, but {device.name} has techniques of its "
                 "own; drop them or the technique"
@@ -60,17 +60,21 @@ def _of_classes(devices: Sequence[DeviceClass]) -> list[Technique]:
 
 def _check_fit(chosen: Sequence[Technique], combine: merging.CombineStep) -> None:
     """Both factors of a low-rank pair may only be trained where the merge treats them as a pair, and the reverse."""
-    sent = {technique.sends(): technique.name for technique in chosen if technique.sends() != "tensors"}
-    if combine.takes == "tensors" and sent.keys() == {"one factor"}:
+    sent = {
+        technique.get_update_kind(): technique.name for technique in chosen if technique.get_update_kind() != "tensors"
+    }
+    if combine.update_kind == "tensors" and sent.keys() == {"one factor"}:
         _check_factor(sent["one factor"], combine)
-    elif combine.takes not in (sent or {"tensors": ""}):
+    elif combine.update_kind not in (sent or {"tensors": ""}):
         trained = " and ".join(f"{name} sends {kind}" for kind, name in sent.items()) or "clients send tensors"
-        raise RecipeError(f"merge: {combine.name} takes {combine.takes}, but {trained}; {_MEND[combine.takes]}")
+        raise RecipeError(
+            f"merge: {combine.name} takes {combine.update_kind}, but {trained}; {_MEND[combine.update_kind]}"
+        )
 
 
 def _check_factor(name: str, combine: merging.CombineStep) -> None:
     """What picks entries would pick those of a factor, which are no entries of the product."""
-    if combine.picks:
+    if combine.selects_entries:
         raise RecipeError(
             f"merge: {combine.name} picks entries by sign or size, but {name} sends one factor of a product, where "
             "entries mean nothing by themselves; merge by mean, task-arithmetic or dare-linear, or train full"
@@ -79,7 +83,7 @@ def _check_factor(name: str, combine: merging.CombineStep) -> None:
 
 def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
     """Where devices keep tensors for themselves, the server has no whole model to score, to align or to measure."""
-    keeping = next((technique.name for technique in chosen if technique.keeps_own()), None)
+    keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
     if keeping is None:
         return
     if not evaluation.own:
@@ -96,7 +100,7 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
 
 def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, evaluation: EvaluationSettings) -> None:
     """A late answer is a delta to an older state: what takes all answers for models of one round cannot use it."""
-    moving = next((technique.name for technique in chosen if technique.moves()), None)
+    moving = next((technique.name for technique in chosen if technique.changes_per_round()), None)
     if moving is not None:
         mend = "; set exact: freeze-a" if moving in ("lora", "qlora") else "; drop one"
         raise RecipeError(f"federation.late: {moving} trains something else each round, which late answers miss{mend}")
@@ -106,9 +110,13 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
             "evaluation.own tells nothing of a round; drop one, and with it what leaves the server no whole model"
         )
     asked = merging.build_calibration_request(pipeline.steps)
-    told = [step.name for step in pipeline.steps if step.needs] if asked is not None and asked.by == "clients" else []
+    told = (
+        [step.name for step in pipeline.steps if step.needs]
+        if asked is not None and asked.calibrate_on == "clients"
+        else []
+    )
     whole = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
-    pairs = [] if pipeline.combine.takes == "tensors" else [pipeline.combine.name]
+    pairs = [] if pipeline.combine.update_kind == "tensors" else [pipeline.combine.name]
     if unfit := [*whole, *pairs, *told]:
         raise RecipeError(
             f"federation.late: {unfit[0]} wants the models of one round, but late answers are deltas to older ones; "

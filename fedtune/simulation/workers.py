@@ -38,11 +38,11 @@ class ClientWorkers(ABC):
         """Queue a message."""
 
     @abstractmethod
-    def finished(self) -> list[tuple[str, ClientResult]]:
+    def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Answers not yet given back; waits a moment when there is none."""
 
     @abstractmethod
-    def forget(self) -> None:
+    def discard_pending(self) -> None:
         """Drop what is queued and whatever comes of what runs."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ class SequentialWorkers(ClientWorkers):
         """Queue a message."""
         self._queue.append((number, message, context))
 
-    def finished(self) -> list[tuple[str, ClientResult]]:
+    def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Run the next client."""
         if not self._queue:
             return []
@@ -71,7 +71,7 @@ class SequentialWorkers(ClientWorkers):
         except Exception as error:
             return [(number, error)]
 
-    def forget(self) -> None:
+    def discard_pending(self) -> None:
         """Drop what is queued."""
         self._queue.clear()
 
@@ -103,7 +103,7 @@ class ProcessPoolWorkers(ClientWorkers):
         """Queue a message."""
         self._queue.append((number, message, context))
 
-    def finished(self) -> list[tuple[str, ClientResult]]:
+    def collect_results(self) -> list[tuple[str, ClientResult]]:
         """Answers that have come back."""
         while self._queue and len(self._futures) <= self._processes:
             number, message, context = self._queue.popleft()
@@ -120,7 +120,7 @@ class ProcessPoolWorkers(ClientWorkers):
                 self._executor, self._lifeline = self._start()
                 return self._executor.submit(_answer, self._app, message, context)
 
-    def forget(self) -> None:
+    def discard_pending(self) -> None:
         """Drop what is queued; of what runs, nobody will ask for the answer."""
         self._queue.clear()
         self._futures.clear()
@@ -165,7 +165,7 @@ def _begin(shop: RunContext, watched: Connection) -> None:
     """Make a fresh worker process ready: it ends with its parent, and owns what it trains."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     set_node_identity(_CLIENT)
-    shop.own_trained()
+    shop.copy_writable_tensors()
     set_run_context(shop)
 
 

@@ -37,18 +37,18 @@ __all__ = [
 ]
 
 
-def build_techniques(units: Sequence[Unit], where: str = "train.techniques") -> tuple[Technique, ...]:
-    """The techniques named ``where`` in a recipe, in order; RecipeError for settings or pairs that do not hold."""
-    chosen: tuple[Technique, ...] = tuple(build_unit(__name__, unit, where) for unit in units)
+def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques") -> tuple[Technique, ...]:
+    """The techniques named ``recipe_key`` in a recipe, in order; RecipeError for settings or pairs that do not hold."""
+    chosen: tuple[Technique, ...] = tuple(build_unit(__name__, unit, recipe_key) for unit in units)
     present = [technique.name for technique in chosen]
     for one, other in permutations(chosen, 2):
-        why = one.refusal(other)
+        why = one.find_conflict(other)
         if why is not None:
-            raise RecipeError(f"{where}: {one.name} cannot be combined with {other.name}: {why}; drop one")
+            raise RecipeError(f"{recipe_key}: {one.name} cannot be combined with {other.name}: {why}; drop one")
     if len(set(present)) < len(present):
-        raise RecipeError(f"{where}: {'+'.join(present)} names one technique twice; drop one")
-    if not any(technique.trains for technique in chosen):
-        raise RecipeError(f"{where}: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
+        raise RecipeError(f"{recipe_key}: {'+'.join(present)} names one technique twice; drop one")
+    if not any(technique.selects_trainable_tensors for technique in chosen):
+        raise RecipeError(f"{recipe_key}: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
     return chosen
 
 
@@ -60,13 +60,13 @@ def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Ta
     plain = set(model.state_dict())
     model.requires_grad_(False)
     for technique in techniques:
-        technique.apply(model, task, seed)
+        technique.rewrite_model(model, task, seed)
     shared: set[str] = set()
     for number in (1, 2):
         begin_round(techniques, model, number)
         shared.update(list_trainable_tensors(model))
     for technique in techniques:
-        shared.update(technique.held(model))
+        shared.update(technique.list_server_held_tensors(model))
     begin_round(techniques, model, 1)
     if set(model.state_dict()) != plain:
         refuse_saving(model, [one.name for one in techniques if type(one)._fold is not Technique._fold])
@@ -76,7 +76,7 @@ def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Ta
 def fold(techniques: Sequence[Technique], model: nn.Module) -> None:
     """Write what was learned into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
-        technique.fold(model)
+        technique.merge_into_weights(model)
 
 
 def begin_round(techniques: Sequence[Technique], model: nn.Module, number: int) -> None:
@@ -94,36 +94,40 @@ def begin_step(techniques: Sequence[Technique], model: nn.Module, batch: Mapping
 def before_optimiser_step(techniques: Sequence[Technique], model: nn.Module, moment: StepInfo) -> float:
     """Let each technique change the gradients of a step; the learning rate they come to."""
     for technique in techniques:
-        moment = moment._replace(lr=technique.before_update(model, moment))
+        moment = moment._replace(lr=technique.before_optimiser_step(model, moment))
     return moment.lr
 
 
 def list_low_rank_pairs(techniques: Sequence[Technique], model: nn.Module) -> list[LowRankPair]:
     """The low-rank pairs in the model."""
-    return [pair for technique in techniques for pair in technique.pairs(model)]
+    return [pair for technique in techniques for pair in technique.list_low_rank_pairs(model)]
 
 
 def declare_extra_payload(techniques: Sequence[Technique], model: nn.Module, number: int) -> dict[str, TensorSpec]:
     """What techniques want clients to add to their contributions in a round."""
-    return {name: form for technique in techniques for name, form in technique.asked(model, number).items()}
+    return {
+        name: form for technique in techniques for name, form in technique.declare_extra_payload(model, number).items()
+    }
 
 
 def compute_extra_payload(
-    techniques: Sequence[Technique], model: nn.Module, number: int, backward: Callable[[], None]
+    techniques: Sequence[Technique], model: nn.Module, number: int, run_backward: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """What a client adds to its contribution; ``backward`` takes the gradient of one batch."""
+    """What a client adds to its contribution; ``run_backward`` takes the gradient of one batch."""
     return {
-        name: tensor for technique in techniques for name, tensor in technique.answer(model, number, backward).items()
+        name: tensor
+        for technique in techniques
+        for name, tensor in technique.compute_extra_payload(model, number, run_backward).items()
     }
 
 
 def after_aggregation(
-    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
+    techniques: Sequence[Technique], state: Mapping[str, Tensor], number: int, extra_payloads: Sequence[ExtraPayload]
 ) -> dict[str, Tensor]:
     """The merged state of a round, as techniques change it by the clients' answers."""
     revised = dict(state)
     for technique in techniques:
-        revised = technique.revise(revised, number, answers)
+        revised = technique.after_aggregation(revised, number, extra_payloads)
     return revised
 
 
@@ -131,7 +135,7 @@ def after_aggregation(
 def collect_metrics(techniques: Sequence[Technique], model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
     """Figures that techniques take while held-out examples are scored inside the block."""
     with ExitStack() as stack:
-        taken = [stack.enter_context(technique.watch(model)) for technique in techniques]
+        taken = [stack.enter_context(technique.collect_metrics(model)) for technique in techniques]
         yield lambda: {name: value for figures in taken for name, value in figures().items()}
 
 

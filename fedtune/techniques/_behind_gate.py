@@ -30,7 +30,7 @@ class ProductInputConv2d(nn.Conv2d, ReplacementLayer):
         out: Tensor = _OfProduct.apply(input, self.weight, self.bias, geometry, *factors)
         return out
 
-    def plain(self) -> nn.Conv2d:
+    def to_plain_layer(self) -> nn.Conv2d:
         """The convolution it was."""
         return convert_layer_class(self, nn.Conv2d)
 

@@ -15,12 +15,12 @@ class Geometry(NamedTuple):
     ``order`` is how that lies in memory; what is made again is put in it.
     """
 
-    margins: tuple[int, ...]
+    zero_padding: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    order: torch.memory_format = torch.contiguous_format
+    memory_format: torch.memory_format = torch.contiguous_format
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
@@ -29,26 +29,41 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> T
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor | None, shape: torch.Size, weight: Tensor, how: Geometry, wanted: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor | None,
+    shape: torch.Size,
+    weight: Tensor,
+    geometry: Geometry,
+    needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, weight and bias as far as ``wanted``: PyTorch's own.
+    """Gradients by input, weight and bias as far as ``needs_grad``: PyTorch's own.
 
     Only the weight's reads ``x``; where that is not wanted its ``shape`` [n, c, h, w] will do.
     """
-    seen = grad.new_empty(1).expand(_wide(shape, how)) if x is None else _padded(x, how)
+    seen = grad.new_empty(1).expand(_wide(shape, geometry)) if x is None else _padded(x, geometry)
     by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
-        grad, seen, weight, [len(weight)], how.stride, how.padding, how.dilation, False, (0, 0), how.groups, wanted
+        grad,
+        seen,
+        weight,
+        [len(weight)],
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        (0, 0),
+        geometry.groups,
+        needs_grad,
     )
-    if wanted[0] and any(how.margins):
-        by_x = F.pad(by_x, [-margin for margin in how.margins])
+    if needs_grad[0] and any(geometry.zero_padding):
+        by_x = F.pad(by_x, [-margin for margin in geometry.zero_padding])
     return by_x, by_weight, by_bias
 
 
 def _padded(x: Tensor, how: Geometry) -> Tensor:
-    return F.pad(x, how.margins) if any(how.margins) else x
+    return F.pad(x, how.zero_padding) if any(how.zero_padding) else x
 
 
 def _wide(shape: torch.Size, how: Geometry) -> tuple[int, ...]:
     n, c, h, w = shape
-    left, right, top, bottom = how.margins or (0, 0, 0, 0)
+    left, right, top, bottom = how.zero_padding or (0, 0, 0, 0)
     return n, c, top + h + bottom, left + w + right

@@ -20,22 +20,22 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 class Coupling(NamedTuple):
     """One variant: the stages F and G consist of, whether lambda and beta are the factor or 1, and what follows."""
 
-    first: Stages
-    second: Stages
-    scaled: tuple[bool, bool]
-    damped: bool
-    swap: bool
-    main: Literal[0, 1]
+    f_stages: Stages
+    g_stages: Stages
+    scales_streams: tuple[bool, bool]
+    is_damped: bool
+    swaps_streams: bool
+    output_stream: Literal[0, 1]
     """The stream that carries the pretrained network's hidden states behind the last block."""
 
 
 FULL_LAYER: Stages = ("attention", "feed")
 STREAM_ADAPTER: Stages = ("stream",)
 COUPLINGS = {
-    "meft1": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), damped=False, swap=True, main=1),
-    "meft2": Coupling(STREAM_ADAPTER, FULL_LAYER, (False, True), damped=False, swap=True, main=0),
-    "meft3": Coupling(("attention",), ("feed",), (True, True), damped=False, swap=False, main=1),
-    "diff": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), damped=True, swap=True, main=1),
+    "meft1": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), is_damped=False, swaps_streams=True, output_stream=1),
+    "meft2": Coupling(STREAM_ADAPTER, FULL_LAYER, (False, True), is_damped=False, swaps_streams=True, output_stream=0),
+    "meft3": Coupling(("attention",), ("feed",), (True, True), is_damped=False, swaps_streams=False, output_stream=1),
+    "diff": Coupling(FULL_LAYER, STREAM_ADAPTER, (True, False), is_damped=True, swaps_streams=True, output_stream=1),
 }
 
 

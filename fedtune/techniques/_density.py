@@ -19,14 +19,14 @@ Recompute = Callable[..., Tensor]
 
 
 def compute_density(
-    a: Tensor, eps: float, counted: Tensor | None, remake: Recompute | None = None, kept: tuple[Tensor, ...] = ()
+    a: Tensor, eps: float, token_mask: Tensor | None, remake: Recompute | None = None, kept: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """``a`` [..., units] as it is, and D in [0, 1], in fp32 (fp64 for fp64).
 
-    ``counted`` [tokens] is true where a token counts, None if all do. Kept for the gradient is ``a``, or ``kept`` where
-    ``remake(*kept)`` gives it again.
+    ``token_mask`` [tokens] is true where a token counts, None if all do. Kept for the gradient is ``a``, or ``kept``
+    where ``remake(*kept)`` gives it again.
     """
-    out: tuple[Tensor, Tensor] = _WithDensity.apply(a, eps, counted, remake, *(kept or (a.detach(),)))
+    out: tuple[Tensor, Tensor] = _WithDensity.apply(a, eps, token_mask, remake, *(kept or (a.detach(),)))
     return out
 
 

@@ -33,5 +33,5 @@ def add_extrusion_gradient(layer: MaskableLayer, strength: float) -> float:
 
 def compute_extrusion_lr(moment: StepInfo, norm: float) -> float:
     """beta: equations 3 to 5."""
-    p = (2 * moment.steps - 2 * moment.step) / (2 * moment.steps - moment.step)
-    return p * (2 / (1 + math.exp(-norm)) - 1) * moment.first_lr
+    p = (2 * moment.local_steps - 2 * moment.step) / (2 * moment.local_steps - moment.step)
+    return p * (2 / (1 + math.exp(-norm)) - 1) * moment.base_lr

@@ -22,18 +22,19 @@ def fused_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    chunk: int,
-    ignore: int,
-    divisor: Tensor | None,
+    chunk_size: int,
+    ignore_index: int,
+    num_items: Tensor | None,
 ) -> Tensor:
     """The summed loss of hidden states [n, h] under a head W [v, h], b [v], over the number of labels [n] that count.
 
-    Labels equal to ``ignore`` do not count; where none counts the loss and all gradients are 0. ``divisor`` takes the
-    place of the number. At most ``chunk`` rows of logits [chunk, v] exist at a time, in fp32 or what is finer.
+    Labels equal to ``ignore_index`` do not count; where none counts the loss and all gradients are 0. ``num_items``
+    takes the place of the number. At most ``chunk_size`` rows of logits [chunk, v] exist at a time, in fp32 or what
+    is finer.
     """
-    counted = (labels != ignore).nonzero()[:, 0]
+    counted = (labels != ignore_index).nonzero()[:, 0]
     loss: Tensor = _Fused.apply(
-        hidden, weight, bias, labels, counted, divisor if divisor is not None else max(1, len(counted)), chunk
+        hidden, weight, bias, labels, counted, num_items if num_items is not None else max(1, len(counted)), chunk_size
     )
     return loss
 

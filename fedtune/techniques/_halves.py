@@ -38,10 +38,10 @@ class BlockParts:
     post-norm: m = norm1(x + attend(x)),  y = norm2(m + feed(m)).
     """
 
-    pre: bool
+    is_pre_norm: bool
     norms: tuple[str, str]
-    attend: tuple[str, ...]
-    feed: tuple[str, ...]
+    attention: tuple[str, ...]
+    feed_forward: tuple[str, ...]
     dropout: float = 0.0
     """Applied by the block itself behind ``attend`` and ``feed``."""
 
@@ -103,25 +103,25 @@ def _narrow(tensor: Tensor, rows: int, start: int, count: int) -> Tensor:
 def run_attention_half(block: nn.Module, parts: BlockParts, x: Tensor, call: BlockArguments) -> Tensor:
     """x + attend(norm1(x)), or norm1(x + attend(x)); an adapter stands in line behind ``attend``."""
     norm = block.get_submodule(parts.norms[0])
-    first, *others = (block.get_submodule(name) for name in parts.attend)
-    inner = first(norm(x) if parts.pre else x, **_select_attention_arguments(first, call))
+    first, *others = (block.get_submodule(name) for name in parts.attention)
+    inner = first(norm(x) if parts.is_pre_norm else x, **_select_attention_arguments(first, call))
     inner = inner[0] if isinstance(inner, tuple) else inner
     inner = F.dropout(_chain(others, inner), parts.dropout, block.training)
     if "attention" in _adapters(block):
         inner = inner + _adapters(block)["attention"](inner, _activation(block, parts))
-    out: Tensor = x + inner if parts.pre else norm(x + inner)
+    out: Tensor = x + inner if parts.is_pre_norm else norm(x + inner)
     return out
 
 
 def run_feed_forward_half(block: nn.Module, parts: BlockParts, m: Tensor) -> Tensor:
     """m + feed(norm2(m)), or norm2(m + feed(m)); an adapter stands beside ``feed``."""
     norm = block.get_submodule(parts.norms[1])
-    inner = norm(m) if parts.pre else m
-    fed = _chain((block.get_submodule(name) for name in parts.feed), inner)
+    inner = norm(m) if parts.is_pre_norm else m
+    fed = _chain((block.get_submodule(name) for name in parts.feed_forward), inner)
     fed = F.dropout(fed, parts.dropout, block.training)
     if "feed" in _adapters(block):
         fed = fed + _adapters(block)["feed"](inner, _activation(block, parts))
-    out: Tensor = m + fed if parts.pre else norm(m + fed)
+    out: Tensor = m + fed if parts.is_pre_norm else norm(m + fed)
     return out
 
 
@@ -133,7 +133,7 @@ def run_stream_adapter(block: nn.Module, parts: BlockParts, x: Tensor) -> Tensor
 
 def _activation(block: nn.Module, parts: BlockParts) -> Callable[[Tensor], Tensor]:
     """The function between the layers of ``feed``, without its hooks; GELU where it is no module."""
-    fed = (module for name in parts.feed for module in block.get_submodule(name).modules())
+    fed = (module for name in parts.feed_forward for module in block.get_submodule(name).modules())
     return next((module.forward for module in fed if _is_function(module)), F.gelu)
 
 

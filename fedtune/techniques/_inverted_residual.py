@@ -36,10 +36,10 @@ class InvertedResidualLayers:
 
     name: str
     convolutions: tuple[str, ...]
-    inner: tuple[str, ...]
+    inner_norms: tuple[str, ...]
     activations: tuple[str, ...]
-    gate: tuple[str, ...]
-    last: str
+    gate_layers: tuple[str, ...]
+    last_norm: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TailLayers:
 class NetworkSplit:
     """The last blocks of a net, the modules that run one after the other before them, and the tail behind."""
 
-    before: tuple[str, ...]
+    frozen_modules: tuple[str, ...]
     blocks: tuple[InvertedResidualLayers, ...]
     tail: TailLayers
 
@@ -94,8 +94,8 @@ def _find_blocks(model: nn.Module, calls: Sequence[ModuleCall]) -> list[tuple[Mo
     """Outermost modules that run just what a block is."""
     found: list[tuple[ModuleCall, InvertedResidualLayers]] = []
     for call in calls:
-        inside_one = any(call.inside(other) for other, _ in found)
-        block = None if inside_one or _is_leaf(call) else _block(call, [one for one in calls if one.inside(call)])
+        inside_one = any(call.is_inside(other) for other, _ in found)
+        block = None if inside_one or _is_leaf(call) else _block(call, [one for one in calls if one.is_inside(call)])
         if block is not None:
             found.append((call, block))
     if not found:
@@ -115,10 +115,10 @@ def _block(call: ModuleCall, inside: Sequence[ModuleCall]) -> InvertedResidualLa
     return InvertedResidualLayers(
         call.name,
         convolutions=(*widen[:1], deep[0], narrow[0]),
-        inner=(*widen[1:2], deep[1]),
+        inner_norms=(*widen[1:2], deep[1]),
         activations=(*widen[2:], deep[2]),
-        gate=tuple(gate),
-        last=narrow[1],
+        gate_layers=tuple(gate),
+        last_norm=narrow[1],
     )
 
 
@@ -137,20 +137,22 @@ def _is_leaf(call: ModuleCall) -> bool:
 
 def _chain(model: nn.Module, calls: Sequence[ModuleCall], end: ModuleCall) -> Iterator[str]:
     """Outermost modules that pass the picture on, one to the next, until it is what ``end`` takes."""
-    passed, now = calls[0].taken, -1
-    while passed is not end.taken:
-        able = (call for call in calls if call.begin > now and call.end < end.begin and call.taken is passed)
+    passed, now = calls[0].input, -1
+    while passed is not end.input:
+        able = (
+            call for call in calls if call.started_at > now and call.ended_at < end.started_at and call.input is passed
+        )
         call = next(able, None)
         if call is None:
             raise ModelError(
                 f"{type(model).__name__} does more than run modules before {end.name}; choose full or lora"
             )
         yield call.name
-        passed, now = call.given, call.end
+        passed, now = call.output, call.ended_at
 
 
 def _tail(calls: Sequence[ModuleCall], last: ModuleCall) -> TailLayers:
-    leaves = [call for call in calls if call.begin > last.end and _is_leaf(call)]
+    leaves = [call for call in calls if call.started_at > last.ended_at and _is_leaf(call)]
     map_layers = list(takewhile(lambda leaf: _letter(leaf.module) in "CDPNA", leaves))
     convolutions, norms, activations = (
         tuple(leaf.name for leaf in map_layers if _letter(leaf.module) in letters) for letters in ("CDP", "N", "A")

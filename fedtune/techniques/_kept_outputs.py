@@ -23,19 +23,19 @@ class OutputCache:
         self.folder = folder
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> Self:
+    def for_modules(cls, modules: Sequence[nn.Module]) -> Self:
         """The place for what these modules give, by their make and their weights."""
         tensors = (tensor for module in modules for tensor in module.state_dict().values())
         return cls(get_cache_folder() / "outputs" / _digest(tensors, repr(modules)))
 
-    def read(self, x: Tensor) -> Tensor | None:
+    def read_output(self, x: Tensor) -> Tensor | None:
         """What was kept for one example's pixels [1, c, h, w]."""
         try:
             return safetensors.torch.load(self._path(x).read_bytes())["output"]
         except (OSError, SafetensorError):
             return None
 
-    def write(self, x: Tensor, output: Tensor) -> None:
+    def write_output(self, x: Tensor, output: Tensor) -> None:
         """Keep an example's output; StoreError when the disk is full."""
         write_bytes_atomically(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
 

@@ -9,16 +9,16 @@ __all__ = ["count_active_weights"]
 Shape = tuple[int, ...]
 
 
-def count_active_weights(shapes: Mapping[str, Shape], dense: int, density: float) -> dict[str, int]:
-    """How many entries of each weight are active, so that they and ``dense`` others make ``density`` of the whole.
+def count_active_weights(shapes: Mapping[str, Shape], num_unmasked: int, density: float) -> dict[str, int]:
+    """How many entries of each weight are active, so that with ``num_unmasked`` others they are ``density`` of all.
 
     A layer's density is epsilon * sum(shape) / numel; where that reaches 1 the layer is dense and epsilon is solved for
     the others. Raises ModelError when what stays dense is more than the whole may be.
     """
     sizes = {name: _numel(shape) for name, shape in shapes.items()}
-    budget = density * (sum(sizes.values()) + dense) - dense
+    budget = density * (sum(sizes.values()) + num_unmasked) - num_unmasked
     if budget < len(sizes):
-        share = dense / (sum(sizes.values()) + dense)
+        share = num_unmasked / (sum(sizes.values()) + num_unmasked)
         raise ModelError(f"density {density} is below the {share:.3f} of the model that no mask covers; raise density")
     full: set[str] = set()
     while True:

@@ -24,7 +24,7 @@ class MemoryEfficientConv2d(nn.Conv2d, ReplacementLayer):
         """[n, c, h, w] -> [n, c', h', w'], bit-equal to the plain layer, gradients too."""
         return _convolve(self, input, (0, 0, 0, 0))
 
-    def plain(self) -> nn.Conv2d:
+    def to_plain_layer(self) -> nn.Conv2d:
         """The convolution it was."""
         return convert_layer_class(self, nn.Conv2d)
 
@@ -34,9 +34,9 @@ class MemoryEfficientSameConv2d(SameConv2d, ReplacementLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
         """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)], bit-equal to the plain layer."""
-        return _convolve(self, input, self.margins(*input.shape[-2:]))
+        return _convolve(self, input, self.compute_same_padding(*input.shape[-2:]))
 
-    def plain(self) -> SameConv2d:
+    def to_plain_layer(self) -> SameConv2d:
         """The convolution it was."""
         return convert_layer_class(self, SameConv2d)
 

@@ -21,7 +21,7 @@ class MemoryEfficientDropout(nn.Dropout, ReplacementLayer):
         out: Tensor = _Dropout.apply(input, self.p) if self.training and 0 < self.p < 1 else super().forward(input)
         return out
 
-    def plain(self) -> nn.Dropout:
+    def to_plain_layer(self) -> nn.Dropout:
         """The dropout it was."""
         return convert_layer_class(self, nn.Dropout)
 

@@ -43,7 +43,7 @@ class LiteResidual(nn.Module):
 def attach_lite_residual(block: nn.Module, lite: LiteResidual) -> None:
     """Give a block the branch as ``lite_residual``; its output is stretched to the block's and added."""
     block.add_module("lite_residual", lite)
-    _AddedBranch(block).stand_in(block)
+    _AddedBranch(block).install(block)
 
 
 class _AddedBranch(ForwardOverride):

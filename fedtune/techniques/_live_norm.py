@@ -15,20 +15,20 @@ _FEWEST = 32
 class UnfrozenBatchNorm2d(nn.BatchNorm2d):
     """In training it normalises by the batch and moves its running statistics, unless the batch is too small."""
 
-    local: bool = False
+    is_local: bool = False
     """Whether each device keeps parameters and statistics for itself."""
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d, local: bool = False) -> Self:
+    def from_batch_norm(cls, norm: nn.BatchNorm2d, local: bool = False) -> Self:
         """One that takes over a norm's parameters and statistics."""
         made = cls(norm.num_features, norm.eps, 0.1 if norm.momentum is None else norm.momentum)
         made.weight, made.bias = norm.weight, norm.bias
         made.running_mean, made.running_var = norm.running_mean, norm.running_var
         made.num_batches_tracked = norm.num_batches_tracked
-        made.local = local
+        made.is_local = local
         return made.train(norm.training)
 
-    def plain(self) -> nn.BatchNorm2d:
+    def to_plain_layer(self) -> nn.BatchNorm2d:
         """An ordinary norm of the same parameters and statistics."""
         made = nn.BatchNorm2d(self.num_features, self.eps, self.momentum)
         made.load_state_dict(self.state_dict())
@@ -46,7 +46,7 @@ class UnfrozenBatchNorm2d(nn.BatchNorm2d):
 def list_running_statistics(model: nn.Module) -> Iterator[str]:
     """Names of the statistics that are trained and shared."""
     for name, layer in model.named_modules():
-        if isinstance(layer, UnfrozenBatchNorm2d) and not layer.local:
+        if isinstance(layer, UnfrozenBatchNorm2d) and not layer.is_local:
             yield f"{name}.running_mean"
             yield f"{name}.running_var"
 
@@ -56,7 +56,7 @@ def list_local_tensors(model: nn.Module) -> list[str]:
     return [
         f"{name}.{part}"
         for name, layer in model.named_modules()
-        if isinstance(layer, UnfrozenBatchNorm2d) and layer.local
+        if isinstance(layer, UnfrozenBatchNorm2d) and layer.is_local
         for part in ("weight", "bias", "running_mean", "running_var")
         if getattr(layer, part) is not None
     ]

@@ -45,7 +45,7 @@ class LowRankTechnique(Technique):
         "merge: fedex-lora, flora",
     )
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
         targets = find_target_modules(model, head, self.targets)
@@ -74,28 +74,28 @@ class LowRankTechnique(Technique):
             self._freeze(model, "A", number % 2 == 1)
             self._freeze(model, "B", number % 2 == 0)
 
-    def held(self, model: nn.Module) -> list[str]:
+    def list_server_held_tensors(self, model: nn.Module) -> list[str]:
         """The weights beside the pairs, where the merge writes into them."""
-        return [pair.base for pair in self.pairs(model) if pair.base is not None]
+        return [pair.base for pair in self.list_low_rank_pairs(model) if pair.base is not None]
 
-    def moves(self) -> bool:
+    def changes_per_round(self) -> bool:
         """One factor follows the other."""
         return self.exact == "alternate"
 
-    def sends(self) -> UpdateKind:
+    def get_update_kind(self) -> UpdateKind:
         """Both factors, unless one of them is common to all clients in each round."""
         both: UpdateKind = "pairs and base" if self.exact == "remainder" else "pairs"
         return "one factor" if self.exact in ("alternate", "freeze-a") else both
 
-    def pairs(self, model: nn.Module) -> list[LowRankPair]:
+    def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
         """B and A of each layer; the weights of GPT-2's layers are transposed."""
         return [_pair(name, layer, self.exact == "remainder") for name, layer in _list_lora_layers(model)]
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """The weights beside the pairs change when they are shared."""
         return self.exact != "remainder"
 
-    def adapter(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
+    def make_peft_config(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
         """The configuration the layers were made with, and the head as a module saved whole.
 
         None for a model that asks a layer for its shape, which PEFT's own layers do not tell.

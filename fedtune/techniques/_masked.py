@@ -22,7 +22,7 @@ class GradientRule(NamedTuple):
     """A function, and where its gradient passes: a bool of x's shape."""
 
     function: Callable[[Tensor], Tensor]
-    passes: Callable[[Tensor], Tensor]
+    passes_gradient: Callable[[Tensor], Tensor]
 
 
 def _above_zero(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class OneBitActivation(ReplacementLayer):
         out: Tensor = _Masked.apply(x, self.rule)
         return out
 
-    def plain(self) -> nn.Module:
+    def to_plain_layer(self) -> nn.Module:
         """The activation it was."""
         return self.activation
 
@@ -79,7 +79,7 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rule: GradientRule) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(pack_bits(rule.passes(x)))
+            ctx.save_for_backward(pack_bits(rule.passes_gradient(x)))
         return rule.function(x)
 
     @staticmethod

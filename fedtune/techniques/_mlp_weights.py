@@ -32,21 +32,21 @@ class MlpWeight:
     """Forward hook of an MLP's narrowing layer."""
 
     theta: nn.Parameter
-    below: float
+    skip_below: float
 
-    def now(self) -> Tensor:
+    def current_weight(self) -> Tensor:
         """w [1], as trained."""
         return torch.sigmoid(_SPEED * self.theta)
 
     @torch.no_grad()
-    def deployed(self) -> float:
+    def inference_weight(self) -> float:
         """w, or 0 when the MLP is skipped."""
-        weight = float(self.now())
-        return weight if weight >= self.below else 0.0
+        weight = float(self.current_weight())
+        return weight if weight >= self.skip_below else 0.0
 
     def __call__(self, second: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """The MLP's weighted output."""
-        return out * (self.now().to(out.dtype) if second.training else self.deployed())
+        return out * (self.current_weight().to(out.dtype) if second.training else self.inference_weight())
 
 
 @dataclass(eq=False)
@@ -74,12 +74,12 @@ class MlpWeightLoss:
         shares = torch.cat(self._shares())
         density = shares.new_tensor([probe.density for probe in self.probes])
         add_loss_term(self.alpha * ((shares - shares.detach()) * density).sum())
-        add_loss_term(self.gamma * torch.cat([weight.now() for weight in self.weights]).mean())
+        add_loss_term(self.gamma * torch.cat([weight.current_weight() for weight in self.weights]).mean())
 
     def _shares(self) -> list[Tensor]:
         """w_l over the sum of its stack."""
-        stacks = [probe.mlp.stack for probe in self.probes]
-        now = [weight.now() for weight in self.weights]
+        stacks = [probe.mlp.block_list for probe in self.probes]
+        now = [weight.current_weight() for weight in self.weights]
         return [
             one / torch.cat([w for w, other in zip(now, stacks, strict=True) if other == stack]).sum()
             for one, stack in zip(now, stacks, strict=True)
@@ -89,17 +89,17 @@ class MlpWeightLoss:
 def register_mlp_weights(model: nn.Module, mlps: Sequence[MlpLayers]) -> list[str]:
     """Register a trained theta in each MLP's scope, and return the parameters' names."""
     for mlp in mlps:
-        model.get_submodule(mlp.scope).register_parameter(_THETA, nn.Parameter(torch.tensor([4 / _SPEED])))
-    return [f"{mlp.scope}.{_THETA}" for mlp in mlps]
+        model.get_submodule(mlp.parent).register_parameter(_THETA, nn.Parameter(torch.tensor([4 / _SPEED])))
+    return [f"{mlp.parent}.{_THETA}" for mlp in mlps]
 
 
 def attach_mlp_weights(
     model: nn.Module, probes: list[DensityProbe], alpha: float, gamma: float, below: float
 ) -> MlpWeightLoss:
     """Weigh each MLP's output, and emit the terms after each forward pass."""
-    weights = [MlpWeight(model.get_parameter(f"{probe.mlp.scope}.{_THETA}"), below) for probe in probes]
+    weights = [MlpWeight(model.get_parameter(f"{probe.mlp.parent}.{_THETA}"), below) for probe in probes]
     for probe, weight in zip(probes, weights, strict=True):
-        model.get_submodule(probe.mlp.second).register_forward_hook(weight)
+        model.get_submodule(probe.mlp.down_projection).register_forward_hook(weight)
     terms = MlpWeightLoss(probes, weights, alpha, gamma)
     model.register_forward_hook(terms)
     return terms
@@ -113,12 +113,12 @@ def merge_mlp_weights(model: nn.Module, terms: MlpWeightLoss) -> None:
     """
     skipped, droppable = [], type(model).__module__.startswith("transformers.")
     for probe, weight in zip(terms.probes, terms.weights, strict=True):
-        mlp, deployed = probe.mlp, weight.deployed()
+        mlp, deployed = probe.mlp, weight.inference_weight()
         if deployed or not droppable:
-            _multiply(model.get_submodule(mlp.second), deployed)
+            _multiply(model.get_submodule(mlp.down_projection), deployed)
         else:
-            skipped.append((*mlp.firsts, mlp.second))
-        del model.get_submodule(mlp.scope)._parameters[_THETA]
+            skipped.append((*mlp.up_projections, mlp.down_projection))
+        del model.get_submodule(mlp.parent)._parameters[_THETA]
     if skipped:
         remove_mlps_for_export(model, _auto_class(model), skipped)
 

@@ -22,16 +22,16 @@ __all__ = ["MlpLayers", "find_mlps"]
 class MlpLayers:
     """Names of an MLP's parts. ``scope`` is the smallest module that holds them all; ``stack`` the list of blocks."""
 
-    stack: str
-    scope: str
+    block_list: str
+    parent: str
     activation: str
-    firsts: tuple[str, ...]
-    second: str
+    up_projections: tuple[str, ...]
+    down_projection: str
 
     @property
-    def gated(self) -> bool:
+    def is_gated(self) -> bool:
         """Whether a second widening layer is multiplied in."""
-        return len(self.firsts) == 2
+        return len(self.up_projections) == 2
 
 
 def find_mlps(model: nn.Module) -> list[MlpLayers]:

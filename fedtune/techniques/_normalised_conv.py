@@ -65,14 +65,14 @@ def find_conv_norm_pairs(model: nn.Module) -> list[ConvNormPair]:
     """Batch norms that read a convolution directly, in the order they run; ModelError where there is none."""
     calls = trace_modules(model)
     givers = {
-        id(call.given): call
+        id(call.output): call
         for call in calls
         if isinstance(call.module, nn.Conv2d) and is_supported_conv2d(call.module)
     }
     pairs = [
-        ConvNormPair(giver.name, call.name, _after_relu(calls, giver.taken))
+        ConvNormPair(giver.name, call.name, _after_relu(calls, giver.input))
         for call in calls
-        if type(call.module) is nn.BatchNorm2d and call.module.affine and (giver := givers.get(id(call.taken)))
+        if type(call.module) is nn.BatchNorm2d and call.module.affine and (giver := givers.get(id(call.input)))
     ]
     if not pairs:
         raise ModelError(f"{type(model).__name__} has no batch norm behind a convolution; leave normalise out")
@@ -81,8 +81,8 @@ def find_conv_norm_pairs(model: nn.Module) -> list[ConvNormPair]:
 
 def _after_relu(calls: Sequence[ModuleCall], x: Tensor) -> bool:
     """Whether a ReLU gave a tensor, or a maximum over what a ReLU gave."""
-    givers = [call for call in calls if call.given is x]
-    pooled = [call.taken for call in givers if isinstance(call.module, nn.MaxPool2d)]
+    givers = [call for call in calls if call.output is x]
+    pooled = [call.input for call in givers if isinstance(call.module, nn.MaxPool2d)]
     return any(isinstance(call.module, nn.ReLU | nn.ReLU6) for call in givers) or any(
         _after_relu(calls, taken) for taken in pooled
     )

@@ -24,7 +24,7 @@ def pack_positions(name: str, places: Tensor, entries: int) -> dict[str, Tensor]
 
 def declare_positions(name: str, places: int, entries: int) -> dict[str, TensorSpec]:
     """What ``pack_positions`` gives for as many places, as a contribution must hold it."""
-    counts = TensorSpec((_blocks(entries),), "U8", _BLOCK + 1, total=places)
+    counts = TensorSpec((_blocks(entries),), "U8", _BLOCK + 1, required_sum=places)
     return {f"{name}_offset": TensorSpec((places,), "U8", _BLOCK), f"{name}_count": counts}
 
 

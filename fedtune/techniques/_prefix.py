@@ -11,17 +11,17 @@ from fedtune.techniques._recast import ForwardOverride
 __all__ = ["run_frozen_prefix"]
 
 
-def run_frozen_prefix(model: nn.Module, names: Sequence[str], rows: int, *, keep: bool) -> None:
-    """Let the first of the named modules run all of them, ``rows`` examples at a time; the others pass on.
+def run_frozen_prefix(model: nn.Module, names: Sequence[str], micro_batch_size: int, *, cache_outputs: bool) -> None:
+    """Let the first of the named modules run all of them, ``micro_batch_size`` examples at a time; the others pass on.
 
-    With ``keep`` what comes out is stored on disk, example by example, and never computed twice.
+    With ``cache_outputs`` what comes out is stored on disk, example by example, and never computed twice.
     """
     modules = [model.get_submodule(name) for name in names]
     if modules:
-        kept = OutputCache.of(modules) if keep else None
-        _Prefix(modules, rows, kept).stand_in(modules[0])
+        kept = OutputCache.for_modules(modules) if cache_outputs else None
+        _Prefix(modules, micro_batch_size, kept).install(modules[0])
     for module in modules[1:]:
-        _PassThrough().stand_in(module)
+        _PassThrough().install(module)
 
 
 class _Prefix(ForwardOverride):
@@ -46,10 +46,10 @@ class _Prefix(ForwardOverride):
 
     def _run_or_read(self, x: Tensor) -> Tensor:
         assert self.kept is not None
-        found = self.kept.read(x)
+        found = self.kept.read_output(x)
         if found is None:
             found = self._run(x)
-            self.kept.write(x, found)
+            self.kept.write_output(x, found)
         return found
 
 

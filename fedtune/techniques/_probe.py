@@ -38,14 +38,14 @@ class DensityStep:
     counted: Tensor | None = None
     tokens: int | None = None
 
-    def begin(self, batch: Mapping[str, Tensor], eps: float) -> None:
+    def begin_step(self, batch: Mapping[str, Tensor], eps: float) -> None:
         """Take the padding from a batch's attention mask, if it has one."""
         mask = batch.get("attention_mask")
         counted = None if mask is None else mask.flatten().bool()
         self.eps, self.tokens = eps, None if counted is None else len(counted)
         self.counted = None if counted is None or bool(counted.all()) else counted
 
-    def mask(self, a: Tensor) -> Tensor | None:
+    def get_token_mask(self, a: Tensor) -> Tensor | None:
         """``counted``, once it is sure to belong to these activations."""
         rows = a.numel() // a.shape[-1]
         if self.tokens not in (None, rows):
@@ -64,7 +64,7 @@ class ActivationCounts:
     padded_entries: int = 0
     padded_nonzero: int = 0
 
-    def add(self, a: Tensor, counted: Tensor | None, threshold: float) -> None:
+    def add_activations(self, a: Tensor, counted: Tensor | None, threshold: float) -> None:
         """Count one batch's activations."""
         found = count_nonzero_per_token(a)
         self.entries += (len(found) if counted is None else int(counted.sum())) * a.shape[-1]
@@ -73,7 +73,7 @@ class ActivationCounts:
         self.padded_entries += a.numel()
         self.padded_nonzero += _sum(found, None)
 
-    def add_gate(self, gate: Tensor, counted: Tensor | None) -> None:
+    def add_gates(self, gate: Tensor, counted: Tensor | None) -> None:
         """Count one batch's gates."""
         self.gate += _sum(count_nonzero_per_token(gate), counted)
 
@@ -92,38 +92,38 @@ class DensityProbe:
     threshold: float = 0.0
     tally: ActivationCounts | None = None
     sample: list[Tensor] | None = None
-    remade: bool | None = None
+    can_recompute: bool | None = None
     density: float = field(default=0.0, init=False)
     _wide: list[Tensor] = field(default_factory=list, init=False)
     _gate: tuple[Tensor, ...] = field(default=(), init=False)
 
-    def of_activation(self, activation: nn.Module, args: tuple[Any, ...], a: Tensor) -> Tensor:
+    def on_activation(self, activation: nn.Module, args: tuple[Any, ...], a: Tensor) -> Tensor:
         """Forward hook of a plain MLP's activation function."""
         if not activation.training:
             return self._score(a)
         # ReLU keeps its output for backward, every other function its input, from which the output is made again
         return self._emit(a) if isinstance(activation, nn.ReLU) else self._emit(a, activation, args[0])
 
-    def of_wide(self, first: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def on_up_projection(self, first: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         """Forward hook of a gated MLP's two widening layers."""
-        if self.remade is not False and first.training and self.weight:
+        if self.can_recompute is not False and first.training and self.weight:
             self._wide.append(out)
 
-    def of_gate(self, activation: nn.Module, args: tuple[Any, ...], gate: Tensor) -> None:
+    def on_gate(self, activation: nn.Module, args: tuple[Any, ...], gate: Tensor) -> None:
         """Forward hook of a gated MLP's activation function."""
-        if self.remade is not False and activation.training and self.weight:
+        if self.can_recompute is not False and activation.training and self.weight:
             self._gate = args[0], gate
         if self.tally is not None:
-            self.tally.add_gate(gate, self.step.mask(gate))
+            self.tally.add_gates(gate, self.step.get_token_mask(gate))
 
-    def of_product(self, second: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def on_down_projection_input(self, second: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of a gated MLP's narrowing layer: its input is the product of gate and up projection."""
         if not second.training:
             return self._score(args[0]), *args[1:]
         factors = self._factors()
-        if self.remade is None and self.weight:
-            self.remade = len(factors) == 2 and torch.equal(torch.mul(*factors), args[0])
-        product = self._emit(args[0], torch.mul, *factors) if self.remade else self._emit(args[0])
+        if self.can_recompute is None and self.weight:
+            self.can_recompute = len(factors) == 2 and torch.equal(torch.mul(*factors), args[0])
+        product = self._emit(args[0], torch.mul, *factors) if self.can_recompute else self._emit(args[0])
         return product, *args[1:]
 
     def _factors(self) -> tuple[Tensor, ...]:
@@ -136,8 +136,8 @@ class DensityProbe:
     def _emit(self, a: Tensor, remake: Recompute | None = None, *kept: Tensor) -> Tensor:
         if not self.weight:
             return a
-        counted = self.step.mask(a)
-        unit = estimate_activation_scale(a, counted) if self.mlp.gated else 1.0
+        counted = self.step.get_token_mask(a)
+        unit = estimate_activation_scale(a, counted) if self.mlp.is_gated else 1.0
         eps = self.step.eps * max(unit**2, 1e-12)
         a, density = compute_density(a, eps, counted, remake, tuple(one.detach() for one in kept))
         self.density = float(density.detach())
@@ -146,9 +146,9 @@ class DensityProbe:
 
     def _score(self, a: Tensor) -> Tensor:
         if self.tally is not None:
-            self.tally.add(a, self.step.mask(a), self.threshold)
+            self.tally.add_activations(a, self.step.get_token_mask(a), self.threshold)
         if self.sample is not None:
-            self.sample.append(sample_magnitudes(a, self.step.mask(a), _SAMPLE))
+            self.sample.append(sample_magnitudes(a, self.step.get_token_mask(a), _SAMPLE))
         return a * (a.abs() > self.threshold) if self.threshold else a
 
 
@@ -160,8 +160,8 @@ def attach_probes(model: nn.Module, weight: float, threshold: float) -> list[Den
     """Hang a probe on every MLP; ``weight`` is shared by those of one stack."""
     step = DensityStep(eps=1.0)
     mlps = find_mlps(model)
-    sizes = {mlp.stack: sum(other.stack == mlp.stack for other in mlps) for mlp in mlps}
-    made = [DensityProbe(mlp, step, weight / sizes[mlp.stack], threshold) for mlp in mlps]
+    sizes = {mlp.block_list: sum(other.block_list == mlp.block_list for other in mlps) for mlp in mlps}
+    made = [DensityProbe(mlp, step, weight / sizes[mlp.block_list], threshold) for mlp in mlps]
     for probe in made:
         _attach_hooks(model, probe)
     return made
@@ -169,13 +169,13 @@ def attach_probes(model: nn.Module, weight: float, threshold: float) -> list[Den
 
 def _attach_hooks(model: nn.Module, probe: DensityProbe) -> None:
     activation = model.get_submodule(probe.mlp.activation)
-    if not probe.mlp.gated:
-        activation.register_forward_hook(probe.of_activation)
+    if not probe.mlp.is_gated:
+        activation.register_forward_hook(probe.on_activation)
         return
-    for first in probe.mlp.firsts:
-        model.get_submodule(first).register_forward_hook(probe.of_wide)
-    activation.register_forward_hook(probe.of_gate)
-    model.get_submodule(probe.mlp.second).register_forward_pre_hook(probe.of_product)
+    for first in probe.mlp.up_projections:
+        model.get_submodule(first).register_forward_hook(probe.on_up_projection)
+    activation.register_forward_hook(probe.on_gate)
+    model.get_submodule(probe.mlp.down_projection).register_forward_pre_hook(probe.on_down_projection_input)
 
 
 def detach_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
@@ -208,7 +208,7 @@ def calibrate_thresholds(
         probe.threshold, probe.sample = 0.0, []
     model.eval()
     for batch in batches:
-        probes[0].step.begin(batch, 1.0)
+        probes[0].step.begin_step(batch, 1.0)
         model(**batch)
     for probe in probes:
         values = torch.cat(probe.sample or [])

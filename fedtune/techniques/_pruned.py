@@ -28,9 +28,9 @@ class PruningRule:
     Values too large for half precision keep the whole tensor in its own.
     """
 
-    prune: float
-    half: bool = False
-    centre: bool = False
+    pruned_fraction: float
+    half_precision: bool = False
+    centre_features: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PackedLayout:
     shape: torch.Size
     dtype: torch.dtype
     width: int
-    places: Literal["all", "bitmap", "list"]
+    position_format: Literal["all", "bitmap", "list"]
     centred: bool
 
 
@@ -59,8 +59,8 @@ def count_kept_entries(width: int, prune: float) -> int:
 @torch.no_grad()
 def pack_pruned(x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
     """Prune a tensor whose number of entries is a multiple of ``width``; one that is kept whole is only referred to."""
-    keep = count_kept_entries(width, rule.prune)
-    centred = rule.centre and (keep < width or rule.half)
+    keep = count_kept_entries(width, rule.pruned_fraction)
+    centred = rule.centre_features and (keep < width or rule.half_precision)
     means = [x.reshape(-1, x.shape[-1]).mean(0)] if centred else []
     taken = x - means[0] if centred else x.detach()
     if keep == width:
@@ -76,13 +76,13 @@ def pack_pruned(x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
 def unpack_pruned(tensors: Sequence[Tensor], layout: PackedLayout) -> Tensor:
     """The dense tensor, zero where nothing was stored, with its means put back."""
     values = tensors[0].to(layout.dtype)
-    dense = values if layout.places == "all" else _spread(values, tensors[1], layout)
+    dense = values if layout.position_format == "all" else _spread(values, tensors[1], layout)
     return dense + tensors[-1] if layout.centred else dense
 
 
 def _narrow(values: Tensor, rule: PruningRule) -> Tensor:
     """Values in half precision where that is asked for, saves something and holds them all."""
-    fits = rule.half and values.element_size() > 2 and bool((values.abs() <= _HALF_MAX).all())
+    fits = rule.half_precision and values.element_size() > 2 and bool((values.abs() <= _HALF_MAX).all())
     return values.half() if fits else values
 
 
@@ -98,7 +98,7 @@ def _places(mask: Tensor, keep: int) -> tuple[Tensor, Literal["bitmap", "list"]]
 def _spread(values: Tensor, places: Tensor, layout: PackedLayout) -> Tensor:
     """Values at their places among zeros."""
     dense = values.new_zeros(layout.shape)
-    if layout.places == "bitmap":
+    if layout.position_format == "bitmap":
         return dense.masked_scatter_(_bits.unpack_bits(places, dense.numel()).view(layout.shape), values)
     rows = dense.view(-1, layout.width)
     rows.scatter_(1, places.view(len(rows), -1).long(), values.view(len(rows), -1))

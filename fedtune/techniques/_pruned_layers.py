@@ -31,7 +31,7 @@ __all__ = [
 class PaddedConvolution(Protocol):
     """A convolution that puts other margins around its input than ``padding``."""
 
-    def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Zeros at the left, right, top and bottom."""
 
 
@@ -78,12 +78,12 @@ class InputStorage:
     """How a model's layers store their inputs; ``rows`` are tokens of linear layers and pictures of convolutions."""
 
     rule: PruningRule
-    rows: bool
+    per_row: bool
     latest: RecentInputs
 
     def pack(self, x: Tensor, row: int) -> PackedTensor:
         """``x`` as it is stored; ``row`` entries make a token or a picture."""
-        return self.latest.pack(x, self.rule, row if self.rows else x.numel())
+        return self.latest.pack(x, self.rule, row if self.per_row else x.numel())
 
 
 def attach_input_pruning(model: nn.Module, linear: InputStorage, convolution: InputStorage) -> int:
@@ -140,7 +140,7 @@ def _convolution(layer: nn.Conv2d, keeping: InputStorage, x: Tensor) -> Tensor:
 def get_geometry(layer: nn.Conv2d, x: Tensor) -> Geometry:
     """The geometry for an input [n, c, h, w]."""
     assert not isinstance(layer.padding, str)
-    margins = layer.margins(x.shape[-2], x.shape[-1]) if isinstance(layer, PaddedConvolution) else ()
+    margins = layer.compute_same_padding(x.shape[-2], x.shape[-1]) if isinstance(layer, PaddedConvolution) else ()
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     order = torch.channels_last if last else torch.contiguous_format
     return Geometry(margins if any(margins) else (), layer.stride, layer.padding, layer.dilation, layer.groups, order)

@@ -16,7 +16,7 @@ _Kind = TypeVar("_Kind", bound=nn.Module)
 class ReplacementLayer(nn.Module):
     """Mixed into a layer that took a plain one's place under its name."""
 
-    def plain(self) -> nn.Module:
+    def to_plain_layer(self) -> nn.Module:
         """The plain layer again, around the same parameters and buffers."""
         raise NotImplementedError
 
@@ -28,7 +28,7 @@ class ForwardOverride:
         """What the module gives."""
         raise NotImplementedError
 
-    def stand_in(self, module: nn.Module) -> None:
+    def install(self, module: nn.Module) -> None:
         """Take the place."""
         vars(module)["forward"] = self
 
@@ -54,4 +54,4 @@ def restore_plain_layers(model: nn.Module) -> None:
         if isinstance(vars(layer).get("forward"), ForwardOverride):
             del vars(layer)["forward"]
         if isinstance(layer, ReplacementLayer | UnfrozenBatchNorm2d):
-            model.set_submodule(name, layer.plain().train(layer.training))
+            model.set_submodule(name, layer.to_plain_layer().train(layer.training))

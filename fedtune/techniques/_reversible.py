@@ -55,7 +55,7 @@ class _ReversiblePass:
     parameters: list[Parameter]
     emitted: bool = False
 
-    def inside(self) -> AbstractContextManager[Any]:
+    def use_forward_autocast(self) -> AbstractContextManager[Any]:
         """The precision of the forward pass, for forward passes alone; no casts are kept, as some had no graph."""
         enabled, dtype = self.autocast
         return torch.autocast("cpu", dtype, enabled, cache_enabled=False)
@@ -69,15 +69,15 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _ReversiblePass, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
         stack, kept = walk.stack, dict[int, Streams]()
-        start = stack.start(hidden)
-        with torch.random.fork_rng(devices=[]), walk.inside(), collect_loss_terms() as terms:
-            ends = stack.climb(start, walk.calls, walk.seed, walk.dtype, kept)
+        start = stack.make_streams(hidden)
+        with torch.random.fork_rng(devices=[]), walk.use_forward_autocast(), collect_loss_terms() as terms:
+            ends = stack.forward_blocks(start, walk.calls, walk.seed, walk.dtype, kept)
         walk.emitted = bool(terms)
         ctx.walk, ctx.kept = walk, list(kept)
         ctx.proof = None if stack.plan.grid is None else _fingerprint(start)
         original = () if stack.plan.grid is not None else (hidden,)
         ctx.save_for_backward(*ends, *(stream for pair in kept.values() for stream in pair), *original)
-        return stack.merged(ends, walk.dtype), torch.stack(terms).sum() if terms else hidden.new_zeros(())
+        return stack.compute_output(ends, walk.dtype), torch.stack(terms).sum() if terms else hidden.new_zeros(())
 
     @staticmethod
     @once_differentiable
@@ -86,11 +86,11 @@ class _Reversible(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # from here on a pair of streams goes as soon as it was used
         original = saved.pop() if ctx.proof is None else None
-        descent = _BackwardPass(walk, (saved.pop(0), saved.pop(0)), walk.stack.unmerged(d_out), d_term)
+        descent = _BackwardPass(walk, (saved.pop(0), saved.pop(0)), walk.stack.compute_stream_gradients(d_out), d_term)
         with torch.random.fork_rng(devices=[]):
             for index in reversed(range(len(walk.calls))):
                 kept = (saved.pop(-2), saved.pop(-1)) if index in ctx.kept else None
-                descent.undo(index, kept, index > 0 or ctx.needs_input_grad[1])
+                descent.reverse_block(index, kept, index > 0 or ctx.needs_input_grad[1])
         _check_reconstruction(walk.stack, descent.y, ctx.proof, original)
         d_hidden = _sum(*descent.d) if ctx.needs_input_grad[1] else None
         found = [descent.gradients.get(id(one)) for one in walk.parameters]
@@ -110,58 +110,62 @@ class _BackwardPass:
     d_term: Tensor
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
-    def undo(self, index: int, kept: Streams | None, inner: bool) -> None:
-        """Step below a block, whose inputs may be ``kept``; ``inner`` asks for gradients of its inputs too."""
+    def reverse_block(self, index: int, kept: Streams | None, needs_input_grad: bool) -> None:
+        """Step below a block, whose inputs may be ``kept``; ``needs_input_grad``: of its inputs too."""
         stack, walk = self.walk.stack, self.walk
-        self.y, self.d = stack.crossed(self.y), stack.crossed(self.d)
+        self.y, self.d = stack.swap_streams(self.y), stack.swap_streams(self.d)
         if kept is not None:
-            with walk.inside(), collect_loss_terms():
-                f = stack.half(
-                    stack.first(index), index, kept[1].to(walk.dtype, copy=True), walk.calls[index], walk.seed
+            with walk.use_forward_autocast(), collect_loss_terms():
+                f = stack.run_half(
+                    stack.f_stages(index), index, kept[1].to(walk.dtype, copy=True), walk.calls[index], walk.seed
                 )
-            self.y = stack.upper(kept, f), kept[1]
+            self.y = stack.compute_y1(kept, f), kept[1]
             del f
-        if stack.second(index):
-            g, through = self.again(stack.second(index), index, self.y[0], self.d[1], True)
-            self.y = self.y[0], self.y[1] if kept is not None else stack.below_lower(self.y[1], g)
+        if stack.g_stages(index):
+            g, through = self.rerun_half(stack.g_stages(index), index, self.y[0], self.d[1], True)
+            self.y = self.y[0], self.y[1] if kept is not None else stack.recover_x2(self.y[1], g)
             self.d = _sum(self.d[0], through), self.d[1]
             del g, through
-        f, through = self.again(stack.first(index), index, self.y[1], self.d[0], inner)
-        self.y = kept or (stack.below_upper(*self.y, f), self.y[1])
-        dx1, dx2 = stack.apart(*self.d)
+        f, through = self.rerun_half(stack.f_stages(index), index, self.y[1], self.d[0], needs_input_grad)
+        self.y = kept or (stack.recover_x1(*self.y, f), self.y[1])
+        dx1, dx2 = stack.compute_input_gradients(*self.d)
         self.d = dx1, _sum(dx2, through)
 
-    def again(self, half: Stages, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
+    def rerun_half(
+        self, half: Stages, index: int, x: Tensor, d: Tensor | None, inner: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """F or G of ``x`` once more, and the gradient of ``x`` from that of the result; one stage's graph at a time."""
         last = x.to(self.walk.dtype, copy=True)
         for stage in half[:-1]:
-            with self.walk.inside(), collect_loss_terms():  # these terms come again, with their graph
-                last = self.walk.stack.stage(stage, index, last, self.walk.calls[index], self.walk.seed)
+            with self.walk.use_forward_autocast(), collect_loss_terms():  # these terms come again, with their graph
+                last = self.walk.stack.run_stage(stage, index, last, self.walk.calls[index], self.walk.seed)
         out, d = self.stage(half[-1], index, last, d, inner or len(half) > 1)
         del last
         for stage in half[:-1]:
             _, d = self.stage(stage, index, x.to(self.walk.dtype, copy=True), d, inner)
-        return self.walk.stack.gridded(out), None if d is None else d.to(x.dtype)
+        return self.walk.stack.round_to_grid(out), None if d is None else d.to(x.dtype)
 
     def stage(self, stage: Stage, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
         """A stage's output and the gradient of its input, piece by piece and last piece first, as autograd would."""
         stack, call = self.walk.stack, self.walk.calls[index]
-        inputs = stack.cut(stage, x)
-        calls = stack.cut_call(stage, inputs, call)
-        by = [None] * len(inputs) if d is None else stack.cut(stage, d)
+        inputs = stack.chunk_input(stage, x)
+        calls = stack.chunk_arguments(stage, inputs, call)
+        by = [None] * len(inputs) if d is None else stack.chunk_input(stage, d)
         last_first = [
             self.piece(stage, index, at, inputs[at], calls[at], by[at], inner) for at in reversed(range(len(inputs)))
         ]
         dx = [one for _, one in reversed(last_first) if one is not None]
-        return stack.joined(stage, [out for out, _ in reversed(last_first)]), stack.joined(stage, dx) if dx else None
+        return stack.join_chunks(stage, [out for out, _ in reversed(last_first)]), stack.join_chunks(
+            stage, dx
+        ) if dx else None
 
     def piece(
         self, stage: Stage, index: int, at: int, x: Tensor, call: BlockArguments, d: Tensor | None, inner: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The same for one piece; gradients of the block's parameters are noted."""
         walk, x = self.walk, x.detach().requires_grad_(inner)
-        with torch.enable_grad(), walk.inside(), collect_loss_terms() as terms:
-            out = walk.stack.piece(stage, index, at, x, call, walk.seed)
+        with torch.enable_grad(), walk.use_forward_autocast(), collect_loss_terms() as terms:
+            out = walk.stack.run_chunk(stage, index, at, x, call, walk.seed)
         pairs = [(out, d), *((term, self.d_term) for term in terms)]
         outs = [(one, by.to(one.dtype)) for one, by in pairs if by is not None and one.requires_grad]
         if not outs:
@@ -169,10 +173,10 @@ class _BackwardPass:
         trained = [one for one in walk.stack.blocks[index].parameters() if one.requires_grad]
         wanted = [*trained, *([x] if inner else [])]
         found = torch.autograd.grad([one for one, _ in outs], wanted, [by for _, by in outs], allow_unused=True)
-        self.note(trained, found)
+        self.add_gradients(trained, found)
         return out.detach(), found[-1] if inner else None
 
-    def note(self, trained: Sequence[Parameter], found: Sequence[Tensor | None]) -> None:
+    def add_gradients(self, trained: Sequence[Parameter], found: Sequence[Tensor | None]) -> None:
         """Add to the parameters' gradients."""
         for parameter, gradient in zip(trained, found, strict=False):
             if gradient is not None:

@@ -26,7 +26,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d, ReplacementLayer):
         out: Tensor = _Shift.apply(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
         return out
 
-    def plain(self) -> nn.BatchNorm2d:
+    def to_plain_layer(self) -> nn.BatchNorm2d:
         """The batch norm it was."""
         return convert_layer_class(self, nn.BatchNorm2d)
 

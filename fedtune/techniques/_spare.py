@@ -22,7 +22,7 @@ def has_batch_norms(model: nn.Module) -> bool:
 
 def unfreeze_batch_norm(norm: nn.Module) -> nn.Module:
     """A batch norm whose statistics are trained."""
-    return UnfrozenBatchNorm2d.of(norm) if isinstance(norm, nn.BatchNorm2d) else norm
+    return UnfrozenBatchNorm2d.from_batch_norm(norm) if isinstance(norm, nn.BatchNorm2d) else norm
 
 
 def make_layer_efficient(

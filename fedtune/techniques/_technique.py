@@ -23,8 +23,8 @@ class StepInfo(NamedTuple):
 
     round: int
     step: int
-    steps: int
-    first_lr: float
+    local_steps: int
+    base_lr: float
     lr: float
 
 
@@ -38,20 +38,20 @@ class ExtraPayload(NamedTuple):
 class Technique(NamedUnit):
     """One published way to make fine-tuning fit a device; its fields are its knobs."""
 
-    trains: ClassVar[bool] = True
+    selects_trainable_tensors: ClassVar[bool] = True
     """Whether it chooses what is trained; a run needs at least one technique that does."""
-    excludes: ClassVar[Mapping[str, str]] = {}
+    conflicts_with: ClassVar[Mapping[str, str]] = {}
     """Names of techniques it makes no sense with, and why: the rest of a sentence that ends there."""
 
-    def refusal(self, other: "Technique") -> str | None:
+    def find_conflict(self, other: "Technique") -> str | None:
         """Why it cannot be combined with another as both are set: the rest of a sentence; None when it can."""
-        return self.excludes.get(other.name)
+        return self.conflicts_with.get(other.name)
 
-    def quantisation(self) -> Any:
+    def make_quantisation_config(self) -> Any:
         """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
         return None
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Rewrite the model and switch on gradients of what is trained; ModelError if the model does not fit."""
 
     def begin_round(self, model: nn.Module, number: int) -> None:
@@ -63,60 +63,62 @@ class Technique(NamedUnit):
         Scoring calls it too, with ``progress`` 1. Terms of the loss that layers produce are handed in by ``emit``.
         """
 
-    def before_update(self, model: nn.Module, moment: StepInfo) -> float:
+    def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
         """Between a step's backward pass and its update: change gradients, and say the learning rate to take."""
         return moment.lr
 
-    def held(self, model: nn.Module) -> list[str]:
+    def list_server_held_tensors(self, model: nn.Module) -> list[str]:
         """Names of tensors that belong to the shared state though clients do not train them."""
         return []
 
-    def keeps_own(self) -> bool:
+    def has_local_tensors(self) -> bool:
         """Whether devices keep trained tensors for themselves: what the server holds is then not a whole model."""
         return False
 
-    def masks_weights(self) -> bool:
+    def has_weight_masks(self) -> bool:
         """Whether the shared state says of each weight if it is there: all clients must then go by the same masks."""
         return False
 
-    def moves(self) -> bool:
+    def changes_per_round(self) -> bool:
         """Whether rounds differ in what is trained or kept, so that an answer fits the round it was begun in alone."""
-        return self.masks_weights()
+        return self.has_weight_masks()
 
-    def sends(self) -> UpdateKind:
+    def get_update_kind(self) -> UpdateKind:
         """What clients train, as a merge must know it before it can be chosen."""
         return "tensors"
 
-    def pairs(self, model: nn.Module) -> list[LowRankPair]:
+    def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
         """The low-rank pairs it put into the model."""
         return []
 
-    def asked(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
+    def declare_extra_payload(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
         """What each client adds to its contribution in round ``number``, by name."""
         return {}
 
-    def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
+    def compute_extra_payload(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
         """On a client that has trained: the tensors asked for. ``backward`` takes the gradient of one batch."""
         return {}
 
-    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]) -> dict[str, Tensor]:
+    def after_aggregation(
+        self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
+    ) -> dict[str, Tensor]:
         """On the server, once a round is merged: the shared state in the light of the clients' answers."""
         return dict(state)
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    def collect_metrics(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
         """Follow the scoring of held-out examples inside the block; the callable gives figures by name at its end."""
         yield dict
 
-    def stored(self) -> "Technique | None":
+    def make_reference(self) -> "Technique | None":
         """What trains the same network with every activation stored, for checking gradients; None to leave it out."""
         return self
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """Whether the pretrained layers compute what they did, so that an adapter beside them says it all."""
         return True
 
-    def adapter(self, model: nn.Module, task: TaskName) -> "PeftConfig | None":
+    def make_peft_config(self, model: nn.Module, task: TaskName) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 
@@ -128,7 +130,7 @@ class Technique(NamedUnit):
         return None if drawn else {}
 
     @final
-    def fold(self, model: nn.Module) -> None:
+    def merge_into_weights(self, model: nn.Module) -> None:
         """Write what was learned into plain layers, so that the model needs nothing of this technique."""
         self._fold(model)
         allow_saving(model, self.name)

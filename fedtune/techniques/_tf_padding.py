@@ -12,13 +12,13 @@ __all__ = ["TensorFlowConv2d", "move_padding_into_conv2d"]
 class TensorFlowConv2d(MemoryEfficientSameConv2d):
     """A convolution that was given a padded map."""
 
-    def margins(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Rows and columns of zeros: left, right, top, bottom."""
         (left, right), (top, bottom) = self._missing(width), self._missing(height)
         down, across = self.dilation
         return left * across, right * across, top * down, bottom * down
 
-    def plain(self) -> nn.Conv2d:  # type: ignore[override]
+    def to_plain_layer(self) -> nn.Conv2d:  # type: ignore[override]
         """The convolution for maps that are padded before."""
         return convert_layer_class(self, nn.Conv2d)
 
@@ -44,4 +44,4 @@ def move_padding_into_conv2d(model: nn.Module) -> None:
             layer.add_module(
                 "convolution", convert_layer_class(convolution, TensorFlowConv2d).train(convolution.training)
             )
-            _UnpaddedForward(layer).stand_in(layer)
+            _UnpaddedForward(layer).install(layer)

@@ -24,14 +24,14 @@ class ModuleCall:
 
     name: str
     module: nn.Module
-    taken: Tensor
-    given: Tensor
-    begin: int
-    end: int
+    input: Tensor
+    output: Tensor
+    started_at: int
+    ended_at: int
 
-    def inside(self, other: "ModuleCall") -> bool:
+    def is_inside(self, other: "ModuleCall") -> bool:
         """Whether the other was running when it ran."""
-        return other.begin < self.begin and self.end < other.end
+        return other.started_at < self.started_at and self.ended_at < other.ended_at
 
 
 @dataclass
@@ -69,7 +69,7 @@ def trace_modules(model: nn.Module) -> list[ModuleCall]:
     finally:
         for hook in hooks:
             hook.remove()
-    return sorted(recorder.calls, key=lambda call: call.begin)
+    return sorted(recorder.calls, key=lambda call: call.started_at)
 
 
 @contextmanager

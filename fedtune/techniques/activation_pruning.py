@@ -63,7 +63,7 @@ class ActivationPruning(Technique):
     """Store layers' inputs pruned."""
 
     name: ClassVar[str] = "activation-pruning"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
     prune: float = Field(0.5, ge=0, lt=1, description="share of a layer's input that is not stored")
     values: Literal["full", "half"] = Field("full", description="half: 2 bytes a value, where none exceeds 65504")
@@ -73,7 +73,7 @@ class ActivationPruning(Technique):
     centre: bool = Field(False, description="take the mean of each feature out of a linear layer's input first")
     normalise: bool = Field(False, description="normalise convolutions' weights in place of batch norms behind them")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Swap batch norms for normalised weights if asked to; layers are told in ``begin_round``."""
         vars(model)["activation_pruning"] = RecentInputs()
         if self.normalise:
@@ -101,11 +101,11 @@ class ActivationPruning(Technique):
         """Let go of what the last step stored."""
         _latest(model).clear()
 
-    def stored(self) -> "ActivationPruning":
+    def make_reference(self) -> "ActivationPruning":
         """The same network with inputs stored whole: the difference is what pruning costs."""
         return self.model_copy(update={"prune": 0.0, "values": "full"})
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """Not without its batch norms."""
         return not self.normalise
 

@@ -30,14 +30,14 @@ class Bias(Technique):
     """Train bias terms and a classifier's head."""
 
     name: ClassVar[str] = "bias"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "classifier": "the head is trained beside biases anyway",
         "full": "full trains biases among all the rest",
     }
 
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of biases, then of the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         if task != "causal-language-modelling":
@@ -45,7 +45,7 @@ class Bias(Technique):
         if has_batch_norms(model) and not self.stored_activations:
             make_model_efficient(model)
 
-    def stored(self) -> "Bias":
+    def make_reference(self) -> "Bias":
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 

@@ -24,9 +24,9 @@ class GradientCheckpointing(Technique):
     """Recompute blocks in the backward pass."""
 
     name: ClassVar[str] = "checkpointing"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the model's own non-reentrant checkpointing."""
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
@@ -35,5 +35,5 @@ class GradientCheckpointing(Technique):
         if isinstance(model, PreTrainedModel):
             model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
-    def stored(self) -> None:
+    def make_reference(self) -> None:
         """Blocks that keep everything give the same gradients."""

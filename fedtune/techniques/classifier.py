@@ -24,14 +24,14 @@ class HeadOnly(Technique):
     """Train the head alone."""
 
     name: ClassVar[str] = "classifier"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "the head is trained beside biases anyway",
         "full": "full trains the head among all the rest",
         "lora": "the head is trained beside a low-rank pair anyway",
         "qlora": "the head is trained beside a low-rank pair anyway",
     }
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the head's gradients."""
         if task == "causal-language-modelling":
             raise ModelError("the technique classifier trains a new head, which causal-language-modelling has not")

@@ -64,7 +64,7 @@ class Deft(Technique):
     """Fewer non-zero activations."""
 
     name: ClassVar[str] = "deft"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
     alpha: float = Field(1.0, ge=0, description="weight of the density in the loss; 0 leaves the loss alone")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")
@@ -73,7 +73,7 @@ class Deft(Technique):
     threshold: float = Field(0.0, ge=0, description="activations up to it are zeroed whenever the model is scored")
     skip: SkipMlps | None = None
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Find the MLPs, swap their activation function, add the trained weights."""
         mlps = find_mlps(model)
         if self.relu:
@@ -92,17 +92,17 @@ class Deft(Technique):
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
         """Set epsilon, and leave the padding out."""
         start = self.eps if self.eps_start is None else self.eps_start
-        get_probes(model)[0].step.begin(batch, start * (self.eps / start) ** progress)
+        get_probes(model)[0].step.begin_step(batch, start * (self.eps / start) ** progress)
         if (weights := _weights(model)) is not None:
             weights.begin_step()
 
     @contextmanager
-    def watch(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    def collect_metrics(self, model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
         """Count non-zero activations."""
         with count_activations(get_probes(model)) as tallies:
             yield lambda: self._figures(model, tallies)
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """Not with another activation function or weighted MLPs."""
         return not self.relu and self.skip is None
 
@@ -118,7 +118,7 @@ class Deft(Technique):
         figures = _densities(get_probes(model), tallies)
         if (weights := _weights(model)) is None:
             return figures
-        deployed = [weight.deployed() for weight in weights.weights]
+        deployed = [weight.inference_weight() for weight in weights.weights]
         return {**figures, "mlps_skipped": float(deployed.count(0.0)), "mlp_weight": sum(deployed) / len(deployed)}
 
 
@@ -135,16 +135,16 @@ def _weights(model: nn.Module) -> MlpWeightLoss | None:
 
 def _densities(made: Sequence[DensityProbe], tallies: Sequence[ActivationCounts]) -> dict[str, float]:
     thresholded = any(probe.threshold for probe in made)
-    stacks = list(dict.fromkeys(probe.mlp.stack for probe in made))
+    stacks = list(dict.fromkeys(probe.mlp.block_list for probe in made))
     figures: dict[str, float] = {}
     for stack in stacks:
         suffix = f"_{_called(stack, stacks)}" if len(stacks) > 1 else ""
-        of = [tally for probe, tally in zip(made, tallies, strict=True) if probe.mlp.stack == stack]
+        of = [tally for probe, tally in zip(made, tallies, strict=True) if probe.mlp.block_list == stack]
         shares = {
             "density": [tally.nonzero / max(1, tally.entries) for tally in of],
             "density_padded": [tally.padded_nonzero / max(1, tally.padded_entries) for tally in of],
             "density_above_threshold": [tally.above / max(1, tally.entries) for tally in of] if thresholded else [],
-            "density_gate": [tally.gate / max(1, tally.entries) for tally in of] if made[0].mlp.gated else [],
+            "density_gate": [tally.gate / max(1, tally.entries) for tally in of] if made[0].mlp.is_gated else [],
         }
         figures |= {f"{name}{suffix}": sum(share) / len(share) for name, share in shares.items() if share}
     return figures

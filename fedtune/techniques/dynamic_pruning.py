@@ -54,7 +54,7 @@ class DynamicPruning(Technique):
     """Train all weights under a mask that moves."""
 
     name: ClassVar[str] = "dynamic-pruning"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains everything under its masks",
         "classifier": "it trains everything under its masks",
         "full": "it trains everything under its masks",
@@ -77,7 +77,7 @@ class DynamicPruning(Technique):
             raise ValueError("extrusion readies weights for the server's drop; with by: clients say extrusion: null")
         return self
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Draw the masks from ``seed``, zero what is inactive, train everything."""
         layers = dict(_layers(model))
         weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
@@ -92,13 +92,13 @@ class DynamicPruning(Technique):
             layer.weight.data *= mask
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])
 
-    def held(self, model: nn.Module) -> list[str]:
+    def list_server_held_tensors(self, model: nn.Module) -> list[str]:
         """The masks."""
         return [f"{name}.mask" for name, _, _ in _list_masked_layers(model)]
 
-    def before_update(self, model: nn.Module, moment: StepInfo) -> float:
+    def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
         """Mask the gradients; press the weights that are about to be dropped, or drop them here."""
-        if self.by == "clients" and self._moves(moment.round) and moment.step == moment.steps // 2:
+        if self.by == "clients" and self._moves(moment.round) and moment.step == moment.local_steps // 2:
             self._move(model, moment.round)
         for _, layer, mask in _list_masked_layers(model):
             if layer.weight.grad is not None:
@@ -112,7 +112,7 @@ class DynamicPruning(Technique):
         )
         return max(moment.lr, compute_extrusion_lr(moment, math.sqrt(square)))
 
-    def asked(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
+    def declare_extra_payload(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
         """In a round after which the mask moves: of each layer, places and gradients of what might wake."""
         asked: dict[str, TensorSpec] = {}
         for name, _, mask in _list_masked_layers(model) if self._moves(number) else ():
@@ -124,7 +124,7 @@ class DynamicPruning(Technique):
                 asked |= {f"{name}.wake_gradient": TensorSpec((count,), "BF16")}
         return asked
 
-    def answer(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
+    def compute_extra_payload(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
         """The largest gradients at inactive places; ``backward`` may add them up over parts of its batch."""
         if not self._moves(number):
             return {}
@@ -140,7 +140,9 @@ class DynamicPruning(Technique):
             model.zero_grad()
         return found
 
-    def revise(self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]) -> dict[str, Tensor]:
+    def after_aggregation(
+        self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
+    ) -> dict[str, Tensor]:
         """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero; or FedDST."""
         revised = dict(state)
         for name, mask in find_masks(state).items() if self._moves(number) else ():
@@ -154,11 +156,11 @@ class DynamicPruning(Technique):
                 revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
 
-    def masks_weights(self) -> bool:
+    def has_weight_masks(self) -> bool:
         """Even fixed ones."""
         return True
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """Weights are zeroed."""
         return False
 

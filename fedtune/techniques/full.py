@@ -24,13 +24,13 @@ class Full(Technique):
     """Train everything."""
 
     name: ClassVar[str] = "full"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "full trains biases among all the rest",
         "classifier": "full trains the head among all the rest",
         "lora": "full trains the weights that lora freezes",
         "qlora": "full trains the weights that qlora freezes",
     }
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on every gradient."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])

@@ -41,11 +41,11 @@ class FusedCrossEntropy(Technique):
     """Output layer and cross-entropy in one, a chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-head"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
     chunk: int = Field(128, ge=1, description="tokens whose logits exist at one time")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
         late = DeferredHead(plain, self.chunk)
@@ -57,15 +57,15 @@ class FusedCrossEntropy(Technique):
         model.loss_function = partial(_loss, head=late)  # type: ignore[assignment]
         _try_step(model)
 
-    def stored(self) -> None:
+    def make_reference(self) -> None:
         """The plain head gives the same gradients."""
 
     def _fold(self, model: nn.Module) -> None:
         """Put the plain output layer back."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, DeferredHead):
-                layer.retire()
-                model.set_submodule(name, layer.plain())
+                layer.remove_hooks()
+                model.set_submodule(name, layer.to_plain_layer())
         vars(model).pop("_loss_function", None)
 
 
@@ -77,24 +77,24 @@ class DeferredHead(nn.Module):
     def __init__(self, plain: nn.Linear, chunk: int) -> None:
         super().__init__()
         self.weight, self.bias, self.chunk = plain.weight, plain.bias, chunk
-        self.late = False
-        self.passed: Tensor | None = None
+        self.is_deferred = False
+        self.hidden_states: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., v] of hidden states [..., h], or late in a step the hidden states themselves."""
-        if not self.late:
+        if not self.is_deferred:
             return F.linear(hidden, self.weight, self.bias)
-        self.passed = hidden
+        self.hidden_states = hidden
         return hidden
 
-    def plain(self) -> nn.Linear:
+    def to_plain_layer(self) -> nn.Linear:
         """The layer it stands for, with the same parameters."""
         high, wide = self.weight.shape
         layer = nn.Linear(wide, high, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 
-    def retire(self) -> None:
+    def remove_hooks(self) -> None:
         """Take the hooks off the model."""
         for handle in self.handles:
             handle.remove()
@@ -126,14 +126,14 @@ def _try_step(model: nn.Module) -> None:
 def _begin_forward(model: PreTrainedModel, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Before the model's forward pass: is this a training step whose loss is asked for?"""
     head = model.get_output_embeddings()
-    head.late = model.training and kwargs.get("labels") is not None
+    head.is_deferred = model.training and kwargs.get("labels") is not None
 
 
 def _end_forward(model: PreTrainedModel, _: tuple[Any, ...], output: Any) -> Any:
     """After it: hidden states are not handed out under the name of logits."""
     head = model.get_output_embeddings()
-    late, passed = head.late, head.passed
-    head.late, head.passed = False, None
+    late, passed = head.is_deferred, head.hidden_states
+    head.is_deferred, head.hidden_states = False, None
     if output is not None and passed is not None:
         raise _misfit(model)
     return type(output)(**{**output, "logits": None}) if late and isinstance(output, ModelOutput) else None
@@ -151,18 +151,18 @@ def _loss(
     **others: Any,
 ) -> Tensor:
     """What transformers calls for the loss of a causal language model; late, it is given the hidden states."""
-    if logits is not head.passed:
+    if logits is not head.hidden_states:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **others)
-    head.passed = None
+    head.hidden_states = None
     following = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     return fused_cross_entropy(
         logits.flatten(0, -2),
         head.weight,
         head.bias,
         following.flatten(),
-        chunk=head.chunk,
-        ignore=ignore_index,
-        divisor=num_items_in_batch,
+        chunk_size=head.chunk,
+        ignore_index=ignore_index,
+        num_items=num_items_in_batch,
     )
 
 

@@ -33,7 +33,7 @@ class LastBlocks(Technique):
     """Train the last blocks of a mobile net."""
 
     name: ClassVar[str] = "last-blocks"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains biases below the last blocks too",
         "checkpointing": "statistics would follow each batch twice",
         "classifier": "the head is trained beside the blocks anyway",
@@ -50,7 +50,7 @@ class LastBlocks(Technique):
     norms: Literal["live", "frozen"] = Field("live", description="statistics of the trained norms")
     micro_batch: int | None = Field(None, ge=1, description="examples at a time through the frozen part; null: all")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of the last blocks and the head."""
         found = split_before_last_blocks(model, self.blocks)
         tail = found.tail if self.head == "train" else None
@@ -62,7 +62,7 @@ class LastBlocks(Technique):
             for name in _norms(found, with_tail=tail is not None):
                 replace_layer(model, name, unfreeze_batch_norm)
         if self.micro_batch is not None:
-            run_frozen_prefix(model, found.before, self.micro_batch, keep=False)
+            run_frozen_prefix(model, found.frozen_modules, self.micro_batch, cache_outputs=False)
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain norms back around what was learned."""
@@ -70,5 +70,5 @@ class LastBlocks(Technique):
 
 
 def _norms(found: NetworkSplit, *, with_tail: bool) -> list[str]:
-    inside = [norm for block in found.blocks for norm in (*block.inner, block.last)]
+    inside = [norm for block in found.blocks for norm in (*block.inner_norms, block.last_norm)]
     return inside + list(found.tail.norms) if with_tail else inside

@@ -33,23 +33,25 @@ class BatchNormStatistics(Technique):
     """Let batch norms follow the data."""
 
     name: ClassVar[str] = "live-norm"
-    trains: ClassVar[bool] = False
-    excludes: ClassVar[Mapping[str, str]] = {"checkpointing": "blocks that run again would count their batch twice"}
+    selects_trainable_tensors: ClassVar[bool] = False
+    conflicts_with: ClassVar[Mapping[str, str]] = {
+        "checkpointing": "blocks that run again would count their batch twice"
+    }
 
     local: bool = Field(False, description="each device keeps its batch norms for itself")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Put a live norm in the place of each plain one; ModelError when the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
             raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
         for name, layer in norms:
-            model.set_submodule(name, UnfrozenBatchNorm2d.of(layer, self.local))
+            model.set_submodule(name, UnfrozenBatchNorm2d.from_batch_norm(layer, self.local))
         if self.local:
             norm_parameters = set(list_local_tensors(model)) & dict(model.named_parameters()).keys()
             unfreeze_parameters(model, sorted(norm_parameters))
 
-    def keeps_own(self) -> bool:
+    def has_local_tensors(self) -> bool:
         """When they are local."""
         return self.local
 
@@ -57,4 +59,4 @@ class BatchNormStatistics(Technique):
         """Plain norms again."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, UnfrozenBatchNorm2d):
-                model.set_submodule(name, layer.plain())
+                model.set_submodule(name, layer.to_plain_layer())

@@ -30,7 +30,7 @@ class Lora(LowRankTechnique):
     """A low-rank pair beside full-precision layers."""
 
     name: ClassVar[str] = "lora"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "classifier": "the head is trained beside a low-rank pair anyway",
         "full": "full trains the weights that lora freezes",
         "qlora": "both put a low-rank pair beside the same layers",

@@ -58,7 +58,7 @@ class Meft(Technique):
     """Couple the blocks reversibly; train adapters and a classifier's head."""
 
     name: ClassVar[str] = "meft"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "checkpointing": "reversible blocks keep nothing already",
         "selective-recompute": "reversible blocks keep nothing that could be recomputed",
     }
@@ -79,13 +79,13 @@ class Meft(Technique):
             raise ValueError(f"factor {self.factor} is no power of two, which exact needs; take 0.125 or mode: float")
         return self
 
-    def refusal(self, other: Technique) -> str | None:
+    def find_conflict(self, other: Technique) -> str | None:
         """``deft`` reads whole activations, which ``pieces`` never makes."""
         if other.name == "deft" and self.pieces > 1:
             return "deft measures a layer's activations whole, which only pieces: 1 makes"
-        return super().refusal(other)
+        return super().find_conflict(other)
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Give the blocks adapters drawn from ``seed`` and couple them; train the adapters and a classifier's head."""
         stack = find_block_list(model)
         hidden, calls = run = record_block_inputs(model, stack)
@@ -101,7 +101,7 @@ class Meft(Technique):
         if task != "causal-language-modelling":
             unfreeze_parameters(model, list_head_parameters(model))
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """The factor stays in the network."""
         return False
 
@@ -114,7 +114,7 @@ class Meft(Technique):
             raise ModelError(f"meft cannot export a {type(model).__name__}, which brings code of its own already")
         export_with_code(model, stack.plan)
 
-    def stored(self) -> "Meft":
+    def make_reference(self) -> "Meft":
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 
@@ -130,7 +130,7 @@ class Meft(Technique):
         if not each:
             return blocks
         scalings = (_DOUBLE - self.bits) // each
-        return 2 * scalings if COUPLINGS[self.variant].swap else scalings
+        return 2 * scalings if COUPLINGS[self.variant].swaps_streams else scalings
 
 
 def _init_adapters(stack: ReversibleStack, seed: int) -> None:
@@ -160,6 +160,6 @@ def _count_range_bits(model: nn.Module, stack: ReversibleStack, run: BlockInputs
     x = hidden.double(), hidden.double()
     with use_seeded_train_mode(model):
         for index, call in enumerate(calls):
-            x, _ = stack.push(index, x, call, None, hidden.dtype)
+            x, _ = stack.forward_block(index, x, call, None, hidden.dtype)
             largest = torch.maximum(largest, torch.stack(x).abs().max())
     return math.ceil(math.log2(float(largest))) + 1

@@ -44,7 +44,7 @@ class Mobiletl(Technique):
     """Train the last blocks of a mobile net, and keep little for it."""
 
     name: ClassVar[str] = "mobiletl"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "its frozen part has no gradients",
         "checkpointing": "statistics would follow each batch twice",
         "classifier": "the head is trained beside the blocks anyway",
@@ -73,18 +73,18 @@ class Mobiletl(Technique):
             raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
         return self
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Train the last blocks and the head; everything above the frozen part keeps what it must."""
         found = split_before_last_blocks(model, self.blocks)
         if self.last_norm == "live":
             for block in found.blocks:
-                replace_layer(model, block.last, unfreeze_batch_norm)
+                replace_layer(model, block.last_norm, unfreeze_batch_norm)
         unfreeze_parameters(model, [*self._trained(model, found), *list_head_parameters(model)])
         if not self.stored_activations:
             self._spare(model, found)
-            run_frozen_prefix(model, found.before, self.micro_batch, keep=self.cache)
+            run_frozen_prefix(model, found.frozen_modules, self.micro_batch, cache_outputs=self.cache)
 
-    def stored(self) -> "Mobiletl":
+    def make_reference(self) -> "Mobiletl":
         """The same network, every activation stored and no gradient approximated."""
         return self.model_copy(update={"stored_activations": True})
 
@@ -93,8 +93,10 @@ class Mobiletl(Technique):
         restore_plain_layers(model)
 
     def _trained(self, model: nn.Module, found: NetworkSplit) -> list[str]:
-        whole = [layer for block in found.blocks for layer in (*block.convolutions, *block.gate, block.last)]
-        shifted = [norm for block in found.blocks for norm in block.inner]
+        whole = [
+            layer for block in found.blocks for layer in (*block.convolutions, *block.gate_layers, block.last_norm)
+        ]
+        shifted = [norm for block in found.blocks for norm in block.inner_norms]
         if self.head == "train":
             whole += found.tail.convolutions
             shifted += found.tail.norms
@@ -107,9 +109,9 @@ class Mobiletl(Technique):
         make = partial(make_layer_efficient, rules=self._rules())
         tail = found.tail
         for block in found.blocks:
-            for name in (*block.convolutions, *block.inner, *block.activations, block.last):
+            for name in (*block.convolutions, *block.inner_norms, *block.activations, block.last_norm):
                 replace_layer(model, name, make)
-            if block.gate:
+            if block.gate_layers:
                 replace_layer(model, block.convolutions[-1], make_product_input_conv2d)
         for name in (*tail.convolutions, *tail.norms, *tail.activations, *tail.dropouts):
             replace_layer(model, name, make)

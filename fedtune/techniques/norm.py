@@ -31,7 +31,7 @@ class BatchNorm(Technique):
     """Train batch norms and a classifier's head."""
 
     name: ClassVar[str] = "norm"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "norm trains shifts beside scales anyway",
         "classifier": "the head is trained beside norms anyway",
         "dynamic-pruning": "it trains everything under its masks",
@@ -40,7 +40,7 @@ class BatchNorm(Technique):
 
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of scales, shifts and the head."""
         if not has_batch_norms(model):
             raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")
@@ -51,7 +51,7 @@ class BatchNorm(Technique):
         if not self.stored_activations:
             make_model_efficient(model)
 
-    def stored(self) -> "BatchNorm":
+    def make_reference(self) -> "BatchNorm":
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 

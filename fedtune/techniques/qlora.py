@@ -25,7 +25,7 @@ class Qlora(LowRankTechnique):
     """A low-rank pair beside NF4 layers."""
 
     name: ClassVar[str] = "qlora"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "classifier": "the head is trained beside a low-rank pair anyway",
         "full": "full trains the weights that qlora freezes",
         "lora": "both put a low-rank pair beside the same layers",
@@ -37,7 +37,7 @@ class Qlora(LowRankTechnique):
             raise ValueError("exact: remainder writes into the base's weights, but four-bit ones are fixed; take lora")
         return self
 
-    def quantisation(self) -> Any:
+    def make_quantisation_config(self) -> Any:
         """NF4 with double quantisation, computing in single precision."""
         return BitsAndBytesConfig(
             load_in_4bit=True,

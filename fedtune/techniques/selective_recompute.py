@@ -52,15 +52,15 @@ class SelectiveCheckpointing(Technique):
     """Keep products, recompute what lies between them."""
 
     name: ClassVar[str] = "selective-recompute"
-    trains: ClassVar[bool] = False
-    excludes: ClassVar[Mapping[str, str]] = {
+    selects_trainable_tensors: ClassVar[bool] = False
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "checkpointing": "both decide what the same blocks keep",
         "meft": "reversible blocks keep nothing that could be recomputed",
     }
 
     terms: int = Field(64, ge=0, description="products that sum at most so many terms are recomputed")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")
@@ -68,7 +68,7 @@ class SelectiveCheckpointing(Technique):
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
-    def stored(self) -> None:
+    def make_reference(self) -> None:
         """Stored activations give the same gradients."""
 
 

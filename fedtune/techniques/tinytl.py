@@ -37,7 +37,7 @@ class Tinytl(Technique):
     """Train lite residuals, biases and a classifier's head."""
 
     name: ClassVar[str] = "tinytl"
-    excludes: ClassVar[Mapping[str, str]] = {
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "tinytl trains biases itself",
         "classifier": "the head is trained beside the branches anyway",
         "dynamic-pruning": "it trains everything under its masks",
@@ -52,7 +52,7 @@ class Tinytl(Technique):
     groups: int = Field(2, ge=1, description="of that convolution")
     stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
-    def apply(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Put branches drawn from ``seed`` beside the blocks; train them, biases and the head."""
         found = find_inverted_residuals(model)
         if self.biases:
@@ -65,11 +65,11 @@ class Tinytl(Technique):
             for block in found:
                 attach_lite_residual(model.get_submodule(block.name), self._branch(model, block))
 
-    def stored(self) -> "Tinytl":
+    def make_reference(self) -> "Tinytl":
         """The same network, every activation stored."""
         return self.model_copy(update={"stored_activations": True})
 
-    def keeps_base(self) -> bool:
+    def has_unchanged_base(self) -> bool:
         """The branches stay."""
         return False
 

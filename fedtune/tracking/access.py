@@ -43,13 +43,13 @@ class Access:
         with reader(self._engine) as connection:
             return _device(connection, name)
 
-    def profile_device(self, name: str, profile: str) -> None:
+    def save_device_profile(self, name: str, profile: str) -> None:
         """Keep what a device says of itself, and that it was seen now."""
         change = {"profile": profile, "seen": datetime.now(UTC)}
         with writer(self._engine) as connection:
             connection.execute(update(tables.devices).where(tables.devices.c.name == name), change)
 
-    def tag_device(self, name: str, add: Sequence[str], remove: Sequence[str]) -> tuple[str, ...]:
+    def change_device_tags(self, name: str, add: Sequence[str], remove: Sequence[str]) -> tuple[str, ...]:
         """Give a device tags and take others from it; the tags it has then. StoreError when there is no such device."""
         with writer(self._engine) as connection:
             found = _expected_device(connection, name)
@@ -86,7 +86,7 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(insert(tables.tokens), row | {"tags": _in_order(tags)})
 
-    def spend_token(self, sha256: str) -> str:
+    def use_enrolment_token(self, sha256: str) -> str:
         """The device a token is for; from now on it is refused with a StoreError, like one that is unknown or old."""
         table, now = tables.tokens, datetime.now(UTC)
         with writer(self._engine) as connection:
@@ -101,7 +101,7 @@ class Access:
         device: str = row["device"]
         return device
 
-    def token_tags(self, sha256: str) -> tuple[str, ...]:
+    def get_token_tags(self, sha256: str) -> tuple[str, ...]:
         """The tags a token gives; none when it is not known."""
         wanted = select(tables.tokens.c.tags).where(tables.tokens.c.sha256 == sha256)
         with reader(self._engine) as connection:

@@ -28,7 +28,7 @@ def rollback(store: Store, reference: str, number: int) -> int:
         raise StoreError(
             f"run {run.id} has privacy: what its rounds told of clients stays told and counted; start a new run instead"
         )
-    recorded = next((found.status for found in store.unfinished(run.engine) if found.id == run.id), "")
+    recorded = next((found.status for found in store.list_unfinished_runs(run.engine) if found.id == run.id), "")
     if recorded == "queued" or (recorded and run.engine == _SERVED):
         raise StoreError(f"run {run.id} is {recorded}; stop it first: fedtune runs stop {run.id}")
     with claim_run(run.id):

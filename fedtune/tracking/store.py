@@ -134,12 +134,12 @@ class Store:
         with writer(self._engine) as connection:
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"recipe": recipe})
 
-    def explain(self, run_id: str, reason: str) -> None:
+    def set_run_reason(self, run_id: str, reason: str) -> None:
         """Say why a run that has not ended waits."""
         with writer(self._engine) as connection:
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), {"reason": reason})
 
-    def unfinished(self, engine: str) -> list[RunRecord]:
+    def list_unfinished_runs(self, engine: str) -> list[RunRecord]:
         """Runs of an engine that are to be carried on, oldest first, as recorded: alive or not."""
         wanted = tables.runs.c.engine == engine, tables.runs.c.status.in_(("running", "queued"))
         with reader(self._engine) as connection:
@@ -156,7 +156,7 @@ class Store:
         with reader(self._engine) as connection:
             return rows.read_rounds(connection, list(run_ids))
 
-    def last_asked(self, run_id: str) -> dict[int, int]:
+    def get_last_requested_rounds(self, run_id: str) -> dict[int, int]:
         """By client, the last committed round it was asked in; clients that were never asked are left out."""
         table = tables.contributions.c
         last = func.max(table.round).label("round")
@@ -164,7 +164,7 @@ class Store:
         with reader(self._engine) as connection:
             return {row["client"]: row["round"] for row in connection.execute(wanted).mappings()}
 
-    def newest_scores(self) -> dict[str, list[tuple[int, MetricRecord]]]:
+    def get_latest_metrics(self) -> dict[str, list[tuple[int, MetricRecord]]]:
         """Per run, the newest value of each held-out metric over all domains, with its round: quick for any list."""
         with reader(self._engine) as connection:
             return rows.read_latest_metrics(connection)

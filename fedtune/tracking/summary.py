@@ -39,7 +39,7 @@ class Totals:
     saved_bytes: int
     peak_rss: int
     merged: int
-    asked: int
+    requested: int
 
 
 def totals(rounds: Sequence[RoundRecord]) -> Totals:
@@ -52,7 +52,7 @@ def totals(rounds: Sequence[RoundRecord]) -> Totals:
         saved_bytes=max((one.saved_bytes for one in every), default=0),
         peak_rss=max((one.peak_rss for one in every), default=0),
         merged=sum(one.status == "merged" for one in every),
-        asked=len(every),
+        requested=len(every),
     )
 
 

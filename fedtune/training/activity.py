@@ -30,8 +30,8 @@ class InputChannels(NamedTuple):
     """The input channels of a weight: ``inward`` is the axis of the layer's input and ``axis`` that of the weight."""
 
     layer: nn.Module
-    inward: int
-    axis: int
+    input_axis: int
+    weight_axis: int
     size: int
     groups: int = 1
 
@@ -125,7 +125,7 @@ def sum_activations(
     found = {name: ActivationSums(torch.zeros(place.size, dtype=torch.float64)) for name, place in places.items()}
     model.eval()
     with hook_layer_inputs(
-        {name: (place.layer, place.inward) for name, place in places.items()}, partial(_add, found)
+        {name: (place.layer, place.input_axis) for name, place in places.items()}, partial(_add, found)
     ) as begin:
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -148,7 +148,7 @@ def average_activations(
 ) -> dict[str, ActivationStatistics]:
     """Totals as means, laid out as each weight needs them; without those that counted nothing."""
     return {
-        name: ActivationStatistics(_expand_groups(places[name], total.sums / total.count), places[name].axis)
+        name: ActivationStatistics(_expand_groups(places[name], total.sums / total.count), places[name].weight_axis)
         for name, total in found.items()
         if total.count
     }

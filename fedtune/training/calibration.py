@@ -25,10 +25,10 @@ def sample_rows(indices: NDArray[np.int64], count: int | None, seed: int) -> lis
     return sorted(np.random.default_rng(seed).choice(indices, count, replace=False).tolist())
 
 
-def iter_inputs(examples: EncodedDataset, chosen: Sequence[int], batch: int) -> Iterator[Batch]:
+def iter_inputs(examples: EncodedDataset, chosen: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Chosen examples as a model reads them, without labels."""
-    for start in range(0, len(chosen), batch):
-        made = examples.batch(chosen[start : start + batch])
+    for start in range(0, len(chosen), batch_size):
+        made = examples.make_batch(chosen[start : start + batch_size])
         yield {name: tensor for name, tensor in made.items() if name != "labels"}
 
 
@@ -44,29 +44,31 @@ def load_calibration_inputs(
     chosen = DataSettings.model_validate({"source": source, "columns": {kind: column or kind}})
     if task == "causal-language-modelling":
         documents = data.load_all_examples(_make_minimal_recipe(chosen, model, task), ())["text"]
-        return list(iter_token_blocks(_rows(documents, model), block=block, batch=batch))
+        return list(iter_token_blocks(_rows(documents, model), block_size=block, batch=batch))
     examples = _encode_unlabelled(chosen, model, task, block)
     return list(iter_inputs(examples, sample_rows(np.arange(len(examples)), _DOCUMENTS, _SEED), batch))
 
 
 def iter_token_blocks(
-    rows: Iterable[Sequence[int]], *, block: int = _BLOCK, documents: int = _DOCUMENTS, batch: int = 8
+    rows: Iterable[Sequence[int]], *, block_size: int = _BLOCK, num_documents: int = _DOCUMENTS, batch: int = 8
 ) -> Iterator[Batch]:
-    """Token ids [k, block] of texts end to end: the first ``documents`` that are neither empty nor above a block long.
+    """Token ids [k, block] of texts end to end: the first ``num_documents`` not empty, at most a block long.
 
     What is left over is dropped; DataError when there is not a single block.
     """
     taken: list[int] = []
     count = 0
     for row in rows:
-        if count == documents:
+        if count == num_documents:
             break
-        if 0 < len(row) <= block:
+        if 0 < len(row) <= block_size:
             taken += row
             count += 1
-    if len(taken) < block:
-        raise DataError(f"the calibration text gives {len(taken)} tokens, less than a block of {block}; bring more")
-    whole = torch.tensor(taken[: len(taken) // block * block]).reshape(-1, block)
+    if len(taken) < block_size:
+        raise DataError(
+            f"the calibration text gives {len(taken)} tokens, less than a block of {block_size}; bring more"
+        )
+    whole = torch.tensor(taken[: len(taken) // block_size * block_size]).reshape(-1, block_size)
     for ids in whole.split(batch):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

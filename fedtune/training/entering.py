@@ -14,8 +14,8 @@ Note = Callable[[str, Tensor], None]
 
 
 @contextmanager
-def hook_layer_inputs(layers: Mapping[str, tuple[nn.Module, int]], note: Note) -> Iterator[Callable[[Batch], None]]:
-    """Inside the block ``note`` is given a layer's name and rows [n, channels] whenever the layer runs.
+def hook_layer_inputs(layers: Mapping[str, tuple[nn.Module, int]], on_input: Note) -> Iterator[Callable[[Batch], None]]:
+    """Inside the block ``on_input`` is given a layer's name and rows [n, channels] whenever the layer runs.
 
     ``layers`` say which axis of the input counts channels; the callable is told the batch that runs next. An input with
     the shape of its attention mask [batch, tokens] has rows for its real tokens; any other (a pooled one, or the tokens
@@ -29,7 +29,7 @@ def hook_layer_inputs(layers: Mapping[str, tuple[nn.Module, int]], note: Note) -
 
     def heard(name: str, inward: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         entered: Tensor = given[0] if given else next(iter(named.values()))
-        note(name, _rows(entered.movedim(inward, -1), real[0]))
+        on_input(name, _rows(entered.movedim(inward, -1), real[0]))
 
     with ExitStack() as stack:
         for name, (layer, inward) in layers.items():

@@ -71,8 +71,8 @@ class _MetricSums:
 @torch.no_grad()
 def evaluate_model(
     model: nn.Module,
-    data: EncodedDataset,
-    batch: int,
+    examples: EncodedDataset,
+    batch_size: int,
     task: TaskName,
     techniques: Sequence[Technique] = (),
     rows: Sequence[int] | None = None,
@@ -87,14 +87,14 @@ def evaluate_model(
     """
     model.eval()
     tallies: dict[str, _MetricSums] = defaultdict(lambda: _MetricSums(keeps=bool(metrics)))
-    order = _order_by_length(data, rows)
+    order = _order_by_length(examples, rows)
     with collect_metrics(techniques, model) as figures:
-        for done, (index, row) in enumerate(_predictions(model, data, order, batch, task, techniques), 1):
+        for done, (index, row) in enumerate(_predictions(model, examples, order, batch_size, task, techniques), 1):
             tallies["all"].add(row)
-            if done % batch == 0 or done == len(order):
+            if done % batch_size == 0 or done == len(order):
                 told(done)
-            if data.domains is not None:
-                tallies[data.domains[index]].add(row)
+            if examples.domains is not None:
+                tallies[examples.domains[index]].add(row)
         watched = [Metric("all", name, value) for name, value in figures().items()]
     return [*_compute_metrics(tallies, task, metrics), *watched]
 
@@ -130,7 +130,7 @@ def _predictions(
 ) -> Iterator[tuple[int, _Row]]:
     for start in range(0, len(rows), batch):
         chosen = rows[start : start + batch]
-        inputs = data.batch(chosen)
+        inputs = data.make_batch(chosen)
         begin_step(techniques, model, inputs, 1.0)
         yield from zip(chosen, _predict(model, inputs, task), strict=True)
 

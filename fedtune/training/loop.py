@@ -57,14 +57,14 @@ class LocalTrainingResult:
     """
 
     delta: dict[str, Tensor]
-    extras: dict[str, Tensor]
-    own: dict[str, Tensor]
-    own_score: HoldoutMetrics
+    extra_payload: dict[str, Tensor]
+    local_tensors: dict[str, Tensor]
+    holdout_metrics: HoldoutMetrics
     trained_score: HoldoutMetrics
-    examples: int
-    loss: float
+    num_examples: int
+    train_loss: float
     seconds: float
-    saved_bytes: int
+    activation_bytes: int
     peak_rss: int
 
 
@@ -76,40 +76,42 @@ def train_local_model(
     indices: IntArray,
     recipe: Recipe,
     number: int,
-    client: int,
-    own: Mapping[str, Tensor] = _NOTHING,
-    micro: int | None = None,
+    client_id: int,
+    local_tensors: Mapping[str, Tensor] = _NOTHING,
+    micro_batch_size: int | None = None,
 ) -> LocalTrainingResult:
     """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
 
-    ``micro`` is the most examples that go through the model at a time, the batch staying what it is. ``own`` holds all
-    tensors the device keeps for itself. Every random number comes from (seed, round, client), so the outcome does not
-    depend on what ran before.
+    ``micro_batch_size`` is the most examples that go through the model at a time, the batch staying what it is.
+    ``local_tensors`` holds all tensors the device keeps for itself. Every random number comes from (seed, round,
+    client), so the outcome does not depend on what ran before.
     """
     started = time.perf_counter()
     reset_peak_rss()
-    indices, held = split_holdout(indices, recipe.evaluation.own, derive_seed(recipe.seed, client, "own"))
-    receive_state(model, techniques, state, own, number)
+    indices, held = split_holdout(indices, recipe.evaluation.own, derive_seed(recipe.seed, client_id, "own"))
+    receive_state(model, techniques, state, local_tensors, number)
     names = list_trainable_tensors(model)
-    start = Start(model, names, own, state)
+    start = Start(model, names, local_tensors, state)
     masters = masters_of(model, start)
     with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         own_score = score_held_out(model, data, held, recipe, techniques)
-        seed = derive_seed(recipe.seed, number, client, "activity")
+        seed = derive_seed(recipe.seed, number, client_id, "activity")
         told = compute_uploaded_statistics(model, techniques, data, indices, recipe, names, seed)
-        torch.manual_seed(derive_seed(recipe.seed, number, client, "dropout"))
+        torch.manual_seed(derive_seed(recipe.seed, number, client_id, "dropout"))
         release_freed()
         loss, saved_bytes, examples = _run_steps(
-            model, techniques, data, indices, recipe, number, client, micro, masters
+            model, techniques, data, indices, recipe, number, client_id, micro_batch_size, masters
         )
         release_freed()
         kept = {
             name: masters[name].detach() if name in masters else one
-            for name, one in get_model_state(model, own).items()
+            for name, one in get_model_state(model, local_tensors).items()
         }
         delta = start.deltas({**named_tensors(model), **masters}, names)
-        _say_if_nothing_moved([*delta.values(), *(kept[name] - own[name] for name in own)], number, client)
-        backward = partial(_run_extra_backward, model, techniques, data, indices, recipe, number, micro)
+        _say_if_nothing_moved(
+            [*delta.values(), *(kept[name] - local_tensors[name] for name in local_tensors)], number, client_id
+        )
+        backward = partial(_run_extra_backward, model, techniques, data, indices, recipe, number, micro_batch_size)
         extras = {**told, **compute_extra_payload(techniques, model, number, backward)}
         trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
@@ -137,7 +139,7 @@ def _run_extra_backward(
 ) -> None:
     """Gradients of the loss on the client's first examples, at most ``micro`` of them at a time."""
     chosen = indices[: recipe.train.batch].tolist()
-    parts = [data.batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
+    parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
     model.eval()
     _run_step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
 
@@ -165,7 +167,7 @@ def _run_steps(
     order = batches(indices, settings.batch, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((number - 1) + step / steps) / recipe.federation.rounds
-        parts = [data.batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
+        parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
         loss, kept = _run_step(model, techniques, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
         moment = StepInfo(number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
@@ -215,7 +217,7 @@ def _run_step(
         begin_step(techniques, model, part, progress)
         with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
             loss = compute_step_loss(model, part)
-            kept = max(kept, meter.bytes if meter is not None else 0)
+            kept = max(kept, meter.current_bytes if meter is not None else 0)
         (loss if len(parts) == 1 else loss * share).backward()
         total += share * float(loss.detach())
     return total if predicting else None, kept

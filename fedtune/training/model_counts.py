@@ -10,7 +10,7 @@ __all__ = ["check_model_counts"]
 def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
     """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
     combine, late = pipeline.combine, recipe.federation.late
-    coming, key = recipe.clients_per_round, "federation.clients"
+    coming, key = recipe.cohort_size, "federation.clients"
     if recipe.federation.take_first is not None:
         coming, key = recipe.federation.take_first, "federation.take_first"
     if late is not None:
@@ -20,8 +20,8 @@ def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
             f"merge: {combine.name} needs at least {combine.needed} models, but a round brings {coming} at most; raise "
             f"{key}, add devices or choose mean"
         )
-    if combine.most is not None and coming > combine.most:
+    if combine.max_models is not None and coming > combine.max_models:
         raise RecipeError(
-            f"merge: {combine.name} takes {combine.most} models, but a round asks for {coming}; lower {key} or choose "
-            "mean"
+            f"merge: {combine.name} takes {combine.max_models} models, but a round asks for {coming}; "
+            f"lower {key} or choose mean"
         )

@@ -30,7 +30,7 @@ def list_tensors_of_round(shop: "RunContext", number: int) -> list[str]:
 def get_received_shapes(shop: "RunContext", part: "RunContext") -> dict[str, tuple[int, ...]]:
     """What a class is sent of the shared state: its own shapes, by name."""
     own = get_tensor_shapes(part.model)
-    return {name: own[name] for name in shop.shared if name in own}
+    return {name: own[name] for name in shop.shared_names if name in own}
 
 
 def check_device_class(shop: "RunContext", part: "RunContext", device: str) -> None:
@@ -38,7 +38,7 @@ def check_device_class(shop: "RunContext", part: "RunContext", device: str) -> N
     start = f"devices: the techniques of {device}"
     mend = "give the class and train.techniques such as differ in how much they train"
     own = get_received_shapes(shop, part)
-    if lacking := sorted(set(shop.shared) - own.keys()):
+    if lacking := sorted(set(shop.shared_names) - own.keys()):
         raise RecipeError(f"{start} leave no place for {lacking[0]}, which train.techniques shares; {mend}")
     if beside := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
         raise RecipeError(f"{start} train {beside[0]}, which train.techniques does not share; {mend}")
@@ -80,8 +80,12 @@ def _check_merge(pipeline: merging.MergePipeline, device: str) -> None:
     asked = merging.build_calibration_request(pipeline.steps)
     combine = pipeline.combine
     needy = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
-    needy += [combine.name] if combine.fewest > 1 or combine.most is not None or combine.needs else []
-    needy += [step.name for step in pipeline.relax if step.needs] if asked is not None and asked.by == "clients" else []
+    needy += [combine.name] if combine.min_models > 1 or combine.max_models is not None or combine.needs else []
+    needy += (
+        [step.name for step in pipeline.relax if step.needs]
+        if asked is not None and asked.calibrate_on == "clients"
+        else []
+    )
     if needy:
         raise RecipeError(
             f"merge: {needy[0]} needs all of every model, but {device} trains only a part; drop the step, or let "

@@ -32,7 +32,7 @@ def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> N
             "let all train alike, or drop privacy"
         )
     measured = merging.build_calibration_request(pipeline.steps)
-    if measured is not None and measured.by == "clients":
+    if measured is not None and measured.calibrate_on == "clients":
         raise RecipeError(
             "merge: statistics: clients sends activations without noise; let the server measure, or drop privacy"
         )

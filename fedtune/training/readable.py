@@ -25,7 +25,7 @@ def require_readable(model: nn.Module, examples: EncodedDataset, recipe: Recipe,
     if examples.lengths is None:
         _require_side(model, examples, recipe)
         return
-    ids = examples.batch([int(examples.lengths.argmax())])["input_ids"]
+    ids = examples.make_batch([int(examples.lengths.argmax())])["input_ids"]
     _require_rows(model, examples, recipe)
     _require_words(examples, tokenizer, recipe)
     _require_positions(model, ids, recipe)
@@ -63,7 +63,7 @@ def _require_words(examples: EncodedDataset, tokenizer: Any, recipe: Recipe) -> 
 
 def _batches(examples: EncodedDataset) -> Sequence[dict[str, Tensor]]:
     size = 1024
-    return [examples.batch(range(at, min(at + size, len(examples)))) for at in range(0, len(examples), size)]
+    return [examples.make_batch(range(at, min(at + size, len(examples)))) for at in range(0, len(examples), size)]
 
 
 def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:
@@ -92,7 +92,7 @@ def _told_positions(model: nn.Module) -> int | None:
 
 def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) -> None:
     size = getattr(getattr(model, "config", None), "image_size", None)
-    pixels = examples.batch([0])["pixel_values"]
+    pixels = examples.make_batch([0])["pixel_values"]
     if size is None or size == pixels.shape[-1]:
         return
     if (why := _reads(model, {"pixel_values": pixels.to(next(model.parameters()).dtype)})) is not None:

@@ -42,7 +42,7 @@ def compute_uploaded_statistics(
     asked = _client_measurement(recipe)
     if asked is None or not (places := find_input_channels(model, set(names))):
         return {}
-    chosen = sample_rows(indices, asked.examples, seed)
+    chosen = sample_rows(indices, asked.calibration_examples, seed)
     found = sum_activations(model, places, iter_inputs(data, chosen, recipe.evaluation.batch), techniques).values()
     counts = torch.tensor([float(total.count) for total in found])
     return {_SUMS: torch.cat([total.sums for total in found]).float(), _COUNTS: counts}
@@ -64,4 +64,4 @@ def sum_uploaded_statistics(
 
 def _client_measurement(recipe: Recipe) -> CalibrationRequest | None:
     asked = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
-    return asked if asked is not None and asked.by == "clients" else None
+    return asked if asked is not None and asked.calibrate_on == "clients" else None

@@ -28,7 +28,7 @@ __all__ = ["RunContext", "clear_run_context", "get_run_context", "prepare_model"
 def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tuple[Technique, ...], list[str]]:
     """The model with its techniques applied, the techniques, and the names of the tensors a federation shares."""
     chosen = techniques.build_techniques(recipe.train.techniques)
-    quantised = [found for found in (technique.quantisation() for technique in chosen) if found is not None]
+    quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
     if len(quantised) > 1:
         raise ModelError("two techniques want to quantise the base; keep one of them")
     model = models.load_model(
@@ -50,22 +50,22 @@ class RunContext:
     corpus: data.DataSplits = field(repr=False)
     model: nn.Module = field(repr=False)
     techniques: tuple[Technique, ...]
-    shared: list[str] = field(repr=False)
-    parts: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
+    shared_names: list[str] = field(repr=False)
+    by_device_class: dict[str, "RunContext"] = field(default_factory=dict, repr=False)
     """Of device classes with settings of their own, by name; their examples are taken from here."""
-    own: dict[str, Tensor] = field(init=False, repr=False)
+    local_tensors: dict[str, Tensor] = field(init=False, repr=False)
     """What each device keeps for itself, as it is before training."""
 
     def __post_init__(self) -> None:
         """Read them while the model is untrained."""
-        self.own = get_model_state(self.model, techniques.list_local_tensors(self.model))
+        self.local_tensors = get_model_state(self.model, techniques.list_local_tensors(self.model))
 
-    def of(self, client: int) -> "RunContext":
+    def for_client(self, client: int) -> "RunContext":
         """What a client trains with: its device class's model and settings, or those of all."""
-        return self.parts.get(self.recipe.device_of(client).name, self)
+        return self.by_device_class.get(self.recipe.get_device_class(client).name, self)
 
     @cached_property
-    def clients(self) -> list[np.ndarray]:
+    def client_rows(self) -> list[np.ndarray]:
         """Indices into the training part, one sorted array per client."""
         return data.partition_examples(self.recipe, self.corpus.train)
 
@@ -85,34 +85,36 @@ class RunContext:
         return self._encode(self.corpus.test)
 
     @cached_property
-    def domain_of_client(self) -> dict[int, str]:
+    def client_domains(self) -> dict[int, str]:
         """The domain most of a client's examples belong to; empty when the data has no domains."""
         domains = self.train.domains
         if domains is None:
             return {}
-        mixes = {client: Counter(domains[index] for index in indices) for client, indices in enumerate(self.clients)}
+        mixes = {
+            client: Counter(domains[index] for index in indices) for client, indices in enumerate(self.client_rows)
+        }
         return {client: mix.most_common(1)[0][0] for client, mix in mixes.items()}
 
-    def other(self, source: str, columns: Mapping[str, str]) -> data.EncodedDataset:
+    def encode_source(self, source: str, columns: Mapping[str, str]) -> data.EncodedDataset:
         """All examples of another source, encoded; ``columns`` says which of its columns holds what."""
         try:
             chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns))
         except ValidationError as error:
             raise RecipeError(explain_validation_error(error, ColumnSettings, "--columns")) from error
         recipe = self.recipe.model_copy(update={"data": chosen})
-        return self._encode(data.load_all_examples(recipe, self.corpus.labels))
+        return self._encode(data.load_all_examples(recipe, self.corpus.label_names))
 
     def share_memory(self) -> None:
         """Move the models into memory that worker processes can map, and split and encode before they do."""
-        for shop in (self, *self.parts.values()):
+        for shop in (self, *self.by_device_class.values()):
             shop.model.share_memory()
-        _ = self.clients, self.train
+        _ = self.client_rows, self.train
 
-    def own_trained(self) -> None:
+    def copy_writable_tensors(self) -> None:
         """In a worker process: replace the mapped copies of what is trained or received by own ones."""
-        for shop in (self, *self.parts.values()):
+        for shop in (self, *self.by_device_class.values()):
             tensors = named_tensors(shop.model)
-            for name in [*self.shared, *self.own]:
+            for name in [*self.shared_names, *self.local_tensors]:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.EncodedDataset:
@@ -149,19 +151,19 @@ def _build(recipe: str) -> RunContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = models.settled(Recipe.model_validate_json(recipe))
     corpus = data.load_data(parsed, models.class_names(parsed.model, parsed.task))
-    model, chosen, shared = prepare_model(parsed, corpus.labels)
+    model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)
     shop = RunContext(parsed, corpus, model, chosen, shared)
-    shop.parts = _build_device_classes(shop)
+    shop.by_device_class = _build_device_classes(shop)
     return shop
 
 
 def _build_device_classes(shop: RunContext) -> dict[str, RunContext]:
     found: dict[str, RunContext] = {}
-    for device in (device for device in shop.recipe.devices if device.settings):
-        recipe = shop.recipe.with_settings_of(device)
-        part = RunContext(recipe, shop.corpus, *prepare_model(recipe, shop.corpus.labels))
+    for device in (device for device in shop.recipe.devices if device.overridden_settings):
+        recipe = shop.recipe.apply_device_class(device)
+        part = RunContext(recipe, shop.corpus, *prepare_model(recipe, shop.corpus.label_names))
         check_device_class(shop, part, device.name)
         found[device.name] = part
     return found

@@ -57,7 +57,7 @@ def _removed(scene: Scene) -> str:
     gone = Knocker(scene.server)
     gone.enroll(scene.server.token("gone"))
     with scene.server.operator() as connection:
-        connection.ask("DELETE", "devices/gone")
+        connection.request_json("DELETE", "devices/gone")
     return scene.refused(gone.signed("/v1/fleet/pull-messages"), 401)
 
 
@@ -96,14 +96,14 @@ def _reader_submits(scene: Scene) -> str:
     with connect_to_server(scene.folder / "reader.json") as reader:
         for method, path in (("POST", "runs"), ("POST", "tokens"), ("DELETE", "operators/local")):
             try:
-                reader.ask(method, path, {"recipe": recipe})
+                reader.request_json(method, path, {"recipe": recipe})
             except ServerError as error:
                 told.append(str(error))
     assert len(told) == 3, told
     recipe["train"]["techniques"] = [{"name": "__import__", "settings": {}}]
     with scene.server.operator() as connection:
         try:
-            connection.ask("POST", "runs", {"recipe": recipe})
+            connection.request_json("POST", "runs", {"recipe": recipe})
         except ServerError as error:
             told.append(str(error))
     assert len(told) == 4, "a recipe was taken that does not hold"

@@ -35,7 +35,7 @@ def _order(scene: Scene) -> PullMessagesResponse:
     with scene.server.operator() as connection, scene.hostile.fleet() as fleet:
         node = Node(node_id=scene.node)
         fleet.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=60))
-        run = connection.ask("POST", "runs", {"recipe": recipe})["run"]
+        run = connection.request_json("POST", "runs", {"recipe": recipe})["run"]
         scene.left_open.append(lambda: _stopped(scene, run))
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
@@ -49,7 +49,7 @@ def _order(scene: Scene) -> PullMessagesResponse:
 
 def _stopped(scene: Scene, run: str) -> None:
     with scene.server.operator() as connection, suppress(ServerError):  # it may have ended by itself
-        connection.ask("POST", f"runs/{run}/stop")
+        connection.request_json("POST", f"runs/{run}/stop")
 
 
 def _large_answer(scene: Scene) -> str:
@@ -84,18 +84,18 @@ def _large_answer(scene: Scene) -> str:
 def _destructive(scene: Scene) -> str:
     """In its first round it claims 10**18 examples, in its second it sends deltas that are not finite."""
     address = scene.server.url.removeprefix("https://")
-    fleet = FleetClient(address, scene.server.place.ca.read_text(), scene.hostile.private, scene.node, time.time)
+    fleet = FleetClient(address, scene.server.place.ca_file.read_text(), scene.hostile.private, scene.node, time.time)
     recipe = trivial(*_RECIPE).model_dump(mode="json")
-    fleet.beat()
+    fleet.send_heartbeat()
     with scene.server.operator() as connection:
-        run = connection.ask("POST", "runs", {"recipe": recipe})["run"]
+        run = connection.request_json("POST", "runs", {"recipe": recipe})["run"]
     scene.left_open.append(lambda: _stopped(scene, run))
     for examples, value in ((10**18, 0.0), (3, float("inf"))):
         claim = _claimed(fleet)
-        task = fleet.fetch(claim)
+        task = fleet.download_message(claim)
         deltas = {name: torch.full_like(tensor, value) for name, tensor in decode_tensors(task.payload).items()}
         report = ClientReport(examples=examples, loss=1.0, seconds=1.0, saved_bytes=1, peak_rss=1)
-        fleet.answer(claim, pack(deltas), asdict(report), 1.0)
+        fleet.push_update(claim, pack(deltas), asdict(report), 1.0)
     found = ended(scene.server, run, _PATIENCE)
     fleet.close()
     told = [sent for record in found["rounds"] for sent in record["contributions"]]
@@ -107,9 +107,9 @@ def _destructive(scene: Scene) -> str:
 def _claimed(fleet: FleetClient) -> bytes:
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
-        fleet.beat()
-        if claim := fleet.claim():
-            fleet.holds(claim)
+        fleet.send_heartbeat()
+        if claim := fleet.pull_message():
+            fleet.mark_message_stored(claim)
             return claim
         time.sleep(0.5)
     raise AssertionError(f"no order came in {_PATIENCE:.0f} s")

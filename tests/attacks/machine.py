@@ -59,7 +59,7 @@ def _not_root() -> str:
 def _another_user(scene: Scene) -> str:
     """A process of uid 65534 tries the SuperLink's socket, and Control and Runtime calls at every port there is."""
     ca = scene.folder / "ca.pem"
-    ca.write_text(scene.server.place.ca.read_text())
+    ca.write_text(scene.server.place.ca_file.read_text())
     os.chmod(scene.folder, 0o755)
     own = psutil.Process(scene.server.process.pid)
     ports = set()
@@ -67,7 +67,7 @@ def _another_user(scene: Scene) -> str:
         with suppress(psutil.Error):
             ports |= {one.laddr.port for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
     assert ports == {scene.server.place.settings.address[1]}, f"more than the door has a port: {ports}"
-    unix = scene.server.place.flower / "superlink.sock"
+    unix = scene.server.place.flower_home / "superlink.sock"
     command = [sys.executable, "-P", "-c", _AS_NOBODY, str(ca), str(unix), *map(str, ports)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert done.stdout.split() == ["denied", "404", "404"], done.stdout + done.stderr
@@ -102,9 +102,9 @@ def _planted_modules(scene: Scene) -> str:
     os.chdir(trap)
     keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
     try:
-        assert keeper.ask(Frame({"recipe": "{}"})).header["kind"] == "failed"
+        assert keeper.run_request(Frame({"recipe": "{}"})).header["kind"] == "failed"
     finally:
-        keeper.close()
+        keeper.stop_trainer()
         os.chdir(before)
     assert not mark.exists(), mark.read_text()
     return "the trainer imports what is installed"

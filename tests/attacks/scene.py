@@ -28,7 +28,7 @@ class Honest:
         knocker = Knocker(server)
         node = knocker.enroll(server.token("honest")).json()["node_id"]
         ca, key = folder / "honest-ca.pem", folder / "honest-key.pem"
-        ca.write_text(server.place.ca.read_text())
+        ca.write_text(server.place.ca_file.read_text())
         private = serialization.PrivateFormat.PKCS8
         key.write_bytes(
             knocker.private.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())

@@ -113,7 +113,7 @@ def _flush(scene: Scene) -> str:
         more = True
         while more:
             before = f"&before={lines[-1]['id']}" if lines else ""
-            told = connection.ask("GET", f"audit?limit=1000{before}")
+            told = connection.request_json("GET", f"audit?limit=1000{before}")
             lines, more = lines + told["audit"], told["more"]
     assert any(line["kind"] == "done" and "hostile" in line["what"] for line in lines)
     assert len([line for line in lines if "flush-" in line["what"]]) <= 240, "sixty a minute"
