@@ -135,7 +135,7 @@ def test_folded_it_leaves_nothing_behind(joined: str) -> None:
     model, chosen = prepared(bert(), TEXT, f"{joined}+activation-pruning")
     wanted = logits(model, texts(model))
     for technique in chosen:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     assert set(model.state_dict()) == set(bert().state_dict())
     assert not any("forward" in vars(layer) for layer in model.modules())
     torch.testing.assert_close(logits(model, texts(model)), wanted)

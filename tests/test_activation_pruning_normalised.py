@@ -37,7 +37,7 @@ def test_a_folded_normalised_net_is_a_plain_one_of_the_same_function() -> None:
     model, chosen = prepared(resnet(), IMAGES, "full+activation-pruning", normalise=True)
     wanted = logits(model, pictures())
     for technique in chosen:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     plain = resnet()
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(plain, pictures()), wanted, rtol=1e-4, atol=1e-4)
@@ -66,7 +66,7 @@ def test_a_masked_normalised_net_folds_to_a_plain_one_though_active_weights_are_
     layer.weight.data[tuple(layer.mask.nonzero()[0])] = 0  # as a weight that has just been grown
     wanted = logits(model, pictures())
     for technique in chosen:
-        technique.fold(model)
+        technique.merge_into_weights(model)
     plain = MobileNetV3(3)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(plain, pictures()), wanted, rtol=1e-4, atol=1e-4)

@@ -112,7 +112,7 @@ MISFITS = {
 def units(joined: str) -> list[Unit]:
     """The pair with its settings; where neither trains anything, lora does."""
     found = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if any(registry.build_unit("fedtune.techniques", unit, "here").trains for unit in found):
+    if any(registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in found):
         return found
     return [*found, Unit(name="lora", settings=SETTINGS["lora"])]
 

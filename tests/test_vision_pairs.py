@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWar
 def chosen(joined: str) -> tuple[Technique, ...]:
     """The pair with its settings; where neither trains anything, full does."""
     units = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if not any(registry.build_unit("fedtune.techniques", unit, "here").trains for unit in units):
+    if not any(registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in units):
         units.append(Unit(name="full"))
     return techniques.build_techniques(units)
 

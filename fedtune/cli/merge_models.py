@@ -93,7 +93,7 @@ def _write(
     for name in prepared.models.by_name if asked.evaluate else ():
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
-    warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activity)]
+    warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
     read = hashes(prepared)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
         fusion.write_merged_model(

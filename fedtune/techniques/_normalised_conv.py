@@ -192,7 +192,7 @@ class _Normalised(torch.autograd.Function):
         with torch.enable_grad():
             w_hat = standardise_weight(*parameters, mask, ctx.scale)
         wanted = ctx.needs_input_grad[0], True, ctx.needs_input_grad[3]
-        x_hat = unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        x_hat = unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.memory_format)
         by_x, by_w_hat, by_bias = convolve_backward(gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.how, wanted)
         by_weight, by_gain = torch.autograd.grad(w_hat, parameters, by_w_hat)
         return by_x, by_weight, by_gain, by_bias, *(None,) * (4 + len(kept))

@@ -194,6 +194,10 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         [grad] = gradients
-        x_hat = None if ctx.layout is None else unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.order)
+        x_hat = (
+            None
+            if ctx.layout is None
+            else unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.memory_format)
+        )
         found = convolve_backward(grad, x_hat, ctx.shape, weight, ctx.how, ctx.needs_input_grad[:3])
         return (*found, *(None,) * (2 + len(kept)))
