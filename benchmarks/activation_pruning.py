@@ -183,7 +183,7 @@ def an_image_recipe(model: str, side: int, units: Sequence[Unit]) -> Recipe:
 
 
 def a_text_recipe(units: Sequence[Unit]) -> Recipe:
-    return a_recipe("minilm", "sequence-classification", "sentiment", units, batch=5, length=64)
+    return a_recipe("minilm", "text-classification", "sentiment", units, batch=5, length=64)
 
 
 def a_recipe(model: str, task: str, source: str, units: Sequence[Unit], **train: int) -> Recipe:
@@ -204,9 +204,9 @@ def a_batch(recipe: Recipe) -> Tensors:
     """The first training examples; of texts, those that fill the length."""
     encoded = data.encode_examples(data.load_data(recipe).train, recipe, models.reader(recipe))
     if encoded.lengths is None:
-        return encoded.make_batch(list(range(recipe.train.batch)))
-    long = (encoded.lengths >= recipe.train.length).nonzero()[:, 0].tolist()
-    return encoded.make_batch(long[: recipe.train.batch])
+        return encoded.make_batch(list(range(recipe.train.batch_size)))
+    long = (encoded.lengths >= recipe.train.max_length).nonzero()[:, 0].tolist()
+    return encoded.make_batch(long[: recipe.train.batch_size])
 
 
 if __name__ == "__main__":

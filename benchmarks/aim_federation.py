@@ -126,7 +126,7 @@ def accuracy(shop: RunContext, state: State, part: str, texts: int) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
     found = evaluate_model(
-        shop.model, some(getattr(shop, part), texts), recipe.evaluation.batch, recipe.task, shop.techniques
+        shop.model, some(getattr(shop, part), texts), recipe.evaluation.batch_size, recipe.task, shop.techniques
     )
     return next(one.value for one in found if (one.domain, one.name) == ("mean", "accuracy"))
 

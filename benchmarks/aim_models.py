@@ -52,7 +52,7 @@ class Tuned:
 
 def minilm(seed: int, lr: float, steps: int, folder: Path) -> Tuned:
     """Four of them; deltas lie in ``folder``. Statistics are of unlabelled validation sentences on the base."""
-    shop = _shop("aim.yaml", seed, lr, steps, 1, "train.techniques=full", "train.batch=16")
+    shop = _shop("aim.yaml", seed, lr, steps, 1, "train.techniques=full", "train.batch_size=16")
     base, operands = get_model_state(shop.model, shop.shared_names), {}
     for client, domain in shop.client_domains.items():
         got = train_local_model(shop.model, (), base, shop.train, shop.client_rows[client], shop.recipe, 1, client)
@@ -67,8 +67,8 @@ def minilm(seed: int, lr: float, steps: int, folder: Path) -> Tuned:
 
 def smollm2(seed: int, lr: float, steps: int, _: Path) -> Tuned:
     """Three of them. Statistics are of blocks of neutral text that no score uses."""
-    more = ("task=causal-language-modelling", "model.source=sample:smollm2", "train.techniques=lora", "train.batch=8")
-    shop = _shop("aim.yaml", seed, lr, steps // 4, 4, *more, f"train.length={LENGTH}")
+    more = ("task=text-generation", "model.source=sample:smollm2", "train.techniques=lora", "train.batch_size=8")
+    shop = _shop("aim.yaml", seed, lr, steps // 4, 4, *more, f"train.max_length={LENGTH}")
     start, operands = get_model_state(shop.model, shop.shared_names), {}
     for client, domain in shop.client_domains.items():
         if domain != NEUTRAL:
@@ -103,7 +103,13 @@ def evaluated(tuned: Tuned, state: State, part: str, figure: str, texts: int) ->
 
 def _shop(file: str, seed: int, lr: float, steps: int, rounds: int, *more: str) -> RunContext:
     clear_run_context()
-    settings = ["merge=[mean]", f"seed={seed}", f"train.lr={lr}", f"train.steps={steps}", f"federation.rounds={rounds}"]
+    settings = [
+        "merge=[mean]",
+        f"seed={seed}",
+        f"train.lr={lr}",
+        f"train.local_steps={steps}",
+        f"federation.rounds={rounds}",
+    ]
     devices = ["devices=[{name: lab, count: 4}]", "federation.quorum=1"]
     shop = get_run_context(resolve_recipe(read_recipe(RECIPES / file, [*settings, *devices, *more])).model_dump_json())
     clear_run_context()

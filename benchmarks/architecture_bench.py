@@ -41,7 +41,7 @@ class Bench:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names, if any."""
-        return () if self.task == "causal-language-modelling" else LABELS
+        return () if self.task == "text-generation" else LABELS
 
     @classmethod
     def of(cls, name: str, folder: Path) -> "Bench":
@@ -58,7 +58,7 @@ def recipe_for(task: TaskName, folder: Path, *overrides: str) -> Recipe:
 def _examples(task: TaskName) -> data.Table:
     if task != "image-classification":
         columns: dict[str, Any] = {"text": [text(row) for row in range(8)]}
-        labelled = {} if task == "causal-language-modelling" else {"label": [row % len(LABELS) for row in range(8)]}
+        labelled = {} if task == "text-generation" else {"label": [row % len(LABELS) for row in range(8)]}
         return as_table(Dataset.from_dict(columns | labelled))
     random = np.random.default_rng(0)
     pictures = [Picture.fromarray(random.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)) for _ in range(8)]

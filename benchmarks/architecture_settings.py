@@ -7,8 +7,8 @@ from fedtune.recipe import TaskName
 
 __all__ = ["ARCHITECTURES", "IMAGES", "LANGUAGE", "PIXELS", "SPECIAL", "TEXT", "WORDS", "Architecture"]
 
-TEXT: TaskName = "sequence-classification"
-LANGUAGE: TaskName = "causal-language-modelling"
+TEXT: TaskName = "text-classification"
+LANGUAGE: TaskName = "text-generation"
 IMAGES: TaskName = "image-classification"
 WORDS = [f"word{number}" for number in range(44)]
 PIXELS = 32

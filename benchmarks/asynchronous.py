@@ -73,19 +73,19 @@ def main() -> None:
 def arm(name: str, seed: int, seconds: float) -> Arm:
     """As many rounds as end within ``seconds``."""
     if name in LATE:
-        most = recipe(seed, int(seconds / FAST * 4), f"federation.late={LATE[name]}")
-        assert most.federation.late is not None
+        most = recipe(seed, int(seconds / FAST * 4), f"federation.asynchronous={LATE[name]}")
+        assert most.federation.asynchronous is not None
         sizes = [len(rows) for rows in get_run_context(most.model_dump_json()).client_rows]
         ends = [
             one.end_seconds
-            for one in make_simulated_schedule(most, range(most.num_clients), sizes, most.federation.late)
+            for one in make_simulated_schedule(most, range(most.num_clients), sizes, most.federation.asynchronous)
         ]
     else:
         most = recipe(seed, int(seconds / FAST * 2))
         ends = list(accumulate(length(most, number, name) for number in range(1, most.federation.rounds + 1)))
     done = sum(end <= seconds for end in ends)
     assert 0 < done < len(ends)
-    own = {name: f"federation.late={late}" for name, late in LATE.items()} | {
+    own = {name: f"federation.asynchronous={late}" for name, late in LATE.items()} | {
         "deadline": f"federation.deadline={DEADLINE}"
     }
     return Arm(recipe(seed, done, *([own[name]] if name in own else [])), ends[:done])

@@ -22,16 +22,16 @@ def bare_loop(shop: RunContext, indices: NDArray[np.int64], steps: int, seed: in
     parameters = dict(shop.model.named_parameters())
     trained = [parameters[name].requires_grad_(True) for name in shop.shared_names]
     optimiser = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    lengths = shop.train.lengths if settings.by_length else None
+    lengths = shop.train.lengths if settings.group_by_length else None
     shop.model.train()
     total = 0.0
-    for step, chosen in enumerate(batches(indices, settings.batch, steps, seed, lengths)):
+    for step, chosen in enumerate(batches(indices, settings.batch_size, steps, seed, lengths)):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * (1 - step / steps)
         loss = shop.model(**shop.train.make_batch(chosen)).loss
         loss.backward()
-        if settings.clip is not None:
-            nn.utils.clip_grad_norm_(trained, settings.clip)
+        if settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         total += float(loss.detach())

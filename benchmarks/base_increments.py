@@ -53,7 +53,7 @@ def measured(merge: str, rounds: int) -> dict[str, Any]:
     """Bytes by round and in all; what a round costs in processor time, the last one taken."""
     settings = [
         f"devices=[{{name: phone, count: {CLIENTS + 1}, memory: 512MB}}]",
-        f"train.techniques=[{{lora: {{exact: remainder, rank: {RANK}}}}}]",
+        f"train.techniques=[{{lora: {{trained_factors: both-and-base, rank: {RANK}}}}}]",
         f"merge=[{merge}]",
         "federation.quorum=1",
     ]

@@ -74,7 +74,7 @@ def simulate(seed: int) -> float:
 @lru_cache
 def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, float]:
     recipe = read_recipe(RECIPE, [f"seed={seed}", f"train.lr={rate}", *TECHNIQUES[kind]])
-    steps, batch = recipe.federation.rounds * (recipe.train.steps or 0), recipe.train.batch
+    steps, batch = recipe.federation.rounds * (recipe.train.local_steps or 0), recipe.train.batch_size
     if way == "in_step":
         batch *= recipe.cohort_size
     else:
@@ -87,7 +87,7 @@ def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, fl
 
 
 def mean_accuracy(shop: RunContext, part: str) -> float:
-    scores = evaluate_model(shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task)
+    scores = evaluate_model(shop.model, getattr(shop, part), shop.recipe.evaluation.batch_size, shop.recipe.task)
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 
 

@@ -43,8 +43,14 @@ from fedtune.training import (
 from fedtune.training.order import batches
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-MINILM = ["train.batch=16", "train.lr=1e-3", "train.length=40", "evaluation.batch=128"]
-SWIGLU = ["train.batch=8", "train.lr=3e-4", "train.length=48", "train.optimiser=adamw", "evaluation.batch=32"]
+MINILM = ["train.batch_size=16", "train.lr=1e-3", "train.max_length=40", "evaluation.batch_size=128"]
+SWIGLU = [
+    "train.batch_size=8",
+    "train.lr=3e-4",
+    "train.max_length=48",
+    "train.optimiser=adamw",
+    "evaluation.batch_size=32",
+]
 ALPHAS = (0.18, 0.2)
 FIGURES = ("density", "mean_accuracy")
 WARMUP = 0.06
@@ -131,7 +137,7 @@ def cost(arguments: argparse.Namespace) -> None:
     }
     rows = []
     for name, (file, settings, plain, term) in cases.items():
-        for peft in ("lora", "lora: {exact: freeze-a}"):
+        for peft in ("lora", "lora: {trained_factors: b-only}"):
             shops = [built(file, ", ".join(filter(None, (peft, one))), 0, settings) for one in (plain, term)]
             rows.append({"case": name, "peft": peft, **compared(shops, arguments.steps or 12)})
             print(rows[-1], file=sys.stderr, flush=True)
@@ -156,13 +162,13 @@ def fine_tune(shop: RunContext, steps: int, seed: int) -> float:
     torch.manual_seed(seed)
     trained = [parameter for parameter in shop.model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    lengths = shop.train.lengths if settings.by_length else None
+    lengths = shop.train.lengths if settings.group_by_length else None
     set_train_mode(shop.model)
-    for step, chosen in enumerate(batches(np.arange(len(shop.train)), settings.batch, steps, seed, lengths)):
+    for step, chosen in enumerate(batches(np.arange(len(shop.train)), settings.batch_size, steps, seed, lengths)):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1, (step + 1) / (WARMUP * steps)) * (1 - step / steps)
         one_step(shop, shop.train.make_batch(chosen), step / steps)
-        nn.utils.clip_grad_norm_(trained, settings.clip or torch.inf)
+        nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or torch.inf)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     return time.perf_counter() - started
@@ -175,7 +181,7 @@ def one_step(shop: RunContext, batch: dict[str, torch.Tensor], progress: float) 
 
 def scored(shop: RunContext, part: str) -> dict[str, float]:
     recipe = shop.recipe
-    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch_size, recipe.task, shop.techniques)
     whole = {one.name: one.value for one in found if one.domain == "all"}
     return {**whole, **{f"mean_{one.name}": one.value for one in found if one.domain == "mean"}}
 
@@ -186,7 +192,7 @@ def inputs(shop: RunContext, chosen: list[int]) -> dict[str, torch.Tensor]:
 
 def compared(shops: list[RunContext], pairs: int) -> dict[str, Any]:
     """Seconds and kept bytes of plain and term; the ratio of times is the median over pairs of neighbouring steps."""
-    batch = shops[0].train.make_batch(range(shops[0].recipe.train.batch))
+    batch = shops[0].train.make_batch(range(shops[0].recipe.train.batch_size))
     kept = [kept_bytes(shop, batch) for shop in shops]
     taken = [[seconds(shop, batch) for shop in shops] for _ in range(pairs)]
     plain, term = (statistics.median(one) for one in zip(*taken, strict=True))

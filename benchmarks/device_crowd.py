@@ -32,7 +32,7 @@ from fedtune.recipe_file import parse_recipe
 DEVICES, ROUNDS, EVERY = 16, 50, 10
 RECIPE = """
 name: crowd
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: {devices}}}]

@@ -127,7 +127,7 @@ def federation(recipe: Recipe, part: str) -> dict[str, Any]:
         kept = max(kept, *(outcome.activation_bytes for outcome in outcomes))
         if moved := techniques.declare_extra_payload(shop.techniques, shop.model, number):
             drops.append(accuracy(shop, merged, "validation") - accuracy(shop, state, "validation"))
-        if moved or number % recipe.evaluation.every == 0:
+        if moved or number % recipe.evaluation.every_n_rounds == 0:
             print(number, f"{accuracy(shop, state, 'validation'):.4f}", file=sys.stderr, flush=True)
     return {
         "accuracy": accuracy(shop, state, part),
@@ -181,7 +181,7 @@ def revise(shop: RunContext, merged: State, number: int, sent: Sequence[ClientUp
 def accuracy(shop: RunContext, state: State, part: str) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
-    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch_size, recipe.task, shop.techniques)
     return next(one.value for one in found if (one.domain, one.name) == ("all", "accuracy"))
 
 

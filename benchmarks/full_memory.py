@@ -26,7 +26,7 @@ from fedtune.tracking import file_url
 WIDTH = 256
 RECIPE = """
 name: full-memory
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}/model"}}
 data: {{source: "csv:{folder}/texts.csv"}}
 devices: [{{count: 3}}]

@@ -78,7 +78,7 @@ class Part(NamedTuple):
 PARTS = {
     "minilm": Part(
         "sentiment.yaml",
-        "data.limit=4000 federation.rounds=8 federation.quorum=1 train.length=48 train.steps=8",
+        "data.max_train_examples=4000 federation.rounds=8 federation.quorum=1 train.max_length=48 train.local_steps=8",
         4,
         (1e-3, 3e-3, 9e-3),
         ("mean", "accuracy"),
@@ -87,7 +87,8 @@ PARTS = {
     ),
     "smollm2": Part(
         "lm.yaml",
-        "data.limit=1500 federation.rounds=4 federation.quorum=1 train.length=32 train.steps=2 train.optimiser=adamw",
+        "data.max_train_examples=1500 federation.rounds=4 federation.quorum=1 train.max_length=32 "
+        "train.local_steps=2 train.optimiser=adamw",
         3,
         (3e-4, 1e-3, 3e-3),
         ("all", "loss"),
@@ -193,7 +194,7 @@ def figure(shop: RunContext, state: State, told: Part, part: str) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
     examples = some(getattr(shop, part), told.texts)
-    found = evaluate_model(shop.model, examples, recipe.evaluation.batch, recipe.task, shop.techniques)
+    found = evaluate_model(shop.model, examples, recipe.evaluation.batch_size, recipe.task, shop.techniques)
     return next(one.value for one in found if (one.domain, one.name) == told.figure)
 
 

@@ -34,7 +34,7 @@ from fedtune.techniques import begin_round
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 BATCHES = {"minilm": (16, 128), "smollm2": (2, 128)}
-TASKS: dict[str, TaskName] = {"minilm": "sequence-classification", "smollm2": "causal-language-modelling"}
+TASKS: dict[str, TaskName] = {"minilm": "text-classification", "smollm2": "text-generation"}
 BLOCKS = {"minilm": "bert.encoder.layer", "smollm2": "model.layers"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "meft in one stretch": {"factor": 0.5},

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def task_of(name: str) -> TaskName:
-    return "causal-language-modelling" if name == "smollm2" else "sequence-classification"
+    return "text-generation" if name == "smollm2" else "text-classification"
 
 
 def loaded(name: str, dtype: str) -> PreTrainedModel:

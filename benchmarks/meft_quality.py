@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def trained(technique: str, rate: float, seed: int) -> RunContext:
-    settings = [f"train.techniques={technique}", f"train.lr={rate}", f"train.batch={BATCH}", f"seed={seed}"]
+    settings = [f"train.techniques={technique}", f"train.lr={rate}", f"train.batch_size={BATCH}", f"seed={seed}"]
     shop = get_run_context(resolve_recipe(read_recipe(RECIPE, settings)).model_dump_json())
     bare_loop(shop, np.arange(len(shop.train)), STEPS, seed)
     return shop
@@ -57,7 +57,7 @@ def trained(technique: str, rate: float, seed: int) -> RunContext:
 def accuracy(shop: RunContext, part: str) -> float:
     """The mean over domains."""
     scores = evaluate_model(
-        shop.model, getattr(shop, part), shop.recipe.evaluation.batch, shop.recipe.task, shop.techniques
+        shop.model, getattr(shop, part), shop.recipe.evaluation.batch_size, shop.recipe.task, shop.techniques
     )
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 

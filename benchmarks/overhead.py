@@ -37,10 +37,10 @@ from fedtune.training.order import batches
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 OVERRIDES = [
     "federation.rounds=2",
-    "train.by_length=true",
-    "train.steps=5",
-    "evaluation.every=2",
-    "data.parts={validation: 0.01, test: 0.01}",
+    "train.group_by_length=true",
+    "train.local_steps=5",
+    "evaluation.every_n_rounds=2",
+    "data.splits={validation: 0.01, test: 0.01}",
 ]
 REPEATS = 5
 
@@ -89,7 +89,7 @@ def engine_run(shop: RunContext, run: str) -> None:
 def bare(shop: RunContext) -> None:
     """The same steps and the same scoring, by hand."""
     recipe, settings = shop.recipe, shop.recipe.train
-    evaluate_model(shop.model, shop.validation, recipe.evaluation.batch, recipe.task)
+    evaluate_model(shop.model, shop.validation, recipe.evaluation.batch_size, recipe.task)
     for number in range(1, recipe.federation.rounds + 1):
         begin_round(shop.techniques, shop.model, number)
         parameters = dict(shop.model.named_parameters())
@@ -97,10 +97,10 @@ def bare(shop: RunContext) -> None:
         for client, indices in enumerate(shop.client_rows):
             with use_cpu_threads(settings.threads):
                 seed = derive_seed(recipe.seed, number, client, "order")
-                order = batches(indices, settings.batch, settings.steps or 1, seed, shop.train.lengths)
+                order = batches(indices, settings.batch_size, settings.local_steps or 1, seed, shop.train.lengths)
                 client_steps(shop, chosen, order)
     for part in (shop.validation, shop.test, shop.test):
-        evaluate_model(shop.model, part, recipe.evaluation.batch, recipe.task)
+        evaluate_model(shop.model, part, recipe.evaluation.batch_size, recipe.task)
 
 
 def client_steps(shop: RunContext, chosen: list[nn.Parameter], order: Iterable[list[int]]) -> None:
@@ -109,7 +109,7 @@ def client_steps(shop: RunContext, chosen: list[nn.Parameter], order: Iterable[l
     for indices in order:
         loss = shop.model(**shop.train.make_batch(indices)).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(chosen, shop.recipe.train.clip or float("inf"))
+        nn.utils.clip_grad_norm_(chosen, shop.recipe.train.max_grad_norm or float("inf"))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

@@ -26,10 +26,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "private.yaml"
 RESULT = Path(__file__).parent / "results" / "privacy.json"
 ARMS: dict[str, tuple[str, ...]] = {
     "none": ("privacy=null",),
-    "clipped": ("privacy.noise=1e-6",),
-    "server, noise 2": ("privacy.noise=2.0",),
-    "server, noise 4": ("privacy.noise=4.0",),
-    "client, noise 2": ("privacy.noise=2.0", "privacy.where=client"),
+    "clipped": ("privacy.noise_multiplier=1e-6",),
+    "server, noise 2": ("privacy.noise_multiplier=2.0",),
+    "server, noise 4": ("privacy.noise_multiplier=4.0",),
+    "client, noise 2": ("privacy.noise_multiplier=2.0", "privacy.noise_added_by=client"),
 }
 
 
@@ -55,7 +55,7 @@ def figures(*settings: str) -> dict[str, float | None]:
         own = {**os.environ, "FEDTUNE_CACHE": str(get_cache_folder()), "FEDTUNE_HOME": home}
         printed = subprocess.run(command, check=True, env=own, stdout=subprocess.PIPE).stdout
     metrics = json.loads(printed)["metrics"]
-    noise = next((float(one.partition("=")[2]) for one in settings if one.startswith("privacy.noise=")), 0.0)
+    noise = next((float(one.partition("=")[2]) for one in settings if one.startswith("privacy.noise_multiplier=")), 0.0)
     epsilon = last(metrics, "privacy", "epsilon") if noise > 1e-3 else None
     return {"accuracy": last(metrics, "test", "accuracy"), "epsilon": epsilon}
 

@@ -30,7 +30,7 @@ from fedtune.techniques import Technique, begin_round, begin_step, list_trainabl
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 LENGTH = 1024
-TASK: TaskName = "causal-language-modelling"
+TASK: TaskName = "text-generation"
 CASES = [
     "lora",
     "lora+fused-head",

@@ -76,13 +76,13 @@ class Natural(SettingsModel):
     """Clients follow a column: one author, shop or domain stays together as far as the number of clients allows."""
 
     kind: Literal["natural"] = "natural"
-    by: str
+    column: str
 
 
 class Size(SettingsModel):
     """Same label mix, sizes proportional to ``rank ** -exponent``."""
 
-    kind: Literal["size"] = "size"
+    kind: Literal["power-law"] = "power-law"
     exponent: float = Field(1.0, ge=0)
 
 
@@ -90,7 +90,7 @@ class Shards(SettingsModel):
     """Groups sorted by label and cut into shards; each client gets a few: the pathological split."""
 
     kind: Literal["shards"] = "shards"
-    per_client: int = Field(2, ge=1)
+    shards_per_client: int = Field(2, ge=1)
 
 
 PartitionSettings = Annotated[Iid | Dirichlet | EqualDirichlet | Natural | Size | Shards, Field(discriminator="kind")]
@@ -103,9 +103,11 @@ class DataSettings(SettingsModel):
         description="hub:ID, csv:FILE, jsonl:FILE, parquet:FILE, text:FILE, folder:PATH, disk:FOLDER or sample:NAME"
     )
     columns: ColumnSettings = ColumnSettings()
-    parts: SplitFractions = SplitFractions()
-    split: PartitionSettings = Iid()
-    limit: int | None = Field(None, ge=1, description="keep at most so many training examples, chosen by seed")
+    splits: SplitFractions = SplitFractions()
+    partition: PartitionSettings = Iid()
+    max_train_examples: int | None = Field(
+        None, ge=1, description="keep at most so many training examples, chosen by seed"
+    )
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="of csv; by default the heading's")
     encoding: str | None = Field(None, description="of csv and text, e.g. cp1252; by default as its bytes look")
     skip_unreadable: bool = Field(False, description="leave out pictures that cannot be read, and say how many")

@@ -106,7 +106,7 @@ def _save_adapter(
     adapter.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if recipe.task != "causal-language-modelling":
+    if recipe.task != "text-generation":
         models.save_config(model, folder)
         _save_reader(recipe, folder)
 

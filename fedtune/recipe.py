@@ -19,6 +19,7 @@ from fedtune.examples import (
 from fedtune.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.keeping import Checkpoints, Keep
 from fedtune.pictures import Preprocessor
+from fedtune.recipe_versions import needs_translation, translate_recipe
 from fedtune.section import SettingsModel
 from fedtune.train_settings import Optimiser, Train, Unit, split_joined
 
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16"]
-TaskName = Literal["sequence-classification", "causal-language-modelling", "image-classification"]
+TaskName = Literal["text-classification", "text-generation", "image-classification"]
 
 
 class ModelSettings(SettingsModel):
@@ -65,7 +66,7 @@ class ModelSettings(SettingsModel):
     preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
 
 
-_OWN = ("techniques", "batch", "dtype")
+_OWN = ("techniques", "batch_size", "dtype")
 
 
 class DeviceClass(SettingsModel):
@@ -78,10 +79,10 @@ class DeviceClass(SettingsModel):
     count: int = Field(ge=1)
     memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
     techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
-    batch: int | None = Field(None, ge=1, description="in place of train.batch")
+    batch_size: int | None = Field(None, ge=1, description="in place of train.batch_size")
     dtype: Dtype | None = Field(None, description="in place of model.dtype")
-    tags: list[Tag] = Field([], description="what federation.select goes by in a simulation")
-    speed: float | None = Field(
+    tags: list[Tag] = Field([], description="what federation.selection goes by in a simulation")
+    examples_per_second: float | None = Field(
         None, gt=0, description="examples a second in a simulation's time; without it a deadline is never missed"
     )
     spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of a simulated duration")
@@ -101,12 +102,14 @@ class DeviceClass(SettingsModel):
 class EvaluationSettings(SettingsModel):
     """Validation after every so many rounds; the test part is scored once, at the end."""
 
-    every: int = Field(1, ge=1)
-    examples: int | None = Field(
+    every_n_rounds: int = Field(1, ge=1)
+    max_examples: int | None = Field(
         None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
     )
-    batch: int = Field(64, ge=1)
-    own: float = Field(0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on")
+    batch_size: int = Field(64, ge=1)
+    local_holdout: float = Field(
+        0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on"
+    )
     metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
     clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
         None, description="so many clients, or all, score each evaluated round's result on what they hold out"
@@ -114,7 +117,7 @@ class EvaluationSettings(SettingsModel):
 
     @model_validator(mode="after")
     def _clients_have_examples(self) -> Self:
-        if self.clients is not None and not self.own:
+        if self.clients is not None and not self.local_holdout:
             raise ValueError("clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2")
         return self
 
@@ -122,15 +125,21 @@ class EvaluationSettings(SettingsModel):
 class PrivacySettings(SettingsModel):
     """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
 
-    clip: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
-    noise: float = Field(gt=0, description="standard deviation over clip: of the sum, or with where: client of each")
-    where: Literal["server", "client"] = Field("server", description="who adds the noise, and is trusted to")
-    delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
+    clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
+    noise_multiplier: float = Field(
+        gt=0, description="standard deviation over clip: of the sum, or with where: client of each"
+    )
+    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
+    target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
 
 
 class Recipe(SettingsModel):
-    """What to do: the whole of a run, apart from where it is executed."""
+    """What to do: the whole of a run, apart from where it is executed.
 
+    Keys and values of version 1 are translated, see ``fedtune.recipe_versions``.
+    """
+
+    version: Literal[2] = 2
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     task: TaskName
     model: ModelSettings
@@ -144,6 +153,11 @@ class Recipe(SettingsModel):
     privacy: PrivacySettings | None = None
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_version_1(cls, value: Any) -> Any:
+        return translate_recipe(value) if needs_translation(value) else value
+
     @property
     def num_clients(self) -> int:
         """Number of clients in the federation."""
@@ -152,7 +166,7 @@ class Recipe(SettingsModel):
     @property
     def cohort_size(self) -> int:
         """Number of clients sampled each round."""
-        return self.federation.clients or max(1, round(self.num_clients * self.federation.fraction))
+        return self.federation.clients_per_round or max(1, round(self.num_clients * self.federation.fraction_train))
 
     def get_device_class(self, client: int) -> DeviceClass:
         """The device class of client 0, 1, ..., in the order the recipe lists them."""
@@ -169,7 +183,10 @@ class Recipe(SettingsModel):
     def apply_device_class(self, device: DeviceClass) -> Self:
         """The recipe as one device class carries it out; no class has settings of its own any more."""
         none = dict.fromkeys(_OWN)
-        train = {"techniques": device.techniques or self.train.techniques, "batch": device.batch or self.train.batch}
+        train = {
+            "techniques": device.techniques or self.train.techniques,
+            "batch": device.batch_size or self.train.batch_size,
+        }
         return self.model_copy(
             update={
                 "devices": [each.model_copy(update=none) for each in self.devices],
@@ -200,7 +217,9 @@ class Recipe(SettingsModel):
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         if self.cohort_size > self.num_clients:
-            raise ValueError(f"federation.clients is {self.cohort_size}, but devices has only {self.num_clients}")
+            raise ValueError(
+                f"federation.clients_per_round is {self.cohort_size}, but devices has only {self.num_clients}"
+            )
         if self.federation.quorum > self.cohort_size:
             raise ValueError(f"federation.quorum is above the {self.cohort_size} clients sampled each round")
         scorers = self.evaluation.clients
@@ -211,8 +230,9 @@ class Recipe(SettingsModel):
                 f"federation.take_first is {self.federation.take_first}, above the {self.cohort_size} clients "
                 "sampled each round"
             )
-        if self.federation.late is not None and self.federation.late.buffer > self.num_clients:
+        if self.federation.asynchronous is not None and self.federation.asynchronous.buffer_size > self.num_clients:
             raise ValueError(
-                f"federation.late.buffer is {self.federation.late.buffer}, above the {self.num_clients} clients"
+                f"federation.asynchronous.buffer_size is {self.federation.asynchronous.buffer_size}, above the "
+                f"{self.num_clients} clients"
             )
         return self

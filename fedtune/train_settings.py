@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from fedtune.recipe_versions import translate_unit
 from fedtune.section import SettingsModel
 
 __all__ = ["Optimiser", "Train", "Unit", "split_joined"]
@@ -19,6 +20,7 @@ class Unit(SettingsModel):
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
+        value = translate_unit(value)
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
@@ -36,7 +38,7 @@ def split_joined(value: Any) -> Any:
     return value.split("+") if isinstance(value, str) else value
 
 
-Optimiser = Literal["adamw", "sgd", "adamw8bit", "paged_adamw8bit", "lion8bit"]
+Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
 class Train(SettingsModel):
@@ -46,19 +48,21 @@ class Train(SettingsModel):
     optimiser: Optimiser = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of all steps")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd; it begins at nothing in every round")
     nesterov: bool = Field(False, description="sgd with Nesterov's momentum")
-    clip: float | None = Field(
+    max_grad_norm: float | None = Field(
         1.0, gt=0, description="largest gradient norm; not with sgd, where nothing is clipped unless this is given"
     )
-    batch: int = Field(16, ge=1)
-    length: int = Field(128, ge=2, description="tokens a text is cut to")
-    by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
-    image: int | None = Field(None, ge=8, description="side in pixels an image is scaled to; by default the model's")
-    steps: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_length: int = Field(128, ge=2, description="tokens a text is cut to")
+    group_by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
+    image_size: int | None = Field(
+        None, ge=8, description="side in pixels an image is scaled to; by default the model's"
+    )
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
 
     @field_validator("techniques", mode="before")
@@ -82,6 +86,6 @@ class Train(SettingsModel):
 
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
+        if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError("say either steps or epochs, exactly one of them")
         return self

@@ -20,7 +20,7 @@ def check(
     expected: Mapping[str, tuple[int, ...]],
     extras: Mapping[str, TensorSpec],
     max_norm: float | None,
-    limit: str = "federation.max_norm",
+    limit: str = "federation.max_update_norm",
 ) -> float:
     """The L2 norm over a spooled payload's deltas, read piece by piece; ``extras`` travel beside and do not count.
 

@@ -16,7 +16,7 @@ ROWS = [f"text {row},{'no' if row % 2 else 'yes'},author {row % 20}" for row in 
 
 TEXT = """
 name: example
-task: sequence-classification
+task: text-classification
 model: {source: "path:nowhere"}
 data: {source: "sample:sentiment"}
 devices: [{name: phone, count: 4}]

@@ -96,13 +96,13 @@ def step_gradients(
 
 
 def task_of(model: nn.Module) -> TaskName:
-    return "sequence-classification" if "Sequence" in type(model).__name__ else "causal-language-modelling"
+    return "text-classification" if "Sequence" in type(model).__name__ else "text-generation"
 
 
 def labelled(model: nn.Module, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     """Texts with classes or, for a language model, themselves as labels."""
     batch = texts(llama(), rows, length)
-    if task_of(model) == "sequence-classification":
+    if task_of(model) == "text-classification":
         batch["labels"] = torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(1))
     return batch
 
@@ -116,7 +116,7 @@ def folded(model: PreTrainedModel, chosen: tuple[Technique, ...], folder: Path, 
     for technique in chosen:
         technique.merge_into_weights(model)
     model.save_pretrained(folder)
-    text = task_of(model) == "sequence-classification"
+    text = task_of(model) == "text-classification"
     kind = AutoModelForSequenceClassification if text else AutoModelForCausalLM
     loaded: PreTrainedModel = kind.from_pretrained(folder, **settings)
     loaded.eval()

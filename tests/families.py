@@ -58,7 +58,7 @@ class Family(NamedTuple):
         if self.task == "image-classification":
             return {"pixel_values": torch.rand(rows, 3, 16, 16, generator=random), "labels": classes}
         ids = torch.randint(1, _WORDS, (rows, length), generator=random)
-        labels = ids if self.task == "causal-language-modelling" else classes
+        labels = ids if self.task == "text-generation" else classes
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -100,12 +100,12 @@ def _vit() -> PreTrainedModel:
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(_bert, "sequence-classification"),
-    "roberta": Family(_roberta, "sequence-classification"),
-    "gpt2": Family(_gpt2, "causal-language-modelling"),
-    "opt": Family(_opt, "causal-language-modelling"),
-    "llama": Family(_llama, "causal-language-modelling"),
-    "qwen2": Family(_qwen2, "causal-language-modelling"),
+    "bert": Family(_bert, "text-classification"),
+    "roberta": Family(_roberta, "text-classification"),
+    "gpt2": Family(_gpt2, "text-generation"),
+    "opt": Family(_opt, "text-generation"),
+    "llama": Family(_llama, "text-generation"),
+    "qwen2": Family(_qwen2, "text-generation"),
     "vit": Family(_vit, "image-classification"),
 }
-LANGUAGE_FAMILIES = [name for name, family in FAMILIES.items() if family.task == "causal-language-modelling"]
+LANGUAGE_FAMILIES = [name for name, family in FAMILIES.items() if family.task == "text-generation"]

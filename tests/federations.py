@@ -52,7 +52,7 @@ federation: {rounds: 2}
 """
 WORDS = """
 name: words
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 3}}]

@@ -20,7 +20,12 @@ Sent = dict[tuple[int, int], dict[str, Tensor]]
 
 def private(where: str, *overrides: str) -> Recipe:
     """Four clients, two rounds; of their norms some are above the bound and some below."""
-    return trivial(f"privacy.clip={CLIP}", f"privacy.noise={NOISE}", f"privacy.where={where}", *overrides)
+    return trivial(
+        f"privacy.clipping_norm={CLIP}",
+        f"privacy.noise_multiplier={NOISE}",
+        f"privacy.noise_added_by={where}",
+        *overrides,
+    )
 
 
 def keeping(sent: Sent) -> Callable[[Message, Message], Message]:

@@ -14,7 +14,7 @@ __all__ = ["TEXT", "a_case", "a_recipe", "tiny_bert"]
 
 TEXT = """
 name: tiny
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}"}}
 data: {{source: random}}
 devices: [{{count: 1}}]

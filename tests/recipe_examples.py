@@ -9,7 +9,7 @@ __all__ = ["TEXT", "refusal"]
 
 TEXT = """\
 name: example
-task: sequence-classification
+task: text-classification
 model:
   source: path:nowhere
 data:

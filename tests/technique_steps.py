@@ -14,8 +14,8 @@ from fedtune.techniques import Technique
 
 __all__ = ["IMAGES", "LANGUAGE", "TEXT", "chosen", "gradients", "layers", "logits", "shake", "shared"]
 
-TEXT: TaskName = "sequence-classification"
-LANGUAGE: TaskName = "causal-language-modelling"
+TEXT: TaskName = "text-classification"
+LANGUAGE: TaskName = "text-generation"
 IMAGES: TaskName = "image-classification"
 
 

@@ -34,7 +34,7 @@ from tests.tiny import bert
 
 
 def test_pairs_are_told_with_their_scale_and_the_shared_base() -> None:
-    model, picked = bert(), chosen("lora", exact="remainder", rank=4, alpha=6)
+    model, picked = bert(), chosen("lora", trained_factors="both-and-base", rank=4, alpha=6)
     shared = techniques.apply_techniques(picked, model, TEXT, 0)
     pairs = techniques.list_low_rank_pairs(picked, model)
     assert len(pairs) == 13
@@ -43,7 +43,10 @@ def test_pairs_are_told_with_their_scale_and_the_shared_base() -> None:
     techniques.begin_round(picked, model, 1)
     now = set(techniques.list_trainable_tensors(model))
     assert all({pair.left, pair.right} <= now and pair.base not in now for pair in pairs)
-    assert [technique.has_unchanged_base() for technique in (*picked, *chosen("lora", exact="none"))] == [False, True]
+    assert [technique.has_unchanged_base() for technique in (*picked, *chosen("lora", trained_factors="both"))] == [
+        False,
+        True,
+    ]
 
 
 def gpt2() -> nn.Module:
@@ -54,7 +57,7 @@ def gpt2() -> nn.Module:
 
 
 def applied(model: nn.Module, task: str) -> tuple[tuple[techniques.Technique, ...], list[str]]:
-    picked = chosen("lora", exact="remainder", rank=4)
+    picked = chosen("lora", trained_factors="both-and-base", rank=4)
     shared = techniques.apply_techniques(picked, model, task, 0)  # type: ignore[arg-type]
     techniques.begin_round(picked, model, 1)
     return picked, shared
@@ -101,25 +104,29 @@ def folded(model: nn.Module, lora: techniques.Technique) -> dict[str, Tensor]:
 
 MISFITS = [
     (
-        "lora: {exact: none}",
+        "lora: {trained_factors: both}",
         "mean",
         r"^merge: mean takes tensors, but lora sends pairs; merge by fedit, flexlora or het",
     ),
     (
         "lora",
         "fedit",
-        r"^merge: fedit takes pairs, but lora sends one factor; set lora: {exact: none}, or merge by mean$",
+        r"^merge: fedit takes pairs, but lora sends one factor; set lora: {trained_factors: both}, or merge by mean$",
     ),
     (
         "full",
         "flora",
-        r"^merge: flora takes pairs and base, but clients send tensors; set lora: {exact: remainder}, or",
+        r"^merge: flora takes pairs and base, but clients send tensors; set lora: {trained_factors: both-and-base}, or",
     ),
-    ("lora: {exact: none}", "fedex-lora", r"^merge: fedex-lora takes pairs and base, but lora sends pairs; set lora: "),
     (
-        "qlora: {exact: remainder}",
+        "lora: {trained_factors: both}",
+        "fedex-lora",
+        r"^merge: fedex-lora takes pairs and base, but lora sends pairs; set lora: ",
+    ),
+    (
+        "qlora: {trained_factors: both-and-base}",
         "flora",
-        r"qlora: exact: remainder writes into the base's weights, but four-bit ones",
+        r"qlora: trained_factors: both-and-base writes into the base's weights, but four-bit ones",
     ),
 ]
 

@@ -184,7 +184,7 @@ def test_experts_count_their_own_tokens_and_an_idle_one_has_no_statistic() -> No
 
 def with_techniques(model: nn.Module, *units: Unit) -> tuple[tuple[techniques.Technique, ...], list[str]]:
     chosen = techniques.build_techniques(units)
-    return chosen, techniques.apply_techniques(chosen, model, "causal-language-modelling", 0)
+    return chosen, techniques.apply_techniques(chosen, model, "text-generation", 0)
 
 
 def test_an_adapters_a_reads_what_its_layer_reads_and_b_has_no_channels() -> None:
@@ -212,7 +212,7 @@ def test_totals_of_several_places_add_up_to_the_total_of_all() -> None:
 AIM = build_pipeline([Unit(name="mean"), Unit(name="aim")]).steps
 
 
-@pytest.mark.parametrize("unit", [Unit(name="lora", settings={"exact": "freeze-a"}), Unit(name="bias")])
+@pytest.mark.parametrize("unit", [Unit(name="lora", settings={"trained_factors": "b-only"}), Unit(name="bias")])
 def test_a_merge_that_would_scale_nothing_is_refused(unit: Unit) -> None:
     model = gpt2()
     _, shared = with_techniques(model, unit)
@@ -266,9 +266,9 @@ def test_a_few_examples_are_drawn_by_the_seed_and_null_takes_all() -> None:
 
 def test_calibration_reads_text_blocks_texts_and_pictures_of_any_source() -> None:
     minilm, smollm2 = ModelSettings(source="sample:minilm"), ModelSettings(source="sample:smollm2")
-    blocks = load_calibration_inputs("sample:films", smollm2, "causal-language-modelling", block=64)
+    blocks = load_calibration_inputs("sample:films", smollm2, "text-generation", block=64)
     assert {one["input_ids"].shape[1] for one in blocks} == {64}
-    texts = load_calibration_inputs("sample:films", minilm, "sequence-classification", block=32)
+    texts = load_calibration_inputs("sample:films", minilm, "text-classification", block=32)
     assert sum(len(one["input_ids"]) for one in texts) == 256
     assert "labels" not in texts[0]
     pictures = load_calibration_inputs("sample:digits", ModelSettings(source="sample:logistic"), "image-classification")

@@ -131,7 +131,7 @@ def test_scaling_all_activations_changes_nothing_at_all() -> None:
 
 def test_norms_may_be_left_out() -> None:
     deltas = a_state(SHAPES)
-    scaled = relaxed(Aim(norms=False), deltas, figures())
+    scaled = relaxed(Aim(include_norms=False), deltas, figures())
     assert torch.equal(scaled["norm.weight"], deltas["norm.weight"])
     assert not torch.equal(scaled["linear.weight"], deltas["linear.weight"])
 
@@ -183,7 +183,7 @@ def test_one_outlier_leaves_all_other_channels_as_merged_and_is_told() -> None:
 
 def test_a_quantile_takes_the_bar_from_the_outlier_back_to_the_others() -> None:
     level = torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
-    scaled = Aim(omega=0.0, quantile=0.75).relax(
+    scaled = Aim(omega=0.0, peak_quantile=0.75).relax(
         "w", 0, torch.ones(1, 5), MergeContext({"w": ActivationStatistics(level)})
     )
     torch.testing.assert_close(scaled, torch.tensor([[0.75, 0.5, 0.25, 0.0, 0.0]]))

@@ -66,7 +66,7 @@ def assert_no_trace(home: Path) -> None:
     assert {name for name in left if not name.startswith("store.sqlite")} == set()
 
 
-TEXT = ("task=sequence-classification", 'model.source="path:{folder}/bert"')
+TEXT = ("task=text-classification", 'model.source="path:{folder}/bert"')
 VERDICTS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(40)]
 
 
@@ -75,11 +75,11 @@ VERDICTS = [f"text {row},{'no' if row % 2 else 'yes'}" for row in range(40)]
     [
         (None, (), "there is no {folder}/a.csv; check data.source"),
         ([], (), "{folder}/a.csv holds no example; bring data"),
-        (VERDICTS, ("devices=[{{count: 200}}]",), "use fewer devices, more data or another data.split"),
+        (VERDICTS, ("devices=[{{count: 200}}]",), "use fewer devices, more data or another data.partition"),
         ([f"t {row},{row / 7}" for row in range(99)], (), "99 different real numbers as labels; cut them"),
-        (VERDICTS, ('model.source="sample:logistic"',), "which does not do sequence-classification; choose another"),
+        (VERDICTS, ('model.source="sample:logistic"',), "which does not do text-classification; choose another"),
         (VERDICTS, ("task=image-classification",), "has no column 'image', which data.columns.image names"),
-        (VERDICTS, ("task=causal-language-modelling",), "BertLMHeadModel needs for causal-language-modelling"),
+        (VERDICTS, ("task=text-generation",), "BertLMHeadModel needs for text-generation"),
         (
             VERDICTS,
             ("train.techniques=lora", "train.techniques=[{{lora: {{targets: [nowhere]}}}}]"),
@@ -288,6 +288,6 @@ def test_an_existing_folder_is_not_exported_into(home: Path, refused: Refusal, t
 def test_a_federation_without_one_usable_contribution_ends_with_code_2(
     home: Path, refused: Refusal, recipe: str
 ) -> None:
-    said = refused("simulate", recipe, "--set", "federation.max_norm=1e-12")
+    said = refused("simulate", recipe, "--set", "federation.max_update_norm=1e-12")
     assert "no round got enough usable contributions; see the reasons in: fedtune runs show trivial-" in said
     assert outcome().run.status == "failed"

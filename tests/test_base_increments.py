@@ -38,7 +38,9 @@ Happens = Callable[[int, int], None]
 
 def recipe(folder: Path, step: str, *overrides: str) -> Recipe:
     """Three clients of a BERT whose base is many times its pairs."""
-    made = words(folder, "train.techniques=[{lora: {exact: remainder, rank: 1}}]", f"merge=[{step}]", *overrides)
+    made = words(
+        folder, "train.techniques=[{lora: {trained_factors: both-and-base, rank: 1}}]", f"merge=[{step}]", *overrides
+    )
     tiny_bert(folder / "bert", width=64)
     return made
 
@@ -206,7 +208,7 @@ def test_a_device_that_always_lacks_its_base_is_asked_twice_and_no_more(
 
 @pytest.mark.parametrize("keep", ["all", "{last: 1, best: false, every: null}"])
 def test_a_device_that_was_not_asked_for_rounds_is_sent_all_it_missed(home: Path, tmp_path: Path, keep: str) -> None:
-    some = ("federation.fraction=0.34", "federation.quorum=1", "federation.rounds=7", f"checkpoints.keep={keep}")
+    some = ("federation.fraction_train=0.34", "federation.quorum=1", "federation.rounds=7", f"checkpoints.keep={keep}")
     made, sent = recipe(tmp_path, "flora", *some), Sent()
     simulated = execute(made, run="simulated")
     real = deployed(made, sent)
@@ -222,7 +224,7 @@ def test_a_device_that_was_not_asked_for_rounds_is_sent_all_it_missed(home: Path
 
 def test_increments_that_would_be_more_than_the_base_are_not_kept_and_not_sent(home: Path, tmp_path: Path) -> None:
     """Rank 16 of three clients in layers 16 wide: each round's increments are as large as the base."""
-    wide = "train.techniques=[{lora: {exact: remainder, rank: 16}}]"
+    wide = "train.techniques=[{lora: {trained_factors: both-and-base, rank: 16}}]"
     made, sent = words(tmp_path, wide, "merge=[flora]", "federation.rounds=3"), Sent()
     simulated = execute(made, run="simulated")
     real = deployed(made, sent)

@@ -34,7 +34,7 @@ def slow(client: int, number: int) -> float:
 
 
 def late(*overrides: str) -> Recipe:
-    return trivial("federation.late={buffer: 3}", "federation.rounds=5", "train.steps=1", *overrides)
+    return trivial("federation.asynchronous={buffer: 3}", "federation.rounds=5", "train.local_steps=1", *overrides)
 
 
 def deployed(
@@ -76,7 +76,7 @@ def test_a_late_delta_to_its_own_start_is_scaled_and_added(
         sent[order_of(message)] = decode_tensors(bytes(reply.content.array_records["delta"]["safetensors"].data))
         return reply
 
-    recipe, client = late("federation.late.staleness=0.7"), spoilt(keep, range(4))
+    recipe, client = late("federation.asynchronous.staleness_exponent=0.7"), spoilt(keep, range(4))
     if way == "deployed":
         rounds = deployed(recipe, client=client)
     else:
@@ -105,7 +105,11 @@ def test_a_simulation_draws_what_devices_of_these_durations_do(
     def takes(client: int, number: int) -> float:
         return 1.0 + 0.37 * client**2 + 0.11 * number
 
-    recipe = late(f"federation.late.oldest={oldest}", "federation.clients=3", "federation.late.buffer=2")
+    recipe = late(
+        f"federation.asynchronous.max_staleness={oldest}",
+        "federation.clients_per_round=3",
+        "federation.asynchronous.buffer_size=2",
+    )
     monkeypatch.setattr(timetables, "duration", lambda recipe, size, client, number: takes(client, number))
     simulated, real = execute(recipe, run="simulated"), deployed(recipe, takes, run="deployed")
     assert merged(simulated.rounds) == merged(real)
@@ -125,7 +129,7 @@ def test_an_answer_that_would_be_too_old_is_given_up_and_the_device_asked_anew(h
     def takes(client: int, number: int) -> float:
         return 3.5 if client == 3 else 1.0
 
-    rounds = deployed(late("federation.late.oldest=1"), takes, spoilt(note, range(4)))
+    rounds = deployed(late("federation.asynchronous.max_staleness=1"), takes, spoilt(note, range(4)))
     lost = [(r.number, c.client, c.status) for r in rounds for c in r.contributions if c.status != "merged"]
     assert lost == [(3, 3, "missing")]
     assert next(c.reason for c in rounds[3].contributions if c.client == 3).startswith("no reply within the rounds")
@@ -137,7 +141,7 @@ def test_a_device_that_fails_is_replaced_by_another_until_the_buffer_is_full(hom
     def fail(message: Message, reply: Message) -> Message:
         raise ValueError("the battery is empty")
 
-    recipe = late("federation.clients=2", "federation.late.buffer=2", "federation.rounds=3")
+    recipe = late("federation.clients_per_round=2", "federation.asynchronous.buffer_size=2", "federation.rounds=3")
     for record in deployed(recipe, client=spoilt(fail, {1}))[1:]:
         statuses = [(c.client, c.status) for c in record.contributions]
         assert sum(status == "merged" for _, status in statuses) == 2
@@ -238,11 +242,11 @@ def test_a_simulation_repeats_and_resumes_bit_for_bit(store: Store) -> None:
 def test_the_timetable_is_bounded_and_slow_classes_come_later_and_less_often() -> None:
     recipe = late(
         "devices=[{name: fast, count: 6}, {name: slow, count: 2, speed: 0.2}]",
-        "federation.late={buffer: 4, oldest: 6}",
+        "federation.asynchronous={buffer: 4, oldest: 6}",
         "federation.rounds=60",
     )
-    assert recipe.federation.late is not None
-    planned = list(make_simulated_schedule(recipe, range(8), [100] * 8, recipe.federation.late))
+    assert recipe.federation.asynchronous is not None
+    planned = list(make_simulated_schedule(recipe, range(8), [100] * 8, recipe.federation.asynchronous))
     taus = [
         (number - begun, client) for number, one in enumerate(planned, 1) for client, begun in one.start_rounds.items()
     ]

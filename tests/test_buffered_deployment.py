@@ -31,7 +31,7 @@ def server_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def submit_late(server: Server, *overrides: str) -> str:
     devices = "devices=[{name: toy, count: 3, memory: 64MB}]"
-    return submit(server, trivial(devices, "federation.late={buffer: 2, oldest: 50}", *overrides))
+    return submit(server, trivial(devices, "federation.asynchronous={buffer: 2, oldest: 50}", *overrides))
 
 
 def rounds(server: Server, run: str) -> int:

@@ -38,7 +38,7 @@ from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial
 from tests.local_norms import local_norms
 from tests.metric_oracles import count_f1
 
-ALL = ("evaluation={own: 0.2, metrics: [f1], clients: all}", "federation.clients=1")
+ALL = ("evaluation={own: 0.2, metrics: [f1], clients: all}", "federation.clients_per_round=1")
 
 
 def figures(ended: Ended, number: int, moment: str) -> dict[tuple[int, str], float]:
@@ -80,7 +80,7 @@ def everyone(folder: Path, kind: str, *overrides: str) -> Recipe:
     return words(folder, f"train.techniques={kind}", *overrides)
 
 
-@pytest.mark.parametrize("kind", ["local norms", "pruned", "[lora: {exact: alternate}]", "[full, deft]"])
+@pytest.mark.parametrize("kind", ["local norms", "pruned", "[lora: {trained_factors: alternate}]", "[full, deft]"])
 def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path, tmp_path: Path, kind: str) -> None:
     ended = execute(everyone(tmp_path, kind, "evaluation={own: 0.25, clients: all}"), run="scored")
     plain = execute(everyone(tmp_path, kind, "evaluation={own: 0.25}"), run="plain")
@@ -233,5 +233,8 @@ def test_with_privacy_no_score_leaves_a_client(home: Path) -> None:
     state = get_model_state(shop.model, shop.shared_names)
     order = TrainRequest(shop.recipe.model_dump_json(), 1, 0, scoring=True)
     assert run_local_round(order, state, shop, shop.client_rows[0], home)[1].own_predictions > 0
-    private = replace(shop, recipe=shop.recipe.model_copy(update={"privacy": PrivacySettings(clip=1.0, noise=1.0)}))
+    private = replace(
+        shop,
+        recipe=shop.recipe.model_copy(update={"privacy": PrivacySettings(clipping_norm=1.0, noise_multiplier=1.0)}),
+    )
     assert run_local_round(order, state, private, shop.client_rows[0], home)[1].own_predictions == 0

@@ -81,7 +81,7 @@ def test_the_norm_is_over_all_tensors_together(tmp_path: Path) -> None:
 
 def test_a_norm_at_the_bound_is_accepted_and_one_above_is_refused(tmp_path: Path) -> None:
     assert check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, 13.0) == 13.0
-    with pytest.raises(ClientUpdateError, match=r"^its norm 13 is above federation.max_norm 12.99"):
+    with pytest.raises(ClientUpdateError, match=r"^its norm 13 is above federation.max_update_norm 12.99"):
         check(spooled(tmp_path, pack(deltas())), EXPECTED, {}, math.nextafter(12.99, 0))
 
 

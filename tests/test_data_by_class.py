@@ -53,7 +53,7 @@ def test_the_draw_is_that_of_a_slow_twin(alpha: float, balance: bool, seed: int)
 def test_a_recipes_split_is_that_draw_by_its_seed() -> None:
     train = labelled(300, classes=3)
     owned = data.partition_examples(
-        a_recipe("data.split={kind: dirichlet, alpha: 0.5}", "seed=3"), train.only(["text", "label", "domain"])
+        a_recipe("data.partition={kind: dirichlet, alpha: 0.5}", "seed=3"), train.only(["text", "label", "domain"])
     )
     expected = twin(train["label"][:], 1, 0.5, 4, derive_seed(3, "split"), balance=True)
     assert [rows.tolist() for rows in owned] == expected
@@ -105,12 +105,14 @@ def test_whole_groups_begin_in_the_share_they_go_to() -> None:
 
 def test_a_minimum_that_cannot_be_had_is_refused() -> None:
     with pytest.raises(DataError, match=r"left a client with at most \d+ examples in 200 draws.*take equal-dirichlet"):
-        data.partition_examples(a_recipe("data.split={kind: dirichlet, alpha: 0.01, min_examples: 24}"), labelled(100))
+        data.partition_examples(
+            a_recipe("data.partition={kind: dirichlet, alpha: 0.01, min_examples: 24}"), labelled(100)
+        )
 
 
 def test_a_minimum_is_kept() -> None:
     owned = data.partition_examples(
-        a_recipe("data.split={kind: dirichlet, alpha: 0.3, min_examples: 15}"), labelled(200, classes=5)
+        a_recipe("data.partition={kind: dirichlet, alpha: 0.3, min_examples: 15}"), labelled(200, classes=5)
     )
     assert min(map(len, owned)) >= 15
     assert len({len(rows) for rows in owned}) > 1

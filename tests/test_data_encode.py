@@ -17,7 +17,7 @@ from tests.data_examples import a_recipe
 
 PAD, END, START = 0, 1, 2
 WORDS = {"[PAD]": PAD, "[END]": END, "[START]": START, "a": 3, "b": 4, "c": 5, "d": 6}
-LANGUAGE = "task=causal-language-modelling"
+LANGUAGE = "task=text-generation"
 IMAGES = "task=image-classification"
 
 
@@ -38,7 +38,7 @@ def grey_images(*sides: int) -> data.Table:
 
 def test_a_batch_of_texts_is_padded_to_its_own_longest_and_cut_to_the_length() -> None:
     texts = as_table(Dataset.from_dict({"text": ["a b", "a b c a b c a b c a b c", "c"], "label": [1, 0, 1]}))
-    encoded = data.encode_examples(texts, a_recipe("train.length=8"), tokenizer(starts=True))
+    encoded = data.encode_examples(texts, a_recipe("train.max_length=8"), tokenizer(starts=True))
     batch = encoded.make_batch([2, 0])
     assert batch["input_ids"].tolist() == [[2, 5, 0], [2, 3, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
@@ -50,7 +50,7 @@ def test_a_batch_of_texts_is_padded_to_its_own_longest_and_cut_to_the_length() -
 
 def test_a_text_for_language_modelling_ends_unless_it_is_cut() -> None:
     texts = as_table(Dataset.from_dict({"text": ["a", "a b c", "a b c d"]}))
-    batch = data.encode_examples(texts, a_recipe(LANGUAGE, "train.length=4"), tokenizer()).make_batch([0, 1, 2])
+    batch = data.encode_examples(texts, a_recipe(LANGUAGE, "train.max_length=4"), tokenizer()).make_batch([0, 1, 2])
     assert batch["input_ids"].tolist() == [[3, END, PAD, PAD], [3, 4, 5, END], [3, 4, 5, 6]]
     assert batch["labels"].tolist() == [[3, END, -100, -100], [3, 4, 5, END], [3, 4, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]

@@ -13,7 +13,7 @@ from tests.data_examples import ROWS, a_recipe, csv_file
     [
         (ROWS, ["data.columns.text=txt"], "has no column 'txt', which data.columns.text names; did you mean 'text'"),
         (ROWS, ["data.columns.group=autor"], "which data.columns.group names; did you mean 'author'"),
-        (ROWS, ["data.split={kind: natural, by: writer}"], "no column 'writer', which data.split.by names"),
+        (ROWS, ["data.partition={kind: natural, by: writer}"], "no column 'writer', which data.partition.column names"),
         ([], [], "holds no example; bring data"),
         (["a,yes,x", "b,,x"], [], "row 2 has no value in column 'label'; fill it or drop the row"),
         ([",yes,x", "b,no,x"], [], "row 1 has no value in column 'text'"),
@@ -26,14 +26,18 @@ from tests.data_examples import ROWS, a_recipe, csv_file
         (
             [f"t{row},{row % 2},x" for row in range(9)],
             ["data.columns.group=author"],
-            "part is empty; change data.parts",
+            "part is empty; change data.splits",
         ),
         (
             [f"t{row},{row % 2},{'all' if row % 3 else 'x'}" for row in range(99)],
             ["data.columns.domain=author"],
             "a domain is called 'all', as summaries are; rename it",
         ),
-        (ROWS, ["data.columns.group=author", "data.limit=9"], "data.limit is 9, but a group of .* has 10 examples"),
+        (
+            ROWS,
+            ["data.columns.group=author", "data.max_train_examples=9"],
+            "data.max_train_examples is 9, but a group of .* has 10 examples",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_one_sentence(
@@ -96,8 +100,8 @@ def test_a_source_that_is_none_is_one_sentence(source: str, sentence: str) -> No
 def test_a_part_of_small_data_that_is_empty_is_refused_also_for_scoring(tmp_path: Path, part: str) -> None:
     rows = ("one,no", "two,yes")
     source = csv_file(tmp_path / "a.csv", "text,label", *rows)
-    recipe = a_recipe(source, "data.parts={validation: 0.001, test: 0.001}")
-    with pytest.raises(DataError, match=rf"the {part} part is empty; change data.parts or bring more data"):
+    recipe = a_recipe(source, "data.splits={validation: 0.001, test: 0.001}")
+    with pytest.raises(DataError, match=rf"the {part} part is empty; change data.splits or bring more data"):
         data.load_all_examples(recipe, ("no", "yes"), part)
     assert len(data.load_all_examples(recipe, ("no", "yes"))) == 2
 

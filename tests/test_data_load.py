@@ -232,7 +232,7 @@ def test_columns_get_their_canonical_names_and_one_may_serve_twice(table: str) -
 
 
 def test_the_column_of_a_natural_split_is_kept(table: str) -> None:
-    recipe = a_recipe(table, "data.split={kind: natural, by: author}")
+    recipe = a_recipe(table, "data.partition={kind: natural, by: author}")
     corpus = data.load_data(recipe)
     owned = data.partition_examples(recipe, corpus.train)
     authors = [set(corpus.train.select(rows)["author"]) for rows in owned]
@@ -240,7 +240,7 @@ def test_the_column_of_a_natural_split_is_kept(table: str) -> None:
 
 
 def test_language_modelling_needs_no_label(table: str) -> None:
-    corpus = data.load_data(a_recipe(table, "task=causal-language-modelling"))
+    corpus = data.load_data(a_recipe(table, "task=text-generation"))
     assert corpus.train.column_names == ["text"]
     assert corpus.label_names == ()
 
@@ -248,7 +248,7 @@ def test_language_modelling_needs_no_label(table: str) -> None:
 def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> None:
     whole = data.load_data(a_recipe(table, "data.columns.group=author"))
     limited = [
-        data.load_data(a_recipe(table, "data.columns.group=author", "data.limit=45", f"seed={seed}"))
+        data.load_data(a_recipe(table, "data.columns.group=author", "data.max_train_examples=45", f"seed={seed}"))
         for seed in (0, 0, 1)
     ]
     assert set(Counter(limited[0].train["group"]).values()) == {10}

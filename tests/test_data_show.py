@@ -35,7 +35,7 @@ def test_a_summary_counts_examples_groups_and_labels() -> None:
 
 
 def test_a_natural_split_is_counted_by_domain() -> None:
-    summary = a_summary(3, "data.split={kind: natural, by: domain}", "data.columns.domain=domain")
+    summary = a_summary(3, "data.partition={kind: natural, by: domain}", "data.columns.domain=domain")
     assert (summary.by, summary.values) == ("domain", ("a", "b", "c"))
     assert [sorted(holding.counts) for holding in summary.holdings] == [[0, 0, 12]] * 3
 

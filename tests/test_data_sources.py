@@ -238,7 +238,7 @@ def test_files_without_parts_are_taken_together_and_must_have_the_same_columns(t
 
 def test_a_text_file_holds_an_example_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\r\n".join(["first", "", *[f"line {n}, with: all" for n in range(60)]]).encode())
-    corpus = loaded(tmp_path / "a.txt", "task=causal-language-modelling", kind="text")
+    corpus = loaded(tmp_path / "a.txt", "task=text-generation", kind="text")
     assert sorted(everything(corpus)) == sorted(["first", *[f"line {n}, with: all" for n in range(60)]])
 
 

@@ -20,7 +20,7 @@ KINDS = [
 
 
 def split(train: data.Table, kind: str, *overrides: str, clients: int = 4) -> list[np.ndarray]:
-    return data.partition_examples(a_recipe(f"data.split={kind}", *overrides, clients=clients), train)
+    return data.partition_examples(a_recipe(f"data.partition={kind}", *overrides, clients=clients), train)
 
 
 def column(train: data.Table, name: str, clients: list[np.ndarray]) -> list[list[object]]:

@@ -52,7 +52,7 @@ def test_encoder_and_decoder_are_two_stacks(build: Callable[[], PreTrainedModel]
 def test_low_rank_pairs_change_nothing(build: Callable[[], PreTrainedModel]) -> None:
     model = build()
     before = find_mlps(model)
-    shared("lora", model, TEXT if build is bert else "causal-language-modelling", rank=20)
+    shared("lora", model, TEXT if build is bert else "text-generation", rank=20)
     assert find_mlps(model) == before
 
 
@@ -79,7 +79,7 @@ def test_the_first_block_that_does_not_fit_is_named() -> None:
     with pytest.raises(
         ModelError, match=r"^model\.layers\.1 \(LlamaDecoderLayer\) has no activation between one or two"
     ):
-        shared("full+deft", model, "causal-language-modelling")
+        shared("full+deft", model, "text-generation")
 
 
 def test_experts_are_refused() -> None:

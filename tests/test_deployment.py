@@ -70,7 +70,7 @@ def test_devices_that_were_not_asked_to_train_score_what_they_score_in_a_simulat
     server_home: Path, tmp_path: Path
 ) -> None:
     recipe = trivial(
-        "evaluation={own: 0.2, metrics: [f1], clients: all}", "devices=[{count: 3}]", "federation.clients=1"
+        "evaluation={own: 0.2, metrics: [f1], clients: all}", "devices=[{count: 3}]", "federation.clients_per_round=1"
     )
     simulated = execute(recipe, run="simulated")
     with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1", "part:2") as devices:
@@ -103,7 +103,7 @@ def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: 
 def test_devices_are_sent_what_was_added_to_their_base_also_after_their_restart(
     server_home: Path, tmp_path: Path
 ) -> None:
-    lora = "train.techniques=[{lora: {exact: remainder, rank: 1}}]"
+    lora = "train.techniques=[{lora: {trained_factors: both-and-base, rank: 1}}]"
     recipe = words(tmp_path, lora, "merge=[flora]", TWO, "federation.rounds=4")
     tiny_bert(tmp_path / "bert", width=64)
     simulated = execute(recipe, run="simulated")

@@ -197,7 +197,7 @@ def test_a_wider_class_is_refused(tmp_path: Path) -> None:
 
 
 def test_factors_that_are_trained_in_different_rounds_are_refused(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.techniques=lora", CLASSES % "techniques: [{lora: {exact: freeze-a}}]")
+    recipe = words(tmp_path, "train.techniques=lora", CLASSES % "techniques: [{lora: {trained_factors: b-only}}]")
     assert "different factors" in refused(recipe)
 
 

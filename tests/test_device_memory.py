@@ -23,7 +23,7 @@ from fedtune.recipe import Recipe
 from fedtune.training import clear_run_context, get_model_state, get_run_context
 from tests.federations import tiny_bert, trivial, words
 
-SETTINGS = ("train.techniques=[full]", "train.schedule=constant", "train.steps=1", "devices=[{count: 2}]")
+SETTINGS = ("train.techniques=[full]", "train.lr_schedule=constant", "train.local_steps=1", "devices=[{count: 2}]")
 
 
 def task(recipe: Recipe) -> Any:

@@ -9,8 +9,8 @@ from fedtune.recipe import TaskName
 from fedtune.training import Metric, evaluate_model
 from tests.tiny import VOCABULARY, FewTexts, bert, few_texts, llama
 
-TEXT: TaskName = "sequence-classification"
-LANGUAGE: TaskName = "causal-language-modelling"
+TEXT: TaskName = "text-classification"
+LANGUAGE: TaskName = "text-generation"
 
 
 def figures(scores: list[Metric]) -> dict[tuple[str, str], float]:

@@ -149,11 +149,11 @@ def test_an_image_model_brings_its_code_along(home: Path, tmp_path: Path, source
     recipe = trivial(
         f'model.source="sample:{source}"',
         "train.techniques=" + ("full" if source == "logistic" else "classifier"),
-        "train.image=32",
+        "train.image_size=32",
         "train.lr=0.3",
         "federation={rounds: 1, clients: 1}",
-        "train.steps=1",
-        "evaluation.batch=256",
+        "train.local_steps=1",
+        "evaluation.batch_size=256",
     )
     tensors = state(execute(recipe))
     assert export_model(recipe, tensors, tmp_path / "out", None, "") == "full"
@@ -216,7 +216,7 @@ def test_another_domain_column_gives_figures_per_domain(tmp_path: Path) -> None:
     shop = get_run_context(words(tmp_path).model_dump_json())
     rows = ["the film was fine,good,a", "the film was dull,bad,b"]
     found = shop.encode_source(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
-    assert {one.domain for one in evaluate_model(shop.model, found, 2, "sequence-classification")} == {
+    assert {one.domain for one in evaluate_model(shop.model, found, 2, "text-classification")} == {
         "a",
         "b",
         "all",

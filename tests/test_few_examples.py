@@ -34,7 +34,7 @@ def test_the_loss_over_few_examples_is_not_told(home: Path, rows: int, told: boo
 
 @pytest.mark.parametrize(("rows", "told"), [(2 * FEWEST, True), (2 * FEWEST - 2, False)])
 def test_a_score_over_few_held_out_examples_is_not_told(home: Path, rows: int, told: bool) -> None:
-    found = report(home, rows, "evaluation.own=0.5")
+    found = report(home, rows, "evaluation.local_holdout=0.5")
     assert (found.own_predictions, found.own_loss != 0) == ((FEWEST, True) if told else (0, False))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.federations import execute, tiny_bert, words
 from fedtune.training import discard
 
-SETTINGS = ("train.techniques=[full]", "train.schedule=constant", "train.steps=1", "devices=[{count: 2}]")
+SETTINGS = ("train.techniques=[full]", "train.lr_schedule=constant", "train.local_steps=1", "devices=[{count: 2}]")
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024

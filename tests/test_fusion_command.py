@@ -114,7 +114,7 @@ def test_inputs_and_result_are_scored() -> None:
     save(bert(), Path("bert"))
     Path("texts.csv").write_text("text,label\nword3 word4,LABEL_0\nword5,LABEL_2\nword6 word7 word8,LABEL_1\n")
     arguments = ("bert1", "bert2", "--base", "bert", "-o", "out", "--evaluate", "csv:texts.csv")
-    scores = told(*arguments, "--task", "sequence-classification")["scores"]
+    scores = told(*arguments, "--task", "text-classification")["scores"]
     assert list(scores) == ["bert1", "bert2", "bert", "merged"]
     assert {one["name"] for one in scores["merged"]} == {"accuracy", "loss"}
     card = Path("out/README.md").read_text()
@@ -129,7 +129,7 @@ def test_aim_watches_the_base_at_work() -> None:
     Path("texts.jsonl").write_text(lines)
     arguments = ("tuned1", "tuned2", "--base", "base", "--method", "ties")
     assert call(*arguments, "-o", "plain").exit_code == 0
-    watched = ("--relax", "aim", "--calibrate", "jsonl:texts.jsonl", "--task", "causal-language-modelling")
+    watched = ("--relax", "aim", "--calibrate", "jsonl:texts.jsonl", "--task", "text-generation")
     assert call(*arguments, *watched, "-o", "relaxed").exit_code == 0
     plain, relaxed, base = (tensors(Path(name)) for name in ("plain", "relaxed", "base"))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -149,7 +149,7 @@ def test_models_are_aligned_before_they_are_merged() -> None:
             part.weight.data = part.weight.data[order]
         layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]
     save(twin, Path("twin"))
-    arguments = ("tuned1", "twin", "--align", "rebasin", "--task", "causal-language-modelling", "-o", "out")
+    arguments = ("tuned1", "twin", "--align", "rebasin", "--task", "text-generation", "-o", "out")
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     assert all((tensors(Path("out"))[name] - tensor).abs().max() < 1e-6 for name, tensor in own.items())

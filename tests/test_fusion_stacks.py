@@ -255,7 +255,7 @@ def test_a_result_of_another_shape_than_the_net_is_refused_before_it_is_written(
     with pytest.raises(
         ModelError, match=r"repair watches the result in the net it was given, where .* is \[40, 16\], not"
     ):
-        collect_merge_context(prepare_merge(config), "causal-language-modelling", f"csv:{texts}", "text", runs)
+        collect_merge_context(prepare_merge(config), "text-generation", f"csv:{texts}", "text", runs)
 
 
 def test_what_is_said_of_single_layers_follows_them(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedtune.training import get_model_state, get_run_context, set_model_state, 
 from fedtune.training.held_out import split_holdout
 from tests.federations import execute, trivial
 
-SHARE = "evaluation.own=0.3"
+SHARE = "evaluation.local_holdout=0.3"
 
 
 class Watched:
@@ -86,5 +86,5 @@ def test_a_run_records_what_clients_report_beside_the_central_figures(home: Path
 
 
 def test_no_figure_is_recorded_when_no_client_can_hold_anything_out(home: Path) -> None:
-    ended = execute(trivial("evaluation.own=0.01", "data.limit=40"))
+    ended = execute(trivial("evaluation.local_holdout=0.01", "data.max_train_examples=40"))
     assert not any(metric.part == "own" for record in ended.rounds for metric in record.metrics)

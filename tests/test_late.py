@@ -39,36 +39,48 @@ def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_p
         (["merge=[rebasin, mean]"], "rebasin wants the models of one round"),
         (["merge=[mean, bias-calibration]"], "bias-calibration wants the models of one round"),
         (["merge=[mean, aim: {statistics: clients}]"], "aim wants the models of one round"),
-        (["evaluation.own=0.2"], "clients score the model they begin with"),
-        (["train.techniques=[full, live-norm: {local: true}]", "evaluation.own=0.2"], "leaves the server no whole"),
+        (["evaluation.local_holdout=0.2"], "clients score the model they begin with"),
+        (
+            ["train.techniques=[full, live-norm: {local: true}]", "evaluation.local_holdout=0.2"],
+            "leaves the server no whole",
+        ),
     ],
 )
 def test_what_needs_the_models_of_one_round_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        trivial("federation.late.buffer=2", *overrides)
+        trivial("federation.asynchronous.buffer_size=2", *overrides)
 
 
 def adapted(lora: str, merge: str) -> Recipe:
-    overrides = ("federation.late.buffer=2", f"train.techniques=[lora: {{exact: {lora}}}]", f"merge=[{merge}]")
+    overrides = (
+        "federation.asynchronous.buffer_size=2",
+        f"train.techniques=[lora: {{exact: {lora}}}]",
+        f"merge=[{merge}]",
+    )
     return resolve_recipe(parse_recipe(WORDS.format(folder="nowhere"), "words", overrides))
 
 
 def test_an_alternating_factor_is_refused_and_a_frozen_one_is_not() -> None:
-    with pytest.raises(RecipeError, match=r"lora trains something else each round, .*; set exact: freeze-a"):
+    with pytest.raises(RecipeError, match=r"lora trains something else each round, .*; set trained_factors: b-only"):
         adapted("alternate", "mean")
     with pytest.raises(RecipeError, match="fedit wants the models of one round"):
         adapted("none", "fedit")
     adapted("freeze-a", "mean")
-    trivial("federation.late.buffer=2", "merge=[mean, aim]")  # measured by the server, of the model it merges into
+    trivial(
+        "federation.asynchronous.buffer_size=2", "merge=[mean, aim]"
+    )  # measured by the server, of the model it merges into
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["federation.late.buffer=5"], "federation.late.buffer is 5, above the 4 clients"),
-        (["federation.late.buffer=2", "federation.quorum=3"], "quorum is 3, but late.buffer ends a round with 2"),
-        (["federation.late.buffer=0"], "buffer"),
-        (["federation.late.staleness=-1", "federation.late.buffer=2"], "staleness"),
+        (["federation.asynchronous.buffer_size=5"], "federation.asynchronous.buffer_size is 5, above the 4 clients"),
+        (
+            ["federation.asynchronous.buffer_size=2", "federation.quorum=3"],
+            "quorum is 3, but asynchronous.buffer_size ends a round with 2",
+        ),
+        (["federation.asynchronous.buffer_size=0"], "buffer"),
+        (["federation.asynchronous.staleness_exponent=-1", "federation.asynchronous.buffer_size=2"], "staleness"),
     ],
 )
 def test_settings_that_do_not_hold_are_refused(overrides: list[str], sentence: str) -> None:

@@ -186,7 +186,10 @@ def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("evaluation.own=0", "clients must hold examples out"), ("merge=[rebasin, mean]", "rebasin needs a whole model")],
+    [
+        ("evaluation.local_holdout=0", "clients must hold examples out"),
+        ("merge=[rebasin, mean]", "rebasin needs a whole model"),
+    ],
 )
 def test_what_needs_a_whole_model_on_the_server_is_refused(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):

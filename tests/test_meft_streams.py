@@ -176,7 +176,7 @@ def test_rounding_passes_gradients_straight_through() -> None:
 def test_cuts_are_the_fewest_that_the_bits_of_a_double_allow(
     variant: str, factor: float, bits: int, blocks: int, cuts: tuple[int, ...]
 ) -> None:
-    found = Meft(variant=variant, factor=factor, bits=bits)._cuts(blocks)
+    found = Meft(variant=variant, scaling_factor=factor, value_bits=bits)._cuts(blocks)
     assert found == cuts
     bounds = [-1, *cuts, blocks]
     longest = max(after - before - 1 for before, after in pairwise(bounds))
@@ -254,4 +254,4 @@ def test_exact_factors_are_powers_of_two() -> None:
         chosen("meft", factor=0.1)
     assert chosen("meft", factor=0.1, mode="float")
     with pytest.raises(ValidationError):
-        Meft(factor=0)
+        Meft(scaling_factor=0)

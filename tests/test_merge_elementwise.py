@@ -29,7 +29,7 @@ def weighed(step: CombineStep, deltas: list[Tensor], statistics: list[Tensor], w
 
 def test_the_trimmed_mean_leaves_out_both_ends_entry_by_entry() -> None:
     values = torch.tensor([[1.0, 900.0], [2.0, -1.0], [3.0, 0.0], [4.0, 1.0], [-500.0, 2.0]])
-    found = merged(TrimmedMean(share=0.2), [{"w": row} for row in values])["w"]
+    found = merged(TrimmedMean(trim_fraction=0.2), [{"w": row} for row in values])["w"]
     assert found.tolist() == [2.0, 1.0]
 
 
@@ -37,7 +37,7 @@ def test_a_trimmed_mean_that_would_cut_nothing_is_refused() -> None:
     with pytest.raises(
         RecipeError, match=r"share 0.2 needs at least 5 models to cut one at each end, but 4 came; raise"
     ):
-        merged(TrimmedMean(share=0.2), models(4))
+        merged(TrimmedMean(trim_fraction=0.2), models(4))
 
 
 def test_fisher_is_linear_when_information_is_equal() -> None:
@@ -59,7 +59,7 @@ def grams(inputs: list[Tensor]) -> list[Tensor]:
 
 def regressed(weights: list[Tensor], inputs: list[Tensor], shrink: float) -> Tensor:
     deltas = [0.0 + weight for weight in weights]
-    return weighed(RegMean(shrink=shrink), deltas, grams(inputs), [1 / len(weights)] * len(weights))
+    return weighed(RegMean(off_diagonal_scale=shrink), deltas, grams(inputs), [1 / len(weights)] * len(weights))
 
 
 def test_regmean_is_linear_when_grams_are_equal() -> None:

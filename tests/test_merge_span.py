@@ -150,7 +150,7 @@ def summed_distance(point: Tensor, given: list[Tensor]) -> float:
 
 
 def test_the_geometric_median_of_each_tensor_is_nearer_to_all_than_any_other_point() -> None:
-    step, random = GeometricMedian(distances="tensor"), torch.Generator().manual_seed(3)
+    step, random = GeometricMedian(granularity="tensor"), torch.Generator().manual_seed(3)
     for name in LARGE:
         given, found = vectors(name), merged(step, models(3), WEIGHTS)[name].double().flatten()
         least = summed_distance(found, given)
@@ -164,9 +164,9 @@ def test_distances_of_whole_models_give_one_set_of_coefficients() -> None:
     given = models(3)
     whole = merged(GeometricMedian(), given, WEIGHTS)
     joined = [{"all": torch.cat([tensor.flatten() for tensor in model.values()])} for model in given]
-    wanted = merged(GeometricMedian(distances="tensor"), joined, WEIGHTS)["all"]
+    wanted = merged(GeometricMedian(granularity="tensor"), joined, WEIGHTS)["all"]
     torch.testing.assert_close(torch.cat([tensor.flatten() for tensor in whole.values()]), wanted, rtol=1e-5, atol=1e-6)
-    apart = merged(GeometricMedian(distances="tensor"), given, WEIGHTS)
+    apart = merged(GeometricMedian(granularity="tensor"), given, WEIGHTS)
     assert not torch.allclose(apart["kernel"], whole["kernel"], atol=1e-4)
 
 

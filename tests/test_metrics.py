@@ -177,8 +177,8 @@ def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:
     [
         (["evaluation.metrics=[auk]"], "evaluation.metrics: there is no 'auk'; did you mean 'auc'"),
         (
-            ["evaluation.metrics=[auc]", "task=causal-language-modelling"],
-            "evaluation.metrics: auc is of classes, which causal-language-modelling has none of",
+            ["evaluation.metrics=[auc]", "task=text-generation"],
+            "evaluation.metrics: auc is of classes, which text-generation has none of",
         ),
     ],
 )

@@ -37,7 +37,9 @@ def test_the_mean_over_tokens_is_that_of_the_parts_by_their_shares() -> None:
 
 
 def test_a_client_s_round_in_micro_batches_is_its_round(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.techniques=full", "train.optimiser=sgd", "train.clip=0.1", "train.batch=8")
+    recipe = words(
+        tmp_path, "train.techniques=full", "train.optimiser=sgd", "train.max_grad_norm=0.1", "train.batch_size=8"
+    )
     whole, parts = (_delta(_shop(recipe.model_dump_json()), micro) for micro in (None, 3))
     assert any(not torch.equal(whole[name], parts[name]) for name in whole)
     for name, delta in whole.items():

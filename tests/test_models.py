@@ -22,8 +22,8 @@ from fedtune.models.gguf import dequantise_gguf
 from fedtune.recipe import ModelSettings, TaskName
 from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
 
-TEXT: TaskName = "sequence-classification"
-LANGUAGE: TaskName = "causal-language-modelling"
+TEXT: TaskName = "text-classification"
+LANGUAGE: TaskName = "text-generation"
 IMAGES: TaskName = "image-classification"
 
 SMALL: dict[str, Any] = {
@@ -129,7 +129,7 @@ def test_a_model_that_does_not_fit_the_task_is_refused(
 
 
 def test_an_image_model_does_not_read_text() -> None:
-    with pytest.raises(ModelError, match="does not do sequence-classification"):
+    with pytest.raises(ModelError, match="does not do text-classification"):
         load("sample:logistic", TEXT, ("a", "b"))
 
 

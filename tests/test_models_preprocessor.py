@@ -128,7 +128,7 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
         folder.mkdir(parents=True, exist_ok=True)
         a_picture(40 + number, 50).save(folder / f"{number:02}.png")
     source, pictures = f"model.source=path:{tmp_path / 'model'}", f"data.source=folder:{tmp_path / 'pictures'}"
-    shop = get_run_context(a_recipe(IMAGES, source, pictures, "train.image=null").model_dump_json())
+    shop = get_run_context(a_recipe(IMAGES, source, pictures, "train.image_size=null").model_dump_json())
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "model")
     expected = theirs([picture["path"] for picture in shop.corpus.train.pictures()], return_tensors="np")[
         "pixel_values"
@@ -141,12 +141,12 @@ def test_a_run_reads_pictures_as_the_models_preprocessor_says(tmp_path: Path) ->
 
 
 def test_a_run_records_how_it_read_pictures(home: Path) -> None:
-    recipe = trivial("train.image=null", "federation.rounds=1")
+    recipe = trivial("train.image_size=null", "federation.rounds=1")
     assert recipe.model.preprocessor is None
     ended = execute(recipe)
     recorded = Recipe.model_validate_json(ended.run.recipe)
     assert recorded.model.preprocessor == Preprocessor(side=96)
-    assert recorded.train.image == 96
+    assert recorded.train.image_size == 96
 
 
 def test_small_pictures_of_one_size_are_kept_small_and_read_alike(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_without_a_preprocessor_the_size_is_the_configurations(tmp_path: Path) -
 
 def test_another_size_keeps_the_share_that_is_cut_out(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["mobilenet"])
-    recipe = a_recipe(IMAGES, f'model.source="path:{folder}"', "train.image=64")
+    recipe = a_recipe(IMAGES, f'model.source="path:{folder}"', "train.image_size=64")
     found = models.settled(recipe)
-    assert found.train.image == 64
+    assert found.train.image_size == 64
     assert found.model.preprocessor is not None
     assert (found.model.preprocessor.side, found.model.preprocessor.edge) == (64, 72)
     assert models.settled(found) == found
@@ -175,7 +175,7 @@ def test_another_size_keeps_the_share_that_is_cut_out(tmp_path: Path) -> None:
 
 def test_what_a_recipe_records_counts_more_than_the_folder(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["vit"])
-    recipe = models.settled(a_recipe(IMAGES, "train.image=null", f'model.source="path:{folder}"'))
+    recipe = models.settled(a_recipe(IMAGES, "train.image_size=null", f'model.source="path:{folder}"'))
     a_folder(folder, PROCESSORS["other colours"])
     assert models.reader(recipe) == recipe.model.preprocessor
     assert models.reader(recipe).side == 32

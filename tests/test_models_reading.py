@@ -29,7 +29,7 @@ from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 
 READS = """
 name: reads
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}/model"}}
 data: {{source: "csv:{folder}/texts.csv"}}
 devices: [{{count: 1}}]
@@ -104,7 +104,7 @@ def test_classes_of_other_names_are_in_alphabetical_order(tmp_path: Path) -> Non
 def test_a_head_for_another_kind_of_labels_is_refused(tmp_path: Path, settings: Any, made_for: str) -> None:
     recipe = words(tmp_path)
     edit(tmp_path / "bert", **settings)
-    with pytest.raises(ModelError, match=f"bert is made for {made_for}, but sequence-classification trains one class"):
+    with pytest.raises(ModelError, match=f"bert is made for {made_for}, but text-classification trains one class"):
         models.load_model(recipe.model, TEXT, ("bad", "good"), seed=0)
 
 
@@ -125,9 +125,9 @@ def test_texts_of_unknown_words_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("architecture", "most"), [("bert", 32), ("gpt2-classifier", 32), ("roberta", 31)])
 def test_a_text_beyond_the_models_positions_is_refused(tmp_path: Path, architecture: str, most: int) -> None:
-    recipe = reads(tmp_path, architecture, rows(length=40), "train.length=36")
+    recipe = reads(tmp_path, architecture, rows(length=40), "train.max_length=36")
     with pytest.raises(
-        ModelError, match=rf"reads at most {most} tokens, but a text has 36 .* set train.length to {most}"
+        ModelError, match=rf"reads at most {most} tokens, but a text has 36 .* set train.max_length to {most}"
     ):
         _ = get_run_context(recipe.model_dump_json()).train
     fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": most})})
@@ -135,7 +135,7 @@ def test_a_text_beyond_the_models_positions_is_refused(tmp_path: Path, architect
 
 
 def test_texts_longer_than_rotary_positions_are_read(tmp_path: Path) -> None:
-    recipe = reads(tmp_path, "llama-classifier", rows(length=40), "train.length=36")
+    recipe = reads(tmp_path, "llama-classifier", rows(length=40), "train.max_length=36")
     assert len(get_run_context(recipe.model_dump_json()).train)
 
 
@@ -157,7 +157,7 @@ def test_texts_for_an_encoder_decoder_end_in_one_end_token(tmp_path: Path, archi
     shop = get_run_context(recipe.model_dump_json())
     ids = shop.train.make_batch(range(len(shop.train)))["input_ids"]
     assert ((ids == 3).sum(1) == 1).all()
-    assert ids.shape[1] <= recipe.train.length
+    assert ids.shape[1] <= recipe.train.max_length
     assert evaluate_model(shop.model, shop.train, 8, TEXT)
 
 

@@ -94,7 +94,7 @@ def test_a_net_of_transformers_takes_the_step_that_plain_torch_takes(
         "task=image-classification",
         f"model.source=path:{tmp_path / 'net'}",
         "train={techniques: full, optimiser: sgd, lr: 0.01, weight_decay: 0, clip: null, batch: 4, steps: 1}",
-        "train.image=32",
+        "train.image_size=32",
     )
     model, techniques, names = prepare_model(recipe, SEVEN)
     outcome = train_local_model(model, techniques, get_model_state(model, names), pictures, np.arange(4), recipe, 1, 0)

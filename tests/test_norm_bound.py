@@ -129,7 +129,7 @@ def test_low_rank_and_masked_updates_are_bounded_too(home: Path, tmp_path: Path,
 
 
 def test_late_answers_are_bounded_on_devices_as_in_a_simulation(home: Path) -> None:
-    recipe = trivial("federation.late={buffer: 4}", "federation.rounds=3", "train.steps=1")
+    recipe = trivial("federation.asynchronous={buffer: 4}", "federation.rounds=3", "train.local_steps=1")
     spoil = spoilt(times(1e4), {1})
     simulated = execute(recipe, spoil, run="simulated")
     rounds = deployed(recipe, lambda client, number: 1.0, spoil, run="real")
@@ -215,9 +215,12 @@ def test_a_robust_merge_that_never_gets_enough_ends_as_every_run_without_a_round
     [
         (("merge=[trimmed-mean]",), "trimmed-mean needs at least 5 models, but a round brings 4 at most"),
         (("merge=[{trimmed-mean: {share: 0.1}}]", "devices=[{count: 9}]"), "at least 10 models, but a round brings 9"),
-        (("merge=[model-stock]", "federation.clients=1"), "needs at least 2 models, but a round brings 1"),
-        (("merge=[trimmed-mean]", "devices=[{count: 9}]", "federation.late={buffer: 4}"), "raise federation.late.buff"),
-        (("merge=[slerp]",), "slerp takes 2 models, but a round asks for 4; lower federation.clients"),
+        (("merge=[model-stock]", "federation.clients_per_round=1"), "needs at least 2 models, but a round brings 1"),
+        (
+            ("merge=[trimmed-mean]", "devices=[{count: 9}]", "federation.asynchronous={buffer: 4}"),
+            "raise federation.asynchronous.buff",
+        ),
+        (("merge=[slerp]",), "slerp takes 2 models, but a round asks for 4; lower federation.clients_per_round"),
     ],
 )
 def test_what_can_never_hold_is_refused_before_anything_begins(
@@ -231,7 +234,7 @@ def test_what_can_never_hold_is_refused_before_anything_begins(
 def test_what_trimmed_mean_needs_is_the_least_count_of_which_it_can_cut_one(share: float) -> None:
     from fedtune.merging.trimmed_mean import TrimmedMean
 
-    step: Any = TrimmedMean(share=share)
+    step: Any = TrimmedMean(trim_fraction=share)
     assert step._cut(step.needed) >= 1
     assert step._cut(step.needed - 1) == 0
 

@@ -24,7 +24,7 @@ def _pairs(model: PreTrainedModel) -> list[Any]:
 
 def _lora(**settings: Any) -> PreTrainedModel:
     model = bert()
-    shake(model, shared("lora", model, TEXT, exact="none", **settings))
+    shake(model, shared("lora", model, TEXT, trained_factors="both", **settings))
     return model
 
 

@@ -128,9 +128,11 @@ def test_a_secret_that_is_none_is_not_used(tmp_path: Path) -> None:
 
 
 def test_norms_of_contributions_with_their_own_noise_stay_below_what_is_believed() -> None:
-    own = PrivacySettings(clip=0.5, noise=2.0, where="client")
+    own = PrivacySettings(clipping_norm=0.5, noise_multiplier=2.0, noise_added_by="client")
     assert compute_noise_std(own) == pytest.approx(1.0, rel=1e-5)
-    assert compute_max_update_norm(PrivacySettings(clip=0.5, noise=2.0), 10**6) == 0.5 * (1 + ROUNDING_SLACK)
+    assert compute_max_update_norm(PrivacySettings(clipping_norm=0.5, noise_multiplier=2.0), 10**6) == 0.5 * (
+        1 + ROUNDING_SLACK
+    )
     for elements in (1, 100, 20_000):
         bound = compute_max_update_norm(own, elements)
         assert bound == pytest.approx(0.5 + math.sqrt(elements) + 8, rel=1e-5)

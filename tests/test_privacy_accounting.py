@@ -44,15 +44,17 @@ def exact(noise: float, count: int) -> float:
 
 @pytest.mark.parametrize(("noise", "count"), [(0.8, 1), (1.0, 16), (2.0, 10), (4.0, 10), (8.0, 200)])
 def test_the_accountant_agrees_with_the_closed_form_and_is_no_less_than_the_truth(noise: float, count: int) -> None:
-    found = compute_epsilon(trivial("privacy.clip=1", f"privacy.noise={noise}"), count)
+    found = compute_epsilon(trivial("privacy.clipping_norm=1", f"privacy.noise_multiplier={noise}"), count)
     least = by_orders(noise, count)
     assert least * (1 - 1e-6) <= found <= least * 1.01, "a coarse grid of orders may cost a percent"
     assert exact(noise, count) < found < exact(noise, count) * 1.35
 
 
 def test_clients_that_add_noise_are_charged_for_any_other_data_set() -> None:
-    own = trivial("privacy.clip=1", "privacy.noise=4", "privacy.where=client")
-    assert compute_epsilon(own, 3) == compute_epsilon(trivial("privacy.clip=1", "privacy.noise=2"), 3)
+    own = trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=4", "privacy.noise_added_by=client")
+    assert compute_epsilon(own, 3) == compute_epsilon(
+        trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=2"), 3
+    )
     assert compute_epsilon(own, 0) == 0
 
 
@@ -74,13 +76,15 @@ ROUNDS: list[RoundOutcome] = [
 
 
 def test_with_the_servers_noise_a_failed_round_costs_nothing_and_clients_are_charged_for_their_own_rounds() -> None:
-    assert releases(PrivacySettings(clip=1, noise=1), ROUNDS) == 3, "client 1 was asked in three rounds that completed"
-    assert releases(PrivacySettings(clip=1, noise=1), ROUNDS[:3]) == 1
-    assert releases(PrivacySettings(clip=1, noise=1), []) == 0
+    assert releases(PrivacySettings(clipping_norm=1, noise_multiplier=1), ROUNDS) == 3, (
+        "client 1 was asked in three rounds that completed"
+    )
+    assert releases(PrivacySettings(clipping_norm=1, noise_multiplier=1), ROUNDS[:3]) == 1
+    assert releases(PrivacySettings(clipping_norm=1, noise_multiplier=1), []) == 0
 
 
 def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() -> None:
-    own = PrivacySettings(clip=1, noise=1, where="client")
+    own = PrivacySettings(clipping_norm=1, noise_multiplier=1, noise_added_by="client")
     assert releases(own, ROUNDS) == 3, "client 0 sent in rounds 1, 2 and 3; client 1 declined once"
     assert releases(own, ROUNDS[:3]) == 2
     assert releases(own, [("completed", asked("declined"))]) == 0
@@ -90,12 +94,12 @@ def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(accounting, "find_spec", lambda name: None)
     require_privacy_accountant(trivial())
     with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
-        require_privacy_accountant(trivial("privacy.clip=1", "privacy.noise=1"))
+        require_privacy_accountant(trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=1"))
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
 def test_epsilon_after_each_round_is_that_of_all_rounds_so_far(where: str) -> None:
-    recipe = trivial("privacy.clip=1", "privacy.noise=2", f"privacy.where={where}")
+    recipe = trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=2", f"privacy.noise_added_by={where}")
     assert recipe.privacy is not None
     spending = Spending(recipe, [])
     for number in range(len(ROUNDS)):
@@ -117,5 +121,5 @@ def test_a_run_reads_its_earlier_rounds_no_oftener_the_more_it_has(home: Path, m
 
     monkeypatch.setattr(Store, "rounds", counted)
     for count in (2, 6):
-        execute(private("server", f"federation.rounds={count}", "train.steps=1"), run=f"run-{count}")
+        execute(private("server", f"federation.rounds={count}", "train.local_steps=1"), run=f"run-{count}")
     assert read.count("run-2") == read.count("run-6")

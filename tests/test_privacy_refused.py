@@ -19,10 +19,10 @@ from tests.private_federations import epsilons, private
 from tests.recipe_examples import TEXT, refusal
 
 REFUSED = {
-    "federation.max_norm=1": "federation.max_norm: privacy.clip bounds every contribution already; drop max_norm",
+    "federation.max_update_norm=1": "federation.max_update_norm: privacy.clipping_norm bounds every contribution",
     "devices=[{count: 2}, {name: toy, count: 2, techniques: [bias]}]": "devices: toy has techniques of its own",
-    "federation.late={buffer: 2}": "federation.late: an answer counts in rounds its client was not asked in",
-    "evaluation.own=0.2": "evaluation.own: scores on what clients hold out are sent without noise",
+    "federation.asynchronous={buffer: 2}": "federation.asynchronous: an answer counts in rounds its client was",
+    "evaluation.local_holdout=0.2": "evaluation.local_holdout: scores on what clients hold out are sent without noise",
     "merge=[mean, {aim: {statistics: clients}}]": "merge: statistics: clients sends activations without noise",
     "merge=[mean, {shrink: {factor: aim, statistics: clients}}]": "merge: statistics: clients sends activations",
 }
@@ -54,7 +54,9 @@ def test_the_servers_noise_goes_with_means_alone_and_the_clients_own_with_any_me
     if name in ("mean", "linear"):
         private("server", f"merge=[{name}, {{shrink: {{factor: 0.5}}}}]")
     else:
-        with pytest.raises(RecipeError, match=f"^merge: {name} is no mean of contributions, .* privacy.where=client$"):
+        with pytest.raises(
+            RecipeError, match=f"^merge: {name} is no mean of contributions, .* privacy.noise_added_by=clients$"
+        ):
             private("server", f"merge=[{name}]")
 
 
@@ -86,7 +88,7 @@ def test_steps_that_see_whole_models_are_refused_with_the_servers_noise(step: st
 def test_techniques_that_send_more_than_deltas_are_refused(
     tmp_path: Path, where: str, techniques: str, sentence: str
 ) -> None:
-    recipe = nets(tmp_path, f"train.techniques={techniques}", f"privacy.where={where}")
+    recipe = nets(tmp_path, f"train.techniques={techniques}", f"privacy.noise_added_by={where}")
     with pytest.raises(RecipeError, match=sentence):
         get_run_context(recipe.model_dump_json())
     get_run_context(recipe.model_copy(update={"privacy": None}).model_dump_json())
@@ -94,7 +96,13 @@ def test_techniques_that_send_more_than_deltas_are_refused(
 
 def nets(folder: Path, *overrides: str) -> Recipe:
     """A small net with batch norms."""
-    settings = ("evaluation.own=0", "privacy.clip=1", "privacy.noise=1", "train.techniques=[bias]", *overrides)
+    settings = (
+        "evaluation.local_holdout=0",
+        "privacy.clipping_norm=1",
+        "privacy.noise_multiplier=1",
+        "train.techniques=[bias]",
+        *overrides,
+    )
     return resolve_recipe(parse_recipe(text(folder), "nets", settings))
 
 
@@ -106,12 +114,14 @@ def test_a_fixed_mask_sends_nothing_but_deltas(home: Path, tmp_path: Path) -> No
 
 
 def test_settings_out_of_range_are_told_by_their_key() -> None:
-    assert "privacy.clip is 0, but must be greater than 0" in refusal(TEXT, "privacy.clip=0", "privacy.noise=1")
-    assert "privacy.delta is 1, but must be less than 1" in refusal(
-        TEXT, "privacy.clip=1", "privacy.noise=1", "privacy.delta=1"
+    assert "privacy.clipping_norm is 0, but must be greater than 0" in refusal(
+        TEXT, "privacy.clipping_norm=0", "privacy.noise_multiplier=1"
     )
-    assert "the key 'privacy.noise' is missing" in refusal(TEXT, "privacy.clip=1")
-    assert "did you mean 'noise'?" in refusal(TEXT, "privacy.clip=1", "privacy.noize=1")
+    assert "privacy.target_delta is 1, but must be less than 1" in refusal(
+        TEXT, "privacy.clipping_norm=1", "privacy.noise_multiplier=1", "privacy.target_delta=1"
+    )
+    assert "the key 'privacy.noise_multiplier' is missing" in refusal(TEXT, "privacy.clipping_norm=1")
+    assert "did you mean 'noise'?" in refusal(TEXT, "privacy.clipping_norm=1", "privacy.noize=1")
 
 
 def call(*arguments: str) -> Result:

@@ -81,7 +81,7 @@ def test_a_client_that_counts_fewer_examples_weighs_no_less(home: Path) -> None:
     app = spoilt(
         lambda message, reply: keep(message, counting(message, reply) if not order_of(message)[1] else reply), range(4)
     )
-    ended = execute(private("server", "privacy.noise=1e-6", "federation.rounds=1"), app)
+    ended = execute(private("server", "privacy.noise_multiplier=1e-6", "federation.rounds=1"), app)
     mean = sum(flat(sent[1, client]) for client in range(4)) / 4
     gone = flat(state(ended, 1)) - flat(state(ended, 0))
     torch.testing.assert_close(gone, mean, rtol=0, atol=1e-7)
@@ -100,7 +100,7 @@ def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: st
     ended = execute(private("server"), spoilt(enlarge, {1}))
     bad = ended.rounds[1].contributions[1]
     assert bad.status == status
-    assert (f"above privacy.clip {CLIP}" in bad.reason) == (status == "refused")
+    assert (f"above privacy.clipping_norm {CLIP}" in bad.reason) == (status == "refused")
 
 
 def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
 
 def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: Path) -> None:
     """Whoever had both could subtract them, and see the difference in clear."""
-    own = PrivacySettings(clip=10.0, noise=1.0, where="client")
+    own = PrivacySettings(clipping_norm=10.0, noise_multiplier=1.0, noise_added_by="client")
     one, other = {"t": torch.zeros(50_000)}, {"t": torch.zeros(50_000)}
     other["t"][0] = 1e-3
     noises = [made_private(deltas, {}, own, ORDER, tmp_path)["t"] - deltas["t"] for deltas in (one, other)]
@@ -165,7 +165,13 @@ def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: 
 
 def test_a_client_sends_nothing_that_is_neither_clipped_nor_noised(tmp_path: Path) -> None:
     with pytest.raises(ClientUpdateError, match="it would send sums, which is neither clipped nor noised"):
-        made_private({"t": torch.ones(3)}, {"sums": torch.ones(2)}, PrivacySettings(clip=1, noise=1), ORDER, tmp_path)
+        made_private(
+            {"t": torch.ones(3)},
+            {"sums": torch.ones(2)},
+            PrivacySettings(clipping_norm=1, noise_multiplier=1),
+            ORDER,
+            tmp_path,
+        )
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
@@ -189,6 +195,6 @@ def test_a_failed_round_releases_nothing_of_the_servers_but_what_clients_have_se
 
 
 def test_a_client_that_is_chosen_more_often_is_charged_more(home: Path) -> None:
-    few = ["federation.clients=2", "federation.quorum=2", "federation.rounds=3"]
-    recipe = private("server", *few, "federation.select.prefer=longest-ago")
+    few = ["federation.clients_per_round=2", "federation.quorum=2", "federation.rounds=3"]
+    recipe = private("server", *few, "federation.selection.sampling=longest-ago")
     assert epsilons(execute(recipe)) == [compute_epsilon(recipe, count) for count in (1, 1, 2)]

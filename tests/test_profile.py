@@ -121,7 +121,7 @@ def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -
 
 
 def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.length=12", "train.batch=5")
+    recipe = words(tmp_path, "train.max_length=12", "train.batch_size=5")
     corpus = data.load_data(recipe)
     batch = profile.encode_first_batch(recipe, corpus)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 12)
@@ -130,7 +130,7 @@ def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_
     assert padding.any(1).all()
     assert not batch["input_ids"][padding].any()
     with pytest.raises(DataError, match=r"fewer than a batch; lower train\.batch"):
-        profile.encode_first_batch(words(tmp_path, "train.batch=5000"), corpus)
+        profile.encode_first_batch(words(tmp_path, "train.batch_size=5000"), corpus)
 
 
 def test_the_yardsticks_stand_first_and_nothing_is_measured_twice(recipe: Recipe) -> None:

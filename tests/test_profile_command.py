@@ -44,7 +44,7 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tmp_path: Path) -> list[str]:
     folder = tiny_bert(tmp_path / "bert")
     size = ["--batch", "2", "--length", "8"]
-    return ["--model", f"path:{folder}", "--task", "sequence-classification", *size]
+    return ["--model", f"path:{folder}", "--task", "text-classification", *size]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_json_is_a_list_of_objects_and_progress_goes_elsewhere(model: list[str],
 
 
 def test_a_case_that_cannot_run_is_a_row_that_says_why(model: list[str]) -> None:
-    images = ["image-classification" if word == "sequence-classification" else word for word in model]
+    images = ["image-classification" if word == "text-classification" else word for word in model]
     result = call(*images, "--techniques", "bias", "--json")
     rows = json.loads(result.stdout)
     assert result.exit_code == 2  # nothing ran
@@ -154,11 +154,11 @@ def test_all_stands_for_every_published_technique(model: list[str], measured: li
         (["--techniques", "lora: {rnk: 4}"], "unknown key 'rnk'; did you mean 'rank'?"),
         (["--techniques", "[lora"], "--techniques [lora: write it as a,b,c+d"),
         (["--techniques", "3"], "--techniques 3:"),
-        (["--batch", "0"], "--set train.batch=0: train.batch is 0, but must be greater than or equal to 1"),
-        (["--length", "many"], "--set train.length=many: train.length is 'many'"),
+        (["--batch", "0"], "--set train.batch_size=0: train.batch_size is 0, but must be greater than or equal to 1"),
+        (["--length", "many"], "--set train.max_length=many: train.max_length is 'many'"),
         (["--model", "sample:minilmm"], "there is no sample model 'minilmm'; did you mean 'minilm'?"),
         (["-o", "picture.jpg"], "cannot draw into picture.jpg; the name must end in .png or .svg"),
-        (["--task", "sequence"], "is not one of 'sequence-classification'"),
+        (["--task", "sequence"], "is not one of 'text-classification'"),
         (["recipe.yaml"], "name either a RECIPE or --model with --task"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_scoring_tells_how_far_it_is_and_a_recipe_may_score_fewer_examples_bef
 
 
 def test_what_is_scored_at_the_end_does_not_depend_on_what_was_scored_before(home: Path) -> None:
-    some = execute(trivial("evaluation.examples=30"), run="some")
+    some = execute(trivial("evaluation.max_examples=30"), run="some")
     every = execute(trivial(), run="every")
     assert some.rounds[-1].metrics == every.rounds[-1].metrics
     assert some.rounds[0].metrics != every.rounds[0].metrics

@@ -34,11 +34,11 @@ def asked(ended: Ended) -> list[list[int]]:
     return [[sent.client for sent in record.contributions] for record in ended.rounds[1:]]
 
 
-@pytest.mark.parametrize("late", [[], ["federation.late={buffer: 3}"]])
+@pytest.mark.parametrize("late", [[], ["federation.asynchronous={buffer: 3}"]])
 def test_after_repeated_refusals_a_device_is_quarantined_and_asked_no_more(home: Path, late: list[str]) -> None:
     with Store.open() as store:
         enrolled(store)
-        ended = deployed(store, trivial("federation.rounds=6", "train.steps=1", *late), spoilt(HUGE, {1}))
+        ended = deployed(store, trivial("federation.rounds=6", "train.local_steps=1", *late), spoilt(HUGE, {1}))
         found = store.access.device("dev-1")
     assert ended.run.status == "completed"
     times = [number for number, clients in enumerate(asked(ended), 1) if 1 in clients]
@@ -52,7 +52,7 @@ def test_after_repeated_refusals_a_device_is_quarantined_and_asked_no_more(home:
 def test_an_update_that_counts_ends_the_row(home: Path) -> None:
     with Store.open() as store:
         enrolled(store)
-        recipe = trivial("federation.rounds=6", "train.steps=1")
+        recipe = trivial("federation.rounds=6", "train.local_steps=1")
         ended = deployed(store, recipe, spoilt(HUGE, {1}, rounds={1, 2, 4, 5}))
         assert not any(device.quarantined for device in store.access.devices())
     assert all(len(clients) == 4 for clients in asked(ended))
@@ -64,7 +64,7 @@ def test_errors_and_silence_are_no_fault_of_this_kind(home: Path) -> None:
 
     with Store.open() as store:
         enrolled(store)
-        deployed(store, trivial("federation.rounds=5", "train.steps=1"), spoilt(fail, {1}))
+        deployed(store, trivial("federation.rounds=5", "train.local_steps=1"), spoilt(fail, {1}))
         assert not any(device.quarantined for device in store.access.devices())
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_quarantine_leaves_too_few_for_waits_and_says_whom_to_look_af
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No round is burnt, and the run goes on once an operator has released the device."""
-    recipe = trivial("federation.rounds=5", "train.steps=1", "federation.quorum=4")
+    recipe = trivial("federation.rounds=5", "train.local_steps=1", "federation.quorum=4")
     said: list[str] = []
     with Store.open() as store:
         enrolled(store)
@@ -93,7 +93,7 @@ def test_a_run_that_quarantine_leaves_too_few_for_waits_and_says_whom_to_look_af
 def test_a_released_device_is_on_probation_until_an_update_counts(home: Path) -> None:
     with Store.open() as store:
         enrolled(store)
-        first = deployed(store, trivial("federation.rounds=3", "train.steps=1"), spoilt(HUGE, {1}))
+        first = deployed(store, trivial("federation.rounds=3", "train.local_steps=1"), spoilt(HUGE, {1}))
         store.access.release_device("dev-1")
         again = Quarantine(store.access, "run-1", first.rounds)
         assert not store.access.devices()[1].quarantined

@@ -103,7 +103,7 @@ def test_clients_of_one_start_stay_as_they_are(method: str, many: str) -> None:
     base = state_of(model)
     ends = [{name: t + 0.1 * t.std() * torch.randn(t.shape) for name, t in base.items()} for _ in range(4)]
     sent = [operand(base, end) for end in ends]
-    found = Rebasin(method=method, many=many).align(base, sent, evidence(model))
+    found = Rebasin(method=method, reference=many).align(base, sent, evidence(model))
     assert all(one is other for one, other in zip(found, sent, strict=True))
 
 
@@ -129,7 +129,7 @@ def test_weights_and_knobs_of_a_model_are_kept_and_one_model_stays() -> None:
     found = Rebasin().align(base, sent, evidence(model))
     assert [(one.weight, one.overrides) for one in found] == [(0.7, {}), (0.3, {"density": 0.5})]
     assert found[1] is not sent[1]
-    assert Rebasin(many="cycle").align(base, sent[:1], evidence(model)) == sent[:1]
+    assert Rebasin(reference="cycle").align(base, sent[:1], evidence(model)) == sent[:1]
 
 
 def test_the_same_models_give_the_same_bits() -> None:

@@ -18,7 +18,7 @@ SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 def test_a_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(TEXT)
     recipe = read_recipe(tmp_path / "a.yaml")
-    assert recipe.data.split == Dirichlet(alpha=0.5)
+    assert recipe.data.partition == Dirichlet(alpha=0.5)
     assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
     assert [int(device.memory) for device in recipe.devices] == [512 * 10**6, 2 * 2**30]
     assert (recipe.num_clients, recipe.cohort_size, recipe.seed) == (5, 5, 0)
@@ -43,12 +43,17 @@ def test_a_unit_with_nothing_behind_its_name_has_no_settings() -> None:
 
 
 def test_overrides_go_deep_make_what_is_absent_and_the_last_one_wins() -> None:
-    overrides = ["train.lr=1e-3", "evaluation.every=2", "train.lr=5e-4", "data.split={kind: natural, by: author}"]
+    overrides = [
+        "train.lr=1e-3",
+        "evaluation.every_n_rounds=2",
+        "train.lr=5e-4",
+        "data.partition={kind: natural, by: author}",
+    ]
     recipe = parse_recipe(TEXT, "a.yaml", overrides)
     assert recipe.train.lr == 5e-4
-    assert recipe.evaluation.every == 2
-    assert recipe.data.split == Natural(by="author")
-    assert recipe.train.steps == 2
+    assert recipe.evaluation.every_n_rounds == 2
+    assert recipe.data.partition == Natural(column="author")
+    assert recipe.train.local_steps == 2
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
@@ -67,7 +72,7 @@ def test_clients_per_round_follow_the_fraction_or_the_count(federation: str, cli
 @pytest.mark.parametrize(
     ("federation", "sentence"),
     [
-        ("{rounds: 1, clients: 6}", "a.yaml: federation.clients is 6, but devices has only 5"),
+        ("{rounds: 1, clients: 6}", "a.yaml: federation.clients_per_round is 6, but devices has only 5"),
         ("{rounds: 1, quorum: 6}", "a.yaml: federation.quorum is above the 5 clients sampled each round"),
         ("{rounds: 1, clients: 2, quorum: 3}", "a.yaml: federation.quorum is above the 2 clients sampled each round"),
         ("{rounds: 1, fraction: 0.4, quorum: 3}", "a.yaml: federation.quorum is above the 2 clients"),
@@ -95,11 +100,11 @@ def test_a_recipe_is_a_value() -> None:
 
 
 def test_json_and_yaml_give_the_recipe_back() -> None:
-    recipe = resolve_recipe(parse_recipe(TEXT, "a", ["train.clip=null", "merge=[{mean: {weight: equal}}]"]))
+    recipe = resolve_recipe(parse_recipe(TEXT, "a", ["train.max_grad_norm=null", "merge=[{mean: {weight: equal}}]"]))
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     again = parse_recipe(yaml.safe_dump(recipe.model_dump(mode="json")), "again")
     assert again == recipe
-    assert again.train.clip is None
+    assert again.train.max_grad_norm is None
 
 
 def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time() -> None:

@@ -17,19 +17,23 @@ def with_line(old: str, new: str) -> str:
     [
         ("  steps: 2", "  step: 2", "a.yaml, line 15: unknown key 'train.step'; did you mean 'steps'?"),
         ("name: example\n", "nme: example\n", "a.yaml, line 1: unknown key 'nme'; did you mean 'name'?"),
-        ("alpha: 0.5", "alfa: 0.5", "a.yaml, line 7: unknown key 'data.split.alfa'; did you mean 'alpha'?"),
+        ("alpha: 0.5", "alfa: 0.5", "a.yaml, line 7: unknown key 'data.partition.alfa'; did you mean 'alpha'?"),
         ("count: 3", "cuont: 3", "a.yaml, line 9: unknown key 'devices.0.cuont'; did you mean 'count'?"),
         ("  steps: 2", "  zzz: 2", "a.yaml, line 15: unknown key 'train.zzz'; allowed: batch, by_length, clip, "),
-        ("steps: 2", "steps: few", "a.yaml, line 15: train.steps is 'few', but must be a valid integer"),
-        ("steps: 2", "steps: 0", "a.yaml, line 15: train.steps is 0, but must be greater than or equal to 1"),
+        ("steps: 2", "steps: few", "a.yaml, line 15: train.local_steps is 'few', but must be a valid integer"),
+        ("steps: 2", "steps: 0", "a.yaml, line 15: train.local_steps is 0, but must be greater than or equal to 1"),
         ("rounds: 3", "rounds: 1.5", "a.yaml, line 17: federation.rounds is 1.5, but must be a valid integer"),
-        ("alpha: 0.5", "alpha: 0", "a.yaml, line 7: data.split.alpha is 0, but must be greater than 0"),
-        ("kind: dirichlet, ", "", "a.yaml, line 7: the key 'data.split.kind' is missing"),
-        ("kind: dirichlet", "kind: skew", "line 7: data.split.kind is 'skew', but must be one of 'iid', 'dirichlet'"),
+        ("alpha: 0.5", "alpha: 0", "a.yaml, line 7: data.partition.alpha is 0, but must be greater than 0"),
+        ("kind: dirichlet, ", "", "a.yaml, line 7: the key 'data.partition.kind' is missing"),
+        (
+            "kind: dirichlet",
+            "kind: skew",
+            "line 7: data.partition.kind is 'skew', but must be one of 'iid', 'dirichlet'",
+        ),
         ("memory: 2GiB", "memory: 2XB", "a.yaml, line 10: devices.1.memory is '2XB': could not interpret byte unit"),
         ("  source: path:nowhere", "  dtype: float32", "a.yaml, line 3: the key 'model.source' is missing"),
-        ("task: sequence-classification\n", "", "a.yaml: the key 'task' is missing"),
-        ("sequence-classification", "regression", "a.yaml, line 2: task is 'regression', but must be 'sequence-class"),
+        ("task: text-classification\n", "", "a.yaml: the key 'task' is missing"),
+        ("text-classification", "regression", "a.yaml, line 2: task is 'regression', but must be 'sequence-class"),
         ("name: example\n", "name: An Example\n", "a.yaml, line 1: name is 'An Example', but must match pattern"),
         ("lora: {rank: 4}", "lora: 4", "line 13: train.techniques.0.settings is 4, but must be a mapping of keys to"),
         ("lora: {rank: 4}", "3", "a.yaml, line 13: train.techniques.0 is 3, but must be a mapping of keys to values"),
@@ -69,17 +73,17 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing() -> None:
         ("devices=[]", "--set devices=[]: devices is [], but must have at least 1 item"),
         ("devices=[{count: 1, memory: 5XB}]", "--set devices=[{count: 1, memory: 5XB}]: devices.0.memory is '5XB'"),
         ("model=minilm", "--set model=minilm: model is 'minilm', but must be a mapping of keys to values"),
-        ("data.split={alpha: 1}", "--set data.split={alpha: 1}: the key 'data.split.kind' is missing"),
-        ("data.parts={validation: 0.5, test: 0.5}", "data.parts: validation and test together must leave something"),
+        ("data.partition={alpha: 1}", "--set data.partition={alpha: 1}: the key 'data.partition.kind' is missing"),
+        ("data.splits={validation: 0.5, test: 0.5}", "data.splits: validation and test together must leave something"),
     ],
 )
 def test_an_override_that_does_not_hold_is_named_itself(override: str, sentence: str) -> None:
-    assert sentence in refusal(TEXT, "evaluation.every=2", override)
+    assert sentence in refusal(TEXT, "evaluation.every_n_rounds=2", override)
 
 
 def test_an_override_below_a_setting_is_blamed_though_the_file_has_the_setting() -> None:
     text = with_line("  split: {kind: dirichlet, alpha: 0.5}", "  split: {}")
-    assert refusal(text, "data.split.alpha=2").startswith("--set data.split.alpha=2: ")
+    assert refusal(text, "data.partition.alpha=2").startswith("--set data.partition.alpha=2: ")
 
 
 @pytest.mark.parametrize(

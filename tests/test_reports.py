@@ -117,7 +117,7 @@ def test_a_strange_report_costs_its_client_the_round_and_the_run_goes_on(home: P
         assert record.contributions[1].reason.startswith(f"its report: {next(iter(spoil))}")
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.steps=null", "train.epochs=2")])
+@pytest.mark.parametrize("overrides", [(), ("train.local_steps=null", "train.local_epochs=2")])
 def test_a_simulated_client_cannot_claim_more_examples_than_it_holds(home: Path, overrides: tuple[str, ...]) -> None:
     def claim(message: Message, reply: Message) -> Message:
         honest = dict(reply.content.metric_records["report"])

@@ -23,7 +23,7 @@ def files() -> list[str]:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_run_rolled_back_and_resumed_ends_with_the_bits_it_had(home: Path, number: int) -> None:
-    recipe = trivial("federation.rounds=4", "train.steps=1", "checkpoints.keep=all")
+    recipe = trivial("federation.rounds=4", "train.local_steps=1", "checkpoints.keep=all")
     whole = execute(recipe)
     with Store.open() as store:
         assert rollback(store, "run-1", number) == 4 - number
@@ -41,7 +41,9 @@ def test_a_run_rolled_back_and_resumed_ends_with_the_bits_it_had(home: Path, num
 
 
 def test_a_round_whose_checkpoint_was_pruned_is_refused_and_the_others_are_named(home: Path) -> None:
-    execute(trivial("federation.rounds=5", "train.steps=1", "checkpoints={keep: {last: 1, best: false, every: null}}"))
+    execute(
+        trivial("federation.rounds=5", "train.local_steps=1", "checkpoints={keep: {last: 1, best: false, every: null}}")
+    )
     with Store.open() as store, pytest.raises(StoreError, match=r"was pruned, .* are those of rounds 0 and 5"):
         rollback(store, "run-1", 3)
 

@@ -153,7 +153,7 @@ def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
 
 
 def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
-    recipe = trivial("devices=[{name: toy, count: 10}]", "federation.fraction=0.5", "federation.quorum=3")
+    recipe = trivial("devices=[{name: toy, count: 10}]", "federation.fraction_train=0.5", "federation.quorum=3")
     asking = SynchronousScheduler(cast("Grid", Nodes()), recipe, range(10), 0.0, dict)
     assert asking.begin_round(1) == 5
     asking.admit([0, 1, 2, 3, 4, 5], set())
@@ -165,11 +165,11 @@ def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:
     assert set(asking.list_missing_clients(())) == {0, 7, 9}
 
 
-LATE = "federation.late={buffer: 2, oldest: 5}"
+LATE = "federation.asynchronous={buffer: 2, oldest: 5}"
 
 
 def buffered(recipe: Recipe, grid: Nodes) -> AsynchronousScheduler:
-    late = recipe.federation.late
+    late = recipe.federation.asynchronous
     assert late is not None
     return AsynchronousScheduler(cast("Grid", grid), InFlightTracker(recipe, range(4), late), 2, 0.05, 0.0, dict)
 

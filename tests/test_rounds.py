@@ -87,7 +87,7 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "another precision": (with_deltas(lambda d: {n: t.bfloat16() for n, t in d.items()}), "refused", "BF16"),
     "not a number": (with_deltas(lambda d: put(d, float("nan"))), "refused", "not finite"),
     "infinity": (with_deltas(lambda d: put(d, float("-inf"))), "refused", "not finite"),
-    "a large norm": (with_deltas(lambda d: put(d, 1e6)), "refused", "above federation.max_norm 1000"),
+    "a large norm": (with_deltas(lambda d: put(d, 1e6)), "refused", "above federation.max_update_norm 1000"),
     "no report": (with_report(None), "refused", "carries no report"),
     "half a report": (with_report({"examples": 5}), "refused", "its report: the key 'loss' is missing"),
     "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "refused", "its report: loss is [0.5, 0.5]"),
@@ -115,7 +115,7 @@ def without_the_bad_one(tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 
 def recipe() -> Recipe:
-    return trivial("federation.max_norm=1000")
+    return trivial("federation.max_update_norm=1000")
 
 
 @pytest.mark.parametrize("what", SPOILS)
@@ -178,8 +178,8 @@ def test_a_run_without_one_completed_round_fails_and_says_so(home: Path) -> None
 
 
 def test_the_sample_follows_from_seed_and_round_alone() -> None:
-    some = trivial("devices=[{count: 10}]", "federation.clients=4")
-    other = trivial("devices=[{count: 10}]", "federation.clients=4", "seed=1")
+    some = trivial("devices=[{count: 10}]", "federation.clients_per_round=4")
+    other = trivial("devices=[{count: 10}]", "federation.clients_per_round=4", "seed=1")
     drawn = [sample_cohort(some, number) for number in range(1, 30)]
     assert drawn == [sample_cohort(some, number) for number in range(1, 30)]
     assert drawn != [sample_cohort(other, number) for number in range(1, 30)]
@@ -189,7 +189,7 @@ def test_the_sample_follows_from_seed_and_round_alone() -> None:
 
 
 def test_only_sampled_clients_are_asked(home: Path) -> None:
-    some = trivial("federation.clients=2", "federation.rounds=3")
+    some = trivial("federation.clients_per_round=2", "federation.rounds=3")
     asked: list[tuple[int, int]] = []
 
     def note(message: Message, reply: Message) -> Message:

@@ -18,7 +18,7 @@ from fedtune.server.selection import check_enough_enrolled_devices
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, WORDS, execute, outcome, trivial, words
 
-CONSTANT = "train.schedule=constant"
+CONSTANT = "train.lr_schedule=constant"
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_devices_are_not_asked_to_begin_with_a_run_of_somebody_elses_store() -> 
         check_enough_enrolled_devices(trivial("model.source=run:film-1a2b@3"), [])
 
 
-@pytest.mark.parametrize("more", [(), ("federation.late={buffer: 2}",)])
+@pytest.mark.parametrize("more", [(), ("federation.asynchronous={buffer: 2}",)])
 def test_an_extended_run_has_the_bits_of_one_planned_that_long(home: Path, more: tuple[str, ...]) -> None:
     whole = execute(trivial(CONSTANT, "federation.rounds=4", *more), run="whole")
     execute(trivial(CONSTANT, *more), run="short")

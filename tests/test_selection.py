@@ -48,7 +48,7 @@ KINDS = """devices=[{name: phone-a, count: 3, memory: 256MB, tags: [indoors]},
     ],
 )
 def test_a_simulation_asks_the_classes_for_which_all_of_it_holds(select: dict[str, Any], expected: list[int]) -> None:
-    recipe = trivial(KINDS, f"federation.select={json.dumps(select)}")
+    recipe = trivial(KINDS, f"federation.selection={json.dumps(select)}")
     assert list_eligible_clients(recipe) == expected
     if expected:
         asked = {
@@ -78,10 +78,16 @@ def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["federation.select.tags=[mains]", "federation.clients=3"], "2 of the 10 clients in devices qualify"),
-        (["federation.select.tags=[mains]", "federation.quorum=3"], "2 of the 10 clients in devices qualify"),
-        (["federation.select.tags=[roof]"], "0 of the 10 clients in devices qualify, but a round needs 1;"),
-        (["federation.select.devices=[phone-*]", "federation.fraction=0.2", "federation.quorum=2"], "a round needs 2"),
+        (
+            ["federation.selection.tags=[mains]", "federation.clients_per_round=3"],
+            "2 of the 10 clients in devices qualify",
+        ),
+        (["federation.selection.tags=[mains]", "federation.quorum=3"], "2 of the 10 clients in devices qualify"),
+        (["federation.selection.tags=[roof]"], "0 of the 10 clients in devices qualify, but a round needs 1;"),
+        (
+            ["federation.selection.device_names=[phone-*]", "federation.fraction_train=0.2", "federation.quorum=2"],
+            "a round needs 2",
+        ),
     ],
 )
 def test_too_few_qualifying_classes_are_one_sentence(overrides: list[str], sentence: str) -> None:
@@ -90,17 +96,19 @@ def test_too_few_qualifying_classes_are_one_sentence(overrides: list[str], sente
 
 
 def test_a_fraction_is_of_those_that_qualify() -> None:
-    recipe = trivial(KINDS, "federation.select.devices=[tablet]", "federation.fraction=0.4")
+    recipe = trivial(KINDS, "federation.selection.device_names=[tablet]", "federation.fraction_train=0.4")
     assert {len(sample_cohort(recipe, number, list_eligible_clients(recipe))) for number in range(1, 9)} == {2}
 
 
 def test_without_a_selection_the_sample_is_what_it_always_was() -> None:
-    recipe = trivial("devices=[{count: 10}]", "federation.clients=4")
+    recipe = trivial("devices=[{count: 10}]", "federation.clients_per_round=4")
     assert [sample_cohort(recipe, number) for number in (1, 2, 3)] == [[3, 5, 6, 7], [0, 1, 8, 9], [5, 6, 7, 8]]
 
 
 def test_those_that_were_away_longest_come_first_and_ties_are_drawn() -> None:
-    recipe = trivial("devices=[{count: 6}]", "federation.clients=2", "federation.select.prefer=longest-ago")
+    recipe = trivial(
+        "devices=[{count: 6}]", "federation.clients_per_round=2", "federation.selection.sampling=longest-ago"
+    )
     last = {0: 5, 1: 3, 2: 5, 4: 1, 5: 4}
     assert rank_clients(recipe, 6, range(6), last)[:4] == [3, 4, 1, 5]
     assert sample_cohort(recipe, 6, range(6), last) == [3, 4]
@@ -108,8 +116,8 @@ def test_those_that_were_away_longest_come_first_and_ties_are_drawn() -> None:
     assert firsts == set(range(6))
 
 
-ROTATING = ["devices=[{count: 5}]", "federation.clients=2", "federation.rounds=6"]
-ROTATING += ["federation.select.prefer=longest-ago", "train.steps=1"]
+ROTATING = ["devices=[{count: 5}]", "federation.clients_per_round=2", "federation.rounds=6"]
+ROTATING += ["federation.selection.sampling=longest-ago", "train.local_steps=1"]
 
 
 def clients(ended: Ended) -> list[list[int]]:
@@ -188,10 +196,10 @@ def selecting(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("select", "seated"),
     [
-        ("federation.select.tags=[mains]", ["dev-1", "dev-3"]),
-        ("federation.select.memory=400MB", ["dev-4", "dev-5"]),
-        ("federation.select.devices=[dev-6, dev-2]", ["dev-2", "dev-6"]),
-        ("federation.select={tags: [mains], memory: 300MB}", ["dev-3", "dev-5"]),
+        ("federation.selection.tags=[mains]", ["dev-1", "dev-3"]),
+        ("federation.selection.min_memory=400MB", ["dev-4", "dev-5"]),
+        ("federation.selection.device_names=[dev-6, dev-2]", ["dev-2", "dev-6"]),
+        ("federation.selection={tags: [mains], memory: 300MB}", ["dev-3", "dev-5"]),
     ],
 )
 def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: str, seated: list[str]) -> None:
@@ -204,13 +212,13 @@ def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: st
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:
     work = managed(store, home)
     with pytest.raises(RecipeError, match="1 of 6 enrolled devices qualify, but devices counts 2; tag or enrol more"):
-        work.submit_run(selecting("federation.select.devices=[dev-6]"))
+        work.submit_run(selecting("federation.selection.device_names=[dev-6]"))
     assert store.runs() == []
     store.access.change_device_tags("dev-2", ["mains"], ["lab"])
     devices = {one.name: one.tags for one in store.access.devices()}
     assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
     check_enough_enrolled_devices(
-        trivial("devices=[{count: 4}]", "federation.select.tags=[mains]"), store.access.devices()
+        trivial("devices=[{count: 4}]", "federation.selection.tags=[mains]"), store.access.devices()
     )
     check_enough_enrolled_devices(
         trivial("devices=[{count: 99}]"), store.access.devices()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.deployed
 
 RECIPE = """
 name: long-words
-task: sequence-classification
+task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 1}}]

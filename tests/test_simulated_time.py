@@ -126,7 +126,7 @@ def test_durations_follow_speed_and_spread() -> None:
     drawn = np.log([duration(recipe, 0, 1, number) for number in range(1, 2001)])
     assert drawn.mean() == pytest.approx(np.log(20 / 2), abs=0.05)
     assert drawn.std() == pytest.approx(0.5, rel=0.1)
-    epochs = trivial("train.steps=null", "train.epochs=3", "devices=[{count: 1, speed: 2, spread: 0}]")
+    epochs = trivial("train.local_steps=null", "train.local_epochs=3", "devices=[{count: 1, speed: 2, spread: 0}]")
     assert duration(epochs, 7, 0, 1) == 7 * 3 / 2
 
 
@@ -136,11 +136,11 @@ def test_durations_follow_speed_and_spread() -> None:
         ("federation.deadline=4",),
         ("federation.take_first=2",),
         ("federation.deadline=9", "devices=[{name: a, count: 5, dropout: 0.4}]"),
-        ("federation.late={buffer: 2}", "federation.deadline=3"),
+        ("federation.asynchronous={buffer: 2}", "federation.deadline=3"),
     ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(home: Path, overrides: tuple[str, ...]) -> None:
-    recipe = trivial(CLASSES, "federation.rounds=5", "federation.fraction=0.8", *overrides)
+    recipe = trivial(CLASSES, "federation.rounds=5", "federation.fraction_train=0.8", *overrides)
     whole = execute(recipe, run="whole")
 
     def stopping(message: Message, reply: Message) -> Message:
@@ -164,7 +164,7 @@ def carry_on(store: Store, recipe: Recipe, client: ClientApp) -> None:
 def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> None:
     recipe = trivial(
         "devices=[{name: a, count: 3, speed: 20, spread: 0}, {name: b, count: 1, speed: 4, spread: 0}]",
-        "federation.late={buffer: 4, staleness: 0}",
+        "federation.asynchronous={buffer: 4, staleness: 0}",
         "federation.deadline=2",
         "federation.rounds=3",
     )
@@ -179,7 +179,10 @@ def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> Non
     [
         (["federation.take_first=5"], "take_first is 5, above the 4 clients"),
         (["federation.take_first=2", "federation.quorum=3"], "quorum is 3, but take_first ends a round with 2"),
-        (["federation.take_first=2", "federation.late.buffer=2"], "take_first and late exclude each other"),
+        (
+            ["federation.take_first=2", "federation.asynchronous.buffer_size=2"],
+            "take_first and late exclude each other",
+        ),
         (["devices=[{count: 4, dropout: 0.1}]"], "a round would wait for ever"),
         (["devices=[{count: 4, dropout: 1}]", "federation.deadline=3"], "dropout"),
         (["devices=[{count: 4, speed: 0}]"], "speed"),
@@ -228,8 +231,8 @@ def test_a_timetable_of_two_thousand_rounds_is_made_round_by_round() -> None:
     recipe = trivial(
         "devices=[{count: 1000, speed: 1}]", "federation={rounds: 1000000, clients: 100, late: {buffer: 50}}"
     )
-    assert recipe.federation.late is not None
+    assert recipe.federation.asynchronous is not None
     started = time.process_time()
-    first = next(make_simulated_schedule(recipe, range(1000), [10] * 1000, recipe.federation.late))
+    first = next(make_simulated_schedule(recipe, range(1000), [10] * 1000, recipe.federation.asynchronous))
     assert len(first.start_rounds) == 50
     assert time.process_time() - started < 5

@@ -162,7 +162,7 @@ def test_recipes_of_old_runs_keep_their_split_and_how_they_read_pictures(path: P
     with Store.open() as store:
         recipe = Recipe.model_validate_json(store.run("old").recipe)
         assert (store.run("odd").recipe, store.run("new").recipe) == ("[]", "{}")
-    assert recipe.data.split == EqualDirichlet(alpha=0.5)
+    assert recipe.data.partition == EqualDirichlet(alpha=0.5)
     assert recipe.model.preprocessor == Preprocessor(side=28)
     corpus = data.load_data(recipe)
     assert digest(data.partition_examples(recipe, corpus.train)) == OLD_SPLIT

@@ -94,7 +94,7 @@ CLASHES = {
 
 MISFITS = {
     ("bert", "fused-head"): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
-    ("opt", "classifier"): "trains a new head, which causal-language-modelling has not",
+    ("opt", "classifier"): "trains a new head, which text-generation has not",
     ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
     ("bert", "live-norm"): "BertForSequenceClassification has no batch norm for live-norm to follow",
     ("opt", "live-norm"): "OPTForCausalLM has no batch norm for live-norm to follow",

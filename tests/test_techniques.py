@@ -131,7 +131,7 @@ def test_bias_is_refused_where_there_are_none(build: Callable[[], PreTrainedMode
 
 
 def test_classifier_is_refused_for_a_language_model() -> None:
-    with pytest.raises(ModelError, match="trains a new head, which causal-language-modelling has not"):
+    with pytest.raises(ModelError, match="trains a new head, which text-generation has not"):
         shared("classifier", llama(), LANGUAGE)
 
 

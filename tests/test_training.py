@@ -28,8 +28,8 @@ from fedtune.training.order import batches
 from fedtune.training.start import Start
 from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 
-TEXT: TaskName = "sequence-classification"
-LANGUAGE: TaskName = "causal-language-modelling"
+TEXT: TaskName = "text-classification"
+LANGUAGE: TaskName = "text-generation"
 
 
 def prepared(model: nn.Module, technique: str = "full") -> tuple[tuple[Technique, ...], dict[str, Tensor]]:
@@ -54,31 +54,31 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     shuffling = np.random.default_rng(derive_seed(recipe.seed, number, client, "order"))
-    per_round = settings.steps or (settings.epochs or 0) * math.ceil(len(INDICES) / settings.batch)
+    per_round = settings.local_steps or (settings.local_epochs or 0) * math.ceil(len(INDICES) / settings.batch_size)
     torch.manual_seed(derive_seed(recipe.seed, number, client, "dropout"))
     model.train()
     losses: list[float] = []
     while len(losses) < per_round:
         order = shuffling.permutation(INDICES)
-        for start in range(0, len(order), settings.batch):
+        for start in range(0, len(order), settings.batch_size):
             if len(losses) == per_round:
                 break
             done = (per_round * (number - 1) + len(losses)) / (per_round * recipe.federation.rounds)
-            if done < settings.warmup:
-                factor = done / settings.warmup
-            elif settings.schedule == "linear":
-                factor = 1 - (done - settings.warmup) / (1 - settings.warmup)
-            elif settings.schedule == "cosine":
-                factor = (1 + math.cos(math.pi * (done - settings.warmup) / (1 - settings.warmup))) / 2
+            if done < settings.warmup_ratio:
+                factor = done / settings.warmup_ratio
+            elif settings.lr_schedule == "linear":
+                factor = 1 - (done - settings.warmup_ratio) / (1 - settings.warmup_ratio)
+            elif settings.lr_schedule == "cosine":
+                factor = (1 + math.cos(math.pi * (done - settings.warmup_ratio) / (1 - settings.warmup_ratio))) / 2
             else:
                 factor = 1.0
             for group in optimiser.param_groups:
                 group["lr"] = settings.lr * factor
             optimiser.zero_grad()
-            loss = model(**data.make_batch(order[start : start + settings.batch].tolist())).loss
+            loss = model(**data.make_batch(order[start : start + settings.batch_size].tolist())).loss
             loss.backward()
-            if settings.clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimiser.step()
             losses.append(loss.item())
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}, sum(losses) / len(losses)
@@ -277,11 +277,11 @@ def twin_with_masters(model: PreTrainedModel, received: dict[str, Tensor], recip
     order = np.random.default_rng(derive_seed(recipe.seed, 1, 1, "order")).permutation(INDICES)
     torch.manual_seed(derive_seed(recipe.seed, 1, 1, "dropout"))
     model.train()
-    steps = -(-len(order) // recipe.train.batch)
+    steps = -(-len(order) // recipe.train.batch_size)
     for step in range(steps):
-        chosen = order[step * recipe.train.batch : (step + 1) * recipe.train.batch]
+        chosen = order[step * recipe.train.batch_size : (step + 1) * recipe.train.batch_size]
         model(**few_texts().make_batch(chosen.tolist())).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or 1e9)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or 1e9)
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             masters[name].grad = parameter.grad.float()

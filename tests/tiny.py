@@ -97,7 +97,7 @@ def a_training_recipe(*, rounds: int = 2, **settings: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "example",
-            "task": "sequence-classification",
+            "task": "text-classification",
             "model": {"source": "path:nowhere"},
             "data": {"source": "sample:nothing"},
             "devices": [{"count": 2}],

@@ -30,7 +30,7 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
 
     \b
     Example:
-      fedtune data show recipes/sentiment.yaml --set data.split.kind=iid
+      fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
     from fedtune.data.picture import draw_partition as draw

@@ -57,7 +57,7 @@ def evaluate(
     set_model_state(shop.model, state)
     settings = recipe.evaluation
     scores = evaluate_model(
-        shop.model, examples, settings.batch, recipe.task, shop.techniques, metrics=settings.metrics
+        shop.model, examples, settings.batch_size, recipe.task, shop.techniques, metrics=settings.metrics
     )
     if as_json:
         figures = [found._asdict() for found in scores]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge"]
 
-_TASKS = ["causal-language-modelling", "sequence-classification", "image-classification"]
+_TASKS = ["text-generation", "text-classification", "image-classification"]
 
 
 @click.command(cls=Command)

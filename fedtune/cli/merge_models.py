@@ -127,7 +127,7 @@ def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
     from fedtune.fusion.score import evaluate_folder, materialise_model
 
     if asked.task is None:
-        raise click.UsageError("--evaluate needs --task, e.g. --task sequence-classification")
+        raise click.UsageError("--evaluate needs --task, e.g. --task text-classification")
     assert asked.evaluate is not None
     with materialise_model(source, asked.export) as folder:
         return evaluate_folder(folder, asked.task, asked.evaluate, columns, asked.part)

@@ -9,7 +9,7 @@ __all__ = ["describe_privacy", "make_privacy_paragraph"]
 
 _NEIGHBOURS = {
     "server": "with any one client's contributions and with zeros in their place; the server sees them in clear",
-    "client": "for any two data sets a client may hold; its noise is added before anything is sent",
+    "clients": "for any two data sets a client may hold; its noise is added before anything is sent",
 }
 
 

@@ -20,9 +20,9 @@ __all__ = ["profile"]
 @click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
 @click.option("--task", type=click.Choice(get_args(TaskName)), help="What the model of --model is to do.")
 @click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
-@click.option("--batch", metavar="N", help="Short for --set train.batch=N.")
-@click.option("--length", metavar="N", help="Short for --set train.length=N: tokens a text is padded to.")
-@click.option("--image", metavar="N", help="Short for --set train.image=N: pixels.")
+@click.option("--batch", metavar="N", help="Short for --set train.batch_size=N.")
+@click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens a text is padded to.")
+@click.option("--image", metavar="N", help="Short for --set train.image_size=N: pixels.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--check", is_flag=True, help="Also compare gradients with those of stored activations.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to draw the picture (.png or .svg).")
@@ -48,7 +48,7 @@ def profile(
     \b
     Example:
       fedtune profile recipes/sentiment.yaml --techniques bias,full+checkpointing
-      fedtune profile --model sample:minilm --task sequence-classification --check
+      fedtune profile --model sample:minilm --task text-classification --check
     """
     short = {"batch": batch, "length": length, "image": image}
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
@@ -129,7 +129,7 @@ def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: 
     profile.make_profile_cases(recipe, asked, (), None)
     resolve_model_source(recipe.model.source)
     if random:
-        labels = () if recipe.task == "causal-language-modelling" else ("no", "yes")
+        labels = () if recipe.task == "text-generation" else ("no", "yes")
         return profile.make_profile_cases(recipe, asked, labels, None, check)
     corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
     batch = pack(profile.encode_first_batch(recipe, corpus))

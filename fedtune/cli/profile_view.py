@@ -78,9 +78,9 @@ def _line(row: ProfileResult) -> str:
 def make_title(recipe: Recipe, random: bool) -> str:
     """What was measured, in one line."""
     train = recipe.train
-    side = f"{train.image} pixels" if recipe.task == "image-classification" else f"{train.length} tokens"
+    side = f"{train.image_size} pixels" if recipe.task == "image-classification" else f"{train.max_length} tokens"
     inputs = f"random inputs from seed {recipe.seed}" if random else f"the first batch of {recipe.data.source}"
-    return f"{recipe.model.source}, {train.batch} x {side}, {inputs}"
+    return f"{recipe.model.source}, {train.batch_size} x {side}, {inputs}"
 
 
 def make_result_dicts(rows: Sequence[ProfileResult]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import click
 
 from fedtune.cli import runs_server
 from fedtune.cli.runs_rollback import rollback
+from fedtune.recipe_versions import read_stored_recipe
 
 if TYPE_CHECKING:
     from fedtune.tracking import RoundRecord, RunRecord, Store
@@ -84,14 +85,13 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
 
     Example: fedtune runs compare latest sentiment-2
     """
-    import json
 
     from fedtune.cli import runs_view
     from fedtune.tracking import Store, document, summary
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
-    settings = summary.diff_recipes([json.loads(run.recipe) for run, _ in recorded])
+    settings = summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
     if as_json:
         documents = [document.make_run_document(run, rounds) for run, rounds in recorded]
         click.echo(document.text({"runs": documents, "differences": settings}))

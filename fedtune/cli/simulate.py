@@ -128,10 +128,10 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
     shop = _workshop(longer)
     with claim_run(found.id):
         store.extend(found.id, longer.model_dump_json(), rounds)
-    if recipe.train.schedule != "constant":
+    if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
         said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.schedule} schedule is that of {rounds} rounds now: {said}", err=True)
+        click.echo(f"the {recipe.train.lr_schedule} schedule is that of {rounds} rounds now: {said}", err=True)
     return found.id, shop
 
 
@@ -177,7 +177,7 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     from fedtune.cli.report import make_domain_rows, show_domain_table
     from fedtune.tracking.plot import draw_runs
 
-    figure = "perplexity" if shop.recipe.task == "causal-language-modelling" else "accuracy"
+    figure = "perplexity" if shop.recipe.task == "text-generation" else "accuracy"
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(

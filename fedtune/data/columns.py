@@ -36,13 +36,13 @@ def get_canonical_column_name(recipe: Recipe, by: str) -> str:
 
 def _named(recipe: Recipe, present: list[str]) -> Named:
     """Canonical name -> (the recipe's key, the source's column)."""
-    columns, split = recipe.data.columns, recipe.data.split
+    columns, split = recipe.data.columns, recipe.data.partition
     named: Named = {}
     if recipe.task == "image-classification":
         named["image"] = ("data.columns.image", columns.image)
     else:
         named["text"] = ("data.columns.text", columns.text)
-    if recipe.task != "causal-language-modelling":
+    if recipe.task != "text-generation":
         named["label"] = ("data.columns.label", columns.label)
     group = columns.group or ("group" if recipe.data.source.startswith("sample:") and "group" in present else None)
     if group:
@@ -50,7 +50,7 @@ def _named(recipe: Recipe, present: list[str]) -> Named:
     if columns.domain:
         named["domain"] = ("data.columns.domain", columns.domain)
     if isinstance(split, Natural):
-        named.setdefault(get_canonical_column_name(recipe, split.by), ("data.split.by", split.by))
+        named.setdefault(get_canonical_column_name(recipe, split.column), ("data.partition.column", split.column))
     return named
 
 

@@ -46,12 +46,16 @@ def load_data(recipe: Recipe, known: Sequence[str] = ()) -> DataSplits:
     source = recipe.data.source
     found, notes = _found(recipe)
     labels: tuple[str, ...] = ()
-    if recipe.task != "causal-language-modelling":
+    if recipe.task != "text-generation":
         found, labels = encode_labels(found, source, known)
     divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
-    train = divided["train"] if recipe.data.limit is None else _limited(recipe, divided["train"], recipe.data.limit)
+    train = (
+        divided["train"]
+        if recipe.data.max_train_examples is None
+        else _limited(recipe, divided["train"], recipe.data.max_train_examples)
+    )
     told = (*notes, *_absent(source, divided, labels))
     return DataSplits(train, divided["validation"], divided["test"], labels, told)
 
@@ -94,7 +98,7 @@ def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
 
 def _check(source: str, part: str, table: Table) -> None:
     if not len(table):
-        raise DataError(f"{source}: the {part} part is empty; change data.parts or bring more data")
+        raise DataError(f"{source}: the {part} part is empty; change data.splits or bring more data")
     if "domain" in table.column_names:
         _check_domains(source, table.unique("domain"))
 
@@ -128,5 +132,7 @@ def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
     order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))
     kept = order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]
     if not len(kept):
-        raise DataError(f"data.limit is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples")
+        raise DataError(
+            f"data.max_train_examples is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples"
+        )
     return train.select(np.flatnonzero(np.isin(group, kept)))

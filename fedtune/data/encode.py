@@ -41,7 +41,7 @@ class EncodedDataset(Protocol):
 def encode_examples(
     table: Table, recipe: Recipe, reader: "PreTrainedTokenizerBase | Preprocessor | None"
 ) -> EncodedDataset:
-    """Tokenise texts, cut to ``train.length``; decode pictures as the model reads them: ``models.reader(recipe)``."""
+    """Tokenise texts, cut to ``train.max_length``; decode pictures as ``models.reader(recipe)`` reads them."""
     domains = list(table["domain"]) if "domain" in table.column_names else None
     labels = torch.tensor(table["label"][:]) if "label" in table.column_names else None
     if isinstance(reader, Preprocessor):
@@ -50,7 +50,7 @@ def encode_examples(
         return Images(found, reader, labels, domains, fitted)
     if reader is None:
         raise ModelError(f"{recipe.model.source} has no tokenizer, which {recipe.task} needs; choose another model")
-    rows = _tokens(list(table["text"]), reader, recipe.train.length, ends=labels is None)
+    rows = _tokens(list(table["text"]), reader, recipe.train.max_length, ends=labels is None)
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), int(reader.pad_token_id), dtype=torch.int32)
     for padded, row in zip(ids, rows, strict=True):

@@ -16,7 +16,7 @@ __all__ = ["number_groups", "split_dataset"]
 def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, Table]:
     """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
     divided, start = dict(found), 0.0
-    shares = {"test": data.parts.test, "validation": data.parts.validation}
+    shares = {"test": data.splits.test, "validation": data.splits.validation}
     lacking = [part for part in shares if part not in found]
     if not lacking:
         return divided

@@ -33,12 +33,12 @@ def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
 
 
 def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> IntArray:
-    kind, clients, sizes = recipe.data.split, recipe.num_clients, np.bincount(group)
+    kind, clients, sizes = recipe.data.partition, recipe.num_clients, np.bincount(group)
     match kind:
         case Iid():
             return _deal(rng.permutation(len(sizes)), sizes, clients)
         case Natural():
-            column = get_canonical_column_name(recipe, kind.by)
+            column = get_canonical_column_name(recipe, kind.column)
             values = np.unique(np.asarray(train[column][:]), return_inverse=True)[1]
             return _natural(_majority(group, values), sizes, clients, rng)
         case Size():
@@ -49,18 +49,18 @@ def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> In
         case EqualDirichlet():
             return _equal_dirichlet(_majority(group, _labels(train, kind.kind)), sizes, kind.alpha, clients, rng)
         case Shards():
-            return _shards(_majority(group, _labels(train, kind.kind)), kind.per_client, clients, rng)
+            return _shards(_majority(group, _labels(train, kind.kind)), kind.shards_per_client, clients, rng)
 
 
 def _check(recipe: Recipe, counts: IntArray) -> None:
-    kind = recipe.data.split
+    kind = recipe.data.partition
     least = kind.min_examples if isinstance(kind, EqualDirichlet) else 1
     short = np.flatnonzero(counts < least)
     if len(short):
         having = "no example" if least == 1 else f"fewer than {least} examples"
         raise DataError(
             f"client {short[0]} of {len(counts)} has {having} under the split {kind.kind!r}; "
-            "use fewer devices, more data or another data.split"
+            "use fewer devices, more data or another data.partition"
         )
 
 

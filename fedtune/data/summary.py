@@ -41,7 +41,7 @@ class PartitionSummary:
 
 def summarise_partition(recipe: Recipe, corpus: DataSplits, clients: Sequence[NDArray[np.int64]]) -> PartitionSummary:
     """Count examples, groups and domains or labels of each client; ``clients`` are rows of the training part."""
-    by, values, numbers = _values(corpus, prefers_domains=isinstance(recipe.data.split, Natural))
+    by, values, numbers = _values(corpus, prefers_domains=isinstance(recipe.data.partition, Natural))
     group = number_groups(corpus.train)
     holdings = tuple(
         ClientExamples(

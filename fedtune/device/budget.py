@@ -46,7 +46,7 @@ def choose_micro_batch_size(
     The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one
     example is too many.
     """
-    batch = min(shop.recipe.train.batch, len(rows))
+    batch = min(shop.recipe.train.batch_size, len(rows))
     needed = estimate_memory(shop, rows, number)
     may_cut = can_split_batch(shop.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]

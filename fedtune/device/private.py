@@ -30,8 +30,8 @@ def make_update_private(
     """
     if extras:
         raise ClientUpdateError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")
-    bounded = clip_to_norm(deltas, privacy.clip)
-    if privacy.where == "server":
+    bounded = clip_to_norm(deltas, privacy.clipping_norm)
+    if privacy.noise_added_by == "server":
         return bounded
     content = hashlib.sha256(pack(bounded)).hexdigest()
     return add_gaussian_noise(

@@ -34,7 +34,7 @@ class LocalData:
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             clear_run_context()
-            if recipe.evaluation.own:
+            if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
             if self._source.startswith("part:"):
                 self._held = _part(recipe, self._source)
@@ -51,7 +51,7 @@ def summarise_local_data(shop: RunContext, rows: Rows) -> dict[str, int | dict[s
     single examples. Nothing where the device adds noise to what it sends, since it does not trust the operator with
     counts either.
     """
-    if shop.recipe.privacy is not None and shop.recipe.privacy.where == "client":
+    if shop.recipe.privacy is not None and shop.recipe.privacy.noise_added_by == "clients":
         return {}
     return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.label_names, rows)}
 

@@ -54,7 +54,7 @@ def run_local_round(
     )
     if outcome.local_tensors:
         own_tensors.save_local_state(folder, order.round, outcome.local_tensors)
-    held_out = count_held_out(len(rows), part.recipe.evaluation.own)
+    held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
@@ -63,7 +63,7 @@ def run_local_round(
     if privacy is None:
         return pack({**deltas, **outcome.extra_payload}), report
     sent = make_update_private(deltas, outcome.extra_payload, privacy, order, folder)
-    return pack(sent), redact_report(report) if privacy.where == "client" else report
+    return pack(sent), redact_report(report) if privacy.noise_added_by == "clients" else report
 
 
 def _scored(
@@ -79,7 +79,7 @@ def _scored(
     reset_peak_rss()
     own = _own(part, folder, order.round + 1)
     score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
-    tells = count_held_out(len(rows), recipe.evaluation.own) >= FEWEST and recipe.privacy is None
+    tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
 

@@ -129,7 +129,7 @@ def _merged(
     evidence: MergeContext,
 ) -> Iterator[tuple[str, TruncatedProduct]]:
     """Each module's merged product as it is cut, at the scale of the first adapter that has it."""
-    products = Products(adapters, small=isinstance(step, GramCombineStep) and step.granularity == "tensor")
+    products = Products(adapters, small=isinstance(step, GramCombineStep) and step.coefficient_scope == "tensor")
     shapes = {module: products.shape(module) for module in modules}
     step, operands = bind_combine(step, shapes, products.build_adapter_inputs(parts.weights, parts.knobs), evidence)
     energy = 1.0 if cut == RankLimit() else cut.energy

@@ -107,7 +107,7 @@ def _who(prepared: PreparedMerge) -> str:
 
 def _labels(folder: Path, task: TaskName) -> tuple[str, ...]:
     """Class names in order; those of a head that has none are numbers."""
-    if task == "causal-language-modelling":
+    if task == "text-generation":
         return ()
     named = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(named[key]) for key in sorted(named, key=int))
@@ -121,6 +121,6 @@ def _recipe(folder: Path, task: TaskName, source: DataSettings) -> Recipe:
         model=ModelSettings(source=f"path:{folder}"),
         data=source,
         devices=[DeviceClass(count=1)],
-        train=Train(steps=1),
+        train=Train(local_steps=1),
         federation=Federation(rounds=1),
     )

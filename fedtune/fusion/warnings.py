@@ -32,7 +32,7 @@ def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str,
     """Where one input channel outshines all others, so that a step that follows activity does next to nothing."""
     found = []
     for step in (step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs):
-        medians = find_dominated_weights(activity, step.quantile)
+        medians = find_dominated_weights(activity, step.peak_quantile)
         if medians:
             name = min(medians, key=lambda weight: medians[weight])
             found.append(

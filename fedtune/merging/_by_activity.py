@@ -42,17 +42,17 @@ class ActivationRelaxStep(RelaxStep, ABC):
     """Settings of the steps that follow the activity of input channels."""
 
     omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
-    norms: bool = Field(True, description="also the weights of normalisation layers, as published")
-    quantile: float = Field(1.0, gt=0, le=1, description="of |x| over channels that has s = 1; 1: the largest's")
-    statistics: Literal["server", "clients"] = Field("server", description="who measures in a federation")
-    examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
+    include_norms: bool = Field(True, description="also the weights of normalisation layers, as published")
+    peak_quantile: float = Field(1.0, gt=0, le=1, description="of |x| over channels that has s = 1; 1: the largest's")
+    measured_by: Literal["server", "clients"] = Field("server", description="who measures in a federation")
+    max_examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 
     def compute_scale(self, name: str, delta: Tensor, evidence: MergeContext) -> tuple[Tensor, int] | None:
         """c and the axis it belongs to, fp64; None for a tensor that is left as merged."""
         activity = evidence.activation_statistics.get(name)
-        if activity is None or (delta.dim() == 1 and not self.norms):
+        if activity is None or (delta.dim() == 1 and not self.include_norms):
             return None
-        return compute_channel_scale(activity, self.omega, self.quantile), activity.axis
+        return compute_channel_scale(activity, self.omega, self.peak_quantile), activity.axis
 
 
 def compute_relative_activity(activity: ActivationStatistics, quantile: float = 1.0) -> Tensor:
@@ -88,7 +88,7 @@ def build_calibration_request(
 ) -> CalibrationRequest | None:
     """What a merge's steps need measured in a federation; RecipeError when they do not agree on it."""
     by_activity = [step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs]
-    asked = {CalibrationRequest(step.statistics, step.examples) for step in by_activity}
+    asked = {CalibrationRequest(step.measured_by, step.max_examples) for step in by_activity}
     if len(asked) > 1:
         raise RecipeError("merge: steps differ in statistics or examples, but one measurement serves all; align them")
     if asked:

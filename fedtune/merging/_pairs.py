@@ -107,7 +107,9 @@ def write_factors(pair: LowRankPair, factors: LowRankFactors, state: Tensors) ->
 
 def _shared_base(pair: LowRankPair) -> str:
     if pair.base is None:
-        raise RecipeError(f"merge: the weight beside {pair.left} is not shared; set lora: {{exact: remainder}}")
+        raise RecipeError(
+            f"merge: the weight beside {pair.left} is not shared; set lora: {{trained_factors: both-and-base}}"
+        )
     return pair.base
 
 

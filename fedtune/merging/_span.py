@@ -28,7 +28,7 @@ class GramCombineStep(CombineStep, ABC):
     """sum_i c_i x_i of each tensor."""
 
     @property
-    def granularity(self) -> Granularity:
+    def coefficient_scope(self) -> Granularity:
         """What has coefficients of its own; a tensor of fewer than two dimensions always is one group."""
         return "tensor"
 
@@ -38,7 +38,7 @@ class GramCombineStep(CombineStep, ABC):
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The sum of each piece."""
-        over = self.granularity if len(shape) > 1 else "tensor"
+        over = self.coefficient_scope if len(shape) > 1 else "tensor"
         c = self.compute_coefficients(stack_weights(operands), lambda: compute_gram(name, shape, operands, over))
         for start, stop in iter_row_chunks(shape):
             total = _sum(name, start, stop, operands, _shares_of(c, over, start, stop))

@@ -6,7 +6,7 @@ Memory: the factors of one pair, of every client, and one piece of the dense rem
 weights of two rounds on its disk.
 Sends: the pairs, up and down. A device that holds the base of an earlier round is sent the remainders since, in factors
 of one client's rank less than all have together; others, and whoever missed too many rounds, the base whole.
-Use when: exactness with both factors trained is worth the downlink. Needs ``lora: {exact: remainder}``.
+Use when: exactness with both factors trained is worth the downlink. Needs ``lora: {trained_factors: both-and-base}``.
 Avoid when: clients take part once and never again, or the base is quantised: it must be writable.
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models"
 (arXiv 2410.09432). Ours: weights need not be equal; server and devices add the same remainder, in the

@@ -2,7 +2,7 @@
 
 What: B = sum_i w_i B_i and A = sum_i w_i A_i. The product misses sum_i w_i (B_i - B)(A_i - A), the factors' covariance
 over the clients; each round its size beside the mean of the products is kept as ``merge factor_error``.
-Memory: the factors of one pair, of every client. Needs ``lora: {exact: none}``: clients train both factors.
+Memory: the factors of one pair, of every client. Needs ``lora: {trained_factors: both}``: clients train both factors.
 Use when: as the baseline, or when the kept error stays under a few percent: short rounds from a common start.
 Avoid when: clients run long or differ much: take ``flexlora`` or ``fedex-lora``, or train one factor a round.
 Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (arXiv 2305.05644),

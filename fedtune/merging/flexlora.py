@@ -4,9 +4,9 @@ What: D = sum_i w_i s_i B_i A_i, then the best approximation of D by the rank of
 stacked factors give a core of K r x K r whose SVD is D's own. What the rank cuts off is kept each round as ``merge
 rank_error``, beside the ``factor_error`` a mean of the factors would have made.
 Memory: the factors of one pair, of every client, and a core of the square of their summed ranks.
-Use when: clients train both factors (``lora: {exact: none}``) and may have different ranks.
+Use when: clients train both factors (``lora: {trained_factors: both}``) and may have different ranks.
 Avoid when: the clients' updates point different ways: then a rank's worth of singular values holds little more than
-FedIT does; ``fedex-lora`` keeps the rest in the base, one factor a round (``exact: alternate``) is exact.
+FedIT does; ``fedex-lora`` keeps the rest in the base, one factor a round (``trained_factors: alternate``) is exact.
 Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
 (arXiv 2402.11505). Ours: the small core; both factors share the singular values by their square roots.
 """

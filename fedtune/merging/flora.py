@@ -6,7 +6,7 @@ of two rounds on its disk.
 Sends: the pairs, up and down. A device that holds the base of an earlier round is sent what was added since, in factors
 of at most the clients' summed ranks a round; others, and whoever missed so many rounds that it is less, the base whole.
 Use when: each round may open new directions, so that many rounds make an update of high rank, and clients may have
-different ranks. Needs ``lora: {exact: remainder}``.
+different ranks. Needs ``lora: {trained_factors: both-and-base}``.
 Avoid when: clients take part once and never again, the base is quantised, or rounds are so short that a pair that
 begins at zero again learns little.
 Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations"

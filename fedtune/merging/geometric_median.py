@@ -28,14 +28,14 @@ class GeometricMedian(GramCombineStep):
 
     name: ClassVar[str] = "geometric-median"
     adds_variance_of_means: ClassVar[bool] = False
-    distances: Literal["model", "tensor"] = "model"
+    granularity: Literal["model", "tensor"] = "model"
     eps: float = Field(1e-6, gt=0, description="distances below it count as it")
-    iterations: int = Field(1000, ge=1)
+    max_iterations: int = Field(1000, ge=1)
     tolerance: float = Field(1e-9, ge=0, description="change of the coefficients that ends it")
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """With distances of whole models, their median's coefficients in place of the weights."""
-        if self.distances == "tensor":
+        if self.granularity == "tensor":
             return BoundCombine(self, operands)
         c = self.compute_coefficients(stack_weights(operands), lambda: compute_model_gram(shapes, operands))
         settled = [one._replace(weight=float(weight)) for one, weight in zip(operands, c, strict=True)]
@@ -45,7 +45,7 @@ class GeometricMedian(GramCombineStep):
         """Weiszfeld's, from the weighted mean."""
         share, products = normalise_weights(weights), gram()
         c = share
-        for _ in range(self.iterations):
+        for _ in range(self.max_iterations):
             pulled = normalise_weights(share / _distances(c, products).clamp_min(self.eps))
             moved, c = float((pulled - c).abs().max()), pulled
             if moved <= self.tolerance:

@@ -3,7 +3,7 @@
 What: B = sum_i p_i B_i and A = sum_i p_i A_i with p_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F, per pair; smaller ranks
 are padded with zeros. Heads and biases get the mean by examples. ``merge factor_error`` tells each round what a mean of
 factors, with the weights by examples, misses.
-Memory: the factors of one pair, of every client. Needs ``lora: {exact: none}``: clients train both factors.
+Memory: the factors of one pair, of every client. Needs ``lora: {trained_factors: both}``: clients train both factors.
 Use when: ranks differ and the server must stay as cheap as averaging.
 Avoid when: the bias of averaging factors matters: it is FedIT's, and padding takes the order of ranks to be one order.
 Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (arXiv 2401.06432).

@@ -24,11 +24,11 @@ class Karcher(GramCombineStep):
     """The Karcher mean of the directions."""
 
     name: ClassVar[str] = "karcher"
-    iterations: int = Field(10, ge=1, validation_alias=AliasChoices("iterations", "max_iter"))
+    max_iterations: int = Field(10, ge=1, validation_alias=AliasChoices("iterations", "max_iter"))
     tolerance: float = Field(
         1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
     )
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """Those of the mean direction, over each model's norm."""
-        return compute_karcher_coefficients(gram(), normalise_weights(weights), self.iterations, self.tolerance)
+        return compute_karcher_coefficients(gram(), normalise_weights(weights), self.max_iterations, self.tolerance)

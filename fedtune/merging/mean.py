@@ -24,11 +24,11 @@ class Mean(CombineStep):
 
     name: ClassVar[str] = "mean"
     averages: ClassVar[bool] = True
-    weight: Literal["examples", "equal"] = "examples"
+    weighting: Literal["examples", "equal"] = "examples"
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Shares of the examples, or equal shares."""
-        counts = examples if self.weight == "examples" else [1] * len(examples)
+        counts = examples if self.weighting == "examples" else [1] * len(examples)
         return [count / sum(counts) for count in counts]
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:

@@ -26,12 +26,12 @@ class ModelStock(GramCombineStep):
 
     name: ClassVar[str] = "model-stock"
     min_models: ClassVar[int] = 2
-    over: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
+    granularity: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
 
     @property
-    def granularity(self) -> Granularity:
+    def coefficient_scope(self) -> Granularity:
         """As set."""
-        return self.over
+        return self.granularity
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Equal shares."""

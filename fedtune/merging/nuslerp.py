@@ -29,12 +29,12 @@ class NuSlerp(GramCombineStep):
     name: ClassVar[str] = "nuslerp"
     min_models: ClassVar[int] = 2
     max_models: ClassVar[int | None] = 2
-    over: Granularity = Field("tensor", description="what has an angle of its own")
+    granularity: Granularity = Field("tensor", description="what has an angle of its own")
 
     @property
-    def granularity(self) -> Granularity:
+    def coefficient_scope(self) -> Granularity:
         """As set."""
-        return self.over
+        return self.granularity
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """SLERP's, at the second model's share."""

@@ -43,9 +43,9 @@ class Rebasin(AlignStep):
     name: ClassVar[str] = "rebasin"
     method: Literal["weight", "activation"] = "weight"
     similarity: Literal["pearson", "inner"] = Field("pearson", description="of activations")
-    many: Literal["first", "cycle"] = "first"
-    visits: int = Field(3, ge=1, description="orders of layers that are tried; the best is kept")
-    sweeps: int = Field(100, ge=1, description="passes over the layers, and rounds of the cycle, at most")
+    reference: Literal["first", "mean-of-others"] = "first"
+    restarts: int = Field(3, ge=1, description="orders of layers that are tried; the best is kept")
+    max_sweeps: int = Field(100, ge=1, description="passes over the layers, and rounds of the cycle, at most")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,8 +69,8 @@ class Rebasin(AlignStep):
         match = self._match(symmetry, evidence)
         orders = (
             match_to_first(match, symmetry, models)
-            if self.many == "first"
-            else cycle(match, symmetry, models, self.sweeps)
+            if self.reference == "first"
+            else cycle(match, symmetry, models, self.max_sweeps)
         )
         return [
             operand if _stays(symmetry, order) else _aligned(symmetry, order, base, operand)
@@ -82,7 +82,7 @@ class Rebasin(AlignStep):
 
         def match(reference: TensorReader, model: TensorReader, start: Permutations) -> Permutations:
             if self.method == "weight":
-                found = match_weights(symmetry, reference, model, start, visits=self.visits, sweeps=self.sweeps)
+                found = match_weights(symmetry, reference, model, start, visits=self.restarts, sweeps=self.max_sweeps)
             else:
                 net, batches = evidence.model, evidence.calibration_batches
                 assert net is not None

@@ -31,7 +31,7 @@ class RegMean(CombineStep):
     """Regression to the models' own outputs."""
 
     name: ClassVar[str] = "regmean"
-    shrink: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
+    off_diagonal_scale: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
     ridge: float = Field(1e-9, gt=0)
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
@@ -67,7 +67,7 @@ class RegMean(CombineStep):
                 f"merge: regmean needs a Gram matrix of {width} x {width} for {name}, but its statistics have shape "
                 f"{list(found.shape)}; measure Gram matrices"
             )
-        return found * self.shrink + torch.diag(found.diagonal()) * (1 - self.shrink)
+        return found * self.off_diagonal_scale + torch.diag(found.diagonal()) * (1 - self.off_diagonal_scale)
 
 
 def accumulate_gram(total: Tensor, inputs: Tensor) -> None:

@@ -31,12 +31,12 @@ class TrimmedMean(CombineStep):
 
     name: ClassVar[str] = "trimmed-mean"
     adds_variance_of_means: ClassVar[bool] = False
-    share: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
 
     @property
     def needed(self) -> int:
         """The fewest models of which one can be cut at each end."""
-        return next(count for count in count_from(floor(1 / self.share)) if self._cut(count))
+        return next(count for count in count_from(floor(1 / self.trim_fraction)) if self._cut(count))
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Equal shares."""
@@ -46,13 +46,13 @@ class TrimmedMean(CombineStep):
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
-                f"merge: trimmed-mean with share {self.share:g} needs at least {self.needed} models to cut "
+                f"merge: trimmed-mean with share {self.trim_fraction:g} needs at least {self.needed} models to cut "
                 f"one at each end, but {len(operands)} came; raise share or add some"
             )
         return BoundCombine(self, operands)
 
     def _cut(self, count: int) -> int:
-        return floor(self.share * count)
+        return floor(self.trim_fraction * count)
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The mean of what is left of each piece."""

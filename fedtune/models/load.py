@@ -47,7 +47,7 @@ def load_model(
 def class_names(model: ModelSettings, task: TaskName) -> tuple[str, ...]:
     """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
     location = resolve_model_source(model.source)
-    if task == "causal-language-modelling" or own.is_fedtune_image_model(location):
+    if task == "text-generation" or own.is_fedtune_image_model(location):
         return ()
     from fedtune.models import pretrained
 
@@ -74,10 +74,10 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
 
 
 def reader(recipe: Recipe) -> Any:
-    """What turns examples into the model's inputs: its ``Preprocessor`` at ``train.image`` pixels, or its tokenizer."""
+    """What turns examples into inputs: a ``Preprocessor`` at ``train.image_size`` pixels, or a tokenizer."""
     if recipe.task != "image-classification":
         return load_tokenizer(recipe.model)
-    return preprocessor(recipe.model).scaled_to(recipe.train.image)
+    return preprocessor(recipe.model).scaled_to(recipe.train.image_size)
 
 
 def settled(recipe: Recipe) -> Recipe:

@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 _AUTO: dict[TaskName, Any] = {
-    "causal-language-modelling": AutoModelForCausalLM,
+    "text-generation": AutoModelForCausalLM,
     "image-classification": AutoModelForImageClassification,
-    "sequence-classification": AutoModelForSequenceClassification,
+    "text-classification": AutoModelForSequenceClassification,
 }
 
 
@@ -178,7 +178,7 @@ def _check_family(model: ModelSettings, task: TaskName, config: PretrainedConfig
 
 def _check_head(model: ModelSettings, task: TaskName, config: PretrainedConfig) -> None:
     """A head for several labels at once, or for a number, would be trained as another than it is."""
-    if task == "causal-language-modelling":
+    if task == "text-generation":
         return
     kind = {"multi_label_classification": "several labels per example", "regression": "a number per example"}
     made_for = kind.get(str(config.problem_type)) or (kind["regression"] if config.num_labels == 1 else None)
@@ -191,7 +191,7 @@ def _check_head(model: ModelSettings, task: TaskName, config: PretrainedConfig) 
 
 def _check_weights(model: ModelSettings, task: TaskName, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
-    labels = 0 if task == "causal-language-modelling" else loaded.config.num_labels
+    labels = 0 if task == "text-generation" else loaded.config.num_labels
     wrong = [key for key in info["missing_keys"] if not labels or not _is_head(loaded, key)]
     wrong += [key for key, found, wanted in info["mismatched_keys"] if tuple(wanted) != (labels, *found[1:])]
     if wrong:
@@ -230,7 +230,7 @@ def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location:
     """
     loaded.config.use_cache = False
     known = loaded.config.pad_token_id
-    if known is not None and task != "sequence-classification":
+    if known is not None and task != "text-classification":
         return
     try:
         padding = load_pretrained_tokenizer(model, location).pad_token_id

@@ -12,7 +12,7 @@ _TAIL = 8.0
 
 def compute_noise_std(privacy: PrivacySettings) -> float:
     """Standard deviation of the noise on a sum of contributions: ``noise`` times what one of them can change."""
-    return privacy.noise * privacy.clip * (1 + ROUNDING_SLACK)
+    return privacy.noise_multiplier * privacy.clipping_norm * (1 + ROUNDING_SLACK)
 
 
 def compute_mean_noise_std(privacy: PrivacySettings, count: int) -> float:
@@ -29,7 +29,7 @@ def compute_max_update_norm(privacy: PrivacySettings, elements: int) -> float:
     With noise of its own, |delta + noise| <= clip + deviation * (sqrt(elements) + 8) but for one in 1e13: the norm is a
     1-Lipschitz function of Gaussian numbers, so it passes its mean by t deviations with at most exp(-t^2 / 2).
     """
-    bound = privacy.clip * (1 + ROUNDING_SLACK)
-    if privacy.where == "server":
+    bound = privacy.clipping_norm * (1 + ROUNDING_SLACK)
+    if privacy.noise_added_by == "server":
         return bound
     return bound + compute_noise_std(privacy) * (math.sqrt(elements) + _TAIL)

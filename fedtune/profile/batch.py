@@ -16,15 +16,17 @@ __all__ = ["encode_first_batch", "make_random_batch"]
 
 
 def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Tensor]:
-    """The first ``train.batch`` training examples, texts padded to ``train.length``: the longest step there is."""
+    """The first ``train.batch_size`` training examples, texts padded to ``train.max_length``: the longest step."""
     settings = recipe.train
-    if len(corpus.train) < settings.batch:
-        raise DataError(f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch")
-    first = corpus.train.select(range(settings.batch))
+    if len(corpus.train) < settings.batch_size:
+        raise DataError(
+            f"the training part has {len(corpus.train)} examples, fewer than a batch; lower train.batch_size"
+        )
+    first = corpus.train.select(range(settings.batch_size))
     reader = models.reader(recipe)
-    batch = data.encode_examples(first, recipe, reader).make_batch(range(settings.batch))
+    batch = data.encode_examples(first, recipe, reader).make_batch(range(settings.batch_size))
     texts = recipe.task != "image-classification"
-    return _pad_batch(batch, settings.length, int(reader.pad_token_id)) if texts else batch
+    return _pad_batch(batch, settings.max_length, int(reader.pad_token_id)) if texts else batch
 
 
 def _pad_batch(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
@@ -40,19 +42,19 @@ def make_random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str
     """Tokens of the model's vocabulary at full length, or pixels, and labels: drawn from the recipe's seed."""
     random = torch.Generator().manual_seed(derive_seed(recipe.seed, "profile"))
     settings = recipe.train
-    answers = torch.randint(max(labels, 1), (settings.batch,), generator=random)
+    answers = torch.randint(max(labels, 1), (settings.batch_size,), generator=random)
     if recipe.task == "image-classification":
         side = models.reader(recipe).side
-        pixels = torch.randn(settings.batch, 3, side, side, generator=random)
+        pixels = torch.randn(settings.batch_size, 3, side, side, generator=random)
         return {"pixel_values": pixels, "labels": answers}
     config: Any = model.config
-    _check_length(config, settings.length)
-    ids = torch.randint(config.vocab_size, (settings.batch, settings.length), generator=random)
-    language = recipe.task == "causal-language-modelling"
+    _check_length(config, settings.max_length)
+    ids = torch.randint(config.vocab_size, (settings.batch_size, settings.max_length), generator=random)
+    language = recipe.task == "text-generation"
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids if language else answers}
 
 
 def _check_length(config: Any, length: int) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise ModelError(f"the model reads at most {longest} tokens; lower train.length, which is {length}")
+        raise ModelError(f"the model reads at most {longest} tokens; lower train.max_length, which is {length}")

@@ -62,7 +62,7 @@ def charged(privacy: PrivacySettings, asked: RoundOutcome) -> Counter[int]:
 
 
 def _out(privacy: PrivacySettings, status: str, sent: ClientRecord) -> bool:
-    return status == "completed" if privacy.where == "server" else sent.status != "declined"
+    return status == "completed" if privacy.noise_added_by == "server" else sent.status != "declined"
 
 
 def compute_epsilon(recipe: Recipe, count: int) -> float:
@@ -79,7 +79,7 @@ def compute_epsilon(recipe: Recipe, count: int) -> float:
     if not count:
         return 0.0
     relation, sampling = NeighboringRelation.ADD_OR_REMOVE_ONE, SamplingMethod.NO_AMPLIFICATION
-    accountant = RdpAccountant(PrivacyConfig(recipe.privacy.delta, recipe.num_clients, relation, sampling))
-    multiplier = recipe.privacy.noise / (1 if recipe.privacy.where == "server" else 2)
+    accountant = RdpAccountant(PrivacyConfig(recipe.privacy.target_delta, recipe.num_clients, relation, sampling))
+    multiplier = recipe.privacy.noise_multiplier / (1 if recipe.privacy.noise_added_by == "server" else 2)
     accountant.compose(GaussianPrivacyEvent(multiplier, recipe.cohort_size, recipe.num_clients), count)
-    return accountant.get_epsilon(recipe.privacy.delta)
+    return accountant.get_epsilon(recipe.privacy.target_delta)

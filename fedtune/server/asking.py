@@ -23,7 +23,7 @@ __all__ = [
 
 NO_REPLY_BEFORE_DEADLINE = "no reply before the deadline"
 DEVICE_REMOVED = "its device was removed from the server"
-NO_REPLY_WITHIN_MAX_STALENESS = "no reply within the rounds that federation.late.oldest allows"
+NO_REPLY_WITHIN_MAX_STALENESS = "no reply within the rounds that federation.asynchronous.max_staleness allows"
 DROPPED_OUT = "it dropped out before it replied"
 NOT_NEEDED = "the round ended with the replies that federation.take_first asks for"
 
@@ -85,7 +85,7 @@ class SynchronousScheduler(RoundScheduler):
 
     def begin_round(self, number: int) -> int:
         """Sample the round's clients."""
-        last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
+        last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         self._removed = set()
         count = min(self._count, len(self._among))
         self._number, self._clients = number, sample_cohort(self._recipe, number, self._among, last, count)

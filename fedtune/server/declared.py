@@ -14,18 +14,18 @@ __all__ = ["most_examples"]
 def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
     """The most that an honest report of client number ``client`` can count.
 
-    With ``train.steps`` that is a number of the recipe. With ``train.epochs`` it follows from the examples that a
-    simulated client holds, or that a device declared in its profile before it sent its update; where a device has
-    declared none, from the largest declared by any device of the run.
+    With ``train.local_steps`` that is a number of the recipe. With ``train.local_epochs`` it follows from the examples
+    that a simulated client holds, or that a device declared in its profile before it sent its update; where a device
+    has declared none, from the largest declared by any device of the run.
     """
     recipe = shop.recipe.get_client_recipe(client)
-    if recipe.privacy is not None and recipe.privacy.where == "client":
+    if recipe.privacy is not None and recipe.privacy.noise_added_by == "clients":
         return 1
-    if recipe.train.steps:
-        return min(MOST_EXAMPLES, recipe.train.steps * recipe.train.batch)
+    if recipe.train.local_steps:
+        return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size)
     seats = store.access.seats(run)
     held = _declared(store, seats, client) if seats else len(shop.client_rows[client])
-    return min(MOST_EXAMPLES, held * (recipe.train.epochs or 1))
+    return min(MOST_EXAMPLES, held * (recipe.train.local_epochs or 1))
 
 
 def _declared(store: Store, seats: Sequence[Assignment], client: int) -> int:

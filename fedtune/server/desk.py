@@ -39,7 +39,7 @@ class InFlightTracker:
         """Turn to round ``number``; the clients that are given up, since their answers would be too old for it."""
         self.number = number
         self._order = rank_clients(self._recipe, number, self._among, last)
-        given_up = sorted(client for client, begun in self._since.items() if number - begun > self._late.oldest)
+        given_up = sorted(client for client, begun in self._since.items() if number - begun > self._late.max_staleness)
         self._heard = set(given_up)
         for client in given_up:
             del self._since[client]

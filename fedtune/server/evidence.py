@@ -48,4 +48,4 @@ def _validation(shop: RunContext, asked: CalibrationRequest) -> list[dict[str, T
     chosen = sample_rows(
         np.arange(len(shop.validation)), asked.calibration_examples, derive_seed(shop.recipe.seed, "activity")
     )
-    return list(iter_inputs(shop.validation, chosen, shop.recipe.evaluation.batch))
+    return list(iter_inputs(shop.validation, chosen, shop.recipe.evaluation.batch_size))

@@ -136,7 +136,7 @@ class RunManager:
         if self._store.access.seats(run.id):
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
-        needed, select = recipe.num_clients, recipe.federation.select
+        needed, select = recipe.num_clients, recipe.federation.selection
         fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
         there = self._presence.list_connected_devices(fit)
         if len(there) < needed:

@@ -22,8 +22,8 @@ __all__ = ["append_noise_step", "get_norm_limit", "weight_clients_equally"]
 def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> tuple[float | None, str]:
     """The norm above which a contribution is refused, and the recipe's key that says so."""
     if recipe.privacy is None:
-        return recipe.federation.max_norm, "federation.max_norm"
-    return compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes)), "privacy.clip"
+        return recipe.federation.max_update_norm, "federation.max_update_norm"
+    return compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes)), "privacy.clipping_norm"
 
 
 def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]) -> list[ClientUpdate]:
@@ -55,7 +55,7 @@ def append_noise_step(
     It comes from the run's secret, which stays in the run's folder, and from what is merged: a resumed round has the
     same bits, and no two different sums ever have the same noise.
     """
-    if recipe.privacy is None or recipe.privacy.where == "client":
+    if recipe.privacy is None or recipe.privacy.noise_added_by == "clients":
         return pipeline
     content = hashlib.sha256("".join(hash_file(one.path) for one in contributions).encode()).hexdigest()
     each = compute_mean_noise_std(recipe.privacy, len(contributions))

@@ -9,8 +9,8 @@ __all__ = ["prune_checkpoints"]
 
 def prune_checkpoints(store: Store, run: str, recipe: Recipe) -> None:
     """Remove checkpoints that need not stay; those that late answers may still begin with must."""
-    keep, late = recipe.checkpoints.keep, recipe.federation.late
+    keep, late = recipe.checkpoints.keep, recipe.federation.asynchronous
     if keep == "all":
         return
-    last = keep.last if late is None else max(keep.last, late.oldest + 2)
+    last = keep.last if late is None else max(keep.last, late.max_staleness + 2)
     prune(store, run, keep.model_copy(update={"last": last}))

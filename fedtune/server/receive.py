@@ -31,7 +31,7 @@ def receive_update(
     part: ClassPayload,
     max_norm: float | None,
     spool: Path,
-    limit: str = "federation.max_norm",
+    limit: str = "federation.max_update_norm",
     most_examples: int = MOST_EXAMPLES,
     bytes_down: int = 0,
 ) -> tuple[ClientRecord, ClientUpdate | None]:
@@ -74,7 +74,7 @@ def scale_by_staleness(
     """Both with how late they are: ``tau`` rounds, by which a delta is scaled."""
     if tau is None or late is None:
         return record, sent
-    scaled = replace(sent, scale=compute_staleness_weight(tau, late.staleness)) if sent is not None else None
+    scaled = replace(sent, scale=compute_staleness_weight(tau, late.staleness_exponent)) if sent is not None else None
     return replace(record, staleness=tau), scaled
 
 

@@ -197,7 +197,7 @@ def _gather(
         most, limit = get_norm_limit(shop.recipe, part.expected_shapes.values())
         examples, down = guards.examples(client), sending.taken(client, downloads)
         received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
-        records[client], sent = scale_by_staleness(*received, asking.get_staleness(client), federation.late)
+        records[client], sent = scale_by_staleness(*received, asking.get_staleness(client), federation.asynchronous)
         if sent:
             pad_update_to_shared_rank(shop, shop.for_client(client), sent)
             contributions.append(sent)

@@ -17,7 +17,7 @@ State = Mapping[str, Tensor]
 
 def scored_after(shop: RunContext, number: int) -> bool:
     """Whether the validation part is scored after a round; after the last one it is, and whole."""
-    return number % shop.recipe.evaluation.every == 0 or number == shop.recipe.federation.rounds
+    return number % shop.recipe.evaluation.every_n_rounds == 0 or number == shop.recipe.federation.rounds
 
 
 def to_score(shop: RunContext, first: int) -> dict[int, int]:
@@ -43,7 +43,7 @@ def test(shop: RunContext, start: State, state: State) -> tuple[MetricRecord, ..
 
 def _some(shop: RunContext) -> list[int] | None:
     """The same validation examples each time, drawn from the seed; None for all."""
-    wanted, held = shop.recipe.evaluation.examples, len(shop.validation)
+    wanted, held = shop.recipe.evaluation.max_examples, len(shop.validation)
     if wanted is None or wanted >= held:
         return None
     order = np.random.default_rng(derive_seed(shop.recipe.seed, "validation")).permutation(held)
@@ -63,6 +63,6 @@ def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[i
     told(0)
     settings = recipe.evaluation
     scores = evaluate_model(
-        shop.model, examples, settings.batch, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
+        shop.model, examples, settings.batch_size, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
     )
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)

@@ -25,8 +25,8 @@ __all__ = [
 
 def is_eligible(select: ClientSelection, name: str, tags: Collection[str], memory: int) -> bool:
     """Whether a device of that name, tags and memory in bytes may take part."""
-    named = not select.devices or any(fnmatchcase(name, pattern) for pattern in select.devices)
-    return named and set(select.tags) <= set(tags) and memory >= select.memory
+    named = not select.device_names or any(fnmatchcase(name, pattern) for pattern in select.device_names)
+    return named and set(select.tags) <= set(tags) and memory >= select.min_memory
 
 
 def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
@@ -43,22 +43,26 @@ def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
 def list_eligible_clients(recipe: Recipe) -> list[int]:
     """The clients of a simulation whose device class may take part, in order."""
     classes = enumerate(recipe.get_device_class(client) for client in range(recipe.num_clients))
-    select = recipe.federation.select
+    select = recipe.federation.selection
     return [client for client, one in classes if is_eligible(select, one.name, one.tags, one.memory)]
 
 
 def count_cohort(recipe: Recipe, among: Sequence[int]) -> int:
     """How many of the clients ``among`` a round asks."""
-    return recipe.federation.clients or max(1, round(len(among) * recipe.federation.fraction))
+    return recipe.federation.clients_per_round or max(1, round(len(among) * recipe.federation.fraction_train))
 
 
 def check_enough_eligible_clients(recipe: Recipe) -> None:
     """RecipeError when too few clients of a simulation qualify for its rounds."""
     among, federation = list_eligible_clients(recipe), recipe.federation
-    needed = max(federation.clients or 1, federation.quorum, federation.late.buffer if federation.late else 1)
+    needed = max(
+        federation.clients_per_round or 1,
+        federation.quorum,
+        federation.asynchronous.buffer_size if federation.asynchronous else 1,
+    )
     if count_cohort(recipe, among) < federation.quorum or len(among) < needed:
         raise RecipeError(
-            f"federation.select: {len(among)} of the {recipe.num_clients} clients in devices qualify, but a round "
+            f"federation.selection: {len(among)} of the {recipe.num_clients} clients in devices qualify, but a round "
             f"needs {needed}; ask less of them, or give their device class the name, tags or memory"
         )
 
@@ -70,11 +74,11 @@ def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord
             f"model.source is {recipe.model.source}, and devices have no run store; export it, put the folder on every "
             "device and name it: path:FOLDER"
         )
-    select = recipe.federation.select
+    select = recipe.federation.selection
     found = sum(is_device_eligible(select, device) for device in devices)
     if select.has_criteria and found < recipe.num_clients:
         raise RecipeError(
-            f"federation.select: {found} of {len(devices)} enrolled devices qualify, but devices counts "
+            f"federation.selection: {found} of {len(devices)} enrolled devices qualify, but devices counts "
             f"{recipe.num_clients}; tag or enrol more, or lower the count; see fedtune server devices"
         )
 
@@ -88,12 +92,12 @@ def sample_cohort(
 ) -> list[int]:
     """The clients of round ``number`` in ascending order, ``among`` those that qualify, by default all.
 
-    ``last`` says for each client which round last asked it; only ``prefer: longest-ago`` looks at it. ``asked`` is how
-    many, by default as the recipe says.
+    ``last`` says for each client which round last asked it; only ``sampling: least-recent`` looks at it. ``asked`` is
+    how many, by default as the recipe says.
     """
     there = range(recipe.num_clients) if among is None else among
     count = count_cohort(recipe, there) if asked is None else asked
-    if recipe.federation.select.prefer == "longest-ago":
+    if recipe.federation.selection.sampling == "least-recent":
         return sorted(rank_clients(recipe, number, there, last)[:count])
     random = np.random.default_rng(derive_seed(recipe.seed, number, "sample"))
     return sorted(there[place] for place in random.choice(len(there), count, replace=False))
@@ -103,6 +107,6 @@ def rank_clients(recipe: Recipe, number: int, among: Sequence[int], last: Mappin
     """All clients ``among`` in the order in which round ``number`` would rather have them."""
     random = np.random.default_rng(derive_seed(recipe.seed, number, "order"))
     drawn = [among[place] for place in random.permutation(len(among))]
-    if recipe.federation.select.prefer == "random":
+    if recipe.federation.selection.sampling == "random":
         return drawn
     return sorted(drawn, key=lambda client: last.get(client, 0))  # those that were never asked first

@@ -26,9 +26,13 @@ def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
     Examples over the class's ``speed`` (one a second where it names none), times a log-normal draw of its ``spread``.
     """
     train, device = recipe.train, recipe.get_device_class(client)
-    examples = train.steps * (device.batch or train.batch) if train.steps else size * (train.epochs or 1)
+    examples = (
+        train.local_steps * (device.batch_size or train.batch_size)
+        if train.local_steps
+        else size * (train.local_epochs or 1)
+    )
     random = np.random.default_rng(derive_seed(recipe.seed, number, client, "duration"))
-    return float(examples / (device.speed or 1.0) * np.exp(random.normal(0.0, device.spread)))
+    return float(examples / (device.examples_per_second or 1.0) * np.exp(random.normal(0.0, device.spread)))
 
 
 def drops_out(recipe: Recipe, client: int, number: int) -> bool:
@@ -57,7 +61,11 @@ def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], num
     for client in clients:
         if drops_out(recipe, client, number):
             absent[client] = DROPPED_OUT
-        elif deadline is not None and recipe.get_device_class(client).speed is not None and seconds[client] > deadline:
+        elif (
+            deadline is not None
+            and recipe.get_device_class(client).examples_per_second is not None
+            and seconds[client] > deadline
+        ):
             absent[client] = NO_REPLY_BEFORE_DEADLINE
     there = sorted((client for client in clients if client not in absent), key=lambda one: (seconds[one], one))
     return RoundPlan({client: seconds[client] for client in there}, absent)
@@ -87,7 +95,7 @@ class Simulated(RoundScheduler):
 
     def begin_round(self, number: int) -> int:
         """Sample the round's clients, and draw what time does to them."""
-        last = self._last() if self._recipe.federation.select.prefer == "longest-ago" else {}
+        last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
         clients = sample_cohort(self._recipe, number, self._among, last)
         self._number, self._plan = number, plan_round(self._recipe, clients, self._sizes, number)
         self._asked, self._enough = [], False
@@ -114,7 +122,7 @@ class Simulated(RoundScheduler):
 
     def seconds(self) -> float | None:
         """Until the last answer that was waited for, or the deadline; None where a class names no speed."""
-        if any(device.speed is None for device in self._recipe.devices):
+        if any(device.examples_per_second is None for device in self._recipe.devices):
             return None
         if self._plan.absent and not self._enough and self._recipe.federation.deadline is not None:
             return self._recipe.federation.deadline

@@ -43,11 +43,11 @@ def make_simulated_schedule(
     """
     desk, working, now = InFlightTracker(recipe, among, late), list[tuple[float, int, int]](), 0.0
     last: dict[int, int] = {}
-    patience = recipe.federation.deadline if any(device.speed for device in recipe.devices) else None
+    patience = recipe.federation.deadline if any(device.examples_per_second for device in recipe.devices) else None
     for number in range(1, recipe.federation.rounds + 1):
         given_up, begun, begins = desk.begin_round(number, last), dict[int, int](), now
         ends = begins + (patience or math.inf)
-        while len(begun) < late.buffer:
+        while len(begun) < late.buffer_size:
             for client in desk.start_next_clients():
                 if not drops_out(recipe, client, number):
                     heapq.heappush(working, (now + duration(recipe, sizes[client], client, number), client, number))

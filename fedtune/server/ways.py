@@ -24,14 +24,16 @@ def make_round_scheduler(
     if not seated:
         check_enough_eligible_clients(recipe)
     among = range(recipe.num_clients) if seated else list_eligible_clients(recipe)
-    if seated and federation.late is not None:
-        desk = InFlightTracker(recipe, among, federation.late)
-        return AsynchronousScheduler(grid, desk, federation.late.buffer, federation.deadline, crew.poll, last)
+    if seated and federation.asynchronous is not None:
+        desk = InFlightTracker(recipe, among, federation.asynchronous)
+        return AsynchronousScheduler(
+            grid, desk, federation.asynchronous.buffer_size, federation.deadline, crew.poll, last
+        )
     if seated:
         return SynchronousScheduler(grid, recipe, among, crew.poll, last)
     sizes = [len(rows) for rows in shop.client_rows]
-    if federation.late is not None:
+    if federation.asynchronous is not None:
         return SimulatedAsynchronousScheduler(
-            grid, make_simulated_schedule(recipe, among, sizes, federation.late), crew.poll
+            grid, make_simulated_schedule(recipe, among, sizes, federation.asynchronous), crew.poll
         )
     return Simulated(grid, recipe, among, sizes, crew.poll, last)

@@ -15,9 +15,10 @@ from fedtune.training.private import check_privacy_settings
 __all__ = ["resolve_recipe"]
 
 _MEND: dict[UpdateKind, str] = {
-    "tensors": "merge by fedit, flexlora or hetlora, by fedex-lora or flora with exact: remainder, or train one factor",
-    "pairs": "set lora: {exact: none}, or merge by mean",
-    "pairs and base": "set lora: {exact: remainder}, or merge by mean",
+    "tensors": "merge by fedit, flexlora or hetlora, by fedex-lora or flora with trained_factors: both-and-base, or "
+    "train one factor",
+    "pairs": "set lora: {trained_factors: both}, or merge by mean",
+    "pairs and base": "set lora: {trained_factors: both-and-base}, or merge by mean",
 }
 
 
@@ -32,7 +33,7 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     check_model_counts(recipe, pipeline)
     check_metrics(recipe)
     devices = [_resolved(device, chosen, pipeline) for device in recipe.devices]
-    if recipe.federation.late is not None:
+    if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
     return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
@@ -86,10 +87,10 @@ def _check_own(chosen: Sequence[Technique], pipeline: merging.MergePipeline, eva
     keeping = next((technique.name for technique in chosen if technique.has_local_tensors()), None)
     if keeping is None:
         return
-    if not evaluation.own:
+    if not evaluation.local_holdout:
         raise RecipeError(
-            f"evaluation.own: {keeping} leaves the server no whole model to score, so clients must hold examples out; "
-            "set a share, e.g. 0.2"
+            f"evaluation.local_holdout: {keeping} leaves the server no whole model to score, so clients must hold "
+            "examples out; set a share, e.g. 0.2"
         )
     unfit = [step.name for step in pipeline.steps if step.needs or step in (*pipeline.align, *pipeline.renormalise)]
     if unfit:
@@ -102,12 +103,15 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
     """A late answer is a delta to an older state: what takes all answers for models of one round cannot use it."""
     moving = next((technique.name for technique in chosen if technique.changes_per_round()), None)
     if moving is not None:
-        mend = "; set exact: freeze-a" if moving in ("lora", "qlora") else "; drop one"
-        raise RecipeError(f"federation.late: {moving} trains something else each round, which late answers miss{mend}")
-    if evaluation.own:
+        mend = "; set trained_factors: b-only" if moving in ("lora", "qlora") else "; drop one"
         raise RecipeError(
-            "federation.late: clients score the model they begin with, which is not the same for all, so "
-            "evaluation.own tells nothing of a round; drop one, and with it what leaves the server no whole model"
+            f"federation.asynchronous: {moving} trains something else each round, which late answers miss{mend}"
+        )
+    if evaluation.local_holdout:
+        raise RecipeError(
+            "federation.asynchronous: clients score the model they begin with, which is not the same for all, so "
+            "evaluation.local_holdout tells nothing of a round; drop one, and with it what leaves the server "
+            "no whole model"
         )
     asked = merging.build_calibration_request(pipeline.steps)
     told = (
@@ -119,8 +123,8 @@ def _check_late(chosen: Sequence[Technique], pipeline: merging.MergePipeline, ev
     pairs = [] if pipeline.combine.update_kind == "tensors" else [pipeline.combine.name]
     if unfit := [*whole, *pairs, *told]:
         raise RecipeError(
-            f"federation.late: {unfit[0]} wants the models of one round, but late answers are deltas to older ones; "
-            "drop one, or merge by e.g. mean"
+            f"federation.asynchronous: {unfit[0]} wants the models of one round, but late answers are deltas to "
+            "older ones; drop one, or merge by e.g. mean"
         )
 
 

@@ -37,8 +37,8 @@ class LowRankTechnique(Technique):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0, description="the product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
-    exact: Literal["alternate", "freeze-a", "none", "remainder"] = Field(
+    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
+    trained_factors: Literal["alternate", "b-only", "both", "both-and-base"] = Field(
         "alternate",
         description="alternate: B in odd rounds, A in even ones (RoLoRA), with about 3x the usual rate; freeze-a: "
         "B only (FFA-LoRA); none: both, for merge: fedit, flexlora, hetlora; remainder: both, the base shared, for "
@@ -48,7 +48,7 @@ class LowRankTechnique(Technique):
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
-        targets = find_target_modules(model, head, self.targets)
+        targets = find_target_modules(model, head, self.target_modules)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -56,7 +56,7 @@ class LowRankTechnique(Technique):
             target_modules=targets,
             fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
-        if self.targets == "all-linear" and (left := left_out(model, targets, head)):
+        if self.target_modules == "all-linear" and (left := left_out(model, targets, head)):
             warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
         with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
@@ -66,11 +66,11 @@ class LowRankTechnique(Technique):
             _show_shape(layer)
             sum_in_fewer_passes(layer)
         unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
-        self._freeze(model, "A", self.exact == "freeze-a")
+        self._freeze(model, "A", self.trained_factors == "b-only")
 
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Train B in odd rounds and A in even ones when alternating."""
-        if self.exact == "alternate":
+        if self.trained_factors == "alternate":
             self._freeze(model, "A", number % 2 == 1)
             self._freeze(model, "B", number % 2 == 0)
 
@@ -80,20 +80,20 @@ class LowRankTechnique(Technique):
 
     def changes_per_round(self) -> bool:
         """One factor follows the other."""
-        return self.exact == "alternate"
+        return self.trained_factors == "alternate"
 
     def get_update_kind(self) -> UpdateKind:
         """Both factors, unless one of them is common to all clients in each round."""
-        both: UpdateKind = "pairs and base" if self.exact == "remainder" else "pairs"
-        return "one factor" if self.exact in ("alternate", "freeze-a") else both
+        both: UpdateKind = "pairs and base" if self.trained_factors == "both-and-base" else "pairs"
+        return "one factor" if self.trained_factors in ("alternate", "b-only") else both
 
     def list_low_rank_pairs(self, model: nn.Module) -> list[LowRankPair]:
         """B and A of each layer; the weights of GPT-2's layers are transposed."""
-        return [_pair(name, layer, self.exact == "remainder") for name, layer in _list_lora_layers(model)]
+        return [_pair(name, layer, self.trained_factors == "both-and-base") for name, layer in _list_lora_layers(model)]
 
     def has_unchanged_base(self) -> bool:
         """The weights beside the pairs change when they are shared."""
-        return self.exact != "remainder"
+        return self.trained_factors != "both-and-base"
 
     def make_peft_config(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
         """The configuration the layers were made with, and the head as a module saved whole.
@@ -105,7 +105,7 @@ class LowRankTechnique(Technique):
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
         config = configurations["default"]
         config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
-        config.task_type = {"sequence-classification": "SEQ_CLS", "causal-language-modelling": "CAUSAL_LM"}.get(task)
+        config.task_type = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}.get(task)
         config.inference_mode = True
         return config
 
@@ -197,7 +197,7 @@ def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
 
 
 def _head(model: nn.Module, task: TaskName) -> list[str]:
-    return [] if task == "causal-language-modelling" else list_head_parameters(model)
+    return [] if task == "text-generation" else list_head_parameters(model)
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)

@@ -65,18 +65,24 @@ class ActivationPruning(Technique):
     name: ClassVar[str] = "activation-pruning"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    prune: float = Field(0.5, ge=0, lt=1, description="share of a layer's input that is not stored")
-    values: Literal["full", "half"] = Field("full", description="half: 2 bytes a value, where none exceeds 65504")
-    per: Literal["auto", "row", "tensor"] = Field(
+    pruned_fraction: float = Field(0.5, ge=0, lt=1, description="share of a layer's input that is not stored")
+    value_precision: Literal["full", "half"] = Field(
+        "full", description="half: 2 bytes a value, where none exceeds 65504"
+    )
+    granularity: Literal["auto", "row", "tensor"] = Field(
         "auto", description="what the largest are chosen from: a token or picture (row), or all; auto: tokens, else all"
     )
-    centre: bool = Field(False, description="take the mean of each feature out of a linear layer's input first")
-    normalise: bool = Field(False, description="normalise convolutions' weights in place of batch norms behind them")
+    centre_features: bool = Field(
+        False, description="take the mean of each feature out of a linear layer's input first"
+    )
+    standardise_weights: bool = Field(
+        False, description="normalise convolutions' weights in place of batch norms behind them"
+    )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Swap batch norms for normalised weights if asked to; layers are told in ``begin_round``."""
         vars(model)["activation_pruning"] = RecentInputs()
-        if self.normalise:
+        if self.standardise_weights:
             unfreeze_parameters(
                 model, standardise_convolutions(model, find_conv_norm_pairs(model), self._convolutions(model))
             )
@@ -88,11 +94,11 @@ class ActivationPruning(Technique):
             raise ModelError(
                 f"activation-pruning's normalise rescales {frozen}, which is frozen; train it (full) or leave it out"
             )
-        if self.prune or self.values == "half":
+        if self.pruned_fraction or self.value_precision == "half":
             _mask_activations(model)
-        rule = PruningRule(self.prune, self.values == "half", self.centre)
-        linear = InputStorage(rule, self.per != "tensor", _latest(model))
-        if not attach_input_pruning(model, linear, self._convolutions(model)) and not self.normalise:
+        rule = PruningRule(self.pruned_fraction, self.value_precision == "half", self.centre_features)
+        linear = InputStorage(rule, self.granularity != "tensor", _latest(model))
+        if not attach_input_pruning(model, linear, self._convolutions(model)) and not self.standardise_weights:
             raise ModelError(
                 f"{type(model).__name__} has no linear layer or convolution; leave the technique activation-pruning out"
             )
@@ -107,7 +113,7 @@ class ActivationPruning(Technique):
 
     def has_unchanged_base(self) -> bool:
         """Not without its batch norms."""
-        return not self.normalise
+        return not self.standardise_weights
 
     def _fold(self, model: nn.Module) -> None:
         """Let layers be plain again."""
@@ -117,7 +123,9 @@ class ActivationPruning(Technique):
         del vars(model)["activation_pruning"]
 
     def _convolutions(self, model: nn.Module) -> InputStorage:
-        return InputStorage(PruningRule(self.prune, self.values == "half"), self.per == "row", _latest(model))
+        return InputStorage(
+            PruningRule(self.pruned_fraction, self.value_precision == "half"), self.granularity == "row", _latest(model)
+        )
 
 
 def _latest(model: nn.Module) -> RecentInputs:

@@ -35,14 +35,14 @@ class Bias(Technique):
         "full": "full trains biases among all the rest",
     }
 
-    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of biases, then of the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
-        if task != "causal-language-modelling":
+        if task != "text-generation":
             unfreeze_parameters(model, list_head_parameters(model))
-        if has_batch_norms(model) and not self.stored_activations:
+        if has_batch_norms(model) and not self.store_activations:
             make_model_efficient(model)
 
     def make_reference(self) -> "Bias":

@@ -33,6 +33,6 @@ class HeadOnly(Technique):
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the head's gradients."""
-        if task == "causal-language-modelling":
-            raise ModelError("the technique classifier trains a new head, which causal-language-modelling has not")
+        if task == "text-generation":
+            raise ModelError("the technique classifier trains a new head, which text-generation has not")
         unfreeze_parameters(model, list_head_parameters(model))

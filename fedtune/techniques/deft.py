@@ -56,8 +56,8 @@ __all__ = ["Deft", "SkipMlps", "get_probes"]
 class SkipMlps(SettingsModel):
     """Weigh each MLP's output by a trained number and drop those that become small (ADA-DEFT-style)."""
 
-    gamma: float = Field(0.1, ge=0, description="how hard the weights are pressed towards zero")
-    below: float = Field(0.1, gt=0, lt=1, description="an MLP of smaller weight is dropped")
+    penalty: float = Field(0.1, ge=0, description="how hard the weights are pressed towards zero")
+    skip_below: float = Field(0.1, gt=0, lt=1, description="an MLP of smaller weight is dropped")
 
 
 class Deft(Technique):
@@ -66,27 +66,35 @@ class Deft(Technique):
     name: ClassVar[str] = "deft"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    alpha: float = Field(1.0, ge=0, description="weight of the density in the loss; 0 leaves the loss alone")
+    density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0 leaves the loss alone")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")
     eps_start: float | None = Field(None, ge=1e-12, description="anneal eps geometrically from here over the run")
-    relu: bool = Field(False, description="swap the MLPs' activation function (the gate's, if gated) for ReLU")
-    threshold: float = Field(0.0, ge=0, description="activations up to it are zeroed whenever the model is scored")
-    skip: SkipMlps | None = None
+    replace_with_relu: bool = Field(
+        False, description="swap the MLPs' activation function (the gate's, if gated) for ReLU"
+    )
+    inference_threshold: float = Field(
+        0.0, ge=0, description="activations up to it are zeroed whenever the model is scored"
+    )
+    skip_mlps: SkipMlps | None = None
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Find the MLPs, swap their activation function, add the trained weights."""
         mlps = find_mlps(model)
-        if self.relu:
+        if self.replace_with_relu:
             _swap(model, mlps)
-        if self.skip is not None:
+        if self.skip_mlps is not None:
             unfreeze_parameters(model, register_mlp_weights(model, mlps))
 
     def begin_round(self, model: nn.Module, number: int) -> None:
         """Hang probes on the layers as all techniques have left them."""
         if "deft" in vars(model):
             return
-        made = attach_probes(model, self.alpha, self.threshold)
-        weights = attach_mlp_weights(model, made, self.alpha, self.skip.gamma, self.skip.below) if self.skip else None
+        made = attach_probes(model, self.density_weight, self.inference_threshold)
+        weights = (
+            attach_mlp_weights(model, made, self.density_weight, self.skip_mlps.penalty, self.skip_mlps.skip_below)
+            if self.skip_mlps
+            else None
+        )
         vars(model)["deft"] = made, weights
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
@@ -104,7 +112,7 @@ class Deft(Technique):
 
     def has_unchanged_base(self) -> bool:
         """Not with another activation function or weighted MLPs."""
-        return not self.relu and self.skip is None
+        return not self.replace_with_relu and self.skip_mlps is None
 
     def _fold(self, model: nn.Module) -> None:
         """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""

@@ -64,16 +64,18 @@ class DynamicPruning(Technique):
     }
 
     density: float = Field(0.1, gt=0, le=1, description="active share of the whole model, dense tensors included")
-    every: int | None = Field(10, ge=1, description="rounds between moves of the mask; null never moves it")
-    until: int = Field(300, ge=1, description="the last round in which it may move")
-    share: float = Field(0.2, gt=0, le=1, description="alpha, of a layer's active weights, in the first move")
-    start: Literal["random", "magnitude"] = Field("random", description="magnitude: the largest pretrained weights")
-    by: Literal["server", "clients"] = "server"
+    update_every: int | None = Field(10, ge=1, description="rounds between moves of the mask; null never moves it")
+    last_update_round: int = Field(300, ge=1, description="the last round in which it may move")
+    drop_fraction: float = Field(0.2, gt=0, le=1, description="alpha, of a layer's active weights, in the first move")
+    initial_mask: Literal["random", "magnitude"] = Field(
+        "random", description="magnitude: the largest pretrained weights"
+    )
+    updated_by: Literal["server", "clients"] = "server"
     extrusion: Extrusion | None = Extrusion()
 
     @model_validator(mode="after")
     def _extrusion_is_for_the_servers_drop(self) -> Self:
-        if self.by == "clients" and self.extrusion is not None:
+        if self.updated_by == "clients" and self.extrusion is not None:
             raise ValueError("extrusion readies weights for the server's drop; with by: clients say extrusion: null")
         return self
 
@@ -86,7 +88,7 @@ class DynamicPruning(Technique):
         random = torch.Generator().manual_seed(seed)
         for name, layer in layers.items():
             drawn = torch.rand(layer.weight.shape, generator=random)
-            scores = drawn if self.start == "random" else layer.weight.detach().abs()
+            scores = drawn if self.initial_mask == "random" else layer.weight.detach().abs()
             mask = mask_largest(scores, counts[f"{name}.weight"])
             layer.register_buffer("mask", mask)
             layer.weight.data *= mask
@@ -98,7 +100,7 @@ class DynamicPruning(Technique):
 
     def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
         """Mask the gradients; press the weights that are about to be dropped, or drop them here."""
-        if self.by == "clients" and self._moves(moment.round) and moment.step == moment.local_steps // 2:
+        if self.updated_by == "clients" and self._moves(moment.round) and moment.step == moment.local_steps // 2:
             self._move(model, moment.round)
         for _, layer, mask in _list_masked_layers(model):
             if layer.weight.grad is not None:
@@ -117,7 +119,7 @@ class DynamicPruning(Technique):
         asked: dict[str, TensorSpec] = {}
         for name, _, mask in _list_masked_layers(model) if self._moves(number) else ():
             count = self._count(mask, number)
-            if self.by == "clients":
+            if self.updated_by == "clients":
                 asked |= declare_mask_update(name, mask.numel(), count)
             else:
                 asked |= declare_positions(f"{name}.wake", count, mask.numel())
@@ -128,7 +130,7 @@ class DynamicPruning(Technique):
         """The largest gradients at inactive places; ``backward`` may add them up over parts of its batch."""
         if not self._moves(number):
             return {}
-        if self.by == "clients":
+        if self.updated_by == "clients":
             return _pack_mask_updates(model)
         found: dict[str, Tensor] = {}
         model.zero_grad()
@@ -147,7 +149,7 @@ class DynamicPruning(Technique):
         revised = dict(state)
         for name, mask in find_masks(state).items() if self._moves(number) else ():
             owner = name.removesuffix(".weight")
-            if self.by == "clients":
+            if self.updated_by == "clients":
                 revised[name], revised[mask_name(name)] = average_over_holders(owner, state[name], mask, answers)
             else:
                 after = update_mask(
@@ -171,12 +173,12 @@ class DynamicPruning(Technique):
                 del layer.mask
 
     def _moves(self, number: int) -> bool:
-        return self.every is not None and number % self.every == 0 and number <= self.until
+        return self.update_every is not None and number % self.update_every == 0 and number <= self.last_update_round
 
     def _count(self, mask: Tensor, number: int) -> int:
         """How many entries of a layer change places after a round: no more than are inactive."""
         active = int(mask.sum())
-        wanted = math.floor(self.share / 2 * (1 + math.cos(math.pi * number / self.until)) * active)
+        wanted = math.floor(self.drop_fraction / 2 * (1 + math.cos(math.pi * number / self.last_update_round)) * active)
         return min(wanted, mask.numel() - active)
 
     def _move(self, model: nn.Module, number: int) -> None:

@@ -43,12 +43,12 @@ class FusedCrossEntropy(Technique):
     name: ClassVar[str] = "fused-head"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    chunk: int = Field(128, ge=1, description="tokens whose logits exist at one time")
+    chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at one time")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
-        late = DeferredHead(plain, self.chunk)
+        late = DeferredHead(plain, self.chunk_size)
         model.set_submodule(name, late)
         late.handles = (
             model.register_forward_pre_hook(_begin_forward, with_kwargs=True),

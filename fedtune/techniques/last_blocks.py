@@ -45,24 +45,26 @@ class LastBlocks(Technique):
         "tinytl": "it trains branches below the last blocks too",
     }
 
-    blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    head: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
-    norms: Literal["live", "frozen"] = Field("live", description="statistics of the trained norms")
-    micro_batch: int | None = Field(None, ge=1, description="examples at a time through the frozen part; null: all")
+    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    norm_statistics: Literal["update", "frozen"] = Field("update", description="statistics of the trained norms")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="examples at a time through the frozen part; null: all"
+    )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of the last blocks and the head."""
-        found = split_before_last_blocks(model, self.blocks)
-        tail = found.tail if self.head == "train" else None
+        found = split_before_last_blocks(model, self.num_blocks)
+        tail = found.tail if self.head_convolution == "train" else None
         whole = [block.name for block in found.blocks] + ([*tail.convolutions, *tail.norms] if tail else [])
         inside = tuple(f"{name}." for name in whole)
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
         unfreeze_parameters(model, list_head_parameters(model))
-        if self.norms == "live":
+        if self.norm_statistics == "update":
             for name in _norms(found, with_tail=tail is not None):
                 replace_layer(model, name, unfreeze_batch_norm)
-        if self.micro_batch is not None:
-            run_frozen_prefix(model, found.frozen_modules, self.micro_batch, cache_outputs=False)
+        if self.micro_batch_size is not None:
+            run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=False)
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain norms back around what was learned."""

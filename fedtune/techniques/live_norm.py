@@ -10,7 +10,7 @@ Use when: a net with batch norms is trained from scratch, or far from what it wa
 devices see pictures of different kinds, such as other cameras or lights, and each uses the model it trained.
 Avoid when: the pretrained statistics fit (the default keeps them), or batches are tiny: below 32 values per channel a
 layer falls back on its running statistics. With ``local`` the server has no whole model: only clients can score one, on
-what they hold out (``evaluation.own``), and an export has the norms of before training.
+what they hold out (``evaluation.local_holdout``), and an export has the norms of before training.
 Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167); the merge is the law of total variance.
 ``local``: Li et al., "FedBN" (arXiv 2102.07623).
 """

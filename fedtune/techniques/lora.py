@@ -5,10 +5,10 @@ Saves: gradients and optimiser state of W, and the inputs of W that only its own
 Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
 Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted
 mean of what they send is the weighted mean of their products. Each round moves one factor alone, and wants about three
-times the learning rate that LoRA with both factors takes. ``exact: freeze-a`` never trains A: cheaper, less
-capacity. ``exact: none`` trains both, for merges of pairs: ``fedit``, ``flexlora``, ``hetlora``. ``exact: remainder``
-does too, and shares the weights beside the pairs, for merges that write into them: ``fedex-lora``, ``flora``; what is
-added to these weights goes down as low-rank increments.
+times the learning rate that LoRA with both factors takes. ``trained_factors: b-only`` never trains A: cheaper, less
+capacity. ``trained_factors: both`` trains both, for merges of pairs: ``fedit``, ``flexlora``, ``hetlora``.
+``trained_factors: both-and-base`` also shares the base weights, for merges that write into them:
+``fedex-lora``, ``flora``; what is added to these weights goes down as low-rank increments.
 Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
 Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``. Pairs stand beside
 linear layers and point-wise convolutions: experts that are one tensor, other convolutions and Mamba's ``out_proj`` stay

@@ -64,24 +64,28 @@ class Meft(Technique):
     }
 
     variant: Literal["diff", "meft1", "meft2", "meft3"] = "diff"
-    factor: float = Field(0.125, gt=0, le=1, description="lambda, beta or both; smaller starts nearer the base")
+    scaling_factor: float = Field(0.125, gt=0, le=1, description="lambda, beta or both; smaller starts nearer the base")
     rank: int = Field(8, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1, description="inside the adapters")
-    merge: Literal["main", "mean"] = Field("main", description="main: the stream that carries the base's states")
-    mode: Literal["exact", "float"] = "exact"
-    bits: int = Field(28, ge=12, le=48, description="from grid to largest value; couplings get the rest of 53")
-    pieces: int = Field(1, ge=1, description="shares of the batch that run one after the other: a lower peak")
-    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    output_stream: Literal["main", "mean"] = Field(
+        "main", description="main: the stream that carries the base's states"
+    )
+    arithmetic: Literal["exact", "float"] = "exact"
+    value_bits: int = Field(28, ge=12, le=48, description="from grid to largest value; couplings get the rest of 53")
+    num_chunks: int = Field(1, ge=1, description="shares of the batch that run one after the other: a lower peak")
+    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
     @model_validator(mode="after")
     def _exact_factors_are_powers_of_two(self) -> Self:
-        if self.mode == "exact" and math.frexp(self.factor)[0] != 0.5:
-            raise ValueError(f"factor {self.factor} is no power of two, which exact needs; take 0.125 or mode: float")
+        if self.arithmetic == "exact" and math.frexp(self.scaling_factor)[0] != 0.5:
+            raise ValueError(
+                f"factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or mode: float"
+            )
         return self
 
     def find_conflict(self, other: Technique) -> str | None:
         """``deft`` reads whole activations, which ``pieces`` never makes."""
-        if other.name == "deft" and self.pieces > 1:
+        if other.name == "deft" and self.num_chunks > 1:
             return "deft measures a layer's activations whole, which only pieces: 1 makes"
         return super().find_conflict(other)
 
@@ -91,14 +95,23 @@ class Meft(Technique):
         hidden, calls = run = record_block_inputs(model, stack)
         blocks = model.get_submodule(stack).named_children()
         parts = tuple(split_block(f"{stack}.{i}", b, hidden, call) for (i, b), call in zip(blocks, calls, strict=True))
-        plan = CouplingPlan(stack, parts, self.variant, self.factor, self.rank, self.dropout, self.merge, self.pieces)
-        made = couple_blocks(model, plan, run_with_autograd if self.stored_activations else run_reversible)
+        plan = CouplingPlan(
+            stack,
+            parts,
+            self.variant,
+            self.scaling_factor,
+            self.rank,
+            self.dropout,
+            self.output_stream,
+            self.num_chunks,
+        )
+        made = couple_blocks(model, plan, run_with_autograd if self.store_activations else run_reversible)
         _init_adapters(made, seed)
-        if self.mode == "exact":
-            made.plan = replace(plan, grid=self.bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
+        if self.arithmetic == "exact":
+            made.plan = replace(plan, grid=self.value_bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
         vars(model)["meft"] = made
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
-        if task != "causal-language-modelling":
+        if task != "text-generation":
             unfreeze_parameters(model, list_head_parameters(model))
 
     def has_unchanged_base(self) -> bool:
@@ -126,10 +139,10 @@ class Meft(Technique):
 
     def _segment(self, blocks: int) -> int:
         """How many blocks the bits behind the grid suffice for: each scaling of a stream by the factor takes some."""
-        each = -round(math.log2(self.factor))
+        each = -round(math.log2(self.scaling_factor))
         if not each:
             return blocks
-        scalings = (_DOUBLE - self.bits) // each
+        scalings = (_DOUBLE - self.value_bits) // each
         return 2 * scalings if COUPLINGS[self.variant].swaps_streams else scalings
 
 

@@ -58,31 +58,33 @@ class Mobiletl(Technique):
         "tinytl": "its frozen part has no gradients",
     }
 
-    blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    mask: Literal["exact", "paper"] = Field("exact", description="where ReLU6 lets the gradient through")
-    hard_swish: Literal["paper", "exact"] = Field("paper", description="exact: its input is kept")
-    head: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
-    last_norm: Literal["live", "frozen"] = Field("live", description="statistics of each block's last norm")
-    micro_batch: int = Field(1, ge=1, description="examples at a time through the frozen part")
-    cache: bool = Field(False, description="keep what the frozen part gives, on disk")
-    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
+    relu6_gradient: Literal["exact", "paper"] = Field("exact", description="where ReLU6 lets the gradient through")
+    hard_swish_gradient: Literal["paper", "exact"] = Field("paper", description="exact: its input is kept")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    last_norm_statistics: Literal["update", "frozen"] = Field(
+        "update", description="statistics of each block's last norm"
+    )
+    micro_batch_size: int = Field(1, ge=1, description="examples at a time through the frozen part")
+    cache_outputs: bool = Field(False, description="keep what the frozen part gives, on disk")
+    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
     @model_validator(mode="after")
     def _cached_one_by_one(self) -> Self:
-        if self.cache and self.micro_batch > 1:
+        if self.cache_outputs and self.micro_batch_size > 1:
             raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Train the last blocks and the head; everything above the frozen part keeps what it must."""
-        found = split_before_last_blocks(model, self.blocks)
-        if self.last_norm == "live":
+        found = split_before_last_blocks(model, self.num_blocks)
+        if self.last_norm_statistics == "update":
             for block in found.blocks:
                 replace_layer(model, block.last_norm, unfreeze_batch_norm)
         unfreeze_parameters(model, [*self._trained(model, found), *list_head_parameters(model)])
-        if not self.stored_activations:
+        if not self.store_activations:
             self._spare(model, found)
-            run_frozen_prefix(model, found.frozen_modules, self.micro_batch, cache_outputs=self.cache)
+            run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=self.cache_outputs)
 
     def make_reference(self) -> "Mobiletl":
         """The same network, every activation stored and no gradient approximated."""
@@ -97,7 +99,7 @@ class Mobiletl(Technique):
             layer for block in found.blocks for layer in (*block.convolutions, *block.gate_layers, block.last_norm)
         ]
         shifted = [norm for block in found.blocks for norm in block.inner_norms]
-        if self.head == "train":
+        if self.head_convolution == "train":
             whole += found.tail.convolutions
             shifted += found.tail.norms
         shifts = {f"{norm}.bias" for norm in shifted}
@@ -118,8 +120,8 @@ class Mobiletl(Technique):
 
     def _rules(self) -> Mapping[type[nn.Module], GradientRule]:
         rules = dict(EXACT_GRADIENTS)
-        if self.mask == "paper":
+        if self.relu6_gradient == "paper":
             rules[nn.ReLU6] = SIGN_GRADIENTS[nn.ReLU6]
-        if self.hard_swish == "paper":
+        if self.hard_swish_gradient == "paper":
             rules[nn.Hardswish] = SIGN_GRADIENTS[nn.Hardswish]
         return rules

@@ -38,7 +38,7 @@ class BatchNorm(Technique):
         "full": "full trains norms among all the rest",
     }
 
-    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the gradients of scales, shifts and the head."""
@@ -48,7 +48,7 @@ class BatchNorm(Technique):
         inside = tuple(f"{norm}." for norm in norms)
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
         unfreeze_parameters(model, list_head_parameters(model))
-        if not self.stored_activations:
+        if not self.store_activations:
             make_model_efficient(model)
 
     def make_reference(self) -> "BatchNorm":

@@ -33,8 +33,10 @@ class Qlora(LowRankTechnique):
 
     @model_validator(mode="after")
     def _base_is_not_writable(self) -> Self:
-        if self.exact == "remainder":
-            raise ValueError("exact: remainder writes into the base's weights, but four-bit ones are fixed; take lora")
+        if self.trained_factors == "both-and-base":
+            raise ValueError(
+                "trained_factors: both-and-base writes into the base's weights, but four-bit ones are fixed; take lora"
+            )
         return self
 
     def make_quantisation_config(self) -> Any:

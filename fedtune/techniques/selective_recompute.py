@@ -58,13 +58,15 @@ class SelectiveCheckpointing(Technique):
         "meft": "reversible blocks keep nothing that could be recomputed",
     }
 
-    terms: int = Field(64, ge=0, description="products that sum at most so many terms are recomputed")
+    max_recomputed_inner_dim: int = Field(
+        64, ge=0, description="products that sum at most so many terms are recomputed"
+    )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")
-        contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.terms))
+        contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.max_recomputed_inner_dim))
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 

@@ -47,18 +47,18 @@ class Tinytl(Technique):
         "qlora": "low-rank pairs hide the convolutions that blocks are told by",
     }
 
-    biases: bool = Field(True, description="train the shifts of all norms too")
-    kernel: Literal[1, 3, 5, 7] = Field(5, description="side of the branch's grouped convolution")
+    train_biases: bool = Field(True, description="train the shifts of all norms too")
+    kernel_size: Literal[1, 3, 5, 7] = Field(5, description="side of the branch's grouped convolution")
     groups: int = Field(2, ge=1, description="of that convolution")
-    stored_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Put branches drawn from ``seed`` beside the blocks; train them, biases and the head."""
         found = find_inverted_residuals(model)
-        if self.biases:
+        if self.train_biases:
             unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         unfreeze_parameters(model, list_head_parameters(model))
-        if not self.stored_activations:
+        if not self.store_activations:
             make_model_efficient(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -80,4 +80,4 @@ class Tinytl(Technique):
     def _branch(self, model: nn.Module, block: InvertedResidualLayers) -> LiteResidual:
         first: Any = model.get_submodule(block.convolutions[0])
         last: Any = model.get_submodule(block.convolutions[-1])
-        return LiteResidual(first.in_channels, last.out_channels, self.kernel, self.groups).to(first.weight.dtype)
+        return LiteResidual(first.in_channels, last.out_channels, self.kernel_size, self.groups).to(first.weight.dtype)

@@ -1,12 +1,12 @@
 """A run as JSON: the stable schema that docs/runs-schema.md describes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fedtune import home
 from fedtune.json_text import json_text as text
+from fedtune.recipe_versions import read_stored_recipe
 from fedtune.tracking.client_spread import spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.summary import get_privacy_spent
@@ -18,7 +18,7 @@ def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed
     """A run with its metrics and newest checkpoint; ``detailed`` adds what it spent of privacy, and every round."""
     checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
     found = asdict(run) | {
-        "recipe": json.loads(run.recipe),
+        "recipe": read_stored_recipe(run.recipe),
         "created": run.created.isoformat(),
         "finished": run.finished.isoformat() if run.finished else None,
         "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],

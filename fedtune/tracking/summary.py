@@ -1,11 +1,11 @@
 """What a reader asks of a run first: its main metric, before and after per domain, what was sent, what peaked."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedtune.recipe_versions import read_stored_recipe
 from fedtune.tracking.records import ClientRecord, MetricRecord, RoundRecord, RunRecord
 
 __all__ = [
@@ -101,11 +101,15 @@ def get_privacy_spent(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str
 
     Epsilon is None before the first round, and the whole None for a run without privacy.
     """
-    asked = json.loads(run.recipe).get("privacy")
+    asked = read_stored_recipe(run.recipe).get("privacy")
     if asked is None:
         return None
     values = get_metric_series(rounds, "privacy", "all", "epsilon")
-    return {"epsilon": values[max(values)] if values else None, "delta": asked["delta"], "noise_by": asked["where"]}
+    return {
+        "epsilon": values[max(values)] if values else None,
+        "delta": asked["target_delta"],
+        "noise_by": asked["noise_added_by"],
+    }
 
 
 def _last(values: Mapping[int, float]) -> float:

@@ -89,13 +89,13 @@ def check_merge_has_targets(steps: Sequence[object], model: nn.Module, shared: C
 
 def _require_scaled(step: ActivationRelaxStep, model: nn.Module, shared: Collection[str]) -> None:
     places = find_input_channels(model, set(shared))
-    scaled = [name for name in places if step.norms or model.get_parameter(name).dim() > 1]
+    scaled = [name for name in places if step.include_norms or model.get_parameter(name).dim() > 1]
     if any(mask_name(name) in shared for name in scaled):
         raise RecipeError(f"merge: {step.name} scales whole columns, but masked weights are sent without; drop one")
     if not scaled:
         raise RecipeError(
             f"merge: {step.name} scales weights by the activity of their inputs, but train.techniques trains no such "
-            f"weight; drop {step.name}, or train full or lora with exact: alternate"
+            f"weight; drop {step.name}, or train full or lora with trained_factors: alternate"
         )
 
 

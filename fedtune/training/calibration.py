@@ -42,7 +42,7 @@ def load_calibration_inputs(
     """
     kind = "image" if task == "image-classification" else "text"
     chosen = DataSettings.model_validate({"source": source, "columns": {kind: column or kind}})
-    if task == "causal-language-modelling":
+    if task == "text-generation":
         documents = data.load_all_examples(_make_minimal_recipe(chosen, model, task), ())["text"]
         return list(iter_token_blocks(_rows(documents, model), block_size=block, batch=batch))
     examples = _encode_unlabelled(chosen, model, task, block)
@@ -85,7 +85,7 @@ def _rows(documents: Sequence[str], model: ModelSettings) -> Iterator[list[int]]
 def _encode_unlabelled(chosen: DataSettings, model: ModelSettings, task: TaskName, length: int) -> EncodedDataset:
     """Examples of a source that may have no labels, encoded as a classifier reads them."""
     pictures = task == "image-classification"
-    recipe = _make_minimal_recipe(chosen, model, task if pictures else "causal-language-modelling")
+    recipe = _make_minimal_recipe(chosen, model, task if pictures else "text-generation")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.load_all_examples(recipe, ())
     labels = data.Values(np.zeros(len(found), np.int64))
@@ -101,6 +101,6 @@ def _make_minimal_recipe(chosen: DataSettings, model: ModelSettings, task: TaskN
         model=model,
         data=chosen,
         devices=[DeviceClass(count=1)],
-        train=Train(steps=1),
+        train=Train(local_steps=1),
         federation=Federation(rounds=1),
     )

@@ -113,7 +113,7 @@ def score_held_out(
         return HoldoutMetrics()
     model.eval()
     tally = _MetricSums(keeps=bool(metrics))
-    for _, row in _predictions(model, data, rows, recipe.train.batch, recipe.task, techniques):
+    for _, row in _predictions(model, data, rows, recipe.train.batch_size, recipe.task, techniques):
         tally.add(row)
     predictions = max(1, tally.count)
     more = tuple(tally.measure(metrics).values())
@@ -148,12 +148,12 @@ def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: TaskName) -> l
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     logits: Tensor = model(**inputs).logits.float()
-    if task == "causal-language-modelling":
+    if task == "text-generation":
         logits, labels = logits[:, :-1], labels[:, 1:]
     else:
         logits, labels = logits[:, None], labels[:, None]
     counted = labels != -100
-    classes = [None] * len(labels) if task == "causal-language-modelling" else logits[:, 0].softmax(-1)
+    classes = [None] * len(labels) if task == "text-generation" else logits[:, 0].softmax(-1)
     first = labels[:, 0].tolist()
     loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     correct = (logits.argmax(-1) == labels) & counted
@@ -168,7 +168,7 @@ def _compute_metrics(tallies: dict[str, _MetricSums], task: TaskName, metrics: S
         accuracy = tally.correct / max(1, tally.count)
         yield Metric(domain, "accuracy", accuracy)
         yield Metric(domain, "loss", loss)
-        if task == "causal-language-modelling":
+        if task == "text-generation":
             yield Metric(domain, "perplexity", math.exp(min(loss, 700.0)))
         for name, value in tally.measure(metrics).items():
             yield Metric(domain, name, value)

@@ -88,7 +88,7 @@ def train_local_model(
     """
     started = time.perf_counter()
     reset_peak_rss()
-    indices, held = split_holdout(indices, recipe.evaluation.own, derive_seed(recipe.seed, client_id, "own"))
+    indices, held = split_holdout(indices, recipe.evaluation.local_holdout, derive_seed(recipe.seed, client_id, "own"))
     receive_state(model, techniques, state, local_tensors, number)
     names = list_trainable_tensors(model)
     start = Start(model, names, local_tensors, state)
@@ -138,7 +138,7 @@ def _run_extra_backward(
     micro: int | None,
 ) -> None:
     """Gradients of the loss on the client's first examples, at most ``micro`` of them at a time."""
-    chosen = indices[: recipe.train.batch].tolist()
+    chosen = indices[: recipe.train.batch_size].tolist()
     parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
     model.eval()
     _run_step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
@@ -163,8 +163,8 @@ def _run_steps(
     optimiser = make_stepper(settings, model, masters)
     set_train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
-    lengths = data.lengths if settings.by_length else None
-    order = batches(indices, settings.batch, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
+    lengths = data.lengths if settings.group_by_length else None
+    order = batches(indices, settings.batch_size, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
     for step, chosen in enumerate(order):
         progress = ((number - 1) + step / steps) / recipe.federation.rounds
         parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
@@ -192,8 +192,8 @@ def apply_optimiser_step(
 ) -> None:
     """Follow the gradients of a step and let go of them."""
     lr = before_optimiser_step(techniques, model, moment)
-    if settings.clip is not None:
-        nn.utils.clip_grad_norm_(parameters, settings.clip)
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step(lr)
     model.zero_grad()
 

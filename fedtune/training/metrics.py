@@ -54,7 +54,7 @@ def check_metrics(recipe: Recipe) -> None:
     """RecipeError for metrics that are unknown, or need classes where there are none."""
     load_metrics(recipe)
     names = recipe.evaluation.metrics
-    if names and recipe.task == "causal-language-modelling":
+    if names and recipe.task == "text-generation":
         raise RecipeError(f"evaluation.metrics: {names[0]} is of classes, which {recipe.task} has none of; drop it")
 
 

@@ -9,12 +9,12 @@ __all__ = ["check_model_counts"]
 
 def check_model_counts(recipe: Recipe, pipeline: merging.MergePipeline) -> None:
     """RecipeError when a round asks fewer clients than the merge needs, or more than it takes."""
-    combine, late = pipeline.combine, recipe.federation.late
-    coming, key = recipe.cohort_size, "federation.clients"
+    combine, late = pipeline.combine, recipe.federation.asynchronous
+    coming, key = recipe.cohort_size, "federation.clients_per_round"
     if recipe.federation.take_first is not None:
         coming, key = recipe.federation.take_first, "federation.take_first"
     if late is not None:
-        coming, key = late.buffer, "federation.late.buffer"
+        coming, key = late.buffer_size, "federation.asynchronous.buffer_size"
     if coming < combine.needed:
         raise RecipeError(
             f"merge: {combine.name} needs at least {combine.needed} models, but a round brings {coming} at most; raise "

@@ -42,9 +42,9 @@ def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> LocalOpt
 
 
 _BITSANDBYTES: dict[Optimiser, str] = {
-    "adamw8bit": "bitsandbytes.optim:AdamW8bit",
-    "paged_adamw8bit": "bitsandbytes.optim:PagedAdamW8bit",
-    "lion8bit": "bitsandbytes.optim:Lion8bit",
+    "adamw_8bit": "bitsandbytes.optim:AdamW8bit",
+    "paged_adamw_8bit": "bitsandbytes.optim:PagedAdamW8bit",
+    "lion_8bit": "bitsandbytes.optim:Lion8bit",
 }
 """Where each is imported from, when it is asked for."""
 
@@ -156,7 +156,7 @@ def _moments(parameter: Parameter) -> tuple[Tensor, Tensor, Tensor]:
 
 def compute_lr_factor(settings: Train, progress: float) -> float:
     """The factor on ``lr`` after a share ``progress`` (0..1) of all steps of the run: warm-up, then the schedule."""
-    if progress < settings.warmup:
-        return progress / settings.warmup
-    after = (progress - settings.warmup) / (1 - settings.warmup)
-    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[settings.schedule]
+    if progress < settings.warmup_ratio:
+        return progress / settings.warmup_ratio
+    after = (progress - settings.warmup_ratio) / (1 - settings.warmup_ratio)
+    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[settings.lr_schedule]

@@ -47,5 +47,5 @@ def _like_lengths_together(order: IntArray, lengths: IntArray, batch: int, rando
 def total_steps(examples: int, recipe: Recipe) -> int:
     """Optimiser steps of one client in one round."""
     settings = recipe.train
-    per_epoch = -(-examples // settings.batch)
-    return settings.steps or per_epoch * (settings.epochs or 1)
+    per_epoch = -(-examples // settings.batch_size)
+    return settings.local_steps or per_epoch * (settings.local_epochs or 1)

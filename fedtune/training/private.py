@@ -16,15 +16,19 @@ def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> N
     """RecipeError for settings that would tell more than the noise covers, or that noise would make pointless."""
     if recipe.privacy is None:
         return
-    if recipe.federation.max_norm is not None:
-        raise RecipeError("federation.max_norm: privacy.clip bounds every contribution already; drop max_norm")
-    if recipe.federation.late is not None:
+    if recipe.federation.max_update_norm is not None:
         raise RecipeError(
-            "federation.late: an answer counts in rounds its client was not asked in, which the accounting does not "
-            "follow; drop it or privacy"
+            "federation.max_update_norm: privacy.clipping_norm bounds every contribution already; drop max_update_norm"
         )
-    if recipe.evaluation.own:
-        raise RecipeError("evaluation.own: scores on what clients hold out are sent without noise; drop it or privacy")
+    if recipe.federation.asynchronous is not None:
+        raise RecipeError(
+            "federation.asynchronous: an answer counts in rounds its client was not asked in, which the accounting "
+            "does not follow; drop it or privacy"
+        )
+    if recipe.evaluation.local_holdout:
+        raise RecipeError(
+            "evaluation.local_holdout: scores on what clients hold out are sent without noise; drop it or privacy"
+        )
     mixed = next((device.name for device in recipe.devices if device.techniques is not None), None)
     if mixed is not None:
         raise RecipeError(
@@ -36,7 +40,7 @@ def check_privacy_settings(recipe: Recipe, pipeline: merging.MergePipeline) -> N
         raise RecipeError(
             "merge: statistics: clients sends activations without noise; let the server measure, or drop privacy"
         )
-    if recipe.privacy.where == "server":
+    if recipe.privacy.noise_added_by == "server":
         _check_sum(pipeline)
 
 
@@ -51,7 +55,8 @@ def _check_sum(pipeline: merging.MergePipeline) -> None:
     if unbounded:
         raise RecipeError(
             f"merge: {unbounded[0]} is no mean of contributions, so one client could move the result by more than "
-            "privacy's noise covers; merge by mean or linear, or let the clients add the noise: privacy.where=client"
+            "privacy's noise covers; merge by mean or linear, or let the clients add the noise: "
+            "privacy.noise_added_by=clients"
         )
 
 

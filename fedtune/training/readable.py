@@ -76,8 +76,8 @@ def _require_positions(model: nn.Module, ids: Tensor, recipe: Recipe) -> None:
         middle = (able + unable) // 2
         able, unable = (middle, unable) if _reads(model, {"input_ids": ids[:, :middle]}) is None else (able, middle)
     raise ModelError(
-        f"{recipe.model.source} reads at most {able} tokens, but a text has {longest} after the cut to train.length "
-        f"{recipe.train.length}; set train.length to {able}"
+        f"{recipe.model.source} reads at most {able} tokens, but a text has {longest} after the cut "
+        f"to train.max_length {recipe.train.max_length}; set train.max_length to {able}"
     )
 
 
@@ -97,7 +97,7 @@ def _require_side(model: nn.Module, examples: EncodedDataset, recipe: Recipe) ->
         return
     if (why := _reads(model, {"pixel_values": pixels.to(next(model.parameters()).dtype)})) is not None:
         raise ModelError(
-            f"{recipe.model.source} reads no pictures of {pixels.shape[-1]} pixels ({why}); mend train.image"
+            f"{recipe.model.source} reads no pictures of {pixels.shape[-1]} pixels ({why}); mend train.image_size"
         )
 
 

@@ -52,7 +52,7 @@ def score_received(
     own: Mapping[str, Tensor],
 ) -> HoldoutMetrics:
     """The score of ``state`` on the rows a client holds out, after round ``number``; nothing is trained."""
-    _, held = split_holdout(indices, recipe.evaluation.own, derive_seed(recipe.seed, client, "own"))
+    _, held = split_holdout(indices, recipe.evaluation.local_holdout, derive_seed(recipe.seed, client, "own"))
     receive_state(model, techniques, state, own, number)
     with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         return score_held_out(model, data, held, recipe, techniques)

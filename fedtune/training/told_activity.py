@@ -43,7 +43,7 @@ def compute_uploaded_statistics(
     if asked is None or not (places := find_input_channels(model, set(names))):
         return {}
     chosen = sample_rows(indices, asked.calibration_examples, seed)
-    found = sum_activations(model, places, iter_inputs(data, chosen, recipe.evaluation.batch), techniques).values()
+    found = sum_activations(model, places, iter_inputs(data, chosen, recipe.evaluation.batch_size), techniques).values()
     counts = torch.tensor([float(total.count) for total in found])
     return {_SUMS: torch.cat([total.sums for total in found]).float(), _COUNTS: counts}
 

@@ -26,7 +26,7 @@ __all__ = ["ATTACKS"]
 
 _PATIENCE = 240.0
 _LARGE = 6_000_000
-_RECIPE = ("devices=[{name: any, count: 1, memory: 64MB}]", "federation.select={devices: [hostile]}")
+_RECIPE = ("devices=[{name: any, count: 1, memory: 64MB}]", "federation.selection={devices: [hostile]}")
 
 
 def _order(scene: Scene) -> PullMessagesResponse:
