@@ -78,14 +78,15 @@ def up() -> None:
 @click.option("--user", help="Whom the unit runs as; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit that keeps this server up.
+    """Write a systemd unit and a Dockerfile that keep this server up, and fedtune's own wheel for the container.
 
     Example: fedtune server package -o deploy
     """
-    from fedtune.server.package import package as write_unit
+    from fedtune.server.package import write_deployment_files
     from fedtune.systemd import service_user
 
-    click.echo(write_unit(output, service_user(user)))
+    for path in write_deployment_files(output, service_user(user)):
+        click.echo(path)
 
 
 @server.command()
