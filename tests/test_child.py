@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.child import environment, isolated
+from fedtune.child import environment, make_isolated_command
 from fedtune.device.channel import Frame
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
 from fedtune.device.keeper import TrainerSupervisor
@@ -52,7 +52,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
     monkeypatch.setenv("PYTHONPATH", entries)
     code = "import fedtune.device, fedtune.server, json; print(fedtune.__file__)"
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
-    for command in ([*isolated("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
+    for command in ([*make_isolated_command("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert not trap.exists()

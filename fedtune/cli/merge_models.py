@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Asked, columns, size
+from fedtune.cli.merge_options import MergeOptions, columns, size
 
 if TYPE_CHECKING:
     from fedtune.fusion import MergeConfig, ModelComparison, PreparedMerge
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["merge_stages"]
 
 
-def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
+def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
     """The merges of a file in order; those whose results others need go into a folder beside the output."""
     if len(stages) == 1:
         _merge_one(asked, stages[0].config, stages[0].text)
@@ -26,22 +26,22 @@ def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
     import shutil
 
     from fedtune.errors import FedtuneError
-    from fedtune.fusion.stages import check, renamed
+    from fedtune.fusion.stages import check, replace_stage_names
 
     check(stages)
     beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
     made: dict[str, Path] = {}
     try:
         for stage in stages[:-1]:
-            made[str(stage.config.name)] = _stage(asked, renamed(stage.config, made), stage.text, beside)
-        _merge_one(asked, renamed(stages[-1].config, made), stages[-1].text)
+            made[str(stage.config.name)] = _stage(asked, replace_stage_names(stage.config, made), stage.text, beside)
+        _merge_one(asked, replace_stage_names(stages[-1].config, made), stages[-1].text)
     except FedtuneError:  # an interruption leaves what is made for the same command to go on with
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(beside)
 
 
-def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path:
+def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
     """The folder of one merge's result, which is there already when the same one was made before."""
     from fedtune.fusion import prepare_merge
 
@@ -53,7 +53,7 @@ def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path
     return folder
 
 
-def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = True) -> None:
+def _merge_one(asked: MergeOptions, config: "MergeConfig", text: str, *, told: bool = True) -> None:
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.fusion import compare, prepare_merge
 
@@ -77,7 +77,7 @@ def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = T
 
 
 def _write(
-    asked: Asked, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
+    asked: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
     """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
     from fedtune import fusion
@@ -112,7 +112,7 @@ def _write(
     return scores, warned
 
 
-def _evidence(asked: Asked, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
+def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
     if not prepared.steps.needs:
         from fedtune.merging import MergeContext
 
@@ -123,7 +123,7 @@ def _evidence(asked: Asked, prepared: "PreparedMerge", columns: dict[str, str]) 
     return collect_merge_context(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
 
 
-def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
+def _score(asked: MergeOptions, source: str, columns: dict[str, str]) -> Any:
     from fedtune.fusion.score import evaluate_folder, materialise_model
 
     if asked.task is None:
@@ -134,7 +134,7 @@ def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
 
 
 def _tell(
-    asked: Asked,
+    asked: MergeOptions,
     prepared: "PreparedMerge",
     found: "ModelComparison | None",
     scores: "ModelMetrics",

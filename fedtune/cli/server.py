@@ -6,7 +6,7 @@ import click
 
 from fedtune.cli import server_access, server_view
 from fedtune.cli.connection import add_operator_file_option, connect_to_server
-from fedtune.cli.server_view import json_option, shown
+from fedtune.cli.server_view import json_option, print_rows
 from fedtune.untrusted import clean_lines
 
 __all__ = ["server"]
@@ -123,7 +123,7 @@ def devices(
             for device, tag in pairs:
                 connection.request_json("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.request_json("GET", "devices")["devices"]
-    shown(found, server_view.DEVICES, as_json)
+    print_rows(found, server_view.DEVICES, as_json)
 
 
 @server.command()
@@ -162,7 +162,7 @@ def runs(server: Path | None, as_json: bool) -> None:
     """
     with connect_to_server(server) as connection:
         found = connection.request_json("GET", "runs")["runs"]
-    shown(found, server_view.RUNS, as_json)
+    print_rows(found, server_view.RUNS, as_json)
 
 
 @server.command()

@@ -12,7 +12,7 @@ from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.methods import MergeMethod, build_merge_method
 from fedtune.fusion.models import ModelSet, read_model_config
 from fedtune.fusion.settings import ParameterLayer, over_depth
-from fedtune.fusion.settings_file import resliced
+from fedtune.fusion.settings_file import apply_slices
 from fedtune.fusion.weights import ModelReader
 
 __all__ = [
@@ -157,7 +157,7 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
     slices = config.slices or []
     first = models.by_name[slices[0].sources[0].model]
     forms, before = first.tensor_infos, _stack(first)
-    resliced(read_model_config(first), slices, models)  # for what it refuses
+    apply_slices(read_model_config(first), slices, models)  # for what it refuses
     outside = {
         name: depth for name, depth in compute_relative_depths(forms).items() if _parse_in_stack(name, before) is None
     }

@@ -22,9 +22,9 @@ __all__ = [
     "load_tokenizer",
     "preprocessor",
     "reader",
+    "resolve_preprocessor",
     "save_config",
     "save_model",
-    "settled",
 ]
 
 
@@ -80,7 +80,7 @@ def reader(recipe: Recipe) -> Any:
     return preprocessor(recipe.model).scaled_to(recipe.train.image_size)
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_preprocessor(recipe: Recipe) -> Recipe:
     """The recipe with the model's way of reading pictures written out, so that all who get it read them alike."""
     if recipe.task != "image-classification":
         return recipe

@@ -18,7 +18,7 @@ from fedtune.yaml_text import YamlError, load
 __all__ = [
     "ServerHome",
     "ServerSettings",
-    "checked",
+    "check_settings",
     "create_server_home",
     "exists",
     "open_server_home",
@@ -128,7 +128,7 @@ def create_server_home(names: list[str], listen: str) -> ServerHome:
             f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
             "or choose another FEDTUNE_HOME"
         )
-    settings = checked({"names": names, "listen": listen}, "the options")
+    settings = check_settings({"names": names, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_bytes_atomically(made.ca_key_file, authority.generate_private_key())
@@ -156,10 +156,10 @@ def read_server_settings(path: Path) -> ServerSettings:
         raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
     except YamlError as error:
         raise ServerError(f"{path} {error}") from error
-    return checked(read if isinstance(read, dict) else {}, str(path))
+    return check_settings(read if isinstance(read, dict) else {}, str(path))
 
 
-def checked(values: dict[str, object], origin: str) -> ServerSettings:
+def check_settings(values: dict[str, object], origin: str) -> ServerSettings:
     """The settings; ServerError for one that does not hold."""
     try:
         return ServerSettings.model_validate(values)

@@ -89,7 +89,7 @@ def _encode_unlabelled(chosen: DataSettings, model: ModelSettings, task: TaskNam
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
     found = data.load_all_examples(recipe, ())
     labels = data.Values(np.zeros(len(found), np.int64))
-    blank = found.only(["image" if pictures else "text"]).with_column("label", labels)
+    blank = found.select_columns(["image" if pictures else "text"]).with_column("label", labels)
     return data.encode_examples(blank, recipe, models.reader(recipe))
 
 
