@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-__all__ = ["device"]
+__all__ = ["MemorySize", "device"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class _Bytes(click.ParamType[int]):
+class MemorySize(click.ParamType[int]):
     """A number of bytes, such as 512MB or 2GiB; by hand, since pydantic alone would cost a device eight megabytes."""
 
     name = "bytes"
@@ -30,7 +30,7 @@ class _Bytes(click.ParamType[int]):
 
 _data = click.option("--data", "source", metavar="SOURCE", required=True, help="csv:FILE, jsonl:FILE, parquet:FILE, "
                      "folder:PATH, sample:NAME, or part:NUMBER of the recipe's own split.")  # fmt: skip
-_memory = click.option("--memory", type=_Bytes(), metavar="SIZE", help="Most the trainer may hold.  [default: all]")
+_memory = click.option("--memory", type=MemorySize(), metavar="SIZE", help="Most the trainer may hold.  [default: all]")
 _idle = click.option(
     "--idle", type=click.FloatRange(0), default=30.0, show_default=True, help="Minutes a trainer rests before it ends."
 )

@@ -26,9 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     exit_when_parent_dies()
     with claim_run(config["run"]), Store.open(config["store"]) as store:
-        deployed = bool(
-            store.access.list_assignments(config["run"])
-        )  # a simulation's process has a terminal of its own
+        # A simulation assigns no devices; its process has a terminal of its own.
+        deployed = bool(store.access.list_assignments(config["run"]))
         with record_output(config["run"]) if deployed else nullcontext():
             run_to_completion(guard_grid(grid), store, config["run"])
 
@@ -43,10 +42,9 @@ def run_to_completion(grid: Grid, store: Store, run: str) -> None:
         store.finish(run, "interrupted", "stopped by the user")
         raise
     except FedtuneError as error:
-        if not (
-            isinstance(error, StoreError) and store.access.list_assignments(run)
-        ):  # a server goes on when the disk or the
-            store.finish(run, "failed", str(error))  # database is well again
+        # A server goes on when the disk or the database is well again.
+        if not (isinstance(error, StoreError) and store.access.list_assignments(run)):
+            store.finish(run, "failed", str(error))
         raise
     finally:
         clear_run_context()
