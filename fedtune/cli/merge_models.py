@@ -1,6 +1,7 @@
 """``fedtune merge``: models compared, merged, written and scored."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def _write(
     from fedtune import fusion
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.files import write_bytes_atomically
-    from fedtune.fusion.card import build_model_card, hashes
+    from fedtune.fusion.card import CardContents, build_model_card, hashes
     from fedtune.fusion.result import CARD
     from fedtune.fusion.warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
 
@@ -94,12 +95,12 @@ def _write(
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
     warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
-    read = hashes(prepared)
+    card = CardContents(asked.output.name, prepared, text, hashes(prepared), found, scores, warned)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
         fusion.write_merged_model(
             prepared,
             asked.output,
-            build_model_card(asked.output.name, prepared, text, read, found, scores, warned),
+            build_model_card(card),
             shard_size=size(asked.shard_size),
             evidence=evidence,
             progress=progress,
@@ -107,7 +108,7 @@ def _write(
     if asked.evaluate:
         scores[RESULT_NAME] = _score(asked, f"path:{asked.output}", named)
         warned += warn_of_better_inputs(scores)
-        told = build_model_card(asked.output.name, prepared, text, read, found, scores, warned)
+        told = build_model_card(replace(card, scores=scores, warnings=warned))
         write_bytes_atomically(asked.output / CARD, told.encode())
     return scores, warned
 
