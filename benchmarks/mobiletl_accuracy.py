@@ -28,8 +28,8 @@ from fedtune.recipe import Recipe
 from fedtune.training import RunContext, evaluate_model, get_model_state, get_run_context, train_local_model
 
 ARMS: dict[str, dict[str, Any]] = {
-    "classifier": {"classifier": {}},
-    "norm": {"norm": {}},
+    "classifier": {"head-only": {}},
+    "norm": {"batch-norm": {}},
     "bias": {"bias": {}},
     "tinytl": {"tinytl": {}},
     "last-blocks 1": {"last-blocks": {"blocks": 1}},

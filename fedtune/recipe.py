@@ -19,7 +19,7 @@ from fedtune.examples import (
 from fedtune.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.keeping import Checkpoints, Keep
 from fedtune.pictures import Preprocessor
-from fedtune.recipe_versions import needs_translation, translate_recipe
+from fedtune.recipe_versions import VERSION, needs_translation, translate_recipe
 from fedtune.section import SettingsModel
 from fedtune.train_settings import Optimiser, Train, Unit, split_joined
 
@@ -118,7 +118,9 @@ class EvaluationSettings(SettingsModel):
     @model_validator(mode="after")
     def _clients_have_examples(self) -> Self:
         if self.clients is not None and not self.local_holdout:
-            raise ValueError("clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2")
+            raise ValueError(
+                "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2"
+            )
         return self
 
 
@@ -127,7 +129,7 @@ class PrivacySettings(SettingsModel):
 
     clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
     noise_multiplier: float = Field(
-        gt=0, description="standard deviation over clip: of the sum, or with where: client of each"
+        gt=0, description="standard deviation over clipping_norm: of the sum, or of each with noise_added_by: clients"
     )
     noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
     target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
@@ -139,7 +141,7 @@ class Recipe(SettingsModel):
     Keys and values of version 1 are translated, see ``fedtune.recipe_versions``.
     """
 
-    version: Literal[2] = 2
+    version: int = VERSION
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     task: TaskName
     model: ModelSettings
@@ -157,6 +159,13 @@ class Recipe(SettingsModel):
     @classmethod
     def _translate_version_1(cls, value: Any) -> Any:
         return translate_recipe(value) if needs_translation(value) else value
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value != VERSION:
+            raise ValueError(f"{value!r} is no version of a recipe that is known here; the newest is {VERSION}")
+        return value
 
     @property
     def num_clients(self) -> int:
@@ -185,7 +194,7 @@ class Recipe(SettingsModel):
         none = dict.fromkeys(_OWN)
         train = {
             "techniques": device.techniques or self.train.techniques,
-            "batch": device.batch_size or self.train.batch_size,
+            "batch_size": device.batch_size or self.train.batch_size,
         }
         return self.model_copy(
             update={

@@ -56,7 +56,7 @@ task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 3}}]
-train: {{techniques: lora+checkpointing, lr: 0.01, batch: 4, length: 16, steps: 2}}
+train: {{techniques: lora+gradient-checkpointing, lr: 0.01, batch: 4, length: 16, steps: 2}}
 federation: {{rounds: 2}}
 """
 _GOOD = ("fine", "great", "lovely", "superb")

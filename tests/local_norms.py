@@ -16,7 +16,7 @@ task: image-classification
 model: {{source: "path:{folder}/net"}}
 data: {{source: "sample:digits", limit: 200, split: {{kind: equal-dirichlet, alpha: 0.3, min_examples: 20}}}}
 devices: [{{count: 3}}]
-train: {{techniques: [full, live-norm: {{local: true}}], lr: 0.01, batch: 10, image: 16, steps: 3}}
+train: {{techniques: [full, batch-norm-statistics: {{local: true}}], lr: 0.01, batch: 10, image: 16, steps: 3}}
 federation: {{rounds: 3}}
 evaluation: {{own: 0.25}}
 """

@@ -100,7 +100,7 @@ def test_either_order_and_a_pickled_copy_train_to_the_same_bits(base: str, joine
 
 
 @pytest.mark.parametrize("base", BUILDS)
-@pytest.mark.parametrize("recomputing", ["checkpointing", "selective-recompute"])
+@pytest.mark.parametrize("recomputing", ["gradient-checkpointing", "selective-checkpointing"])
 def test_blocks_that_run_again_have_the_same_gradients_and_store_shared_inputs_once(
     base: str, recomputing: str
 ) -> None:

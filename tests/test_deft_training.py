@@ -124,7 +124,7 @@ def test_scale_of_a_gated_mlp_is_no_way_to_a_smaller_density() -> None:
 
 
 def test_deft_trains_nothing_alone() -> None:
-    with pytest.raises(RecipeError, match="deft trains nothing; add full, lora, bias or classifier"):
+    with pytest.raises(RecipeError, match="deft trains nothing; add full, lora, bias or head-only"):
         deft()
 
 

@@ -18,12 +18,12 @@ from fedtune.merging import MergeInput
     ],
 )
 def test_nuslerps_switches_mean_what_they_do_in_mergekit(said: dict[str, Any], over: str) -> None:
-    assert build_merge_method("nuslerp").build_step([said], "weight", 0.0).model_dump()["over"] == over
+    assert build_merge_method("nuslerp").build_step([said], "weight", 0.0).model_dump()["granularity"] == over
 
 
 @pytest.mark.parametrize(("said", "over"), [({}, "tensor"), ({"filter_wise": True}, "row")])
 def test_model_stock_takes_rows_when_filter_wise(said: dict[str, Any], over: str) -> None:
-    assert build_merge_method("model_stock").build_step([said], "weight", 0.0).model_dump()["over"] == over
+    assert build_merge_method("model_stock").build_step([said], "weight", 0.0).model_dump()["granularity"] == over
 
 
 THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"]

@@ -199,7 +199,7 @@ def test_statistics_of_the_frozen_part_stay_though_the_whole_model_is_put_in_tra
 def test_the_function_is_the_untouched_nets_to_the_bit_on_a_whole_batch() -> None:
     for build in (SmallNet, hard_net, in_transformers):
         plain, model = age(build()), age(build())
-        for joined in ("mobiletl", "last-blocks", "norm", "bias"):
+        for joined in ("mobiletl", "last-blocks", "batch-norm", "bias"):
             settings = {"blocks": 2, "micro_batch": 5} if joined == "mobiletl" else {}
             model = age(build())
             shared(joined, model, IMAGES, **settings)

@@ -64,7 +64,7 @@ def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
 
 
 def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
-    tagged, large = ClientSelection(tags=["mains"]), ClientSelection.model_validate({"memory": "512MB"})
+    tagged, large = ClientSelection(tags=["mains"]), ClientSelection.model_validate({"min_memory": "512MB"})
     boasting = device("a", {"memory": 10**12, "tags": ["mains"]})
     assert not is_device_eligible(tagged, boasting)
     assert is_device_eligible(tagged, device("a", {}, "mains", "indoors"))
@@ -162,7 +162,7 @@ class Online:
     def control(self) -> "Online":
         return self
 
-    def executes(self) -> bool:
+    def is_superexec_alive(self) -> bool:
         return True
 
     def online(self) -> set[int]:

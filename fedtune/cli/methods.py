@@ -55,7 +55,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
     Console(markup=False).print(table)
-    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
+    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+gradient-checkpointing")
 
 
 def _show_card(row: Mapping[str, object]) -> None:

@@ -85,7 +85,7 @@ def settled(recipe: Recipe) -> Recipe:
     if recipe.task != "image-classification":
         return recipe
     read: Preprocessor = reader(recipe)
-    train = recipe.train.model_copy(update={"image": read.side})
+    train = recipe.train.model_copy(update={"image_size": read.side})
     return recipe.model_copy(update={"train": train, "model": recipe.model.model_copy(update={"preprocessor": read})})
 
 
