@@ -19,7 +19,7 @@ from fedtune.examples import (
 from fedtune.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.keeping import Checkpoints, Keep
 from fedtune.pictures import Preprocessor
-from fedtune.recipe_versions import VERSION, needs_translation, translate_recipe
+from fedtune.recipe_versions import needs_translation, translate_recipe
 from fedtune.section import SettingsModel
 from fedtune.train_settings import Optimiser, Train, Unit, split_joined
 
@@ -141,7 +141,7 @@ class Recipe(SettingsModel):
     Keys and values of version 1 are translated, see ``fedtune.recipe_versions``.
     """
 
-    version: int = VERSION
+    version: Literal[2] = 2
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     task: TaskName
     model: ModelSettings
@@ -159,13 +159,6 @@ class Recipe(SettingsModel):
     @classmethod
     def _translate_version_1(cls, value: Any) -> Any:
         return translate_recipe(value) if needs_translation(value) else value
-
-    @field_validator("version", mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        if value != VERSION:
-            raise ValueError(f"{value!r} is no version of a recipe that is known here; the newest is {VERSION}")
-        return value
 
     @property
     def num_clients(self) -> int:

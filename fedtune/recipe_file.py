@@ -38,8 +38,13 @@ def parse_recipe(text: str, origin: str, overrides: Sequence[str] = ()) -> Recip
     A text of version 1 is translated before overrides apply; these may name keys of either version.
     """
     value, lines = _load_mapping(Recipe, text, origin, "recipe")
+    if value.get("version", 1) not in (1, VERSION):
+        known = f"the newest that is known here is {VERSION}; update fedtune"
+        where = f"{origin}, line {lines.get(('version',), 1)}"
+        raise RecipeError(f"{where}: version is {value['version']!r}, but {known}")
     if needs_translation(value):
-        value, lines = translate_recipe(value), {translate_path(path): line for path, line in lines.items()}
+        lines = {translate_path(path): line for path, line in lines.items()} | lines
+        value = translate_recipe(value)
     overridden = {apply_override(value, item, translate_setting): item for item in overrides}
     return _validate(Recipe, value, origin, lines, overridden)
 
@@ -66,7 +71,7 @@ def parse_settings(kind: type[Settings], text: str, origin: str, what: str, over
 
 def _load_mapping(
     kind: type[BaseModel], text: str, origin: str, what: str
-) -> tuple[dict[str, Any], Mapping[Location, int]]:
+) -> tuple[dict[str, Any], dict[Location, int]]:
     try:
         value, lines = load_with_lines(text)
     except YamlError as error:

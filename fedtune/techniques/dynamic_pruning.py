@@ -3,16 +3,18 @@
 What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every
 ``update_every`` rounds, up to round ``last_update_round``, the server drops in each layer the k smallest of the merged
 weights and wakes the k inactive ones of largest gradient, which start at zero; k = drop_fraction / 2 (1 + cos(pi t /
-last_update_round)) times the active ones. Clients take the gradient of one batch after their training, layer by layer, and send the k
-largest at inactive places. ``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round the k smallest
-active weights get the loss strength * |theta_S|^2, and the learning rate is raised to beta = p (2 sigmoid(|theta_S|) -
-1) lr_0 while that is more than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
+last_update_round)) times the active ones. Clients take the gradient of one batch after their training, layer by layer,
+and send the k largest at inactive places. ``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round
+the k smallest active weights get the loss strength * |theta_S|^2, and the learning rate is raised to beta = p (2
+sigmoid(|theta_S|) - 1) lr_0 while that is more than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps
+of the round.
 Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
 join ``activation-pruning`` for what a step keeps.
 Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places of a byte (and one
 per 255 weights) and k gradients of two up when the mask moves.
 Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add
-``batch-norm-statistics`` for a net with batch norms from scratch, or ``activation-pruning`` with ``standardise_weights``.
+``batch-norm-statistics`` for a net with batch norms from scratch, or ``activation-pruning`` with
+``standardise_weights``.
 Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
 Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a reading of abstract, reviews, released
 code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
