@@ -133,7 +133,7 @@ def call(*arguments: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize(("where", "said"), [("server", "sees them in clear"), ("client", "any two data sets")])
+@pytest.mark.parametrize(("where", "said"), [("server", "sees them in clear"), ("clients", "any two data sets")])
 def test_a_run_and_its_export_say_what_was_spent(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str
 ) -> None:
