@@ -28,12 +28,13 @@ from tests.federations import words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 
 READS = """
+version: 2
 name: reads
 task: text-classification
 model: {{source: "path:{folder}/model"}}
 data: {{source: "csv:{folder}/texts.csv"}}
 devices: [{{count: 1}}]
-train: {{batch: 4, length: 24, steps: 1}}
+train: {{batch_size: 4, max_length: 24, local_steps: 1}}
 federation: {{rounds: 1}}
 """
 
