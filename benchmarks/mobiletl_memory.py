@@ -171,7 +171,14 @@ def steps(short: bool) -> list[dict[str, Any]]:
 def step(technique: str, settings: dict[str, Any], optimiser: str, batch: int) -> dict[str, Any]:
     """What ``fedtune profile`` measures, in a process of its own."""
     units = [Unit(name=technique, settings=settings)]
-    train = {"techniques": units, "optimiser": optimiser, "batch": batch, "image": 96, "steps": 1, "threads": 1}
+    train = {
+        "techniques": units,
+        "optimiser": optimiser,
+        "batch_size": batch,
+        "image_size": 96,
+        "local_steps": 1,
+        "threads": 1,
+    }
     recipe = Recipe.model_validate(
         {
             "name": "mobiletl-memory",

@@ -18,7 +18,8 @@ model: {{source: "path:{folder}/net"}}
 data: {{source: "sample:digits", max_train_examples: 200, partition: {{kind: equal-dirichlet, alpha: 0.3,
   min_examples: 20}}}}
 devices: [{{count: 3}}]
-train: {{techniques: [full, batch-norm-statistics: {{local: true}}], lr: 0.01, batch_size: 10, image_size: 16, local_steps: 3}}
+train: {{techniques: [full, batch-norm-statistics: {{local: true}}], lr: 0.01, batch_size: 10,
+  image_size: 16, local_steps: 3}}
 federation: {{rounds: 3}}
 evaluation: {{local_holdout: 0.25}}
 """
