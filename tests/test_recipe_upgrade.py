@@ -120,11 +120,13 @@ def run(*argv: object) -> tuple[int, str, str]:
 def test_the_command_writes_over_the_file_or_beside_it_and_a_second_time_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(BLOCK.encode())
+    path.chmod(0o640)
     assert run(path, "-o", tmp_path / "b.yaml") == (0, f"{tmp_path}/b.yaml is of version 2\n", "")
     assert ((tmp_path / "b.yaml").read_text(), path.read_text()) == (UPGRADED, BLOCK)
     assert run(path) == (0, f"{path} is of version 2\n", "")
     assert path.read_text() == UPGRADED
     assert run(path) == (0, f"{path} is of version 2 already\n", "")
+    assert path.stat().st_mode & 0o777 == 0o640
     assert sorted(found.name for found in tmp_path.iterdir()) == ["a.yaml", "b.yaml"]
 
 

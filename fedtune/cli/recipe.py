@@ -29,11 +29,13 @@ def upgrade(file: Path, output: Path | None) -> None:
     from fedtune.recipe_versions import VERSION
 
     read_text_file(file, "the recipe")  # refused in a sentence
+    mode = file.stat().st_mode
     before = file.read_bytes().decode()  # with the line ends that it has
     upgraded = upgrade_recipe_text(before, str(file))
-    place = output or file
     if upgraded == before and output is None:
         click.echo(f"{file} is of version {VERSION} already")
         return
+    place = (output or file).resolve()  # a link stays one
     write_bytes_atomically(place, upgraded.encode())
-    click.echo(f"{place} is of version {VERSION}")
+    place.chmod(mode)
+    click.echo(f"{output or file} is of version {VERSION}")
