@@ -131,7 +131,7 @@ def test_a_text_beyond_the_models_positions_is_refused(tmp_path: Path, architect
         ModelError, match=rf"reads at most {most} tokens, but a text has 36 .* set train.max_length to {most}"
     ):
         _ = get_run_context(recipe.model_dump_json()).train
-    fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": most})})
+    fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": most})})
     assert len(get_run_context(fits.model_dump_json()).train)
 
 

@@ -115,8 +115,8 @@ def test_random_inputs_repeat_fill_the_length_and_stay_in_the_vocabulary(recipe:
 
 
 def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -> None:
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": 33})})
-    with pytest.raises(ModelError, match=r"reads at most 32 tokens; lower train\.length, which is 33"):
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": 33})})
+    with pytest.raises(ModelError, match=r"reads at most 32 tokens; lower train\.max_length, which is 33"):
         profile_step(a_case(longer, "full"))
 
 

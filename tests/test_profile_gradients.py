@@ -19,12 +19,12 @@ from fedtune.techniques._technique import Technique
 
 class Forgetful(Technique):
     name: ClassVar[str] = "forgetful"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
-    def apply(self, model: Any, task: Any, seed: int) -> None:
+    def rewrite_model(self, model: Any, task: Any, seed: int) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
-    def stored(self) -> None:
+    def make_reference(self) -> None:
         return None
 """
 """Blocks run again with other random numbers than before: with dropout, the gradients are those of another network."""

@@ -89,15 +89,15 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
     [
         ({}, 1),
         ({}, 2),
-        ({"schedule": "constant"}, 2),
-        ({"schedule": "cosine"}, 2),
-        ({"schedule": "linear", "warmup": 0.25}, 1),
-        ({"schedule": "cosine", "warmup": 0.5}, 2),
-        ({"clip": 0.1}, 1),
-        ({"clip": None}, 1),
+        ({"lr_schedule": "constant"}, 2),
+        ({"lr_schedule": "cosine"}, 2),
+        ({"lr_schedule": "linear", "warmup_ratio": 0.25}, 1),
+        ({"lr_schedule": "cosine", "warmup_ratio": 0.5}, 2),
+        ({"max_grad_norm": 0.1}, 1),
+        ({"max_grad_norm": None}, 1),
         ({"weight_decay": 0.1, "lr": 3e-3}, 1),
-        ({"epochs": 2, "schedule": "constant"}, 1),
-        ({"steps": 8}, 2),
+        ({"local_epochs": 2, "lr_schedule": "constant"}, 1),
+        ({"local_steps": 8}, 2),
     ],
 )
 def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number: int) -> None:
@@ -112,7 +112,8 @@ def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"clip": 0.1}, {"schedule": "constant"}, {"warmup": 0.25}, {"lr": 2e-3}, {"weight_decay": 0.1}]
+    "settings",
+    [{"max_grad_norm": 0.1}, {"lr_schedule": "constant"}, {"warmup_ratio": 0.25}, {"lr": 2e-3}, {"weight_decay": 0.1}],
 )
 def test_every_setting_the_bare_loop_is_compared_with_matters(settings: dict[str, Any]) -> None:
     plain, changed = a_round(bert(), a_training_recipe()), a_round(bert(), a_training_recipe(**settings))
