@@ -104,3 +104,21 @@ def test_della_without_rescaling_keeps_entries_as_they_are() -> None:
     kept = found != 0
     assert 0 < int(kept.sum()) < 77
     assert torch.equal(found[kept], rows[kept])
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "field", "value"),
+    [
+        ("karcher", {"max_iterations": 3}, "max_iterations", 3),
+        ("karcher", {"max_iter": 3}, "max_iterations", 3),
+        ("karcher", {"iterations": 3, "tol": 0.5}, "max_iterations", 3),
+        ("nuslerp", {"over": "row"}, "granularity", "row"),
+        ("mean", {"weighting": "equal"}, "weighting", "equal"),
+    ],
+)
+def test_parameters_go_by_mergekits_names_and_by_ours_of_yesterday_and_today(
+    method: str, said: dict[str, Any], field: str, value: object
+) -> None:
+    chosen = build_merge_method(method)
+    chosen.check_parameters(said, "parameters")
+    assert chosen.build_step([said], "weight", 0.0).model_dump()[field] == value

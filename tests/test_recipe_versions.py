@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from fedtune.cli.main import cli
+from fedtune.cli.task_choice import TaskChoice
 from fedtune.errors import RecipeError
 from fedtune.recipe import PartitionSettings, Recipe, Train, Unit
 from fedtune.recipe_file import parse_recipe, read_recipe
@@ -178,3 +180,11 @@ def test_commands_take_old_names_of_techniques(tmp_path: Path) -> None:
     path.write_text(TEXT)
     recipe = read_recipe(path, ["train.techniques=lora+checkpointing"])
     assert [unit.name for unit in recipe.train.techniques] == ["lora", "gradient-checkpointing"]
+
+
+def test_the_option_task_takes_old_names() -> None:
+    choice = TaskChoice(["text-generation", "text-classification", "image-classification"])
+    for old, new in VALUES["task"].items():
+        assert choice.convert(old, None, None) == choice.convert(new, None, None) == new
+    with pytest.raises(click.BadParameter, match="'regression' is not one of 'text-generation'"):
+        choice.convert("regression", None, None)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from fedtune.cli.task_choice import TaskChoice
 from fedtune.recipe import TaskName
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["profile"]
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
 @click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
-@click.option("--task", type=click.Choice(get_args(TaskName)), help="What the model of --model is to do.")
+@click.option("--task", type=TaskChoice(get_args(TaskName)), help="What the model of --model is to do.")
 @click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
 @click.option("--batch", metavar="N", help="Short for --set train.batch_size=N.")
 @click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens a text is padded to.")
