@@ -121,7 +121,7 @@ def test_its_twin_stores_the_whole_and_is_the_network_without_it(settings: Pruni
         if one.name == "activation-pruning"
     ]
     assert twin is not None
-    assert twin.model_dump() == {**twin.model_dump(), **settings, "prune": 0.0, "values": "full"}
+    assert twin.model_dump() == {**twin.model_dump(), **settings, "pruned_fraction": 0.0, "value_precision": "full"}
     plain, chosen = prepared(bert(), TEXT, "full")
     whole, whole_chosen = prepared(bert(), TEXT, "full+activation-pruning", prune=0.0)
     wanted, wanted_bytes = a_step(plain, chosen, texts(plain))

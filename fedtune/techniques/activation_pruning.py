@@ -92,7 +92,8 @@ class ActivationPruning(Technique):
         frozen = next((name for name, layer in iter_standardised_conv2d(model) if not layer.weight.requires_grad), None)
         if frozen is not None:
             raise ModelError(
-                f"activation-pruning's normalise rescales {frozen}, which is frozen; train it (full) or leave it out"
+                f"activation-pruning's standardise_weights rescales {frozen}, which is frozen; train it (full) or "
+                "leave it out"
             )
         if self.pruned_fraction or self.value_precision == "half":
             _mask_activations(model)

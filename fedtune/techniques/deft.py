@@ -183,4 +183,6 @@ def _check_swap(model: nn.Module, mlp: MlpLayers) -> None:
     with torch.device("meta"):
         rebuilt: nn.Module = kind(type(config).from_dict(config.to_dict()))
     if not isinstance(rebuilt.get_submodule(mlp.activation), nn.ReLU):
-        raise ModelError(f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's relu out")
+        raise ModelError(
+            f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's replace_with_relu out"
+        )

@@ -75,7 +75,7 @@ class Mobiletl(Technique):
     @model_validator(mode="after")
     def _cached_one_by_one(self) -> Self:
         if self.cache_outputs and self.micro_batch_size > 1:
-            raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
+            raise ValueError("cache_outputs keeps what examples give one by one; leave micro_batch_size at 1")
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
