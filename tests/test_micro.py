@@ -108,7 +108,7 @@ def held_by(optimiser: object) -> int:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adamw"}, {"optimiser": "adamw8bit"}],
+    [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adamw"}, {"optimiser": "adamw_8bit"}],
 )
 def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

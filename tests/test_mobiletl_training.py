@@ -46,7 +46,7 @@ def few_pictures() -> Any:
 
 
 def a_round(model: Any, names: list[str], joined: str, **settings: Any) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
+    recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
     return train_local_model(
         model, chosen(joined, **settings), get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1
     )

@@ -51,7 +51,7 @@ def test_every_optimiser_goes_downhill(name: Optimiser) -> None:
     assert weight.detach().square().sum().item() < start
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
 def test_an_eight_bit_optimiser_keeps_its_state_in_bytes(name: Optimiser) -> None:
     weight = nn.Parameter(torch.randn(64, 128))
     optimiser = make_optimiser(Train(local_steps=1, optimiser=name), [weight])
@@ -96,7 +96,7 @@ def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
         "weight = torch.nn.Parameter(torch.ones(2))\n"
         "weight.sum().backward()\n"
         "for name in ('adamw', 'sgd'):\n"
-        "    make_optimiser(Train(steps=1, optimiser=name), [weight]).step(0.1)\n"
+        "    make_optimiser(Train(local_steps=1, optimiser=name), [weight]).step(0.1)\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
@@ -141,7 +141,7 @@ def test_plain_sgd_clips_nothing_unless_it_is_asked_to(settings: dict[str, Any],
     ("settings", "said"),
     [
         ({"momentum": 0.9}, "momentum and nesterov are settings of sgd, but optimiser is adamw"),
-        ({"optimiser": "lion8bit", "nesterov": True}, "are settings of sgd, but optimiser is lion8bit"),
+        ({"optimiser": "lion_8bit", "nesterov": True}, "are settings of sgd, but optimiser is lion_8bit"),
         ({"optimiser": "sgd", "nesterov": True}, "nesterov needs a momentum"),
         ({"optimiser": "sgd", "momentum": 1.0}, "less than 1"),
     ],

@@ -187,7 +187,7 @@ def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Te
 def a_round(
     base: str, model: nn.Module, names: list[str], chosen: Sequence[Technique], optimiser: str = "adamw"
 ) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=3, optimiser=optimiser)
+    recipe = a_training_recipe(local_steps=2, batch_size=3, optimiser=optimiser)
     data = few_texts(language=base == "opt")
     return train_local_model(model, chosen, get_model_state(model, names), data, np.arange(8), recipe, 1, 1)
 
@@ -254,9 +254,9 @@ def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: B
 )
 def test_eight_bit_optimisers_train_pairs_too(bench: Bench, joined: str) -> None:
     model, names, chosen = bench.chosen("opt", joined)
-    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
+    assert moved(a_round("opt", model, names, chosen, "adamw_8bit"))
 
 
 def test_meft_fused_head_deft_and_a_four_bit_base_train_together(bench: Bench) -> None:
     model, names, chosen = bench.chosen("opt", "qlora+meft+deft+fused-cross-entropy")
-    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
+    assert moved(a_round("opt", model, names, chosen, "adamw_8bit"))

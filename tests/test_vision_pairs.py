@@ -48,7 +48,7 @@ def prepared(joined: str) -> tuple[Any, list[str], tuple[Technique, ...]]:
 
 
 def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
+    recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
     return train_local_model(model, found, get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
 
 
