@@ -194,7 +194,7 @@ def a_recipe(model: str, task: str, source: str, units: Sequence[Unit], **train:
             "model": {"source": f"sample:{model}"},
             "data": {"source": f"sample:{source}"},
             "devices": [{"count": 2}],
-            "train": {"steps": 1, "techniques": list(units), **train},
+            "train": {"local_steps": 1, "techniques": list(units), **train},
             "federation": {"rounds": 2},
         }
     )

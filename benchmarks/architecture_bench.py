@@ -19,12 +19,13 @@ from fedtune.recipe_file import parse_recipe
 __all__ = ["Bench", "recipe_for"]
 
 _RECIPE = """
+version: 2
 name: architectures
 task: {task}
 model: {{source: "path:{folder}"}}
 data: {{source: "sample:nothing"}}
 devices: [{{count: 1}}]
-train: {{lr: 0.01, batch: 4, length: 16, image: {pixels}, steps: 2}}
+train: {{lr: 0.01, batch_size: 4, max_length: 16, image_size: {pixels}, local_steps: 2}}
 federation: {{rounds: 2}}
 """
 

@@ -34,12 +34,14 @@ from fedtune.tracking import RoundRecord, Store
 from fedtune.training import get_run_context
 
 RECIPE = """
+version: 2
 name: asynchronous
 task: image-classification
 model: {source: "sample:logistic"}
-data: {source: "sample:digits", split: {kind: shards, per_client: 2}}
-devices: [{name: fast, count: 6, speed: 1}, {name: slow, count: 2, speed: 0.2}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, steps: 10}
+data: {source: "sample:digits", partition: {kind: shards, shards_per_client: 2}}
+devices: [{name: fast, count: 6, examples_per_second: 1}, {name: slow, count: 2, examples_per_second: 0.2}]
+train: {techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, lr_schedule: constant,
+  batch_size: 10, image_size: 28, local_steps: 10}
 federation: {rounds: 1}
 """
 FAST = 100.0

@@ -79,7 +79,7 @@ def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, fl
         batch *= recipe.cohort_size
     else:
         steps *= recipe.cohort_size
-    train = recipe.train.model_copy(update={"batch": batch})
+    train = recipe.train.model_copy(update={"batch_size": batch})
     shop = get_run_context(resolve_recipe(recipe.model_copy(update={"train": train})).model_dump_json())
     bare_loop(shop, np.arange(len(shop.train)), steps, seed)
     figures = {part: mean_accuracy(shop, part) for part in ("validation", "test")}

@@ -31,14 +31,15 @@ from fedtune.recipe_file import parse_recipe
 
 DEVICES, ROUNDS, EVERY = 16, 50, 10
 RECIPE = """
+version: 2
 name: crowd
 task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: {devices}}}]
-train: {{techniques: [{{lora: {{rank: 16}}}}], lr: 0.001, batch: 4, length: 16, steps: 1}}
+train: {{techniques: [{{lora: {{rank: 16}}}}], lr: 0.001, batch_size: 4, max_length: 16, local_steps: 1}}
 federation: {{rounds: {rounds}, quorum: {devices}, deadline: 900}}
-evaluation: {{every: 10}}
+evaluation: {{every_n_rounds: 10}}
 """
 VERDICTS = {"fine": "good", "great": "good", "awful": "bad", "dull": "bad"}
 PATIENCE_SECONDS = 300.0

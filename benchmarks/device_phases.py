@@ -20,14 +20,16 @@ from fedtune.recipe_file import parse_recipe
 
 NODES, ROUNDS, STOCK_ROUNDS, COLD = 2, 12, 5, 2
 RECIPE = f"""
+version: 2
 name: phases
 task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {NODES}}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 1}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, batch_size: 10, image_size: 28,
+  local_steps: 1}}
 federation: {{rounds: {ROUNDS}, quorum: {NODES}, deadline: 120}}
-evaluation: {{every: {ROUNDS}}}
+evaluation: {{every_n_rounds: {ROUNDS}}}
 """
 
 

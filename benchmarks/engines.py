@@ -23,23 +23,27 @@ from benchmarks.report import save
 
 TASKS = {
     "trivial": """
+version: 2
 name: trivial
 task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits"}
 devices: [{count: 4}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, epochs: 1}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, lr_schedule: constant,
+  batch_size: 10, image_size: 28, local_epochs: 1}
 federation: {rounds: 3}
 """,
     "flute": """
+version: 2
 name: flute
 task: image-classification
 model: {source: "sample:logistic"}
-data: {source: "sample:mnist-5k", parts: {validation: 0.1, test: 0.1}}
+data: {source: "sample:mnist-5k", splits: {validation: 0.1, test: 0.1}}
 devices: [{count: 1000}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, schedule: constant, batch: 10, image: 28, epochs: 1}
-federation: {rounds: 100, clients: 10}
-evaluation: {every: 20}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, lr_schedule: constant,
+  batch_size: 10, image_size: 28, local_epochs: 1}
+federation: {rounds: 100, clients_per_round: 10}
+evaluation: {every_n_rounds: 20}
 """,
 }
 

@@ -65,11 +65,11 @@ def arms(until: int, share: float, strength: float) -> dict[str, str]:
 
     extruded = dynamic(f", extrusion: {{strength: {strength}}}")
     return {
-        "dense": "full, live-norm",
-        "fixed mask": f"{dynamic(every='null')}, live-norm",
-        "dynamic": f"{dynamic(', extrusion: null')}, live-norm",
-        "dynamic + extrusion": f"{extruded}, live-norm",
-        "feddst": f"{dynamic(', by: clients, extrusion: null')}, live-norm",
+        "dense": "full, batch-norm-statistics",
+        "fixed mask": f"{dynamic(every='null')}, batch-norm-statistics",
+        "dynamic": f"{dynamic(', extrusion: null')}, batch-norm-statistics",
+        "dynamic + extrusion": f"{extruded}, batch-norm-statistics",
+        "feddst": f"{dynamic(', by: clients, extrusion: null')}, batch-norm-statistics",
         "dynamic, normalised": f"{dynamic(', extrusion: null')}, {_PRUNED.format(0)}",
         **{f"fedmef {prune:.0%}": f"{extruded}, {_PRUNED.format(prune)}" for prune in (0.5, 0.7, 0.9)},
     }

@@ -25,12 +25,13 @@ from fedtune.tracking import file_url
 
 WIDTH = 256
 RECIPE = """
+version: 2
 name: full-memory
 task: text-classification
 model: {{source: "path:{folder}/model"}}
 data: {{source: "csv:{folder}/texts.csv"}}
 devices: [{{count: 3}}]
-train: {{techniques: full, lr: 1e-4, batch: 4, length: 16, steps: 2}}
+train: {{techniques: full, lr: 1e-4, batch_size: 4, max_length: 16, local_steps: 2}}
 federation: {{rounds: 2}}
 """
 

@@ -39,7 +39,7 @@ BLOCKS = {"minilm": "bert.encoder.layer", "smollm2": "model.layers"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "meft in one stretch": {"factor": 0.5},
     "meft in 2 pieces": {"pieces": 2},
-    "fused-head": {"chunk": 32},
+    "fused-cross-entropy": {"chunk": 32},
 }
 """Settings by the name a technique has in the table. The head's pieces are so small that the blocks make the peak."""
 
@@ -48,17 +48,24 @@ def cases(short: bool) -> list[dict[str, Any]]:
     depths = [
         {"part": "depth", "model": model, "blocks": blocks, "techniques": joined}
         for model in BATCHES
-        for joined in ("meft in one stretch", "meft", "lora+checkpointing")
+        for joined in ("meft in one stretch", "meft", "lora+gradient-checkpointing")
         for blocks in (6, 12, 24)
     ]
     wholes = [
         {"part": "whole", "model": model, "blocks": None, "techniques": joined + head}
-        for model, head in (("minilm", ""), ("smollm2", "+fused-head"))
-        for joined in ("full", "full+checkpointing", "lora", "lora+checkpointing", "meft", "meft in 2 pieces")
+        for model, head in (("minilm", ""), ("smollm2", "+fused-cross-entropy"))
+        for joined in (
+            "full",
+            "full+gradient-checkpointing",
+            "lora",
+            "lora+gradient-checkpointing",
+            "meft",
+            "meft in 2 pieces",
+        )
     ]
     stacks = [
         {"part": "stack", "model": "smollm2", "blocks": None, "techniques": joined}
-        for joined in ("full", "lora", "lora+checkpointing", "meft", "meft in 2 pieces")
+        for joined in ("full", "lora", "lora+gradient-checkpointing", "meft", "meft in 2 pieces")
     ]
     return [*depths[:3], *wholes[3:6]] if short else [*depths, *wholes, *stacks]
 

@@ -28,8 +28,8 @@ from fedtune.recipe import Recipe
 from fedtune.training import RunContext, evaluate_model, get_model_state, get_run_context, train_local_model
 
 ARMS: dict[str, dict[str, Any]] = {
-    "classifier": {"classifier": {}},
-    "norm": {"norm": {}},
+    "classifier": {"head-only": {}},
+    "norm": {"batch-norm": {}},
     "bias": {"bias": {}},
     "tinytl": {"tinytl": {}},
     "last-blocks 1": {"last-blocks": {"blocks": 1}},
@@ -117,14 +117,21 @@ def trained(arm: str, rate: float, seed: int, epochs: int, limit: int) -> dict[s
 
 def recipe(arm: str, rate: float, seed: int, epochs: int, limit: int) -> Recipe:
     """All pictures on one device, one round."""
-    settings = {"optimiser": "adamw", "lr": rate, "schedule": "cosine", "batch": 8, "image": 96, "epochs": epochs}
+    settings = {
+        "optimiser": "adamw",
+        "lr": rate,
+        "lr_schedule": "cosine",
+        "batch_size": 8,
+        "image_size": 96,
+        "local_epochs": epochs,
+    }
     return Recipe.model_validate(
         {
             "name": "mobiletl-accuracy",
             "task": "image-classification",
             "seed": seed,
             "model": {"source": "sample:efficientnet-lite0"},
-            "data": {"source": "sample:fashion-mnist", "limit": limit},
+            "data": {"source": "sample:fashion-mnist", "max_train_examples": limit},
             "devices": [{"count": 1}],
             "train": {"techniques": [ARMS[arm]], "threads": 1, **settings},
             "federation": {"rounds": 1},

@@ -96,12 +96,12 @@ def exactness(blocks: int) -> dict[str, float]:
 def block(kind: str) -> dict[str, Any]:
     """Bytes one block keeps, without the classifier behind it."""
     kept = {}
-    for technique in ("classifier", "last-blocks", "mobiletl"):
+    for technique in ("head-only", "last-blocks", "mobiletl"):
         torch.manual_seed(0)
         model = OneBlock(kind)
-        apply(model, technique, **({} if technique == "classifier" else {"blocks": 1}))
+        apply(model, technique, **({} if technique == "head-only" else {"blocks": 1}))
         kept[technique] = kept_bytes(model, pictures(ROWS, SIDE))
-    stock, ours = (kept[name] - kept["classifier"] for name in ("last-blocks", "mobiletl"))
+    stock, ours = (kept[name] - kept["head-only"] for name in ("last-blocks", "mobiletl"))
     return {"block": kind, "stock_bytes": stock, "mobiletl_bytes": ours, "less": 100 * (1 - ours / stock)}
 
 
@@ -155,7 +155,9 @@ def counted(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 def steps(short: bool) -> list[dict[str, Any]]:
     tops = [(name, {"blocks": k}) for name in ("mobiletl", "last-blocks") for k in (1, 3, 5)]
-    others: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ("full", "norm", "bias", "tinytl", "classifier")]
+    others: list[tuple[str, dict[str, Any]]] = [
+        (name, {}) for name in ("full", "batch-norm", "bias", "tinytl", "head-only")
+    ]
     whole = [("mobiletl", {"blocks": 3, "micro_batch": 32})]
     pieces = [("last-blocks", {"blocks": k, "micro_batch": 1}) for k in (1, 3, 5)]
     chosen = [tops[1], tops[4], others[0]] if short else [*tops, *others, *whole, *pieces]
@@ -169,7 +171,14 @@ def steps(short: bool) -> list[dict[str, Any]]:
 def step(technique: str, settings: dict[str, Any], optimiser: str, batch: int) -> dict[str, Any]:
     """What ``fedtune profile`` measures, in a process of its own."""
     units = [Unit(name=technique, settings=settings)]
-    train = {"techniques": units, "optimiser": optimiser, "batch": batch, "image": 96, "steps": 1, "threads": 1}
+    train = {
+        "techniques": units,
+        "optimiser": optimiser,
+        "batch_size": batch,
+        "image_size": 96,
+        "local_steps": 1,
+        "threads": 1,
+    }
     recipe = Recipe.model_validate(
         {
             "name": "mobiletl-memory",

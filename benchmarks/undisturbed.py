@@ -15,12 +15,14 @@ DEVICES = 3
 def small_recipe(name: str, rounds: int, deadline: int) -> str:
     """Some seconds of training a round for three devices of one class."""
     return f"""
+version: 2
 name: {name}
 task: image-classification
 model: {{source: "sample:logistic"}}
 data: {{source: "sample:digits"}}
 devices: [{{name: toy, count: {DEVICES}, memory: 1GB}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 150}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, batch_size: 10, image_size: 28,
+  local_steps: 150}}
 federation: {{rounds: {rounds}, quorum: {DEVICES}, deadline: {deadline}}}
 """
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 __all__ = ["Location", "explain_validation_error", "suggest_nearest"]
@@ -25,16 +26,29 @@ def explain_validation_error(
 ) -> str:
     """The first problem of a validation as one sentence: file, line, key, what is allowed, nearest key."""
     detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    location = _without_tags(detail["loc"])
+    location = _without_tags(model, detail["loc"])
     where = _where(location, origin, lines or {}, _blamed(detail, location, overridden or {}))
     key = ".".join(str(part) for part in location)
     problem = _problem(detail, key, _siblings(model, location))
     return f"{where}: {problem}"
 
 
-def _without_tags(location: Location) -> Location:
-    """Drop the tags pydantic puts into a location for a union's chosen member."""
-    return tuple(part for index, part in enumerate(location) if not (index and location[index - 1] == "split"))
+def _without_tags(model: type[BaseModel], location: Location) -> Location:
+    """Drop the tags that pydantic puts into a location behind a union whose member a key chooses."""
+    models, kept, tagged = [model], list[str | int](), False
+    for part in location:
+        if not tagged:
+            kept.append(part)
+            fields = _fields(models, part)
+            tagged = any(field.discriminator for field in fields)
+            models = [m for field in fields for m in _models_in(field.annotation)] if fields else models
+        else:
+            tagged = False
+    return tuple(kept)
+
+
+def _fields(models: Sequence[type[BaseModel]], name: str | int) -> list[FieldInfo]:
+    return [m.model_fields[name] for m in models if isinstance(name, str) and name in m.model_fields]
 
 
 def _blamed(detail: ErrorDetails, location: Location, overridden: Mapping[Location, str]) -> Mapping[Location, str]:
@@ -84,11 +98,10 @@ def suggest_nearest(word: str, known: Sequence[str]) -> str:
 
 def _siblings(model: type[BaseModel], location: Location) -> list[str]:
     """The keys allowed beside the last one of a location."""
-    models: list[Any] = [model]
+    models = [model]
     for part in location[:-1]:
         if isinstance(part, str):
-            found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-            models = [m for annotation in found for m in _models_in(annotation)]
+            models = [m for field in _fields(models, part) for m in _models_in(field.annotation)]
     return sorted({name for m in models for name in m.model_fields})
 
 

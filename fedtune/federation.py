@@ -30,7 +30,7 @@ class Asynchronous(SettingsModel):
 
     buffer_size: int = Field(ge=1, description="usable answers that make a round")
     staleness_exponent: float = Field(
-        0.5, ge=0, description="tau rounds late, an answer is scaled by (1 + tau) ** -staleness"
+        0.5, ge=0, description="tau rounds late, an answer is scaled by (1 + tau) ** -staleness_exponent"
     )
     max_staleness: int = Field(10, ge=0, description="an answer that would be later than so many rounds is given up")
 
@@ -72,7 +72,7 @@ class Federation(SettingsModel):
             return self
         if self.asynchronous is not None:
             raise ValueError(
-                "take_first and late exclude each other: asynchronous.buffer_size says how many replies end a round"
+                "take_first and asynchronous exclude each other: asynchronous.buffer_size replies end a round"
             )
         if self.quorum > self.take_first:
             raise ValueError(f"quorum is {self.quorum}, but take_first ends a round with {self.take_first} replies")

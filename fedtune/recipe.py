@@ -118,7 +118,9 @@ class EvaluationSettings(SettingsModel):
     @model_validator(mode="after")
     def _clients_have_examples(self) -> Self:
         if self.clients is not None and not self.local_holdout:
-            raise ValueError("clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2")
+            raise ValueError(
+                "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2"
+            )
         return self
 
 
@@ -127,7 +129,7 @@ class PrivacySettings(SettingsModel):
 
     clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
     noise_multiplier: float = Field(
-        gt=0, description="standard deviation over clip: of the sum, or with where: client of each"
+        gt=0, description="standard deviation over clipping_norm: of the sum, or of each with noise_added_by: clients"
     )
     noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
     target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")

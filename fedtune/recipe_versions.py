@@ -1,175 +1,31 @@
 """Recipes of version 1 are translated to version 2 when they are read: keys and values take the field's names.
 
-A file or a stored run without ``version`` is of version 1. The tables below are all that differs; a key that they do
-not name is the same in both. Old names of techniques, merge steps and their settings stay as aliases in version 2.
+A file or a stored run without ``version`` is of version 1. The tables in ``fedtune.recipe_names`` are all that differs:
+a key that they do not name is the same in both. Old names of techniques, merge steps and their settings stay as aliases
+in version 2.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedtune.recipe_names import KEYS, NESTED_UNIT_KEYS, UNIT_KEYS, UNIT_LISTS, UNIT_NAMES, UNIT_VALUES, VALUES
+
 __all__ = [
-    "KEYS",
-    "UNIT_KEYS",
-    "UNIT_NAMES",
     "VERSION",
     "needs_translation",
     "read_stored_recipe",
+    "translate_key",
     "translate_path",
     "translate_recipe",
+    "translate_setting",
     "translate_unit",
+    "translate_unit_setting",
+    "translate_value",
 ]
 
 VERSION = 2
 Path = tuple[str | int, ...]
-
-KEYS = {
-    "data.limit": "max_train_examples",
-    "data.parts": "splits",
-    "data.split": "partition",
-    "data.split.by": "column",
-    "data.split.per_client": "shards_per_client",
-    "devices.batch": "batch_size",
-    "devices.speed": "examples_per_second",
-    "evaluation.batch": "batch_size",
-    "evaluation.every": "every_n_rounds",
-    "evaluation.examples": "max_examples",
-    "evaluation.own": "local_holdout",
-    "federation.clients": "clients_per_round",
-    "federation.fraction": "fraction_train",
-    "federation.late": "asynchronous",
-    "federation.late.buffer": "buffer_size",
-    "federation.late.oldest": "max_staleness",
-    "federation.late.staleness": "staleness_exponent",
-    "federation.max_norm": "max_update_norm",
-    "federation.select": "selection",
-    "federation.select.devices": "device_names",
-    "federation.select.memory": "min_memory",
-    "federation.select.prefer": "sampling",
-    "privacy.clip": "clipping_norm",
-    "privacy.delta": "target_delta",
-    "privacy.noise": "noise_multiplier",
-    "privacy.where": "noise_added_by",
-    "train.batch": "batch_size",
-    "train.by_length": "group_by_length",
-    "train.clip": "max_grad_norm",
-    "train.epochs": "local_epochs",
-    "train.image": "image_size",
-    "train.length": "max_length",
-    "train.schedule": "lr_schedule",
-    "train.steps": "local_steps",
-    "train.warmup": "warmup_ratio",
-}
-"""The last part of a key in version 2, by the whole key in version 1. Keys of a list's entries leave out the index."""
-
-VALUES: dict[str, dict[Any, Any]] = {
-    "data.split.kind": {"size": "power-law"},
-    "federation.select.prefer": {"longest-ago": "least-recent"},
-    "privacy.where": {"client": "clients"},
-    "task": {
-        "causal-language-modelling": "text-generation",
-        "sequence-classification": "text-classification",
-    },
-    "train.optimiser": {
-        "adamw8bit": "adamw_8bit",
-        "lion8bit": "lion_8bit",
-        "paged_adamw8bit": "paged_adamw_8bit",
-    },
-}
-"""Values that have another name in version 2, by their key in version 1."""
-
-UNIT_NAMES = {
-    "checkpointing": "gradient-checkpointing",
-    "classifier": "head-only",
-    "fused-head": "fused-cross-entropy",
-    "live-norm": "batch-norm-statistics",
-    "norm": "batch-norm",
-    "selective-recompute": "selective-checkpointing",
-}
-"""Names of techniques that changed; the old ones stay as aliases."""
-
-_LOW_RANK = {"exact": "trained_factors", "targets": "target_modules"}
-_MEASURED = {
-    "examples": "max_examples",
-    "norms": "include_norms",
-    "quantile": "peak_quantile",
-    "statistics": "measured_by",
-}
-_STORED = {"stored_activations": "store_activations"}
-UNIT_KEYS: dict[str, dict[str, str]] = {
-    "activation-pruning": {
-        "centre": "centre_features",
-        "normalise": "standardise_weights",
-        "per": "granularity",
-        "prune": "pruned_fraction",
-        "values": "value_precision",
-    },
-    "aim": _MEASURED,
-    "batch-norm": _STORED,
-    "bias": _STORED,
-    "deft": {
-        "alpha": "density_weight",
-        "relu": "replace_with_relu",
-        "skip": "skip_mlps",
-        "threshold": "inference_threshold",
-    },
-    "dynamic-pruning": {
-        "by": "updated_by",
-        "every": "update_every",
-        "share": "drop_fraction",
-        "start": "initial_mask",
-        "until": "last_update_round",
-    },
-    "fused-cross-entropy": {"chunk": "chunk_size"},
-    "geometric-median": {"distances": "granularity", "iterations": "max_iterations"},
-    "karcher": {"iterations": "max_iterations"},
-    "last-blocks": {
-        "blocks": "num_blocks",
-        "head": "head_convolution",
-        "micro_batch": "micro_batch_size",
-        "norms": "norm_statistics",
-    },
-    "lora": _LOW_RANK,
-    "mean": {"weight": "weighting"},
-    "meft": {
-        "bits": "value_bits",
-        "factor": "scaling_factor",
-        "merge": "output_stream",
-        "mode": "arithmetic",
-        "pieces": "num_chunks",
-        **_STORED,
-    },
-    "mobiletl": {
-        "blocks": "num_blocks",
-        "cache": "cache_outputs",
-        "hard_swish": "hard_swish_gradient",
-        "head": "head_convolution",
-        "last_norm": "last_norm_statistics",
-        "mask": "relu6_gradient",
-        "micro_batch": "micro_batch_size",
-        **_STORED,
-    },
-    "model-stock": {"over": "granularity"},
-    "nuslerp": {"over": "granularity"},
-    "qlora": _LOW_RANK,
-    "rebasin": {"many": "reference", "sweeps": "max_sweeps", "visits": "restarts"},
-    "regmean": {"shrink": "off_diagonal_scale"},
-    "selective-checkpointing": {"terms": "max_recomputed_inner_dim"},
-    "shrink": _MEASURED,
-    "tinytl": {"biases": "train_biases", "kernel": "kernel_size", **_STORED},
-    "trimmed-mean": {"share": "trim_fraction"},
-}
-"""Settings of techniques and merge steps that have another name in version 2, by the unit's name in version 2."""
-
-_FACTORS = {"freeze-a": "b-only", "none": "both", "remainder": "both-and-base"}
-_UNIT_VALUES: dict[str, dict[str, dict[Any, Any]]] = {
-    "last-blocks": {"norms": {"live": "update"}},
-    "lora": {"exact": _FACTORS},
-    "mobiletl": {"last_norm": {"live": "update"}},
-    "qlora": {"exact": _FACTORS},
-    "rebasin": {"many": {"cycle": "mean-of-others"}},
-}
-_NESTED = {("deft", "skip"): {"below": "skip_below", "gamma": "penalty"}}
 
 
 def needs_translation(value: object) -> bool:
@@ -192,19 +48,67 @@ def read_stored_recipe(text: str) -> dict[str, Any]:
     return translate_recipe(value) if needs_translation(value) else value
 
 
+def translate_path(path: Path) -> Path:
+    """Where a key of version 1 stands in a recipe of version 2; indices of lists stay."""
+    found: Path = ()
+    for part in path:
+        found = (*found, part if isinstance(part, int) else translate_key(_dotted(found), part))
+    return found
+
+
+def translate_setting(path: Path, value: Any) -> tuple[Path, Any]:
+    """A setting under its key of version 2, with its value; keys and values of version 2 stay as they are."""
+    translated = translate_path(path)
+    return translated, _translate(value, _dotted(translated))
+
+
+def translate_key(parent: str, name: str) -> str:
+    """The name in version 2 of a key below ``parent``, which is a key of version 2 without indices."""
+    return _RENAMED.get(_below(parent, name), name)
+
+
+def translate_value(key: str, value: Any) -> Any:
+    """The value in version 2 of a setting that is no mapping or list; ``key`` is a key of version 2."""
+    if not isinstance(value, str):
+        return value
+    if key in UNIT_LISTS:
+        return "+".join(UNIT_NAMES.get(name, name) for name in value.split("+"))
+    return _REVALUED.get(key, {}).get(value, value)
+
+
 def _translate(value: Any, key: str) -> Any:
+    if key in UNIT_LISTS and isinstance(value, list):
+        return [translate_unit(unit) for unit in value]
     if isinstance(value, Mapping):
         return dict(_translated_entries(value, key))
     if isinstance(value, list):
         return [_translate(entry, key) for entry in value]
-    return VALUES[key].get(value, value) if key in VALUES and isinstance(value, str) else value
+    return translate_value(key, value)
 
 
 def _translated_entries(value: Mapping[Any, Any], key: str) -> Iterator[tuple[Any, Any]]:
     for name, entry in value.items():
-        whole = f"{key}.{name}" if key else str(name)
-        new = KEYS.get(whole, name)
-        yield (name if new != name and new in value else new), _translate(entry, whole)
+        new = translate_key(key, name) if isinstance(name, str) else name
+        yield (name if new != name and new in value else new), _translate(entry, _below(key, new))
+
+
+def _below(parent: str, name: object) -> str:
+    return f"{parent}.{name}" if parent else str(name)
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(part for part in path if isinstance(part, str))
+
+
+def _translated_key(key: str) -> str:
+    """A whole key of version 1 as one of version 2."""
+    parent, _, name = key.rpartition(".")
+    return _below(_translated_key(parent), KEYS.get(key, name)) if parent else KEYS.get(key, name)
+
+
+_RENAMED = {_below(_translated_key(key.rpartition(".")[0]), key.rpartition(".")[2]): name for key, name in KEYS.items()}
+"""``KEYS`` with the parent's name of version 2, so that a recipe may mix the names of both."""
+_REVALUED = {_translated_key(key): values for key, values in VALUES.items()}
 
 
 def translate_unit(unit: Any) -> Any:
@@ -214,11 +118,22 @@ def translate_unit(unit: Any) -> Any:
     if not isinstance(unit, Mapping):
         return unit
     if "name" in unit:
-        name = UNIT_NAMES.get(unit["name"], unit["name"])
+        name = _unit_name(unit["name"])
         return {**unit, "name": name, **_settings_entry(name, unit.get("settings"))}
-    return {
-        UNIT_NAMES.get(name, name): _unit_settings(UNIT_NAMES.get(name, name), entry) for name, entry in unit.items()
-    }
+    return {_unit_name(name): _unit_settings(_unit_name(name), entry) for name, entry in unit.items()}
+
+
+def translate_unit_setting(unit: str, path: tuple[str, ...], value: Any) -> tuple[str, Any]:
+    """The present name and value of a unit's setting; ``path`` leads to it from the unit's settings, in old names."""
+    *above, name = path
+    if above:
+        return NESTED_UNIT_KEYS.get((unit, above[0]), {}).get(name, name), value
+    values = UNIT_VALUES.get(unit, {}).get(name, {})
+    return UNIT_KEYS.get(unit, {}).get(name, name), values.get(value, value) if isinstance(value, str) else value
+
+
+def _unit_name(name: Any) -> Any:
+    return UNIT_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def _settings_entry(name: Any, settings: Any) -> dict[str, Any]:
@@ -226,29 +141,12 @@ def _settings_entry(name: Any, settings: Any) -> dict[str, Any]:
 
 
 def _unit_settings(unit: Any, settings: Any) -> Any:
-    if not isinstance(settings, Mapping):
+    if not isinstance(settings, Mapping) or not isinstance(unit, str):
         return settings
-    names, values = UNIT_KEYS.get(unit, {}), _UNIT_VALUES.get(unit, {})
     found = {}
-    for key, entry in settings.items():
-        nested = _NESTED.get((unit, key), {})
-        if nested and isinstance(entry, Mapping):
-            entry = {nested.get(inner, inner): each for inner, each in entry.items()}
-        elif key in values and isinstance(entry, str):
-            entry = values[key].get(entry, entry)
-        new = names.get(key, key)
-        found[key if new in settings else new] = entry
+    for name, entry in settings.items():
+        new, value = translate_unit_setting(unit, (name,), entry)
+        if isinstance(value, Mapping):
+            value = {translate_unit_setting(unit, (name, inner), each)[0]: each for inner, each in value.items()}
+        found[name if new != name and new in settings else new] = value
     return found
-
-
-def translate_path(path: Path) -> Path:
-    """Where a key of version 1 stands in a recipe of version 2; indices of lists stay."""
-    whole = ""
-    found: list[str | int] = []
-    for part in path:
-        if isinstance(part, int):
-            found.append(part)
-            continue
-        whole = f"{whole}.{part}" if whole else part
-        found.append(KEYS.get(whole, part))
-    return tuple(found)

@@ -41,6 +41,13 @@ def split_joined(value: Any) -> Any:
 Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 
 
+def _accept_optimizer(value: Any) -> Any:
+    """The optimiser may be spelt with a z; a key under both names is left, so that one of them is refused."""
+    if not isinstance(value, Mapping) or "optimizer" not in value or "optimiser" in value:
+        return value
+    return {"optimiser" if key == "optimizer" else key: entry for key, entry in value.items()}
+
+
 class Train(SettingsModel):
     """The local loop one client runs in one round."""
 
@@ -73,6 +80,7 @@ class Train(SettingsModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
+        value = _accept_optimizer(value)
         plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "max_grad_norm" not in value
         return {**value, "max_grad_norm": None} if plain else value
 
@@ -87,5 +95,5 @@ class Train(SettingsModel):
     @model_validator(mode="after")
     def _one_measure_of_work(self) -> Self:
         if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("say either steps or epochs, exactly one of them")
+            raise ValueError("say either local_steps or local_epochs, exactly one of them")
         return self

@@ -15,12 +15,13 @@ __all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled", "rows_of"]
 ROWS = [f"text {row},{'no' if row % 2 else 'yes'},author {row % 20}" for row in range(200)]
 
 TEXT = """
+version: 2
 name: example
 task: text-classification
 model: {source: "path:nowhere"}
 data: {source: "sample:sentiment"}
 devices: [{name: phone, count: 4}]
-train: {steps: 1, length: 8, image: 16}
+train: {local_steps: 1, max_length: 8, image_size: 16}
 federation: {rounds: 1}
 """
 

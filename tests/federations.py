@@ -42,21 +42,24 @@ __all__ = [
 ]
 
 TRIVIAL = """
+version: 2
 name: trivial
 task: image-classification
 model: {source: "sample:logistic"}
 data: {source: "sample:digits"}
 devices: [{name: toy, count: 4, memory: 64MB}]
-train: {techniques: [full], optimiser: sgd, lr: 0.03, clip: 1.0, batch: 10, image: 28, steps: 2}
+train: {techniques: [full], optimiser: sgd, lr: 0.03, max_grad_norm: 1.0, batch_size: 10, image_size: 28,
+  local_steps: 2}
 federation: {rounds: 2}
 """
 WORDS = """
+version: 2
 name: words
 task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 3}}]
-train: {{techniques: lora+checkpointing, lr: 0.01, batch: 4, length: 16, steps: 2}}
+train: {{techniques: lora+gradient-checkpointing, lr: 0.01, batch_size: 4, max_length: 16, local_steps: 2}}
 federation: {{rounds: 2}}
 """
 _GOOD = ("fine", "great", "lovely", "superb")

@@ -11,14 +11,17 @@ from tests.own_nets import net
 __all__ = ["local_norms", "text"]
 
 _RECIPE = """
+version: 2
 name: local-norms
 task: image-classification
 model: {{source: "path:{folder}/net"}}
-data: {{source: "sample:digits", limit: 200, split: {{kind: equal-dirichlet, alpha: 0.3, min_examples: 20}}}}
+data: {{source: "sample:digits", max_train_examples: 200, partition: {{kind: equal-dirichlet, alpha: 0.3,
+  min_examples: 20}}}}
 devices: [{{count: 3}}]
-train: {{techniques: [full, live-norm: {{local: true}}], lr: 0.01, batch: 10, image: 16, steps: 3}}
+train: {{techniques: [full, batch-norm-statistics: {{local: true}}], lr: 0.01, batch_size: 10,
+  image_size: 16, local_steps: 3}}
 federation: {{rounds: 3}}
-evaluation: {{own: 0.25}}
+evaluation: {{local_holdout: 0.25}}
 """
 
 

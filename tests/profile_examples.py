@@ -13,12 +13,13 @@ from fedtune.recipe_file import parse_recipe
 __all__ = ["TEXT", "a_case", "a_recipe", "tiny_bert"]
 
 TEXT = """
+version: 2
 name: tiny
 task: text-classification
 model: {{source: "path:{folder}"}}
 data: {{source: random}}
 devices: [{{count: 1}}]
-train: {{steps: 1, batch: 3, length: 8}}
+train: {{local_steps: 1, batch_size: 3, max_length: 8}}
 federation: {{rounds: 1}}
 """
 

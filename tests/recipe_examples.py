@@ -21,7 +21,7 @@ devices:
 train:
   techniques:
     - lora: {rank: 4}
-    - checkpointing
+    - gradient-checkpointing
   steps: 2
 federation:
   rounds: 3

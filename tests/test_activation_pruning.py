@@ -88,7 +88,7 @@ def test_either_order_and_a_pickled_copy_train_to_the_same_bits(base: str, joine
         model.share_memory()
         names = techniques.list_trainable_tensors(model)
         for one in (pickle.loads(pickle.dumps(model)), deepcopy(model), model):
-            recipe = a_training_recipe(steps=2, batch=3)
+            recipe = a_training_recipe(local_steps=2, batch_size=3)
             data = few_texts(language=base == "llama")
             outcomes.append(
                 train_local_model(one, chosen, get_model_state(one, names), data, np.arange(8), recipe, 1, 1)
@@ -100,7 +100,7 @@ def test_either_order_and_a_pickled_copy_train_to_the_same_bits(base: str, joine
 
 
 @pytest.mark.parametrize("base", BUILDS)
-@pytest.mark.parametrize("recomputing", ["checkpointing", "selective-recompute"])
+@pytest.mark.parametrize("recomputing", ["gradient-checkpointing", "selective-checkpointing"])
 def test_blocks_that_run_again_have_the_same_gradients_and_store_shared_inputs_once(
     base: str, recomputing: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_blocks_that_run_again_have_the_same_gradients_and_store_shared_inputs_o
     assert kept_bytes < stored_bytes
 
 
-@pytest.mark.parametrize("settings", [{}, {"values": "half"}, {"normalise": True}])
+@pytest.mark.parametrize("settings", [{}, {"value_precision": "half"}, {"standardise_weights": True}])
 def test_its_twin_stores_the_whole_and_is_the_network_without_it(settings: Pruning) -> None:
     [twin] = [
         one.make_reference()
@@ -121,7 +121,7 @@ def test_its_twin_stores_the_whole_and_is_the_network_without_it(settings: Pruni
         if one.name == "activation-pruning"
     ]
     assert twin is not None
-    assert twin.model_dump() == {**twin.model_dump(), **settings, "prune": 0.0, "values": "full"}
+    assert twin.model_dump() == {**twin.model_dump(), **settings, "pruned_fraction": 0.0, "value_precision": "full"}
     plain, chosen = prepared(bert(), TEXT, "full")
     whole, whole_chosen = prepared(bert(), TEXT, "full+activation-pruning", prune=0.0)
     wanted, wanted_bytes = a_step(plain, chosen, texts(plain))

@@ -117,7 +117,10 @@ def test_what_cannot_run_leaves_no_trace(
             ["simulate", "{recipe}", "--techniques", "lora+full"],
             "lora cannot be combined with full: full trains the weights that lora freezes; drop one",
         ),
-        (["simulate", "{recipe}", "--techniques", "checkpointing"], "checkpointing trains nothing; add"),
+        (
+            ["simulate", "{recipe}", "--techniques", "gradient-checkpointing"],
+            "gradient-checkpointing trains nothing; add",
+        ),
         (["simulate", "{recipe}", "--set", "merge=[meann]"], "there is no 'meann'; did you mean 'mean'?"),
         (["simulate", "{recipe}", "--store", "nonsense"], "is no SQLAlchemy URL"),
         (["simulate", "--resume", "latest"], "the store holds no run yet; start one with fedtune simulate RECIPE"),

@@ -44,7 +44,13 @@ def test_batches_by_length_hold_texts_of_like_length() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "examples", "steps"),
-    [({"steps": 7}, 3, 7), ({"epochs": 1}, 8, 2), ({"epochs": 1}, 9, 3), ({"epochs": 3}, 9, 9), ({"epochs": 2}, 1, 2)],
+    [
+        ({"local_steps": 7}, 3, 7),
+        ({"local_epochs": 1}, 8, 2),
+        ({"local_epochs": 1}, 9, 3),
+        ({"local_epochs": 3}, 9, 9),
+        ({"local_epochs": 2}, 1, 2),
+    ],
 )
 def test_steps_of_a_round(settings: dict[str, int], examples: int, steps: int) -> None:
     assert total_steps(examples, a_training_recipe(**settings)) == steps

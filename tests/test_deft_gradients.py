@@ -29,7 +29,7 @@ def _with(names: Sequence[str], *builds: Any) -> list[tuple[Any, str]]:
     ]
 
 
-ORDERS = ("full+deft", "lora+deft", "deft+lora", "bias+deft", "lora+deft+checkpointing")
+ORDERS = ("full+deft", "lora+deft", "deft+lora", "bias+deft", "lora+deft+gradient-checkpointing")
 
 
 @pytest.mark.parametrize(("build", "order"), _with(ORDERS, bert, relu_bert, opt, llama))
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_the_plain_twin(build: Callable[[], PreT
     chosen = techniques.build_techniques(
         [Unit(name=n, settings={"alpha": 3.0, "eps": _EPS} if n == "deft" else {}) for n in order.split("+")]
     )
-    plain = tuple(technique for technique in chosen if technique.name not in ("deft", "checkpointing"))
+    plain = tuple(technique for technique in chosen if technique.name not in ("deft", "gradient-checkpointing"))
     twin = deepcopy(model)
     names = techniques.apply_techniques(chosen, model, task_of(model), 0)
     assert techniques.apply_techniques(plain, twin, task_of(model), 0) == names
@@ -101,7 +101,7 @@ def test_no_byte_more_is_kept_for_the_backward_pass(build: Callable[[], PreTrain
     assert kept["deft"] - kept["plain"] <= 2 * 8 * tokens  # a mask and a few scalars, no activation of 32 tokens
 
 
-@pytest.mark.parametrize("joined", ["meft+deft", "lora+meft+deft", "lora+deft+selective-recompute", "deft+meft"])
+@pytest.mark.parametrize("joined", ["meft+deft", "lora+meft+deft", "lora+deft+selective-checkpointing", "deft+meft"])
 @pytest.mark.parametrize("settings", [{}, {"skip": {"gamma": 0.5}}], ids=["plain", "skip"])
 @pytest.mark.parametrize("build", [bert, llama])
 def test_blocks_that_run_again_give_the_gradients_of_stored_activations(

@@ -36,7 +36,7 @@ def test_without_alpha_twenty_steps_end_with_the_same_bits() -> None:
     for chosen in (deft("lora", alpha=0.0), techniques.build_techniques([Unit(name="lora")])):
         model = bert()
         names = techniques.apply_techniques(chosen, model, TEXT, 0)
-        recipe = a_training_recipe(steps=20)
+        recipe = a_training_recipe(local_steps=20)
         outcomes.append(_train(model, chosen, names, recipe))
     assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[1])
     assert outcomes[0].keys() == outcomes[1].keys()
@@ -49,7 +49,7 @@ def test_only_what_the_other_technique_trains_has_a_gradient_and_the_base_stays(
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name not in names}
     _, found = step_gradients(model, chosen, labelled(model))
     assert found.keys() <= set(names)
-    _train(model, chosen, names, a_training_recipe(steps=3))
+    _train(model, chosen, names, a_training_recipe(local_steps=3))
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
 
 
@@ -124,7 +124,7 @@ def test_scale_of_a_gated_mlp_is_no_way_to_a_smaller_density() -> None:
 
 
 def test_deft_trains_nothing_alone() -> None:
-    with pytest.raises(RecipeError, match="deft trains nothing; add full, lora, bias or classifier"):
+    with pytest.raises(RecipeError, match="deft trains nothing; add full, lora, bias or head-only"):
         deft()
 
 
@@ -144,7 +144,7 @@ def test_density_falls_in_training_with_relu_and_costs_little_of_the_fit() -> No
         model = relu_bert()
         chosen = deft("full", alpha=alpha)
         names = techniques.apply_techniques(chosen, model, TEXT, 0)
-        _train(model, chosen, names, a_training_recipe(steps=60, lr=3e-3))
+        _train(model, chosen, names, a_training_recipe(local_steps=60, lr=3e-3))
         batch = few_texts().make_batch(range(12))
         model.eval()
         techniques.begin_step(chosen, model, batch, 1.0)
@@ -162,7 +162,7 @@ def test_gelu_hardly_gets_an_exact_zero_in_a_short_run() -> None:
     assert isinstance(model, BertForSequenceClassification)
     chosen = deft("lora", alpha=1.0)
     names = techniques.apply_techniques(chosen, model, TEXT, 0)
-    _train(model, chosen, names, a_training_recipe(steps=60, lr=1e-3))
+    _train(model, chosen, names, a_training_recipe(local_steps=60, lr=1e-3))
     batch = few_texts().make_batch(range(12))
     model.eval()
     techniques.begin_step(chosen, model, batch, 1.0)

@@ -95,7 +95,7 @@ def ended(recipe: Recipe) -> dict[str, Tensor]:
 
 @pytest.fixture
 def partly(tmp_path: Path) -> Recipe:
-    return words(tmp_path, "train.techniques=full", CLASSES % "techniques: classifier", "federation.rounds=1")
+    return words(tmp_path, "train.techniques=full", CLASSES % "techniques: head-only", "federation.rounds=1")
 
 
 def test_a_tensor_is_merged_over_those_who_trained_it(partly: Recipe) -> None:
@@ -182,12 +182,12 @@ def refused(recipe: Recipe) -> str:
 
 
 def test_a_class_without_a_place_for_what_is_shared_is_refused(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.techniques=lora", CLASSES % "techniques: classifier")
+    recipe = words(tmp_path, "train.techniques=lora", CLASSES % "techniques: head-only")
     assert "techniques of phone leave no place for" in refused(recipe)
 
 
 def test_a_class_that_trains_more_than_is_shared_is_refused(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.techniques=classifier", CLASSES % "techniques: full")
+    recipe = words(tmp_path, "train.techniques=head-only", CLASSES % "techniques: full")
     assert "which train.techniques does not share" in refused(recipe)
 
 
@@ -202,7 +202,7 @@ def test_factors_that_are_trained_in_different_rounds_are_refused(tmp_path: Path
 
 
 def test_a_merge_that_needs_every_model_whole_is_refused(tmp_path: Path) -> None:
-    recipe = words(tmp_path, "train.techniques=full", CLASSES % "techniques: classifier", "merge=[sce]")
+    recipe = words(tmp_path, "train.techniques=full", CLASSES % "techniques: head-only", "merge=[sce]")
     assert "sce needs all of every model" in refused(recipe)
 
 
@@ -219,4 +219,4 @@ def test_classes_with_settings_need_names_of_their_own() -> None:
 
 def test_settings_that_hold_nowhere_are_told_by_class() -> None:
     with pytest.raises(RecipeError, match="devices: b"):
-        trivial("devices=[{name: a, count: 2}, {name: b, count: 2, techniques: checkpointing}]")
+        trivial("devices=[{name: a, count: 2}, {name: b, count: 2, techniques: gradient-checkpointing}]")

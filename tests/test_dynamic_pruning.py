@@ -208,7 +208,7 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
     seen: list[int] = []
     layer = "bert.encoder.layer.0.intermediate.dense"
     model.register_forward_hook(lambda _, __, out: seen.append(len(out.logits)))
-    recipe = a_training_recipe(batch=8, steps=1, optimiser="sgd")
+    recipe = a_training_recipe(batch_size=8, local_steps=1, optimiser="sgd")
     state = get_model_state(model, shared)
     extras = train_local_model(
         model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro_batch_size=micro
@@ -369,7 +369,7 @@ def test_a_federation_whose_clients_move_their_own_masks_runs_and_holds_its_dens
 
 
 def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
-    with pytest.raises(RecipeError, match="with by: clients say extrusion: null"):
+    with pytest.raises(RecipeError, match="with updated_by: clients say extrusion: null"):
         applied(net(), by="clients")
 
 

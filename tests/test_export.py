@@ -65,7 +65,7 @@ def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().startswith("# a card\n")
 
 
-@pytest.mark.parametrize("techniques", ["lora", "bias", "full", "classifier"])
+@pytest.mark.parametrize("techniques", ["lora", "bias", "full", "head-only"])
 def test_a_whole_model_loads_in_plain_transformers(home: Path, tmp_path: Path, techniques: str) -> None:
     recipe = words(tmp_path, f"train.techniques={techniques}")
     tensors = state(execute(recipe))
@@ -148,7 +148,7 @@ def test_an_existing_folder_is_left_alone(home: Path, tmp_path: Path) -> None:
 def test_an_image_model_brings_its_code_along(home: Path, tmp_path: Path, source: str) -> None:
     recipe = trivial(
         f'model.source="sample:{source}"',
-        "train.techniques=" + ("full" if source == "logistic" else "classifier"),
+        "train.techniques=" + ("full" if source == "logistic" else "head-only"),
         "train.image_size=32",
         "train.lr=0.3",
         "federation={rounds: 1, clients: 1}",

@@ -17,7 +17,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.techniques import begin_round
-from fedtune.techniques.fused_head import DeferredHead
+from fedtune.techniques.fused_cross_entropy import DeferredHead
 from fedtune.training import evaluate_model
 from tests.families import FAMILIES, LANGUAGE_FAMILIES
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake, shared
@@ -29,7 +29,7 @@ from tests.tiny import bert, few_texts, llama, llama_classifier, texts
 def test_a_step_follows_the_plain_gradients(family: str, technique: str) -> None:
     usual, model, batch = FAMILIES[family].model(), FAMILIES[family].model(), FAMILIES[family].make_batch()
     shake(usual, shared(technique, usual, LANGUAGE))
-    shake(model, shared(f"fused-head+{technique}", model, LANGUAGE, chunk=4))
+    shake(model, shared(f"fused-cross-entropy+{technique}", model, LANGUAGE, chunk=4))
     batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] % 3 == 0, -100)
     wanted, _ = gradients(usual, batch)
     found, _ = gradients(model, batch)
@@ -41,7 +41,7 @@ def test_a_step_follows_the_plain_gradients(family: str, technique: str) -> None
 def test_tied_embeddings_gather_both_gradients() -> None:
     usual, model = llama(tie_word_embeddings=True), llama(tie_word_embeddings=True)
     shared("full", usual, LANGUAGE)
-    names = shared("full+fused-head", model, LANGUAGE)
+    names = shared("full+fused-cross-entropy", model, LANGUAGE)
     assert "lm_head.weight" not in names
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     batch = texts(model)
@@ -52,7 +52,7 @@ def test_tied_embeddings_gather_both_gradients() -> None:
 def test_gradients_add_up_over_three_steps() -> None:
     usual, model = llama(tie_word_embeddings=True), llama(tie_word_embeddings=True)
     shared("full", usual, LANGUAGE)
-    shared("fused-head+full", model, LANGUAGE, chunk=5)
+    shared("fused-cross-entropy+full", model, LANGUAGE, chunk=5)
     for one in (usual, model):
         one.train()
         for step in range(3):
@@ -65,7 +65,7 @@ def test_gradients_add_up_over_three_steps() -> None:
 
 def test_scoring_and_generation_see_plain_logits() -> None:
     usual, model = llama(), llama()
-    shared("fused-head+full", model, LANGUAGE)
+    shared("fused-cross-entropy+full", model, LANGUAGE)
     batch = texts(model)
     assert torch.equal(logits(model, batch), logits(usual, batch))
     data = few_texts(language=True)
@@ -79,7 +79,7 @@ def test_scoring_and_generation_see_plain_logits() -> None:
 
 def test_a_training_step_hands_out_no_hidden_states_as_logits() -> None:
     model = llama()
-    shared("fused-head+full", model, LANGUAGE)
+    shared("fused-cross-entropy+full", model, LANGUAGE)
     out = model.train()(**texts(model))
     assert out.logits is None
     assert "logits" not in out
@@ -87,7 +87,7 @@ def test_a_training_step_hands_out_no_hidden_states_as_logits() -> None:
 
 def test_a_step_that_fails_leaves_a_plain_head() -> None:
     model = llama()
-    shared("fused-head+full", model, LANGUAGE)
+    shared("fused-cross-entropy+full", model, LANGUAGE)
     batch = texts(model)
     wanted = logits(model, batch)
     with pytest.raises(IndexError):
@@ -102,12 +102,12 @@ def test_applying_draws_nothing_and_leaves_the_mode_alone() -> None:
     state = torch.get_rng_state()
     for mode in (True, False):
         model.train(mode)
-        shared("fused-head+full", deepcopy(model), LANGUAGE)
+        shared("fused-cross-entropy+full", deepcopy(model), LANGUAGE)
         assert model.training == mode
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("joined", ["fused-head+lora", "lora+fused-head"])
+@pytest.mark.parametrize("joined", ["fused-cross-entropy+lora", "lora+fused-cross-entropy"])
 def test_it_trains_and_names_what_the_technique_beside_it_does(joined: str) -> None:
     assert shared(joined, llama(), LANGUAGE) == shared("lora", llama(), LANGUAGE)
 
@@ -115,8 +115,8 @@ def test_it_trains_and_names_what_the_technique_beside_it_does(joined: str) -> N
 @pytest.mark.parametrize("copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_takes_the_same_step_on_its_own(copy: Any) -> None:
     model = FAMILIES["gpt2"].model()
-    techniques = chosen("fused-head+lora")
-    names = shared("fused-head+lora", model, LANGUAGE)
+    techniques = chosen("fused-cross-entropy+lora")
+    names = shared("fused-cross-entropy+lora", model, LANGUAGE)
     shake(model, names)
     begin_round(techniques, model, 1)
     model.share_memory()
@@ -136,7 +136,7 @@ def test_a_folded_model_is_plain_again(with_bias: bool) -> None:
     model.lm_head = nn.Linear(16, 40, bias=with_bias)
     before = vars(model).keys() | set()
     state = model.state_dict()
-    [technique, _] = chosen("fused-head+full")
+    [technique, _] = chosen("fused-cross-entropy+full")
     technique.rewrite_model(model, LANGUAGE, 0)
     batch = texts(model)
     technique.merge_into_weights(model)
@@ -176,18 +176,22 @@ def bart() -> PreTrainedModel:
 def test_a_model_that_does_more_with_its_logits_is_refused_before_training(build: Any) -> None:
     model = build().eval()
     with pytest.raises(ModelError, match=r"^\w+ForCausalLM does more with its logits than take their cross-entropy; "):
-        shared("fused-head+full", model, LANGUAGE)
+        shared("fused-cross-entropy+full", model, LANGUAGE)
     assert not model.training
 
 
 @pytest.mark.parametrize("model", [bert(), llama_classifier(), nn.Sequential(nn.Linear(2, 2))])
 def test_a_model_without_a_vocabulary_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ModelError, match=r"has no head over a vocabulary; leave the technique fused-head out$"):
-        shared("fused-head+full", model, TEXT)
+    with pytest.raises(
+        ModelError, match=r"has no head over a vocabulary; leave the technique fused-cross-entropy out$"
+    ):
+        shared("fused-cross-entropy+full", model, TEXT)
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
     model = llama()
     model.lm_head = nn.Sequential(nn.Linear(16, 40))
-    with pytest.raises(ModelError, match="the head of LlamaForCausalLM is a Sequential; fused-head needs a plain one"):
-        shared("fused-head+full", model, LANGUAGE)
+    with pytest.raises(
+        ModelError, match="the head of LlamaForCausalLM is a Sequential; fused-cross-entropy needs a plain one"
+    ):
+        shared("fused-cross-entropy+full", model, LANGUAGE)

@@ -18,12 +18,12 @@ from fedtune.merging import MergeInput
     ],
 )
 def test_nuslerps_switches_mean_what_they_do_in_mergekit(said: dict[str, Any], over: str) -> None:
-    assert build_merge_method("nuslerp").build_step([said], "weight", 0.0).model_dump()["over"] == over
+    assert build_merge_method("nuslerp").build_step([said], "weight", 0.0).model_dump()["granularity"] == over
 
 
 @pytest.mark.parametrize(("said", "over"), [({}, "tensor"), ({"filter_wise": True}, "row")])
 def test_model_stock_takes_rows_when_filter_wise(said: dict[str, Any], over: str) -> None:
-    assert build_merge_method("model_stock").build_step([said], "weight", 0.0).model_dump()["over"] == over
+    assert build_merge_method("model_stock").build_step([said], "weight", 0.0).model_dump()["granularity"] == over
 
 
 THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"]
@@ -104,3 +104,21 @@ def test_della_without_rescaling_keeps_entries_as_they_are() -> None:
     kept = found != 0
     assert 0 < int(kept.sum()) < 77
     assert torch.equal(found[kept], rows[kept])
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "field", "value"),
+    [
+        ("karcher", {"max_iterations": 3}, "max_iterations", 3),
+        ("karcher", {"max_iter": 3}, "max_iterations", 3),
+        ("karcher", {"iterations": 3, "tol": 0.5}, "max_iterations", 3),
+        ("nuslerp", {"over": "row"}, "granularity", "row"),
+        ("mean", {"weighting": "equal"}, "weighting", "equal"),
+    ],
+)
+def test_parameters_go_by_mergekits_names_and_by_ours_of_yesterday_and_today(
+    method: str, said: dict[str, Any], field: str, value: object
+) -> None:
+    chosen = build_merge_method(method)
+    chosen.check_parameters(said, "parameters")
+    assert chosen.build_step([said], "weight", 0.0).model_dump()[field] == value

@@ -41,7 +41,7 @@ def test_a_scaled_contribution_reads_scaled_and_one_of_scale_one_bit_equal(tmp_p
         (["merge=[mean, aim: {statistics: clients}]"], "aim wants the models of one round"),
         (["evaluation.local_holdout=0.2"], "clients score the model they begin with"),
         (
-            ["train.techniques=[full, live-norm: {local: true}]", "evaluation.local_holdout=0.2"],
+            ["train.techniques=[full, batch-norm-statistics: {local: true}]", "evaluation.local_holdout=0.2"],
             "leaves the server no whole",
         ),
     ],

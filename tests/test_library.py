@@ -51,7 +51,7 @@ def test_a_plain_loop_trains_the_factors_a_first_round_trains(exact: str, moved:
     assert set(factors) <= found
 
 
-@pytest.mark.parametrize("unit", ["meft", "full", "bias", "classifier"])
+@pytest.mark.parametrize("unit", ["meft", "full", "bias", "head-only"])
 def test_a_plain_loop_trains_what_other_techniques_train(unit: str) -> None:
     model = bert()
     chosen = applied(model, unit)
@@ -92,7 +92,7 @@ def test_a_model_of_several_techniques_is_saved_when_the_last_one_is_folded(tmp_
     assert "unfolded" not in vars(model)
 
 
-@pytest.mark.parametrize("unit", ["full", "classifier", "bias"])
+@pytest.mark.parametrize("unit", ["full", "head-only", "bias"])
 def test_a_model_whose_layers_keep_their_names_saves_itself_as_ever(unit: str, tmp_path: Path) -> None:
     model = bert()
     applied(model, unit)

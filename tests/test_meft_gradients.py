@@ -41,14 +41,14 @@ def test_every_family_and_variant_with_dropout_and_padding(family: str, variant:
     assert kept < kept_stored / 4
 
 
-@pytest.mark.parametrize("joined", ["meft+lora", "lora+meft", "meft+full", "bias+meft", "meft+bias", "classifier+meft"])
+@pytest.mark.parametrize("joined", ["meft+lora", "lora+meft", "meft+full", "bias+meft", "meft+bias", "head-only+meft"])
 def test_whatever_else_is_trained_inside_the_blocks(joined: str) -> None:
     model, stored = twins("bert", joined)
     found, _ = gradients(model, task_of("bert"))
     wanted, _ = gradients(stored, task_of("bert"))
     assert equal(found, wanted)
     assert any(".adapters." in name for name in found)
-    other = {"lora": ".lora_B.", "full": "query.weight", "bias": "LayerNorm.bias", "classifier": "classifier."}
+    other = {"lora": ".lora_B.", "full": "query.weight", "bias": "LayerNorm.bias", "head-only": "classifier."}
     assert any(other[joined.replace("meft", "").strip("+")] in name for name in found)
 
 

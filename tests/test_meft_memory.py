@@ -53,12 +53,12 @@ def test_a_cut_adds_two_streams() -> None:
 def test_checkpointing_grows_and_the_peak_is_below_its_own() -> None:
     kept, peaks = {}, {}
     for blocks in (6, 24):
-        for joined in ("lora+checkpointing", "meft"):
+        for joined in ("lora+gradient-checkpointing", "meft"):
             model = built(joined, blocks, LANGUAGE)
             kept[joined, blocks], peaks[joined, blocks] = kept_and_peak(model, texts(model, ROWS, LENGTH))
-    assert kept["lora+checkpointing", 24] > 2.5 * kept["lora+checkpointing", 6]
+    assert kept["lora+gradient-checkpointing", 24] > 2.5 * kept["lora+gradient-checkpointing", 6]
     assert kept["meft", 24] - kept["meft", 6] == 2 * STREAM
-    assert peaks["meft", 24] < 0.7 * peaks["lora+checkpointing", 24]
+    assert peaks["meft", 24] < 0.7 * peaks["lora+gradient-checkpointing", 24]
 
 
 def test_pieces_lower_the_peak() -> None:

@@ -83,7 +83,7 @@ def test_slerp_of_parallel_opposite_or_zero_vectors_is_a_straight_line(other: fl
 @pytest.mark.parametrize("over", ["tensor", "row", "column"])
 def test_nuslerp_is_the_twin_group_by_group(over: str) -> None:
     a, b = (model["weight"].double() for model in models(2))
-    found = merged(NuSlerp.model_validate({"over": over}), models(2), [0.6, 0.2])["weight"]
+    found = merged(NuSlerp.model_validate({"granularity": over}), models(2), [0.6, 0.2])["weight"]
     if over == "tensor":
         wanted = arc(a.flatten(), b.flatten(), 0.25).reshape(a.shape)
     elif over == "row":
@@ -97,13 +97,13 @@ def test_nuslerp_is_the_twin_group_by_group(over: str) -> None:
 def test_karcher_and_multislerp_are_the_twin(name: str) -> None:
     given = vectors(name)
     assert_close(merged(MultiSlerp(), models(3), WEIGHTS)[name], barycentre(given, 1))
-    steps = Karcher(iterations=50, tolerance=0.0)
+    steps = Karcher(max_iterations=50, tolerance=0.0)
     assert_close(merged(steps, models(3), WEIGHTS)[name], barycentre(given, 50))
 
 
 def test_the_karcher_mean_stops_when_a_step_is_short() -> None:
-    far = merged(Karcher(iterations=100, tolerance=0.0), models(3), WEIGHTS)["weight"]
-    near = merged(Karcher(iterations=100, tolerance=1e-2), models(3), WEIGHTS)["weight"]
+    far = merged(Karcher(max_iterations=100, tolerance=0.0), models(3), WEIGHTS)["weight"]
+    near = merged(Karcher(max_iterations=100, tolerance=1e-2), models(3), WEIGHTS)["weight"]
     assert 1e-7 < float((far - near).norm() / far.norm()) < 1e-2
 
 
@@ -136,7 +136,7 @@ def test_model_stock_is_the_twin(over: str) -> None:
         pairs = [(x, y) for i, x in enumerate(group) for y in group[:i]]
         c = sum(float(torch.cosine_similarity(x, y)) for x, y in pairs) / len(pairs)
         wanted.append(4 * c / (1 + 3 * c) * sum(group, torch.zeros_like(group[0])) / 4)
-    found = merged(ModelStock.model_validate({"over": over}), models(4))["weight"]
+    found = merged(ModelStock.model_validate({"granularity": over}), models(4))["weight"]
     assert_close(found, torch.cat(wanted).flatten())
 
 

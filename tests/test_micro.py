@@ -108,13 +108,13 @@ def held_by(optimiser: object) -> int:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adamw"}, {"optimiser": "adamw8bit"}],
+    [{"optimiser": "sgd"}, {"optimiser": "sgd", "momentum": 0.9}, {"optimiser": "adamw"}, {"optimiser": "adamw_8bit"}],
 )
 def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """While it trains the gradient and what the optimiser keeps, then delta and payload; and half a value more."""
-    train = Train.model_validate({"steps": 1, **settings})
+    train = Train.model_validate({"local_steps": 1, **settings})
     weight = torch.nn.Parameter(torch.ones(256, 1024))
     weight.grad = torch.ones_like(weight)
     optimiser = make_optimiser(train, [weight])

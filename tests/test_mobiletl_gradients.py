@@ -34,7 +34,7 @@ def furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     [
         ("mobiletl", {"last_norm": "frozen"}),
         ("mobiletl", {"last_norm": "frozen", "blocks": 5, "head": "freeze", "micro_batch": 4}),
-        ("norm", {}),
+        ("batch-norm", {}),
         ("bias", {}),
     ],
 )
@@ -145,7 +145,7 @@ def test_hard_swish_is_exact_if_asked_for() -> None:
     assert furthest(gradients(model, batch), gradients(switched_on(plain, names), batch)) <= 1e-12
 
 
-@pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "norm", "bias", "tinytl"])
+@pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "batch-norm", "bias", "tinytl"])
 @pytest.mark.parametrize("build", [SmallNet, in_transformers])
 def test_the_twin_with_stored_activations_has_the_same_gradients_to_the_bit(
     build: Callable[[], Any], technique: str

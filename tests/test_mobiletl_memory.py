@@ -74,7 +74,7 @@ def kept(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
 def of_the_head(batch: dict[str, Tensor]) -> int:
     """Bytes a classifier on the frozen rest keeps."""
     model = age(SmallNet())
-    shared("classifier", model, IMAGES)
+    shared("head-only", model, IMAGES)
     return kept(model, batch)[0]
 
 
@@ -125,7 +125,7 @@ def test_bias_keeps_masks_alone() -> None:
 
 def test_norm_keeps_masks_and_the_inputs_of_norms() -> None:
     model = age(SmallNet())
-    shared("norm", model, IMAGES)
+    shared("batch-norm", model, IMAGES)
     batch = pictures(ROWS)
     blocks = list(sizes(32))
     stem, tail = ROWS * 8 * 16 * 16, ROWS * 24 * blocks[-1].given // (ROWS * 16)

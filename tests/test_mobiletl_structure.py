@@ -128,7 +128,9 @@ def test_a_model_that_takes_no_pictures_is_refused() -> None:
 
 
 def test_a_cache_takes_examples_one_by_one() -> None:
-    with pytest.raises(RecipeError, match="cache keeps what examples give one by one; leave micro_batch at 1"):
+    with pytest.raises(
+        RecipeError, match="cache_outputs keeps what examples give one by one; leave micro_batch_size at 1"
+    ):
         chosen("mobiletl", cache=True, micro_batch=2)
 
 
@@ -199,7 +201,7 @@ def test_statistics_of_the_frozen_part_stay_though_the_whole_model_is_put_in_tra
 def test_the_function_is_the_untouched_nets_to_the_bit_on_a_whole_batch() -> None:
     for build in (SmallNet, hard_net, in_transformers):
         plain, model = age(build()), age(build())
-        for joined in ("mobiletl", "last-blocks", "norm", "bias"):
+        for joined in ("mobiletl", "last-blocks", "batch-norm", "bias"):
             settings = {"blocks": 2, "micro_batch": 5} if joined == "mobiletl" else {}
             model = age(build())
             shared(joined, model, IMAGES, **settings)

@@ -21,7 +21,7 @@ from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.technique_steps import IMAGES, chosen, logits, shake, shared
 from tests.tiny import a_training_recipe
 
-TECHNIQUES = ("mobiletl", "last-blocks", "norm", "bias", "tinytl")
+TECHNIQUES = ("mobiletl", "last-blocks", "batch-norm", "bias", "tinytl")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def few_pictures() -> Any:
 
 
 def a_round(model: Any, names: list[str], joined: str, **settings: Any) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
+    recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
     return train_local_model(
         model, chosen(joined, **settings), get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1
     )
@@ -97,10 +97,10 @@ def test_last_blocks_trains_alike_with_its_frozen_part_in_micro_batches() -> Non
     assert found.train_loss == pytest.approx(wanted.train_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("technique", ["last-blocks", "norm", "bias", "tinytl"])
+@pytest.mark.parametrize("technique", ["last-blocks", "batch-norm", "bias", "tinytl"])
 def test_statistics_may_be_trained_beside_it_in_either_order(technique: str) -> None:
     outcomes = []
-    for joined in (f"{technique}+live-norm", f"live-norm+{technique}"):
+    for joined in (f"{technique}+batch-norm-statistics", f"batch-norm-statistics+{technique}"):
         model = age(SmallNet())
         outcomes.append(a_round(model, shared(joined, model, IMAGES), joined))
     one, other = (outcome.delta for outcome in outcomes)
@@ -109,7 +109,7 @@ def test_statistics_may_be_trained_beside_it_in_either_order(technique: str) -> 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "norm", "bias"])
+@pytest.mark.parametrize("technique", ["mobiletl", "last-blocks", "batch-norm", "bias"])
 @pytest.mark.parametrize("build", [SmallNet, hard_net, in_transformers])
 def test_what_was_learned_folds_into_the_plain_net(build: Callable[[], Any], technique: str) -> None:
     model, plain = age(build()), age(build())

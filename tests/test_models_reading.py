@@ -28,12 +28,13 @@ from tests.federations import words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 
 READS = """
+version: 2
 name: reads
 task: text-classification
 model: {{source: "path:{folder}/model"}}
 data: {{source: "csv:{folder}/texts.csv"}}
 devices: [{{count: 1}}]
-train: {{batch: 4, length: 24, steps: 1}}
+train: {{batch_size: 4, max_length: 24, local_steps: 1}}
 federation: {{rounds: 1}}
 """
 
@@ -130,7 +131,7 @@ def test_a_text_beyond_the_models_positions_is_refused(tmp_path: Path, architect
         ModelError, match=rf"reads at most {most} tokens, but a text has 36 .* set train.max_length to {most}"
     ):
         _ = get_run_context(recipe.model_dump_json()).train
-    fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": most})})
+    fits = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": most})})
     assert len(get_run_context(fits.model_dump_json()).train)
 
 

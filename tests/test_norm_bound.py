@@ -198,7 +198,9 @@ def test_a_robust_merge_with_too_few_updates_left_fails_its_round_and_the_run_go
     ended = execute(robust(), spoilt(HUGE, {1}, rounds={1}))
     failed, completed = ended.rounds[1:]
     assert (failed.status, completed.status, ended.run.status) == ("failed", "completed", "completed")
-    assert failed.reason.startswith("the merge failed: merge: trimmed-mean with share 0.2 needs at least 5 models")
+    assert failed.reason.startswith(
+        "the merge failed: merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models"
+    )
     assert "refused: its values are" in failed.reason
     assert [sent.status for sent in failed.contributions] == ["unused", "refused", "unused", "unused", "unused"]
     assert ended.hashes[0] == ended.hashes[1] != ended.hashes[2]

@@ -42,7 +42,9 @@ def test_norms_are_found_where_they_read_a_convolution_and_relus_before_it() -> 
 def test_a_model_without_such_pairs_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot be tried out on a picture"):
         find_conv_norm_pairs(bert())
-    with pytest.raises(ModelError, match=r"^Alone has no batch norm behind a convolution; leave normalise out$"):
+    with pytest.raises(
+        ModelError, match=r"^Alone has no batch norm behind a convolution; leave standardise_weights out$"
+    ):
         find_conv_norm_pairs(Alone())
 
 

@@ -32,7 +32,7 @@ from fedtune.training.optimiser import BitsandbytesOptimiser, compute_lr_factor,
     ],
 )
 def test_the_rate_is_the_closed_form(schedule: str, warmup: float, progress: float, factor: float) -> None:
-    settings = Train.model_validate({"steps": 1, "schedule": schedule, "warmup": warmup})
+    settings = Train.model_validate({"local_steps": 1, "lr_schedule": schedule, "warmup_ratio": warmup})
     assert compute_lr_factor(settings, progress) == pytest.approx(factor, abs=1e-12)
 
 
@@ -51,7 +51,7 @@ def test_every_optimiser_goes_downhill(name: Optimiser) -> None:
     assert weight.detach().square().sum().item() < start
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
 def test_an_eight_bit_optimiser_keeps_its_state_in_bytes(name: Optimiser) -> None:
     weight = nn.Parameter(torch.randn(64, 128))
     optimiser = make_optimiser(Train(local_steps=1, optimiser=name), [weight])
@@ -96,7 +96,7 @@ def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
         "weight = torch.nn.Parameter(torch.ones(2))\n"
         "weight.sum().backward()\n"
         "for name in ('adamw', 'sgd'):\n"
-        "    make_optimiser(Train(steps=1, optimiser=name), [weight]).step(0.1)\n"
+        "    make_optimiser(Train(local_steps=1, optimiser=name), [weight]).step(0.1)\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
@@ -106,7 +106,7 @@ def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
 def test_sgd_is_torchs_own_step_for_step(momentum: float, nesterov: bool, decay: float) -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.ParameterList([torch.ones(3, 2), torch.full((4,), 2.0)]) for _ in range(2))
-    settings = {"steps": 1, "optimiser": "sgd", "momentum": momentum, "nesterov": nesterov, "weight_decay": decay}
+    settings = {"local_steps": 1, "optimiser": "sgd", "momentum": momentum, "nesterov": nesterov, "weight_decay": decay}
     optimiser = make_optimiser(Train.model_validate(settings), list(ours))
     reference = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=decay)
     for step in range(4):
@@ -126,13 +126,13 @@ def test_sgd_is_torchs_own_step_for_step(momentum: float, nesterov: bool, decay:
         ({}, 1.0),
         ({"optimiser": "adamw"}, 1.0),
         ({"optimiser": "sgd"}, None),
-        ({"optimiser": "sgd", "clip": 1.0}, 1.0),
-        ({"optimiser": "sgd", "clip": None}, None),
-        ({"optimiser": "adamw", "clip": None}, None),
+        ({"optimiser": "sgd", "max_grad_norm": 1.0}, 1.0),
+        ({"optimiser": "sgd", "max_grad_norm": None}, None),
+        ({"optimiser": "adamw", "max_grad_norm": None}, None),
     ],
 )
 def test_plain_sgd_clips_nothing_unless_it_is_asked_to(settings: dict[str, Any], clip: float | None) -> None:
-    train = Train.model_validate({"steps": 1, **settings})
+    train = Train.model_validate({"local_steps": 1, **settings})
     assert train.max_grad_norm == clip
     assert Train.model_validate_json(train.model_dump_json()) == train
 
@@ -141,14 +141,14 @@ def test_plain_sgd_clips_nothing_unless_it_is_asked_to(settings: dict[str, Any],
     ("settings", "said"),
     [
         ({"momentum": 0.9}, "momentum and nesterov are settings of sgd, but optimiser is adamw"),
-        ({"optimiser": "lion8bit", "nesterov": True}, "are settings of sgd, but optimiser is lion8bit"),
+        ({"optimiser": "lion_8bit", "nesterov": True}, "are settings of sgd, but optimiser is lion_8bit"),
         ({"optimiser": "sgd", "nesterov": True}, "nesterov needs a momentum"),
         ({"optimiser": "sgd", "momentum": 1.0}, "less than 1"),
     ],
 )
 def test_momentum_where_there_is_none_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        Train.model_validate({"steps": 1, **settings})
+        Train.model_validate({"local_steps": 1, **settings})
 
 
 @pytest.mark.parametrize("shape", [(3000, 700), (1500, 3, 500), (1 << 21,), (1, 1 << 21), (2, 1 << 20)])

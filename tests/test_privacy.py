@@ -128,7 +128,7 @@ def test_a_secret_that_is_none_is_not_used(tmp_path: Path) -> None:
 
 
 def test_norms_of_contributions_with_their_own_noise_stay_below_what_is_believed() -> None:
-    own = PrivacySettings(clipping_norm=0.5, noise_multiplier=2.0, noise_added_by="client")
+    own = PrivacySettings(clipping_norm=0.5, noise_multiplier=2.0, noise_added_by="clients")
     assert compute_noise_std(own) == pytest.approx(1.0, rel=1e-5)
     assert compute_max_update_norm(PrivacySettings(clipping_norm=0.5, noise_multiplier=2.0), 10**6) == 0.5 * (
         1 + ROUNDING_SLACK

@@ -90,7 +90,7 @@ def test_with_the_servers_noise_a_failed_round_costs_nothing_and_clients_are_cha
 
 
 def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() -> None:
-    own = PrivacySettings(clipping_norm=1, noise_multiplier=1, noise_added_by="client")
+    own = PrivacySettings(clipping_norm=1, noise_multiplier=1, noise_added_by="clients")
     assert releases(own, ROUNDS) == 3, "client 0 sent in rounds 1, 2 and 3; client 1 declined once"
     assert releases(own, ROUNDS[:3]) == 2
     assert releases(own, [("completed", asked("declined"))]) == 0

@@ -81,7 +81,10 @@ def test_steps_that_see_whole_models_are_refused_with_the_servers_noise(step: st
 @pytest.mark.parametrize(
     ("techniques", "sentence"),
     [
-        ("[full, live-norm]", r"^privacy: full\+live-norm trains .*\.running_mean, a batch norm's statistic"),
+        (
+            "[full, batch-norm-statistics]",
+            r"^privacy: full\+batch-norm-statistics trains .*\.running_mean, a batch norm's statistic",
+        ),
         ("[dynamic-pruning: {density: 0.5, every: 2, until: 3}]", "^privacy: with dynamic-pruning clients send more"),
     ],
 )
@@ -121,7 +124,7 @@ def test_settings_out_of_range_are_told_by_their_key() -> None:
         TEXT, "privacy.clipping_norm=1", "privacy.noise_multiplier=1", "privacy.target_delta=1"
     )
     assert "the key 'privacy.noise_multiplier' is missing" in refusal(TEXT, "privacy.clipping_norm=1")
-    assert "did you mean 'noise'?" in refusal(TEXT, "privacy.clipping_norm=1", "privacy.noize=1")
+    assert "allowed: clipping_norm, noise_added_by" in refusal(TEXT, "privacy.clipping_norm=1", "privacy.noize=1")
 
 
 def call(*arguments: str) -> Result:
@@ -130,7 +133,7 @@ def call(*arguments: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize(("where", "said"), [("server", "sees them in clear"), ("client", "any two data sets")])
+@pytest.mark.parametrize(("where", "said"), [("server", "sees them in clear"), ("clients", "any two data sets")])
 def test_a_run_and_its_export_say_what_was_spent(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str
 ) -> None:

@@ -152,7 +152,7 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
 
 def test_the_same_noise_is_never_added_to_two_different_contributions(tmp_path: Path) -> None:
     """Whoever had both could subtract them, and see the difference in clear."""
-    own = PrivacySettings(clipping_norm=10.0, noise_multiplier=1.0, noise_added_by="client")
+    own = PrivacySettings(clipping_norm=10.0, noise_multiplier=1.0, noise_added_by="clients")
     one, other = {"t": torch.zeros(50_000)}, {"t": torch.zeros(50_000)}
     other["t"][0] = 1e-3
     noises = [made_private(deltas, {}, own, ORDER, tmp_path)["t"] - deltas["t"] for deltas in (one, other)]

@@ -69,7 +69,7 @@ def with_lora(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
 
 
-@pytest.mark.parametrize("joined", ["full", "full+checkpointing", "bias"])
+@pytest.mark.parametrize("joined", ["full", "full+gradient-checkpointing", "bias"])
 def test_bytes_kept_and_at_the_peak_are_those_of_a_direct_measurement(recipe: Recipe, joined: str) -> None:
     case = a_case(recipe, joined)
     figures = profile_step(case)
@@ -115,8 +115,8 @@ def test_random_inputs_repeat_fill_the_length_and_stay_in_the_vocabulary(recipe:
 
 
 def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -> None:
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": 33})})
-    with pytest.raises(ModelError, match=r"reads at most 32 tokens; lower train\.length, which is 33"):
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": 33})})
+    with pytest.raises(ModelError, match=r"reads at most 32 tokens; lower train\.max_length, which is 33"):
         profile_step(a_case(longer, "full"))
 
 
@@ -134,11 +134,11 @@ def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_
 
 
 def test_the_yardsticks_stand_first_and_nothing_is_measured_twice(recipe: Recipe) -> None:
-    own = [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
+    own = [Unit(name="lora", settings={"rank": 4}), Unit(name="gradient-checkpointing")]
     found = profile.make_profile_cases(
         recipe, [[Unit(name="bias")], own, [Unit(name="lora", settings={"rank": 8})]], LABELS, None
     )
-    assert [case.technique for case in found] == [*profile.BASELINES, "bias", "lora(rank=4)+checkpointing"]
+    assert [case.technique for case in found] == [*profile.BASELINES, "bias", "lora(rank=4)+gradient-checkpointing"]
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_measured(recipe: Recipe) -> None:

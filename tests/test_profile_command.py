@@ -73,7 +73,7 @@ def test_json_is_a_list_of_objects_and_progress_goes_elsewhere(model: list[str],
     assert [row["technique"] for row in rows] == list(BASELINES)
     ran = [row for row in rows if "error" not in row]
     assert result.exit_code == 0
-    assert {row["technique"] for row in ran} >= {"full", "lora", "lora+checkpointing"}
+    assert {row["technique"] for row in ran} >= {"full", "lora", "lora+gradient-checkpointing"}
     assert all(row.keys() == KEYS | {"gradient_error"} for row in ran)
     assert all(row["gradient_error"] == 0 for row in ran)
     assert not (home / "pictures").exists()
@@ -129,8 +129,11 @@ def test_a_recipe_brings_its_techniques_its_batch_and_its_labels(tmp_path: Path,
     ("text", "labels"),
     [
         ("bias", ["bias"]),
-        ("bias,full+checkpointing", ["bias", "full+checkpointing"]),
-        ("[lora: {rank: 4}, checkpointing], lora: {rank: 2}", ["lora(rank=4)+checkpointing", "lora(rank=2)"]),
+        ("bias,full+gradient-checkpointing", ["bias", "full+gradient-checkpointing"]),
+        (
+            "[lora: {rank: 4}, gradient-checkpointing], lora: {rank: 2}",
+            ["lora(rank=4)+gradient-checkpointing", "lora(rank=2)"],
+        ),
         ("full, qlora", []),
     ],
 )
@@ -143,7 +146,7 @@ def test_techniques_are_written_as_in_a_recipe(
 
 def test_all_stands_for_every_published_technique(model: list[str], measured: list[ProfileCase]) -> None:
     call(*model, "--techniques", "all")
-    assert {"bias", "classifier", *BASELINES} <= {case.technique for case in measured}
+    assert {"bias", "head-only", *BASELINES} <= {case.technique for case in measured}
 
 
 @pytest.mark.parametrize(

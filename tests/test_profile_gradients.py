@@ -19,12 +19,12 @@ from fedtune.techniques._technique import Technique
 
 class Forgetful(Technique):
     name: ClassVar[str] = "forgetful"
-    trains: ClassVar[bool] = False
+    selects_trainable_tensors: ClassVar[bool] = False
 
-    def apply(self, model: Any, task: Any, seed: int) -> None:
+    def rewrite_model(self, model: Any, task: Any, seed: int) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
-    def stored(self) -> None:
+    def make_reference(self) -> None:
         return None
 """
 """Blocks run again with other random numbers than before: with dropout, the gradients are those of another network."""
@@ -53,14 +53,14 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(techniques, "__path__", [*techniques.__path__, str(tmp_path)])
 
 
-@pytest.mark.parametrize("joined", ["full", "full+checkpointing", "lora+checkpointing", "bias"])
+@pytest.mark.parametrize("joined", ["full", "full+gradient-checkpointing", "lora+gradient-checkpointing", "bias"])
 def test_exact_gradients_differ_by_nothing_with_dropout_on(recipe: Recipe, joined: str) -> None:
     assert profile_step(a_case(recipe, joined, check=True)).gradient_error == 0.0
 
 
 def test_exact_gradients_differ_by_nothing_in_half_precision(recipe: Recipe) -> None:
     half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
-    assert profile_step(a_case(half, "full+checkpointing", check=True)).gradient_error == 0.0
+    assert profile_step(a_case(half, "full+gradient-checkpointing", check=True)).gradient_error == 0.0
 
 
 @pytest.mark.usefixtures("planted")

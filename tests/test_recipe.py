@@ -19,14 +19,18 @@ def test_a_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(TEXT)
     recipe = read_recipe(tmp_path / "a.yaml")
     assert recipe.data.partition == Dirichlet(alpha=0.5)
-    assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4}), Unit(name="checkpointing")]
+    assert recipe.train.techniques == [Unit(name="lora", settings={"rank": 4}), Unit(name="gradient-checkpointing")]
     assert [int(device.memory) for device in recipe.devices] == [512 * 10**6, 2 * 2**30]
     assert (recipe.num_clients, recipe.cohort_size, recipe.seed) == (5, 5, 0)
 
 
 @pytest.mark.parametrize(
     ("written", "names"),
-    [("lora+checkpointing", ["lora", "checkpointing"]), ("bias", ["bias"]), ("[bias, {full: {}}]", ["bias", "full"])],
+    [
+        ("lora+gradient-checkpointing", ["lora", "gradient-checkpointing"]),
+        ("bias", ["bias"]),
+        ("[bias, {full: {}}]", ["bias", "full"]),
+    ],
 )
 def test_techniques_are_a_list_or_joined_by_plus(written: str, names: list[str]) -> None:
     assert [unit.name for unit in parse_recipe(TEXT, "a", [f"train.techniques={written}"]).train.techniques] == names
@@ -111,8 +115,14 @@ def test_resolving_writes_every_setting_out_and_changes_nothing_the_second_time(
     recipe = parse_recipe(TEXT, "a")
     resolved = resolve_recipe(recipe)
     assert resolved.train.techniques[0].settings["rank"] == 4
-    assert set(resolved.train.techniques[0].settings) == {"rank", "alpha", "dropout", "targets", "exact"}
-    assert resolved.merge == [Unit(name="mean", settings={"weight": "examples"})]
+    assert set(resolved.train.techniques[0].settings) == {
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "trained_factors",
+    }
+    assert resolved.merge == [Unit(name="mean", settings={"weighting": "examples"})]
     assert resolve_recipe(resolved) == resolved
     assert recipe.train.techniques[0].settings == {"rank": 4}
 

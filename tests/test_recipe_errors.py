@@ -15,11 +15,15 @@ def with_line(old: str, new: str) -> str:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("  steps: 2", "  step: 2", "a.yaml, line 15: unknown key 'train.step'; did you mean 'steps'?"),
+        (
+            "  steps: 2",
+            "  local_step: 2",
+            "a.yaml, line 15: unknown key 'train.local_step'; did you mean 'local_steps'?",
+        ),
         ("name: example\n", "nme: example\n", "a.yaml, line 1: unknown key 'nme'; did you mean 'name'?"),
         ("alpha: 0.5", "alfa: 0.5", "a.yaml, line 7: unknown key 'data.partition.alfa'; did you mean 'alpha'?"),
         ("count: 3", "cuont: 3", "a.yaml, line 9: unknown key 'devices.0.cuont'; did you mean 'count'?"),
-        ("  steps: 2", "  zzz: 2", "a.yaml, line 15: unknown key 'train.zzz'; allowed: batch, by_length, clip, "),
+        ("  steps: 2", "  zzz: 2", "a.yaml, line 15: unknown key 'train.zzz'; allowed: batch_size, group_by_length, "),
         ("steps: 2", "steps: few", "a.yaml, line 15: train.local_steps is 'few', but must be a valid integer"),
         ("steps: 2", "steps: 0", "a.yaml, line 15: train.local_steps is 0, but must be greater than or equal to 1"),
         ("rounds: 3", "rounds: 1.5", "a.yaml, line 17: federation.rounds is 1.5, but must be a valid integer"),
@@ -33,13 +37,17 @@ def with_line(old: str, new: str) -> str:
         ("memory: 2GiB", "memory: 2XB", "a.yaml, line 10: devices.1.memory is '2XB': could not interpret byte unit"),
         ("  source: path:nowhere", "  dtype: float32", "a.yaml, line 3: the key 'model.source' is missing"),
         ("task: text-classification\n", "", "a.yaml: the key 'task' is missing"),
-        ("text-classification", "regression", "a.yaml, line 2: task is 'regression', but must be 'sequence-class"),
+        ("text-classification", "regression", "a.yaml, line 2: task is 'regression', but must be 'text-class"),
         ("name: example\n", "name: An Example\n", "a.yaml, line 1: name is 'An Example', but must match pattern"),
         ("lora: {rank: 4}", "lora: 4", "line 13: train.techniques.0.settings is 4, but must be a mapping of keys to"),
         ("lora: {rank: 4}", "3", "a.yaml, line 13: train.techniques.0 is 3, but must be a mapping of keys to values"),
         ("  steps: 2", "  steps: 2\n  lr: .inf", "a.yaml, line 16: train.lr is inf, but must be a finite number"),
-        ("  steps: 2\n", "", "a.yaml, line 11: train: say either steps or epochs, exactly one of them"),
-        ("  steps: 2", "  steps: 2\n  epochs: 1", "line 11: train: say either steps or epochs, exactly one of them"),
+        ("  steps: 2\n", "", "a.yaml, line 11: train: say either local_steps or local_epochs, exactly one of them"),
+        (
+            "  steps: 2",
+            "  steps: 2\n  epochs: 1",
+            "line 11: train: say either local_steps or local_epochs, exactly one of them",
+        ),
         ("name: example\n", "1: 2\nname: example\n", "a.yaml: 1 is 1, but must be strings"),
     ],
 )
@@ -65,7 +73,7 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing() -> None:
         ("seed.x=1", "--set seed.x=1: seed is {'x': 1}, but must be a valid integer"),
         ("train.lr=x", "--set train.lr=x: train.lr is 'x', but must be a valid number"),
         ("train.lr=-1", "--set train.lr=-1: train.lr is -1, but must be greater than 0"),
-        ("train.bach=1", "--set train.bach=1: unknown key 'train.bach'; did you mean 'batch'?"),
+        ("train.bach_size=1", "--set train.bach_size=1: unknown key 'train.bach_size'; did you mean 'batch_size'?"),
         (
             "rounds=3",
             "--set rounds=3: unknown key 'rounds'; allowed: checkpoints, data, devices, evaluation, federation",

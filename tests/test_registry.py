@@ -21,7 +21,7 @@ def test_the_names_are_the_public_files(package: str) -> None:
 
 
 def test_the_first_techniques_and_the_first_merge_are_published() -> None:
-    assert {"full", "classifier", "lora", "qlora", "bias", "checkpointing"} <= set(
+    assert {"full", "head-only", "lora", "qlora", "bias", "gradient-checkpointing"} <= set(
         list_unit_names("fedtune.techniques")
     )
     assert "mean" in list_unit_names("fedtune.merging")
@@ -80,5 +80,5 @@ def test_a_name_that_is_not_published_is_refused_with_the_nearest(call: object) 
         call("fedtune.techniques", "lor")
     with pytest.raises(RecipeError, match=r"there is no '_low-rank'"):
         call("fedtune.techniques", "_low-rank")
-    with pytest.raises(RecipeError, match=r"there is no 'xyz'; allowed: activation-pruning, bias, "):
+    with pytest.raises(RecipeError, match=r"there is no 'xyz'; allowed: activation-pruning, batch-norm, "):
         call("fedtune.techniques", "xyz")

@@ -64,7 +64,7 @@ def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
 
 
 def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:
-    tagged, large = ClientSelection(tags=["mains"]), ClientSelection.model_validate({"memory": "512MB"})
+    tagged, large = ClientSelection(tags=["mains"]), ClientSelection.model_validate({"min_memory": "512MB"})
     boasting = device("a", {"memory": 10**12, "tags": ["mains"]})
     assert not is_device_eligible(tagged, boasting)
     assert is_device_eligible(tagged, device("a", {}, "mains", "indoors"))
@@ -157,18 +157,18 @@ def test_a_stopped_run_asks_the_same_clients_when_it_is_resumed(home: Path) -> N
 class Online:
     """A SuperLink that any device is connected to and that starts nothing."""
 
-    generation = 1
+    start_count = 1
 
-    def control(self) -> "Online":
+    def get_control_client(self) -> "Online":
         return self
 
-    def executes(self) -> bool:
+    def is_superexec_alive(self) -> bool:
         return True
 
-    def online(self) -> set[int]:
+    def list_online_nodes(self) -> set[int]:
         return {1, 2, 3, 4, 5, 6}
 
-    def start(self, _: dict[str, str]) -> int:
+    def start_run(self, _: dict[str, str]) -> int:
         return 1
 
 
@@ -183,7 +183,7 @@ def store(home: Path) -> Iterator[Store]:
 
 
 def managed(store: Store, home: Path) -> RunManager:
-    presence = Presence(Online().online)
+    presence = Presence(Online().list_online_nodes)
     for device in store.access.devices():
         presence.record_contact(device.name)
     return RunManager(store, cast("Any", Online()), presence, home, deadline=77.0)

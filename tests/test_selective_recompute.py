@@ -52,7 +52,7 @@ def prepared(family: str, joined: str, technique: str | None = None, **settings:
 
 
 def selective(family: str, joined: str, terms: int = TERMS) -> PreTrainedModel:
-    return prepared(family, joined, "selective-recompute", terms=terms)
+    return prepared(family, joined, "selective-checkpointing", terms=terms)
 
 
 @pytest.mark.parametrize("joined", ["full", "lora"])
@@ -61,7 +61,7 @@ def test_gradients_are_bit_equal_with_dropout_on_and_fewer_bytes_are_kept(family
     batch = FAMILIES[family].make_batch(rows=4, length=32)
     wanted, plain_bytes = gradients(prepared(family, joined), batch)
     found, kept = gradients(selective(family, joined), batch)
-    _, least = gradients(prepared(family, joined, "checkpointing"), batch)
+    _, least = gradients(prepared(family, joined, "gradient-checkpointing"), batch)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert any(gradient.any() for gradient in wanted.values())
@@ -72,7 +72,7 @@ def test_gradients_are_bit_equal_with_dropout_on_and_fewer_bytes_are_kept(family
 def test_no_product_of_a_linear_layer_runs_twice(family: str) -> None:
     batch = FAMILIES[family].make_batch()
     plain, found = (calls(model, batch) for model in (prepared(family, "full"), selective(family, "full")))
-    again = calls(prepared(family, "full", "checkpointing"), batch)
+    again = calls(prepared(family, "full", "gradient-checkpointing"), batch)
     for product in ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
         assert found[product] == plain[product]
     assert again["aten::mm"] + again["aten::addmm"] > plain["aten::mm"] + plain["aten::addmm"]
@@ -99,7 +99,7 @@ def kept_per_token(*, joined: str = "full", terms: int = TERMS) -> float:
     kept = []
     for depth in (1, 2):
         model = llama(num_hidden_layers=depth, hidden_size=32, intermediate_size=80, num_key_value_heads=1)
-        shared(f"selective-recompute+{joined}", model, LANGUAGE, terms=terms)
+        shared(f"selective-checkpointing+{joined}", model, LANGUAGE, terms=terms)
         begin_round(chosen(joined), model, 1)
         kept.append(gradients(model, texts(model, rows=4, length=30))[1])
     return (kept[1] - kept[0]) / 120
@@ -129,7 +129,11 @@ def test_four_bit_products_are_kept_and_no_weight_is(tmp_path: Path) -> None:
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     [qlora] = chosen("qlora")
     steps, kept = [], []
-    for joined, settings in (("qlora", {}), ("selective-recompute+qlora", {"terms": 63}), ("checkpointing+qlora", {})):
+    for joined, settings in (
+        ("qlora", {}),
+        ("selective-checkpointing+qlora", {"terms": 63}),
+        ("gradient-checkpointing+qlora", {}),
+    ):
         model = models.load_model(
             ModelSettings(source=f"path:{tmp_path}"),
             LANGUAGE,
@@ -172,10 +176,12 @@ def test_a_model_without_blocks_is_refused() -> None:
         models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
         nn.Linear(2, 2),
     ):
-        with pytest.raises(ModelError, match="has no blocks to recompute; leave selective-recompute out"):
-            shared("full+selective-recompute", model, IMAGES)
+        with pytest.raises(ModelError, match="has no blocks to recompute; leave selective-checkpointing out"):
+            shared("full+selective-checkpointing", model, IMAGES)
 
 
 def test_it_does_not_go_with_full_checkpointing() -> None:
-    with pytest.raises(RecipeError, match="with checkpointing: both decide what the same blocks keep; drop one"):
-        chosen("lora+checkpointing+selective-recompute")
+    with pytest.raises(
+        RecipeError, match="with gradient-checkpointing: both decide what the same blocks keep; drop one"
+    ):
+        chosen("lora+gradient-checkpointing+selective-checkpointing")

@@ -20,12 +20,14 @@ from tests.test_deployment import submit
 pytestmark = pytest.mark.deployed
 
 RECIPE = """
+version: 2
 name: long-words
 task: text-classification
 model: {{source: "path:{folder}/bert"}}
 data: {{source: "csv:{folder}/words.csv"}}
 devices: [{{name: toy, count: 1}}]
-train: {{techniques: [full], optimiser: sgd, lr: 0.1, clip: 1.0, batch: 32, length: 128, steps: 1}}
+train: {{techniques: [full], optimiser: sgd, lr: 0.1, max_grad_norm: 1.0, batch_size: 32, max_length: 128,
+  local_steps: 1}}
 federation: {{rounds: 1}}
 """
 

@@ -181,7 +181,7 @@ def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> Non
         (["federation.take_first=2", "federation.quorum=3"], "quorum is 3, but take_first ends a round with 2"),
         (
             ["federation.take_first=2", "federation.asynchronous.buffer_size=2"],
-            "take_first and late exclude each other",
+            "take_first and asynchronous exclude each other",
         ),
         (["devices=[{count: 4, dropout: 0.1}]"], "a round would wait for ever"),
         (["devices=[{count: 4, dropout: 1}]", "federation.deadline=3"], "dropout"),

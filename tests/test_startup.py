@@ -51,7 +51,7 @@ def test_a_federation_of_a_plain_image_model_imports_nothing_it_does_not_use(hom
 
 def test_a_federation_on_a_csv_file_reads_it_without_the_libraries_of_tables(home: Path, tmp_path: Path) -> None:
     words(tmp_path, "train.techniques=full")
-    text = WORDS.format(folder=tmp_path).replace("lora+checkpointing", "full")
+    text = WORDS.format(folder=tmp_path).replace("lora+gradient-checkpointing", "full")
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     found = imported(SIMULATE, tmp_path)
     assert "transformers" in found

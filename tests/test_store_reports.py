@@ -98,7 +98,7 @@ def test_the_training_loss_weighs_merged_contributions_by_examples() -> None:
 
 
 def test_differences_are_the_settings_that_are_not_the_same_everywhere() -> None:
-    one = {"seed": 1, "train": {"lr": 0.1, "steps": 5}, "merge": [{"mean": {}}]}
+    one = {"seed": 1, "train": {"lr": 0.1, "local_steps": 5}, "merge": [{"mean": {}}]}
     two = {"seed": 1, "train": {"lr": 0.2}, "merge": [{"mean": {}}]}
     assert diff_recipes([one, two]) == {"train.lr": [0.1, 0.2], "train.local_steps": [5, None]}
     assert diff_recipes([one]) == {}

@@ -27,11 +27,11 @@ from tests.tiny import a_training_recipe, few_texts
 SETTINGS: dict[str, dict[str, Any]] = {
     "activation-pruning": {"prune": 0.0},  # all else has other gradients, which its own tests are about
     "dynamic-pruning": {"density": 0.9, "every": 1},
-    "fused-head": {"chunk": 5},
+    "fused-cross-entropy": {"chunk": 5},
     "lora": {"rank": 2, "dropout": 0.1},
     "meft": {"rank": 2},
     "qlora": {"rank": 2},
-    "selective-recompute": {"terms": 8},
+    "selective-checkpointing": {"terms": 8},
 }
 """What differs from the default, so that a tiny model shows it."""
 
@@ -48,62 +48,68 @@ CLASHES = {
     },
     **{
         "+".join(sorted((name, "dynamic-pruning"))): "it trains everything under its masks"
-        for name in ("bias", "classifier", "full", "last-blocks", "mobiletl", "norm", "tinytl")
+        for name in ("bias", "head-only", "full", "last-blocks", "mobiletl", "batch-norm", "tinytl")
     },
-    "bias+classifier": "the head is trained beside biases anyway",
+    "bias+head-only": "the head is trained beside biases anyway",
     "bias+full": "full trains biases among all the rest",
     "bias+last-blocks": "it trains biases below the last blocks too",
     "bias+mobiletl": "its frozen part has no gradients",
-    "bias+norm": "norm trains shifts beside scales anyway",
+    "batch-norm+bias": "batch-norm trains shifts beside scales anyway",
     "bias+tinytl": "tinytl trains biases itself",
-    "checkpointing+last-blocks": "statistics would follow each batch twice",
-    "checkpointing+live-norm": "blocks that run again would count their batch twice",
-    "checkpointing+meft": "reversible blocks keep nothing already",
-    "checkpointing+mobiletl": "statistics would follow each batch twice",
-    "checkpointing+selective-recompute": "both decide what the same blocks keep",
-    "classifier+full": "full trains the head among all the rest",
-    "classifier+last-blocks": "the head is trained beside the blocks anyway",
-    "classifier+lora": "the head is trained beside a low-rank pair anyway",
-    "classifier+mobiletl": "the head is trained beside the blocks anyway",
-    "classifier+norm": "the head is trained beside norms anyway",
-    "classifier+qlora": "the head is trained beside a low-rank pair anyway",
-    "classifier+tinytl": "the head is trained beside the branches anyway",
+    "gradient-checkpointing+last-blocks": "statistics would follow each batch twice",
+    "batch-norm-statistics+gradient-checkpointing": "blocks that run again would count their batch twice",
+    "gradient-checkpointing+meft": "reversible blocks keep nothing already",
+    "gradient-checkpointing+mobiletl": "statistics would follow each batch twice",
+    "gradient-checkpointing+selective-checkpointing": "both decide what the same blocks keep",
+    "full+head-only": "full trains the head among all the rest",
+    "head-only+last-blocks": "the head is trained beside the blocks anyway",
+    "head-only+lora": "the head is trained beside a low-rank pair anyway",
+    "head-only+mobiletl": "the head is trained beside the blocks anyway",
+    "batch-norm+head-only": "the head is trained beside norms anyway",
+    "head-only+qlora": "the head is trained beside a low-rank pair anyway",
+    "head-only+tinytl": "the head is trained beside the branches anyway",
     "full+last-blocks": "full trains the last blocks among all the rest",
     "full+lora": "full trains the weights that lora freezes",
     "full+mobiletl": "its frozen part has no gradients",
-    "full+norm": "full trains norms among all the rest",
+    "batch-norm+full": "full trains norms among all the rest",
     "full+qlora": "full trains the weights that qlora freezes",
     "full+tinytl": "full trains the blocks that tinytl freezes",
     "last-blocks+lora": "low-rank pairs hide the convolutions that blocks are told by",
     "last-blocks+mobiletl": "both train the last blocks",
-    "last-blocks+norm": "it trains norms below the last blocks too",
+    "batch-norm+last-blocks": "it trains norms below the last blocks too",
     "last-blocks+qlora": "low-rank pairs hide the convolutions that blocks are told by",
     "last-blocks+tinytl": "it trains branches below the last blocks too",
-    "live-norm+mobiletl": "its frozen part keeps its statistics",
+    "batch-norm-statistics+mobiletl": "its frozen part keeps its statistics",
     "lora+mobiletl": "its frozen part has no gradients",
     "lora+qlora": "both put a low-rank pair beside the same layers",
     "lora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
-    "meft+selective-recompute": "reversible blocks keep nothing that could be recomputed",
-    "mobiletl+norm": "its frozen part has no gradients",
+    "meft+selective-checkpointing": "reversible blocks keep nothing that could be recomputed",
+    "batch-norm+mobiletl": "its frozen part has no gradients",
     "mobiletl+qlora": "its frozen part has no gradients",
     "mobiletl+tinytl": "its frozen part has no gradients",
-    "norm+tinytl": "tinytl freezes the scales of norms",
+    "batch-norm+tinytl": "tinytl freezes the scales of norms",
     "qlora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
 }
 """Pairs that are refused on any model, and the reason."""
 
 MISFITS = {
-    ("bert", "fused-head"): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
-    ("opt", "classifier"): "trains a new head, which text-generation has not",
+    (
+        "bert",
+        "fused-cross-entropy",
+    ): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
+    ("opt", "head-only"): "trains a new head, which text-generation has not",
     ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
-    ("bert", "live-norm"): "BertForSequenceClassification has no batch norm for live-norm to follow",
-    ("opt", "live-norm"): "OPTForCausalLM has no batch norm for live-norm to follow",
+    (
+        "bert",
+        "batch-norm-statistics",
+    ): "BertForSequenceClassification has no batch norm for batch-norm-statistics to follow",
+    ("opt", "batch-norm-statistics"): "OPTForCausalLM has no batch norm for batch-norm-statistics to follow",
     ("bert", "mobiletl"): "BertForSequenceClassification has no inverted residual blocks",
-    ("bert", "norm"): "BertForSequenceClassification has no batch norms to train",
+    ("bert", "batch-norm"): "BertForSequenceClassification has no batch norms to train",
     ("bert", "tinytl"): "BertForSequenceClassification has no inverted residual blocks",
     ("opt", "last-blocks"): "OPTForCausalLM has no inverted residual blocks",
     ("opt", "mobiletl"): "OPTForCausalLM has no inverted residual blocks",
-    ("opt", "norm"): "OPTForCausalLM has no batch norms to train",
+    ("opt", "batch-norm"): "OPTForCausalLM has no batch norms to train",
     ("opt", "tinytl"): "OPTForCausalLM has no inverted residual blocks",
 }
 """Techniques that one of the models cannot carry, and the reason."""
@@ -181,7 +187,7 @@ def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Te
 def a_round(
     base: str, model: nn.Module, names: list[str], chosen: Sequence[Technique], optimiser: str = "adamw"
 ) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=3, optimiser=optimiser)
+    recipe = a_training_recipe(local_steps=2, batch_size=3, optimiser=optimiser)
     data = few_texts(language=base == "opt")
     return train_local_model(model, chosen, get_model_state(model, names), data, np.arange(8), recipe, 1, 1)
 
@@ -220,7 +226,7 @@ def test_a_pair_has_the_gradients_of_the_same_network_with_everything_stored(
     assert names == twin_names
     found, wanted = gradients(base, model, names, chosen), gradients(base, twin, names, stored)
     assert found.keys() == wanted.keys()
-    if "fused-head" in joined:  # sums over the vocabulary in another order
+    if "fused-cross-entropy" in joined:  # sums over the vocabulary in another order
         scale = max(gradient.abs().max() for gradient in wanted.values())
         assert all((found[name] - wanted[name]).abs().max() < 1e-5 * scale for name in wanted)
     else:
@@ -243,12 +249,14 @@ def test_a_pair_trains_a_round_in_either_order_as_its_pickled_copy_does(bench: B
     assert all(torch.equal(outcome.delta[name], copied.delta[name]) for name in outcome.delta)
 
 
-@pytest.mark.parametrize("joined", ["fused-head+lora", "fused-head+qlora", "lora+selective-recompute", "lora+meft"])
+@pytest.mark.parametrize(
+    "joined", ["fused-cross-entropy+lora", "fused-cross-entropy+qlora", "lora+selective-checkpointing", "lora+meft"]
+)
 def test_eight_bit_optimisers_train_pairs_too(bench: Bench, joined: str) -> None:
     model, names, chosen = bench.chosen("opt", joined)
-    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
+    assert moved(a_round("opt", model, names, chosen, "adamw_8bit"))
 
 
 def test_meft_fused_head_deft_and_a_four_bit_base_train_together(bench: Bench) -> None:
-    model, names, chosen = bench.chosen("opt", "qlora+meft+deft+fused-head")
-    assert moved(a_round("opt", model, names, chosen, "adamw8bit"))
+    model, names, chosen = bench.chosen("opt", "qlora+meft+deft+fused-cross-entropy")
+    assert moved(a_round("opt", model, names, chosen, "adamw_8bit"))

@@ -25,7 +25,7 @@ def test_full_trains_everything() -> None:
     ("build", "head"), [(bert, ["classifier.bias", "classifier.weight"]), (llama_classifier, ["score.weight"])]
 )
 def test_classifier_trains_the_head_alone(build: Callable[[], PreTrainedModel], head: list[str]) -> None:
-    assert shared("classifier", build(), TEXT) == head
+    assert shared("head-only", build(), TEXT) == head
 
 
 def test_bias_trains_every_bias_and_the_head() -> None:
@@ -81,7 +81,7 @@ def test_a_head_is_what_lies_behind_the_backbone_or_the_last_layer_with_weights(
 
 
 def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
-    for joined in ("full", "classifier", "bias", "lora", "lora+checkpointing", "bias+checkpointing"):
+    for joined in ("full", "head-only", "bias", "lora", "lora+gradient-checkpointing", "bias+gradient-checkpointing"):
         model = bert()
         names = set(shared(joined, model, TEXT))
         begin_round(chosen(joined), model, 1)
@@ -98,18 +98,21 @@ def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
         ("lora+full", "lora cannot be combined with full: full trains the weights that lora freezes; drop one"),
         ("lora+qlora", "lora cannot be combined with qlora: both put a low-rank pair beside the same layers; drop one"),
         (
-            "classifier+bias",
-            "classifier cannot be combined with bias: the head is trained beside biases anyway; drop one",
+            "head-only+bias",
+            "head-only cannot be combined with bias: the head is trained beside biases anyway; drop one",
         ),
         ("bias+full", "bias cannot be combined with full: full trains biases among all the rest; drop one"),
         (
-            "checkpointing+qlora+classifier",
-            "qlora cannot be combined with classifier: the head is trained beside a low-rank pair anyway; drop one",
+            "gradient-checkpointing+qlora+head-only",
+            "qlora cannot be combined with head-only: the head is trained beside a low-rank pair anyway; drop one",
         ),
         ("lora+lora", "lora+lora names one technique twice; drop one"),
-        ("full+checkpointing+checkpointing", "full+checkpointing+checkpointing names one technique twice; drop one"),
-        ("checkpointing", "checkpointing trains nothing; add full, lora, bias or classifier"),
-        ("lora+chekpointing", "there is no 'chekpointing'; did you mean 'checkpointing'?"),
+        (
+            "full+gradient-checkpointing+gradient-checkpointing",
+            "full+gradient-checkpointing+gradient-checkpointing names one technique twice; drop one",
+        ),
+        ("gradient-checkpointing", "gradient-checkpointing trains nothing; add full, lora, bias or head-only"),
+        ("lora+chekpointing", "there is no 'chekpointing'; did you mean 'gradient-checkpointing'?"),
     ],
 )
 def test_techniques_that_do_not_go_together_are_refused(joined: str, sentence: str) -> None:
@@ -132,7 +135,7 @@ def test_bias_is_refused_where_there_are_none(build: Callable[[], PreTrainedMode
 
 def test_classifier_is_refused_for_a_language_model() -> None:
     with pytest.raises(ModelError, match="trains a new head, which text-generation has not"):
-        shared("classifier", llama(), LANGUAGE)
+        shared("head-only", llama(), LANGUAGE)
 
 
 def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
@@ -141,7 +144,7 @@ def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
         nn.Linear(2, 2),
     ):
         with pytest.raises(ModelError, match="has no blocks to checkpoint; leave the technique out"):
-            shared("full+checkpointing", model, IMAGES)
+            shared("full+gradient-checkpointing", model, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_checkpointing_keeps_the_gradients_to_the_bit_and_fewer_bytes(
     plain = build()
     checkpointed = deepcopy(plain)
     shared(technique, plain, task)
-    shared(f"{technique}+checkpointing", checkpointed, task)
+    shared(f"{technique}+gradient-checkpointing", checkpointed, task)
     batch = texts(plain, rows=16, length=24)
     wanted, plain_bytes = gradients(plain, batch)
     found, bytes_kept = gradients(checkpointed, batch)

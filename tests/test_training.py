@@ -89,15 +89,15 @@ def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: i
     [
         ({}, 1),
         ({}, 2),
-        ({"schedule": "constant"}, 2),
-        ({"schedule": "cosine"}, 2),
-        ({"schedule": "linear", "warmup": 0.25}, 1),
-        ({"schedule": "cosine", "warmup": 0.5}, 2),
-        ({"clip": 0.1}, 1),
-        ({"clip": None}, 1),
+        ({"lr_schedule": "constant"}, 2),
+        ({"lr_schedule": "cosine"}, 2),
+        ({"lr_schedule": "linear", "warmup_ratio": 0.25}, 1),
+        ({"lr_schedule": "cosine", "warmup_ratio": 0.5}, 2),
+        ({"max_grad_norm": 0.1}, 1),
+        ({"max_grad_norm": None}, 1),
         ({"weight_decay": 0.1, "lr": 3e-3}, 1),
-        ({"epochs": 2, "schedule": "constant"}, 1),
-        ({"steps": 8}, 2),
+        ({"local_epochs": 2, "lr_schedule": "constant"}, 1),
+        ({"local_steps": 8}, 2),
     ],
 )
 def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number: int) -> None:
@@ -112,7 +112,8 @@ def test_a_round_equals_a_bare_loop_to_the_bit(settings: dict[str, Any], number:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"clip": 0.1}, {"schedule": "constant"}, {"warmup": 0.25}, {"lr": 2e-3}, {"weight_decay": 0.1}]
+    "settings",
+    [{"max_grad_norm": 0.1}, {"lr_schedule": "constant"}, {"warmup_ratio": 0.25}, {"lr": 2e-3}, {"weight_decay": 0.1}],
 )
 def test_every_setting_the_bare_loop_is_compared_with_matters(settings: dict[str, Any]) -> None:
     plain, changed = a_round(bert(), a_training_recipe()), a_round(bert(), a_training_recipe(**settings))
@@ -125,7 +126,7 @@ def same_bits(one: LocalTrainingResult, other: LocalTrainingResult) -> bool:
     )
 
 
-@pytest.mark.parametrize("technique", ["full", "lora", "bias+checkpointing"])
+@pytest.mark.parametrize("technique", ["full", "lora", "bias+gradient-checkpointing"])
 def test_a_round_gives_the_same_bits_whatever_ran_before(technique: str) -> None:
     model, recipe, data = bert(), a_training_recipe(), few_texts()
     chosen, state = prepared(model, technique)
@@ -149,13 +150,13 @@ def test_a_client_that_fails_midway_leaves_nothing_to_the_next(monkeypatch: pyte
 
 
 def test_rounds_and_clients_draw_their_own_numbers() -> None:
-    recipe = a_training_recipe(schedule="constant")
+    recipe = a_training_recipe(lr_schedule="constant")
     outcomes = [a_round(bert(), recipe, number, client) for number, client in ((1, 0), (1, 1), (2, 0))]
     assert len({outcome.train_loss for outcome in outcomes}) == 3
 
 
 def test_a_round_leaves_the_random_state_and_the_threads_of_the_process_alone() -> None:
-    model, recipe = bert(), a_training_recipe(threads=2, steps=1)
+    model, recipe = bert(), a_training_recipe(threads=2, local_steps=1)
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     a_round(model, recipe)
     assert torch.equal(torch.get_rng_state(), random)
@@ -176,8 +177,8 @@ def test_only_what_is_trained_in_the_round_is_sent_and_the_rest_stays() -> None:
 
 
 def test_the_outcome_counts_examples_with_repeats_and_ragged_batches() -> None:
-    assert a_round(bert(), a_training_recipe(epochs=2)).num_examples == 20
-    assert a_round(bert(), a_training_recipe(steps=4)).num_examples == 4 + 4 + 2 + 4
+    assert a_round(bert(), a_training_recipe(local_epochs=2)).num_examples == 20
+    assert a_round(bert(), a_training_recipe(local_steps=4)).num_examples == 4 + 4 + 2 + 4
     outcome = a_round(bert(), a_training_recipe())
     assert outcome.seconds > 0
     assert outcome.peak_rss > 2**20
@@ -186,7 +187,7 @@ def test_the_outcome_counts_examples_with_repeats_and_ragged_batches() -> None:
 def test_saved_bytes_fall_with_techniques_that_keep_less() -> None:
     full, checkpointed, head = (
         a_round(bert(), a_training_recipe(), technique=name).activation_bytes
-        for name in ("full", "full+checkpointing", "classifier")
+        for name in ("full", "full+gradient-checkpointing", "head-only")
     )
     assert head < checkpointed < full
 
@@ -196,7 +197,9 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
     model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).bfloat16()
     chosen, rounded = prepared(model)
     state = {name: tensor + 1e-5 for name, tensor in rounded.items()}
-    recipe = a_training_recipe(optimiser="sgd", lr=1e-4, clip=None, schedule="constant", steps=3, batch=12)
+    recipe = a_training_recipe(
+        optimiser="sgd", lr=1e-4, max_grad_norm=None, lr_schedule="constant", local_steps=3, batch_size=12
+    )
     found = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
     copies = {name: tensor.clone() for name, tensor in state.items()}
     model.train()
@@ -234,12 +237,14 @@ def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
     chosen = techniques.build_techniques([Unit(name="full")])
     model = llama()
     state = get_model_state(model, techniques.apply_techniques(chosen, model, LANGUAGE, 0))
-    recipe = a_training_recipe(batch=4, steps=2).model_copy(update={"task": LANGUAGE})
+    recipe = a_training_recipe(batch_size=4, local_steps=2).model_copy(update={"task": LANGUAGE})
     found = train_local_model(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro_batch_size=micro)
     assert math.isfinite(found.train_loss)
     assert all(delta.isfinite().all() for delta in found.delta.values())
     set_model_state(model, state)
-    several = train_local_model(model, chosen, state, texts, np.arange(4), a_training_recipe(batch=1, epochs=1), 1, 0)
+    several = train_local_model(
+        model, chosen, state, texts, np.arange(4), a_training_recipe(batch_size=1, local_epochs=1), 1, 0
+    )
     assert math.isfinite(several.train_loss)
     with pytest.raises(DataError, match="no example of the client has a second token"):
         train_local_model(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
@@ -255,7 +260,7 @@ def test_tensors_of_another_client_are_refused() -> None:
 
 def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
     """A slow twin: AdamW on fp32 copies, whose rounding the model computes with."""
-    model, recipe = bert().bfloat16(), a_training_recipe(epochs=1, lr=1e-5)
+    model, recipe = bert().bfloat16(), a_training_recipe(local_epochs=1, lr=1e-5)
     chosen, rounded = prepared(model)
     received = {name: tensor + 1e-5 for name, tensor in rounded.items()}
     outcome = train_local_model(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)

@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dynamic-pruning": {"density": 0.7, "every": 1},
     "lora": {"rank": 2},
 }
-TEXTS_ONLY = {"checkpointing", "deft", "fused-head", "meft", "qlora", "selective-recompute"}
+TEXTS_ONLY = {"gradient-checkpointing", "deft", "fused-cross-entropy", "meft", "qlora", "selective-checkpointing"}
 """What a small net of plain layers refuses, or keeps as it is."""
 NAMES = [name for name in registry.list_unit_names("fedtune.techniques") if name not in TEXTS_ONLY]
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
@@ -48,7 +48,7 @@ def prepared(joined: str) -> tuple[Any, list[str], tuple[Technique, ...]]:
 
 
 def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> LocalTrainingResult:
-    recipe = a_training_recipe(steps=2, batch=8, optimiser="adamw")
+    recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
     return train_local_model(model, found, get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
 
 

@@ -96,12 +96,13 @@ def a_training_recipe(*, rounds: int = 2, **settings: Any) -> Recipe:
     """A recipe whose training section is given; no data or model stands behind it."""
     return Recipe.model_validate(
         {
+            "version": 2,
             "name": "example",
             "task": "text-classification",
             "model": {"source": "path:nowhere"},
             "data": {"source": "sample:nothing"},
             "devices": [{"count": 2}],
-            "train": {"batch": 4, **({"steps": 4} if "epochs" not in settings else {}), **settings},
+            "train": {"batch_size": 4, **({"local_steps": 4} if "local_epochs" not in settings else {}), **settings},
             "federation": {"rounds": rounds},
         }
     )

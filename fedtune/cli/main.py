@@ -21,6 +21,7 @@ _COMMANDS = {
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
     "methods": ("methods:methods", "List the techniques and merge steps, or print one's card."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
+    "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
     "runs": ("runs:runs", "List, show, compare, plot, export, delete, watch, stop and resume runs."),
     "server": ("server:server", "A server that real devices join."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedtune.cli.merge_options import Command, MergeOptions, numbers, unit
+from fedtune.cli.task_choice import TaskChoice
 
 if TYPE_CHECKING:
     from fedtune.fusion.stages import Stage
@@ -35,7 +36,7 @@ _TASKS = ["text-generation", "text-classification", "image-classification"]
 @click.option("--evaluate", metavar="DATA", help="Examples on which inputs and result are scored.")
 @click.option("--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Of DATA to evaluate.")
 @click.option("--columns", metavar="KEY=NAME,...", help="Their columns, e.g. text=review,label=stars.")
-@click.option("--task", type=click.Choice(_TASKS), help="What the models do; for --calibrate and --evaluate.")
+@click.option("--task", type=TaskChoice(_TASKS), help="What the models do; for --calibrate and --evaluate.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
 @click.option("--report/--no-report", default=True, help="Compare the models first; reads them once more.")
 @click.option("--trust-base", is_flag=True, help="Merge though deltas are about as large as the base.")

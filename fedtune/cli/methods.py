@@ -22,10 +22,12 @@ def methods(name: str | None, as_json: bool) -> None:
     """
     from fedtune.errors import RecipeError
     from fedtune.explain import suggest_nearest
+    from fedtune.recipe_names import UNIT_NAMES
     from fedtune.registry import describe_unit_settings, list_unit_names, read_unit_card
 
     rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
     known = {found: (kind, package) for kind, package in rooms.items() for found in list_unit_names(package)}
+    name = name and UNIT_NAMES.get(name, name)
     if name is not None and name not in known:
         raise RecipeError(f"there is no method {name!r}; {suggest_nearest(name, list(known))}")
     rows = [
@@ -55,7 +57,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
     Console(markup=False).print(table)
-    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+checkpointing")
+    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+gradient-checkpointing")
 
 
 def _show_card(row: Mapping[str, object]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from fedtune.cli.task_choice import TaskChoice
 from fedtune.recipe import TaskName
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["profile"]
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
 @click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
-@click.option("--task", type=click.Choice(get_args(TaskName)), help="What the model of --model is to do.")
+@click.option("--task", type=TaskChoice(get_args(TaskName)), help="What the model of --model is to do.")
 @click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
 @click.option("--batch", metavar="N", help="Short for --set train.batch_size=N.")
 @click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens a text is padded to.")
@@ -41,16 +42,16 @@ def profile(
     as_json: bool,
 ) -> None:
     """Measure what a training step keeps, takes and sends with each technique, beside full, lora,
-    lora+checkpointing and qlora; each in a process of its own, one at a time.
+    lora+gradient-checkpointing and qlora; each in a process of its own, one at a time.
 
-    Techniques may carry settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, checkpointing]".
+    Techniques may carry settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, gradient-checkpointing]".
 
     \b
     Example:
-      fedtune profile recipes/sentiment.yaml --techniques bias,full+checkpointing
+      fedtune profile recipes/sentiment.yaml --techniques bias,full+gradient-checkpointing
       fedtune profile --model sample:minilm --task text-classification --check
     """
-    short = {"batch": batch, "length": length, "image": image}
+    short = {"batch_size": batch, "max_length": length, "image_size": image}
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
     wanted = _recipe(path, model, task, added)
     if output is not None:
@@ -75,8 +76,14 @@ def _recipe(path: Path | None, model: str | None, task: str | None, overrides: S
         raise click.UsageError("name either a RECIPE or --model with --task, e.g. recipes/sentiment.yaml")
     import yaml
 
-    train = {"steps": 1, "batch": 16, "length": 128}
-    made_up = {"name": _name(model), "task": task, "model": {"source": model}, "data": {"source": "random"}}
+    train = {"local_steps": 1, "batch_size": 16, "max_length": 128}
+    made_up = {
+        "version": 2,
+        "name": _name(model),
+        "task": task,
+        "model": {"source": model},
+        "data": {"source": "random"},
+    }
     text = yaml.safe_dump({**made_up, "devices": [{"count": 1}], "train": train, "federation": {"rounds": 1}})
     return with_base(parse_recipe(text, "--model", overrides), None)
 

@@ -8,7 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from fedtune.recipe import Recipe
-    from fedtune.tracking import Store
+    from fedtune.tracking import RunRecord, Store
     from fedtune.training import RunContext
 
 __all__ = ["simulate"]
@@ -44,7 +44,7 @@ def simulate(
     \b
     Example:
       fedtune simulate recipes/sentiment.yaml
-      fedtune simulate recipes/sentiment.yaml --techniques lora+checkpointing --set train.lr=1e-3
+      fedtune simulate recipes/sentiment.yaml --techniques lora+gradient-checkpointing --set train.lr=1e-3
       fedtune simulate --resume latest
       fedtune simulate --extend latest --rounds 32
     """
@@ -101,24 +101,34 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
     from fedtune.cli.exported import with_base
-    from fedtune.recipe import Recipe
 
     found = store.run(reference)
-    shop = _workshop(with_base(Recipe.model_validate_json(found.recipe), url))
+    shop = _workshop(with_base(_read_recorded(found), url))
     store.reopen(found.id)
     return found.id, shop
+
+
+def _read_recorded(run: "RunRecord") -> "Recipe":
+    """A run's recipe; one line says so where it is of an older version."""
+    import json
+
+    from fedtune.recipe import Recipe
+    from fedtune.recipe_versions import VERSION, needs_translation
+
+    if needs_translation(json.loads(run.recipe)):
+        click.echo(f"run {run.id} has a recipe of version 1; it is read as version {VERSION}", err=True)
+    return Recipe.model_validate_json(run.recipe)
 
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
     """More rounds for a run of this machine, which go on from its last one."""
     from fedtune.cli.exported import with_base
     from fedtune.errors import StoreError
-    from fedtune.recipe import Recipe
     from fedtune.tracking import claim_run
     from fedtune.training.optimiser import compute_lr_factor
 
     found = store.run(reference)
-    recipe = with_base(Recipe.model_validate_json(found.recipe), url)
+    recipe = with_base(_read_recorded(found), url)
     if found.engine not in ("local", "flower"):
         raise StoreError(f"run {found.id} is a server's; submit a recipe that begins with its export instead")
     if rounds <= found.rounds_planned:

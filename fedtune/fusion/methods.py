@@ -12,6 +12,7 @@ from fedtune.explain import suggest_nearest
 from fedtune.fusion.settings import ParameterLayer, Value, find_value
 from fedtune.merging import CombineStep
 from fedtune.recipe import Unit
+from fedtune.recipe_names import UNIT_KEYS
 from fedtune.registry import build_unit, list_unit_names
 
 __all__ = ["BoundModel", "MergeMethod", "build_merge_method"]
@@ -163,14 +164,14 @@ def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, 
     switches = _switches(name)
     said = {key: value for key, value in found.items() if value is not None and key not in switches}
     if found.get("filter_wise"):
-        said["over"] = "row"
+        said["granularity"] = "row"
     if found.get("nuslerp_flatten") is False:
-        said["over"] = "column" if found.get("nuslerp_row_wise") else "row"
+        said["granularity"] = "column" if found.get("nuslerp_row_wise") else "row"
     return tuple({**_DEFAULTS.get(name, {}), **said}.items())
 
 
 def _switches(name: str) -> frozenset[str]:
-    """mergekit's switches that stand for a value of ``over``."""
+    """mergekit's switches that stand for a value of ``granularity``."""
     return _SWITCHES.get(name, frozenset())
 
 
@@ -184,7 +185,8 @@ def _built(name: str, chosen: tuple[tuple[str, Any], ...]) -> CombineStep:
 def _spellings(name: str) -> dict[str, str]:
     """Everything a step's fields may be called, and the field that is meant."""
     fields = type(_built(name, ())).model_fields
-    return {spelt: field for field, info in fields.items() for spelt in _spelt(field, info)}
+    spelt = {spelling: field for field, info in fields.items() for spelling in _spelt(field, info)}
+    return {**spelt, **UNIT_KEYS.get(name, {})}
 
 
 def _spelt(field: str, info: FieldInfo) -> list[str]:

@@ -4,16 +4,16 @@ What: a merged delta of a weight is multiplied column by column by c_j = 1 - (1 
 input channel j in the base over the largest of its layer: the most active channel keeps ``omega`` of its update, a dead
 one all of it. Linear and convolution weights and, as published, weights of norms; embeddings, whatever is tied to one,
 biases and buffers stay as merged. The experts are not needed, only the base and some text.
-Memory: one vector per weight. In a federation the statistics cost a forward pass over ``examples`` texts a round.
-Sends: with ``statistics: clients`` one number per input channel of each weight that is trained in the round, so about
+Memory: one vector per weight. In a federation the statistics cost a forward pass over ``max_examples`` texts a round.
+Sends: with ``measured_by: clients`` one number per input channel of each weight that is trained in the round, so about
 1 / (output channels) of a dense update, but 1 / rank of an adapter in a round that trains A.
 Use when: the merge moved too far, as sums of several task vectors do (weight 1 each): there the paper gains most.
 Measured here over three seeds at omega 0.4 (benchmarks/aim.py): on sums of three SmolLM2 fine-tunes 0.33 less loss than
 ``shrink`` on their own domains, 0.02 with TIES, and in all merges less loss on text nobody was tuned on.
 Avoid when: the merge is a mean near its clients: there 0.04 more loss than ``shrink``, and in a federation of full
-fine-tuning no difference (benchmarks/aim_federation.py). Always see ``shrink`` beside it: part of what AIM
-does is a smaller step. Where one channel outshines all others (massive activations of language models) s is near zero
-elsewhere and AIM does next to nothing there; ``quantile`` below 1 lowers the bar.
+fine-tuning no difference (benchmarks/aim_federation.py). Always see ``shrink`` beside it: part of what AIM does is a
+smaller step. Where one channel outshines all others (massive activations of language models) s is near zero elsewhere
+and AIM does next to nothing there; ``peak_quantile`` below 1 lowers the bar.
 Adapters: (B A) diag(c) = B (A diag(c)), so an adapter keeps its rank, and in a round that trains A alone (B common)
 scaling the delta of A is exact. In a round that trains B alone (A common) no change of B can scale columns of the
 product: B stays as merged, so alternating factors are relaxed every second round and ``freeze-a`` not at all (refused

@@ -24,7 +24,7 @@ class Karcher(GramCombineStep):
     """The Karcher mean of the directions."""
 
     name: ClassVar[str] = "karcher"
-    max_iterations: int = Field(10, ge=1, validation_alias=AliasChoices("iterations", "max_iter"))
+    max_iterations: int = Field(10, ge=1, validation_alias=AliasChoices("max_iterations", "max_iter"))
     tolerance: float = Field(
         1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
     )

@@ -1,9 +1,9 @@
 """Re-basin: the hidden units of each model are permuted so that they correspond to those of the others.
 
 What: pi_k with pi_k(theta_k) close to theta_1; the permuted model computes the same function. method weight: coordinate
-descent on sum <theta_1, pi(theta_k)>, one linear assignment per layer and step, the best of ``visits`` random orders of
-layers. method activation: an assignment on the correlations of units, measured on calibration data. many first: all are
-matched to the first model; cycle: each in turn to the mean of the others, until none moves (MergeMany).
+descent on sum <theta_1, pi(theta_k)>, one linear assignment per layer and step, the best of ``restarts`` random orders
+of layers. method activation: an assignment on the correlations of units, measured on calibration data. reference
+first: all are matched to the first model; mean-of-others: each in turn to that mean, until none moves (MergeMany).
 Fits: nets of linear and convolutional layers, plain or residual, any norm; BERT, RoBERTa, GPT-2 and Llama-like models.
 Heads move as a whole; under rotary positions the channels of queries and keys stay where they are.
 Memory: a tensor of each of two models at a time and C in double precision; afterwards one whole tensor per model.

@@ -1,7 +1,7 @@
 """RegMean: the linear layers whose outputs are nearest to those of every model on its own inputs.
 
 What: for a linear weight W [out, in], W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1, with G_i = mean x x^T over the inputs
-  of model i and its entries off the diagonal times ``shrink``; all other tensors take the mean by weight.
+  of model i and its entries off the diagonal times ``off_diagonal_scale``; all other tensors take the mean by weight.
 Memory: one piece of delta and one Gram matrix [in, in] per model, double.
 Use when: models were trained on different data and a few thousand tokens of each are at hand to measure G.
 Avoid when: layers are wide: a Gram matrix of a layer with 10 000 inputs takes 400 MB in a file, twice that at work.

@@ -46,8 +46,8 @@ class TrimmedMean(CombineStep):
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
-                f"merge: trimmed-mean with share {self.trim_fraction:g} needs at least {self.needed} models to cut "
-                f"one at each end, but {len(operands)} came; raise share or add some"
+                f"merge: trimmed-mean with trim_fraction {self.trim_fraction:g} needs at least {self.needed} models to "
+                f"cut one at each end, but {len(operands)} came; raise trim_fraction or add some"
             )
         return BoundCombine(self, operands)
 

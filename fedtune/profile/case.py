@@ -10,7 +10,7 @@ from fedtune.registry import list_unit_names
 
 __all__ = ["BASELINES", "ProfileCase", "format_techniques", "list_profiled_techniques", "make_profile_cases"]
 
-BASELINES = ("full", "lora", "lora+checkpointing", "qlora")
+BASELINES = ("full", "lora", "lora+gradient-checkpointing", "qlora")
 """What stands beside whatever was asked for."""
 
 
@@ -62,7 +62,7 @@ def _alone_or_beside(name: str) -> list[Unit]:
 
 
 def format_techniques(units: Sequence[Unit]) -> str:
-    """Techniques as one word, with the settings that are given: ``lora(rank=4)+checkpointing``."""
+    """Techniques as one word, with the settings that are given: ``lora(rank=4)+gradient-checkpointing``."""
     return "+".join(f"{unit.name}{_settings(unit)}" for unit in units)
 
 

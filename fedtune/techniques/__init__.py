@@ -48,7 +48,7 @@ def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques"
     if len(set(present)) < len(present):
         raise RecipeError(f"{recipe_key}: {'+'.join(present)} names one technique twice; drop one")
     if not any(technique.selects_trainable_tensors for technique in chosen):
-        raise RecipeError(f"{recipe_key}: {'+'.join(present)} trains nothing; add full, lora, bias or classifier")
+        raise RecipeError(f"{recipe_key}: {'+'.join(present)} trains nothing; add full, lora, bias or head-only")
     return chosen
 
 

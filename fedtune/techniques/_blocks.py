@@ -124,7 +124,7 @@ def split_block(name: str, block: nn.Module, hidden: Tensor, call: BlockArgument
 
 
 def _unsupported_block(name: str, block: nn.Module, why: str) -> ModelError:
-    return ModelError(f"meft does not fit: {name} ({type(block).__name__}) {why}; take checkpointing instead")
+    return ModelError(f"meft does not fit: {name} ({type(block).__name__}) {why}; take gradient-checkpointing instead")
 
 
 def said(error: BaseException) -> str:

@@ -75,7 +75,9 @@ def find_conv_norm_pairs(model: nn.Module) -> list[ConvNormPair]:
         if type(call.module) is nn.BatchNorm2d and call.module.affine and (giver := givers.get(id(call.input)))
     ]
     if not pairs:
-        raise ModelError(f"{type(model).__name__} has no batch norm behind a convolution; leave normalise out")
+        raise ModelError(
+            f"{type(model).__name__} has no batch norm behind a convolution; leave standardise_weights out"
+        )
     return pairs
 
 

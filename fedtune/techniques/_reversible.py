@@ -208,7 +208,7 @@ def _check_reconstruction(
         stack.warned = True
         warnings.warn(
             f"meft in float mode rebuilt the input of its first block with a relative error of {error:.1e}, and the "
-            "gradients of the blocks are wrong accordingly; mode: exact has no such error",
+            "gradients of the blocks are wrong accordingly; arithmetic: exact has no such error",
             stacklevel=2,
         )
 

@@ -1,10 +1,10 @@
 """Activation pruning: linear layers and convolutions store only the largest entries of their input for the gradient.
 
-What: of a layer's input x the share ``prune`` of smallest size is not stored; the weight's gradient is taken with what
-is left, x_hat. Outputs, gradients by inputs and by biases are exact, so no error travels from layer to layer. A tensor
-that several layers read is stored once. ReLU and ReLU6 keep one bit in place of their result, convolutions of frozen
-weight nothing. ``normalise``: convolutions normalise their weights and the batch norms behind them go (NSConv): nothing
-is stored for norms, and no step depends on its batch. It trains nothing itself.
+What: of a layer's input x the share ``pruned_fraction`` of smallest size is not stored; the weight's gradient is taken
+with what is left, x_hat. Outputs, gradients by inputs and by biases are exact, so no error travels from layer to layer.
+A tensor that several layers read is stored once. ReLU and ReLU6 keep one bit in place of their result, convolutions of
+frozen weight nothing. ``standardise_weights``: convolutions normalise their weights and the batch norms behind them go
+(NSConv): nothing is stored for norms, and no step depends on its batch. It trains nothing itself.
 Saves: with r the share kept, 4 r + 1/8 bytes of an entry's 4, or 8 r where a list of places is shorter than one bit
 each; ``half``: 2 r + 1/8. What other layers keep stays: a frozen LayerNorm its input, GELU its input, attention its
 operands, a batch norm its input, pooling its input. They set the ceiling: MiniLM with LoRA at 5 x 64 tokens keeps 47.8
@@ -19,20 +19,20 @@ sends.
 Error: cosine of weight gradients to the exact ones, mean over layers, pruned by 50, 70 and 90 %: EfficientNet-Lite0's
 last blocks .99, .97, .84 (mean of two bases); MiniLM with LoRA .99, .95, .83, worst in the layer behind GELU, .97, .87,
 .65. ``fedtune profile --check`` compares with everything stored and shows it: entries are wrong by tens of percent of
-the largest, by design. ``centre`` takes the mean of each feature out of a linear layer's input and adds its part
-exactly: .99, .97, .91 for all of MiniLM where it is .99, .95, .84 without; it costs one number per feature.
-Use when: a net of convolutions is trained and activations fill the device; with ``normalise`` where a net is trained
-from scratch, in small batches or with ``dynamic-pruning``, whose masks it respects.
-Avoid when: gradients have to be exact (``checkpointing``); only biases, norms or B of LoRA are trained, as in its odd
-rounds: nothing is left to prune. ``normalise`` throws a pretrained net's scales away: not for fine-tuning. A first
-layer that reads pictures with a bright or dark background may keep the background and drop the rest: its cosine was .56
-in a normalised ResNet-18 on Fashion-MNIST at 50 %, .86 in the head, above .99 in all between.
+the largest, by design. ``centre_features`` takes the mean of each feature out of a linear layer's input and adds its
+part exactly: .99, .97, .91 for all of MiniLM where it is .99, .95, .84 without; it costs one number per feature.
+Use when: a net of convolutions is trained and activations fill the device; with ``standardise_weights`` where a net is
+trained from scratch, in small batches or with ``dynamic-pruning``, whose masks it respects.
+Avoid when: gradients have to be exact (``gradient-checkpointing``); only biases, norms or B of LoRA are trained, as in
+its odd rounds: nothing is left to prune. ``standardise_weights`` throws a pretrained net's scales away: not for
+fine-tuning. A first layer that reads pictures with a bright or dark background may keep the background and drop the
+rest: its cosine was .56 in a normalised ResNet-18 on Fashion-MNIST at 50 %, .86 in the head, above .99 in all between.
 Source: Huang et al., "FedMef: Towards Memory-efficient Federated Dynamic Pruning" (CVPR 2024), scaled activation
 pruning; the rule is that of Chen et al., "DropIT" (ICLR 2023). Read: FedMef's abstract, reviews and released code, in
 which the cache holds 32-bit places outside autograd's sight and NSConv is missing; not its body. Reconstructed: NSConv,
 as scaled weight standardisation (Brock, De and Smith, arXiv 2101.08692) over active weights. Ours: bit maps for places,
-shared inputs, masked ReLUs, rows (``per``), ``centre``, and what concerns transformers. Left dense: GPT-2's Conv1D,
-paddings other than zeros, and the second half of low-rank pairs, which reads a few numbers per token.
+shared inputs, masked ReLUs, rows (``granularity``), ``centre_features``, and what concerns transformers. Left dense:
+GPT-2's Conv1D, paddings other than zeros, and the second half of low-rank pairs, which reads a few numbers per token.
 """
 
 from collections.abc import Mapping
@@ -92,7 +92,8 @@ class ActivationPruning(Technique):
         frozen = next((name for name, layer in iter_standardised_conv2d(model) if not layer.weight.requires_grad), None)
         if frozen is not None:
             raise ModelError(
-                f"activation-pruning's normalise rescales {frozen}, which is frozen; train it (full) or leave it out"
+                f"activation-pruning's standardise_weights rescales {frozen}, which is frozen; train it (full) or "
+                "leave it out"
             )
         if self.pruned_fraction or self.value_precision == "half":
             _mask_activations(model)
@@ -109,7 +110,7 @@ class ActivationPruning(Technique):
 
     def make_reference(self) -> "ActivationPruning":
         """The same network with inputs stored whole: the difference is what pruning costs."""
-        return self.model_copy(update={"prune": 0.0, "values": "full"})
+        return self.model_copy(update={"pruned_fraction": 0.0, "value_precision": "full"})
 
     def has_unchanged_base(self) -> bool:
         """Not without its batch norms."""

@@ -31,7 +31,7 @@ class Bias(Technique):
 
     name: ClassVar[str] = "bias"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside biases anyway",
+        "head-only": "the head is trained beside biases anyway",
         "full": "full trains biases among all the rest",
     }
 
@@ -47,7 +47,7 @@ class Bias(Technique):
 
     def make_reference(self) -> "Bias":
         """The same network, every activation stored."""
-        return self.model_copy(update={"stored_activations": True})
+        return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""

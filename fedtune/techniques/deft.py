@@ -4,12 +4,12 @@ What: loss = task + alpha D, D = mean over layers, tokens and units of s(a) = a^
 activations that are not zero; a is what the narrowing layer of each MLP reads. Trains nothing itself.
 Saves: nothing while training, and no time on dense hardware afterwards: a zero saves work only where its row of the
 narrowing layer is skipped. Training keeps no more bytes than without: D is reduced inside the layer, and what its
-gradient needs (ReLU's output, another activation's input, the two factors of a gated MLP) is kept anyway. ``skip`` is
-the exception: the gradient of its weights needs what each MLP gives.
-Sends: what the technique beside it sends; with ``skip`` also one number per MLP.
-Use when: the model is deployed where sparse activations are skipped, or MLPs are to be dropped (``skip``).
+gradient needs (ReLU's output, another activation's input, the two factors of a gated MLP) is kept anyway. ``skip_mlps``
+is the exception: the gradient of its weights needs what each MLP gives.
+Sends: what the technique beside it sends; with ``skip_mlps`` also one number per MLP.
+Use when: the model is deployed where sparse activations are skipped, or MLPs are to be dropped (``skip_mlps``).
 Avoid when: activations are GELU and the run is short: exact zeros of GELU are underflow, which takes very long training
-to reach; swap in ReLU (``relu``). Too large an alpha ruins the task silently: watch the accuracy.
+to reach; swap in ReLU (``replace_with_relu``). Too large an alpha ruins the task silently: watch the accuracy.
 Figures: shares 0..1 of non-zero activations while scoring, first all examples of a layer, then the mean over layers
 (encoder and decoder apart): ``density`` over real tokens, ``density_padded`` over all positions as the authors count,
 ``density_above_threshold`` what is left once the threshold is applied (and the accuracy is that of the model with it
@@ -21,11 +21,11 @@ Ours: padding does not count, and tokens weigh alike rather than texts. Gated ML
 not at the gate, in units c_l of the layer: the root mean square of the step's own |P| clipped at its 99th percentile,
 constant for the gradient. It needs no calibration text, so it is the same rule on every client and after a resume, and
 as it follows the scale of P, shrinking P is no way to a smaller D. ``eps_start`` anneals eps geometrically over the
-run. ``relu`` swaps the activation, also in the exported configuration. ``skip`` is ADA-DEFT-style: the abstract says
-that layer-wise weights are learned and MLPs skipped; parametrisation, regulariser and bound are ours (_mlp_weights.py),
-and an export that lost MLPs brings its code along, for no configuration of transformers can say so. Dropout between
-product and narrowing layer (a gated T5) counts as zeros and makes training keep that product; T5's decoder is counted
-with the encoder's padding.
+run. ``replace_with_relu`` swaps the activation, also in the exported configuration. ``skip_mlps`` is ADA-DEFT-style:
+the abstract says that layer-wise weights are learned and MLPs skipped; parametrisation, regulariser and bound are ours
+(_mlp_weights.py), and an export that lost MLPs brings its code along, for no configuration of transformers can say so.
+Dropout between product and narrowing layer (a gated T5) counts as zeros and makes training keep that product; T5's
+decoder is counted with the encoder's padding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,4 +183,6 @@ def _check_swap(model: nn.Module, mlp: MlpLayers) -> None:
     with torch.device("meta"):
         rebuilt: nn.Module = kind(type(config).from_dict(config.to_dict()))
     if not isinstance(rebuilt.get_submodule(mlp.activation), nn.ReLU):
-        raise ModelError(f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's relu out")
+        raise ModelError(
+            f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's replace_with_relu out"
+        )

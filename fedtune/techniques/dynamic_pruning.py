@@ -1,26 +1,29 @@
 """Dynamic pruning: sparse weights whose mask moves, the same on every client; nothing dense is ever sent.
 
-What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every ``every``
-rounds, up to round ``until``, the server drops in each layer the k smallest of the merged weights and wakes the k
-inactive ones of largest gradient, which start at zero; k = share / 2 (1 + cos(pi t / until)) times the active ones.
-Clients take the gradient of one batch after their training, layer by layer, and send the k largest at inactive places.
-``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round the k smallest active weights get the loss
-strength * |theta_S|^2, and the learning rate is raised to beta = p (2 sigmoid(|theta_S|) - 1) lr_0 while that is more
-than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
+What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every
+``update_every`` rounds, up to round ``last_update_round``, the server drops in each layer the k smallest of the merged
+weights and wakes the k inactive ones of largest gradient, which start at zero; k = drop_fraction / 2 (1 + cos(pi t /
+last_update_round)) times the active ones. Clients take the gradient of one batch after their training, layer by layer,
+and send the k largest at inactive places. ``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round
+the k smallest active weights get the loss strength * |theta_S|^2, and the learning rate is raised to beta = p (2
+sigmoid(|theta_S|) - 1) lr_0 while that is more than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps
+of the round.
 Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
 join ``activation-pruning`` for what a step keeps.
 Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places of a byte (and one
 per 255 weights) and k gradients of two up when the mask moves.
-Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add ``live-norm``
-for a net with batch norms from scratch, or ``activation-pruning`` with ``normalise``.
+Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add
+``batch-norm-statistics`` for a net with batch norms from scratch, or ``activation-pruning`` with
+``standardise_weights``.
 Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
 Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a reading of abstract, reviews, released
 code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
 lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
 Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
-largest gradients, as the paper says and the code does not, in bfloat16. Baselines: ``every: null`` is the fixed random
-mask, ``extrusion: null`` dynamic pruning alone, and ``by: clients`` FedDST (arXiv 2112.09824), where each client moves
-its mask midway through a round and the server averages each weight over its holders and keeps the largest.
+largest gradients, as the paper says and the code does not, in bfloat16. Baselines: ``update_every: null`` is the fixed
+random mask, ``extrusion: null`` dynamic pruning alone, and ``updated_by: clients`` FedDST (arXiv 2112.09824), where
+each client moves its mask midway through a round and the server averages each weight over its holders and keeps the
+largest.
 """
 
 import math
@@ -56,7 +59,7 @@ class DynamicPruning(Technique):
     name: ClassVar[str] = "dynamic-pruning"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains everything under its masks",
-        "classifier": "it trains everything under its masks",
+        "head-only": "it trains everything under its masks",
         "full": "it trains everything under its masks",
         "lora": "a mask is for weights that are trained, and lora freezes them",
         "meft": "a mask is for weights that are trained, and meft freezes them",
@@ -76,7 +79,9 @@ class DynamicPruning(Technique):
     @model_validator(mode="after")
     def _extrusion_is_for_the_servers_drop(self) -> Self:
         if self.updated_by == "clients" and self.extrusion is not None:
-            raise ValueError("extrusion readies weights for the server's drop; with by: clients say extrusion: null")
+            raise ValueError(
+                "extrusion readies weights for the server's drop; with updated_by: clients say extrusion: null"
+            )
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:

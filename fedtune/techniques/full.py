@@ -26,7 +26,7 @@ class Full(Technique):
     name: ClassVar[str] = "full"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "full trains biases among all the rest",
-        "classifier": "full trains the head among all the rest",
+        "head-only": "full trains the head among all the rest",
         "lora": "full trains the weights that lora freezes",
         "qlora": "full trains the weights that qlora freezes",
     }

@@ -1,9 +1,9 @@
 """Last blocks: the top of a mobile net is trained as PyTorch trains it, all below is frozen.
 
-What: the last ``blocks`` inverted residual blocks with their norms and the norms' statistics (or not: ``norms``), the
-convolution behind them (or not: ``head``), and a classifier's new head.
-Saves: what the frozen blocks below would keep; they run without a graph, and with ``micro_batch`` some examples at a
-time, which lowers the peak. The trained ones keep everything.
+What: the last ``num_blocks`` inverted residual blocks with their norms and the norms' statistics (or not:
+``norm_statistics``), the convolution behind them (or not: ``head_convolution``), and a classifier's new head.
+Saves: what the frozen blocks below would keep; they run without a graph, and with ``micro_batch_size`` some examples at
+a time, which lowers the peak. The trained ones keep everything.
 Sends: the weights and statistics of those blocks.
 Use when: it is the yardstick for ``mobiletl``, which trains nearly the same for a third of the memory; or where a net's
 activations are neither ReLU nor ReLU6 and gradients must be exact.
@@ -35,12 +35,12 @@ class LastBlocks(Technique):
     name: ClassVar[str] = "last-blocks"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains biases below the last blocks too",
-        "checkpointing": "statistics would follow each batch twice",
-        "classifier": "the head is trained beside the blocks anyway",
+        "gradient-checkpointing": "statistics would follow each batch twice",
+        "head-only": "the head is trained beside the blocks anyway",
         "dynamic-pruning": "it trains everything under its masks",
         "full": "full trains the last blocks among all the rest",
         "lora": "low-rank pairs hide the convolutions that blocks are told by",
-        "norm": "it trains norms below the last blocks too",
+        "batch-norm": "it trains norms below the last blocks too",
         "qlora": "low-rank pairs hide the convolutions that blocks are told by",
         "tinytl": "it trains branches below the last blocks too",
     }

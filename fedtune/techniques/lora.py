@@ -10,9 +10,9 @@ capacity. ``trained_factors: both`` trains both, for merges of pairs: ``fedit``,
 ``trained_factors: both-and-base`` also shares the base weights, for merges that write into them:
 ``fedex-lora``, ``flora``; what is added to these weights goes down as low-rank increments.
 Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
-Avoid when: activations are the problem: add ``checkpointing``; or weights are: take ``qlora``. Pairs stand beside
-linear layers and point-wise convolutions: experts that are one tensor, other convolutions and Mamba's ``out_proj`` stay
-frozen, which is said where they are more than a twentieth of the weights.
+Avoid when: activations are the problem: add ``gradient-checkpointing``; or weights are: take ``qlora``. Pairs stand
+beside linear layers and point-wise convolutions: experts that are one tensor, other convolutions and Mamba's
+``out_proj`` stay frozen, which is said where they are more than a twentieth of the weights.
 Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs
 via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755); freezing A: Sun et al., "Improving LoRA in
 Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).
@@ -31,7 +31,7 @@ class Lora(LowRankTechnique):
 
     name: ClassVar[str] = "lora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside a low-rank pair anyway",
+        "head-only": "the head is trained beside a low-rank pair anyway",
         "full": "full trains the weights that lora freezes",
         "qlora": "both put a low-rank pair beside the same layers",
     }

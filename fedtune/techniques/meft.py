@@ -6,21 +6,23 @@ and a classifier's new head are trained, the pretrained weights stay frozen. ``v
 (x1 - x2) + layer(x2), which starts next to the pretrained model, while meft1 adds a share of the whole residual in each
 block.
 Saves: the activations of all blocks. Two double-precision streams are kept per stretch of blocks, however long. The
-backward pass holds the graph of half a block at a time, or with ``pieces`` of a share of it: attention takes some rows
-of the batch after the other, the feed-forward part some tokens.
+backward pass holds the graph of half a block at a time, or with ``num_chunks`` of a share of it: attention takes some
+rows of the batch after the other, the feed-forward part some tokens.
 Costs: one more forward pass, as checkpointing does, and attention once more; and the pretrained function: the factor
 stays in the network, which is exported with its own code and never folds back into the base.
 Sends: 2 (2 rank width + rank + width) numbers per block, and the head.
 Exactness: by default gradients are bit-equal to those of the same network with every activation stored. Streams are
 doubles, what blocks add to them is rounded to a grid, the factor is a power of two, and a stretch ends where a double's
-53 bits run out; a bitwise guard ends it earlier if streams outgrow the range measured at the start. ``mode: float`` is
-the published arithmetic; its reconstruction fails in deep models without a sign, so it says aloud how wrong it is.
+53 bits run out; a bitwise guard ends it earlier if streams outgrow the range measured at the start. ``arithmetic:
+float`` is the published arithmetic; its reconstruction fails in deep models without a sign, so it says aloud how wrong
+it is.
 Use when: activations fill the device, and the model is deep.
-Avoid when: checkpointing fits already, or the head fills the memory and not the blocks (``fused-head`` helps there).
+Avoid when: checkpointing fits already, or the head fills the memory and not the blocks (``fused-cross-entropy``
+helps there).
 Source: Liao, Tan and Monz, "Make Pre-trained Model Reversible" (arXiv 2306.00477): MEFT1 to MEFT3, adapters, their
 initialisation, factors and dropout as in the published code. Deviations: ``diff``; exact mode with a factor of 1/8 for
-0.1; ``merge: main`` by default where the published encoders take the mean, and the last block's adapter that feeds the
-stream nobody then reads left out; rank 8 for every model; dropout's seeds follow from the step's own.
+0.1; ``output_stream: main`` by default where the published encoders take the mean, and the last block's adapter that
+feeds the stream nobody then reads left out; rank 8 for every model; dropout's seeds follow from the step's own.
 """
 
 import math
@@ -59,8 +61,8 @@ class Meft(Technique):
 
     name: ClassVar[str] = "meft"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "checkpointing": "reversible blocks keep nothing already",
-        "selective-recompute": "reversible blocks keep nothing that could be recomputed",
+        "gradient-checkpointing": "reversible blocks keep nothing already",
+        "selective-checkpointing": "reversible blocks keep nothing that could be recomputed",
     }
 
     variant: Literal["diff", "meft1", "meft2", "meft3"] = "diff"
@@ -79,14 +81,14 @@ class Meft(Technique):
     def _exact_factors_are_powers_of_two(self) -> Self:
         if self.arithmetic == "exact" and math.frexp(self.scaling_factor)[0] != 0.5:
             raise ValueError(
-                f"factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or mode: float"
+                f"factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or arithmetic: float"
             )
         return self
 
     def find_conflict(self, other: Technique) -> str | None:
-        """``deft`` reads whole activations, which ``pieces`` never makes."""
+        """``deft`` reads whole activations, which ``num_chunks`` above 1 never makes."""
         if other.name == "deft" and self.num_chunks > 1:
-            return "deft measures a layer's activations whole, which only pieces: 1 makes"
+            return "deft measures a layer's activations whole, which only num_chunks: 1 makes"
         return super().find_conflict(other)
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
@@ -129,7 +131,7 @@ class Meft(Technique):
 
     def make_reference(self) -> "Meft":
         """The same network, every activation stored."""
-        return self.model_copy(update={"stored_activations": True})
+        return self.model_copy(update={"store_activations": True})
 
     def _cuts(self, blocks: int) -> tuple[int, ...]:
         """The fewest blocks, evenly spaced, whose inputs are kept so that no stretch between them outgrows a double."""

@@ -1,15 +1,17 @@
 """MobileTL: the last inverted residual blocks are trained, with shifts and one-bit masks in place of kept activations.
 
-What: of the last ``blocks`` blocks all convolutions, the shifts of the norms inside, and the last norm with its
-statistics; the convolution behind them (or not: ``head``), and a classifier's new head. All below is frozen.
+What: of the last ``num_blocks`` blocks all convolutions, the shifts of the norms inside, and the last norm with its
+statistics; the convolution behind them (or not: ``head_convolution``), and a classifier's new head. All below is
+frozen.
 Saves: norms inside keep nothing, their scale and statistics being frozen; activations keep one bit per element where
 PyTorch keeps 32; padding is not kept. In a block that widens t-fold 2 + 6 t maps become 2 + 2 t + t / 16. The frozen
-part runs without a graph and, since its large maps set the resident memory, ``micro_batch`` examples at a time.
+part runs without a graph and, since its large maps set the resident memory, ``micro_batch_size`` examples at a time.
 Sends: the weights of those blocks, and the statistics of their last norms.
-Exactness: gradients of ReLU and ReLU6 nets are those of the same network by ordinary means; ``mask: paper`` takes
-1[x >= 0] for ReLU6 as published. Hard-swish has no exact mask; 1[x >= 0] is the published one, ``hard_swish: exact``
-keeps its input. Squeeze-excite is trained as usual; what it gives is made again for the convolution behind it, which
-else would keep it too. In micro-batches the frozen part gives what it gives on the whole batch, up to rounding.
+Exactness: gradients of ReLU and ReLU6 nets are those of the same network by ordinary means; ``relu6_gradient: paper``
+takes 1[x >= 0] for ReLU6 as published. Hard-swish has no exact mask; 1[x >= 0] is the published one,
+``hard_swish_gradient: exact`` keeps its input. Squeeze-excite is trained as usual; what it gives is made again for the
+convolution behind it, which else would keep it too. In micro-batches the frozen part gives what it gives on the whole
+batch, up to rounding.
 Use when: pictures are classified by a mobile net on a device whose memory is filled by activations.
 Avoid when: the net has no such blocks (it is refused), or all of it must be trained: use ``full``.
 Source: Chiang, Frumkin, Liang and Marculescu, "MobileTL: On-device Transfer Learning with Inverted Residual Blocks"
@@ -17,7 +19,8 @@ Source: Chiang, Frumkin, Liang and Marculescu, "MobileTL: On-device Transfer Lea
 published. Reconstructed: how the head convolution is treated, and the mask of ReLU6. Headline: 46.3 % less memory in a
 MobileNetV2 block and 53.3 % in one of V3, by the paper's accounting, in which a plain ReLU6 keeps two bits.
 Deviations: the exact mask for ReLU6 by default; batch statistics of 32 values per channel and more only; swish and
-others keep their input. ``cache``, which stores what the frozen part gives on disk by the pixels, is an extension.
+others keep their input. ``cache_outputs``, which stores what the frozen part gives on disk by the pixels, is an
+extension.
 """
 
 from collections.abc import Mapping
@@ -46,14 +49,14 @@ class Mobiletl(Technique):
     name: ClassVar[str] = "mobiletl"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "its frozen part has no gradients",
-        "checkpointing": "statistics would follow each batch twice",
-        "classifier": "the head is trained beside the blocks anyway",
+        "gradient-checkpointing": "statistics would follow each batch twice",
+        "head-only": "the head is trained beside the blocks anyway",
         "dynamic-pruning": "it trains everything under its masks",
         "full": "its frozen part has no gradients",
         "last-blocks": "both train the last blocks",
-        "live-norm": "its frozen part keeps its statistics",
+        "batch-norm-statistics": "its frozen part keeps its statistics",
         "lora": "its frozen part has no gradients",
-        "norm": "its frozen part has no gradients",
+        "batch-norm": "its frozen part has no gradients",
         "qlora": "its frozen part has no gradients",
         "tinytl": "its frozen part has no gradients",
     }
@@ -72,7 +75,7 @@ class Mobiletl(Technique):
     @model_validator(mode="after")
     def _cached_one_by_one(self) -> Self:
         if self.cache_outputs and self.micro_batch_size > 1:
-            raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
+            raise ValueError("cache_outputs keeps what examples give one by one; leave micro_batch_size at 1")
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
@@ -88,7 +91,7 @@ class Mobiletl(Technique):
 
     def make_reference(self) -> "Mobiletl":
         """The same network, every activation stored and no gradient approximated."""
-        return self.model_copy(update={"stored_activations": True})
+        return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""

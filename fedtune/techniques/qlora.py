@@ -26,7 +26,7 @@ class Qlora(LowRankTechnique):
 
     name: ClassVar[str] = "qlora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside a low-rank pair anyway",
+        "head-only": "the head is trained beside a low-rank pair anyway",
         "full": "full trains the weights that qlora freezes",
         "lora": "both put a low-rank pair beside the same layers",
     }

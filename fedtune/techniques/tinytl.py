@@ -2,7 +2,7 @@
 
 What: beside each inverted residual block a lite residual (pool, grouped convolution, norm, ReLU, 1 x 1 convolution,
 norm) at half the resolution, whose last scale starts at 0, so that training starts at the pretrained function; the
-shifts of all norms (or not: ``biases``), and a classifier's new head.
+shifts of all norms (or not: ``train_biases``), and a classifier's new head.
 Saves: the maps of the main path: frozen convolutions and norms keep nothing, ReLU and ReLU6 one bit per element. The
 branches keep maps of their block's narrow ends at a quarter of the pixels.
 Sends: the branches, one number per channel, and the head.
@@ -11,9 +11,9 @@ Use when: a whole mobile net is to be adapted with small memory, blocks near the
 Avoid when: the result must be a plain net: the branches stay and nothing exports them; or a few top blocks suffice
 (``mobiletl``).
 Source: Cai, Gan, Zhu and Han, "TinyTL: Reduce Memory, Not Parameters for Efficient On-Device Learning" (arXiv
-2007.11622), section 3.2, TinyTL-L+B, without ``biases`` TinyTL-L; the branch as in the released code. Deviations: the
-net keeps its batch norms, frozen, where the paper turns them into group norms with standardised weights; the branches
-have group norms of eight channels; frozen weights stay in fp32; features at one resolution.
+2007.11622), section 3.2, TinyTL-L+B, without ``train_biases`` TinyTL-L; the branch as in the released code. Deviations:
+the net keeps its batch norms, frozen, where the paper turns them into group norms with standardised weights; the
+branches have group norms of eight channels; frozen weights stay in fp32; features at one resolution.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,11 @@ class Tinytl(Technique):
     name: ClassVar[str] = "tinytl"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "tinytl trains biases itself",
-        "classifier": "the head is trained beside the branches anyway",
+        "head-only": "the head is trained beside the branches anyway",
         "dynamic-pruning": "it trains everything under its masks",
         "full": "full trains the blocks that tinytl freezes",
         "lora": "low-rank pairs hide the convolutions that blocks are told by",
-        "norm": "tinytl freezes the scales of norms",
+        "batch-norm": "tinytl freezes the scales of norms",
         "qlora": "low-rank pairs hide the convolutions that blocks are told by",
     }
 
@@ -67,7 +67,7 @@ class Tinytl(Technique):
 
     def make_reference(self) -> "Tinytl":
         """The same network, every activation stored."""
-        return self.model_copy(update={"stored_activations": True})
+        return self.model_copy(update={"store_activations": True})
 
     def has_unchanged_base(self) -> bool:
         """The branches stay."""

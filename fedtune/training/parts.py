@@ -71,7 +71,7 @@ def _check_factors(shop: "RunContext", part: "RunContext", pairs: Sequence[LowRa
         if one != other:
             raise RecipeError(
                 f"{start} and train.techniques train different factors of low-rank pairs in round {number}; set "
-                "lora: {exact: ...} to the same in both"
+                "lora: {trained_factors: ...} to the same in both"
             )
 
 

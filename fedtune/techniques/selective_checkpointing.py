@@ -3,13 +3,14 @@
 What: linear layers' outputs and the fused attention kernel's are kept; norms, activation functions, element-wise
 products, dropout and position factors run again in the backward pass, as do products over few terms (low-rank factors)
 and the unfused attention core with its scores, tokens x tokens a head. Gradients stay the same to the bit.
-Saves: what those cheap operations keep. Costs: next to no products, so most of the time that ``checkpointing`` costs.
+Saves: what those cheap operations keep. Costs: next to no products, so most of the time that
+``gradient-checkpointing`` costs.
 Sends: what the technique beside it sends.
 Use when: the step almost fits, and time matters; most is gained where attention is unfused, as dropout inside it makes
 it on a processor, or where all weights are trained.
-Avoid when: it is far from fitting (``checkpointing`` and ``meft`` keep far less); or weights are frozen, attention is
-fused and the activation function is a plain one, as in a ViT with ``lora``: an ordinary step then keeps fewer bytes
-than all products come to, since some of them no gradient needs.
+Avoid when: it is far from fitting (``gradient-checkpointing`` and ``meft`` keep far less); or weights are frozen,
+attention is fused and the activation function is a plain one, as in a ViT with ``lora``: an ordinary step then keeps
+fewer bytes than all products come to, since some of them no gradient needs.
 Fits: transformers models with checkpointing of their own; convolutions inside blocks are made again.
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section
 5, which recomputes the attention core. Deviation: a fused attention core keeps nothing quadratic and is left alone;
@@ -51,10 +52,10 @@ _HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else 
 class SelectiveCheckpointing(Technique):
     """Keep products, recompute what lies between them."""
 
-    name: ClassVar[str] = "selective-recompute"
+    name: ClassVar[str] = "selective-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "checkpointing": "both decide what the same blocks keep",
+        "gradient-checkpointing": "both decide what the same blocks keep",
         "meft": "reversible blocks keep nothing that could be recomputed",
     }
 
@@ -65,7 +66,7 @@ class SelectiveCheckpointing(Technique):
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-            raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")
+            raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-checkpointing out")
         contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.max_recomputed_inner_dim))
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients

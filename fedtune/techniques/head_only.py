@@ -23,7 +23,7 @@ __all__ = ["HeadOnly"]
 class HeadOnly(Technique):
     """Train the head alone."""
 
-    name: ClassVar[str] = "classifier"
+    name: ClassVar[str] = "head-only"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "the head is trained beside biases anyway",
         "full": "full trains the head among all the rest",
@@ -34,5 +34,5 @@ class HeadOnly(Technique):
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
         """Switch on the head's gradients."""
         if task == "text-generation":
-            raise ModelError("the technique classifier trains a new head, which text-generation has not")
+            raise ModelError("the technique head-only trains a new head, which text-generation has not")
         unfreeze_parameters(model, list_head_parameters(model))

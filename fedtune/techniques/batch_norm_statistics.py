@@ -32,10 +32,10 @@ __all__ = ["BatchNormStatistics"]
 class BatchNormStatistics(Technique):
     """Let batch norms follow the data."""
 
-    name: ClassVar[str] = "live-norm"
+    name: ClassVar[str] = "batch-norm-statistics"
     selects_trainable_tensors: ClassVar[bool] = False
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "checkpointing": "blocks that run again would count their batch twice"
+        "gradient-checkpointing": "blocks that run again would count their batch twice"
     }
 
     local: bool = Field(False, description="each device keeps its batch norms for itself")
@@ -44,7 +44,7 @@ class BatchNormStatistics(Technique):
         """Put a live norm in the place of each plain one; ModelError when the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
-            raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
+            raise ModelError(f"{type(model).__name__} has no batch norm for {self.name} to follow; drop {self.name}")
         for name, layer in norms:
             model.set_submodule(name, UnfrozenBatchNorm2d.from_batch_norm(layer, self.local))
         if self.local:

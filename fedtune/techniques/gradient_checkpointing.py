@@ -23,7 +23,7 @@ __all__ = ["GradientCheckpointing"]
 class GradientCheckpointing(Technique):
     """Recompute blocks in the backward pass."""
 
-    name: ClassVar[str] = "checkpointing"
+    name: ClassVar[str] = "gradient-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:

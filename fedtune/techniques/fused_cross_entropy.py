@@ -1,13 +1,14 @@
 """Fused head: a language model's loss is taken piece by piece, so that its logits never exist all at once.
 
-What: in a training step the output layer and the cross-entropy run as one, ``chunk`` tokens at a time, and each piece's
-gradient is computed there and then; scoring and generation see plain logits.
+What: in a training step the output layer and the cross-entropy run as one, ``chunk_size`` tokens at a time, and each
+piece's gradient is computed there and then; scoring and generation see plain logits.
 Saves: logits, probabilities and their gradient, tokens x vocabulary numbers each: for a small model with 49 thousand
 words more than all its blocks keep. What stays is one chunk's logits, the gradient by the hidden states and, where the
 output layer itself is trained, its gradient.
 Exactness: the loss and gradients of the plain step up to the rounding of sums; padding costs no product at all.
 Sends: what the technique beside it sends.
-Use when: a language model is trained; together with ``checkpointing`` or ``meft``, whose peak the head else sets.
+Use when: a language model is trained; together with ``gradient-checkpointing`` or ``meft``, whose peak the head else
+sets.
 Avoid when: another technique needs the logits of a training step (distillation), or the vocabulary is tiny.
 Fits: causal language models whose loss takes the output layer's result as it is; others are refused.
 Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, whose logits are
@@ -40,7 +41,7 @@ __all__ = ["DeferredHead", "FusedCrossEntropy"]
 class FusedCrossEntropy(Technique):
     """Output layer and cross-entropy in one, a chunk of tokens at a time."""
 
-    name: ClassVar[str] = "fused-head"
+    name: ClassVar[str] = "fused-cross-entropy"
     selects_trainable_tensors: ClassVar[bool] = False
 
     chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at one time")
@@ -104,9 +105,13 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and layer of a causal language model's output embeddings."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is None:
-        raise ModelError(f"{type(model).__name__} has no head over a vocabulary; leave the technique fused-head out")
+        raise ModelError(
+            f"{type(model).__name__} has no head over a vocabulary; leave the technique fused-cross-entropy out"
+        )
     if type(head) is not nn.Linear:
-        raise ModelError(f"the head of {type(model).__name__} is a {type(head).__name__}; fused-head needs a plain one")
+        raise ModelError(
+            f"the head of {type(model).__name__} is a {type(head).__name__}; fused-cross-entropy needs a plain one"
+        )
     return next(name for name, layer in model.named_modules() if layer is head), head
 
 
@@ -169,5 +174,5 @@ def _loss(
 def _misfit(model: nn.Module) -> ModelError:
     return ModelError(
         f"{type(model).__name__} does more with its logits than take their cross-entropy; "
-        "leave the technique fused-head out"
+        "leave the technique fused-cross-entropy out"
     )

@@ -30,10 +30,10 @@ __all__ = ["BatchNorm"]
 class BatchNorm(Technique):
     """Train batch norms and a classifier's head."""
 
-    name: ClassVar[str] = "norm"
+    name: ClassVar[str] = "batch-norm"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "norm trains shifts beside scales anyway",
-        "classifier": "the head is trained beside norms anyway",
+        "bias": "batch-norm trains shifts beside scales anyway",
+        "head-only": "the head is trained beside norms anyway",
         "dynamic-pruning": "it trains everything under its masks",
         "full": "full trains norms among all the rest",
     }
@@ -53,7 +53,7 @@ class BatchNorm(Technique):
 
     def make_reference(self) -> "BatchNorm":
         """The same network, every activation stored."""
-        return self.model_copy(update={"stored_activations": True})
+        return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
         """Put plain layers back around what was learned."""

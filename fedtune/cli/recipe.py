@@ -1,0 +1,41 @@
+"""``fedtune recipe``: rewrite a recipe in the newest version."""
+
+from pathlib import Path
+
+import click
+
+__all__ = ["recipe"]
+
+
+@click.group()
+def recipe() -> None:
+    """Rewrite recipes in the newest version."""
+
+
+@recipe.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write it; by default over FILE.")
+def upgrade(file: Path, output: Path | None) -> None:
+    """Rewrite the recipe FILE in version 2; comments, order and layout stay.
+
+    \b
+    Example:
+      fedtune recipe upgrade my-recipe.yaml
+      fedtune recipe upgrade old.yaml -o new.yaml
+    """
+    from fedtune.files import write_bytes_atomically
+    from fedtune.recipe_file import read_text_file
+    from fedtune.recipe_upgrade import upgrade_recipe_text
+    from fedtune.recipe_versions import VERSION
+
+    read_text_file(file, "the recipe")  # refused in a sentence
+    mode = file.stat().st_mode
+    before = file.read_bytes().decode()  # with the line ends that it has
+    upgraded = upgrade_recipe_text(before, str(file))
+    if upgraded == before and output is None:
+        click.echo(f"{file} is of version {VERSION} already")
+        return
+    place = (output or file).resolve()  # a link stays one
+    write_bytes_atomically(place, upgraded.encode())
+    place.chmod(mode)
+    click.echo(f"{output or file} is of version {VERSION}")
