@@ -120,7 +120,7 @@ def test_techniques_that_do_not_go_together_are_refused(joined: str, sentence: s
 
 def test_a_pair_is_refused_only_where_its_settings_clash() -> None:
     assert [technique.name for technique in chosen("meft+deft", pieces=1)] == ["meft", "deft"]
-    with pytest.raises(RecipeError, match="meft cannot be combined with deft: deft measures a layer's activations"):
+    with pytest.raises(RecipeError, match="meft cannot be combined with deft: deft measures all activations"):
         chosen("meft+deft", pieces=2)
 
 
