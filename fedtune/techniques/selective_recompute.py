@@ -55,7 +55,7 @@ class SelectiveCheckpointing(Technique):
     selects_trainable_tensors: ClassVar[bool] = False
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "checkpointing": "both decide what the same blocks keep",
-        "meft": "reversible blocks keep nothing that could be recomputed",
+        "meft": "reversible blocks store no activations that could be recomputed",
     }
 
     max_recomputed_inner_dim: int = Field(
