@@ -1,26 +1,28 @@
-"""Dynamic pruning: sparse weights whose mask moves, the same on every client; nothing dense is ever sent.
+"""Dynamic pruning: train sparse weights under a mask that changes and is the same on all clients; send nothing dense.
 
-What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every ``every``
-rounds, up to round ``until``, the server drops in each layer the k smallest of the merged weights and wakes the k
-inactive ones of largest gradient, which start at zero; k = share / 2 (1 + cos(pi t / until)) times the active ones.
-Clients take the gradient of one batch after their training, layer by layer, and send the k largest at inactive places.
-``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round the k smallest active weights get the loss
-strength * |theta_S|^2, and the learning rate is raised to beta = p (2 sigmoid(|theta_S|) - 1) lr_0 while that is more
-than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
-Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
-join ``activation-pruning`` for what a step keeps.
-Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places of a byte (and one
-per 255 weights) and k gradients of two up when the mask moves.
-Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add ``live-norm``
-for a net with batch norms from scratch, or ``activation-pruning`` with ``normalise``.
-Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
-Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a reading of abstract, reviews, released
-code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
-lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
-Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
-largest gradients, as the paper says and the code does not, in bfloat16. Baselines: ``every: null`` is the fixed random
-mask, ``extrusion: null`` dynamic pruning alone, and ``by: clients`` FedDST (arXiv 2112.09824), where each client moves
-its mask midway through a round and the server averages each weight over its holders and keeps the largest.
+What: every convolution and linear layer has a fixed number of active weights; all others are zero. Every
+``update_every`` rounds, up to round ``last_update_round``, the server changes the mask of each layer. It drops the k
+smallest merged weights and activates the k inactive weights with the largest gradient, which start at zero. k =
+drop_fraction / 2 (1 + cos(pi t / last_update_round)) times the number of active weights. After training, clients
+compute the gradient of one batch, layer by layer, and send its k largest entries at inactive positions. ``extrusion``
+(budget-aware extrusion) reduces the loss from a drop. In a round with a mask update, the k smallest active weights get
+the loss strength * |theta_S|^2. Their learning rate is raised to beta = p (2 sigmoid(|theta_S|) - 1) lr_0 while this
+exceeds the schedule's rate, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
+Saves: communication and, on a device with sparse kernels, the memory of weights, gradients and optimiser moments.
+PyTorch stores them dense here. Add ``activation-pruning`` to save activation memory.
+Sends: the active values in both directions, 4 bytes each. The masks go down, with at most one bit per weight. When the
+mask changes, clients also send k positions of one byte (plus one byte per 255 weights) and k gradients of two bytes.
+Use when: you train a model from scratch, or all of its weights, and the uplink or the device's storage is small. For a
+net with batch norms trained from scratch, add ``live-norm``, or ``activation-pruning`` with ``standardise_weights``.
+Avoid when: an adapter is enough; it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
+Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as read from the abstract, the reviews, the
+released code and a port; the body of the paper was not available. The released code marks masked zeros, never uses
+lambda and does not mask gradients; this implementation follows the paper. Layer densities: Evci et al. (arXiv
+1911.11134). Deviations: the mask is sent in every round, so clients store nothing. Clients send only the k largest
+gradients, as the paper says and the code does not, in bfloat16. Baselines: ``update_every: null`` is a fixed random
+mask. ``extrusion: null`` is dynamic pruning alone. ``updated_by: clients`` is FedDST (arXiv 2112.09824): each client
+changes its mask in the middle of a round, and the server averages each weight over the clients that hold it and keeps
+the largest ones.
 """
 
 import math

@@ -1,19 +1,20 @@
-"""Fused head: a language model's loss is taken piece by piece, so that its logits never exist all at once.
+"""Fused head: compute a language model's loss in chunks, so that its logits never exist all at once.
 
-What: in a training step the output layer and the cross-entropy run as one, ``chunk`` tokens at a time, and each piece's
-gradient is computed there and then; scoring and generation see plain logits.
-Saves: logits, probabilities and their gradient, tokens x vocabulary numbers each: for a small model with 49 thousand
-words more than all its blocks keep. What stays is one chunk's logits, the gradient by the hidden states and, where the
-output layer itself is trained, its gradient.
-Exactness: the loss and gradients of the plain step up to the rounding of sums; padding costs no product at all.
-Sends: what the technique beside it sends.
-Use when: a language model is trained; together with ``checkpointing`` or ``meft``, whose peak the head else sets.
+What: in a training step, the output layer and the cross-entropy run together on ``chunk_size`` tokens at a time. The
+gradient of each chunk is computed immediately. Scoring and generation use ordinary logits.
+Saves: logits, probabilities and their gradient, each with tokens x vocabulary entries. For a small model with a
+vocabulary of 49 thousand, these need more memory than all its blocks. What remains is the logits of one chunk, the
+gradient of the hidden states and, if the output layer is trained, its gradient.
+Exactness: loss and gradients equal those of the ordinary step up to the rounding of sums. Padding costs no matrix
+product.
+Sends: what the other technique sends.
+Use when: you train a language model. With ``checkpointing`` or ``meft``, the head would otherwise set the peak memory.
 Avoid when: another technique needs the logits of a training step (distillation), or the vocabulary is tiny.
-Fits: causal language models whose loss takes the output layer's result as it is; others are refused.
-Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, whose logits are
-recomputed in the backward pass. Deviations: gradients are made in the forward pass, one product with the vocabulary
-less; no token is dropped when the chunk does not divide their number; a batch in which no label counts gives 0, not
-nan.
+Fits: causal language models whose loss uses the result of the output layer unchanged. Others are refused.
+Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, which recomputes its
+logits in the backward pass. Deviations: gradients are computed in the forward pass, which saves one product with the
+vocabulary. No token is dropped if the chunk size does not divide the number of tokens. A batch without any valid label
+has loss 0, not nan.
 """
 
 from collections.abc import Mapping

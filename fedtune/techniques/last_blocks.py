@@ -1,16 +1,17 @@
-"""Last blocks: the top of a mobile net is trained as PyTorch trains it, all below is frozen.
+"""Last blocks: train the top of a mobile net with ordinary PyTorch layers and freeze everything below.
 
-What: the last ``blocks`` inverted residual blocks with their norms and the norms' statistics (or not: ``norms``), the
-convolution behind them (or not: ``head``), and a classifier's new head.
-Saves: what the frozen blocks below would keep; they run without a graph, and with ``micro_batch`` some examples at a
-time, which lowers the peak. The trained ones keep everything.
+What: trains the last ``num_blocks`` inverted residual blocks with their norms, the convolution after them, and a
+classifier's new head. ``norm_statistics`` selects whether the statistics of the norms are trained, and
+``head_convolution`` whether that convolution is.
+Saves: the activations of the frozen blocks, which run without an autograd graph. With ``micro_batch_size`` they process
+a few examples at a time, which lowers the peak. The trained blocks store all their activations.
 Sends: the weights and statistics of those blocks.
-Use when: it is the yardstick for ``mobiletl``, which trains nearly the same for a third of the memory; or where a net's
-activations are neither ReLU nor ReLU6 and gradients must be exact.
-Avoid when: memory is what is short.
-Source: Chiang et al., "MobileTL" (AAAI 2023), who compare with this; Yosinski et al., "How transferable are features in
-deep neural networks?" (arXiv 1411.1792), section 4, where upper layers are retrained. Reconstructed: that statistics of
-all trained norms follow the data.
+Use when: you need a baseline for ``mobiletl``, which trains nearly the same for a third of the memory. Also use it when
+the activations are neither ReLU nor ReLU6 and gradients must be exact.
+Avoid when: memory is limited.
+Source: Chiang et al., "MobileTL" (AAAI 2023), who compare with this method; Yosinski et al., "How transferable are
+features in deep neural networks?" (arXiv 1411.1792), section 4, who retrain upper layers. Reconstructed: the statistics
+of all trained norms follow the data.
 """
 
 from collections.abc import Mapping

@@ -1,18 +1,18 @@
 """Live norms: batch-norm layers learn their statistics from the clients' data, and the server pools them.
 
-What: running mean and variance of every batch norm follow the batches a client sees and are sent with what is trained.
-The server weighs means and variances by examples and adds the spread of the means to the variances, so that they are
-those of all examples together. With ``local`` each device keeps weight, bias, mean and variance of every batch norm for
-itself: they are trained there, but neither sent nor merged (FedBN), from the pretrained ones on.
-Saves: nothing; a norm that looks at the batch keeps its input.
-Sends: two numbers per channel more; with ``local`` nothing of any batch norm.
-Use when: a net with batch norms is trained from scratch, or far from what it was pretrained on; ``local`` when
-devices see pictures of different kinds, such as other cameras or lights, and each uses the model it trained.
-Avoid when: the pretrained statistics fit (the default keeps them), or batches are tiny: below 32 values per channel a
-layer falls back on its running statistics. With ``local`` the server has no whole model: only clients can score one, on
-what they hold out (``evaluation.local_holdout``), and an export has the norms of before training.
-Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167); the merge is the law of total variance.
-``local``: Li et al., "FedBN" (arXiv 2102.07623).
+What: the running mean and variance of every batch norm follow the client's batches and are sent with the trained
+tensors. The server averages means and variances by number of examples and adds the variance between the means. The
+result equals the statistics of all examples together. With ``local``, each device keeps the weight, bias, mean and
+variance of its batch norms: it trains them from the pretrained values but neither sends nor merges them (FedBN).
+Saves: nothing. A norm that uses batch statistics stores its input.
+Sends: two more numbers per channel; with ``local``, nothing of any batch norm.
+Use when: a net with batch norms is trained from scratch, or on data far from its pretraining. Use ``local`` when
+devices see different kinds of images, such as other cameras or lights, and each device uses the model that it trained.
+Avoid when: the pretrained statistics fit (other techniques keep them), or batches are tiny: below 32 values per
+channel, a layer uses its running statistics. With ``local``, the server has no complete model. Only clients can score
+it, on their local hold-out (``evaluation.local_holdout``), and an export has the batch norms from before training.
+Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167). The merge is the law of total variance. ``local``:
+Li et al., "FedBN" (arXiv 2102.07623).
 """
 
 from collections.abc import Mapping

@@ -1,23 +1,27 @@
-"""MobileTL: the last inverted residual blocks are trained, with shifts and one-bit masks in place of kept activations.
+"""MobileTL: train the last inverted residual blocks, with shifts and one-bit masks instead of stored activations.
 
-What: of the last ``blocks`` blocks all convolutions, the shifts of the norms inside, and the last norm with its
-statistics; the convolution behind them (or not: ``head``), and a classifier's new head. All below is frozen.
-Saves: norms inside keep nothing, their scale and statistics being frozen; activations keep one bit per element where
-PyTorch keeps 32; padding is not kept. In a block that widens t-fold 2 + 6 t maps become 2 + 2 t + t / 16. The frozen
-part runs without a graph and, since its large maps set the resident memory, ``micro_batch`` examples at a time.
+What: in the last ``num_blocks`` blocks, trains all convolutions, the shifts of the inner norms, and the last norm with
+its statistics. ``head_convolution`` selects whether the convolution after the blocks is trained. A classifier's new
+head is trained too. Everything below is frozen.
+Saves: inner norms store nothing, because their scale and statistics are frozen. Activation functions store one bit per
+element instead of 32. Padding is not stored. In a block that expands t-fold, 2 + 6 t maps become 2 + 2 t + t / 16. The
+frozen part runs without an autograd graph. Its large maps determine the resident memory, so it processes
+``micro_batch_size`` examples at a time.
 Sends: the weights of those blocks, and the statistics of their last norms.
-Exactness: gradients of ReLU and ReLU6 nets are those of the same network by ordinary means; ``mask: paper`` takes
-1[x >= 0] for ReLU6 as published. Hard-swish has no exact mask; 1[x >= 0] is the published one, ``hard_swish: exact``
-keeps its input. Squeeze-excite is trained as usual; what it gives is made again for the convolution behind it, which
-else would keep it too. In micro-batches the frozen part gives what it gives on the whole batch, up to rounding.
-Use when: pictures are classified by a mobile net on a device whose memory is filled by activations.
-Avoid when: the net has no such blocks (it is refused), or all of it must be trained: use ``full``.
+Exactness: for nets with ReLU and ReLU6, gradients equal those of the same network with stored activations.
+``relu6_gradient: paper`` uses the published mask 1[x >= 0] for ReLU6. Hard-swish has no exact one-bit mask; 1[x >= 0]
+is the published one, and ``hard_swish_gradient: exact`` stores its input. Squeeze-excite is trained as usual. Its
+output is recomputed for the next convolution, which would otherwise store it too. With micro-batches, the output of the
+frozen part equals that of the whole batch up to rounding.
+Use when: a mobile net classifies images on a device whose memory is filled by activations.
+Avoid when: the net has no such blocks (it is refused), or all of it must be trained (use ``full``).
 Source: Chiang, Frumkin, Liang and Marculescu, "MobileTL: On-device Transfer Learning with Inverted Residual Blocks"
-(AAAI 2023). Read: the authors' page with its formulas and charts, and the abstract; not the body, and no code was
-published. Reconstructed: how the head convolution is treated, and the mask of ReLU6. Headline: 46.3 % less memory in a
-MobileNetV2 block and 53.3 % in one of V3, by the paper's accounting, in which a plain ReLU6 keeps two bits.
-Deviations: the exact mask for ReLU6 by default; batch statistics of 32 values per channel and more only; swish and
-others keep their input. ``cache``, which stores what the frozen part gives on disk by the pixels, is an extension.
+(AAAI 2023). We read the authors' page with its formulas and charts, and the abstract, but not the body; no code was
+published. Reconstructed: the treatment of the head convolution, and the mask of ReLU6. Headline: 46.3 % less memory in
+a MobileNetV2 block and 53.3 % in one of V3, counted as in the paper, where a plain ReLU6 stores two bits. Deviations:
+the exact mask for ReLU6 is the default. Batch statistics need at least 32 values per channel. Swish and other functions
+store their input. ``cache_outputs``, which stores the output of the frozen part on disk, indexed by the pixels, is an
+extension.
 """
 
 from collections.abc import Mapping

@@ -1,13 +1,15 @@
-"""Norms only: the scale and shift of every batch norm, and the new head of a classifier, are trained.
+"""Norms only: train the scale and shift of every batch norm, and the new head of a classifier.
 
-What: two numbers per channel; statistics and convolutions stay those of the pretrained net.
-Saves: what convolutions and activations keep: a frozen convolution keeps nothing, ReLU and ReLU6 one bit per element.
-PyTorch's own keep their whole inputs, so that there this technique saves next to nothing. The norms' inputs, which the
-gradient of a scale needs, remain: about a third of what full fine-tuning keeps.
+What: two numbers per channel are trained. Statistics and convolutions stay those of the pretrained net.
+Saves: the activations that convolutions and activation functions store. A frozen convolution stores nothing; ReLU and
+ReLU6 store one bit per element. The PyTorch versions store their whole inputs, so with them this technique saves almost
+nothing. The inputs of the norms remain, because the gradient of a scale needs them. They are about a third of the
+activation memory of full fine-tuning.
 Sends: two numbers per channel and the head.
 Exactness: gradients are bit-equal to those of plain layers.
-Use when: a convolutional net is to be adapted throughout and the uplink is narrow.
-Avoid when: memory is short: ``bias`` trains the shifts alone and keeps no maps; ``mobiletl`` trains more for less.
+Use when: all of a convolutional net should adapt and the uplink is slow.
+Avoid when: memory is limited. ``bias`` trains the shifts alone and stores no maps; ``mobiletl`` trains more for less
+memory.
 Source: Frankle, Schwab and Morcos, "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152); as a baseline in Cai et
 al., "TinyTL" (arXiv 2007.11622). Deviation: statistics stay frozen, and the head is trained too.
 """

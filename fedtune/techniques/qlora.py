@@ -1,11 +1,12 @@
-"""QLoRA: LoRA beside layers whose frozen weights rest in four-bit NormalFloat.
+"""QLoRA: LoRA on a frozen base whose weights are stored in four-bit NormalFloat.
 
-What: the base's linear layers are stored as NF4 blocks with doubly quantised scales and expanded while they are used;
-the low-rank pair, and a classifier's new head, are trained in full precision.
-Saves: about three quarters of the weights' memory on top of what LoRA saves; activations stay as they are.
-Sends: what LoRA sends. The base never travels. The learning rate is LoRA's: by default about three times the usual one.
+What: the base's linear layers are stored as NF4 blocks with doubly quantised scales, and are dequantised while they are
+used. The low-rank pair and a classifier's new head are trained in full precision.
+Saves: about three quarters of the weights' memory, in addition to what LoRA saves. Activations stay as they are.
+Sends: what LoRA sends. The base is never sent. The learning rate is that of LoRA: by default about three times the
+usual one.
 Use when: the weights themselves do not fit the device.
-Avoid when: they fit: expanding four-bit weights costs time on a processor, and the base carries a rounding error.
+Avoid when: they fit. Dequantisation costs time on a processor, and the base has a rounding error.
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels by bitsandbytes.
 """
 

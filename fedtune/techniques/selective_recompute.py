@@ -1,19 +1,21 @@
-"""Selective recomputation: blocks keep the results of their matrix products and make the cheap rest a second time.
+"""Selective recomputation: blocks store the results of their matrix products and recompute the cheap operations.
 
-What: linear layers' outputs and the fused attention kernel's are kept; norms, activation functions, element-wise
-products, dropout and position factors run again in the backward pass, as do products over few terms (low-rank factors)
-and the unfused attention core with its scores, tokens x tokens a head. Gradients stay the same to the bit.
-Saves: what those cheap operations keep. Costs: next to no products, so most of the time that ``checkpointing`` costs.
-Sends: what the technique beside it sends.
-Use when: the step almost fits, and time matters; most is gained where attention is unfused, as dropout inside it makes
-it on a processor, or where all weights are trained.
-Avoid when: it is far from fitting (``checkpointing`` and ``meft`` keep far less); or weights are frozen, attention is
-fused and the activation function is a plain one, as in a ViT with ``lora``: an ordinary step then keeps fewer bytes
-than all products come to, since some of them no gradient needs.
-Fits: transformers models with checkpointing of their own; convolutions inside blocks are made again.
+What: the outputs of linear layers and of the fused attention kernel are stored. The backward pass recomputes norms,
+activation functions, element-wise products, dropout and position factors. It also recomputes products with a small
+inner dimension (low-rank factors) and the unfused attention core with its scores, tokens x tokens per head. Gradients
+stay bit-equal.
+Saves: the activations that those cheap operations store.
+Costs: almost no matrix products are repeated, so most of the extra time of ``checkpointing`` is avoided.
+Sends: what the other technique sends.
+Use when: the step almost fits and time matters. It saves most if attention is unfused, which dropout inside attention
+causes on a processor, or if all weights are trained.
+Avoid when: the step is far from fitting (``checkpointing`` and ``meft`` store far less). Also avoid it if weights are
+frozen, attention is fused and the activation function is a plain one, as in a ViT with ``lora``. An ordinary step then
+stores less than the outputs of all products, because no gradient needs some of them.
+Fits: transformers models that support gradient checkpointing. Convolutions inside blocks are recomputed.
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section
-5, which recomputes the attention core. Deviation: a fused attention core keeps nothing quadratic and is left alone;
-what is recomputed in its place are the operations around the products.
+5, which recomputes the attention core. Deviation: a fused attention core stores nothing quadratic and is not
+recomputed. The operations around the products are recomputed instead.
 """
 
 from collections.abc import Mapping

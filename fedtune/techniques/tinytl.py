@@ -1,19 +1,19 @@
-"""TinyTL: a small trained branch beside every block of a frozen mobile net, and trained biases.
+"""TinyTL: train a small branch beside every block of a frozen mobile net, and the biases.
 
-What: beside each inverted residual block a lite residual (pool, grouped convolution, norm, ReLU, 1 x 1 convolution,
-norm) at half the resolution, whose last scale starts at 0, so that training starts at the pretrained function; the
-shifts of all norms (or not: ``biases``), and a classifier's new head.
-Saves: the maps of the main path: frozen convolutions and norms keep nothing, ReLU and ReLU6 one bit per element. The
-branches keep maps of their block's narrow ends at a quarter of the pixels.
+What: each inverted residual block gets a lite residual branch (pool, grouped convolution, norm, ReLU, 1 x 1
+convolution, norm) at half the resolution. The last scale of a branch starts at 0, so training starts at the pretrained
+function. The shifts of all norms are trained unless ``train_biases`` is off. A classifier's new head is trained too.
+Saves: the activations of the main path. Frozen convolutions and norms store nothing; ReLU and ReLU6 store one bit per
+element. The branches store maps of the narrow ends of their block at a quarter of the pixels.
 Sends: the branches, one number per channel, and the head.
-Exactness: gradients are bit-equal to those of plain layers; hard-swish and others keep their input.
-Use when: a whole mobile net is to be adapted with small memory, blocks near the pixels too.
-Avoid when: the result must be a plain net: the branches stay and nothing exports them; or a few top blocks suffice
-(``mobiletl``).
+Exactness: gradients are bit-equal to those of plain layers. Hard-swish and other functions store their input.
+Use when: a whole mobile net, including its first blocks, should adapt with little memory.
+Avoid when: the result must be a plain net: the branches stay, and no export format supports them. Also avoid it if
+training a few top blocks is enough (``mobiletl``).
 Source: Cai, Gan, Zhu and Han, "TinyTL: Reduce Memory, Not Parameters for Efficient On-Device Learning" (arXiv
-2007.11622), section 3.2, TinyTL-L+B, without ``biases`` TinyTL-L; the branch as in the released code. Deviations: the
-net keeps its batch norms, frozen, where the paper turns them into group norms with standardised weights; the branches
-have group norms of eight channels; frozen weights stay in fp32; features at one resolution.
+2007.11622), section 3.2, TinyTL-L+B; without ``train_biases``, TinyTL-L. The branch is that of the released code.
+Deviations: the net keeps its frozen batch norms; the paper replaces them by group norms with standardised weights. The
+branches have group norms of eight channels. Frozen weights stay in fp32. Features have one resolution.
 """
 
 from collections.abc import Mapping
