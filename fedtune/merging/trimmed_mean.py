@@ -1,11 +1,11 @@
-"""Trimmed mean: entry by entry, the largest and the smallest values are cut and the rest averaged.
+"""Trimmed mean: for each entry, remove the largest and the smallest values and average the rest.
 
-What: with K models, the floor(share * K) largest and as many smallest values of each entry are left out.
-Memory: one piece per model.
-Use when: up to that many contributions may be broken or hostile, and may differ entry by entry.
-Avoid when: there are few models: 0.2 needs five. What only few models learned is cut as well.
-Adapters: where clients send one factor of a product, it is that factor's entries which broken clients cannot move far;
-  the product follows, but is no trimmed mean of the products.
+What: with K models, the floor(trim_fraction * K) largest values of each entry are removed, and as many of the smallest.
+Memory: one chunk per model.
+Use when: up to that many client updates may be broken or hostile, possibly different ones for each entry.
+Avoid when: there are few models: 0.2 needs five. It also removes what only a few models learned.
+Adapters: if clients send one factor of a product, broken clients cannot move the entries of this factor far. The
+product is limited too, but it is not the trimmed mean of the products.
 Source: Yin et al. (arXiv 1803.01498), definition 2.
 """
 

@@ -1,4 +1,4 @@
-"""MobileTL: train the last inverted residual blocks, with shifts and one-bit masks instead of stored activations.
+"""MobileTL: train the last inverted residual blocks, with one-bit masks instead of stored activations.
 
 What: in the last ``num_blocks`` blocks, trains all convolutions, the shifts of the inner norms, and the last norm with
 its statistics. ``head_convolution`` selects whether the convolution after the blocks is trained. A classifier's new
