@@ -27,7 +27,7 @@ def load_checkpoint_target(
 
     file = _file(target)
     if file is not None and number is not None:
-        raise StoreError(f"{target} is the checkpoint of one round already; leave --round out, or name the run")
+        raise StoreError(f"{target} is already the checkpoint of one round; remove --round, or name the run")
     reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)
