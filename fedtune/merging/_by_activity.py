@@ -43,7 +43,9 @@ class ActivationRelaxStep(RelaxStep, ABC):
 
     omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
     include_norms: bool = Field(True, description="also the weights of normalisation layers, as published")
-    peak_quantile: float = Field(1.0, gt=0, le=1, description="of |x| over channels that has s = 1; 1: the largest's")
+    peak_quantile: float = Field(
+        1.0, gt=0, le=1, description="quantile of |x| over channels that gets s = 1; 1: the largest"
+    )
     measured_by: Literal["server", "clients"] = Field("server", description="who measures in a federation")
     max_examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 

@@ -42,7 +42,7 @@ __all__ = ["Aim", "scale_adapter_columns"]
 
 @final
 class Aim(ActivationRelaxStep):
-    """Columns scaled by how quiet their input is."""
+    """Scale columns by the activity of their input channel."""
 
     name: ClassVar[str] = "aim"
 

@@ -36,10 +36,12 @@ class BiasCalibration(RenormaliseStep):
     ) -> dict[str, Tensor]:
         """The biases of linear and convolutional layers."""
         if evidence.model is None:
-            raise ModelError("bias-calibration: it needs the model, for the order of its layers; give it")
+            raise ModelError("bias-calibration: it needs the model for the order of its layers; provide it")
         norm = next((name for name, layer in evidence.model.named_modules() if isinstance(layer, _NORMS)), None)
         if norm is not None:
-            raise ModelError(f"bias-calibration: {norm!r} normalises what it would shrink; take reset or repair")
+            raise ModelError(
+                f"bias-calibration: {norm!r} normalises the values that it would shrink; use reset or repair"
+            )
         biases = [f"{layer}.bias" for layer in list_weight_layers(evidence.model)]
         return {
             bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)

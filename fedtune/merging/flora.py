@@ -39,7 +39,7 @@ class Flora(LowRankPairCombineStep):
 
     name: ClassVar[str] = "flora"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
-    seed: int = Field(0, ge=0, description="of the draws of A, beside the round")
+    seed: int = Field(0, ge=0, description="seed for A, together with the round")
 
     def combine_pair(
         self,

@@ -30,9 +30,9 @@ class GeometricMedian(GramCombineStep):
     name: ClassVar[str] = "geometric-median"
     adds_variance_of_means: ClassVar[bool] = False
     granularity: Literal["model", "tensor"] = "model"
-    eps: float = Field(1e-6, gt=0, description="distances below it count as it")
+    eps: float = Field(1e-6, gt=0, description="smaller distances count as this value")
     max_iterations: int = Field(1000, ge=1)
-    tolerance: float = Field(1e-9, ge=0, description="change of the coefficients that ends it")
+    tolerance: float = Field(1e-9, ge=0, description="stop when the coefficients change by less")
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """With distances of whole models, their median's coefficients in place of the weights."""

@@ -28,7 +28,10 @@ class Karcher(GramCombineStep):
     name: ClassVar[str] = "karcher"
     max_iterations: int = Field(10, ge=1, validation_alias=AliasChoices("iterations", "max_iter"))
     tolerance: float = Field(
-        1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
+        1e-5,
+        ge=0,
+        validation_alias=AliasChoices("tolerance", "tol"),
+        description="stop when a step is smaller, in radians",
     )
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:

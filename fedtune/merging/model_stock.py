@@ -28,7 +28,7 @@ class ModelStock(GramCombineStep):
 
     name: ClassVar[str] = "model-stock"
     min_models: ClassVar[int] = 2
-    granularity: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
+    granularity: Literal["tensor", "row"] = Field("tensor", description="what gets its own t")
 
     @property
     def coefficient_scope(self) -> Granularity:

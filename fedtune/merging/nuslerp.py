@@ -30,7 +30,7 @@ class NuSlerp(GramCombineStep):
     name: ClassVar[str] = "nuslerp"
     min_models: ClassVar[int] = 2
     max_models: ClassVar[int | None] = 2
-    granularity: Granularity = Field("tensor", description="what has an angle of its own")
+    granularity: Granularity = Field("tensor", description="what gets its own angle")
 
     @property
     def coefficient_scope(self) -> Granularity:

@@ -43,10 +43,10 @@ class Rebasin(AlignStep):
 
     name: ClassVar[str] = "rebasin"
     method: Literal["weight", "activation"] = "weight"
-    similarity: Literal["pearson", "inner"] = Field("pearson", description="of activations")
+    similarity: Literal["pearson", "inner"] = Field("pearson", description="similarity of activations")
     reference: Literal["first", "mean-of-others"] = "first"
-    restarts: int = Field(3, ge=1, description="orders of layers that are tried; the best is kept")
-    max_sweeps: int = Field(100, ge=1, description="passes over the layers, and rounds of the cycle, at most")
+    restarts: int = Field(3, ge=1, description="number of random orders of layers to try; the best is used")
+    max_sweeps: int = Field(100, ge=1, description="largest number of passes over the layers and of cycle rounds")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -33,7 +33,9 @@ class RegMean(CombineStep):
     """Regression to the models' own outputs."""
 
     name: ClassVar[str] = "regmean"
-    off_diagonal_scale: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
+    off_diagonal_scale: float = Field(
+        0.9, ge=0, le=1, description="factor of the off-diagonal entries of the Gram matrices"
+    )
     ridge: float = Field(1e-9, gt=0)
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:

@@ -42,7 +42,7 @@ class Reset(RenormaliseStep):
         net, batches = require_model_and_batches(self.name, evidence)
         norms = {name: norm for name, norm in net.named_modules() if _collects(norm)}
         if not norms:
-            raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; take repair")
+            raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; use repair")
         with use_state_dict(net, merged), _collecting(list(norms.values())), torch.no_grad():
             for batch in batches:
                 net(**batch)

@@ -42,7 +42,7 @@ class Sce(CombineStep):
     min_models: ClassVar[int] = 2
     sparsifies: ClassVar[bool] = True
     selects_entries: ClassVar[bool] = True
-    select_topk: float = Field(1.0, gt=0, le=1, description="share of entries selected by variance")
+    select_topk: float = Field(1.0, gt=0, le=1, description="fraction of entries selected by variance")
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Equal shares."""

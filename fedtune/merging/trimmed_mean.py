@@ -31,7 +31,7 @@ class TrimmedMean(CombineStep):
 
     name: ClassVar[str] = "trimmed-mean"
     adds_variance_of_means: ClassVar[bool] = False
-    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="fraction of the models removed at each end")
 
     @property
     def needed(self) -> int:
@@ -46,8 +46,8 @@ class TrimmedMean(CombineStep):
         """Itself; RecipeError when there are too few models to cut one at each end."""
         if not self._cut(len(operands)):
             raise RecipeError(
-                f"merge: trimmed-mean with share {self.trim_fraction:g} needs at least {self.needed} models to cut "
-                f"one at each end, but {len(operands)} came; raise share or add some"
+                f"merge: trimmed-mean with trim_fraction {self.trim_fraction:g} needs at least {self.needed} models to "
+                f"remove one at each end, but {len(operands)} were given; raise trim_fraction or add models"
             )
         return BoundCombine(self, operands)
 

@@ -65,27 +65,27 @@ __all__ = ["ActivationPruning"]
 
 
 class ActivationPruning(Technique):
-    """Store layers' inputs pruned."""
+    """Store only the largest entries of the inputs of layers."""
 
     name: ClassVar[str] = "activation-pruning"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    pruned_fraction: float = Field(0.5, ge=0, lt=1, description="share of a layer's input that is not stored")
+    pruned_fraction: float = Field(0.5, ge=0, lt=1, description="fraction of a layer's input that is not stored")
     value_precision: Literal["full", "half"] = Field(
-        "full", description="half: 2 bytes a value, where none exceeds 65504"
+        "full", description="half: 2 bytes per value, if none exceeds 65504"
     )
     granularity: Literal["auto", "row", "tensor"] = Field(
-        "auto", description="what the largest are chosen from: a token or picture (row), or all; auto: tokens, else all"
+        "auto", description="select the largest per token or image (row), or over all; auto: row for tokens"
     )
     centre_features: bool = Field(
-        False, description="take the mean of each feature out of a linear layer's input first"
+        False, description="first subtract the mean of each feature from a linear layer's input"
     )
     standardise_weights: bool = Field(
-        False, description="normalise convolutions' weights in place of batch norms behind them"
+        False, description="normalise the weights of convolutions and remove the batch norms after them"
     )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Swap batch norms for normalised weights if asked to; layers are told in ``begin_round``."""
+        """Replace batch norms by normalised weights if set; ``begin_round`` configures the layers."""
         vars(model)["activation_pruning"] = RecentInputs()
         if self.standardise_weights:
             unfreeze_parameters(
@@ -93,11 +93,11 @@ class ActivationPruning(Technique):
             )
 
     def begin_round(self, model: nn.Module, number: int) -> None:
-        """Tell the layers, as all techniques have left them, to store their inputs pruned."""
+        """Configure the layers after all techniques have rewritten the model."""
         frozen = next((name for name, layer in iter_standardised_conv2d(model) if not layer.weight.requires_grad), None)
         if frozen is not None:
             raise ModelError(
-                f"activation-pruning's normalise rescales {frozen}, which is frozen; train it (full) or leave it out"
+                f"activation-pruning's standardise_weights rescales {frozen}, which is frozen; train it or unset it"
             )
         if self.pruned_fraction or self.value_precision == "half":
             _mask_activations(model)
@@ -109,19 +109,19 @@ class ActivationPruning(Technique):
             )
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-        """Let go of what the last step stored."""
+        """Free what the last step stored."""
         _latest(model).clear()
 
     def make_reference(self) -> "ActivationPruning":
-        """The same network with inputs stored whole: the difference is what pruning costs."""
+        """Return the same network with complete inputs; the difference is the error of pruning."""
         return self.model_copy(update={"prune": 0.0, "values": "full"})
 
     def has_unchanged_base(self) -> bool:
-        """Not without its batch norms."""
+        """Return whether the batch norms are still there."""
         return not self.standardise_weights
 
     def _fold(self, model: nn.Module) -> None:
-        """Let layers be plain again."""
+        """Restore plain layers."""
         detach_input_pruning(model)
         restore_batch_norms(model)
         restore_plain_layers(model)
@@ -139,7 +139,7 @@ def _latest(model: nn.Module) -> RecentInputs:
 
 
 def _mask_activations(model: nn.Module) -> None:
-    """Let ReLU and ReLU6 keep a bit, or they would keep whole what the next layer stores pruned."""
+    """Let ReLU and ReLU6 store bits. Otherwise they would store all of what the next layer stores pruned."""
     inner = {layer.activation for layer in model.modules() if isinstance(layer, OneBitActivation)}
     for name, layer in list(model.named_modules()):
         if type(layer) in EXACT_GRADIENTS and layer not in inner and "forward" not in vars(layer):

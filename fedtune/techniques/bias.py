@@ -31,14 +31,14 @@ class Bias(Technique):
 
     name: ClassVar[str] = "bias"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside biases anyway",
+        "classifier": "the head is already trained with the biases",
         "full": "full trains biases among all the rest",
     }
 
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of biases, then of the head."""
+        """Unfreeze the biases, then the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         if task != "text-generation":
             unfreeze_parameters(model, list_head_parameters(model))
@@ -46,9 +46,9 @@ class Bias(Technique):
             make_model_efficient(model)
 
     def make_reference(self) -> "Bias":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"stored_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)

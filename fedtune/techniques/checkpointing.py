@@ -29,13 +29,13 @@ class GradientCheckpointing(Technique):
     selects_trainable_tensors: ClassVar[bool] = False
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the model's own non-reentrant checkpointing."""
+        """Enable the model's own non-reentrant checkpointing."""
         if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
+            raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; remove the technique")
         able: Any = model
         able.activation_checkpointing_enable({"use_reentrant": False})
         if isinstance(model, PreTrainedModel):
             model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def make_reference(self) -> None:
-        """Blocks that keep everything give the same gradients."""
+        """Return the technique without checkpointing, which has the same gradients."""

@@ -25,14 +25,14 @@ class HeadOnly(Technique):
 
     name: ClassVar[str] = "classifier"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "the head is trained beside biases anyway",
+        "bias": "the head is already trained with the biases",
         "full": "full trains the head among all the rest",
-        "lora": "the head is trained beside a low-rank pair anyway",
-        "qlora": "the head is trained beside a low-rank pair anyway",
+        "lora": "the head is already trained with the low-rank pairs",
+        "qlora": "the head is already trained with the low-rank pairs",
     }
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the head's gradients."""
+        """Unfreeze the head."""
         if task == "text-generation":
-            raise ModelError("the technique classifier trains a new head, which text-generation has not")
+            raise ModelError("the technique classifier trains a new head, but text-generation has none")
         unfreeze_parameters(model, list_head_parameters(model))

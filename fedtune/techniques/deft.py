@@ -57,31 +57,31 @@ __all__ = ["Deft", "SkipMlps", "get_probes"]
 
 
 class SkipMlps(SettingsModel):
-    """Weigh each MLP's output by a trained number and drop those that become small (ADA-DEFT-style)."""
+    """Scale each MLP's output by a trained weight and drop MLPs with small weights (ADA-DEFT-style)."""
 
-    penalty: float = Field(0.1, ge=0, description="how hard the weights are pressed towards zero")
-    skip_below: float = Field(0.1, gt=0, lt=1, description="an MLP of smaller weight is dropped")
+    penalty: float = Field(0.1, ge=0, description="penalty that moves the weights towards zero")
+    skip_below: float = Field(0.1, gt=0, lt=1, description="an MLP with a smaller weight is dropped")
 
 
 class Deft(Technique):
-    """Fewer non-zero activations."""
+    """Train for fewer non-zero activations."""
 
     name: ClassVar[str] = "deft"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0 leaves the loss alone")
+    density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0: the loss is unchanged")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")
     eps_start: float | None = Field(None, ge=1e-12, description="anneal eps geometrically from here over the run")
     replace_with_relu: bool = Field(
-        False, description="swap the MLPs' activation function (the gate's, if gated) for ReLU"
+        False, description="replace the activation function of MLPs (of the gate, if gated) by ReLU"
     )
     inference_threshold: float = Field(
-        0.0, ge=0, description="activations up to it are zeroed whenever the model is scored"
+        0.0, ge=0, description="activations up to this value are set to zero during scoring"
     )
     skip_mlps: SkipMlps | None = None
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Find the MLPs, swap their activation function, add the trained weights."""
+        """Find the MLPs, replace their activation function, and add the trained weights."""
         mlps = find_mlps(model)
         if self.replace_with_relu:
             _swap(model, mlps)
@@ -89,7 +89,7 @@ class Deft(Technique):
             unfreeze_parameters(model, register_mlp_weights(model, mlps))
 
     def begin_round(self, model: nn.Module, number: int) -> None:
-        """Hang probes on the layers as all techniques have left them."""
+        """Add hooks to the layers after all techniques have rewritten the model."""
         if "deft" in vars(model):
             return
         made = attach_probes(model, self.density_weight, self.inference_threshold)
@@ -101,7 +101,7 @@ class Deft(Technique):
         vars(model)["deft"] = made, weights
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-        """Set epsilon, and leave the padding out."""
+        """Set epsilon and exclude the padding."""
         start = self.eps if self.eps_start is None else self.eps_start
         get_probes(model)[0].step.begin_step(batch, start * (self.eps / start) ** progress)
         if (weights := _weights(model)) is not None:
@@ -114,11 +114,11 @@ class Deft(Technique):
             yield lambda: self._figures(model, tallies)
 
     def has_unchanged_base(self) -> bool:
-        """Not with another activation function or weighted MLPs."""
+        """Return False with another activation function or weighted MLPs."""
         return not self.replace_with_relu and self.skip_mlps is None
 
     def _fold(self, model: nn.Module) -> None:
-        """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""
+        """Merge the weights into the down projections, drop MLPs below the bound, and remove the hooks."""
         weights = _weights(model)
         detach_hooks(model, (DensityProbe, MlpWeight, MlpWeightLoss))
         if weights is not None:
@@ -162,14 +162,14 @@ def _densities(made: Sequence[DensityProbe], tallies: Sequence[ActivationCounts]
 
 
 def _called(stack: str, stacks: Sequence[str]) -> str:
-    """What a stack of blocks is called among several: what holds it, or its own name where that tells none apart."""
+    """Name a stack of blocks by its parent, or by its own name if the parents are the same."""
     owners = [name.split(".")[-2] if "." in name else "" for name in stacks]
     owner = owners[stacks.index(stack)]
     return owner if owner and owners.count(owner) == 1 else stack.replace(".", "_")
 
 
 def _swap(model: nn.Module, mlps: Sequence[MlpLayers]) -> None:
-    """ReLU in place of each activation, and in every field of the configuration that names it."""
+    """Replace each activation by ReLU, also in every field of the configuration that names it."""
     old = type(model.get_submodule(mlps[0].activation))
     config: Any = model.config
     for key, value in config.to_dict().items():
@@ -181,9 +181,11 @@ def _swap(model: nn.Module, mlps: Sequence[MlpLayers]) -> None:
 
 
 def _check_swap(model: nn.Module, mlp: MlpLayers) -> None:
-    """A model built from the configuration has to have ReLU there, or an export would be another function."""
+    """Check that a model built from the configuration uses ReLU; otherwise an export would differ."""
     kind, config = type(model), cast("Any", model.config)
     with torch.device("meta"):
         rebuilt: nn.Module = kind(type(config).from_dict(config.to_dict()))
     if not isinstance(rebuilt.get_submodule(mlp.activation), nn.ReLU):
-        raise ModelError(f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's relu out")
+        raise ModelError(
+            f"the configuration of {type(model).__name__} cannot describe ReLU; unset deft's replace_with_relu"
+        )

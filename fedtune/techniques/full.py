@@ -32,5 +32,5 @@ class Full(Technique):
     }
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on every gradient."""
+        """Unfreeze every parameter."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])

@@ -39,15 +39,15 @@ __all__ = ["DeferredHead", "FusedCrossEntropy"]
 
 
 class FusedCrossEntropy(Technique):
-    """Output layer and cross-entropy in one, a chunk of tokens at a time."""
+    """Compute output layer and cross-entropy together, one chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-head"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at one time")
+    chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
+        """Move the output layer into the loss and test it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
         late = DeferredHead(plain, self.chunk_size)
         model.set_submodule(name, late)
@@ -59,10 +59,10 @@ class FusedCrossEntropy(Technique):
         _try_step(model)
 
     def make_reference(self) -> None:
-        """The plain head gives the same gradients."""
+        """Return the technique without fusing, which has the same gradients."""
 
     def _fold(self, model: nn.Module) -> None:
-        """Put the plain output layer back."""
+        """Restore the plain output layer."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, DeferredHead):
                 layer.remove_hooks()
@@ -71,7 +71,7 @@ class FusedCrossEntropy(Technique):
 
 
 class DeferredHead(nn.Module):
-    """An output layer that in a training step with labels passes the hidden states on to the loss."""
+    """An output layer that passes the hidden states to the loss in a training step with labels."""
 
     handles: tuple[RemovableHandle, ...] = ()
 
@@ -96,7 +96,7 @@ class DeferredHead(nn.Module):
         return layer
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
@@ -105,7 +105,7 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and layer of a causal language model's output embeddings."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is None:
-        raise ModelError(f"{type(model).__name__} has no head over a vocabulary; leave the technique fused-head out")
+        raise ModelError(f"{type(model).__name__} has no head over a vocabulary; remove the technique fused-head")
     if type(head) is not nn.Linear:
         raise ModelError(f"the head of {type(model).__name__} is a {type(head).__name__}; fused-head needs a plain one")
     return next(name for name, layer in model.named_modules() if layer is head), head

@@ -36,25 +36,25 @@ class LastBlocks(Technique):
     name: ClassVar[str] = "last-blocks"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains biases below the last blocks too",
-        "checkpointing": "statistics would follow each batch twice",
-        "classifier": "the head is trained beside the blocks anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "checkpointing": "statistics would count each batch twice",
+        "classifier": "the head is already trained with the blocks",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "full trains the last blocks among all the rest",
-        "lora": "low-rank pairs hide the convolutions that blocks are told by",
+        "lora": "low-rank pairs hide the convolutions that identify blocks",
         "norm": "it trains norms below the last blocks too",
-        "qlora": "low-rank pairs hide the convolutions that blocks are told by",
+        "qlora": "low-rank pairs hide the convolutions that identify blocks",
         "tinytl": "it trains branches below the last blocks too",
     }
 
-    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    num_blocks: int = Field(3, ge=1, description="number of trained blocks, counted from the last")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution after the blocks")
     norm_statistics: Literal["update", "frozen"] = Field("update", description="statistics of the trained norms")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="examples at a time through the frozen part; null: all"
+        None, ge=1, description="examples per micro-batch of the frozen part; null: all"
     )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of the last blocks and the head."""
+        """Unfreeze the last blocks and the head."""
         found = split_before_last_blocks(model, self.num_blocks)
         tail = found.tail if self.head_convolution == "train" else None
         whole = [block.name for block in found.blocks] + ([*tail.convolutions, *tail.norms] if tail else [])
@@ -68,7 +68,7 @@ class LastBlocks(Technique):
             run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=False)
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain norms back around what was learned."""
+        """Restore plain norms with the trained weights."""
         restore_plain_layers(model)
 
 

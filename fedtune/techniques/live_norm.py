@@ -34,17 +34,15 @@ class BatchNormStatistics(Technique):
 
     name: ClassVar[str] = "live-norm"
     selects_trainable_tensors: ClassVar[bool] = False
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        "checkpointing": "blocks that run again would count their batch twice"
-    }
+    conflicts_with: ClassVar[Mapping[str, str]] = {"checkpointing": "recomputed blocks would count their batch twice"}
 
-    local: bool = Field(False, description="each device keeps its batch norms for itself")
+    local: bool = Field(False, description="each device keeps its own batch norms")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Put a live norm in the place of each plain one; ModelError when the model has none."""
+        """Replace each batch norm by a live one; ModelError if the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:
-            raise ModelError(f"{type(model).__name__} has no batch norm for live-norm to follow; drop live-norm")
+            raise ModelError(f"{type(model).__name__} has no batch norm; remove live-norm")
         for name, layer in norms:
             model.set_submodule(name, UnfrozenBatchNorm2d.from_batch_norm(layer, self.local))
         if self.local:
@@ -52,11 +50,11 @@ class BatchNormStatistics(Technique):
             unfreeze_parameters(model, sorted(norm_parameters))
 
     def has_local_tensors(self) -> bool:
-        """When they are local."""
+        """Return whether the norms are local."""
         return self.local
 
     def _fold(self, model: nn.Module) -> None:
-        """Plain norms again."""
+        """Restore plain norms."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, UnfrozenBatchNorm2d):
                 model.set_submodule(name, layer.to_plain_layer())

@@ -32,7 +32,7 @@ class Lora(LowRankTechnique):
 
     name: ClassVar[str] = "lora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside a low-rank pair anyway",
+        "classifier": "the head is already trained with the low-rank pairs",
         "full": "full trains the weights that lora freezes",
-        "qlora": "both put a low-rank pair beside the same layers",
+        "qlora": "both add a low-rank pair to the same layers",
     }

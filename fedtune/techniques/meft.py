@@ -135,7 +135,7 @@ class Meft(Technique):
         export_with_code(model, stack.plan)
 
     def make_reference(self) -> "Meft":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"stored_activations": True})
 
     def _cuts(self, blocks: int) -> tuple[int, ...]:

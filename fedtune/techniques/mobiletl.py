@@ -45,14 +45,14 @@ __all__ = ["Mobiletl"]
 
 
 class Mobiletl(Technique):
-    """Train the last blocks of a mobile net, and keep little for it."""
+    """Train the last blocks of a mobile net with little activation memory."""
 
     name: ClassVar[str] = "mobiletl"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "its frozen part has no gradients",
-        "checkpointing": "statistics would follow each batch twice",
-        "classifier": "the head is trained beside the blocks anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "checkpointing": "statistics would count each batch twice",
+        "classifier": "the head is already trained with the blocks",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "its frozen part has no gradients",
         "last-blocks": "both train the last blocks",
         "live-norm": "its frozen part keeps its statistics",
@@ -62,25 +62,25 @@ class Mobiletl(Technique):
         "tinytl": "its frozen part has no gradients",
     }
 
-    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    relu6_gradient: Literal["exact", "paper"] = Field("exact", description="where ReLU6 lets the gradient through")
-    hard_swish_gradient: Literal["paper", "exact"] = Field("paper", description="exact: its input is kept")
-    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    num_blocks: int = Field(3, ge=1, description="number of trained blocks, counted from the last")
+    relu6_gradient: Literal["exact", "paper"] = Field("exact", description="where ReLU6 passes the gradient")
+    hard_swish_gradient: Literal["paper", "exact"] = Field("paper", description="exact: its input is stored")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution after the blocks")
     last_norm_statistics: Literal["update", "frozen"] = Field(
         "update", description="statistics of each block's last norm"
     )
-    micro_batch_size: int = Field(1, ge=1, description="examples at a time through the frozen part")
-    cache_outputs: bool = Field(False, description="keep what the frozen part gives, on disk")
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    micro_batch_size: int = Field(1, ge=1, description="examples per micro-batch of the frozen part")
+    cache_outputs: bool = Field(False, description="store the outputs of the frozen part on disk")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     @model_validator(mode="after")
     def _cached_one_by_one(self) -> Self:
         if self.cache_outputs and self.micro_batch_size > 1:
-            raise ValueError("cache keeps what examples give one by one; leave micro_batch at 1")
+            raise ValueError("cache_outputs stores one example at a time; leave micro_batch_size at 1")
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Train the last blocks and the head; everything above the frozen part keeps what it must."""
+        """Train the last blocks and the head; the frozen part stores nothing."""
         found = split_before_last_blocks(model, self.num_blocks)
         if self.last_norm_statistics == "update":
             for block in found.blocks:
@@ -91,11 +91,11 @@ class Mobiletl(Technique):
             run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=self.cache_outputs)
 
     def make_reference(self) -> "Mobiletl":
-        """The same network, every activation stored and no gradient approximated."""
+        """Return the same network with stored activations and exact gradients."""
         return self.model_copy(update={"stored_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)
 
     def _trained(self, model: nn.Module, found: NetworkSplit) -> list[str]:

@@ -34,16 +34,16 @@ class BatchNorm(Technique):
 
     name: ClassVar[str] = "norm"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "norm trains shifts beside scales anyway",
-        "classifier": "the head is trained beside norms anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "bias": "the shifts are already trained with the scales",
+        "classifier": "the head is already trained with the norms",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "full trains norms among all the rest",
     }
 
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of scales, shifts and the head."""
+        """Unfreeze scales, shifts and the head."""
         if not has_batch_norms(model):
             raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")
         norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -54,9 +54,9 @@ class BatchNorm(Technique):
             make_model_efficient(model)
 
     def make_reference(self) -> "BatchNorm":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"stored_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)

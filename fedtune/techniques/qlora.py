@@ -27,21 +27,21 @@ class Qlora(LowRankTechnique):
 
     name: ClassVar[str] = "qlora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "classifier": "the head is trained beside a low-rank pair anyway",
+        "classifier": "the head is already trained with the low-rank pairs",
         "full": "full trains the weights that qlora freezes",
-        "lora": "both put a low-rank pair beside the same layers",
+        "lora": "both add a low-rank pair to the same layers",
     }
 
     @model_validator(mode="after")
     def _base_is_not_writable(self) -> Self:
         if self.trained_factors == "both-and-base":
             raise ValueError(
-                "trained_factors: both-and-base writes into the base's weights, but four-bit ones are fixed; take lora"
+                "trained_factors: both-and-base changes the base weights, but four-bit weights are fixed; use lora"
             )
         return self
 
     def make_quantisation_config(self) -> Any:
-        """NF4 with double quantisation, computing in single precision."""
+        """NF4 with double quantisation; computes in single precision."""
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

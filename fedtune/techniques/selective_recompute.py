@@ -51,29 +51,29 @@ _HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else 
 
 
 class SelectiveCheckpointing(Technique):
-    """Keep products, recompute what lies between them."""
+    """Store matrix products and recompute the operations between them."""
 
     name: ClassVar[str] = "selective-recompute"
     selects_trainable_tensors: ClassVar[bool] = False
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "checkpointing": "both decide what the same blocks keep",
+        "checkpointing": "both decide which activations the same blocks store",
         "meft": "reversible blocks store no activations that could be recomputed",
     }
 
     max_recomputed_inner_dim: int = Field(
-        64, ge=0, description="products that sum at most so many terms are recomputed"
+        64, ge=0, description="products with at most this inner dimension are recomputed"
     )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
+        """Enable transformers' non-reentrant checkpointing with a policy of what is stored."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-            raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-recompute out")
+            raise ModelError(f"{type(model).__name__} has no blocks to recompute; remove selective-recompute")
         contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.max_recomputed_inner_dim))
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def make_reference(self) -> None:
-        """Stored activations give the same gradients."""
+        """Return the technique with stored activations, which has the same gradients."""
 
 
 def _policy(_: Any, operation: Any, *args: Any, terms: int, **__: Any) -> CheckpointPolicy:

@@ -39,21 +39,21 @@ class Tinytl(Technique):
     name: ClassVar[str] = "tinytl"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "tinytl trains biases itself",
-        "classifier": "the head is trained beside the branches anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "classifier": "the head is already trained with the branches",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "full trains the blocks that tinytl freezes",
-        "lora": "low-rank pairs hide the convolutions that blocks are told by",
+        "lora": "low-rank pairs hide the convolutions that identify blocks",
         "norm": "tinytl freezes the scales of norms",
-        "qlora": "low-rank pairs hide the convolutions that blocks are told by",
+        "qlora": "low-rank pairs hide the convolutions that identify blocks",
     }
 
     train_biases: bool = Field(True, description="train the shifts of all norms too")
-    kernel_size: Literal[1, 3, 5, 7] = Field(5, description="side of the branch's grouped convolution")
-    groups: int = Field(2, ge=1, description="of that convolution")
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    kernel_size: Literal[1, 3, 5, 7] = Field(5, description="kernel size of the branch's grouped convolution")
+    groups: int = Field(2, ge=1, description="groups of that convolution")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Put branches drawn from ``seed`` beside the blocks; train them, biases and the head."""
+        """Add branches, initialised from ``seed``, to the blocks; train them, the biases and the head."""
         found = find_inverted_residuals(model)
         if self.train_biases:
             unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
@@ -66,16 +66,18 @@ class Tinytl(Technique):
                 attach_lite_residual(model.get_submodule(block.name), self._branch(model, block))
 
     def make_reference(self) -> "Tinytl":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"stored_activations": True})
 
     def has_unchanged_base(self) -> bool:
-        """The branches stay."""
+        """Return False: the branches stay."""
         return False
 
     def _fold(self, model: nn.Module) -> None:
-        """There is no plain net that computes this."""
-        raise ModelError(f"tinytl adds branches that a plain {type(model).__name__} has not; evaluate the run instead")
+        """Refuse: no plain net computes this function."""
+        raise ModelError(
+            f"tinytl adds branches that a plain {type(model).__name__} does not have; evaluate the run instead"
+        )
 
     def _branch(self, model: nn.Module, block: InvertedResidualLayers) -> LiteResidual:
         first: Any = model.get_submodule(block.convolutions[0])
