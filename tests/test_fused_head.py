@@ -182,7 +182,7 @@ def test_a_model_that_does_more_with_its_logits_is_refused_before_training(build
 
 @pytest.mark.parametrize("model", [bert(), llama_classifier(), nn.Sequential(nn.Linear(2, 2))])
 def test_a_model_without_a_vocabulary_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ModelError, match=r"has no head over a vocabulary; leave the technique fused-head out$"):
+    with pytest.raises(ModelError, match=r"has no head over a vocabulary; remove the technique fused-head$"):
         shared("fused-head+full", model, TEXT)
 
 

@@ -166,7 +166,7 @@ def test_a_schedule_that_counts_rounds_is_said_to_begin_again(home: Path) -> Non
     ("arguments", "said"),
     [
         (["--extend", "short", "--rounds", "2"], "has 2 rounds; --rounds counts them too, so name more"),
-        (["--extend", "remote", "--rounds", "3"], "is a server's; submit a recipe"),
+        (["--extend", "remote", "--rounds", "3"], "belongs to a server; submit a recipe"),
         (["--extend", "short"], "--extend RUN and --rounds N go together"),
         (["--resume", "short", "--rounds", "3"], "--extend RUN and --rounds N go together"),
         (["--resume", "short", "--extend", "short", "--rounds", "3"], "name either a RECIPE or a run"),

@@ -55,8 +55,8 @@ _TASKS = ["text-generation", "text-classification", "image-classification"]
 def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: str, **options: Any) -> None:
     """Merge the models of CONFIG.yaml (mergekit's schema), or the given MODELs.
 
-    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. An
-    interrupted merge goes on when the same command is given again.
+    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. To
+    continue an interrupted merge, run the same command again.
 
     \b
     Example:

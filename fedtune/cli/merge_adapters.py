@@ -10,7 +10,7 @@ import click
 __all__ = ["write_merged_adapter"]
 
 
-_UNKNOWN = "how far it is from the merge, only the base can tell, which is not at hand (DoRA)"
+_UNKNOWN = "its error is unknown, because this needs the base (DoRA)"
 
 
 def write_merged_adapter(

@@ -58,13 +58,13 @@ def show_comparison(found: "ModelComparison") -> None:
         table.add_row(name, norm, cosines, changed, first, _words(found, place))
     console = _console()
     console.print(table)
-    kind = "whole models" if found.norms is None else "what models differ from the base; norms are over the base's"
+    kind = "whole models" if found.norms is None else "deltas to the base; norms are relative to the norm of the base"
     console.print(f"\ncosines are between {kind}")
     if found.norms is not None:
         console.print(f"opposite directions at {found.conflicts:.1%} of {found.entries} entries")
     if found.scale is not None:
         console.print(
-            f"a scale of {found.scale:.3f} would keep the weighted sum as long as a model's delta is on average "
+            f"a scale of {found.scale:.3f} would give the weighted sum the mean norm of the models' deltas "
             "(a rule of thumb)"
         )
 

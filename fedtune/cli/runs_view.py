@@ -75,7 +75,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     costs = [totals(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
-    table.add_row("peak saved", *(decimal(cost.saved_bytes) for cost in costs))
+    table.add_row("activations", *(decimal(cost.saved_bytes) for cost in costs))
     table.add_row("time", *(_seconds(cost.seconds) for cost in costs), end_section=bool(settings))
     for key, values in settings.items():
         table.add_row(key, *(_setting(value) for value in values))
@@ -92,7 +92,7 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     )
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
-    grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
+    grid.add_row("peak", f"{decimal(cost.saved_bytes)} activation memory, {decimal(cost.peak_rss)} process")
     if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
     kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
@@ -153,7 +153,7 @@ def _devices(rounds: Rounds) -> Table:
     """One line per device class, so that a thousand clients fit a screen too."""
     every = [one for record in rounds for one in record.contributions]
     late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
-    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "peak saved>", "peak process>", *late)
+    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late)
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
@@ -170,13 +170,13 @@ def _devices(rounds: Rounds) -> Table:
 
 
 def _staleness(contributions: Sequence[ClientRecord]) -> str:
-    """Mean and largest number of rounds by which merged answers were late."""
+    """Return mean and largest staleness of merged client updates."""
     found = [one.staleness for one in contributions if one.status == "merged" and one.staleness is not None]
     return f"{sum(found) / len(found):.1f}, at most {max(found)}" if found else "-"
 
 
 def list_problems(rounds: Rounds) -> list[str]:
-    """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
+    """Failed rounds, client updates that were not merged, and updates with reduced settings."""
     lines = [
         f"round {one.number} failed: {clean_text(one.reason, _REASON)}" for one in rounds if one.status == "failed"
     ]

@@ -118,9 +118,11 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
     found = store.run(reference)
     recipe = with_base(Recipe.model_validate_json(found.recipe), url)
     if found.engine not in ("local", "flower"):
-        raise StoreError(f"run {found.id} is a server's; submit a recipe that begins with its export instead")
+        raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:
-        raise StoreError(f"run {found.id} has {found.rounds_planned} rounds; --rounds counts them too, so name more")
+        raise StoreError(
+            f"run {found.id} already has {found.rounds_planned} rounds; --rounds is the total, so give a larger number"
+        )
     federation = recipe.federation.model_copy(update={"rounds": rounds})
     longer = recipe.model_copy(update={"federation": federation})
     shop = _workshop(longer)
@@ -128,8 +130,8 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
-        said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.lr_schedule} schedule is that of {rounds} rounds now: {said}", err=True)
+        said = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {said}", err=True)
     return found.id, shop
 
 

@@ -169,6 +169,5 @@ def _loss(
 
 def _misfit(model: nn.Module) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} does more with its logits than take their cross-entropy; "
-        "leave the technique fused-head out"
+        f"{type(model).__name__} uses its logits for more than their cross-entropy; remove the technique fused-head"
     )
