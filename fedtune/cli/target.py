@@ -1,4 +1,4 @@
-"""What ``evaluate`` and ``export`` take: a run, or one of a run's checkpoint files."""
+"""The target of ``evaluate`` and ``export``: a run, or a checkpoint file of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def load_checkpoint_target(
 
 
 def _file(target: str) -> Path | None:
-    """The checkpoint file a target names, if it names one."""
+    """Return the checkpoint file that a target names, if any."""
     path = Path(target)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise StoreError(

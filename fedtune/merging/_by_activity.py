@@ -1,8 +1,8 @@
-"""What AIM and its control share: s, how active each input channel is beside the most active one, and c = 1-(1-omega)s.
+"""The scale that AIM and its control use: c = 1 - (1 - omega) s, with the relative activity s of each input channel.
 
-Statistics are of the base, in a federation the round-start model: taken by the server on its validation part (inputs
-alone, no label), or summed by clients on what they train on (sums of |x| and counts, nothing else, so that a server
-that sees sums over clients alone can do it too).
+The activation statistics are measured on the base; in a federation this is the model at the start of the round. Either
+the server measures them on its validation split, without labels, or the clients measure them on their training data.
+Clients send only sums of |x| and counts, so a server that sees only the sum over clients can use them too.
 """
 
 from abc import ABC
