@@ -73,8 +73,8 @@ class Train(SettingsModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
-        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "clip" not in value
-        return {**value, "clip": None} if plain else value
+        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "max_grad_norm" not in value
+        return {**value, "max_grad_norm": None} if plain else value
 
     @model_validator(mode="after")
     def _momentum_is_of_sgd(self) -> Self:

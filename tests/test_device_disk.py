@@ -39,13 +39,13 @@ class Line:
         self.holding: list[bytes] = []
         self.sent: list[tuple[bytes, bytes]] = []
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """It is heard."""
 
-    def leave(self) -> None:
+    def deactivate_node(self) -> None:
         """It is noted."""
 
-    def claim(self) -> bytes | None:
+    def pull_message(self) -> bytes | None:
         if self.orders:
             return self.orders.pop(0)
         self.looks -= 1
@@ -53,17 +53,17 @@ class Line:
             raise Over
         return None
 
-    def holds(self, claim: bytes) -> None:
+    def mark_message_stored(self, claim: bytes) -> None:
         _opened(claim)
         self.holding.append(claim)
 
-    def fetch(self, claim: bytes) -> Any:
+    def download_message(self, claim: bytes) -> Any:
         raise KeyError("order")
 
-    def answer(self, claim: bytes, payload: bytes, *_: Any) -> None:
+    def push_update(self, claim: bytes, payload: bytes, *_: Any) -> None:
         self.sent.append((claim, payload))
 
-    def refuse(self, claim: bytes, code: int, reason: str) -> None:
+    def push_error(self, claim: bytes, code: int, reason: str) -> None:
         self.sent.append((claim, reason.encode()))
 
 
@@ -72,10 +72,10 @@ class Resting:
 
     pid = None
 
-    def rest(self) -> None:
+    def stop_if_idle(self) -> None:
         """There is nothing to end."""
 
-    def close(self) -> None:
+    def stop_trainer(self) -> None:
         """Nor here."""
 
 

@@ -52,10 +52,10 @@ def told(answer: Frame, folder: Path) -> str:
     sent: list[str] = []
 
     class Fleet:
-        def refuse(self, order: bytes, code: int, reason: str) -> None:
+        def push_error(self, order: bytes, code: int, reason: str) -> None:
             sent.append(f"{code} {reason}")
 
-    node = DeviceNode(None, Fleet(), None, type("Clock", (), {"set": print})(), print, print)  # type: ignore[arg-type]
+    node = DeviceNode(None, Fleet(), None, type("Clock", (), {"synchronise": print})(), print, print)  # type: ignore[arg-type]
     node._send(b"", answer)
     assert parse_problem(sent[0].partition(" ")[2].removeprefix("declined: ")) is not None
     return sent[0]
@@ -87,14 +87,14 @@ def test_a_device_that_goes_on_with_a_kept_answer_tells_first_what_it_holds(tmp_
     done: list[object] = []
 
     class Fleet:
-        def answer(self, order: bytes, payload: bytes, report: object, seconds: float) -> None:
+        def push_update(self, order: bytes, payload: bytes, report: object, seconds: float) -> None:
             done.append("answered")
 
     home = DeviceHome(tmp_path / "device")
     holding = {"examples": 12, "labels": {}}
     header = {"kind": "trained", "report": {}, "holding": holding, "seconds": 1.0}
     home.save_pending("answer", *Frame(header, b"deltas").pieces())
-    clock: Any = type("Clock", (), {"set": print})()
+    clock: Any = type("Clock", (), {"synchronise": print})()
     fleet: Any = Fleet()
     keeper: Any = None
     node = DeviceNode(home, fleet, keeper, clock, done.append, print)

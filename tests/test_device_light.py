@@ -190,7 +190,7 @@ def test_an_answer_never_outlives_the_order_it_belongs_to(home: Path) -> None:
 def test_one_process_is_a_device_at_a_time(home: Path) -> None:
     place = _identity(home)
     with place.hold_lock():
-        script = "from fedtune.device.device_home import DeviceHome\nwith DeviceHome().claimed(): pass"
+        script = "from fedtune.device.device_home import DeviceHome\nwith DeviceHome().hold_lock(): pass"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert "is joined by another process" in done.stderr
         assert place.is_joined

@@ -33,7 +33,7 @@ def task(recipe: Recipe) -> Any:
     shop = get_run_context(text)
     payload = pack(get_model_state(shop.model, shop.shared_names))
     clear_run_context()
-    return SimpleNamespace(order={"recipe": text, "round": 1, "client": 0, "labels": "[]"}, payload=payload)
+    return SimpleNamespace(request={"recipe": text, "round": 1, "client": 0, "labels": "[]"}, payload=payload)
 
 
 def wide(folder: Path) -> Any:
@@ -46,7 +46,7 @@ def wide(folder: Path) -> Any:
 
 def train(keeper: Any, asked: Any, say: Callable[[str], None] = lambda _: None) -> Frame:
     """A device's answer to an order that its server hands out."""
-    fleet = cast("FleetClient", SimpleNamespace(fetch=lambda _: asked))
+    fleet = cast("FleetClient", SimpleNamespace(download_message=lambda _: asked))
     return DeviceNode(DeviceHome(), fleet, keeper, ServerClock(lambda: 5.0), lambda _: None, say)._train(b"claim")
 
 
@@ -128,7 +128,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
     monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
     monkeypatch.setattr(budget, "estimate_memory", partial(note, "need", budget.estimate_memory))
     trainer.Trainer("part:0", 1 << 34, 0).run_request(
-        Frame(dict(asked.order), asked.payload), lambda: done.append("fits")
+        Frame(dict(asked.request), asked.payload), lambda: done.append("fits")
     )
     assert done == ["read", "need", "fits"]
 
@@ -138,7 +138,7 @@ def test_a_state_that_is_none_is_told_as_such_in_a_file_and_beside_it(home: Path
     asked = task(trivial())
     path = DeviceHome().spool(garbage)
     made = trainer.Trainer("part:0", 1 << 34, 0)
-    for frame in (Frame({**asked.order, "state": str(path)}), Frame({**asked.order, "state": ""}, garbage)):
+    for frame in (Frame({**asked.request, "state": str(path)}), Frame({**asked.request, "state": ""}, garbage)):
         answer = made.run_request(frame, lambda: None)
         assert (answer.header["kind"], answer.header["problem"]) == ("failed", "order-unreadable")
 
@@ -152,7 +152,7 @@ class Asked:
         self.frames: list[Frame] = []
         self.state: bytes | None = None
 
-    def ask(self, frame: Frame) -> Frame:
+    def run_request(self, frame: Frame) -> Frame:
         self.frames.append(frame)
         if path := frame.header["state"]:
             assert Path(path).stat().st_mode & 0o777 == 0o600
@@ -171,7 +171,7 @@ def test_the_state_is_in_a_file_of_the_devices_while_its_trainer_works(home: Pat
 
 def test_an_order_without_a_round_is_told_as_unreadable(home: Path) -> None:
     asked = task(trivial())
-    del asked.order["round"]
+    del asked.request["round"]
     assert train(Asked(), asked).header["problem"] == "order-unreadable"
 
 
@@ -184,7 +184,7 @@ def test_a_file_left_by_a_process_that_was_killed_is_dropped_and_is_no_order(hom
 
 def test_a_full_disk_costs_memory_and_not_the_round(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, keeper, said = task(trivial()), Asked(), list[str]()
-    asked.order["state"] = "/etc/passwd"  # a server has no say in what a trainer reads
+    asked.request["state"] = "/etc/passwd"  # a server has no say in what a trainer reads
     monkeypatch.setattr("fedtune.device.device_home.os.open", full)
     train(keeper, asked, said.append)
     [frame] = keeper.frames

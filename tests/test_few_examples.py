@@ -40,7 +40,7 @@ def test_a_score_over_few_held_out_examples_is_not_told(home: Path, rows: int, t
 
 def test_a_class_with_few_examples_is_not_counted() -> None:
     labels = [0] * 9 + [1] * FEWEST + [2] * (FEWEST - 1) + [3]
-    corpus = SimpleNamespace(train=Dataset.from_dict({"label": labels}), labels=("a", "b", "c", "d", "e"))
+    corpus = SimpleNamespace(train=Dataset.from_dict({"label": labels}), label_names=("a", "b", "c", "d", "e"))
     shop: Any = SimpleNamespace(recipe=trivial(), corpus=corpus)
     typed: RunContext = shop
     assert summarise_local_data(typed, np.arange(len(labels))) == {

@@ -9,7 +9,7 @@ import re, sys, threading, time
 from pathlib import Path
 
 from tests.federations import execute, tiny_bert, words
-from fedtune.training import discard
+from fedtune.training import clear_run_context
 
 SETTINGS = ("train.techniques=[full]", "train.lr_schedule=constant", "train.local_steps=1", "devices=[{count: 2}]")
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     execute(words(folder / "small", *SETTINGS), run="small")  # imports what a run needs
     recipe = words(folder / "wide", *SETTINGS)
     tiny_bert(folder / "wide" / "bert", 1024)
-    discard()
+    clear_run_context()
     base, peaks, over = anonymous(), [], threading.Event()
     watching = threading.Thread(target=watch)
     watching.start()

@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 SCRIPT = """
 import sys
 from pathlib import Path
-from fedtune.fusion import compare, merge, prepare, quick
+from fedtune.fusion import compare, write_merged_model, prepare_merge, build_merge_config
 from fedtune.memory.process import peak_rss, reset_peak_rss
 
 names, method = sys.argv[2:], sys.argv[1]
-config, _ = quick(names, method, [], [], base_model="base")
+config, _ = build_merge_config(names, method, [], [], base_model="base")
 reset_peak_rss()
 before = peak_rss()
-prepared = prepare(config)
+prepared = prepare_merge(config)
 compare(prepared, lambda done: None)
-merge(prepared, Path(f"out-{method}-{len(names)}"), "a card")
+write_merged_model(prepared, Path(f"out-{method}-{len(names)}"), "a card")
 print(peak_rss() - before)
 """
 SHAPES = {f"layers.{layer}.weight": (2000, 1000) for layer in range(6)}

@@ -19,26 +19,28 @@ from tests.fusion_models import base_and_tuned
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedtune.fusion import merge, output, parse, prepare
+import fedtune.fusion.output as output
+from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
 
 output._SAFE_EVERY = 1
 where, count = sys.argv[1], int(sys.argv[2])
-real = getattr(output.Output, where) if where != "rename" else Path.replace
+real = getattr(output.OutputFolder, where) if where != "rename" else Path.replace
 calls = 0
 
 def dying(self, *arguments):
     global calls
     calls += 1
     if where != "rename" and calls == count:
-        if where == "write":
+        if where == "write_rows":
             real(self, arguments[0], arguments[1], arguments[2][:1])
         os.kill(os.getpid(), signal.SIGKILL)
     if where == "rename" and self.name.endswith(".merging"):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *arguments)
 
-setattr(output.Output if where != "rename" else Path, where if where != "rename" else "replace", dying)
-merge(prepare(parse(Path("merge.yaml").read_text(), "merge.yaml")), Path("out"), "a card", shard_size=6000)
+setattr(output.OutputFolder if where != "rename" else Path, where if where != "rename" else "replace", dying)
+config = parse_merge_config(Path("merge.yaml").read_text(), "merge.yaml")
+write_merged_model(prepare_merge(config), Path("out"), "a card", shard_size=6000)
 """
 YAML = "merge_method: dare_ties\nbase_model: base\nmodels: [tuned1, tuned2]\nparameters: {density: 0.5}\n"
 
@@ -75,7 +77,8 @@ def kill(where: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "count", "written"), [("write", 9, 13), ("finish", 9, 13), ("flush", 15, 7), ("rename", 1, 21)]
+    ("where", "count", "written"),
+    [("write_rows", 9, 13), ("mark_finished", 9, 13), ("flush", 15, 7), ("rename", 1, 21)],
 )
 def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(
     where: str, count: int, written: int, monkeypatch: pytest.MonkeyPatch
@@ -97,14 +100,14 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_another_configuration_does_not_go_on_with_what_is_there() -> None:
-    kill("write", 9)
+    kill("write_rows", 9)
     run(method="ties")
     run("alone", method="ties")
     assert digests(Path("out")) == digests(Path("alone"))
 
 
 def test_other_inputs_do_not_go_on_with_what_is_there() -> None:
-    kill("write", 9)
+    kill("write_rows", 9)
     from safetensors.torch import load_file, save_file
 
     file = Path("tuned1/model.safetensors")

@@ -184,7 +184,7 @@ def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from fedtune import models\n"
-        "from fedtune.recipe import Model\n"
+        "from fedtune.recipe import ModelSettings\n"
         f"models.load(Model(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
         "assert 'transformers' not in sys.modules\n"
     )

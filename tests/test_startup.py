@@ -18,13 +18,13 @@ import json
 import sys
 from pathlib import Path
 
-from fedtune.device.supply import Supply, holding
-from fedtune.device.trainer import _Trainer
-from fedtune.contribution import Order
+from fedtune.device.supply import LocalData, summarise_local_data
+from fedtune.device.trainer import Trainer
+from fedtune.contribution import TrainRequest
 
 recipe, labels, source = json.loads(Path("order.json").read_text())
-shop, rows = Supply(source).of(Order(recipe, 1, 0, labels, run="run-1"))
-assert len(shop.train) and holding(shop, rows)
+shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, labels, run="run-1"))
+assert len(shop.train) and summarise_local_data(shop, rows)
 print(*sorted(sys.modules), file=sys.stderr)
 """
 TABLES = {"datasets", "huggingface_hub", "pandas", "pyarrow"}

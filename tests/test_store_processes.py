@@ -119,8 +119,8 @@ def test_a_process_killed_inside_a_commit_leaves_nothing_of_the_round(table: str
 
 OWN = """
 import sys
-from fedtune.tracking import claim
-with claim("film-1a2b"):
+from fedtune.tracking import claim_run
+with claim_run("film-1a2b"):
     print("ready", flush=True)
     sys.stdin.readline()
 """
@@ -189,7 +189,10 @@ def test_looking_whether_a_run_is_owned_makes_no_file_and_shuts_nobody_out(home:
     assert not (home / "runs").exists()
     with claim_run("a"):
         pass
-    looker = begin("from fedtune.tracking import alive\nprint('ready', flush=True)\ninput()\nwhile True: alive('a')")
+    looker = begin(
+        "from fedtune.tracking import is_run_active\nprint('ready', flush=True)\ninput()\n"
+        "while True: is_run_active('a')"
+    )
     go(looker)
     for _ in range(50):
         with claim_run("a"):

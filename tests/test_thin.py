@@ -30,11 +30,11 @@ sys.meta_path = [Thin if finder is PathFinder else finder for finder in sys.meta
 """
 TRAIN = """
 from pathlib import Path
-from fedtune.device.trainer import _Trainer
+from fedtune.device.trainer import Trainer
 from fedtune.device.channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
 order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "labels": "[]", "run": "run"}
-answer = _Trainer("part:0", 10**11, 0).answer(Frame(order, payload.read_bytes()), lambda: None)
+answer = Trainer("part:0", 10**11, 0).run_request(Frame(order, payload.read_bytes()), lambda: None)
 assert answer.header["kind"] == "trained", answer.header
 sent.write_bytes(answer.payload)
 """

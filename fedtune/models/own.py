@@ -121,7 +121,7 @@ def _fill(model: ImageClassifier, tensors: dict[str, Tensor], source: str) -> No
     """Copy the weights in; a head of other shape is left as drawn."""
     wanted = model.state_dict()
     fitting = {name: tensors[name] for name in wanted if name in tensors and tensors[name].shape == wanted[name].shape}
-    wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head}.")]
+    wrong = [name for name in wanted if name not in fitting and not name.startswith(f"{model.head_name}.")]
     if wrong:
         raise ModelError(f"{source} has no weights for {min(wrong)!r}, which it needs; fetch it again")
     given_up = [name for name in sorted(wanted.keys() & tensors.keys() - fitting.keys()) if tensors[name].any()]
