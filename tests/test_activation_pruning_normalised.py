@@ -29,7 +29,9 @@ def test_normalise_is_refused_where_it_would_rescale_what_stays_frozen() -> None
     chosen = techniques.build_techniques(
         [Unit(name="classifier"), Unit(name="activation-pruning", settings={"normalise": True})]
     )
-    with pytest.raises(ModelError, match=r"^activation-pruning's normalise rescales conv1, which is frozen; train it"):
+    with pytest.raises(
+        ModelError, match=r"^activation-pruning's standardise_weights rescales conv1, which is frozen; train it"
+    ):
         techniques.apply_techniques(chosen, resnet(), IMAGES, 0)
 
 

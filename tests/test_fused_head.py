@@ -175,7 +175,7 @@ def bart() -> PreTrainedModel:
 @pytest.mark.parametrize("build", [gemma2, granite, bart])
 def test_a_model_that_does_more_with_its_logits_is_refused_before_training(build: Any) -> None:
     model = build().eval()
-    with pytest.raises(ModelError, match=r"^\w+ForCausalLM does more with its logits than take their cross-entropy; "):
+    with pytest.raises(ModelError, match=r"^\w+ForCausalLM uses its logits for more than their cross-entropy; "):
         shared("fused-head+full", model, LANGUAGE)
     assert not model.training
 

@@ -66,7 +66,11 @@ def test_every_step_serves_a_round(tmp_path: Path, name: str) -> None:
         ("nuslerp", 1, "^merge: nuslerp needs at least 2 models, but 1 came; add some or choose mean$"),
         ("model-stock", 1, "^merge: model-stock needs at least 2 models, but 1 came; add some or choose mean$"),
         ("sce", 1, "^merge: sce needs at least 2 models, but 1 came; add some or choose mean$"),
-        ("trimmed-mean", 4, "^merge: trimmed-mean with share 0.2 needs at least 5 models to cut one at each end"),
+        (
+            "trimmed-mean",
+            4,
+            "^merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models to remove one at each end",
+        ),
         ("fisher", 2, "^merge: fisher needs statistics of every model, but model 1 has none"),
     ],
 )
