@@ -85,7 +85,7 @@ def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
     bases = Bases(shop, folder, state, [])
     for number in range(1, rounds + 1):
         downloads = Downloads(RoundPayloads(shop, state, number), bases, None, deployed=True)
-        got, away = downloads.of(0), downloads.of(AWAY)
+        got, away = downloads.get_for_client(0), downloads.get_for_client(AWAY)
         device = received(shop, got, number, folder / "device")
         sent = contributions(shop, state, number, folder)
         evidence = MergeContext(
@@ -96,8 +96,8 @@ def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
             merging.build_pipeline(shop.recipe.merge), state, list_trainable_tensors(shop, number), sent, evidence
         )
         seconds = time.process_time() - started
-        bases.merged(number, state, *merged)
-        bases.committed(number, records(CLIENTS if number > 1 else CLIENTS + 1))
+        bases.record_merge(number, state, *merged)
+        bases.record_commit(number, records(CLIENTS if number > 1 else CLIENTS + 1))
         yield Row(got.size, away.size, packed_size(state), seconds, device)
         state = stored(merged.state, folder, number)
 

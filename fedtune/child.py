@@ -5,10 +5,10 @@ import site
 import sys
 from pathlib import Path
 
-__all__ = ["environment", "isolated"]
+__all__ = ["environment", "make_isolated_command"]
 
 
-def isolated(module: str, *arguments: str) -> list[str]:
+def make_isolated_command(module: str, *arguments: str) -> list[str]:
     """The command that runs one of our modules; ``-P`` keeps the working folder out of the search for modules."""
     return [sys.executable, "-P", "-m", module, *arguments]
 

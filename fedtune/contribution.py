@@ -138,7 +138,7 @@ class ClientReport:
         return HoldoutMetrics(self.own_predictions, loss, accuracy, tuple(more))
 
     @property
-    def own(self) -> HoldoutMetrics:
+    def local_metrics(self) -> HoldoutMetrics:
         """The three as one."""
         return HoldoutMetrics(self.own_predictions, self.own_loss, self.own_accuracy, tuple(self.own_more))
 

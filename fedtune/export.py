@@ -136,7 +136,7 @@ _TEXT_CLASS = "AutoModelForSequenceClassification"
 def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
-    techniques.fold(chosen, model)
+    techniques.merge_into_weights(chosen, model)
     models.save_model(model, labels, folder)
     _save_reader(recipe, folder)
 

@@ -185,7 +185,7 @@ class Recipe(SettingsModel):
         none = dict.fromkeys(_OWN)
         train = {
             "techniques": device.techniques or self.train.techniques,
-            "batch": device.batch_size or self.train.batch_size,
+            "batch_size": device.batch_size or self.train.batch_size,
         }
         return self.model_copy(
             update={

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,10 +74,10 @@ class Server:
 
 
 @contextmanager
-def serving(home: Path, *, wait: bool = True) -> Iterator[Server]:
+def serving(home: Path, *, wait: bool = True, program: Sequence[str] = FEDTUNE) -> Iterator[Server]:
     """``fedtune server up`` in the given FEDTUNE_HOME, made first where there is none."""
     place = _place(home)
-    with _process(place, home) as (process, log):
+    with _process(program, home) as (process, log):
         server = Server(place, process, log)
         if wait:
             until_up(server)
@@ -96,10 +96,10 @@ def _place(home: Path) -> ServerHome:
 
 
 @contextmanager
-def _process(place: ServerHome, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def _process(program: Sequence[str], home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     log = home / "up.log"
     with log.open("ab") as out:
-        command = [*FEDTUNE, "server", "up"]
+        command = [*program, "server", "up"]
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
         yield process, log

@@ -29,7 +29,7 @@ from fedtune.server.client_scoring import draw_scorers, score_by_clients
 from fedtune.server.crew import RunClients
 from fedtune.server.reports import read_score
 from fedtune.server.sending import Sending
-from fedtune.server.watch import Unscored, unscored
+from fedtune.server.watch import Unscored, describe_unscored_clients
 from fedtune.simulation.local_grid import InProcessGrid
 from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.training import get_model_state, get_run_context, set_model_state
@@ -199,7 +199,9 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
         "client 4 (dev-4)": "declined: it ran out of memory; details are in the device's own log",
         "client 5 (dev-5)": "it holds out fewer than 5 examples",
     }
-    assert unscored(told).startswith("round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): ")
+    assert describe_unscored_clients(told).startswith(
+        "round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): "
+    )
 
 
 GOOD: dict[str, Any] = {

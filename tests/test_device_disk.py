@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from fedtune.device.channel import Frame
 from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.fleet import FleetClient, _opened
+from fedtune.device.fleet import FleetClient, open_claim
 from fedtune.device.keeper import TrainerSupervisor
 from fedtune.device.node import DeviceNode
 from fedtune.device.server_calls import NonsenseError
@@ -54,7 +54,7 @@ class Line:
         return None
 
     def mark_message_stored(self, claim: bytes) -> None:
-        _opened(claim)
+        open_claim(claim)
         self.holding.append(claim)
 
     def download_message(self, claim: bytes) -> Any:
@@ -187,7 +187,7 @@ def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
 def test_a_message_that_cannot_be_opened_is_told_apart() -> None:
     for content in (b"", b"\xff\xff", PullMessagesResponse().SerializeToString()):
         with pytest.raises(NonsenseError):
-            _opened(content)
+            open_claim(content)
 
 
 def test_a_device_at_rest_does_not_write_its_disk(place: DeviceHome, monkeypatch: pytest.MonkeyPatch) -> None:

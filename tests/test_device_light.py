@@ -157,7 +157,7 @@ def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.M
     clock = ServerClock(lambda: 5_000.0)
     clock.synchronise()
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert clock.now() == pytest.approx(5_000.0, abs=1.0)
+    assert clock.get_server_time() == pytest.approx(5_000.0, abs=1.0)
 
 
 def test_a_frame_that_is_not_whole_is_told_apart() -> None:

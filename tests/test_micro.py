@@ -15,7 +15,7 @@ from fedtune.errors import MemoryBudgetError
 from fedtune.recipe import Train
 from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context, train_local_model
 from fedtune.training.micro import compute_loss_weights, split_into_micro_batches
-from fedtune.training.optimiser import _Wrapped, make_optimiser
+from fedtune.training.optimiser import BitsandbytesOptimiser, make_optimiser
 from tests.federations import trivial, words
 
 
@@ -99,7 +99,7 @@ def held_by(optimiser: object) -> int:
         for child in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
             look(child)
 
-    state = optimiser.optimiser.state if isinstance(optimiser, _Wrapped) else vars(optimiser)
+    state = optimiser.optimiser.state if isinstance(optimiser, BitsandbytesOptimiser) else vars(optimiser)
     for name, value in state.items():
         if name not in ("_parameters", "_settings"):
             look(value)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedtune.recipe import Optimiser, Train
-from fedtune.training.optimiser import _Wrapped, compute_lr_factor, make_optimiser
+from fedtune.training.optimiser import BitsandbytesOptimiser, compute_lr_factor, make_optimiser
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_eight_bit_optimiser_keeps_its_state_in_bytes(name: Optimiser) -> Non
     optimiser = make_optimiser(Train(local_steps=1, optimiser=name), [weight])
     weight.square().sum().backward()
     optimiser.step(1e-3)
-    assert isinstance(optimiser, _Wrapped)
+    assert isinstance(optimiser, BitsandbytesOptimiser)
     assert optimiser.optimiser.state[weight]["state1"].dtype == torch.uint8
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.device import _Bytes
+from fedtune.cli.device import MemorySize
 from fedtune.contribution import pack
 from fedtune.device.channel import Frame
 from fedtune.device.keeper import TrainerSupervisor
@@ -24,7 +24,7 @@ SUBMIT = re.compile(r"^fedtune submit (\S+) --watch", re.MULTILINE)
 def test_a_device_joined_as_the_readme_says_trains_the_recipe_it_submits(home: Path) -> None:
     [(source, allowed)], [recipe_file] = JOIN.findall(README), SUBMIT.findall(README)
     recipe = resolve_recipe(read_recipe(ROOT / recipe_file, ["train.local_steps=1"]))
-    memory = _Bytes().convert(allowed, None, None)
+    memory = MemorySize().convert(allowed, None, None)
     assert recipe.num_clients == 4, "as many devices as the README says"
     assert memory >= max(device.memory for device in recipe.devices)
     text = recipe.model_dump_json()

@@ -206,7 +206,7 @@ def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: st
     work = managed(store, home)
     run = work.submit_run(selecting(select))
     work.tick()
-    assert [seat.device for seat in store.access.seats(run)] == seated
+    assert [seat.device for seat in store.access.list_assignments(run)] == seated
 
 
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:

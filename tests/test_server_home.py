@@ -147,12 +147,12 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
         store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
         store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
         seats = [Assignment(client=0, device="dev", node="18446744073709551615")]
-        store.access.seat("r", seats)
-        assert store.access.seats("r") == seats
+        store.access.assign_clients("r", seats)
+        assert store.access.list_assignments("r") == seats
         assert store.run("r").status == "queued"
         assert [run.id for run in store.list_unfinished_runs("devices")] == ["r"]
         store.delete("r")
-        assert store.access.seats("r") == []
+        assert store.access.list_assignments("r") == []
         assert [device.name for device in store.access.devices()] == ["dev"]
         with pytest.raises(StoreError, match="there is a device 'dev' already"):
             store.access.add_device(name="dev", node="1", public_key="pem")

@@ -70,10 +70,10 @@ def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(s
     enrol(store, 1, 2, 3)
     work.tick()
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
-    assert store.access.seats(run) == []
+    assert store.access.list_assignments(run) == []
     enrol(store, 4, 5)
     work.tick()
-    assert [(seat.client, seat.device, seat.node) for seat in store.access.seats(run)] == [
+    assert [(seat.client, seat.device, seat.node) for seat in store.access.list_assignments(run)] == [
         (0, "dev-5", "4"),
         (1, "dev-6", "3"),
         (2, "dev-7", "2"),
@@ -296,4 +296,4 @@ def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Pat
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
     store.access.release_device("dev-8")
     work.tick()
-    assert len(store.access.seats(run)) == 4
+    assert len(store.access.list_assignments(run)) == 4

@@ -9,17 +9,18 @@ from typing import Any
 
 import click
 
-__all__ = ["device"]
+__all__ = ["MemorySize", "device"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class _Bytes(click.ParamType[int]):
+class MemorySize(click.ParamType[int]):
     """A number of bytes, such as 512MB or 2GiB. It does not use pydantic, which would cost a device eight megabytes."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes; click tells of what is none."""
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(value), re.IGNORECASE)
@@ -30,7 +31,9 @@ class _Bytes(click.ParamType[int]):
 
 _data = click.option("--data", "source", metavar="SOURCE", required=True, help="csv:FILE, jsonl:FILE, parquet:FILE, "
                      "folder:PATH, sample:NAME, or part:NUMBER, a partition of the recipe's data.")  # fmt: skip
-_memory = click.option("--memory", type=_Bytes(), metavar="SIZE", help="Memory limit of the trainer.  [default: all]")
+_memory = click.option(
+    "--memory", type=MemorySize(), metavar="SIZE", help="Memory limit of the trainer.  [default: all]"
+)
 _idle = click.option(
     "--idle",
     type=click.FloatRange(0),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Asked, Command, numbers, unit
+from fedtune.cli.merge_options import Command, MergeOptions, numbers, unit
 
 if TYPE_CHECKING:
     from fedtune.fusion.stages import Stage
@@ -70,7 +70,7 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
     from fedtune.memory.heap import keep_freed_memory
 
     keep_freed_memory()
-    asked = Asked(sources, output, form, dry_run, **options)
+    asked = MergeOptions(sources, output, form, dry_run, **options)
     if form == "adapter":
         _merge_adapters(asked)
     else:
@@ -79,7 +79,7 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
         merge_stages(asked, _stages(asked))
 
 
-def _stages(asked: Asked) -> "list[Stage]":
+def _stages(asked: MergeOptions) -> "list[Stage]":
     from fedtune.fusion import build_merge_config, read_merge_config
     from fedtune.fusion.stages import Stage
 
@@ -104,7 +104,7 @@ def _stages(asked: Asked) -> "list[Stage]":
     return [Stage(config, text, frozenset())]
 
 
-def _merge_adapters(asked: Asked) -> None:
+def _merge_adapters(asked: MergeOptions) -> None:
     """Adapters of one base into one adapter, which nothing but the method and its parameters shape."""
     from fedtune.cli.merge_adapters import write_merged_adapter
     from fedtune.fusion.methods import build_merge_method
@@ -121,7 +121,7 @@ def _merge_adapters(asked: Asked) -> None:
     layers = [(entry.parameters, config.parameters) for entry in config.model_entries]
     if any(isinstance(value, list) for layer in layers for settings in layer for value in settings.values()):
         raise click.UsageError("--as adapter takes one value for all modules; lists and filters need --as model")
-    parts = [chosen.own(layer, "", 0.0) for layer in layers]
+    parts = [chosen.bind_model(layer, "", 0.0) for layer in layers]
     if chosen.is_passthrough or any(part.nothing for part in parts):
         raise click.UsageError("--as adapter needs something of every adapter; copy one, or leave one out, by hand")
     folders = [Path(entry.model.removeprefix("path:")).expanduser() for entry in config.model_entries]

@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from fedtune.recipe import TaskName
 
-__all__ = ["Asked", "Command", "columns", "numbers", "size", "unit"]
+__all__ = ["Command", "MergeOptions", "columns", "numbers", "size", "unit"]
 
 _ALIKE = 0.8
 
@@ -26,7 +26,7 @@ class Command(click.Command):
             raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from error
 
 
-class Asked(NamedTuple):
+class MergeOptions(NamedTuple):
     """The command line."""
 
     sources: tuple[str, ...]

@@ -63,7 +63,7 @@ def profile(
     rows = _measured(found)
     from fedtune import models
 
-    _show(models.settled(wanted), rows, random=path is None, output=output, as_json=as_json)
+    _show(models.resolve_preprocessor(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":

@@ -15,10 +15,10 @@ from fedtune.server.watch import (
     RunStarted,
     Scoring,
     Unscored,
+    describe_unscored_clients,
     event_handler,
     format_round,
     format_run_start,
-    unscored,
 )
 
 __all__ = ["Clock", "show_run_progress"]
@@ -79,7 +79,7 @@ class Clock:
         else:
             self._training = 0.0  # before the first round nothing is trained
 
-    def left(self) -> str:
+    def format_remaining_time(self) -> str:
         """Return the minutes and seconds left, including the remaining scoring; empty before the first round."""
         if not self._ended:
             return ""
@@ -113,9 +113,9 @@ def _line(event: Event, clock: Clock, rounds: int) -> str:
         case Scoring():
             return f"scoring {event.part}  {event.done}/{event.total}"
         case Unscored():
-            return unscored(event)
+            return describe_unscored_clients(event)
         case RoundEnded():
-            left = clock.left()
+            left = clock.format_remaining_time()
             return f"round {event.record.number}/{rounds}  {format_round(event.record)}" + (f"  {left}" if left else "")
     return ""
 
@@ -150,10 +150,10 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
             scoring = f"scoring {event.part}"
             bars.update(client_bar, total=event.total, completed=event.done, visible=True, description=scoring, note="")
         case Unscored():
-            bars.console.print(unscored(event), highlight=False)
+            bars.console.print(describe_unscored_clients(event), highlight=False)
         case RoundEnded():
             number = event.record.number
-            bars.update(round_bar, completed=number, note=clock.left())
+            bars.update(round_bar, completed=number, note=clock.format_remaining_time())
             bars.console.print(f"round {number}  {format_round(event.record)}", highlight=False)
 
 

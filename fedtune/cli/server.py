@@ -6,7 +6,7 @@ import click
 
 from fedtune.cli import server_access, server_view
 from fedtune.cli.connection import add_operator_file_option, connect_to_server
-from fedtune.cli.server_view import json_option, shown
+from fedtune.cli.server_view import json_option, print_rows
 from fedtune.untrusted import clean_lines
 
 __all__ = ["server"]
@@ -77,14 +77,15 @@ def up() -> None:
 @click.option("--user", help="User of the unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit for this server.
+    """Write a systemd unit, a Dockerfile and a wheel of this fedtune for this server.
 
     Example: fedtune server package -o deploy
     """
-    from fedtune.server.package import package as write_unit
+    from fedtune.server.package import write_deployment_files
     from fedtune.systemd import service_user
 
-    click.echo(write_unit(output, service_user(user)))
+    for path in write_deployment_files(output, service_user(user)):
+        click.echo(path)
 
 
 @server.command()
@@ -123,7 +124,7 @@ def devices(
             for device, tag in pairs:
                 connection.request_json("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.request_json("GET", "devices")["devices"]
-    shown(found, server_view.DEVICES, as_json)
+    print_rows(found, server_view.DEVICES, as_json)
 
 
 @server.command()
@@ -162,7 +163,7 @@ def runs(server: Path | None, as_json: bool) -> None:
     """
     with connect_to_server(server) as connection:
         found = connection.request_json("GET", "runs")["runs"]
-    shown(found, server_view.RUNS, as_json)
+    print_rows(found, server_view.RUNS, as_json)
 
 
 @server.command()

@@ -10,7 +10,7 @@ import click
 
 from fedtune.cli import server_view
 from fedtune.cli.connection import OperatorClient, add_operator_file_option, connect_to_server
-from fedtune.cli.server_view import json_option, shown
+from fedtune.cli.server_view import json_option, print_rows
 
 __all__ = ["audit", "operator", "operators", "tokens"]
 
@@ -61,7 +61,7 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
         for name in removed:
             connection.request_json("DELETE", f"operators/{quote(name, safe='')}")
         found = connection.request_json("GET", "operators")["operators"]
-    shown(found, server_view.OPERATORS, as_json)
+    print_rows(found, server_view.OPERATORS, as_json)
 
 
 @click.command()
@@ -80,7 +80,7 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
         for token in removed:
             connection.request_json("DELETE", f"tokens/{quote(token, safe='')}")
         found = connection.request_json("GET", "tokens")["tokens"]
-    shown(found, server_view.TOKENS, as_json)
+    print_rows(found, server_view.TOKENS, as_json)
 
 
 @click.command()
@@ -105,7 +105,7 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
         while every and more:
             lines, more = _page(connection, since, _LARGEST_PAGE, found[-1]["id"])
             found += lines
-    shown(found, server_view.AUDIT, as_json)
+    print_rows(found, server_view.AUDIT, as_json)
     if more:
         click.echo(f"older lines: fedtune server audit --before {found[-1]['id']}, or --all", err=True)
 

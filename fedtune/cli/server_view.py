@@ -8,7 +8,18 @@ import click
 
 from fedtune.untrusted import clean_text
 
-__all__ = ["AUDIT", "DEVICES", "OPERATORS", "RUNS", "TOKENS", "Columns", "Row", "json_option", "show_table", "shown"]
+__all__ = [
+    "AUDIT",
+    "DEVICES",
+    "OPERATORS",
+    "RUNS",
+    "TOKENS",
+    "Columns",
+    "Row",
+    "json_option",
+    "print_rows",
+    "show_table",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LONGEST_CELL = 500
@@ -22,7 +33,7 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
 
 
-def shown(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
+def print_rows(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
     """Print rows as a table or as JSON; both escape characters that cannot be printed."""
     if as_json:
         from fedtune.json_text import json_text

@@ -1,7 +1,7 @@
 """Where examples come from, how they are parted and split over clients, and how they become tensors."""
 
 from fedtune.data.column import Values
-from fedtune.data.corpus import DataSplits, load_all_examples, load_data, training
+from fedtune.data.corpus import DataSplits, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.encode import EncodedDataset, encode_examples
 from fedtune.data.split import partition_examples
 from fedtune.data.summary import ClientExamples, PartitionSummary, summarise_partition
@@ -17,7 +17,7 @@ __all__ = [
     "encode_examples",
     "load_all_examples",
     "load_data",
+    "load_trainable_examples",
     "partition_examples",
     "summarise_partition",
-    "training",
 ]

@@ -61,7 +61,7 @@ def _column(source: str, table: Table, key: str, column: str) -> Column:
             f"{source} has no column {column!r}, which {key} names; {hint}", code="data-columns", counts={"columns": 1}
         )
     stored = table.column(column)
-    if (row := stored.missing()) is not None:
+    if (row := stored.find_missing_row()) is not None:
         raise DataError(
             f"{source}: row {row + 1} has no value in column {column!r}; fill it or drop the row", code="data-values"
         )

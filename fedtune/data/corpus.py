@@ -15,7 +15,7 @@ from fedtune.errors import DataError
 from fedtune.recipe import Recipe
 from fedtune.seeds import derive_seed
 
-__all__ = ["DataSplits", "load_all_examples", "load_data", "training"]
+__all__ = ["DataSplits", "load_all_examples", "load_data", "load_trainable_examples"]
 
 RESERVED_DOMAINS = frozenset({"all", "mean"})
 """What scores over several domains are called."""
@@ -68,7 +68,7 @@ def load_all_examples(recipe: Recipe, labels: Sequence[str], part: str = "all") 
     return whole
 
 
-def training(recipe: Recipe, labels: Sequence[str]) -> Table:
+def load_trainable_examples(recipe: Recipe, labels: Sequence[str]) -> Table:
     """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
     return _labelled(recipe, labels)["train"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.data import images, sentiment
-from fedtune.data.image_folder import described, image_folder
+from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.split_column import by_column
 from fedtune.data.table import Table
@@ -97,7 +97,7 @@ def _folder(name: str, data: DataSettings) -> Found:
     path = _there(name)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; name the folder that holds a folder of pictures for each class")
-    if not described(path):
+    if not has_metadata_table(path):
         return Found(image_folder(path, parts=data.columns.split is not False))
     from fedtune.data.loaded import from_files
 

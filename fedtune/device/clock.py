@@ -19,6 +19,6 @@ class ServerClock:
         told = self._ask()
         self._ahead = told - (before + time.monotonic()) / 2
 
-    def now(self) -> float:
+    def get_server_time(self) -> float:
         """The server's time now."""
         return time.monotonic() + self._ahead

@@ -25,7 +25,7 @@ from fedtune.device.server_calls import (
 from fedtune.errors import DeviceError
 from fedtune.untrusted import clean_text
 
-__all__ = ["EnrolmentToken", "authority_ends", "ending", "enrol_device", "move_device"]
+__all__ = ["EnrolmentToken", "authority_ends", "describe_expiry", "enrol_device", "move_device"]
 
 _SOON_SECONDS = 180 * 86_400.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -93,7 +93,7 @@ def authority_ends(identity: DeviceIdentity) -> datetime:
     return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
 
 
-def ending(identity: DeviceIdentity, now: float) -> str:
+def describe_expiry(identity: DeviceIdentity, now: float) -> str:
     """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
     until = authority_ends(identity)
     if until.timestamp() > now + _SOON_SECONDS:

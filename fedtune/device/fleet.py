@@ -39,7 +39,15 @@ from fedtune.answers import STORED_MESSAGE_HEADER
 from fedtune.device import records
 from fedtune.device.server_calls import NonsenseError
 
-__all__ = ["OFFLINE_AFTER_SECONDS", "FleetClient", "ObsoleteRequestError", "TrainMessage", "make_signed_headers"]
+__all__ = [
+    "OFFLINE_AFTER_SECONDS",
+    "FleetClient",
+    "ObsoleteRequestError",
+    "TrainMessage",
+    "make_reply_metadata",
+    "make_signed_headers",
+    "open_claim",
+]
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -135,16 +143,16 @@ class FleetClient:
         if not response.messages_list:
             return None
         claim: bytes = response.SerializeToString()
-        _opened(claim)
+        open_claim(claim)
         return claim
 
     def mark_message_stored(self, claim: bytes) -> None:
         """A message that was taken is on the disk."""
-        self._holding.message = _opened(claim)[0].metadata.message_id
+        self._holding.message = open_claim(claim)[0].metadata.message_id
 
     def download_message(self, claim: bytes) -> TrainMessage:
         """The message that was taken, with its content."""
-        message, tree = _opened(claim)
+        message, tree = open_claim(claim)
         wanted = [one.object_id for one in iterate_object_tree(tree)]
         contents = {name: self._object(message.metadata.run_id, name) for name in dict.fromkeys(wanted)}
         whole = inflate_object_from_contents(tree.object_id, contents)
@@ -175,8 +183,8 @@ class FleetClient:
 
     def _push(self, claim: bytes, content: RecordDict | None, error: Error | None, seconds: float) -> None:
         """Safe to do again with the same content: the server knows an answer by its hash, and takes no second one."""
-        asked, _ = _opened(claim)
-        reply = make_message(_reply_metadata(asked.metadata), content, error)
+        asked, _ = open_claim(claim)
+        reply = make_message(make_reply_metadata(asked.metadata), content, error)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         run = asked.metadata.run_id
         confirmed = ConfirmMessageReceivedRequest(
@@ -206,7 +214,7 @@ class FleetClient:
         self._client.close()
 
 
-def _opened(claim: bytes) -> tuple[Message, ObjectTree]:
+def open_claim(claim: bytes) -> tuple[Message, ObjectTree]:
     """The message in a claim; NonsenseError when it is none, whatever Flower raises then."""
     try:
         response = PullMessagesResponse.FromString(claim)
@@ -233,7 +241,7 @@ def _code(response: httpx.Response) -> object:
         return None
 
 
-def _reply_metadata(asked: Metadata) -> Metadata:
+def make_reply_metadata(asked: Metadata) -> Metadata:
     """As Flower makes it, but dated like the message it answers, so that a device's clock has no say in it."""
     return Metadata(
         run_id=asked.run_id,

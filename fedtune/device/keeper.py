@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 
-from fedtune.child import environment, isolated
+from fedtune.child import environment, make_isolated_command
 from fedtune.device.channel import Frame, TrainerChannel
 from fedtune.errors import MemoryBudgetError
 from fedtune.protocol_codes import Problem
@@ -101,7 +101,7 @@ class TrainerSupervisor:
             self.stop_trainer()
             ours, theirs = socket.socketpair()
             numbers = str(self._budget), str(self._halvings)
-            command = isolated("fedtune.device.trainer", str(theirs.fileno()), self._source, *numbers)
+            command = make_isolated_command("fedtune.device.trainer", str(theirs.fileno()), self._source, *numbers)
             self._process = subprocess.Popen(
                 command, env=environment(), stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]
             )

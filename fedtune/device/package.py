@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from fedtune.device.join import FILES, check_data_source
-from fedtune.device.wheel import write_wheel
 from fedtune.files import write_bytes_atomically
 from fedtune.shipped import fill_template
 from fedtune.systemd import service, service_home
 from fedtune.thin import list_requirements
+from fedtune.wheel import write_wheel
 
 __all__ = ["write_deployment_files"]
 

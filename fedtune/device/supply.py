@@ -77,7 +77,7 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
     skip = recipe.data.skip_unreadable
     chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})
-    examples = data.training(recipe, labels)
+    examples = data.load_trainable_examples(recipe, labels)
     nothing = examples.select([])
     corpus = data.DataSplits(examples, nothing, nothing, labels)
     model, techniques, shared = prepare_model(recipe, labels)

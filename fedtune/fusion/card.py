@@ -1,6 +1,7 @@
 """The README of a merged model: its inputs, its configuration and the measurements."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from fedtune.fusion.fuse import PreparedMerge
 if TYPE_CHECKING:
     from fedtune.training import Metric
 
-__all__ = ["Hashes", "ModelMetrics", "build_model_card", "hashes"]
+__all__ = ["CardContents", "Hashes", "ModelMetrics", "build_model_card", "hashes"]
 
 Hashes = Mapping[str, Mapping[str, str]]
 """SHA-256 by file name, by model."""
@@ -29,28 +30,34 @@ def hashes(merge: PreparedMerge) -> dict[str, dict[str, str]]:
     return {name: {file.name: known[file] for file in model.files} for name, model in merge.models.by_name.items()}
 
 
-def build_model_card(
-    title: str,
-    merge: PreparedMerge,
-    text: str,
-    read: Hashes,
-    compared: ModelComparison | None,
-    scored: ModelMetrics,
-    warned: Sequence[str] = (),
-) -> str:
-    """The README's text; ``text`` is the configuration as it was given, ``warned`` what speaks against the result."""
+@dataclass(frozen=True)
+class CardContents:
+    """What a card tells; ``text`` is the configuration as it was given, ``warnings`` what speaks against the result."""
+
+    title: str
+    merge: PreparedMerge
+    text: str
+    input_hashes: Hashes
+    comparison: ModelComparison | None
+    scores: ModelMetrics
+    warnings: Sequence[str] = ()
+
+
+def build_model_card(card: CardContents) -> str:
+    """The README's text."""
+    method = card.merge.steps.combine.name
     parts = [
-        _front(merge),
-        f"# {title}\n\nMerged by fedtune with `{merge.steps.combine.name}`, accumulated in fp32 and cast once.",
-        f"## Configuration\n\n```yaml\n{text.strip()}\n```",
-        f"## Inputs\n\n{_inputs(read)}",
+        _front(card.merge),
+        f"# {card.title}\n\nMerged by fedtune with `{method}`, accumulated in fp32 and cast once.",
+        f"## Configuration\n\n```yaml\n{card.text.strip()}\n```",
+        f"## Inputs\n\n{_inputs(card.input_hashes)}",
     ]
-    if compared is not None:
-        parts.append(f"## Before merging\n\n{_figures(compared)}")
-    if scored:
-        parts.append(f"## Scores\n\n{_scores(scored)}")
-    if warned:
-        parts.append("## Warnings\n\n" + "\n".join(f"- {sentence}" for sentence in warned))
+    if card.comparison is not None:
+        parts.append(f"## Before merging\n\n{_figures(card.comparison)}")
+    if card.scores:
+        parts.append(f"## Scores\n\n{_scores(card.scores)}")
+    if card.warnings:
+        parts.append("## Warnings\n\n" + "\n".join(f"- {sentence}" for sentence in card.warnings))
     return "\n\n".join(parts) + "\n"
 
 

@@ -174,7 +174,7 @@ def _weights(merge: PreparedMerge, names: list[str]) -> Tensor:
     """Each model's weight where nothing is said of single tensors."""
     entries = {entry.model: entry for entry in merge.config.model_entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
-    weights = [merge.steps.combine.own(layer, "", 0.0).weight for layer in layers]
+    weights = [merge.steps.combine.bind_model(layer, "", 0.0).weight for layer in layers]
     return torch.tensor(weights, dtype=torch.float64)
 
 

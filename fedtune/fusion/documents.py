@@ -11,7 +11,7 @@ from fedtune.fusion.json_file import read_json
 from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.models import read_model_config
 from fedtune.fusion.sentence_modules import sentence_files
-from fedtune.fusion.settings_file import resliced, with_token_ids, with_vocabulary
+from fedtune.fusion.settings_file import apply_slices, with_token_ids, with_vocabulary
 from fedtune.fusion.token_names import is_of_tokens, is_output
 from fedtune.fusion.vocabulary import TOKENIZER
 from fedtune.fusion.weights import ModelReader
@@ -60,7 +60,7 @@ def _settings(merge: PreparedMerge, model: ModelReader) -> dict[str, Any]:
         settings = with_vocabulary(settings, rows)
     settings = _renumbered(merge, settings, "config.json")
     if merge.config.slices is not None:
-        settings = resliced(settings, merge.config.slices, merge.models)
+        settings = apply_slices(settings, merge.config.slices, merge.models)
     _set_labels(settings, forms)
     return settings
 

@@ -14,7 +14,7 @@ from fedtune.merging import CombineStep
 from fedtune.recipe import Unit
 from fedtune.registry import build_unit, list_unit_names
 
-__all__ = ["MergeMethod", "Own", "build_merge_method"]
+__all__ = ["BoundModel", "MergeMethod", "build_merge_method"]
 
 Acts = Literal["models", "deltas", "either"]
 
@@ -64,7 +64,7 @@ _DEFAULTS: dict[str, Mapping[str, Value]] = {
 """What mergekit takes where its schema says nothing; a recipe's steps have defaults of their own."""
 
 
-class Own(NamedTuple):
+class BoundModel(NamedTuple):
     """What holds for one model's part in a tensor: weight, the step's fields it sets, and whether nothing is kept."""
 
     weight: float
@@ -109,7 +109,7 @@ class MergeMethod(NamedTuple):
         drawn = {"seed": seed} if "seed" in spelt else {}
         return _built(self.name, _settings(self.name, {**drawn, **found}))
 
-    def own(self, layers: Sequence[ParameterLayer], name: str, depth: float) -> Own:
+    def bind_model(self, layers: Sequence[ParameterLayer], name: str, depth: float) -> BoundModel:
         """One model's part in a tensor; ``layers`` begin with its own parameters, ``name`` is the tensor's in it.
 
         mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
@@ -122,13 +122,13 @@ class MergeMethod(NamedTuple):
             )
         weight = 1.0 if found is None else _real(found, "weight")
         if self.is_passthrough:
-            return Own(weight, {})
+            return BoundModel(weight, {})
         fields = [field for field in _OWN if field in _spellings(self.name)]
         values = {field: value for field in fields if (value := find_value(field, layers, name, depth)) is not None}
         if values.get("density") == 0:
-            return Own(weight, {}, nothing=True)
+            return BoundModel(weight, {}, nothing=True)
         checked = _built(self.name, tuple({**_DEFAULTS.get(self.name, {}), **values}.items()))
-        return Own(weight, {field: getattr(checked, field) for field in values})
+        return BoundModel(weight, {field: getattr(checked, field) for field in values})
 
 
 def _ignored(name: str) -> frozenset[str]:

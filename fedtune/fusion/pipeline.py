@@ -179,7 +179,7 @@ def _operand(
     chosen: MergeMethod, target: OutputTensor, part: TensorSource, rows: DeltaReader, statistics: Renamed | None
 ) -> MergeInput:
     """Filters of a model's parameters meet the tensor's name in that model, as in mergekit."""
-    own = chosen.own((part.entry.parameters, *target.layers), part.tensor, target.depth)
+    own = chosen.bind_model((part.entry.parameters, *target.layers), part.tensor, target.depth)
     return MergeInput(Nothing(rows) if own.nothing else rows, own.weight, own.knobs, statistics)
 
 

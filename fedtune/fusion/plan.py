@@ -12,7 +12,7 @@ from fedtune.fusion.layout import TensorInfo
 from fedtune.fusion.methods import MergeMethod, build_merge_method
 from fedtune.fusion.models import ModelSet, read_model_config
 from fedtune.fusion.settings import ParameterLayer, over_depth
-from fedtune.fusion.settings_file import resliced
+from fedtune.fusion.settings_file import apply_slices
 from fedtune.fusion.weights import ModelReader
 
 __all__ = [
@@ -105,8 +105,8 @@ def _whole(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterat
         parts = tuple(
             TensorSource(entry, name) for entry in entries if name in models.by_name[entry.model].tensor_infos
         )
-        target = _target(config, models, name, form, parts, (config.parameters,), depth[name])
-        yield target._replace(averaged=len(parts) < len(entries))
+        target = OutputTensor(name, form, parts, name, False, (config.parameters,), depth[name])
+        yield _complete(config, models, target._replace(averaged=len(parts) < len(entries)))
 
 
 def _base_counts(config: MergeConfig, chosen: MergeMethod, entries: Sequence[ModelEntry]) -> bool:
@@ -130,21 +130,12 @@ def _list_merged_entries(entries: Sequence[ModelEntry], config: MergeConfig, cho
     return list(entries)
 
 
-def _target(
-    config: MergeConfig,
-    models: ModelSet,
-    name: str,
-    form: TensorInfo,
-    parts: tuple[TensorSource, ...],
-    layers: tuple[ParameterLayer, ...],
-    depth: float,
-    base: str | None = None,
-) -> OutputTensor:
-    base = name if base is None else base
-    known = config.base_model is not None and base in models.by_name[config.base_model].tensor_infos
-    form = TensorInfo(form.shape, _precision(config, form.dtype))
-    copied = not form.dtype.is_floating_point
-    return OutputTensor(name, form, parts, base if known else None, copied, layers, depth)
+def _complete(config: MergeConfig, models: ModelSet, target: OutputTensor) -> OutputTensor:
+    """The tensor in the precision that is asked for; it has no base where the base lacks the tensor named as such."""
+    known = config.base_model is not None and target.base_tensor in models.by_name[config.base_model].tensor_infos
+    form = TensorInfo(target.form.shape, _precision(config, target.form.dtype))
+    base = target.base_tensor if known else None
+    return target._replace(form=form, base_tensor=base, is_copied=not form.dtype.is_floating_point)
 
 
 def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
@@ -157,7 +148,7 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
     slices = config.slices or []
     first = models.by_name[slices[0].sources[0].model]
     forms, before = first.tensor_infos, _stack(first)
-    resliced(read_model_config(first), slices, models)  # for what it refuses
+    apply_slices(read_model_config(first), slices, models)  # for what it refuses
     outside = {
         name: depth for name, depth in compute_relative_depths(forms).items() if _parse_in_stack(name, before) is None
     }
@@ -167,7 +158,8 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
     for part in slices:
         count = part.sources[0].layer_range[1] - part.sources[0].layer_range[0]
         for offset in range(count):
-            yield from _layer(config, models, chosen, part, before, offset, number)
+            for target in _layer(config, models, chosen, part, _Layer(before, offset, number)):
+                yield _complete(config, models, target)
             number += 1
     for name in (name for name, depth in outside.items() if depth > 0):
         yield _outside(config, models, chosen, slices[-1], name, 1.0)
@@ -192,11 +184,20 @@ def _outside(
     parts = tuple(TensorSource(source, name) for source in _list_merged_entries(part.sources, config, chosen))
     form = _form(models, part.sources[0], name)
     _check_parts(models, name, form, parts)
-    return _target(config, models, name, form, parts, (part.parameters, config.parameters), depth)
+    target = OutputTensor(name, form, parts, name, False, (part.parameters, config.parameters), depth)
+    return _complete(config, models, target)
+
+
+class _Layer(NamedTuple):
+    """A layer of the result: its number, how far it is into its slice, and what stands before the numbers of layers."""
+
+    before: str
+    offset: int
+    number: int
 
 
 def _layer(
-    config: MergeConfig, models: ModelSet, chosen: MergeMethod, part: OutputSlice, before: str, offset: int, number: int
+    config: MergeConfig, models: ModelSet, chosen: MergeMethod, part: OutputSlice, layer: _Layer
 ) -> Iterator[OutputTensor]:
     first = part.sources[0]
     counted: list[SliceSource] = [
@@ -206,15 +207,16 @@ def _layer(
     if chosen.operates_on == "deltas" and not bases:
         raise RecipeError(f"{chosen.name} needs layers of the base; name {config.base_model} in every slice's sources")
     last = first.layer_range[1] - first.layer_range[0] - 1
-    depth = offset / last if last else 1.0
-    for layered in _tensors(models, first, before, offset):
-        name = layered.name_in_layer(number)
-        parts = tuple(TensorSource(source, layered.name_in_layer(source.layer_range[0] + offset)) for source in counted)
-        base = layered.name_in_layer((bases or [first])[0].layer_range[0] + offset)
-        form = _form(models, first, layered.name_in_layer(first.layer_range[0] + offset))
+    depth = layer.offset / last if last else 1.0
+    for layered in _tensors(models, first, layer.before, layer.offset):
+        name = layered.name_in_layer(layer.number)
+        parts = tuple(
+            TensorSource(source, layered.name_in_layer(source.layer_range[0] + layer.offset)) for source in counted
+        )
+        base = layered.name_in_layer((bases or [first])[0].layer_range[0] + layer.offset)
+        form = _form(models, first, layered.name_in_layer(first.layer_range[0] + layer.offset))
         _check_parts(models, name, form, parts)
-        layers = (part.parameters, config.parameters)
-        yield _target(config, models, name, form, parts, layers, depth, base)
+        yield OutputTensor(name, form, parts, base, False, (part.parameters, config.parameters), depth)
 
 
 def _tensors(models: ModelSet, source: SliceSource, before: str, offset: int) -> list[LayerTensorName]:

@@ -8,7 +8,7 @@ from fedtune.fusion.config import OutputSlice
 from fedtune.fusion.json_file import read_json
 from fedtune.fusion.models import ModelSet, read_model_config
 
-__all__ = ["resliced", "with_token_ids", "with_vocabulary"]
+__all__ = ["apply_slices", "with_token_ids", "with_vocabulary"]
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ENDINGS = ("_token_id", "_token_index", "_token_ids")
@@ -16,7 +16,7 @@ _INDICES = ("_layers", "_idxs", "_indices")
 _NOT_BY_LAYER = ("architectures", "bad_words_ids")
 
 
-def resliced(settings: Mapping[str, Any], slices: Sequence[OutputSlice], models: ModelSet) -> dict[str, Any]:
+def apply_slices(settings: Mapping[str, Any], slices: Sequence[OutputSlice], models: ModelSet) -> dict[str, Any]:
     """The settings with as many layers as the slices have, and what is said of single layers in their new order.
 
     ModelError where the settings do not count layers, none are left, or say less of single layers than is asked for.

@@ -11,7 +11,7 @@ from fedtune.fusion.plan import check_parameters
 from fedtune.recipe_file import parse_settings
 from fedtune.yaml_text import YamlError, documents
 
-__all__ = ["Stage", "check", "renamed", "stages_of"]
+__all__ = ["Stage", "check", "replace_stage_names", "stages_of"]
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source")
 
@@ -88,7 +88,7 @@ def check(stages: Sequence[Stage]) -> None:
         check_parameters(stage.config, build_steps(stage.config).combine)
 
 
-def renamed(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:
+def replace_stage_names(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:
     """The configuration with the folders of merges in place of their names."""
     return MergeConfig.model_validate(_renamed(config.model_dump(), "", folders))
 

@@ -33,6 +33,6 @@ class Ties(Trimmed):
     density: Density = 0.2
     normalise: Normalise = True
 
-    def kept(self, stream: Stream, size: int) -> Stream:
+    def select_entries(self, stream: Stream, size: int) -> Stream:
         """The largest entries."""
         return keep_largest(stream, count_entries_to_keep(self.density, size), size)

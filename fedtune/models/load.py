@@ -22,9 +22,9 @@ __all__ = [
     "load_tokenizer",
     "preprocessor",
     "reader",
+    "resolve_preprocessor",
     "save_config",
     "save_model",
-    "settled",
 ]
 
 
@@ -80,12 +80,12 @@ def reader(recipe: Recipe) -> Any:
     return preprocessor(recipe.model).scaled_to(recipe.train.image_size)
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_preprocessor(recipe: Recipe) -> Recipe:
     """The recipe with the model's way of reading pictures written out, so that all who get it read them alike."""
     if recipe.task != "image-classification":
         return recipe
     read: Preprocessor = reader(recipe)
-    train = recipe.train.model_copy(update={"image": read.side})
+    train = recipe.train.model_copy(update={"image_size": read.side})
     return recipe.model_copy(update={"train": train, "model": recipe.model.model_copy(update={"preprocessor": read})})
 
 

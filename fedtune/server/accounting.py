@@ -15,7 +15,7 @@ from fedtune.errors import RecipeError
 from fedtune.recipe import PrivacySettings, Recipe
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
 
-__all__ = ["RoundOutcome", "Spending", "charged", "compute_epsilon", "require_privacy_accountant"]
+__all__ = ["RoundOutcome", "Spending", "compute_epsilon", "require_privacy_accountant", "select_charged_clients"]
 
 
 RoundOutcome = tuple[str, Sequence[ClientRecord]]
@@ -37,7 +37,7 @@ class Spending:
         for record in done:
             self._charge((record.status, record.contributions))
 
-    def after(self, asked: RoundOutcome) -> tuple[MetricRecord, ...]:
+    def compute_epsilon_after_round(self, asked: RoundOutcome) -> tuple[MetricRecord, ...]:
         """Epsilon with one more round, which is about to be committed; nothing without privacy."""
         if self._recipe.privacy is None:
             return ()
@@ -47,10 +47,10 @@ class Spending:
 
     def _charge(self, asked: RoundOutcome) -> None:
         if self._recipe.privacy is not None:
-            self._charged.update(charged(self._recipe.privacy, asked))
+            self._charged.update(select_charged_clients(self._recipe.privacy, asked))
 
 
-def charged(privacy: PrivacySettings, asked: RoundOutcome) -> Counter[int]:
+def select_charged_clients(privacy: PrivacySettings, asked: RoundOutcome) -> Counter[int]:
     """The clients that one round charges with a release.
 
     With the server's noise a round releases its new weights, and a failed one nothing. With the clients' own, what was

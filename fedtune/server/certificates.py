@@ -9,7 +9,7 @@ from fedtune.errors import FedtuneError
 from fedtune.server import authority
 from fedtune.server.home import ServerHome
 
-__all__ = ["Certificates", "ending"]
+__all__ = ["Certificates", "describe_authority_expiry"]
 
 _LOOK_SECONDS = 43_200.0
 
@@ -40,11 +40,11 @@ class Certificates:
             self._context.load_cert_chain(self._place.certificate_file, self._place.key_file)
             until = _day(authority.ends(self._place.certificate_file.read_bytes()))
             self._say(f"the server's certificate was made anew; it is good until {until}")
-        for sentence in ending(self._place):
+        for sentence in describe_authority_expiry(self._place):
             self._say(sentence)
 
 
-def ending(place: ServerHome) -> list[str]:
+def describe_authority_expiry(place: ServerHome) -> list[str]:
     """What is to be told of the authority, which only a new server's home can replace."""
     if (until := authority.ends_soon(place.ca_file.read_text())) is None:
         return []

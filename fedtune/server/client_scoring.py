@@ -20,7 +20,7 @@ from fedtune.server.parts import RoundPayloads
 from fedtune.server.receive import read_error
 from fedtune.server.reports import read_score
 from fedtune.server.sending import Sending
-from fedtune.server.spool import spooling
+from fedtune.server.spool import open_spool
 from fedtune.server.watch import Unscored, emit_event
 from fedtune.tracking import ClientScore
 from fedtune.training import RunContext
@@ -76,7 +76,7 @@ def _ask(
     def note_removed(client: int) -> None:
         answers[client] = DEVICE_REMOVED
 
-    with spooling(run, number) as spool:
+    with open_spool(run, number) as spool:
         folder = spool if crew.shares_disk else None
         downloads = Downloads(RoundPayloads(shop, state, number), sending.bases, folder, deployed=False)
         messages = sending.scoring_messages(clients, crew, downloads)

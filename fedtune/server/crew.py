@@ -48,7 +48,7 @@ class RunClients:
     """
     expect: Callable[[int], None] = _any_size
 
-    def explained(self, silent: Mapping[int, str]) -> dict[int, str]:
+    def explain_missing_clients(self, silent: Mapping[int, str]) -> dict[int, str]:
         """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
         gone = set(self.removed()) if silent else set()
         return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}

@@ -15,7 +15,15 @@ from fedtune.server import authority
 from fedtune.shipped import fill_template
 from fedtune.yaml_text import YamlError, load
 
-__all__ = ["ServerHome", "ServerSettings", "checked", "create_server_home", "exists", "open_server_home"]
+__all__ = [
+    "ServerHome",
+    "ServerSettings",
+    "check_settings",
+    "create_server_home",
+    "exists",
+    "open_server_home",
+    "read_server_settings",
+]
 
 _RENEW = timedelta(days=60)
 """Before the end of the server's certificate: a server that is up renews it then, and one that is down has time."""
@@ -120,7 +128,7 @@ def create_server_home(names: list[str], listen: str) -> ServerHome:
             f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
             "or choose another FEDTUNE_HOME"
         )
-    settings = checked({"names": names, "listen": listen}, "the options")
+    settings = check_settings({"names": names, "listen": listen}, "the options")
     made = ServerHome(folder, settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_bytes_atomically(made.ca_key_file, authority.generate_private_key())
@@ -135,19 +143,23 @@ def create_server_home(names: list[str], listen: str) -> ServerHome:
 def open_server_home() -> ServerHome:
     """The server home of this machine; ServerError when there is none or its settings do not hold."""
     folder = home.get_home_folder() / "server"
-    path = folder / "server.yaml"
+    return ServerHome(folder, read_server_settings(folder / "server.yaml"))
+
+
+def read_server_settings(path: Path) -> ServerSettings:
+    """What a server.yaml says; ServerError when it is not there or does not hold."""
     try:
         read = load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ServerError(f"there is no server in {folder}; make one with fedtune server init") from error
+        raise ServerError(f"there is no server in {path.parent}; make one with fedtune server init") from error
     except UnicodeDecodeError as error:
         raise ServerError(f"{path} is not UTF-8 text; write it again in UTF-8") from error
     except YamlError as error:
         raise ServerError(f"{path} {error}") from error
-    return ServerHome(folder, checked(read if isinstance(read, dict) else {}, str(path)))
+    return check_settings(read if isinstance(read, dict) else {}, str(path))
 
 
-def checked(values: dict[str, object], origin: str) -> ServerSettings:
+def check_settings(values: dict[str, object], origin: str) -> ServerSettings:
     """The settings; ServerError for one that does not hold."""
     try:
         return ServerSettings.model_validate(values)

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from fedtune.server.connections import Connection, Connections
 
-__all__ = ["watched"]
+__all__ = ["make_watched_protocol"]
 
 _BODY_SECONDS, _BYTES_A_SECOND = 30.0, 1000.0
 """A body may take so long, and longer the more of it has come: that fast at least, on the whole."""
@@ -95,6 +95,6 @@ class _Watched(H11Protocol):
         super().send_400_response(msg)
 
 
-def watched(connections: Connections) -> type[H11Protocol]:
+def make_watched_protocol(connections: Connections) -> type[H11Protocol]:
     """A protocol for uvicorn, whose connections are those."""
     return type("Watched", (_Watched,), {"lines": connections})

@@ -12,11 +12,11 @@ from starlette.applications import Starlette
 from fedtune.errors import ServerError
 from fedtune.server.connections import AT_A_TIME, Connections, Listener, peer
 from fedtune.server.home import ServerHome
-from fedtune.server.http_line import watched
+from fedtune.server.http_line import make_watched_protocol
 from fedtune.server.refusal import AuditLog
 from fedtune.server.tls import make_reporting_ssl_class
 
-__all__ = ["config_of", "connections_of", "listening"]
+__all__ = ["config_of", "connections_of", "open_listening_socket"]
 
 _MOST_FILES, _OWN_FILES = 1 << 16, 256
 """Open files that are asked for, and those that are not connections."""
@@ -26,7 +26,7 @@ _REST_SECONDS = 75
 
 
 @contextmanager
-def listening(place: ServerHome) -> Iterator[Listener]:
+def open_listening_socket(place: ServerHome) -> Iterator[Listener]:
     """The socket; ServerError where nobody can listen."""
     host, port = place.settings.address
     try:
@@ -50,7 +50,7 @@ def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: C
     config = uvicorn.Config(
         app,
         loop="asyncio",  # its transports close the sockets they are given, which are counted
-        http=watched(connections),
+        http=make_watched_protocol(connections),
         backlog=AT_A_TIME,
         log_config=None,
         access_log=False,

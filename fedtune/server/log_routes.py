@@ -14,11 +14,11 @@ from fedtune.tracking import Store
 __all__ = ["log_routes"]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Answer = Callable[[str, Request, Any], dict[str, Any]]
+LogHandler = Callable[[str, Request, Any], dict[str, Any]]
 _LINES, _MOST_LINES = 200, 5000
 
 
-def log_routes(for_operators: Callable[[Answer], Endpoint], store: Store, logs: Logs) -> list[Route]:
+def log_routes(for_operators: Callable[[LogHandler], Endpoint], store: Store, logs: Logs) -> list[Route]:
     """The routes; ``for_operators`` lets nobody else in."""
 
     def of_server(who: str, request: Request, _: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Self
 from fedtune import home
 from fedtune.untrusted import clean_text
 
-__all__ = ["Log", "Logs", "pumped", "recorded"]
+__all__ = ["Log", "Logs", "copy_output_to_log", "record_output"]
 
 MOST_BYTES, OLDER = 2_000_000, 4
 """A log's size before it is put aside, and how many older ones stay."""
@@ -102,7 +102,7 @@ def _of_run(run: str) -> Path:
     return home.get_runs_folder() / run / "server.log"
 
 
-def pumped(process: "subprocess.Popen[bytes]", log: Log) -> threading.Thread:
+def copy_output_to_log(process: "subprocess.Popen[bytes]", log: Log) -> threading.Thread:
     """Put what a child, and whoever inherits its output, prints into a log until all of them have ended."""
 
     def pump() -> None:
@@ -134,7 +134,7 @@ class _Lines(io.TextIOBase):
 
 
 @contextmanager
-def recorded(run: str) -> Iterator[None]:
+def record_output(run: str) -> Iterator[None]:
     """Keep what this process prints while the block lasts, and what it raises, in the run's log."""
     path = _of_run(run)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ class RunManager:
 
     def _seat(self, run: RunRecord) -> str:
         """Give devices their places in a run; what is lacking, or nothing."""
-        if self._store.access.seats(run.id):
+        if self._store.access.list_assignments(run.id):
             return ""
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.num_clients, recipe.federation.selection
@@ -141,7 +141,7 @@ class RunManager:
         there = self._presence.list_connected_devices(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"
-        self._store.access.seat(run.id, assign_devices(recipe, there))
+        self._store.access.assign_clients(run.id, assign_devices(recipe, there))
         return ""
 
     def _start(self, run: RunRecord) -> _Attempt:

@@ -57,7 +57,7 @@ class OperatorApi:
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
-        seats = [asdict(seat) for seat in self.store.access.seats(run.id)]
+        seats = [asdict(seat) for seat in self.store.access.list_assignments(run.id)]
         return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:

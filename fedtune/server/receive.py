@@ -65,7 +65,7 @@ def receive_update(
         norm=norm,
         loss=report.loss,
     )
-    return record, ClientUpdate(client, report.examples, path, report.own, report.trained)
+    return record, ClientUpdate(client, report.examples, path, report.local_metrics, report.trained)
 
 
 def scale_by_staleness(

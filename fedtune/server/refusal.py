@@ -52,7 +52,7 @@ class AuditLog:
 
     def record_action(self, who: str, what: str) -> None:
         """Something an operator or a device was allowed to do."""
-        self._log.note("done", who, what)
+        self._log.write_line("done", who, what)
 
     def record_refusal(self, address: str, what: str, who: str = "") -> None:
         """Something that was turned down; ``who`` is the operator or the device that was known, if one was."""
@@ -60,7 +60,7 @@ class AuditLog:
             shown, source = f"{who} at {address}" if who else address, source_of(address)
             if self._counted((shown, what)) or not self._within_limits(source):
                 return
-            number, now = self._log.note("refused", shown, what, source), self._clock()
+            number, now = self._log.write_line("refused", shown, what, source), self._clock()
             self._recent[shown, what] = _Line(number, now, now)
             if len(self._recent) > _REMEMBERED:
                 self._write(self._recent.popitem(last=False)[1])
@@ -105,10 +105,10 @@ class AuditLog:
         beyond = (self._seen - self._written).most_common()
         self._minute, self._seen, self._written = minute, Counter(), Counter()
         for source, count in beyond[:_NAMED]:
-            self._log.note("refused", source, f"{count} more requests within a minute", source)
+            self._log.write_line("refused", source, f"{count} more requests within a minute", source)
         if others := beyond[_NAMED:]:
             count = sum(more for _, more in others)
-            self._log.note(
+            self._log.write_line(
                 "refused", "many", f"{count} more requests from {len(others)} others within a minute", "many"
             )
 

@@ -78,7 +78,7 @@ def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES)
 
 def read_score(record: MetricRecord | None) -> HoldoutMetrics:
     """The score in the reply of a client that was asked only to score; ContributionError as ``read_report``."""
-    return ClientReport(**_checked(record, _OfScoring).model_dump()).own
+    return ClientReport(**_checked(record, _OfScoring).model_dump()).local_metrics
 
 
 def _checked(record: MetricRecord | None, kind: type[_Bounded]) -> _Bounded:

@@ -29,10 +29,10 @@ from fedtune.server.private import append_noise_step, get_norm_limit, weight_cli
 from fedtune.server.pruning import prune_checkpoints
 from fedtune.server.receive import make_missing_record, receive_update, scale_by_staleness
 from fedtune.server.roster import Roster
-from fedtune.server.round_failures import MERGE_ERRORS, require_finite, shortage, unused, with_refusals
+from fedtune.server.round_failures import MERGE_ERRORS, mark_updates_unused, require_finite, shortage, with_refusals
 from fedtune.server.safeguards import Safeguards
 from fedtune.server.sending import Sending
-from fedtune.server.spool import spooling, sweep
+from fedtune.server.spool import open_spool, sweep
 from fedtune.server.watch import ReplyReceived, RoundEnded, RoundStarted, RunStarted, emit_event
 from fedtune.server.ways import make_round_scheduler
 from fedtune.sparse import find_masks, restore_dense_tensors, select_active_values
@@ -70,7 +70,7 @@ def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
     for number in range(first, recipe.federation.rounds + 1):
         ended: SharedState | None = None
         while ended is None:
-            crew = roster.refreshed(crew, asking)
+            crew = roster.refresh_devices(crew, asking)
             ended = _round(shop, store, run, crew, asking, guards, sending, ask_scores, state, number)
         state = ended
         prune_checkpoints(store, run, recipe)
@@ -108,7 +108,7 @@ def _round(
 ) -> SharedState | None:
     """One round to its commit: the next state, the old one if it failed; None if a removal spoilt it: begin it anew."""
     started = time.perf_counter()
-    with spooling(run, number) as spool:
+    with open_spool(run, number) as spool:
         records, contributions = _gather(shop, run, crew, asking, guards, sending, state, number, spool)
         short = shortage(records, shop.recipe)
         if short and {record.client for record in records} & set(crew.removed()):
@@ -118,26 +118,26 @@ def _round(
             try:
                 merged, figures = _merged(shop, state, run, number, contributions)
                 require_finite(merged.state)
-                sending.bases.merged(number, state, *merged)
+                sending.bases.record_merge(number, state, *merged)
                 state = merged.state
-                figures += guards.bound.merged()
+                figures += guards.bound.record_median_norm()
             except MERGE_ERRORS as error:
                 short = with_refusals(f"the merge failed: {clean_text(error)}", records)
         if short:
-            records = unused(records)
+            records = mark_updates_unused(records)
     metrics = (
         figures
         + average_holdout_metrics(contributions)
         + _evaluate(shop, state, run, number)
         + _simulated(asking.seconds())
     )
-    metrics += guards.spending.after(("failed" if short else "completed", records))
+    metrics += guards.spending.compute_epsilon_after_round(("failed" if short else "completed", records))
     told = client_scores(contributions, shop.recipe.evaluation.metrics)
     if scoring.scored_after(shop, number):
         told += ask_scores(crew, state, number, time.perf_counter() - started)
     state = _commit(store, run, number, state, started, records, metrics, short, told)
-    guards.committed(records)
-    sending.bases.committed(number, records)
+    guards.record_commit(records)
+    sending.bases.record_commit(number, records)
     return state
 
 
@@ -195,21 +195,21 @@ def _gather(
     for client, reply in asking.stream_replies(send, partial(len, contributions)):
         device, part = crew.device_names[client], parts.get_for_client(client)
         most, limit = get_norm_limit(shop.recipe, part.expected_shapes.values())
-        examples, down = guards.examples(client), sending.taken(client, downloads)
+        examples, down = guards.examples(client), sending.count_bytes_sent(client, downloads)
         received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
         records[client], sent = scale_by_staleness(*received, asking.get_staleness(client), federation.asynchronous)
         if sent:
             pad_update_to_shared_rank(shop, shop.for_client(client), sent)
             contributions.append(sent)
         emit_event(ReplyReceived(number, records[client]))
-    for client, reason in crew.explained(asking.list_missing_clients(records)).items():
+    for client, reason in crew.explain_missing_clients(asking.list_missing_clients(records)).items():
         records[client] = make_missing_record(
-            client, crew.device_names[client], sending.taken(client, downloads), reason
+            client, crew.device_names[client], sending.count_bytes_sent(client, downloads), reason
         )
         emit_event(ReplyReceived(number, records[client]))
     ordered = sorted(weight_clients_equally(shop.recipe, contributions), key=lambda sent: sent.client)
     told = [records[client] for client in sorted(records)]
-    return guards.bound.kept(told, ordered, lambda client: parts.get_for_client(client).values)
+    return guards.bound.refuse_large_updates(told, ordered, lambda client: parts.get_for_client(client).values)
 
 
 def _earlier(run: str, number: int) -> SharedState:

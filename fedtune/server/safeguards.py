@@ -25,6 +25,6 @@ class Safeguards:
         """The most examples that a client's report may count."""
         return most_examples(self._shop, self._store, self._run, client)
 
-    def committed(self, records: Sequence[ClientRecord]) -> None:
+    def record_commit(self, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
         self._quarantine.judge(records)

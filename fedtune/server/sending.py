@@ -43,7 +43,7 @@ class Sending:
         self._expect(clients, crew, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
-            download = replace(downloads.of(client, whole=True), base="")
+            download = replace(downloads.get_for_client(client, whole=True), base="")
             shared.setdefault(id(download.payload), (download, []))[1].append(client)
         return _made(replace(self._order, scoring=True), crew, shared.values(), downloads.number)
 
@@ -51,7 +51,7 @@ class Sending:
         """What a client is sent now, whose bytes count from here on."""
         begun, before = self._asked.get(client, (0, 0))
         again = begun == downloads.number
-        download = downloads.of(client, whole=again)
+        download = downloads.get_for_client(client, whole=again)
         self._asked[client] = downloads.number, download.size + (before if again else 0)
         return download
 
@@ -62,10 +62,10 @@ class Sending:
         if crew.deployed:
             raise_reply_limit(home.get_runs_folder() / self._run, most + OVERHEAD)
 
-    def taken(self, client: int, downloads: Downloads) -> int:
+    def count_bytes_sent(self, client: int, downloads: Downloads) -> int:
         """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
         _, sent = self._asked.pop(client, (0, 0))
-        return sent or downloads.of(client).size
+        return sent or downloads.get_for_client(client).size
 
 
 def _made(

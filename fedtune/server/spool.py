@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune import home
 
-__all__ = ["spooling", "sweep"]
+__all__ = ["open_spool", "sweep"]
 
 
 def sweep(run: str) -> None:
@@ -19,7 +19,7 @@ def sweep(run: str) -> None:
 
 
 @contextmanager
-def spooling(run: str, number: int) -> Iterator[Path]:
+def open_spool(run: str, number: int) -> Iterator[Path]:
     """A folder for the updates of a round, gone when the block ends, however it does."""
     folder = home.get_runs_folder() / run / f"round-{number:04d}.spool"
     try:

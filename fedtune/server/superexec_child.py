@@ -16,7 +16,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from fedtune.child import environment, isolated
+from fedtune.child import environment, make_isolated_command
 from fedtune.server.flower_socket import ADDRESS, VARIABLE, WORKING, reroute
 
 __all__: list[str] = []
@@ -44,7 +44,7 @@ def main(socket: Path) -> None:
 
 
 def _start(kind: str, token: str) -> subprocess.Popen[bytes]:
-    command, working = isolated("fedtune.server.flower_app_child", kind), os.environ.get(WORKING)
+    command, working = make_isolated_command("fedtune.server.flower_app_child", kind), os.environ.get(WORKING)
     process = subprocess.Popen(command, env=environment(), cwd=working, stdin=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(token.encode())

@@ -12,13 +12,13 @@ from pathlib import Path
 import httpx
 import psutil
 
-from fedtune.child import isolated
+from fedtune.child import make_isolated_command
 from fedtune.errors import ServerError
 from fedtune.server.control import ControlClient
 from fedtune.server.flower_process import make_child_environment, stop_process_group
 from fedtune.server.flower_socket import ADDRESS, private_folder
 from fedtune.server.lifeline import make_parent_environment
-from fedtune.server.logs import Log, pumped
+from fedtune.server.logs import Log, copy_output_to_log
 from fedtune.tracking.compaction import shrink, trim_log
 
 __all__ = ["SuperLink"]
@@ -62,7 +62,7 @@ class SuperLink:
         self.socket.unlink(missing_ok=True)
         shrink(self._folder / "superlink.sqlite")
         self._process = subprocess.Popen(
-            isolated("fedtune.server.superlink_child", str(self.socket), _DATABASE, *options),
+            make_isolated_command("fedtune.server.superlink_child", str(self.socket), _DATABASE, *options),
             env=_QUIET | make_child_environment(self._folder) | make_parent_environment(),
             cwd=self._folder,
             stdin=subprocess.PIPE,
@@ -70,7 +70,7 @@ class SuperLink:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self._pump = pumped(self._process, self._log)
+        self._pump = copy_output_to_log(self._process, self._log)
         self._wait(self._process)
         self._control = ControlClient(self.socket)
         self.start_count += 1

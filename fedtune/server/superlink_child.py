@@ -21,7 +21,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
 
-from fedtune.child import environment, isolated
+from fedtune.child import environment, make_isolated_command
 from fedtune.server.flower_socket import ADDRESS, VARIABLE, WORKING
 
 __all__: list[str] = []
@@ -34,7 +34,9 @@ class _Lifespan(SuperLinkLifespan):
     """Flower's, but its one child is ours: Flower's own would look for an address, and put tokens in arguments."""
 
     def _start_superexec_if_needed(self) -> None:
-        self.superexec_process = subprocess.Popen(isolated("fedtune.server.superexec_child"), env=environment())
+        self.superexec_process = subprocess.Popen(
+            make_isolated_command("fedtune.server.superexec_child"), env=environment()
+        )
 
 
 def _config(database: str, simulation: bool) -> SuperLinkLifespanConfig:

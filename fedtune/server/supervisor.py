@@ -11,16 +11,16 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fedtune import home
-from fedtune.server.certificates import Certificates, ending
+from fedtune.server.certificates import Certificates, describe_authority_expiry
 from fedtune.server.connections import Connections
 from fedtune.server.door import make_gateway
 from fedtune.server.enrolment import DeviceApi
 from fedtune.server.forward import ReverseProxy
 from fedtune.server.guard import Authenticator
 from fedtune.server.home import ServerHome
-from fedtune.server.keeping import Health, Keeper, Telling, kept_going
+from fedtune.server.keeping import Health, ServerMaintenance, Telling, kept_going
 from fedtune.server.letting_in import LettingIn
-from fedtune.server.listening import config_of, connections_of, listening
+from fedtune.server.listening import config_of, connections_of, open_listening_socket
 from fedtune.server.logs import Log, Logs
 from fedtune.server.manager import RunManager
 from fedtune.server.operating import OperatorApi
@@ -57,7 +57,7 @@ def run_server(place: ServerHome) -> None:
 
 def _serve(place: ServerHome, say: Telling) -> None:
     with (
-        listening(place) as listener,
+        open_listening_socket(place) as listener,
         Store.open() as store,
         _superlink(place) as superlink,
         closing(RecipeCheck()) as check,
@@ -70,10 +70,10 @@ def _serve(place: ServerHome, say: Telling) -> None:
         app = _door(place, store, superlink, manager, presence, audit, health, check, listener.connections)
         config = config_of(app, place, audit, listener.connections)
         assert config.ssl is not None
-        keeper = Keeper(superlink, manager, Certificates(place, config.ssl, say), audit, health, say)
+        keeper = ServerMaintenance(superlink, manager, Certificates(place, config.ssl, say), audit, health, say)
         with kept_going(keeper):
             say(f"up at {place.settings.get_public_url()}")
-            for sentence in ending(place):
+            for sentence in describe_authority_expiry(place):
                 say(sentence)
             uvicorn.Server(config).run([listener])
     say("stopped")
@@ -107,7 +107,9 @@ def _door(
     operating = OperatorApi(store, manager, presence, guard, audit, superlink.get_control_client, check)
     letting = LettingIn(store.access, audit, place.settings.get_public_url(), ca)
     logs = Logs(place.folder)
-    return make_gateway(guard, audit, forward, enrolment, operating, letting, ca, health.told, logs, connections.sweep)
+    return make_gateway(
+        guard, audit, forward, enrolment, operating, letting, ca, health.is_healthy, logs, connections.sweep
+    )
 
 
 def _reply_limit(manager: RunManager, otherwise: int, number: int) -> int:

@@ -15,11 +15,11 @@ __all__ = [
     "RunStarted",
     "Scoring",
     "Unscored",
+    "describe_unscored_clients",
     "emit_event",
     "event_handler",
     "format_round",
     "format_run_start",
-    "unscored",
 ]
 
 
@@ -100,7 +100,7 @@ def format_round(record: RoundRecord) -> str:
     return "  ".join(words) + (f"  FAILED: {record.reason}" if record.status == "failed" else "")
 
 
-def unscored(event: Unscored) -> str:
+def describe_unscored_clients(event: Unscored) -> str:
     """Who gave no figures, in one line."""
     named = [f"{client}: {reason}" for client, reason in event.reasons.items()][:_NAMED]
     more = f"; and {len(event.reasons) - _NAMED} more" if len(event.reasons) > _NAMED else ""
@@ -119,7 +119,7 @@ def _print(event: Event) -> None:
         case RunStarted():
             print(format_run_start(event), flush=True)
         case Unscored():
-            print(unscored(event), flush=True)
+            print(describe_unscored_clients(event), flush=True)
         case RoundEnded():
             print(f"round {event.record.number}  {format_round(event.record)}", flush=True)
 

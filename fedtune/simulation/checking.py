@@ -16,7 +16,7 @@ from fedtune.errors import FedtuneError
 from fedtune.explain import explain_validation_error
 from fedtune.recipe import Recipe
 
-__all__ = ["answer", "main"]
+__all__ = ["check_recipe", "main"]
 
 _REST_SECONDS = 600.0
 """It holds as much memory as torch takes, and is started again when the next recipe comes."""
@@ -30,10 +30,10 @@ def main() -> None:
             line = sys.stdin.readline()
             if not line:
                 return
-            print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+            print(json.dumps(check_recipe(json.loads(line))), file=answers, flush=True)
 
 
-def answer(told: Any) -> dict[str, Any]:
+def check_recipe(told: Any) -> dict[str, Any]:
     """``recipe`` made whole, or ``refused``: why it does not hold."""
     from fedtune.simulation.resolve import resolve_recipe
 

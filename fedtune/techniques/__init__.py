@@ -30,10 +30,10 @@ __all__ = [
     "collect_metrics",
     "compute_extra_payload",
     "declare_extra_payload",
-    "fold",
     "list_local_tensors",
     "list_low_rank_pairs",
     "list_trainable_tensors",
+    "merge_into_weights",
 ]
 
 
@@ -73,7 +73,7 @@ def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Ta
     return sorted(shared)
 
 
-def fold(techniques: Sequence[Technique], model: nn.Module) -> None:
+def merge_into_weights(techniques: Sequence[Technique], model: nn.Module) -> None:
     """Write what was learned into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
         technique.merge_into_weights(model)

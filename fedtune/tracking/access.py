@@ -30,7 +30,7 @@ class Access:
             if _device(connection, name) is not None:
                 raise StoreError(f"there is a device {name!r} already; remove it first or choose another name")
             connection.execute(insert(tables.devices), row)
-            connection.execute(update(tables.seats).where(tables.seats.c.device == name), {"node": node})
+            connection.execute(update(tables.assignments).where(tables.assignments.c.device == name), {"node": node})
 
     def devices(self) -> list[DeviceRecord]:
         """Every enrolled device, by name."""
@@ -153,14 +153,14 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
 
-    def seat(self, run_id: str, seats: Sequence[Assignment]) -> None:
+    def assign_clients(self, run_id: str, seats: Sequence[Assignment]) -> None:
         """Record who is which client of a run, once and for all its rounds."""
         with writer(self._engine) as connection:
-            connection.execute(insert(tables.seats), [{"run_id": run_id} | asdict(seat) for seat in seats])
+            connection.execute(insert(tables.assignments), [{"run_id": run_id} | asdict(seat) for seat in seats])
 
-    def seats(self, run_id: str) -> list[Assignment]:
+    def list_assignments(self, run_id: str) -> list[Assignment]:
         """Who is which client of a run, by client; nobody before it was started or in a simulation."""
-        table = tables.seats.c
+        table = tables.assignments.c
         wanted = select(table.client, table.device, table.node).where(table.run_id == run_id).order_by(table.client)
         with reader(self._engine) as connection:
             return [Assignment(**row) for row in connection.execute(wanted).mappings()]

@@ -43,13 +43,14 @@ def prepare_schema(engine: Engine) -> None:
     with _alone(engine), writer(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
-        if read_revision(connection) is None:
+        current = read_revision(connection)
+        if current is None:
             _create(connection)
         else:
             # Alembic takes longer to import than a whole `fedtune runs list`; few commands meet an old database.
             from fedtune.tracking.upgrade import upgrade_schema
 
-            upgrade_schema(connection)
+            upgrade_schema(connection, current, HEAD_REVISION)
 
 
 def read_revision(connection: Connection) -> str | None:

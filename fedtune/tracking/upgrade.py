@@ -7,7 +7,6 @@ from sqlalchemy import Connection
 
 from fedtune.errors import StoreError
 from fedtune.shipped import shipped_folder
-from fedtune.tracking import schema
 
 __all__ = ["make_alembic_config", "upgrade_schema"]
 
@@ -21,14 +20,12 @@ def make_alembic_config(connection: Connection | None = None) -> Config:
     return config
 
 
-def upgrade_schema(connection: Connection) -> None:
-    """Bring a database to the newest revision; StoreError when it is at one this code does not know."""
-    current = schema.read_revision(connection)
-    if current not in {
-        script.revision for script in ScriptDirectory.from_config(make_alembic_config()).walk_revisions()
-    }:
+def upgrade_schema(connection: Connection, current: str | None, newest: str) -> None:
+    """Bring a database at revision ``current`` to ``newest``; StoreError when this code does not know ``current``."""
+    scripts = ScriptDirectory.from_config(make_alembic_config())
+    if current not in {script.revision for script in scripts.walk_revisions()}:
         raise StoreError(
-            f"the store is at revision {current}, but this fedtune knows it only up to {schema.HEAD_REVISION}; "
+            f"the store is at revision {current}, but this fedtune knows it only up to {newest}; "
             "upgrade fedtune or choose another store"
         )
     command.upgrade(make_alembic_config(connection), "head")

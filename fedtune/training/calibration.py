@@ -86,10 +86,10 @@ def _encode_unlabelled(chosen: DataSettings, model: ModelSettings, task: TaskNam
     """Examples of a source that may have no labels, encoded as a classifier reads them."""
     pictures = task == "image-classification"
     recipe = _make_minimal_recipe(chosen, model, task if pictures else "text-generation")
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"length": length})})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": length})})
     found = data.load_all_examples(recipe, ())
     labels = data.Values(np.zeros(len(found), np.int64))
-    blank = found.only(["image" if pictures else "text"]).with_column("label", labels)
+    blank = found.select_columns(["image" if pictures else "text"]).with_column("label", labels)
     return data.encode_examples(blank, recipe, models.reader(recipe))
 
 

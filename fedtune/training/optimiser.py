@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from fedtune.recipe import Optimiser, Train
 
-__all__ = ["LocalOptimiser", "compute_lr_factor", "make_optimiser"]
+__all__ = ["BitsandbytesOptimiser", "LocalOptimiser", "compute_lr_factor", "make_optimiser"]
 
 
 _PIECE = 1 << 20
@@ -38,7 +38,7 @@ def make_optimiser(settings: Train, parameters: Sequence[Parameter]) -> LocalOpt
     if settings.optimiser == "sgd":
         return _Sgd(parameters, settings)
     kind = pkgutil.resolve_name(_BITSANDBYTES[settings.optimiser])
-    return _Wrapped(kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay))
+    return BitsandbytesOptimiser(kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay))
 
 
 _BITSANDBYTES: dict[Optimiser, str] = {
@@ -111,7 +111,7 @@ class _AdamW:
             self._state[parameter][2].add_(1)
 
 
-class _Wrapped:
+class BitsandbytesOptimiser:
     """An optimiser of bitsandbytes."""
 
     def __init__(self, optimiser: Any) -> None:

@@ -149,7 +149,7 @@ def clear_run_context() -> None:
 
 def _build(recipe: str) -> RunContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parsed = models.settled(Recipe.model_validate_json(recipe))
+    parsed = models.resolve_preprocessor(Recipe.model_validate_json(recipe))
     corpus = data.load_data(parsed, models.class_names(parsed.model, parsed.task))
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
