@@ -62,9 +62,12 @@ def write(
 
 
 def describe_missing_tensors(recipe: Recipe) -> str:
-    """What must be known of a model that is not all that was learned; nothing of one that is."""
+    """Return a note about trained tensors that the export cannot contain, or an empty text."""
     if any(technique.has_local_tensors() for technique in techniques.build_techniques(recipe.train.techniques)):
-        return "Its batch norms are those of before training: each device keeps the ones it trained.\n"
+        return (
+            "The batch-norm layers have their values from before training, because each device keeps its own trained "
+            "batch norms.\n"
+        )
     return ""
 
 

@@ -126,7 +126,7 @@ MISFITS = [
     (
         "qlora: {trained_factors: both-and-base}",
         "flora",
-        r"qlora: trained_factors: both-and-base writes into the base's weights, but four-bit ones",
+        r"qlora: trained_factors: both-and-base changes the base weights, but four-bit weights",
     ),
 ]
 

@@ -237,4 +237,4 @@ def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, 
 def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:
     done = CliRunner().invoke(device, ["package", "--data", "part:0", "--memory", "lots"])
     assert done.exit_code == 2
-    assert "write 512MB or 2GiB" in done.output
+    assert "write for example 512MB or 2GiB" in done.output

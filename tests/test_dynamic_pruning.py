@@ -369,7 +369,7 @@ def test_a_federation_whose_clients_move_their_own_masks_runs_and_holds_its_dens
 
 
 def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
-    with pytest.raises(RecipeError, match="with updated_by: clients say extrusion: null"):
+    with pytest.raises(RecipeError, match="set extrusion: null when updated_by is clients"):
         applied(net(), by="clients")
 
 

@@ -200,8 +200,10 @@ def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None
     execute(local_norms(tmp_path, "federation.rounds=1"))
     exported = CliRunner().invoke(cli, ["export", "latest", "-o", str(tmp_path / "out")])
     assert exported.exit_code == 0, exported.output
-    assert "Its batch norms are those of before training" in exported.output
-    assert "Its batch norms are those of before training" in (tmp_path / "out" / "README.md").read_text()
+    assert "The batch-norm layers have their values from before training" in exported.output
+    assert (
+        "The batch-norm layers have their values from before training" in (tmp_path / "out" / "README.md").read_text()
+    )
     refused = CliRunner().invoke(cli, ["evaluate", "latest"])
     assert "kept a part of its model on the devices" in str(refused.exception)
     shown = CliRunner().invoke(cli, ["runs", "show", "latest"])

@@ -69,7 +69,7 @@ def test_every_step_serves_a_round(tmp_path: Path, name: str) -> None:
         (
             "trimmed-mean",
             4,
-            "^merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models to cut one at each end",
+            "^merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models to remove one at each end",
         ),
         ("fisher", 2, "^merge: fisher needs statistics of every model, but model 1 has none"),
     ],

@@ -185,7 +185,7 @@ def test_tinytl_cannot_be_exported_as_a_plain_net() -> None:
     shared("tinytl", model, IMAGES)
     [technique] = chosen("tinytl")
     with pytest.raises(
-        ModelError, match="tinytl adds branches that a plain SmallNet has not; evaluate the run instead"
+        ModelError, match="tinytl adds branches that a plain SmallNet does not have; evaluate the run instead"
     ):
         technique.merge_into_weights(model)
 

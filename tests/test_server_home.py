@@ -184,7 +184,7 @@ def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(h
     (tmp_path / "bad.json").write_text("[]")
     result = CliRunner().invoke(cli, ["server", "token", "--server", str(tmp_path / "bad.json")])
     assert isinstance(result.exception, FedtuneError)
-    assert "is no operator's file" in str(result.exception)
+    assert "is not an operator file" in str(result.exception)
 
 
 def test_a_clock_that_was_never_set_finds_the_certificate_valid() -> None:

@@ -1,4 +1,4 @@
-"""How the command line asks a server: an operator's file says where it is, whom to trust and with which key."""
+"""The connection of the command line to a server. An operator file holds its address, certificate and key."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def add_operator_file_option(command: Command) -> Command:
         type=click.Path(path_type=Path),
         metavar="FILE",
         envvar="FEDTUNE_SERVER",
-        help="An operator's file, made by fedtune server operator.  [default: of the server on this machine]",
+        help="Operator file, see fedtune server operator.  [default: that of the server on this machine]",
     )(command)
 
 
@@ -58,9 +58,9 @@ class OperatorClient:
         try:
             told = answer.json()
         except ValueError as error:
-            raise ServerError(f"{self.url} answers with something else than fedtune; check the address") from error
+            raise ServerError(f"{self.url} is not a fedtune server; check the address") from error
         if answer.is_error:
-            raise ServerError(str(told.get("error", f"the server says {answer.status_code}")))
+            raise ServerError(str(told.get("error", f"the server answered {answer.status_code}")))
         return told
 
 
@@ -71,7 +71,7 @@ def connect_to_server(file: Path | None) -> OperatorClient:
         told = json.loads(path.read_text(encoding="utf-8"))
         connection = OperatorClient(told["url"], told["ca"], told["key"])
     except FileNotFoundError as error:
-        raise ServerError(f"there is no operator's file {path}; name one with --server, or FEDTUNE_SERVER") from error
+        raise ServerError(f"there is no operator file {path}; name one with --server or FEDTUNE_SERVER") from error
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ServerError(f"{path} is no operator's file; make one with fedtune server operator") from error
+        raise ServerError(f"{path} is not an operator file; create one with fedtune server operator") from error
     return connection

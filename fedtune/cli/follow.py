@@ -1,4 +1,4 @@
-"""A run on a server, followed to its end: a line for each round, and for whatever it waits for."""
+"""A run on a server, followed to its end: one line per round, and one if it waits."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ _WORKING = ("queued", "running")
 
 
 def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> dict[str, Any]:
-    """Print what happens until a run ends, and return its newest state; RoundError when it failed."""
+    """Print what happens until a run ends, and return its newest state; RunError when it failed."""
     show = (lambda _: None) if quiet else _show
     last, said = -1, ""
     while True:

@@ -1,4 +1,4 @@
-"""``fedtune merge``: several fine-tunes of one base made into one model."""
+"""``fedtune merge``: merge several fine-tunes of one base into one model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedtune.cli.merge_options import Command, MergeOptions, numbers, unit
-from fedtune.cli.task_choice import TaskChoice
 
 if TYPE_CHECKING:
     from fedtune.fusion.stages import Stage
@@ -18,36 +17,46 @@ _TASKS = ["text-generation", "text-classification", "image-classification"]
 
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="CONFIG.yaml | MODEL...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to create.")
 @click.option("--method", metavar="NAME", help="Merge method; see: fedtune methods.  [default: linear]")
-@click.option("--base", metavar="MODEL", help="What the models were fine-tuned from.")
+@click.option("--base", metavar="MODEL", help="The model that the others were fine-tuned from.")
 @click.option("--weights", metavar="W,W,...", help="One number per model.  [default: 1 each]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter, or a key of CONFIG.yaml.")
-@click.option("--seed", "--random-seed", type=click.IntRange(0), help="For methods that draw.")
+@click.option("--seed", "--random-seed", type=click.IntRange(0), help="Seed of methods that draw random numbers.")
 @click.option("--align", multiple=True, metavar="STEP", help="e.g. rebasin")
 @click.option("--relax", multiple=True, metavar="STEP", help="e.g. aim, or 'aim: {omega: 0.3}'")
 @click.option("--renormalise", multiple=True, metavar="STEP", help="e.g. repair")
-@click.option("--tokenizer", metavar="RULE", help="Whose tokens: union, base or one of the models.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the result.")
-@click.option("--as", "form", type=click.Choice(["model", "adapter"]), default="model", help="What adapters become.")
+@click.option("--tokenizer", metavar="RULE", help="Vocabulary of the result: union, base or one of the models.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Data type of the result.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["model", "adapter"]),
+    default="model",
+    help="Form of the result when adapters are merged.",
+)
 @click.option("--rank", type=click.IntRange(1), help="Largest rank of a merged adapter.")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of it that an adapter keeps.")
-@click.option("--calibrate", metavar="DATA", help="Examples for steps that watch the model at work.")
-@click.option("--evaluate", metavar="DATA", help="Examples on which inputs and result are scored.")
-@click.option("--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Of DATA to evaluate.")
-@click.option("--columns", metavar="KEY=NAME,...", help="Their columns, e.g. text=review,label=stars.")
-@click.option("--task", type=TaskChoice(_TASKS), help="What the models do; for --calibrate and --evaluate.")
+@click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), help="Fraction of the energy that an adapter keeps."
+)
+@click.option("--calibrate", metavar="DATA", help="Calibration data for steps that measure activations.")
+@click.option("--evaluate", metavar="DATA", help="Data on which the inputs and the result are scored.")
+@click.option(
+    "--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Split of --evaluate to score."
+)
+@click.option("--columns", metavar="KEY=NAME,...", help="Columns of the data, e.g. text=review,label=stars.")
+@click.option("--task", type=click.Choice(_TASKS), help="Task of the models, for --calibrate and --evaluate.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
-@click.option("--report/--no-report", default=True, help="Compare the models first; reads them once more.")
-@click.option("--trust-base", is_flag=True, help="Merge though deltas are about as large as the base.")
+@click.option("--report/--no-report", default=True, help="Compare the models first, which reads them once more.")
+@click.option("--trust-base", is_flag=True, help="Merge even if deltas are about as large as the base.")
 @click.option("--dry-run", is_flag=True, help="Stop after the report; write nothing.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store, for run:ID.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: str, **options: Any) -> None:
-    """Merge models as CONFIG.yaml says (mergekit's schema), or MODELs by the options.
+    """Merge the models of CONFIG.yaml (mergekit's schema), or the given MODELs.
 
-    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. An
-    interrupted merge goes on when the same command is given again.
+    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. To
+    continue an interrupted merge, run the same command again.
 
     \b
     Example:
@@ -57,7 +66,7 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
       fedtune merge run:latest run:film-1a2b --base run:latest@0 --method task-arithmetic --dry-run
     """
     if output is None and not dry_run:
-        raise click.UsageError("name the folder to make with -o, or look only with --dry-run")
+        raise click.UsageError("name the output folder with -o, or use --dry-run")
     from fedtune.memory.heap import keep_freed_memory
 
     keep_freed_memory()

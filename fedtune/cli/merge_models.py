@@ -1,4 +1,4 @@
-"""``fedtune merge``: models compared, merged, written and scored."""
+"""``fedtune merge``: compare, merge, write and score models."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +18,12 @@ __all__ = ["merge_stages"]
 
 
 def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
-    """The merges of a file in order; those whose results others need go into a folder beside the output."""
+    """Run the merges of a file in order. Intermediate results go into a folder beside the output."""
     if len(stages) == 1:
         _merge_one(asked, stages[0].config, stages[0].text)
         return
     if asked.output is None or asked.dry_run:
-        raise click.UsageError(f"--dry-run looks at one merge, but {asked.sources[0]} holds {len(stages)}; write them")
+        raise click.UsageError(f"--dry-run reports one merge, but {asked.sources[0]} contains {len(stages)}; use -o")
     import shutil
 
     from fedtune.errors import FedtuneError
@@ -43,7 +43,7 @@ def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
 
 
 def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
-    """The folder of one merge's result, which is there already when the same one was made before."""
+    """Return the folder of an intermediate merge. It is reused if the same merge was made before."""
     from fedtune.fusion import prepare_merge
 
     key = prepare_merge(config, asked.export).compute_resume_key()
@@ -80,7 +80,7 @@ def _merge_one(asked: MergeOptions, config: "MergeConfig", text: str, *, told: b
 def _write(
     asked: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
-    """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
+    """Write the result and its card; return the scores, if requested, and the warnings."""
     from fedtune import fusion
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.files import write_bytes_atomically

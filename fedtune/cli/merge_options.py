@@ -1,4 +1,4 @@
-"""What ``fedtune merge`` reads from single options; UsageError for what it cannot read."""
+"""Parse single options of ``fedtune merge``; UsageError if an option is invalid."""
 
 import difflib
 from pathlib import Path
@@ -15,10 +15,10 @@ _ALIKE = 0.8
 
 
 class Command(click.Command):
-    """A command that proposes only options which are nearly those that were tried: none for mergekit's others."""
+    """A command that suggests an option only if it is very similar to the unknown one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """UsageError names what is nearly the same."""
+        """Raise UsageError with similar options."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -57,24 +57,24 @@ class MergeOptions(NamedTuple):
     as_json: bool
 
     def export(self, reference: str) -> Path:
-        """What a run learned, kept in the cache as a whole model."""
+        """Export the model of a run to the cache and return its folder."""
         from fedtune.cli.exported import export_run_to_cache
 
         return export_run_to_cache(reference, self.store)
 
 
 def unit(text: str) -> Any:
-    """A step by its name, or with its settings in YAML."""
+    """Parse a step: its name, or its name and settings in YAML."""
     from fedtune.yaml_text import YamlError, load
 
     try:
         return load(text)
     except YamlError as error:
-        raise click.UsageError(f"{text!r} is no step; write it as aim or 'aim: {{omega: 0.3}}'") from error
+        raise click.UsageError(f"{text!r} is not a step; write it as aim or 'aim: {{omega: 0.3}}'") from error
 
 
 def numbers(text: str | None) -> list[float]:
-    """Numbers with commas between."""
+    """Parse numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError as error:
@@ -82,7 +82,7 @@ def numbers(text: str | None) -> list[float]:
 
 
 def columns(text: str | None) -> dict[str, str]:
-    """Columns of a data source by what they hold."""
+    """Parse the columns of a data source."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
     if any(not (equals and name) for _, equals, name in pairs):
         raise click.UsageError("write --columns as key=name,key=name, e.g. text=review,label=stars")
@@ -90,7 +90,7 @@ def columns(text: str | None) -> dict[str, str]:
 
 
 def size(text: str) -> int:
-    """Bytes, written as 500MB or 5GB."""
+    """Parse a size such as 500MB or 5GB."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:

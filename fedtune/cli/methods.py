@@ -1,4 +1,4 @@
-"""``fedtune methods``: the techniques and merge steps there are, and their cards."""
+"""``fedtune methods``: list techniques and merge steps, and print their cards."""
 
 from collections.abc import Mapping, Sequence
 
@@ -57,7 +57,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
     Console(markup=False).print(table)
-    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+gradient-checkpointing")
+    click.echo("\nPrint a card: fedtune methods lora. Combine techniques: --techniques lora+gradient-checkpointing")
 
 
 def _show_card(row: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""What a run's weights may tell of a client, in words: for screens and for the cards of exports."""
+"""The privacy guarantee of a run in words, for the terminal and for the cards of exports."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from fedtune.tracking.summary import get_privacy_spent
 __all__ = ["describe_privacy", "make_privacy_paragraph"]
 
 _NEIGHBOURS = {
-    "server": "with any one client's contributions and with zeros in their place; the server sees them in clear",
-    "clients": "for any two data sets a client may hold; its noise is added before anything is sent",
+    "server": "for the run with one client's updates and with zeros in their place; the server sees them in clear",
+    "clients": "for any two data sets a client may hold; the client adds the noise before it sends anything",
 }
 
 
@@ -30,6 +30,6 @@ def make_privacy_paragraph(run: RunRecord, rounds: Sequence[RoundRecord]) -> str
     return (
         f"\nDifferential privacy of its weights: {describe_privacy(run, rounds)}. "
         f"It holds {_NEIGHBOURS[found['noise_by']]}. "
-        "The noise comes from a secret key of whoever added it, and holds against all who lack that key. Who took part "
-        "and the run's tables of losses and counts are not covered.\n"
+        "The noise is drawn from a secret key. The guarantee holds against everyone who does not have this key. It "
+        "does not cover which clients took part, or the losses and example counts in the run store.\n"
     )

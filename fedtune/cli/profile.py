@@ -1,4 +1,4 @@
-"""``fedtune profile``: what a training step costs with each technique, before anything is trained in earnest."""
+"""``fedtune profile``: measure the cost of a training step with each technique."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fedtune.cli.task_choice import TaskChoice
 from fedtune.recipe import TaskName
 
 if TYPE_CHECKING:
@@ -18,15 +17,15 @@ __all__ = ["profile"]
 
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
-@click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
-@click.option("--task", type=TaskChoice(get_args(TaskName)), help="What the model of --model is to do.")
-@click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
+@click.option("--model", metavar="SOURCE", help="Instead of a recipe: a model with random inputs.")
+@click.option("--task", type=click.Choice(get_args(TaskName)), help="Task of --model.")
+@click.option("--techniques", metavar="A,B,C+D", help="Techniques to measure, or all.  [default: the recipe's]")
 @click.option("--batch", metavar="N", help="Short for --set train.batch_size=N.")
-@click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens a text is padded to.")
+@click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens per text.")
 @click.option("--image", metavar="N", help="Short for --set train.image_size=N: pixels.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
-@click.option("--check", is_flag=True, help="Also compare gradients with those of stored activations.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to draw the picture (.png or .svg).")
+@click.option("--check", is_flag=True, help="Compare gradients with those of stored activations.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (.png or .svg).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def profile(
     path: Path | None,
@@ -41,10 +40,12 @@ def profile(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what a training step keeps, takes and sends with each technique, beside full, lora,
-    lora+gradient-checkpointing and qlora; each in a process of its own, one at a time.
+    """Measure activation memory, time and sent bytes of a training step with each technique.
 
-    Techniques may carry settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, gradient-checkpointing]".
+    full, lora, lora+checkpointing and qlora are measured for comparison. Each case runs in its own process, one at a
+    time.
+
+    Techniques may have settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, checkpointing]".
 
     \b
     Example:

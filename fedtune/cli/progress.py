@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, one plain line per round elsewhere."""
+"""The progress of a run: live bars in a terminal, one line per round elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +24,12 @@ from fedtune.server.watch import (
 __all__ = ["Clock", "show_run_progress"]
 
 _QUIET_SECONDS = 10.0
-"""Without a terminal a long scoring prints a line so often."""
+"""How often a long scoring prints a line without a terminal."""
 
 
 @contextmanager
 def show_run_progress(rounds: int) -> Iterator[None]:
-    """Show the events of a run of so many rounds on standard error while the block runs."""
+    """Show the events of a run on standard error while the block runs."""
     console = Console(stderr=True, markup=False)
     live = console.is_terminal and not console.is_dumb_terminal
     with _live(console, rounds) if live else _plain(console, rounds) as show:
@@ -41,7 +41,7 @@ def show_run_progress(rounds: int) -> Iterator[None]:
 
 
 class Clock:
-    """Seconds left, from what rounds and scored examples have taken so far; the two are told apart.
+    """Estimate the remaining time from the rounds and, separately, from the scored examples so far.
 
     ``now`` gives seconds of a clock that never goes back.
     """
@@ -56,7 +56,7 @@ class Clock:
         self._done = 0
 
     def see(self, event: Event) -> None:
-        """Take note of an event that happens now."""
+        """Record an event at the current time."""
         passed, self._mark = self._now() - self._mark, self._now()
         if isinstance(event, Scoring) and event.done:
             self._scoring += passed
@@ -80,7 +80,7 @@ class Clock:
             self._training = 0.0  # before the first round nothing is trained
 
     def format_remaining_time(self) -> str:
-        """Minutes and seconds until the run ends, with the scoring that is to come; nothing before the first round."""
+        """Return the minutes and seconds left, including the remaining scoring; empty before the first round."""
         if not self._ended:
             return ""
         seconds = self._training / self._ended * (self._rounds - self._number)

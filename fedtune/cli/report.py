@@ -14,7 +14,7 @@ __all__ = ["DomainRow", "make_domain_rows", "show_domain_table"]
 
 @dataclass(frozen=True)
 class DomainRow:
-    """Test figure before and after training; bytes both ways, peak saved bytes and peak memory of its clients."""
+    """Test metric before and after training; bytes both ways; peak activation and process memory of clients."""
 
     domain: str
     before: float
@@ -51,7 +51,7 @@ def _row(domain: str, before: float, after: float, sent: Sequence[ClientRecord])
 def show_domain_table(rows: Sequence[DomainRow], figure: str, console: Console) -> None:
     """Print the rows as a table that fits 80 columns."""
     table = Table(title=f"test {figure}", box=None, header_style="bold", title_justify="left")
-    for heading in ("domain", "before", "after", "sent up", "sent down", "peak saved"):
+    for heading in ("domain", "before", "after", "sent up", "sent down", "activations"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for row in rows:
         figures = [f"{value:.4f}" for value in (row.before, row.after)]
@@ -59,4 +59,4 @@ def show_domain_table(rows: Sequence[DomainRow], figure: str, console: Console) 
         table.add_row(row.domain, *figures, *sizes)
     console.print(table)
     process = max((row.peak_rss for row in rows), default=0)
-    console.print(f"peak saved: kept for the backward pass, of {process / 1e6:.0f} MB a client's process held")
+    console.print(f"activations: peak memory kept for backward; a client's process used {process / 1e6:.0f} MB")

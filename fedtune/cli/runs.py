@@ -1,4 +1,4 @@
-"""``fedtune runs``: look at what was recorded, compare it, draw it, take it elsewhere, remove it."""
+"""``fedtune runs``: list, show, compare, plot, export and delete recorded runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ _some = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
 
 @click.group()
 def runs() -> None:
-    """Recorded runs. RUN is an id, the beginning of one, or "latest"."""
+    """Recorded runs. RUN is an id, a prefix of an id, or "latest"."""
 
 
 for _command in (runs_server.watch, runs_server.stop, runs_server.resume, rollback):
@@ -40,7 +40,7 @@ for _command in (runs_server.watch, runs_server.stop, runs_server.resume, rollba
 @runs.command("list")
 @_shared
 def list_(store: str | None, as_json: bool) -> None:
-    """All runs, newest first.
+    """List all runs, newest first.
 
     Example: fedtune runs list
     """
@@ -58,11 +58,11 @@ def list_(store: str | None, as_json: bool) -> None:
 
 @runs.command()
 @_one
-@click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Show so many of the last rounds.")
+@click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Number of rounds to show.")
 @click.option("--all", "every", is_flag=True, help="Show every round.")
 @_shared
 def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> None:
-    """One run: its last rounds, its result by domain, its clients. With --json always every round.
+    """Show a run: its last rounds, its result by domain, its clients. --json prints every round.
 
     Example: fedtune runs show latest
     """
@@ -81,7 +81,7 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
 @_some
 @_shared
 def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
-    """Runs side by side: results, costs and the settings in which they differ.
+    """Compare runs: results, costs and the settings in which they differ.
 
     Example: fedtune runs compare latest sentiment-2
     """
@@ -104,9 +104,9 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png or .svg file.")
 @_shared
 def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_json: bool) -> None:
-    """A picture of one run, or of several together.
+    """Plot one run, or several runs together.
 
-    Without -o, one run is drawn into its own folder and several into runs.png here.
+    Without -o, the plot of one run is written to the run's folder, and that of several runs to runs.png.
 
     Example: fedtune runs plot latest -o sentiment.svg
     """
@@ -128,10 +128,10 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A new folder, or a JSON file.")
 @_shared
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
-    """Runs as tables for other programs.
+    """Export runs as tables for other programs.
 
-    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics, client scores and
-    checkpoints, joined by run_id and round; json makes one file.
+    csv and parquet create a folder with one file each for runs, rounds, contributions, metrics, client scores and
+    checkpoints, joined by run_id and round. json creates one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
@@ -146,10 +146,10 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
 
 @runs.command()
 @_one
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @_shared
 def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
-    """Remove a run with its checkpoints. A run that is being executed stays.
+    """Delete a run with its checkpoints. A run that is being executed is not deleted.
 
     Example: fedtune runs delete sentiment-2 --yes
     """
@@ -158,9 +158,9 @@ def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
     with Store.open(store) as opened:
         found = opened.run(run)
         if not yes:
-            click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) for good?", abort=True, err=True)
+            click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) permanently?", abort=True, err=True)
         with claim_run(found.id):
-            # Rows first: files without a row are only litter, a row without files is a lie.
+            # Rows first: files without a row only waste space, but a row without files would be wrong.
             opened.delete(found.id)
             _remove_files(found.id)
     click.echo(document.text({"deleted": found.id}) if as_json else f"removed: {found.id}")

@@ -23,7 +23,7 @@ def _shared(command: Command) -> Command:
 @click.command()
 @_shared
 def watch(run: str, server: Path | None, as_json: bool) -> None:
-    """Follow a submitted run to its end. Ctrl-C ends the watching, not the run.
+    """Follow a submitted run to its end. Ctrl-C stops the display, not the run.
 
     Example: fedtune runs watch latest
     """
@@ -38,7 +38,7 @@ def watch(run: str, server: Path | None, as_json: bool) -> None:
 @click.command()
 @_shared
 def stop(run: str, server: Path | None, as_json: bool) -> None:
-    """Stop a submitted run; its rounds so far stay.
+    """Stop a submitted run. Completed rounds are kept.
 
     Example: fedtune runs stop latest
     """
@@ -50,7 +50,7 @@ def stop(run: str, server: Path | None, as_json: bool) -> None:
 @click.command()
 @_shared
 def resume(run: str, server: Path | None, as_json: bool) -> None:
-    """Go on with a submitted run that was stopped or failed, at its next round.
+    """Resume a submitted run that was stopped or failed, at its next round.
 
     Example: fedtune runs resume latest
     """

@@ -1,4 +1,4 @@
-"""``fedtune server``: make a server's home, keep the server up, let devices in and out."""
+"""``fedtune server``: create a server, run it, and enrol and remove devices."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _LONGEST_LOG = 2_000_000
 
 @click.group()
 def server() -> None:
-    """A server that real devices join; its home is $FEDTUNE_HOME/server."""
+    """Run a server for real devices. Its files are in $FEDTUNE_HOME/server."""
 
 
 for _command in (server_access.audit, server_access.operator, server_access.operators, server_access.tokens):
@@ -25,13 +25,12 @@ for _command in (server_access.audit, server_access.operator, server_access.oper
 
 
 @server.command()
-@click.option("--name", "names", multiple=True, metavar="NAME", help="A host name or address devices will use.")
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Host name or address that devices use.")
 @click.option("--listen", metavar="HOST:PORT", help=f"Where to listen.  [default: {_LISTEN}]")
 def init(names: tuple[str, ...], listen: str | None) -> None:
-    """Make a server's home: an authority, a certificate, keys, settings.
+    """Create a server: a certificate authority, a certificate, keys and settings.
 
-    Again with --name or --listen it changes those of the server that is there, after its address has changed; devices,
-    keys and runs stay.
+    If the server exists, --name and --listen change its address. Devices, keys and runs stay the same.
 
     \b
     Example:
@@ -54,20 +53,20 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
 
 
 def _readdressed(url: str) -> None:
-    click.echo(f"the server is {url} from its next start on; its authority, keys, devices and runs stay")
-    click.echo("on devices that reach it by an address it no longer has:")
+    click.echo(f"the server uses {url} from its next start; its authority, keys, devices and runs stay the same")
+    click.echo("run this on devices that use the old address:")
     click.echo(f"          fedtune device move {url}")
-    click.echo("operators elsewhere need a file made anew: fedtune server operator NAME -o FILE")
+    click.echo("operators on other machines need a new file: fedtune server operator NAME -o FILE")
     click.echo("try next  fedtune server up")
 
 
 @server.command()
 def up() -> None:
-    """Serve until Ctrl-C: devices join, submitted runs are carried on.
+    """Run the server until Ctrl-C. It continues submitted runs.
 
     Example: fedtune server up
     """
-    click.echo("fedtune server: starting; Ctrl-C ends it", err=True)
+    click.echo("fedtune server: starting; press Ctrl-C to stop it", err=True)
     from fedtune.server.home import open_server_home
     from fedtune.server.supervisor import run_server as serve
 
@@ -75,10 +74,10 @@ def up() -> None:
 
 
 @server.command()
-@click.option("--user", help="Whom the unit runs as; not root.  [default: you]")
+@click.option("--user", help="User of the unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit and a Dockerfile that keep this server up, and fedtune's own wheel for the container.
+    """Write a systemd unit, a Dockerfile and a wheel of this fedtune for this server.
 
     Example: fedtune server package -o deploy
     """
@@ -92,10 +91,10 @@ def package(user: str | None, output: Path) -> None:
 @server.command()
 @click.argument("name", metavar="[DEVICE]", default="")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="What recipes select the device by.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the device; recipes select devices by tags.")
 @add_operator_file_option
 def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -> None:
-    """Print a one-time token for a device, which it enrolls with.
+    """Print a one-time token with which a device enrols.
 
     Example: fedtune server token kitchen-pi --tag indoors
     """
@@ -104,14 +103,16 @@ def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -
 
 
 @server.command()
-@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
-@click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
+@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Add a tag to a device first.")
+@click.option(
+    "--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Remove a tag from a device first."
+)
 @add_operator_file_option
 @json_option
 def devices(
     added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
 ) -> None:
-    """Enrolled devices, which of them are connected, and the tags by which recipes select them.
+    """List enrolled devices with their state and their tags.
 
     \b
     Example:
@@ -130,7 +131,7 @@ def devices(
 @click.argument("device")
 @add_operator_file_option
 def release(device: str, server: Path | None) -> None:
-    """Let a device that was quarantined take part again; fedtune server devices says why it was.
+    """Release a device from quarantine. fedtune server devices shows why it was quarantined.
 
     Example: fedtune server release kitchen-pi
     """
@@ -143,20 +144,20 @@ def release(device: str, server: Path | None) -> None:
 @click.argument("device")
 @add_operator_file_option
 def remove(device: str, server: Path | None) -> None:
-    """Shut a device out: its key is worthless from now on.
+    """Remove a device: its key is no longer valid.
 
     Example: fedtune server remove kitchen-pi
     """
     with connect_to_server(server) as connection:
         removed = connection.request_json("DELETE", f"devices/{device}")["device"]
-    click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
+    click.echo(f"removed: {removed}; the next device that enrols under this name takes its place in runs")
 
 
 @server.command()
 @add_operator_file_option
 @json_option
 def runs(server: Path | None, as_json: bool) -> None:
-    """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
+    """List submitted runs, newest first. To follow one, use fedtune runs watch RUN.
 
     Example: fedtune server runs --server ada.json
     """
@@ -171,7 +172,7 @@ def runs(server: Path | None, as_json: bool) -> None:
 @add_operator_file_option
 @json_option
 def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
-    """What the server and Flower below it printed, or the process that coordinates RUN; oldest of the newest first.
+    """Show the newest log lines of the server and Flower, or of the process that coordinates RUN.
 
     \b
     Example:
@@ -188,4 +189,4 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     if as_json or found["lines"]:
         click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:
-        click.echo("nothing was printed yet", err=True)
+        click.echo("the log is empty", err=True)

@@ -1,4 +1,4 @@
-"""``fedtune server operator, operators, tokens, audit``: who may do what, and what was done and refused."""
+"""``fedtune server operator, operators, tokens, audit``: access rights, and the log of requests."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -21,10 +21,14 @@ _PAGE, _LARGEST_PAGE = 100, 1000
 
 @click.command()
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A file to hand to the operator.")
-@click.option("--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="What they may do.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to give to the operator.")
+@click.option(
+    "--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="Permissions of the operator."
+)
 def operator(name: str, output: Path, role: str) -> None:
-    """Make an operator's file; an earlier one of that name is worthless then.
+    """Write an operator file. Its holder can submit runs and enrol devices, as the role allows.
+
+    A new file makes the earlier file of this operator invalid.
 
     Whoever holds the file may look at everything with the role read, also submit, stop and resume runs with submit,
     and also let devices and operators in and out with admin.
@@ -38,15 +42,15 @@ def operator(name: str, output: Path, role: str) -> None:
     place = open_server_home()
     with Store.open(place.settings.store) as store:
         write_operator_file(place, store.access, name, output, role)
-    click.echo(f"written: {output}, to be kept like a password")
+    click.echo(f"written: {output}; treat it like a password")
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="NAME", help="Make an operator's key worthless first.")
+@click.option("--remove", "removed", multiple=True, metavar="NAME", help="Revoke the key of an operator first.")
 @add_operator_file_option
 @json_option
 def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
-    """Operators and their roles.
+    """List operators and their roles.
 
     \b
     Example:
@@ -61,11 +65,11 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Make a token worthless first.")
+@click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Revoke a token first.")
 @add_operator_file_option
 @json_option
 def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
-    """Tokens that no device has used; each is named by the beginning of its hash.
+    """List unused tokens. Each is named by the first characters of its hash.
 
     \b
     Example:
@@ -81,13 +85,15 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
 
 @click.command()
 @click.option("--since", metavar="TIME", help="30m, 12h, 7d, or a date such as 2026-05-04 or 2026-05-04T12:00.")
-@click.option("--limit", type=click.IntRange(1, _LARGEST_PAGE), default=_PAGE, show_default=True, help="Lines.")
-@click.option("--before", type=click.IntRange(1), metavar="LINE", help="Lines older than one with this number.")
-@click.option("--all", "every", is_flag=True, help="All lines, however many.")
+@click.option(
+    "--limit", type=click.IntRange(1, _LARGEST_PAGE), default=_PAGE, show_default=True, help="Number of lines."
+)
+@click.option("--before", type=click.IntRange(1), metavar="LINE", help="Show lines older than this line number.")
+@click.option("--all", "every", is_flag=True, help="Show all lines.")
 @add_operator_file_option
 @json_option
 def audit(since: str | None, limit: int, before: int | None, every: bool, server: Path | None, as_json: bool) -> None:
-    """What was refused and what was done, newest first.
+    """List refused and accepted requests, newest first.
 
     \b
     Example:

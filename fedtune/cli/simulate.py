@@ -1,4 +1,4 @@
-"""``fedtune simulate``: run a federation on this machine, or go on with one that stopped."""
+"""``fedtune simulate``: run a federation on this machine, or resume one."""
 
 import sys
 from pathlib import Path
@@ -18,13 +18,11 @@ __all__ = ["simulate"]
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
-@click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
-@click.option("--extend", "extended", metavar="RUN", help="Go on with a run past its end, up to --rounds.")
-@click.option("--rounds", type=click.IntRange(1), help="With --extend: how many rounds the run has in all.")
+@click.option("--resume", "resumed", metavar="RUN", help="Resume a stopped run at its next round.")
+@click.option("--extend", "extended", metavar="RUN", help="Add rounds to a run, up to --rounds in all.")
+@click.option("--rounds", type=click.IntRange(1), help="With --extend: total number of rounds.")
 @click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
-@click.option(
-    "--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]"
-)
+@click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
 def simulate(
@@ -39,7 +37,7 @@ def simulate(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Run the federation RECIPE describes on this machine; every number lands in the run store.
+    """Run RECIPE on this machine. The run store keeps all results.
 
     \b
     Example:
@@ -54,7 +52,7 @@ def simulate(
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
         raise click.UsageError("name either a RECIPE or a run with --resume or --extend, e.g. recipes/sentiment.yaml")
     if recipe is None and (overrides or techniques):
-        raise click.UsageError("a run that goes on keeps its recipe; leave --set and --techniques out")
+        raise click.UsageError("a resumed run keeps its recipe; remove --set and --techniques")
     if (extended is None) != (rounds is None):
         raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
@@ -81,7 +79,7 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
-    """Build everything first, so that what cannot run leaves no trace in the store."""
+    """Build everything first, so that a run that cannot start leaves no row in the store."""
     from fedtune.server.accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
@@ -130,9 +128,11 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
     found = store.run(reference)
     recipe = with_base(_read_recorded(found), url)
     if found.engine not in ("local", "flower"):
-        raise StoreError(f"run {found.id} is a server's; submit a recipe that begins with its export instead")
+        raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:
-        raise StoreError(f"run {found.id} has {found.rounds_planned} rounds; --rounds counts them too, so name more")
+        raise StoreError(
+            f"run {found.id} already has {found.rounds_planned} rounds; --rounds is the total, so give a larger number"
+        )
     federation = recipe.federation.model_copy(update={"rounds": rounds})
     longer = recipe.model_copy(update={"federation": federation})
     shop = _workshop(longer)
@@ -140,8 +140,8 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
-        said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.lr_schedule} schedule is that of {rounds} rounds now: {said}", err=True)
+        said = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {said}", err=True)
     return found.id, shop
 
 

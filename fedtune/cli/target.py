@@ -1,4 +1,4 @@
-"""What ``evaluate`` and ``export`` take: a run, or one of a run's checkpoint files."""
+"""The target of ``evaluate`` and ``export``: a run, or a checkpoint file of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def load_checkpoint_target(
 
     file = _file(target)
     if file is not None and number is not None:
-        raise StoreError(f"{target} is the checkpoint of one round already; leave --round out, or name the run")
+        raise StoreError(f"{target} is already the checkpoint of one round; remove --round, or name the run")
     reference, number = (target, number) if file is None else _named(file)
     with Store.open(store) as opened:
         run = opened.run(reference)
@@ -42,7 +42,7 @@ def load_checkpoint_target(
 
 
 def _file(target: str) -> Path | None:
-    """The checkpoint file a target names, if it names one."""
+    """Return the checkpoint file that a target names, if any."""
     path = Path(target)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise StoreError(

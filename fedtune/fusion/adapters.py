@@ -1,10 +1,9 @@
-"""Adapters merged into one adapter by what their factors make together, never factor by factor.
+"""Merge LoRA adapters by their products B A, never by A and B separately.
 
-Steps that stay in the span of the products and know them by their inner products alone (linear, SLERP, Karcher, model
-stock, geometric median ...) run on small cores, which have the products' lengths and angles. All others (TIES, DARE)
-look at single entries: they get the products' rows as they ask for them, and one dense module at a time is brought back
-to low rank by its SVD. Magnitudes, biases and heads are no products: they get the mean by the weights of the adapters
-that have them; what DoRA's magnitudes make of that, the base tells.
+Steps that need only inner products of the products (linear, SLERP, Karcher, Model Stock, geometric median ...) run on
+small cores with the same lengths and angles. Steps that look at single entries (TIES, DARE) read rows of the products;
+one dense module at a time is merged and truncated by SVD. DoRA magnitudes, biases and heads are not products: each is
+averaged by weight over the adapters that have it. The effect of DoRA's magnitudes depends on the base.
 """
 
 import math

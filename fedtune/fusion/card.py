@@ -1,4 +1,4 @@
-"""The README of a merged model: what it was made from, how, and what was measured."""
+"""The README of a merged model: its inputs, its configuration and the measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +83,9 @@ def _figures(compared: ModelComparison) -> str:
         norm = "-" if compared.norms is None else f"{compared.norms[place]:.4f}"
         changed = "-" if compared.changed is None else f"{compared.changed[place]} of {compared.tensors}"
         rows.append((name, norm, others or "-", changed))
-    told = "" if compared.norms is None else " Norms are of what the model differs from the base, over the base's."
+    told = (
+        "" if compared.norms is None else " Norms are those of the delta to the base, relative to the norm of the base."
+    )
     share = f"Entries at which two models move in opposite directions: {compared.conflicts:.1%}.{told}"
     return f"{_table(('model', 'norm', 'cosine to the others', 'tensors changed'), rows)}\n\n{share}"
 

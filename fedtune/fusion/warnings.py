@@ -1,4 +1,4 @@
-"""What a merge's own figures speak against, one sentence each, for the screen and for the card."""
+"""Warnings about a merge from its measurements, one sentence each, for the terminal and for the card."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -8,9 +8,9 @@ from fedtune.merging import ActivationRelaxStep, ActivationStatistics, RelaxStep
 __all__ = ["RESULT_NAME", "warn_of_better_inputs", "warn_of_dominant_channels"]
 
 RESULT_NAME = "merged"
-"""What the result is called among the scored models."""
+"""Name of the result among the scored models."""
 _RISES = {"perplexity": False, "accuracy": True, "loss": False}
-"""The figures models are ranked by, the first that was taken, and whether more is better."""
+"""Metrics that rank models, in order of preference, and whether higher is better."""
 _OVER = ("mean", "all")
 
 
@@ -29,21 +29,22 @@ class _Rank(NamedTuple):
 
 
 def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str, ActivationStatistics]) -> list[str]:
-    """Where one input channel outshines all others, so that a step that follows activity does next to nothing."""
+    """Warn of weights with one dominant input channel, where a step that follows activity has almost no effect."""
     found = []
     for step in (step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs):
         medians = find_dominated_weights(activity, step.peak_quantile)
         if medians:
             name = min(medians, key=lambda weight: medians[weight])
             found.append(
-                f"{step.name} leaves {len(medians)} of {len(activity)} weights nearly as merged, because one input "
-                f"channel outshines the others (median s {medians[name]:.1e} in {name}); set its quantile below 1"
+                f"{step.name} has almost no effect on {len(medians)} of {len(activity)} weights, because one input "
+                f"channel is far more active than the others (median relative activity {medians[name]:.1e} in "
+                f"{name}); set peak_quantile below 1"
             )
     return found
 
 
 def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
-    """Whether an input, or the base, scores better than the result: over domains if there are several."""
+    """Warn if an input or the base scores better than the result, over all domains if there are several."""
     ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures)) is not None}
     merged = ranks.pop(RESULT_NAME, None)
     if merged is None or not ranks:
@@ -52,7 +53,7 @@ def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
     if ranks[best].better <= merged.better:
         return []
     return [
-        f"the merge is outshone by {best}, which has {ranks[best].told} where the merge has {merged.told}; "
+        f"{best} scores better than the merge: {ranks[best].told} against {merged.told}; "
         "try another method, other weights or a smaller scale"
     ]
 

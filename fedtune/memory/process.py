@@ -1,4 +1,7 @@
-"""The peak resident memory of this process. It never falls by itself: whatever is compared needs a process each."""
+"""Read and reset the peak resident memory of this process.
+
+The peak never falls by itself, so measure each case in its own process.
+"""
 
 import resource
 import sys

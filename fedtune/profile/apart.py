@@ -1,4 +1,7 @@
-"""A process for each case: resident memory never falls, so whoever comes second would be told the first one's peak."""
+"""Profile each case in a fresh process.
+
+Peak resident memory never falls, so a second case in the same process would report the peak of the first.
+"""
 
 import multiprocessing
 import signal

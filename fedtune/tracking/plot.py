@@ -180,7 +180,7 @@ def _draw_traffic(axes: Axes, runs: Recorded) -> None:
 
 
 def _draw_memory(axes: Axes, runs: Recorded) -> None:
-    title = "Most bytes saved for the backward pass"
+    title = "Peak activation memory kept for backward"
     if not any(totals(rounds).saved_bytes for _, rounds in runs):
         _say(axes, title, "not measured")
         return
