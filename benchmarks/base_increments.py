@@ -23,18 +23,18 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune import checkpoint, merging, techniques
-from fedtune.contribution import ClientUpdate, TrainRequest, decode_tensors, pack, packed_size
 from fedtune.device.held_base import with_base
 from fedtune.merging import MergeContext
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.bases import Bases
+from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.parts import RoundPayloads, list_trainable_tensors
-from fedtune.server.receive import make_missing_record
+from fedtune.server.replies import make_missing_record
 from fedtune.simulation import resolve_recipe
-from fedtune.stored_state import StoredState
 from fedtune.tracking import ClientRecord
 from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import ClientUpdate, TrainRequest, decode_tensors, pack, packed_size
+from fedtune.wire.stored_state import StoredState
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, AWAY, RANK = 4, 4, 8

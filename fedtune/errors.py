@@ -30,13 +30,14 @@ __all__ = [
     "ServerError",
     "SourceError",
     "StoreError",
+    "UnexpectedReplyError",
 ]
 
 
 class FedtuneError(Exception):
     """The root of the tree. The command line prints the message and exits with code 2.
 
-    A device sends only ``code`` and ``counts`` of an error to its server, see :mod:`fedtune.protocol_codes`. The
+    A device sends only ``code`` and ``counts`` of an error to its server, see :mod:`fedtune.wire.protocol_codes`. The
     message stays on the device, because it may quote the device's data.
     """
 
@@ -92,3 +93,7 @@ class ServerError(FedtuneError):
 
 class StoreError(FedtuneError):
     """The run store or a checkpoint cannot be read or written."""
+
+
+class UnexpectedReplyError(Exception):
+    """A server's reply is not what the protocol says: another program replies, or another version."""

@@ -17,7 +17,7 @@ from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.models.preprocessor import save as save_preprocessor
 from fedtune.models.sources import resolve_model_source
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique
 from fedtune.training import prepare_model, set_model_state
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.home import get_cache_folder
+from fedtune.paths import get_cache_folder
 
 _SETTINGS = {
     "FEDTUNE_CACHE": str(get_cache_folder()),

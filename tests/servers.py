@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.cli.connection import OperatorClient, connect_to_server
-from fedtune.server.flower_process import find_free_port
-from fedtune.server.home import ServerHome, create_server_home
-from fedtune.server.logs import Logs
-from fedtune.server.operators import write_operator_file
+from fedtune.cli.operator_client import OperatorClient, connect_to_server
+from fedtune.flower.child_processes import find_free_port
+from fedtune.logs import Logs
+from fedtune.server.operator_files import write_operator_file
+from fedtune.server.server_home import ServerHome, create_server_home
 from fedtune.tracking import AuditRecord, Store
 
 __all__ = ["FEDTUNE", "Device", "Knocker", "Server", "ended", "joined", "serving", "until_up"]
@@ -85,7 +85,7 @@ def serving(home: Path, *, wait: bool = True, program: Sequence[str] = FEDTUNE) 
 
 
 def _place(home: Path) -> ServerHome:
-    from fedtune.server.home import open_server_home
+    from fedtune.server.server_home import open_server_home
 
     if (home / "server" / "server.yaml").exists():
         return open_server_home()

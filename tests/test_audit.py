@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.refusal import AuditLog, source_of
+from fedtune.server.gateway.refusal import AuditLog, source_of
 from fedtune.tracking import AuditRecord, Store, audit
 
 

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import main
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, spoilt, tiny_bert, trivial

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.child import environment, make_isolated_command
-from fedtune.device.channel import Frame
+from fedtune.child_processes import environment, make_isolated_command
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.recipe_file import parse_recipe
-from fedtune.server.authority import generate_private_key, make_ca_certificate
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.flower.superlink import SuperLink
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.server.certificate_authority import generate_private_key, make_ca_certificate
 from fedtune.server.recipe_check import RecipeCheck
-from fedtune.server.superlink import SuperLink
 from tests.federations import TRIVIAL, WORDS, outcome, words
 from tests.servers import serving
 

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedtune.server import http_line
-from fedtune.server.connections import Connections, Listener
-from fedtune.server.http_line import make_watched_protocol
+from fedtune.server.gateway import http_line
+from fedtune.server.gateway.connections import Connections, Listener
+from fedtune.server.gateway.http_line import make_watched_protocol
 
 
 class Told:

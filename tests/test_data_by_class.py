@@ -8,7 +8,7 @@ import pytest
 from fedtune import data
 from fedtune.data.by_class import by_class
 from fedtune.errors import DataError
-from fedtune.recipe import Dirichlet
+from fedtune.recipe.schema import Dirichlet
 from fedtune.seeds import derive_seed
 from tests.data_examples import a_recipe, labelled
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fedtune import data
 from fedtune.data.loaded import as_table
 from fedtune.errors import DataError, ModelError
-from fedtune.pictures import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor
 from tests.data_examples import a_recipe
 
 PAD, END, START = 0, 1, 2

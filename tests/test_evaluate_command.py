@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
 from tests.federations import execute, trivial
 

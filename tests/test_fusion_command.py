@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedtune.cli.merge import merge
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.tiny import bert
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedtune.errors import RecipeError
-from fedtune.fusion.methods import build_merge_method
 from fedtune.merging import MergeInput
+from fedtune.offline_merge.merge_methods import build_merge_method
 
 
 @pytest.mark.parametrize(

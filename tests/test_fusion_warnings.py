@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fedtune.cli.merge import merge
-from fedtune.fusion.warnings import warn_of_better_inputs, warn_of_dominant_channels
 from fedtune.merging import ActivationStatistics, build_pipeline
-from fedtune.recipe import Unit
+from fedtune.offline_merge.merge_warnings import warn_of_better_inputs, warn_of_dominant_channels
+from fedtune.recipe.schema import Unit
 from fedtune.training import Metric
 from tests.fusion_models import base_and_tuned, save
 from tests.tiny import bert

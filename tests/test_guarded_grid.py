@@ -27,11 +27,11 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from fedtune.answers import REFUSED
-from fedtune.device.fleet import make_reply_metadata
-from fedtune.server.exchange import stream_replies
-from fedtune.server.guarded_grid import GuardedGrid, guard_grid
-from fedtune.simulation.flower_private import set_node_identity
+from fedtune.flower.exchange import stream_replies
+from fedtune.flower.fleet_client import make_reply_metadata
+from fedtune.flower.guarded_grid import GuardedGrid, guard_grid
+from fedtune.flower.message_identity import set_node_identity
+from fedtune.wire.error_codes import REFUSED
 
 EXPECTED = 31_000
 

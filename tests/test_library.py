@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from tests.tiny import bert, llama, texts
 
 CLASSIFY: TaskName = "text-classification"

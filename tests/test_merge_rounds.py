@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, bind_combine, build_pipeline, merge_client_updates
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 from tests.merge_examples import METHODS, models, operands, thinning
 from tests.merge_examples import SHAPES as MODEL_SHAPES
 from tests.test_merging import SHAPES, a_state, spool

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques import UnfrozenBatchNorm2d
 from fedtune.techniques._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix

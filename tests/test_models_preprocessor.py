@@ -16,8 +16,8 @@ from fedtune import data, models
 from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings, Recipe
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings, Recipe
 from fedtune.training import get_run_context
 from tests.data_examples import a_recipe
 from tests.federations import execute, trivial

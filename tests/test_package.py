@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 
 from fedtune.cli.main import cli
 from fedtune.errors import DataError, FedtuneError
-from fedtune.server.home import ServerSettings, create_server_home
+from fedtune.server.server_home import ServerSettings, create_server_home
 from fedtune.shipped import SHIPPED, shipped_folder
-from fedtune.systemd import service
+from fedtune.systemd_units import service
 from fedtune.wheel import write_wheel
 
 ROOT = Path(__file__).parents[1]
@@ -263,7 +263,7 @@ def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "there")]
     done = subprocess.run([*pip, "--quiet", f"./{wheel.name}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    script = "import fedtune, fedtune.device.node, fedtune.server.home; print(fedtune.__file__)"
+    script = "import fedtune, fedtune.device.node, fedtune.server.server_home; print(fedtune.__file__)"
     first = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
     shown = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=first)
     assert shown.stdout.strip() == str(tmp_path / "there" / "fedtune" / "__init__.py"), shown.stderr

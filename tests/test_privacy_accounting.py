@@ -11,9 +11,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import PrivacySettings
-from fedtune.server import accounting
-from fedtune.server.accounting import (
+from fedtune.recipe.schema import PrivacySettings
+from fedtune.server import privacy_accounting
+from fedtune.server.privacy_accounting import (
     RoundOutcome,
     Spending,
     compute_epsilon,
@@ -97,7 +97,7 @@ def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() 
 
 
 def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    monkeypatch.setattr(privacy_accounting, "find_spec", lambda name: None)
     require_privacy_accountant(trivial())
     with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
         require_privacy_accountant(trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=1"))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedtune.cli import progress
-from fedtune.cli.progress import Clock
+from fedtune.cli import run_progress
+from fedtune.cli.run_progress import Clock
 from fedtune.device.client_app import app
+from fedtune.server.events import Event, ReplyReceived, RoundEnded, RoundStarted, RunStarted, Scoring
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import Event, ReplyReceived, RoundEnded, RoundStarted, RunStarted, Scoring
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store, claim_run
 from tests.federations import begin, execute, silent, trivial
@@ -103,7 +103,7 @@ def test_what_is_scored_at_the_end_does_not_depend_on_what_was_scored_before(hom
 def test_without_a_terminal_a_long_scoring_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     time, out = Time(), io.StringIO()
     monkeypatch.setattr("time.monotonic", time)
-    with progress._plain(Console(file=out), 1) as show:
+    with run_progress._plain(Console(file=out), 1) as show:
         show(RunStarted("run", 1, 1))
         for done in range(0, 100, 10):
             time.now += 4.0
@@ -118,7 +118,7 @@ def test_without_a_terminal_a_long_scoring_says_so_now_and_then(monkeypatch: pyt
 
 def test_in_a_terminal_the_lower_bar_shows_it() -> None:
     out = io.StringIO()
-    with progress._live(Console(file=out, force_terminal=True, width=100), 1) as show:
+    with run_progress._live(Console(file=out, force_terminal=True, width=100), 1) as show:
         for event in (RunStarted("run", 1, 1), RoundStarted(1, 2), Scoring("test", 64, 4297)):
             show(event)
         show(ended(1))

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.device import MemorySize
-from fedtune.contribution import pack
-from fedtune.device.channel import Frame
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.recipe_file import read_recipe
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
-from fedtune.sparse import encode_masked_state
 from fedtune.training import clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import pack
+from fedtune.wire.masked_weights import encode_masked_state
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

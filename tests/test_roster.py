@@ -9,12 +9,12 @@ import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.recipe import Recipe
-from fedtune.server.asking import RoundScheduler, SynchronousScheduler
-from fedtune.server.buffered import AsynchronousScheduler
-from fedtune.server.crew import RunClients, wait_for_clients
-from fedtune.server.desk import InFlightTracker
+from fedtune.recipe.schema import Recipe
 from fedtune.server.roster import Roster
+from fedtune.server.run_clients import RunClients, wait_for_clients
+from fedtune.server.scheduling.asynchronous import AsynchronousScheduler
+from fedtune.server.scheduling.in_flight import InFlightTracker
+from fedtune.server.scheduling.round_scheduler import RoundScheduler, SynchronousScheduler
 from fedtune.tracking import Assignment, Store
 from tests.federations import trivial
 

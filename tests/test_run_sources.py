@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
 from fedtune.models.sources import resolve_model_source, run_folder

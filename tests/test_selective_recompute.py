@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.schema import ModelSettings
 from fedtune.techniques import begin_round
 from tests.families import FAMILIES
 from tests.technique_steps import IMAGES, LANGUAGE, chosen, gradients, logits, shake, shared

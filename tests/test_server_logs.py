@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.logs import Log, Logs, copy_output_to_log, record_output
+from fedtune.logs import Log, Logs, copy_output_to_log, record_output
 
 
 def files(folder: Path) -> int:

@@ -16,7 +16,7 @@ import grimp
 import pytest
 
 import fedtune
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 PACKAGE = Path(fedtune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "shipped" not in path.parts)
@@ -32,7 +32,7 @@ MOST_PARAMETERS = 6
 
 MUTUAL_IMPORTS = {
     # A run may start from another run's result: its base is exported, and to export it its own base is loaded.
-    ("fedtune.cli.exported", "fedtune.cli.target"),
+    ("fedtune.cli.cached_export", "fedtune.cli.checkpoint_target"),
 }
 MANY_PARAMETERS = {
     "_loss": "transformers calls a model's loss function with these",

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune import models, registry, techniques
+from fedtune import models, techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings, Unit
+from fedtune.recipe import unit_registry
+from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
 from fedtune.training import LocalTrainingResult, compute_step_loss, get_model_state, set_train_mode, train_local_model
 from tests.families import FAMILIES
@@ -38,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BASES = ("bert", "opt")
 """A classifier and a language model, both with biases and dropout."""
 
-NAMES = registry.list_unit_names("fedtune.techniques")
+NAMES = unit_registry.list_unit_names("fedtune.techniques")
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 
 CLASHES = {
@@ -115,7 +116,7 @@ MISFITS = {
 def units(joined: str) -> list[Unit]:
     """The pair with its settings; where neither trains anything, lora does."""
     found = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if any(registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in found):
+    if any(unit_registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in found):
         return found
     return [*found, Unit(name="lora", settings=SETTINGS["lora"])]
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings, TaskName
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.techniques._technique import list_head_parameters
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, shared

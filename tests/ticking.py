@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.simulation.flower_private import set_message_id
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.flower.message_identity import set_message_id
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Assignment, Store
 from tests.federations import order_of

@@ -33,9 +33,9 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
-    from fedtune.data.picture import draw_partition as draw
-    from fedtune.home import get_home_folder
-    from fedtune.recipe_file import read_recipe
+    from fedtune.data.partition_plot import draw_partition as draw
+    from fedtune.paths import get_home_folder
+    from fedtune.recipe.yaml_file import read_recipe
 
     wanted = read_recipe(recipe, overrides)
     corpus = library.load_data(wanted)

@@ -172,8 +172,8 @@ def package(source: str, memory: int | None, user: str | None, output: Path) -> 
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from fedtune.device.package import write_deployment_files as write_files
-    from fedtune.systemd import service_user
+    from fedtune.device.deployment_files import write_deployment_files as write_files
+    from fedtune.systemd_units import service_user
 
     for path in write_files(output, source, memory, service_user(user)):
         click.echo(path)

@@ -42,7 +42,7 @@ def evaluate(
       fedtune evaluate latest --part test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
-    from fedtune.cli.target import load_checkpoint_target
+    from fedtune.cli.checkpoint_target import load_checkpoint_target
     from fedtune.errors import ModelError
     from fedtune.training import evaluate_model, get_run_context, set_model_state
 

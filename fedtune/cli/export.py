@@ -26,7 +26,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
       fedtune export latest -o my-model
       fedtune export latest -o my-model --format full
     """
-    from fedtune.cli.target import load_checkpoint_target
+    from fedtune.cli.checkpoint_target import load_checkpoint_target
     from fedtune.export import describe_missing_tensors
     from fedtune.export import export_model as write
 
@@ -42,7 +42,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
 
 def _private(run: str, number: int, store: str | None) -> str:
     """What the weights of a round may tell of a client, where the run has an answer to that."""
-    from fedtune.cli.private import make_privacy_paragraph
+    from fedtune.cli.privacy_text import make_privacy_paragraph
     from fedtune.tracking import Store
 
     with Store.open(store) as opened:

@@ -97,7 +97,7 @@ def _run() -> int:
 
 def explain_missing_module(error: ModuleNotFoundError) -> str:
     """Explain a package that the minimal install leaves out. Any other missing module is a bug."""
-    from fedtune.thin import explain_missing_module
+    from fedtune.minimal_install import explain_missing_module
 
     sentence = explain_missing_module(error.name or "")
     if sentence is None:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Command, MergeOptions, numbers, unit
+from fedtune.cli.option_parsers import Command, MergeOptions, numbers, unit
 
 if TYPE_CHECKING:
-    from fedtune.fusion.stages import Stage
+    from fedtune.offline_merge.merge_stages import Stage
 
 __all__ = ["merge"]
 
@@ -80,8 +80,8 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
 
 
 def _stages(asked: MergeOptions) -> "list[Stage]":
-    from fedtune.fusion import build_merge_config, read_merge_config
-    from fedtune.fusion.stages import Stage
+    from fedtune.offline_merge import build_merge_config, read_merge_config
+    from fedtune.offline_merge.merge_stages import Stage
 
     first = Path(asked.sources[0])
     if first.suffix in (".yaml", ".yml"):
@@ -107,7 +107,7 @@ def _stages(asked: MergeOptions) -> "list[Stage]":
 def _merge_adapters(asked: MergeOptions) -> None:
     """Adapters of one base into one adapter, which nothing but the method and its parameters shape."""
     from fedtune.cli.merge_adapters import write_merged_adapter
-    from fedtune.fusion.methods import build_merge_method
+    from fedtune.offline_merge.merge_methods import build_merge_method
 
     *more, (config, _, _) = _stages(asked)
     if more:

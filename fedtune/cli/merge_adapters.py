@@ -24,8 +24,8 @@ def write_merged_adapter(
     as_json: bool,
 ) -> None:
     """Write the adapter and print the error of each module."""
-    from fedtune.fusion.adapters import RankLimit, compute_overall_error
-    from fedtune.fusion.adapters import merge_adapters as write
+    from fedtune.offline_merge.adapters.merge_adapters import RankLimit, compute_overall_error
+    from fedtune.offline_merge.adapters.merge_adapters import merge_adapters as write
 
     modules = write(folders, output, unit, weights or None, RankLimit(rank, energy), knobs=knobs)
     error = compute_overall_error(modules)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import MergeOptions, columns, size
+from fedtune.cli.option_parsers import MergeOptions, columns, size
 
 if TYPE_CHECKING:
-    from fedtune.fusion import MergeConfig, ModelComparison, PreparedMerge
-    from fedtune.fusion.card import ModelMetrics
-    from fedtune.fusion.stages import Stage
+    from fedtune.offline_merge import MergeConfig, ModelComparison, PreparedMerge
+    from fedtune.offline_merge.merge_stages import Stage
+    from fedtune.offline_merge.model_card import ModelMetrics
 
 __all__ = ["merge_stages"]
 
@@ -27,7 +27,7 @@ def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
     import shutil
 
     from fedtune.errors import FedtuneError
-    from fedtune.fusion.stages import check, replace_stage_names
+    from fedtune.offline_merge.merge_stages import check, replace_stage_names
 
     check(stages)
     beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
@@ -44,7 +44,7 @@ def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
 
 def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
     """Return the folder of an intermediate merge. It is reused if the same merge was made before."""
-    from fedtune.fusion import prepare_merge
+    from fedtune.offline_merge import prepare_merge
 
     key = prepare_merge(config, asked.export).compute_resume_key()
     folder = beside / f"{config.name}-{key[:12]}"
@@ -56,12 +56,12 @@ def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) 
 
 def _merge_one(asked: MergeOptions, config: "MergeConfig", text: str, *, told: bool = True) -> None:
     from fedtune.cli.merge_view import show_byte_progress
-    from fedtune.fusion import compare, prepare_merge
+    from fedtune.offline_merge import compare, prepare_merge
 
     prepared = prepare_merge(config, asked.export)
     shards = prepared.plan_shards(size(asked.shard_size))
     if asked.output is not None:
-        from fedtune.fusion.output import check_output_space
+        from fedtune.offline_merge.output_folder import check_output_space
 
         check_output_space(asked.output, shards)
     found = None
@@ -81,12 +81,12 @@ def _write(
     asked: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
     """Write the result and its card; return the scores, if requested, and the warnings."""
-    from fedtune import fusion
+    from fedtune import offline_merge
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.files import write_bytes_atomically
-    from fedtune.fusion.card import CardContents, build_model_card, hashes
-    from fedtune.fusion.result import CARD
-    from fedtune.fusion.warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
+    from fedtune.offline_merge.merge_warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
+    from fedtune.offline_merge.model_card import CardContents, build_model_card, hashes
+    from fedtune.offline_merge.write_model import CARD
 
     assert asked.output is not None
     named = columns(asked.columns)
@@ -97,7 +97,7 @@ def _write(
     warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
     card = CardContents(asked.output.name, prepared, text, hashes(prepared), found, scores, warned)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
-        fusion.write_merged_model(
+        offline_merge.write_merged_model(
             prepared,
             asked.output,
             build_model_card(card),
@@ -118,14 +118,14 @@ def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str,
         from fedtune.merging import MergeContext
 
         return MergeContext()
-    from fedtune.fusion.score import collect_merge_context
+    from fedtune.offline_merge.evaluate_models import collect_merge_context
 
     kind = "image" if asked.task == "image-classification" else "text"
     return collect_merge_context(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
 
 
 def _score(asked: MergeOptions, source: str, columns: dict[str, str]) -> Any:
-    from fedtune.fusion.score import evaluate_folder, materialise_model
+    from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
 
     if asked.task is None:
         raise click.UsageError("--evaluate needs --task, e.g. --task text-classification")

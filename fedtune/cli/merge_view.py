@@ -12,8 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedtune.fusion import ModelComparison
-    from fedtune.fusion.card import ModelMetrics
+    from fedtune.offline_merge import ModelComparison
+    from fedtune.offline_merge.model_card import ModelMetrics
 
 __all__ = ["show_byte_progress", "show_comparison", "show_metrics"]
 

@@ -21,9 +21,9 @@ def methods(name: str | None, as_json: bool) -> None:
       fedtune methods lora
     """
     from fedtune.errors import RecipeError
-    from fedtune.explain import suggest_nearest
-    from fedtune.recipe_names import UNIT_NAMES
-    from fedtune.registry import describe_unit_settings, list_unit_names, read_unit_card
+    from fedtune.recipe.unit_registry import describe_unit_settings, list_unit_names, read_unit_card
+    from fedtune.recipe.validation_errors import suggest_nearest
+    from fedtune.recipe.version_names import UNIT_NAMES
 
     rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
     known = {found: (kind, package) for kind, package in rooms.items() for found in list_unit_names(package)}

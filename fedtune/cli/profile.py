@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 
 if TYPE_CHECKING:
-    from fedtune.profile import ProfileCase, ProfileResult
-    from fedtune.recipe import Recipe, Unit
+    from fedtune.profiling import ProfileCase, ProfileResult
+    from fedtune.recipe.schema import Recipe, Unit
 
 __all__ = ["profile"]
 
@@ -56,7 +56,7 @@ def profile(
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
     wanted = _recipe(path, model, task, added)
     if output is not None:
-        from fedtune.profile.picture import parse_image_format
+        from fedtune.profiling.profile_chart import parse_image_format
 
         parse_image_format(output)
     found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
@@ -68,8 +68,8 @@ def profile(
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
-    from fedtune.cli.exported import with_base
-    from fedtune.recipe_file import parse_recipe, read_recipe
+    from fedtune.cli.cached_export import with_base
+    from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 
     if path is not None and model is None and task is None:
         return with_base(read_recipe(path, overrides), None)
@@ -100,11 +100,11 @@ def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]
     if text is None:
         return [recipe.train.techniques] if given else []
     if text == "all":
-        from fedtune.profile import list_profiled_techniques
+        from fedtune.profiling import list_profiled_techniques
 
         return list_profiled_techniques()
     from fedtune.errors import RecipeError
-    from fedtune.yaml_text import YamlError, load
+    from fedtune.recipe.yaml_text import YamlError, load
 
     try:
         items = load(f"[{text}]")
@@ -117,8 +117,8 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
     from pydantic import ValidationError
 
     from fedtune.errors import RecipeError
-    from fedtune.explain import explain_validation_error
-    from fedtune.recipe import Train
+    from fedtune.recipe.schema import Train
+    from fedtune.recipe.validation_errors import explain_validation_error
 
     settings = recipe.train.model_dump(mode="json")
     try:
@@ -130,29 +130,29 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
 
 def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[ProfileCase]":
     """What to measure; whatever can be refused is refused here, before the first step."""
-    from fedtune import data, models, profile
-    from fedtune.contribution import pack
+    from fedtune import data, models, profiling
     from fedtune.models.sources import resolve_model_source
+    from fedtune.wire.client_update import pack
 
-    profile.make_profile_cases(recipe, asked, (), None)
+    profiling.make_profile_cases(recipe, asked, (), None)
     resolve_model_source(recipe.model.source)
     if random:
         labels = () if recipe.task == "text-generation" else ("no", "yes")
-        return profile.make_profile_cases(recipe, asked, labels, None, check)
+        return profiling.make_profile_cases(recipe, asked, labels, None, check)
     corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
-    batch = pack(profile.encode_first_batch(recipe, corpus))
-    return profile.make_profile_cases(recipe, asked, corpus.label_names, batch, check)
+    batch = pack(profiling.encode_first_batch(recipe, corpus))
+    return profiling.make_profile_cases(recipe, asked, corpus.label_names, batch, check)
 
 
 def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":
-    from fedtune import profile
+    from fedtune import profiling
     from fedtune.cli.profile_view import show_profile_progress
 
     rows = []
     with show_profile_progress(len(cases)) as (begin, end):
         for case in cases:
             begin(case.technique)
-            rows.append(profile.profile_in_subprocess(case))
+            rows.append(profiling.profile_in_subprocess(case))
             end(rows[-1])
     return rows
 
@@ -160,10 +160,10 @@ def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":
 def _show(recipe: "Recipe", rows: "list[ProfileResult]", *, random: bool, output: Path | None, as_json: bool) -> None:
     """The table and the picture, or JSON; code 2 when nothing could run."""
     from fedtune.cli.profile_view import make_result_dicts, make_title, show_profile
-    from fedtune.home import get_home_folder
     from fedtune.json_text import json_text
-    from fedtune.profile import FailedProfile
-    from fedtune.profile.picture import draw_profile
+    from fedtune.paths import get_home_folder
+    from fedtune.profiling import FailedProfile
+    from fedtune.profiling.profile_chart import draw_profile
 
     heading = make_title(recipe, random)
     path = output or get_home_folder() / "pictures" / f"{recipe.name}-profile.png"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedtune.profile import FailedProfile, ProfileResult, StepProfile
-from fedtune.recipe import Recipe
+from fedtune.profiling import FailedProfile, ProfileResult, StepProfile
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["make_result_dicts", "make_title", "show_profile", "show_profile_progress"]
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fedtune.cli import runs_server
+from fedtune.cli import submitted_runs
 from fedtune.cli.runs_rollback import rollback
-from fedtune.recipe_versions import read_stored_recipe
+from fedtune.recipe.versions import read_stored_recipe
 
 if TYPE_CHECKING:
     from fedtune.tracking import RoundRecord, RunRecord, Store
@@ -33,7 +33,7 @@ def runs() -> None:
     """Recorded runs. RUN is an id, a prefix of an id, or "latest"."""
 
 
-for _command in (runs_server.watch, runs_server.stop, runs_server.resume, rollback):
+for _command in (submitted_runs.watch, submitted_runs.stop, submitted_runs.resume, rollback):
     runs.add_command(_command)
 
 
@@ -45,13 +45,13 @@ def list_(store: str | None, as_json: bool) -> None:
     Example: fedtune runs list
     """
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document
+    from fedtune.tracking import Store, run_json
 
     with Store.open(store) as opened:
         found = opened.runs()
         if as_json:
             rounds = opened.rounds_of(run.id for run in found)
-            click.echo(document.text([document.make_run_document(run, rounds[run.id]) for run in found]))
+            click.echo(run_json.text([run_json.make_run_document(run, rounds[run.id]) for run in found]))
         else:
             runs_view.show_list(found, opened.get_latest_metrics())
 
@@ -67,12 +67,12 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
     Example: fedtune runs show latest
     """
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document
+    from fedtune.tracking import Store, run_json
 
     with Store.open(store) as opened:
         [(found, rounds)] = _recorded(opened, [run])
     if as_json:
-        click.echo(document.text(document.make_run_document(found, rounds, detailed=True)))
+        click.echo(run_json.text(run_json.make_run_document(found, rounds, detailed=True)))
     else:
         runs_view.show_run(found, rounds, None if every else last)
 
@@ -87,14 +87,14 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
     """
 
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document, summary
+    from fedtune.tracking import Store, run_json, run_summary
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
-    settings = summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
+    settings = run_summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
     if as_json:
-        documents = [document.make_run_document(run, rounds) for run, rounds in recorded]
-        click.echo(document.text({"runs": documents, "differences": settings}))
+        documents = [run_json.make_run_document(run, rounds) for run, rounds in recorded]
+        click.echo(run_json.text({"runs": documents, "differences": settings}))
     else:
         runs_view.show_comparison(recorded, settings)
 
@@ -110,16 +110,16 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 
     Example: fedtune runs plot latest -o sentiment.svg
     """
-    from fedtune import home
-    from fedtune.tracking import Store, document
-    from fedtune.tracking.plot import draw_runs as draw
+    from fedtune import paths as home
+    from fedtune.tracking import Store, run_json
+    from fedtune.tracking.run_plot import draw_runs as draw
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
     alone = len(recorded) == 1
     path = output or (home.get_runs_folder() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
     draw(recorded, path)
-    click.echo(document.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
+    click.echo(run_json.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
 
 
 @runs.command()
@@ -135,13 +135,13 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
-    from fedtune.tracking import Store, document
-    from fedtune.tracking.export import export_runs as write
+    from fedtune.tracking import Store, run_json
+    from fedtune.tracking.table_export import export_runs as write
 
     with Store.open(store) as opened:
         written = write(_recorded(opened, chosen), format_, output)
     paths = [str(path.absolute()) for path in written]
-    click.echo(document.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
+    click.echo(run_json.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
 
 
 @runs.command()
@@ -153,7 +153,7 @@ def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
 
     Example: fedtune runs delete sentiment-2 --yes
     """
-    from fedtune.tracking import Store, claim_run, document
+    from fedtune.tracking import Store, claim_run, run_json
 
     with Store.open(store) as opened:
         found = opened.run(run)
@@ -163,13 +163,13 @@ def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
             # Rows first: files without a row only waste space, but a row without files would be wrong.
             opened.delete(found.id)
             _remove_files(found.id)
-    click.echo(document.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
+    click.echo(run_json.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
 
 
 def _remove_files(run_id: str) -> None:
     import shutil
 
-    from fedtune import home
+    from fedtune import paths as home
     from fedtune.errors import StoreError
 
     try:

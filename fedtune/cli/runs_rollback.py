@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import connect_to_server
+from fedtune.cli.operator_client import connect_to_server
 
 __all__ = ["rollback"]
 

@@ -11,10 +11,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.private import describe_privacy
+from fedtune.cli.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import spreads
-from fedtune.tracking.summary import (
+from fedtune.tracking.run_summary import (
     RoundMetric,
     compare_before_and_after,
     compute_train_loss,

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from fedtune.cli import server_access, server_view
-from fedtune.cli.connection import add_operator_file_option, connect_to_server
+from fedtune.cli.operator_client import add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, print_rows
 from fedtune.untrusted import clean_lines
 
@@ -36,9 +36,9 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
     Example:
       fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
     """
-    from fedtune.server.home import create_server_home, exists
-    from fedtune.server.operators import write_operator_file
+    from fedtune.server.operator_files import write_operator_file
     from fedtune.server.readdress import readdress
+    from fedtune.server.server_home import create_server_home, exists
     from fedtune.tracking import Store
 
     if exists() and (names or listen):
@@ -67,8 +67,8 @@ def up() -> None:
     Example: fedtune server up
     """
     click.echo("fedtune server: starting; press Ctrl-C to stop it", err=True)
-    from fedtune.server.home import open_server_home
-    from fedtune.server.supervisor import run_server as serve
+    from fedtune.server.server_home import open_server_home
+    from fedtune.server.server_process import run_server as serve
 
     serve(open_server_home())
 
@@ -81,8 +81,8 @@ def package(user: str | None, output: Path) -> None:
 
     Example: fedtune server package -o deploy
     """
-    from fedtune.server.package import write_deployment_files
-    from fedtune.systemd import service_user
+    from fedtune.server.deployment_files import write_deployment_files
+    from fedtune.systemd_units import service_user
 
     for path in write_deployment_files(output, service_user(user)):
         click.echo(path)

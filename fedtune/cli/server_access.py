@@ -9,7 +9,7 @@ from urllib.parse import quote, urlencode
 import click
 
 from fedtune.cli import server_view
-from fedtune.cli.connection import OperatorClient, add_operator_file_option, connect_to_server
+from fedtune.cli.operator_client import OperatorClient, add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, print_rows
 
 __all__ = ["audit", "operator", "operators", "tokens"]
@@ -35,8 +35,8 @@ def operator(name: str, output: Path, role: str) -> None:
 
     Example: fedtune server operator ada -o ada.json --role submit
     """
-    from fedtune.server.home import open_server_home
-    from fedtune.server.operators import write_operator_file
+    from fedtune.server.operator_files import write_operator_file
+    from fedtune.server.server_home import open_server_home
     from fedtune.tracking import Store
 
     place = open_server_home()

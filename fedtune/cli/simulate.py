@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from fedtune.recipe import Recipe
+    from fedtune.recipe.schema import Recipe
     from fedtune.tracking import RunRecord, Store
     from fedtune.training import RunContext
 
@@ -46,7 +46,7 @@ def simulate(
       fedtune simulate --resume latest
       fedtune simulate --extend latest --rounds 32
     """
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
     from fedtune.tracking import Store, default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
@@ -69,7 +69,7 @@ def simulate(
 
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
-    from fedtune.recipe_file import read_recipe
+    from fedtune.recipe.yaml_file import read_recipe
     from fedtune.server.selection import check_enough_eligible_clients
     from fedtune.simulation import resolve_recipe
 
@@ -80,7 +80,7 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
     """Build everything first, so that a run that cannot start leaves no row in the store."""
-    from fedtune.server.accounting import require_privacy_accountant
+    from fedtune.server.privacy_accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
     require_privacy_accountant(recipe)
@@ -98,7 +98,7 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
 
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
 
     found = store.run(reference)
     shop = _workshop(with_base(_read_recorded(found), url))
@@ -110,8 +110,8 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
     """A run's recipe; one line says so where it is of an older version."""
     import json
 
-    from fedtune.recipe import Recipe
-    from fedtune.recipe_versions import VERSION, needs_translation
+    from fedtune.recipe.schema import Recipe
+    from fedtune.recipe.versions import VERSION, needs_translation
 
     if needs_translation(json.loads(run.recipe)):
         click.echo(f"run {run.id} has a recipe of version 1; it is read as version {VERSION}", err=True)
@@ -120,10 +120,10 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
     """More rounds for a run of this machine, which go on from its last one."""
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
     from fedtune.errors import StoreError
     from fedtune.tracking import claim_run
-    from fedtune.training.optimiser import compute_lr_factor
+    from fedtune.training.optimisers import compute_lr_factor
 
     found = store.run(reference)
     recipe = with_base(_read_recorded(found), url)
@@ -158,7 +158,7 @@ def _workshop(recipe: "Recipe") -> "RunContext":
 
 
 def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
-    from fedtune.cli.progress import show_run_progress
+    from fedtune.cli.run_progress import show_run_progress
     from fedtune.simulation import choose_worker_count, run_in_process
 
     recipe = shop.recipe
@@ -176,16 +176,16 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         from fedtune.json_text import json_text
-        from fedtune.tracking.document import make_run_document
+        from fedtune.tracking.run_json import make_run_document
 
         click.echo(json_text(make_run_document(record, rounds)))
         return
     from rich.console import Console
 
-    from fedtune import home
-    from fedtune.cli.private import describe_privacy
-    from fedtune.cli.report import make_domain_rows, show_domain_table
-    from fedtune.tracking.plot import draw_runs
+    from fedtune import paths
+    from fedtune.cli.domain_table import make_domain_rows, show_domain_table
+    from fedtune.cli.privacy_text import describe_privacy
+    from fedtune.tracking.run_plot import draw_runs
 
     figure = "perplexity" if shop.recipe.task == "text-generation" else "accuracy"
     console = Console(markup=False)
@@ -196,7 +196,7 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
-    picture = home.get_runs_folder() / run / "run.png"
+    picture = paths.get_runs_folder() / run / "run.png"
     draw_runs([(record, rounds)], picture)
     click.echo(f"\npicture   {picture}")
     click.echo(f"try next  fedtune runs show {run}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import add_operator_file_option, connect_to_server
+from fedtune.cli.operator_client import add_operator_file_option, connect_to_server
 
 __all__ = ["submit"]
 
@@ -24,8 +24,8 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
     """
     import json
 
-    from fedtune.cli.follow import follow_run
-    from fedtune.recipe_file import read_recipe
+    from fedtune.cli.follow_run import follow_run
+    from fedtune.recipe.yaml_file import read_recipe
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server

@@ -3,8 +3,8 @@
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
-from fedtune.explain import suggest_nearest
-from fedtune.recipe import Natural, Recipe
+from fedtune.recipe.schema import Natural, Recipe
+from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["get_canonical_column_name", "rename_columns"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedtune.data.decode import decode, describe_picture
 from fedtune.data.table import Pictures, Table
-from fedtune.pictures import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor
 
 __all__ = ["Images", "pixels"]
 

@@ -8,7 +8,7 @@ from fedtune.data.delimited import lines, table
 from fedtune.data.listing import files_in, parts_of
 from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.examples import DataSettings
+from fedtune.recipe.data_settings import DataSettings
 
 __all__ = ["text_files", "with_places"]
 

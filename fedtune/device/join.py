@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.device_profile import make_device_profile
 from fedtune.device.enrolment import describe_expiry
-from fedtune.device.fleet import FleetClient, make_signed_headers
-from fedtune.device.keeper import TrainerSupervisor
 from fedtune.device.node import DeviceNode
-from fedtune.device.server_calls import fetch_server_time, make_tls_context, send_profile
+from fedtune.device.server_client import fetch_server_time, make_tls_context, send_profile
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.errors import DataError
+from fedtune.flower.fleet_client import FleetClient, make_signed_headers
 
 __all__ = ["FILES", "check_data_source", "run_device"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["pad_to_rank", "truncate_to_rank"]
 

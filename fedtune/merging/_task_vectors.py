@@ -17,13 +17,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._held import held
 from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import precision_for, sum_terms, sum_weighted
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Density", "TaskVectorCombineStep", "Trimmed", "iter_delta_chunks", "plain_sum", "sum_with_elected_sign"]
 

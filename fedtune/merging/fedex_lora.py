@@ -21,10 +21,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.merging._factors import LowRankFactors, average_factors, compute_averaging_residual
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["FedexLora"]
 

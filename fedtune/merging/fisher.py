@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._measured import check_statistics, require_statistics
 from fedtune.merging._span import normalise_weights, stack_weights
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import plain_sum
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Fisher", "square_gradient"]
 

@@ -16,11 +16,11 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
 from fedtune.merging._factors import LowRankFactors, stack_factors
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._small_svd import truncate_product
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["Flexlora"]
 

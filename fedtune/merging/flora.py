@@ -24,11 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.merging._factors import LowRankFactors, stack_factors
 from fedtune.merging._pairs import LowRankPairCombineStep
 from fedtune.merging._step import MergeContext
 from fedtune.seeds import derive_seed
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["Flora"]
 

@@ -16,10 +16,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
 from fedtune.merging._factors import LowRankFactors, average_factors, compute_product_norm
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["Hetlora", "weigh_by_product_norm"]
 

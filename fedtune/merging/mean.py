@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._step import CombineStep, MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Mean"]
 

@@ -23,12 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._gram import add_rows_in_order, compute_row_dots
 from fedtune.merging._held import held
 from fedtune.merging._select import MagnitudeThreshold, count_entries_to_keep, find_threshold
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._task_vectors import iter_delta_chunks
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Sce"]
 

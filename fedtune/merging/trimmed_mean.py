@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["TrimmedMean"]
 

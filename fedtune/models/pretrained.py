@@ -25,10 +25,10 @@ from fedtune.models.ends import end_texts
 from fedtune.models.explained import explain_load_errors
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
-from fedtune.models.quiet import silence_transformers
 from fedtune.models.read_past import read_past
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings, TaskName
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings, TaskName
 
 __all__ = [
     "class_names",

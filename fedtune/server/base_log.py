@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedtune.files import replace_file_atomically
 from fedtune.merging import Increment, Increments, join_increments, split_increments
-from fedtune.stored_state import StoredState
+from fedtune.wire.stored_state import StoredState
 
 __all__ = ["BaseLog", "Logged"]
 

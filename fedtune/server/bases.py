@@ -10,10 +10,10 @@ from pathlib import Path
 from fedtune import checkpoint, techniques
 from fedtune.merging import Increment, Increments
 from fedtune.server.base_log import BaseLog
-from fedtune.server.parts import State
-from fedtune.sparse import mask_name
+from fedtune.server.class_payloads import State
 from fedtune.tracking import ClientRecord, RoundRecord
 from fedtune.training import RunContext
+from fedtune.wire.masked_weights import mask_name
 
 __all__ = ["Bases"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune.contribution import pack, packed_size
 from fedtune.merging import join_increments
 from fedtune.server.bases import Bases
-from fedtune.server.parts import ClassPayload, RoundPayloads, State
-from fedtune.stored_state import StoredState
+from fedtune.server.class_payloads import ClassPayload, RoundPayloads, State
+from fedtune.wire.client_update import pack, packed_size
+from fedtune.wire.stored_state import StoredState
 
 __all__ = ["Download", "Downloads"]
 

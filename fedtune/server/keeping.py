@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fedtune.errors import FedtuneError
+from fedtune.flower.superlink import SuperLink
+from fedtune.logs import Log
 from fedtune.server.certificates import Certificates
-from fedtune.server.logs import Log
-from fedtune.server.manager import RunManager
-from fedtune.server.refusal import AuditLog
-from fedtune.server.superlink import SuperLink
+from fedtune.server.gateway.refusal import AuditLog
+from fedtune.server.run_manager import RunManager
 
 __all__ = ["Health", "ServerMaintenance", "Telling", "kept_going"]
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from fedtune.contribution import ClientUpdate
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
+from fedtune.wire.client_update import ClientUpdate
 
 __all__ = ["NormBound", "median_size", "yardstick"]
 

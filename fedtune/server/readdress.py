@@ -9,8 +9,8 @@ import yaml
 
 from fedtune.errors import ServerError
 from fedtune.files import write_bytes_atomically
-from fedtune.server.home import ServerHome, ServerSettings, check_settings, open_server_home
-from fedtune.yaml_text import YamlError, load
+from fedtune.recipe.yaml_text import YamlError, load
+from fedtune.server.server_home import ServerHome, ServerSettings, check_settings, open_server_home
 
 __all__ = ["readdress"]
 

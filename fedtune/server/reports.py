@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from flwr.app import MetricRecord
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedtune.contribution import ClientReport, HoldoutMetrics
 from fedtune.errors import ClientUpdateError
-from fedtune.explain import explain_validation_error
+from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.untrusted import clean_text
+from fedtune.wire.client_update import ClientReport, HoldoutMetrics
 
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from flwr.serverapp import Grid
 
-from fedtune.recipe import Recipe
-from fedtune.server.asking import RoundScheduler
-from fedtune.server.crew import RunClients, wait_for_clients
+from fedtune.recipe.schema import Recipe
+from fedtune.server.run_clients import RunClients, wait_for_clients
+from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.tracking import Assignment, Store
 
 __all__ = ["Roster"]

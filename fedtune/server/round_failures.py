@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ClientUpdateError, RecipeError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.tracking import ClientRecord
 
 __all__ = ["MERGE_ERRORS", "mark_updates_unused", "require_finite", "shortage", "with_refusals"]

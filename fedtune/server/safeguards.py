@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedtune.server.accounting import Spending
 from fedtune.server.declared import most_examples
 from fedtune.server.norm_bound import NormBound
+from fedtune.server.privacy_accounting import Spending
 from fedtune.server.quarantine import Quarantine
 from fedtune.tracking import ClientRecord, RoundRecord, Store
 from fedtune.training import RunContext

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from flwr.app import Message
 
-from fedtune import home
-from fedtune.contribution import TrainRequest
+from fedtune import paths
+from fedtune.flower.exchange import make_train_messages
+from fedtune.flower.reply_limit import OVERHEAD, raise_reply_limit
 from fedtune.server.bases import Bases
-from fedtune.server.crew import RunClients
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.exchange import make_train_messages
-from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
+from fedtune.server.run_clients import RunClients
 from fedtune.training import RunContext
+from fedtune.wire.client_update import TrainRequest
 
 __all__ = ["Sending"]
 
@@ -60,7 +60,7 @@ class Sending:
         most = max((downloads.parts.get_for_client(client).most_bytes for client in clients), default=0)
         crew.expect(most)
         if crew.deployed:
-            raise_reply_limit(home.get_runs_folder() / self._run, most + OVERHEAD)
+            raise_reply_limit(paths.get_runs_folder() / self._run, most + OVERHEAD)
 
     def count_bytes_sent(self, client: int, downloads: Downloads) -> int:
         """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""

@@ -7,10 +7,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import FedtuneError, StoreError
-from fedtune.server.guarded_grid import guard_grid
-from fedtune.server.lifeline import exit_when_parent_dies
-from fedtune.server.logs import record_output
-from fedtune.server.rounds import run_rounds
+from fedtune.flower.guarded_grid import guard_grid
+from fedtune.logs import record_output
+from fedtune.parent_watchdog import exit_when_parent_dies
+from fedtune.server.round_loop import run_rounds
 from fedtune.tracking import Store, claim_run
 from fedtune.training import clear_run_context, get_run_context
 

@@ -6,14 +6,14 @@ from itertools import permutations
 
 from torch import Tensor, nn
 
-from fedtune.contribution import LowRankPair, TensorSpec
 from fedtune.errors import RecipeError
-from fedtune.recipe import TaskName, Unit
-from fedtune.registry import build_unit
+from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.unit_registry import build_unit
 from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
 from fedtune.techniques._terms import collect_loss_terms
+from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
     "ExtraPayload",

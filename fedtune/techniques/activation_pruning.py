@@ -48,7 +48,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._masked import EXACT_GRADIENTS, OneBitActivation, make_one_bit_activation
 from fedtune.techniques._normalised_conv import (
     find_conv_norm_pairs,

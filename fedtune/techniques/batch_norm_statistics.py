@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._recast import restore_plain_layers
 from fedtune.techniques._spare import has_batch_norms, make_model_efficient
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters

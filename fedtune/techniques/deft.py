@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fedtune.errors import ModelError
-from fedtune.recipe import SettingsModel, TaskName
+from fedtune.recipe.schema import SettingsModel, TaskName
 from fedtune.techniques._mlp_weights import (
     MlpWeight,
     MlpWeightLoss,

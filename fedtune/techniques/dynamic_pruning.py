@@ -34,9 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.contribution import TensorSpec
-from fedtune.recipe import TaskName
-from fedtune.sparse import find_masks, mask_name
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._extrusion import Extrusion, MaskableLayer, add_extrusion_gradient, compute_extrusion_lr
 from fedtune.techniques._layer_density import count_active_weights
 from fedtune.techniques._mask_moves import average_gradients, mask_largest, mask_smallest_active, update_mask
@@ -49,6 +47,8 @@ from fedtune.techniques._own_moves import (
 )
 from fedtune.techniques._places import declare_positions, pack_positions
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, unfreeze_parameters
+from fedtune.wire.client_update import TensorSpec
+from fedtune.wire.masked_weights import find_masks, mask_name
 
 __all__ = ["DynamicPruning"]
 

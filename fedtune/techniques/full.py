@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 
 __all__ = ["Full"]

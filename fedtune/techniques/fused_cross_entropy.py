@@ -32,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._fused_loss import fused_cross_entropy
 from fedtune.techniques._technique import Technique
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique
 
 __all__ = ["GradientCheckpointing"]

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["HeadOnly"]

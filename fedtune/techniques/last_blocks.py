@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix
 from fedtune.techniques._recast import replace_layer, restore_plain_layers

@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._blocks import (
     UNRUN,
     BlockInputs,

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._behind_gate import make_product_input_conv2d
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._masked import EXACT_GRADIENTS, SIGN_GRADIENTS, GradientRule

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique
 
 __all__ = ["SelectiveCheckpointing"]

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._inverted_residual import InvertedResidualLayers, find_inverted_residuals
 from fedtune.techniques._lite_residual import LiteResidual, attach_lite_residual
 from fedtune.techniques._spare import make_model_efficient

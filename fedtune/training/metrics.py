@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import RecipeError
-from fedtune.explain import suggest_nearest
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["Metric", "check_metrics", "list_metric_names", "load_metrics", "measure", "register"]
 
