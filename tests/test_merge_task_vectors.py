@@ -152,7 +152,7 @@ def test_rescale_is_the_twin(
     name: str, gamma: float, density: float, fits: bool, way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_update, "_PIECE", 64)
-    monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 24 if fits else 0)
+    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 1 << 24 if fits else 0)
     settings = {"density": density, "rescale": True, "normalise": False, **({"gamma": gamma} if gamma else {})}
     deltas = {key: value for key, value in a_model(3, SHAPES).items() if key != "none"}
     found = merged(a_step(name, settings), [deltas])
@@ -288,7 +288,7 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
     """Reads are of pieces in order, none larger, by every pass of a selection; the merge is the same."""
     shape, asked = (1000, 900), list[tuple[int, int]]()
     values = a_model(0, {"w": shape})["w"]
-    monkeypatch.setattr("fedtune.merging._held._BUDGET", 2 * 4 * values.numel() - (not fits))
+    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 2 * 4 * values.numel() - (not fits))
     monkeypatch.setattr("fedtune.merging._select._SHORT", 0)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
@@ -299,5 +299,5 @@ def test_a_tensor_that_fits_the_budget_is_read_once_and_a_larger_one_piece_by_pi
     other = MergeInput(Held({"w": values.flip(0)}), 1.0)
     found = torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other])))
     assert asked == (1 if fits else passes) * list(iter_row_chunks(shape))
-    monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 40 if not fits else 0)
+    monkeypatch.setattr("fedtune.merging._delta_cache._BUDGET", 1 << 40 if not fits else 0)
     assert torch.equal(found, torch.cat(list(step.combine("w", shape, [MergeInput(rows, 1.0), other]))))

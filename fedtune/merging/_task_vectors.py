@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtune.merging._delta_cache import held
 from fedtune.merging._gram import flatten_rows
-from fedtune.merging._held import held
 from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
 from fedtune.merging._step import CombineStep, MergeInput, Shape

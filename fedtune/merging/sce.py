@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtune.merging._delta_cache import held
 from fedtune.merging._gram import add_rows_in_order, compute_row_dots
-from fedtune.merging._held import held
 from fedtune.merging._select import MagnitudeThreshold, count_entries_to_keep, find_threshold
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._task_vectors import iter_delta_chunks

@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
-from fedtune.models.explained import explain_load_errors
+from fedtune.models.load_errors import explain_load_errors
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.read_past import read_past
