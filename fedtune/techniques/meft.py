@@ -81,7 +81,8 @@ class Meft(Technique):
     def _exact_factors_are_powers_of_two(self) -> Self:
         if self.arithmetic == "exact" and math.frexp(self.scaling_factor)[0] != 0.5:
             raise ValueError(
-                f"factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or arithmetic: float"
+                f"scaling_factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or "
+                "arithmetic: float"
             )
         return self
 
