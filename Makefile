@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo devices-demo test test-devices test-attacks test-oldest check bench
+.PHONY: demo devices-demo quick test test-devices test-attacks test-oldest check bench
 
 # Modules are compiled when they are first imported: compiling them all takes longer than finding and unpacking them.
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -18,6 +18,10 @@ demo: $(READY)
 
 devices-demo: $(READY)
 	$(BIN)/python -m benchmarks.devices_demo
+
+# The tests that a change needs, in under 90 seconds; BASE is the commit to compare with.
+quick: $(READY)
+	$(BIN)/python -m tests.quick $(BASE)
 
 test: $(READY)
 	$(BIN)/python -m pytest

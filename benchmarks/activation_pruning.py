@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.report import save
 from fedtune import data, models, techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import Recipe, Unit
+from fedtune.recipe.schema import Recipe, Unit
 from fedtune.techniques import begin_round, begin_step
 from fedtune.techniques._pruned import PruningRule, pack_pruned
 from fedtune.techniques._pruned_layers import RecentInputs

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from benchmarks.aim_models import NEUTRAL, Tuned, evaluated, merged, minilm, smollm2
 from benchmarks.report import save
 from fedtune import merging
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, Unit] = {

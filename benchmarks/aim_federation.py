@@ -25,10 +25,9 @@ from torch import Tensor
 from benchmarks.aim_models import some
 from benchmarks.report import save
 from fedtune import merging
-from fedtune.contribution import ClientUpdate, pack
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import read_recipe
-from fedtune.server.evidence import make_merge_context
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import read_recipe
+from fedtune.server.merge_context import make_merge_context
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
 from fedtune.techniques import begin_round, list_trainable_tensors
@@ -41,6 +40,7 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
+from fedtune.wire.client_update import ClientUpdate, pack
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "aim.yaml"
 RESULT = Path(__file__).parent / "results" / "aim_federation.json"

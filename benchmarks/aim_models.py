@@ -14,10 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from fedtune import merging
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.data import EncodedDataset
 from fedtune.merging import MergeContext, MergeInput, MergePipeline
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.training import (
     RunContext,
@@ -28,9 +27,10 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
-from fedtune.training.activity import measure_activation_statistics
-from fedtune.training.calibration import iter_inputs, iter_token_blocks, sample_rows
-from fedtune.training.state import named_tensors
+from fedtune.training.activation_statistics import measure_activation_statistics
+from fedtune.training.calibration_inputs import iter_inputs, iter_token_blocks, sample_rows
+from fedtune.training.model_state import named_tensors
+from fedtune.wire.client_update import ClientUpdate, pack
 
 __all__ = ["NEUTRAL", "Tuned", "evaluated", "merged", "minilm", "smollm2"]
 

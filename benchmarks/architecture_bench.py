@@ -13,8 +13,8 @@ from benchmarks.architecture_zoo import LABELS, text, write
 from fedtune import data, models
 from fedtune.data import EncodedDataset
 from fedtune.data.loaded import as_table
-from fedtune.recipe import Recipe, TaskName
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe, TaskName
+from fedtune.recipe.yaml_file import parse_recipe
 
 __all__ = ["Bench", "recipe_for"]
 

@@ -15,7 +15,7 @@ from fedtune import techniques
 from fedtune.errors import FedtuneError
 from fedtune.export import write as export
 from fedtune.models.read_past import read_past
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["exported", "logits"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 
 __all__ = ["ARCHITECTURES", "IMAGES", "LANGUAGE", "PIXELS", "SPECIAL", "TEXT", "WORDS", "Architecture"]
 

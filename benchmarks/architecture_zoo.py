@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.architecture_settings import ARCHITECTURES, IMAGES, LANGUAGE, PIXELS, SPECIAL, TEXT, WORDS
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 
 __all__ = ["AUTO", "LABELS", "text", "tokenizer", "write"]
 

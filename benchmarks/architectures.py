@@ -31,7 +31,7 @@ from benchmarks.architecture_export import exported, logits
 from benchmarks.architecture_settings import ARCHITECTURES
 from benchmarks.report import save
 from fedtune.errors import FedtuneError
-from fedtune.profile.gradients import gradient_error
+from fedtune.profiling.gradient_check import gradient_error
 from fedtune.simulation import resolve_recipe
 from fedtune.training import get_model_state, prepare_model, set_model_state, train_local_model
 

@@ -2,11 +2,11 @@
 
 Handwritten digits (8x8), logistic regression, eight simulated devices of which two train at a fifth of the speed;
 shards of two classes each, so that the slow ones hold what few others do. Time is simulated, by the same draws for
-every arm (``fedtune.server.simulated_time``): ``wait`` takes as long as the slowest of a round; ``deadline`` ends a
-round after 1.5 times a fast device's time and drops who is late (``federation.deadline``); ``buffer`` commits every
-four answers with weights (1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated time.
-Per arm and seed: validation accuracy over that time, test accuracy at its end, and how many rounds and answers were
-made. Real seconds play no part, so the figures repeat. One rate for all arms, chosen for none.
+every arm (``fedtune.server.scheduling.simulated_time``): ``wait`` takes as long as the slowest of a round; ``deadline``
+ends a round after 1.5 times a fast device's time and drops who is late (``federation.deadline``); ``buffer`` commits
+every four answers with weights (1 + tau)^-a, a = 0.5, and ``unweighted`` with a = 0. Every arm gets the same simulated
+time. Per arm and seed: validation accuracy over that time, test accuracy at its end, and how many rounds and answers
+were made. Real seconds play no part, so the figures repeat. One rate for all arms, chosen for none.
 
 Run: python -m benchmarks.asynchronous [--seeds 0 1 2] [--seconds 10000]
 """
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import save
 from fedtune.device.client_app import app
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.server.scheduling.simulated_schedule import make_simulated_schedule
+from fedtune.server.scheduling.simulated_time import duration
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.simulated_time import duration
-from fedtune.server.timetable import make_simulated_schedule
 from fedtune.simulation import resolve_recipe
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from fedtune.training import get_run_context

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.training import RunContext
-from fedtune.training.order import batches
+from fedtune.training.batches import batches
 
 __all__ = ["bare_loop"]
 

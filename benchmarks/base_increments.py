@@ -23,18 +23,18 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune import checkpoint, merging, techniques
-from fedtune.contribution import ClientUpdate, TrainRequest, decode_tensors, pack, packed_size
 from fedtune.device.held_base import with_base
 from fedtune.merging import MergeContext
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.bases import Bases
+from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.parts import RoundPayloads, list_trainable_tensors
-from fedtune.server.receive import make_missing_record
+from fedtune.server.replies import make_missing_record
 from fedtune.simulation import resolve_recipe
-from fedtune.stored_state import StoredState
 from fedtune.tracking import ClientRecord
 from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import ClientUpdate, TrainRequest, decode_tensors, pack, packed_size
+from fedtune.wire.stored_state import StoredState
 
 ROOT = Path(__file__).parents[1]
 CLIENTS, AWAY, RANK = 4, 4, 8
@@ -85,7 +85,7 @@ def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
     bases = Bases(shop, folder, state, [])
     for number in range(1, rounds + 1):
         downloads = Downloads(RoundPayloads(shop, state, number), bases, None, deployed=True)
-        got, away = downloads.of(0), downloads.of(AWAY)
+        got, away = downloads.get_for_client(0), downloads.get_for_client(AWAY)
         device = received(shop, got, number, folder / "device")
         sent = contributions(shop, state, number, folder)
         evidence = MergeContext(
@@ -96,8 +96,8 @@ def federation(shop: RunContext, rounds: int, folder: Path) -> Iterator[Row]:
             merging.build_pipeline(shop.recipe.merge), state, list_trainable_tensors(shop, number), sent, evidence
         )
         seconds = time.process_time() - started
-        bases.merged(number, state, *merged)
-        bases.committed(number, records(CLIENTS if number > 1 else CLIENTS + 1))
+        bases.record_merge(number, state, *merged)
+        bases.record_commit(number, records(CLIENTS if number > 1 else CLIENTS + 1))
         yield Row(got.size, away.size, packed_size(state), seconds, device)
         state = stored(merged.state, folder, number)
 

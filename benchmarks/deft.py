@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.report import save
 from fedtune.memory import StorageMeter
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.techniques import begin_step
 from fedtune.techniques._probe import calibrate_thresholds
@@ -40,7 +40,7 @@ from fedtune.training import (
     get_run_context,
     set_train_mode,
 )
-from fedtune.training.order import batches
+from fedtune.training.batches import batches
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINILM = ["train.batch_size=16", "train.lr=1e-3", "train.max_length=40", "evaluation.batch_size=128"]

@@ -26,8 +26,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 
 DEVICES, ROUNDS, EVERY = 16, 50, 10
 RECIPE = """

@@ -24,8 +24,8 @@ from benchmarks.phases import PHASES, VICTIMS, Watch
 from benchmarks.report import save
 from benchmarks.scratch_database import Database
 from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.tracking import Store, file_url
 
 DATABASE = "PostgreSQL"

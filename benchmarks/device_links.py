@@ -24,7 +24,7 @@ from benchmarks.fleet import Fleet, Member, fleet
 from benchmarks.report import save
 from benchmarks.undisturbed import DEVICES, outcome, simulated, small_recipe
 from benchmarks.wrong_clock import wrong_clock
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.yaml_file import parse_recipe
 
 ROUNDS, DEADLINE = 5, 300
 RECIPE = small_recipe("troubles", ROUNDS, DEADLINE)

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.fleet import Fleet, fleet
 from benchmarks.report import save
 from benchmarks.stock_flower import stock
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.yaml_file import parse_recipe
 
 NODES, ROUNDS, STOCK_ROUNDS, COLD = 2, 12, 5, 2
 RECIPE = f"""

@@ -78,9 +78,9 @@ def finish(recipe: str, engine: str) -> dict[str, Any]:
 
 
 def cache() -> Path:
-    from fedtune import home
+    from fedtune import paths
 
-    return home.get_cache_folder()
+    return paths.get_cache_folder()
 
 
 if __name__ == "__main__":

@@ -31,14 +31,12 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune import merging, techniques
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.data.sources import read_data_source as read_data
 from fedtune.errors import SourceError
-from fedtune.recipe import DataSettings, Recipe
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.schema import DataSettings, Recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
-from fedtune.sparse import encode_masked_state, find_masks, restore_dense_tensors, select_active_values
 from fedtune.techniques import list_trainable_tensors
 from fedtune.training import (
     LocalTrainingResult,
@@ -50,6 +48,8 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
+from fedtune.wire.client_update import ClientUpdate, pack
+from fedtune.wire.masked_weights import encode_masked_state, find_masks, restore_dense_tensors, select_active_values
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fedmef.yaml"
 State = Mapping[str, Tensor]

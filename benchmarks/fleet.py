@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 
 from benchmarks.devices_demo import FEDTUNE, free_port, home
-from fedtune.cli.connection import OperatorClient, connect_to_server
+from fedtune.cli.operator_client import OperatorClient, connect_to_server
 from fedtune.errors import ServerError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["Fleet", "Member", "fleet"]
 

@@ -31,9 +31,8 @@ from torch import Tensor
 from benchmarks.aim_models import some
 from benchmarks.report import save
 from fedtune import merging, techniques
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.merging import MergeContext
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
 from fedtune.training import (
@@ -45,6 +44,7 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
+from fedtune.wire.client_update import ClientUpdate, pack
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "low_rank_default.json"

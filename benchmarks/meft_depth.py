@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, TaskName, Unit
 from fedtune.techniques import begin_round
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.report import save
 from fedtune import models, techniques
-from fedtune.recipe import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, TaskName, Unit
 from fedtune.training import set_train_mode, use_cpu_threads
 
 MODELS = {"minilm": ("sample:minilm", 1), "minilm-12": ("sample:minilm", 2), "smollm2": ("sample:smollm2", 1)}

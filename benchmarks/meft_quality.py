@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.bare import bare_loop
 from benchmarks.report import save
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.training import RunContext, evaluate_model, get_run_context
 

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import save
 from fedtune.merging import CombineStep, MergeContext, MergeInput, bind_combine, build_pipeline
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 
 Tensors = Mapping[str, Tensor]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.report import save
 from fedtune.data import EncodedDataset
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.training import RunContext, evaluate_model, get_model_state, get_run_context, train_local_model
 
 ARMS: dict[str, dict[str, Any]] = {

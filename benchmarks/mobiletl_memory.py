@@ -31,8 +31,8 @@ from fedtune.models.classifier import ImageClassifier
 from fedtune.models.efficientnet_lite import LiteBlock
 from fedtune.models.layers import GlobalAveragePool, make_conv_norm
 from fedtune.models.mobilenet_v3 import V3Block
-from fedtune.profile import ProfileCase, format_techniques, profile_in_subprocess
-from fedtune.recipe import ModelSettings, Recipe, Unit
+from fedtune.profiling import ProfileCase, format_techniques, profile_in_subprocess
+from fedtune.recipe.schema import ModelSettings, Recipe, Unit
 from fedtune.training import compute_step_loss, set_train_mode
 
 __all__ = ["accounting", "chart"]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.report import save
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from fedtune.seeds import derive_seed
 from fedtune.simulation import resolve_recipe, run_in_process
 from fedtune.techniques import begin_round, list_trainable_tensors
@@ -32,7 +32,7 @@ from fedtune.training import (
     set_run_context,
     use_cpu_threads,
 )
-from fedtune.training.order import batches
+from fedtune.training.batches import batches
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 OVERRIDES = [

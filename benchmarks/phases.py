@@ -15,9 +15,9 @@ PHASES = ("sending", "training", "returning", "merging", "committing")
 VICTIMS = {
     "device": "device join",
     "trainer": "fedtune.device.trainer",
-    "ServerApp": "fedtune.server.flower_app_child",
-    "SuperExec": "fedtune.server.superexec_child",
-    "SuperLink": "fedtune.server.superlink_child",
+    "ServerApp": "fedtune.flower.app_child",
+    "SuperExec": "fedtune.flower.superexec_child",
+    "SuperLink": "fedtune.flower.superlink_child",
     "door": "server up",
 }
 """What is killed, by words of its command line. A device's own process is Flower's SuperNode and ClientApp in one."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import save
-from fedtune.home import get_cache_folder
+from fedtune.paths import get_cache_folder
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "private.yaml"
 RESULT = Path(__file__).parent / "results" / "privacy.json"

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import save
-from fedtune.contribution import ClientUpdate, pack
-from fedtune.data import images
+from fedtune.data import image_samples
 from fedtune.merging import MergeContext, build_pipeline, merge_client_updates
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 from fedtune.training import use_cpu_threads
+from fedtune.wire.client_update import ClientUpdate, pack
 
 ALIGN: dict[str, dict[str, Any] | None] = {
     "naive": None,
@@ -86,7 +86,7 @@ def main() -> None:
 
 def clothes() -> dict[str, Pictures]:
     found = {}
-    for part, rows in images.fashion_mnist().items():
+    for part, rows in image_samples.fashion_mnist().items():
         pixels = torch.from_numpy(rows.greys()).float().unsqueeze(1) / 255
         found[part] = Pictures((pixels - 0.2860) / 0.3530, torch.tensor(rows["label"]))
     return found

@@ -19,13 +19,13 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from benchmarks.report import save
 from fedtune import merging
-from fedtune.contribution import ClientReport, pack
 from fedtune.files import write_bytes_atomically
+from fedtune.flower.message_identity import set_node_identity
 from fedtune.memory import peak_rss, reset_peak_rss
-from fedtune.recipe import Unit
-from fedtune.server.parts import ClassPayload
-from fedtune.server.receive import receive_update
-from fedtune.simulation.flower_private import set_node_identity
+from fedtune.recipe.schema import Unit
+from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.replies import receive_update
+from fedtune.wire.client_update import ClientReport, pack
 
 COUNTS = (1, 4, 16, 64)
 SHAPES = {f"layer.{index}.weight": (1000, 1000) for index in range(16)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
-from fedtune.recipe import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, TaskName, Unit
 from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from fedtune.server.flower_process import find_free_port, make_child_environment, stop_process_group
+from fedtune.flower.child_processes import find_free_port, make_child_environment, stop_process_group
 
 __all__ = ["Stock", "stock"]
 

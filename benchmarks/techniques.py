@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks.report import save
 from fedtune import data
-from fedtune.contribution import pack
-from fedtune.profile import encode_first_batch, list_profiled_techniques, make_profile_cases, profile_in_subprocess
-from fedtune.recipe_file import read_recipe
+from fedtune.profiling import encode_first_batch, list_profiled_techniques, make_profile_cases, profile_in_subprocess
+from fedtune.recipe.yaml_file import read_recipe
+from fedtune.wire.client_update import pack
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -1,16 +1,16 @@
-"""Everything fedtune refuses, as one tree. Each message is one sentence: what is wrong, where, and the mend.
+"""All errors of fedtune form one tree. Each message says in one sentence what is wrong, where it is, and how to fix it.
 
 FedtuneError
-├── RecipeError          a recipe, an override or a setting that does not hold
-├── SourceError          a model or data source that cannot be fetched, read or trusted
-│   └── ChecksumError    bytes that are not the ones that were published
-├── DataError            examples that do not fit the task or the split
-├── ModelError           a model that does not fit the task or a technique
-├── ContributionError    what a client sent cannot be merged
-├── RoundError           a federation that cannot go on
-├── ServerError          a server that cannot be made, reached or asked this
-├── DeviceError          a device that cannot be enrolled, joined or asked
-│   └── BudgetError      a round that a device's memory cannot hold
+├── RecipeError          a recipe, an override or a setting is invalid
+├── SourceError          a model or data source cannot be fetched, read or trusted
+│   └── ChecksumError    the checksum of a download is wrong
+├── DataError            examples do not fit the task or the partition
+├── ModelError           a model does not fit the task or a technique
+├── ClientUpdateError    a client update cannot be merged
+├── RunError             a run cannot continue
+├── ServerError          a server cannot be created or reached, or refuses a request
+├── DeviceError          a device cannot be enrolled or joined, or cannot answer
+│   └── MemoryBudgetError  a training step does not fit the memory budget of a device
 └── StoreError           the run store or a checkpoint cannot be read or written
 """
 
@@ -30,14 +30,15 @@ __all__ = [
     "ServerError",
     "SourceError",
     "StoreError",
+    "UnexpectedReplyError",
 ]
 
 
 class FedtuneError(Exception):
-    """The root: the command line prints its message and ends with code 2.
+    """The root of the tree. The command line prints the message and exits with code 2.
 
-    ``code`` and ``counts`` are what a device may tell its server of the error, see :mod:`fedtune.protocol_codes`; the
-    message, which may quote the device's data, stays on the device.
+    A device sends only ``code`` and ``counts`` of an error to its server, see :mod:`fedtune.wire.protocol_codes`. The
+    message stays on the device, because it may quote the device's data.
     """
 
     def __init__(self, message: str = "", *, code: str = "", counts: Mapping[str, int] | None = None) -> None:
@@ -47,48 +48,52 @@ class FedtuneError(Exception):
 
 
 class FedtuneWarning(UserWarning):
-    """What goes on but should be known: one sentence, as an error is."""
+    """A warning: fedtune continues. Its message is one sentence, like that of an error."""
 
 
 class RecipeError(FedtuneError):
-    """A recipe, an override or a setting that does not hold."""
+    """A recipe, an override or a setting is invalid."""
 
 
 class SourceError(FedtuneError):
-    """A model or data source that cannot be fetched, read or trusted."""
+    """A model or data source cannot be fetched, read or trusted."""
 
 
 class ChecksumError(SourceError):
-    """Bytes that are not the ones that were published."""
+    """The checksum of a download is wrong."""
 
 
 class DataError(FedtuneError):
-    """Examples that do not fit the task or the split."""
+    """Examples do not fit the task or the partition."""
 
 
 class ModelError(FedtuneError):
-    """A model that does not fit the task or a technique."""
+    """A model does not fit the task or a technique."""
 
 
 class ClientUpdateError(FedtuneError):
-    """What a client sent cannot be merged."""
+    """A client update cannot be merged."""
 
 
 class DeviceError(FedtuneError):
-    """A device that cannot be enrolled, joined or asked."""
+    """A device cannot be enrolled or joined, or cannot answer."""
 
 
 class MemoryBudgetError(DeviceError):
-    """A round that a device's memory cannot hold."""
+    """A training step does not fit the memory budget of a device."""
 
 
 class RunError(FedtuneError):
-    """A federation that cannot go on."""
+    """A run cannot continue."""
 
 
 class ServerError(FedtuneError):
-    """A server that cannot be made, reached or asked this."""
+    """A server cannot be created or reached, or refuses a request."""
 
 
 class StoreError(FedtuneError):
     """The run store or a checkpoint cannot be read or written."""
+
+
+class UnexpectedReplyError(Exception):
+    """A server's reply is not what the protocol says: another program replies, or another version."""

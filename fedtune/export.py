@@ -17,7 +17,7 @@ from fedtune import data, models, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.models.preprocessor import save as save_preprocessor
 from fedtune.models.sources import resolve_model_source
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique
 from fedtune.training import prepare_model, set_model_state
 
@@ -62,9 +62,12 @@ def write(
 
 
 def describe_missing_tensors(recipe: Recipe) -> str:
-    """What must be known of a model that is not all that was learned; nothing of one that is."""
+    """Return a note about trained tensors that the export cannot contain, or an empty text."""
     if any(technique.has_local_tensors() for technique in techniques.build_techniques(recipe.train.techniques)):
-        return "Its batch norms are those of before training: each device keeps the ones it trained.\n"
+        return (
+            "The batch-norm layers have their values from before training, because each device keeps its own trained "
+            "batch norms.\n"
+        )
     return ""
 
 
@@ -133,7 +136,7 @@ _TEXT_CLASS = "AutoModelForSequenceClassification"
 def _save_full(
     model: nn.Module, chosen: tuple[Technique, ...], recipe: Recipe, labels: Sequence[str], folder: Path
 ) -> None:
-    techniques.fold(chosen, model)
+    techniques.merge_into_weights(chosen, model)
     models.save_model(model, labels, folder)
     _save_reader(recipe, folder)
 

@@ -1,4 +1,4 @@
-"""Run by Alembic for each command, on the open connection ``fedtune.tracking.upgrade.settings`` hands in."""
+"""Run by Alembic for each command, on the open connection ``fedtune.tracking.schema_upgrade.settings`` hands in."""
 
 from alembic import context
 

@@ -1,7 +1,7 @@
 """Begin the next revision: compare a scratch database at head with ``fedtune.tracking.tables`` and write what differs.
 
 Usage: ``python migrations/new_revision.py "what changes"``; then read the file and set
-``fedtune.tracking.schema.HEAD`` to it. Released revisions are never edited.
+``fedtune.tracking.schema_version.HEAD`` to it. Released revisions are never edited.
 """
 
 import sys
@@ -10,7 +10,7 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
-from fedtune.tracking.upgrade import make_alembic_config
+from fedtune.tracking.schema_upgrade import make_alembic_config
 
 
 def main(message: str) -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedtune.merging import CombineStep, build_pipeline
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 
 __all__ = [
     "IDS",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.data import Table, Values
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 
 __all__ = ["ROWS", "TEXT", "a_recipe", "csv_file", "labelled", "rows_of"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedtune import techniques
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from fedtune.techniques import Technique
 from fedtune.techniques._mlps import find_mlps
-from fedtune.training.loop import compute_step_loss
+from fedtune.training.local_training import compute_step_loss
 from tests.tiny import llama, texts
 
 __all__ = [

@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 
 __all__ = ["FAMILIES", "LANGUAGE_FAMILIES", "Family"]
 

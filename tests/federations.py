@@ -13,14 +13,14 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedtune.device import records
 from fedtune.device.client_app import train_round
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.flower import train_messages
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.server.events import Event, event_handler
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import Event, event_handler
 from fedtune.simulation import resolve_recipe
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ClientWorkers, SequentialWorkers
 from fedtune.tracking import RoundRecord, RunRecord, Store, claim_run
 
@@ -154,8 +154,8 @@ def order_of(message: Message) -> tuple[int, int]:
 
 def sent_state(message: Message) -> bytes:
     """The shared state a client is sent, whether the message carries it or names its file."""
-    file = records.state_file(message.content)
-    return records.read_shared_state(message.content) if file is None else file.read_bytes()
+    file = train_messages.state_file(message.content)
+    return train_messages.read_shared_state(message.content) if file is None else file.read_bytes()
 
 
 Spoil = Callable[[Message, Message], Message]

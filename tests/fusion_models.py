@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
 from tests.tiny import VOCABULARY, llama
 
 __all__ = ["base_and_tuned", "change_json", "moved", "save", "save_tokenizer", "tensors", "words"]

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, event
 
 from fedtune import files
 from fedtune.cli.main import main
-from fedtune.server import receive
+from fedtune.server import replies
 from fedtune.tracking import RoundRecord, Store
 
 __all__ = ["PLANTS", "command", "start"]
@@ -104,7 +104,7 @@ def _half_a_spooled_contribution() -> None:
 
 
 def _after_spooling() -> None:
-    _wrap(receive, "write", lambda path, _: path.parent.stem == _ROUND and path.stem == "client-000003", after=True)
+    _wrap(replies, "write", lambda path, _: path.parent.stem == _ROUND and path.stem == "client-000003", after=True)
 
 
 def _in_the_transaction() -> None:

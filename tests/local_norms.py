@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fedtune.models import own
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.models import image_model_files
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
 from tests.own_nets import net
 
@@ -29,7 +29,7 @@ def text(folder: Path) -> str:
     """The recipe; its model, a ResNet-18 of width 4, is written to ``folder``."""
     if not (folder / "net").exists():
         (folder / "net").mkdir()
-        own.save_image_model(net("resnet18", small=True, width=4), folder / "net")
+        image_model_files.save_image_model(net("resnet18", small=True, width=4), folder / "net")
     return _RECIPE.format(folder=folder)
 
 

@@ -25,7 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques import apply_techniques
 from fedtune.techniques._two_streams import ReversibleStack
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, shake

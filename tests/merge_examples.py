@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtune.merging import CombineStep, MergeContext, MergeInput, bind_combine, build_pipeline
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 
 __all__ = [
     "METHODS",

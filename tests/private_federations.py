@@ -7,9 +7,9 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.contribution import decode_tensors
-from fedtune.recipe import Recipe
+from fedtune import paths as homes
+from fedtune.recipe.schema import Recipe
+from fedtune.wire.client_update import decode_tensors
 from tests.federations import Ended, order_of, trivial
 
 __all__ = ["CLIP", "NOISE", "Sent", "epsilons", "keeping", "key_of", "private", "state"]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
-from fedtune.profile import ProfileCase
-from fedtune.recipe import Recipe, Unit
-from fedtune.recipe_file import parse_recipe
+from fedtune.profiling import ProfileCase
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.yaml_file import parse_recipe
 
 __all__ = ["TEXT", "a_case", "a_recipe", "tiny_bert"]
 

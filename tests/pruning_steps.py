@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedtune import techniques
 from fedtune.memory import StorageMeter
 from fedtune.models.resnet import ResNet18
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from fedtune.techniques import begin_round, begin_step
 from fedtune.training import compute_step_loss, set_train_mode
 from tests.technique_steps import shake

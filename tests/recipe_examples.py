@@ -3,7 +3,7 @@
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.yaml_file import parse_recipe
 
 __all__ = ["TEXT", "refusal"]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.cli.connection import OperatorClient, connect_to_server
-from fedtune.server.flower_process import find_free_port
-from fedtune.server.home import ServerHome, create_server_home
-from fedtune.server.logs import Logs
-from fedtune.server.operators import write_operator_file
+from fedtune.cli.operator_client import OperatorClient, connect_to_server
+from fedtune.flower.child_processes import find_free_port
+from fedtune.logs import Logs
+from fedtune.server.operator_files import write_operator_file
+from fedtune.server.server_home import ServerHome, create_server_home
 from fedtune.tracking import AuditRecord, Store
 
 __all__ = ["FEDTUNE", "Device", "Knocker", "Server", "ended", "joined", "serving", "until_up"]
@@ -74,10 +74,10 @@ class Server:
 
 
 @contextmanager
-def serving(home: Path, *, wait: bool = True) -> Iterator[Server]:
+def serving(home: Path, *, wait: bool = True, program: Sequence[str] = FEDTUNE) -> Iterator[Server]:
     """``fedtune server up`` in the given FEDTUNE_HOME, made first where there is none."""
     place = _place(home)
-    with _process(place, home) as (process, log):
+    with _process(program, home) as (process, log):
         server = Server(place, process, log)
         if wait:
             until_up(server)
@@ -85,7 +85,7 @@ def serving(home: Path, *, wait: bool = True) -> Iterator[Server]:
 
 
 def _place(home: Path) -> ServerHome:
-    from fedtune.server.home import open_server_home
+    from fedtune.server.server_home import open_server_home
 
     if (home / "server" / "server.yaml").exists():
         return open_server_home()
@@ -96,10 +96,10 @@ def _place(home: Path) -> ServerHome:
 
 
 @contextmanager
-def _process(place: ServerHome, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def _process(program: Sequence[str], home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     log = home / "up.log"
     with log.open("ab") as out:
-        command = [*FEDTUNE, "server", "up"]
+        command = [*program, "server", "up"]
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
         yield process, log

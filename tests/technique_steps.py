@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from fedtune.techniques import Technique
 
 __all__ = ["IMAGES", "LANGUAGE", "TEXT", "chosen", "gradients", "layers", "logits", "shake", "shared"]

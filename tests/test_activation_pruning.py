@@ -13,7 +13,7 @@ from torch import nn
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.models.mobilenet_v2 import MobileNetV2
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from fedtune.training import get_model_state, train_local_model
 from tests.pruning_steps import Pruning, a_step, pictures, prepared, resnet
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits

@@ -9,7 +9,7 @@ from torch import nn
 from fedtune import models, techniques
 from fedtune.errors import ModelError
 from fedtune.models.mobilenet_v3 import MobileNetV3
-from fedtune.recipe import ModelSettings, Unit
+from fedtune.recipe.schema import ModelSettings, Unit
 from tests.pruning_steps import a_step, pictures, prepared, resnet
 from tests.technique_steps import IMAGES, logits
 

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from fedtune import checkpoint, techniques
-from fedtune import home as homes
-from fedtune.contribution import pack
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.export import export_model
 from fedtune.merging import MergeContext, build_pipeline, merge_client_updates
-from fedtune.recipe import Recipe, Unit
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.server.events import Event, RoundEnded, event_handler
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import Event, RoundEnded, event_handler
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.tracking import Store
 from fedtune.training import clear_run_context, get_model_state, get_run_context, set_model_state
+from fedtune.wire.client_update import pack
 from tests.federations import Ended, begin, execute, outcome, silent, words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, logits, shake
 from tests.test_adapters_rounds import ALL, EXACT, State
@@ -126,7 +126,7 @@ MISFITS = [
     (
         "qlora: {trained_factors: both-and-base}",
         "flora",
-        r"qlora: trained_factors: both-and-base writes into the base's weights, but four-bit ones",
+        r"qlora: trained_factors: both-and-base changes the base weights, but four-bit weights",
     ),
 ]
 

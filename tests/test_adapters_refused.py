@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion.adapters import merge_adapters
+from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from tests.adapter_folders import PLAIN, several, spoil, step
 
 FC = "base_model.model.fc.lora_A.weight"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import ClientUpdate, LowRankPair
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, build_pipeline, measure_averaging_errors, merge_client_updates
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
+from fedtune.wire.client_update import ClientUpdate, LowRankPair
 from tests.test_merging import spool
 
 D, K, R, SCALE = 12, 9, 3, 2.0

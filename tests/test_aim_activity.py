@@ -12,8 +12,8 @@ from fedtune import techniques
 from fedtune.errors import DataError, RecipeError
 from fedtune.merging import build_pipeline
 from fedtune.models import load_model
-from fedtune.recipe import ModelSettings, Unit
-from fedtune.training.activity import (
+from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.training.activation_statistics import (
     ActivationSums,
     average_activations,
     check_merge_has_targets,
@@ -21,7 +21,7 @@ from fedtune.training.activity import (
     measure_activation_statistics,
     sum_activations,
 )
-from fedtune.training.calibration import iter_token_blocks, load_calibration_inputs, sample_rows
+from fedtune.training.calibration_inputs import iter_token_blocks, load_calibration_inputs, sample_rows
 from tests.tiny import FewTexts, bert, few_texts, llama
 
 Batch = Mapping[str, Tensor]

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.contribution import ClientUpdate, decode_tensors, pack
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, build_pipeline
-from fedtune.recipe import Recipe
-from fedtune.server import rounds
-from fedtune.server.evidence import make_merge_context
+from fedtune.recipe.schema import Recipe
+from fedtune.server import round_loop
+from fedtune.server.merge_context import make_merge_context
 from fedtune.server.server_app import run_to_completion
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.tracking import Store, claim_run
@@ -30,9 +29,10 @@ from fedtune.training import (
     set_model_state,
     train_local_model,
 )
-from fedtune.training.activity import find_input_channels, measure_activation_statistics
-from fedtune.training.calibration import iter_inputs
-from fedtune.training.told_activity import declare_uploaded_statistics
+from fedtune.training.activation_statistics import find_input_channels, measure_activation_statistics
+from fedtune.training.calibration_inputs import iter_inputs
+from fedtune.training.uploaded_statistics import declare_uploaded_statistics
+from fedtune.wire.client_update import ClientUpdate, decode_tensors, pack
 from tests.federations import Ended, execute, outcome, silent, spoilt, words
 from tests.test_resume import bits
 from tests.test_rounds import REPORT, answer, payload_of
@@ -147,7 +147,7 @@ def test_a_run_that_stops_midway_and_is_resumed_ends_with_the_same_bits(
         return make_merge_context(*given)  # type: ignore[arg-type]
 
     clear_run_context()
-    monkeypatch.setattr(rounds, "make_merge_context", unplugged)
+    monkeypatch.setattr(round_loop, "make_merge_context", unplugged)
     with pytest.raises(OSError, match="plug"):
         execute(recipe, run="stopped")
     monkeypatch.undo()

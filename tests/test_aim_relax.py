@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune import contribution
 from fedtune.errors import RecipeError
 from fedtune.merging import (
     ActivationRelaxStep,
@@ -22,7 +21,8 @@ from fedtune.merging import (
 from fedtune.merging.aim import Aim, scale_adapter_columns
 from fedtune.merging.mean import Mean
 from fedtune.merging.shrink import Shrink
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
+from fedtune.wire import client_update
 from tests.test_merging import a_state, spool
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -144,7 +144,7 @@ def test_the_bits_do_not_depend_on_the_piece(
     sent = [spool(tmp_path, client, 3, a_state(SHAPES, client + 1)) for client in range(2)]
     pipeline = build_pipeline([Unit(name="mean"), Unit(name=step)])
     whole = merge_client_updates(pipeline, a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
-    monkeypatch.setattr(contribution, "_PIECE", piece)
+    monkeypatch.setattr(client_update, "_PIECE", piece)
     cut = merge_client_updates(pipeline, a_state(SHAPES), SHAPES, sent, MergeContext(figures()))
     assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.refusal import AuditLog, source_of
+from fedtune.server.gateway.refusal import AuditLog, source_of
 from fedtune.tracking import AuditRecord, Store, audit
 
 
@@ -101,13 +101,13 @@ def test_refusals_never_push_out_what_was_done_nor_others_of_their_kind(
     for name, value in {"_DONE": 100, "_REFUSED": 200, "_OF_ONE_SOURCE": 50, "_PRUNE_EVERY": 1}.items():
         monkeypatch.setattr(audit, name, value)
     watched.audit.record_action("ada", "run r submitted")
-    watched.log.note("refused", "10.9.9.9", "a key that is not known", "10.9.9.9")
+    watched.log.write_line("refused", "10.9.9.9", "a key that is not known", "10.9.9.9")
     for number in range(400):
-        watched.log.note("refused", "10.0.0.1", f"knocked {number}", "10.0.0.1")
+        watched.log.write_line("refused", "10.0.0.1", f"knocked {number}", "10.0.0.1")
     assert len(watched.of("10.0.0.1")) == 50
     for number in range(600):
         source = f"10.0.1.{number % 6}"
-        watched.log.note("refused", source, f"knocked {number}", source)
+        watched.log.write_line("refused", source, f"knocked {number}", source)
     assert len(watched.lines()) <= 202
     assert [line.what for line in watched.of("ada")] == ["run r submitted"]
     assert len(watched.of("10.9.9.9")) == 1
@@ -124,8 +124,8 @@ def test_lines_are_cleaned_and_cut_before_they_are_kept(watched: Watched) -> Non
 
 
 def test_lines_are_found_by_the_moment_they_were_last_true(watched: Watched) -> None:
-    number = watched.log.note("refused", "10.0.0.1", "knocked")
-    watched.log.note("done", "ada", "run r submitted")
+    number = watched.log.write_line("refused", "10.0.0.1", "knocked")
+    watched.log.write_line("done", "ada", "run r submitted")
     later = datetime.now(UTC)
     watched.log.repeat(number, 3)
     assert [(line.what, line.times) for line in watched.log.lines(since=later)] == [("knocked", 4)]

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import main
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, spoilt, tiny_bert, trivial
@@ -147,7 +147,7 @@ def test_a_wrong_word_is_one_sentence_and_leaves_no_trace(
         (["simulat"], "No such command 'simulat'"),
         (["simulate"], "name either a RECIPE or a run with --resume"),
         (["simulate", "a.yaml", "--resume", "latest"], "name either a RECIPE or a run with --resume"),
-        (["simulate", "--resume", "latest", "--set", "seed=1"], "a run that goes on keeps its recipe"),
+        (["simulate", "--resume", "latest", "--set", "seed=1"], "a resumed run keeps its recipe"),
         (["simulate", "a.yaml", "--engine", "ray"], "'ray' is not one of 'local', 'flower'"),
         (["simulate", "a.yaml", "--workers", "0"], "0 is not in the range x>=1"),
         (["export", "latest"], "Missing option '-o'"),

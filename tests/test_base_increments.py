@@ -9,24 +9,24 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.contribution import TrainRequest, decode_tensors, pack
+from fedtune import paths as homes
 from fedtune.device import client_app as apps
-from fedtune.device import records
 from fedtune.device.held_base import leave_others, with_base
 from fedtune.device.problems import problem_of
 from fedtune.errors import DeviceError, StoreError
+from fedtune.flower import train_messages
 from fedtune.merging import split_increments
-from fedtune.protocol_codes import LACKS_BASE
-from fedtune.recipe import Recipe
-from fedtune.server import rounds
+from fedtune.recipe.schema import Recipe
+from fedtune.server import round_loop
+from fedtune.server.events import event_handler
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import event_handler
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from fedtune.tracking.rollback import rollback
 from fedtune.training import clear_run_context, get_run_context, set_model_state
+from fedtune.wire.client_update import TrainRequest, decode_tensors, pack
+from fedtune.wire.protocol_codes import LACKS_BASE
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, tiny_bert, words
 from tests.test_adapters_federation import Halted, halt_after
 from tests.test_adapters_rounds import EXACT
@@ -93,7 +93,7 @@ def sizes(rounds: Sequence[RoundRecord]) -> list[dict[int, int]]:
 def whole(message: Message) -> bool:
     return any(
         ".base_layer." in name
-        for name in decode_tensors(records.read_shared_state(message.content))
+        for name in decode_tensors(train_messages.read_shared_state(message.content))
         if "increments/" not in name
     )
 
@@ -126,7 +126,7 @@ def test_devices_are_sent_increments_and_end_with_the_bits_of_a_simulation(
     assert wholes(sent) == set()
     assert sizes(real.rounds) == sizes(simulated.rounds)
     assert sizes(real.rounds)[2] == {
-        client: len(records.read_shared_state(sent[3, client][0].content)) for client in range(3)
+        client: len(train_messages.read_shared_state(sent[3, client][0].content)) for client in range(3)
     }
     assert max(sizes(real.rounds)[2].values()) < dense(real, 3) / 5
     assert [len(own(client)) for client in range(3)] == [2, 2, 2]
@@ -215,7 +215,7 @@ def test_a_device_that_was_not_asked_for_rounds_is_sent_all_it_missed(home: Path
     assert real.hashes == simulated.hashes
     assert wholes(sent) == set()
     missed = [
-        len(split_increments(decode_tensors(records.read_shared_state(messages[0].content)))[1])
+        len(split_increments(decode_tensors(train_messages.read_shared_state(messages[0].content)))[1])
         for messages in sent.values()
     ]
     assert max(missed) > 1
@@ -285,7 +285,7 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
     alone = execute(made, run="simulated")
     with Store.open() as store, silent(), pytest.MonkeyPatch.context() as patch:
         seat(store, begin(store, made, "deployed"), made.num_clients)
-        patch.setattr(rounds, "_merged", _killed_in(2))
+        patch.setattr(round_loop, "_merged", _killed_in(2))
         with pytest.raises(Halted):
             run_to_completion(grid_of(made, sent), store, "deployed")
     clear_run_context()
@@ -295,7 +295,7 @@ def test_a_round_that_is_begun_again_finds_the_base_it_counts_on(home: Path, tmp
 
 
 def _killed_in(number: int) -> Callable[..., object]:
-    real = rounds._merged
+    real = round_loop._merged
 
     def merged(shop: object, state: object, run: str, now: int, contributions: object) -> object:
         if now == number:
@@ -329,9 +329,9 @@ def test_the_model_as_it_was_built_is_no_base_once_it_has_trained(home: Path, tm
     made, sent = recipe(tmp_path, "flora", "federation.rounds=2", "checkpoints.keep=all"), Sent()
     deployed(made, sent)
     message = sent[2, 0][0]
-    order = TrainRequest(**records.read_train_request(message.content))  # type: ignore[arg-type]
+    order = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
     shop = get_run_context(order.recipe)
-    state = decode_tensors(records.read_shared_state(message.content))
+    state = decode_tensors(train_messages.read_shared_state(message.content))
     folder = tmp_path / "anew"
     found = with_base(order, state, shop, folder)
     assert checkpoint.hash_tensors(_base(found)) == order.base

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedtune.training import total_steps
-from fedtune.training.order import batches
+from fedtune.training.batches import batches
 from tests.tiny import a_training_recipe
 
 

@@ -11,17 +11,17 @@ from numpy.testing import assert_allclose
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.contribution import decode_tensors
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import RunError
-from fedtune.recipe import Recipe
-from fedtune.server import timetable as timetables
+from fedtune.recipe.schema import Recipe
+from fedtune.server.scheduling import simulated_schedule as timetables
+from fedtune.server.scheduling.simulated_schedule import make_simulated_schedule
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.timetable import make_simulated_schedule
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
+from fedtune.wire.client_update import decode_tensors
 from tests.federations import begin, execute, order_of, outcome, sent_state, silent, spoilt, trivial
 from tests.ticking import NEVER, TickingGrid, seat
 

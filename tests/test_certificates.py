@@ -12,10 +12,10 @@ import pytest
 from cryptography import x509
 
 from fedtune.device.device_home import DeviceIdentity
-from fedtune.device.enrolment import ending as ending_for_device
-from fedtune.server import authority, certificates
-from fedtune.server.certificates import Certificates, ending
-from fedtune.server.home import ServerHome, create_server_home, open_server_home
+from fedtune.device.enrolment import describe_expiry
+from fedtune.server import certificate_authority, certificates
+from fedtune.server.certificates import Certificates, describe_authority_expiry
+from fedtune.server.server_home import ServerHome, create_server_home, open_server_home
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def shown(place: ServerHome, port: int) -> datetime:
 def age(place: ServerHome, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
     """Make the server's certificate one that ends in so many days."""
     with monkeypatch.context() as patched:
-        patched.setattr(authority, "_SERVER_DAYS", days)
+        patched.setattr(certificate_authority, "_SERVER_DAYS", days)
         place.renew_certificate(force=True)
 
 
@@ -90,21 +90,20 @@ def test_the_end_of_the_authority_is_told_on_both_sides_and_no_certificate_outli
 ) -> None:
     place = create_server_home(["localhost"], "127.0.0.1:8443")
     now = datetime.now(UTC).timestamp()
-    assert ending(place) == []
+    assert describe_authority_expiry(place) == []
     assert (
-        ending_for_device(DeviceIdentity(place.settings.get_public_url(), "pi", 1, place.ca_file.read_text()), now)
-        == ""
+        describe_expiry(DeviceIdentity(place.settings.get_public_url(), "pi", 1, place.ca_file.read_text()), now) == ""
     )
-    monkeypatch.setattr(authority, "_AUTHORITY_DAYS", 100)
+    monkeypatch.setattr(certificate_authority, "_AUTHORITY_DAYS", 100)
     monkeypatch.setenv("FEDTUNE_HOME", str(home / "old"))
     old = create_server_home(["localhost"], "127.0.0.1:8443")
-    until = authority.ends(old.ca_file.read_bytes())
-    [sentence] = ending(old)
+    until = certificate_authority.ends(old.ca_file.read_bytes())
+    [sentence] = describe_authority_expiry(old)
     assert f"ends on {until:%d %b %Y}" in sentence
-    told = ending_for_device(DeviceIdentity(old.settings.get_public_url(), "pi", 1, old.ca_file.read_text()), now)
+    told = describe_expiry(DeviceIdentity(old.settings.get_public_url(), "pi", 1, old.ca_file.read_text()), now)
     assert (
         told == f"the server's authority ends on {until:%d %b %Y}; before that, leave and enrol again with a new token"
     )
-    assert authority.ends(old.certificate_file.read_bytes()) == until
+    assert certificate_authority.ends(old.certificate_file.read_bytes()) == until
     monkeypatch.setattr(certificates, "_LOOK_SECONDS", 0.0)
     assert not open_server_home().renew_certificate(), "what cannot be made longer is not made anew again and again"

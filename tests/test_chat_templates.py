@@ -6,7 +6,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.fusion.chat_templates import CHAT_TEMPLATES
+from fedtune.offline_merge.chat_templates import CHAT_TEMPLATES
 from tests.federations import tiny_bert
 
 TURNS = [("system", "be good"), ("user", "hi"), ("assistant", "yes"), ("user", "why")]

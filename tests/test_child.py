@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.child import environment, isolated
-from fedtune.device.channel import Frame
+from fedtune.child_processes import environment, make_isolated_command
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.recipe_file import parse_recipe
-from fedtune.server.authority import generate_private_key, make_ca_certificate
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.flower.superlink import SuperLink
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.server.certificate_authority import generate_private_key, make_ca_certificate
 from fedtune.server.recipe_check import RecipeCheck
-from fedtune.server.superlink import SuperLink
 from tests.federations import TRIVIAL, WORDS, outcome, words
+from tests.servers import serving
 
+COMMAND = str(Path(sys.executable).parent / "fedtune")
+"""What a shell starts."""
 RAY = importlib.util.find_spec("ray") is not None
 
 OURS = ("clients", "fedtune", "server", "migrations")
@@ -33,11 +36,11 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the command line sets it for all that it starts
     return mark
 
 
-def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # the command line sets it for all that it starts
+def test_the_trap_catches_a_child_that_is_not_isolated(trap: Path) -> None:
     subprocess.run([sys.executable, "-m", "fedtune.device.trainer"], capture_output=True, check=False)
     assert trap.exists()
 
@@ -49,7 +52,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
     monkeypatch.setenv("PYTHONPATH", entries)
     code = "import fedtune.device, fedtune.server, json; print(fedtune.__file__)"
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
-    for command in ([*isolated("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
+    for command in ([*make_isolated_command("json.tool"), "--help"], [sys.executable, "-c", grandchild]):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert not trap.exists()
@@ -98,10 +101,15 @@ def test_a_simulation_imports_nothing_of_the_folder_by_which_its_paths_go(
 
 
 def simulate(*words: str) -> "subprocess.CompletedProcess[str]":
-    """The command as its entry point starts it: what it imports itself is not in question."""
-    command = isolated("fedtune.cli.main", "simulate", *words)
-    given = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    return subprocess.run([COMMAND, "simulate", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_up_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
+    home.mkdir()
+    with serving(home, program=[COMMAND]) as server:
+        assert server.knock("GET", "/health").status_code == 200, "Flower's own processes run too"
+    assert not trap.exists()
 
 
 @pytest.mark.slow
@@ -111,7 +119,7 @@ def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, h
     place.save_identity(
         DeviceIdentity("https://127.0.0.1:1", "pi", 7, make_ca_certificate(generate_private_key()).decode())
     )
-    command = isolated("fedtune.cli.main", "device", "join", "--data", "part:0", "--memory", "1GB")
+    command = [COMMAND, "device", "join", "--data", "part:0", "--memory", "1GB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         said = next((line for line in process.stdout if "cannot be reached" in line), "")

@@ -12,14 +12,14 @@ from flwr.app import Message
 from PIL import Image
 
 from fedtune.cli.runs import runs
-from fedtune.contribution import decode_tensors
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
-from fedtune.sparse import decode_masked_state
 from fedtune.tracking import ClientScore, RoundRecord, Store
 from fedtune.tracking.client_spread import spreads
 from fedtune.training import get_run_context, get_tensor_shapes, set_model_state
-from fedtune.training.held_out import split_holdout
+from fedtune.training.holdout_split import split_holdout
+from fedtune.wire.client_update import decode_tensors
+from fedtune.wire.masked_weights import decode_masked_state
 from tests.federations import Ended, execute, order_of, sent_state, spoilt, trivial
 from tests.metric_oracles import count_f1
 from tests.store_examples import a_round, fill, start

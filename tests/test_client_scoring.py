@@ -12,28 +12,28 @@ from flwr.app import Context, Error, Message, MetricRecord
 from flwr.clientapp import ClientApp
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.answers import DECLINED_PREFIX, TRAINING_FAILED
-from fedtune.contribution import TrainRequest
-from fedtune.device import records
+from fedtune import paths as homes
 from fedtune.device.client_app import train_round
-from fedtune.device.work import run_local_round
+from fedtune.device.local_round import run_local_round
 from fedtune.errors import ClientUpdateError, FedtuneError
-from fedtune.protocol_codes import Problem
-from fedtune.recipe import PrivacySettings, Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.flower import train_messages
+from fedtune.recipe.schema import PrivacySettings, Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.seeds import derive_seed
-from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
 from fedtune.server.bases import Bases
 from fedtune.server.client_scoring import draw_scorers, score_by_clients
-from fedtune.server.crew import RunClients
+from fedtune.server.events import Unscored, describe_unscored_clients
 from fedtune.server.reports import read_score
+from fedtune.server.run_clients import RunClients
+from fedtune.server.scheduling.round_scheduler import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
 from fedtune.server.sending import Sending
-from fedtune.server.watch import Unscored, unscored
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.training import get_model_state, get_run_context, set_model_state
-from fedtune.training.held_out import split_holdout
+from fedtune.training.holdout_split import split_holdout
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.error_codes import DECLINED_PREFIX, TRAINING_FAILED
+from fedtune.wire.protocol_codes import Problem
 from tests.federations import TRIVIAL, Ended, execute, order_of, silent, trivial, words
 from tests.local_norms import local_norms
 from tests.metric_oracles import count_f1
@@ -143,7 +143,7 @@ def test_an_order_to_train_travels_as_it_did_before(home: Path) -> None:
 
     @app.train()
     def note(message: Message, context: Context) -> Message:
-        seen.append(set(records.read_train_request(message.content)))
+        seen.append(set(train_messages.read_train_request(message.content)))
         return train_round(message, context)
 
     execute(trivial(*ALL), app)
@@ -199,7 +199,9 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
         "client 4 (dev-4)": "declined: it ran out of memory; details are in the device's own log",
         "client 5 (dev-5)": "it holds out fewer than 5 examples",
     }
-    assert unscored(told).startswith("round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): ")
+    assert describe_unscored_clients(told).startswith(
+        "round 1  4 of 5 clients did not score the shared model: client 1 (dev-1): "
+    )
 
 
 GOOD: dict[str, Any] = {

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedtune.server import http_line
-from fedtune.server.connections import Connections, Listener
-from fedtune.server.http_line import watched
+from fedtune.server.gateway import http_line
+from fedtune.server.gateway.connections import Connections, Listener
+from fedtune.server.gateway.http_line import make_watched_protocol
 
 
 class Told:
@@ -132,7 +132,7 @@ def web(each: int = 50) -> Iterator[Told]:
     config = uvicorn.Config(
         Starlette(routes=routes),
         loop="asyncio",
-        http=watched(told.connections),
+        http=make_watched_protocol(told.connections),
         ws="none",
         log_config=None,
         access_log=False,

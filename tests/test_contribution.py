@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import ClientUpdate, TensorSpec, decode_tensors, pack
 from fedtune.errors import ClientUpdateError
-from fedtune.update_checks import check
+from fedtune.wire.client_update import ClientUpdate, TensorSpec, decode_tensors, pack
+from fedtune.wire.update_checks import check
 
 EXPECTED = {"a": (2, 3), "b": ()}
 

@@ -8,7 +8,7 @@ import pytest
 from fedtune import data
 from fedtune.data.by_class import by_class
 from fedtune.errors import DataError
-from fedtune.recipe import Dirichlet
+from fedtune.recipe.schema import Dirichlet
 from fedtune.seeds import derive_seed
 from tests.data_examples import a_recipe, labelled
 
@@ -53,7 +53,8 @@ def test_the_draw_is_that_of_a_slow_twin(alpha: float, balance: bool, seed: int)
 def test_a_recipes_split_is_that_draw_by_its_seed() -> None:
     train = labelled(300, classes=3)
     owned = data.partition_examples(
-        a_recipe("data.partition={kind: dirichlet, alpha: 0.5}", "seed=3"), train.only(["text", "label", "domain"])
+        a_recipe("data.partition={kind: dirichlet, alpha: 0.5}", "seed=3"),
+        train.select_columns(["text", "label", "domain"]),
     )
     expected = twin(train["label"][:], 1, 0.5, 4, derive_seed(3, "split"), balance=True)
     assert [rows.tolist() for rows in owned] == expected

@@ -14,7 +14,7 @@ from fedtune import data
 from fedtune.data.decode import Unreadable, decode
 from fedtune.data.loaded import as_table
 from fedtune.errors import DataError
-from fedtune.pictures import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor
 from tests.data_examples import a_recipe
 
 LEVELS = np.array([[0, 257 * 3, 257 * 200], [128, 129, 65535]], np.uint16)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fedtune import data
 from fedtune.data.loaded import as_table
 from fedtune.errors import DataError, ModelError
-from fedtune.pictures import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor
 from tests.data_examples import a_recipe
 
 PAD, END, START = 0, 1, 2
@@ -66,7 +66,7 @@ def test_an_empty_text_still_has_a_token_to_attend_to() -> None:
 def test_domains_are_those_of_the_data_or_none() -> None:
     texts = as_table(Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], "domain": ["x", "y"]}))
     assert data.encode_examples(texts, a_recipe(), tokenizer()).domains == ["x", "y"]
-    assert data.encode_examples(texts.only(["text", "label"]), a_recipe(), tokenizer()).domains is None
+    assert data.encode_examples(texts.select_columns(["text", "label"]), a_recipe(), tokenizer()).domains is None
 
 
 def test_a_text_model_without_tokenizer_or_end_token_is_refused() -> None:

@@ -10,8 +10,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from fedtune import data, samples
-from fedtune.data import images, sentiment
+from fedtune import data, sample_packages
+from fedtune.data import image_samples, sentiment_samples
 from fedtune.data.decode import decode
 from fedtune.errors import ChecksumError, SourceError
 from tests.data_examples import ROWS, a_recipe, csv_file, rows_of
@@ -27,7 +27,7 @@ def texts(dataset: data.Table) -> set[str]:
 
 
 def test_the_four_domains_hold_the_published_counts() -> None:
-    loaded = sentiment.sentiment()["train"]
+    loaded = sentiment_samples.sentiment()["train"]
     counts = Counter(zip(loaded["domain"], loaded["label"], strict=True))
     published = {
         "tweets": (2596, 1174),
@@ -44,7 +44,7 @@ def test_the_four_domains_hold_the_published_counts() -> None:
 
 
 def test_reviews_and_articles_are_groups() -> None:
-    raw = sentiment._read()
+    raw = sentiment_samples._read()
     groups = Counter(group.split("/")[0] for group in {row["group"] for row in raw})
     assert len(raw) == 4200 + 10605 + 3708 + 5190
     assert (groups["products"], groups["editorials"]) == (300, 498)
@@ -73,7 +73,7 @@ def test_a_domain_that_a_sample_has_not_is_refused(source: str, message: str) ->
 
 
 def test_films_are_all_the_film_sentences() -> None:
-    loaded = sentiment.films()["train"]
+    loaded = sentiment_samples.films()["train"]
     assert (len(loaded), loaded.column_names) == (10605, ["text", "group"])
 
 
@@ -85,7 +85,9 @@ def test_no_review_of_the_sample_is_in_two_parts_though_the_recipe_names_no_grou
     assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 21015
 
 
-@pytest.mark.parametrize(("read", "count", "side"), [(images.mnist_5k, 5000, 28), (images.digits, 1797, 8)])
+@pytest.mark.parametrize(
+    ("read", "count", "side"), [(image_samples.mnist_5k, 5000, 28), (image_samples.digits, 1797, 8)]
+)
 def test_sample_images_fill_the_whole_range_of_grey(
     read: Callable[[], dict[str, data.Table]], count: int, side: int
 ) -> None:
@@ -98,7 +100,7 @@ def test_sample_images_fill_the_whole_range_of_grey(
 
 
 def test_mnist_5k_is_balanced() -> None:
-    assert set(Counter(images.mnist_5k()["train"]["label"]).values()) == {500}
+    assert set(Counter(image_samples.mnist_5k()["train"]["label"]).values()) == {500}
 
 
 def some_clothes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,15 +112,15 @@ def some_clothes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             f"{prefix}-labels-idx1-ubyte": bytes(8) + labels.tobytes(),
         }.items():
             (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-            monkeypatch.setitem(images.FASHION_SHA256, name, hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(images, "fetch_sample", lambda name: folder)
+            monkeypatch.setitem(image_samples.FASHION_SHA256, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(image_samples, "fetch_sample", lambda name: folder)
 
 
 def test_fashion_mnist_keeps_its_published_parts_and_class_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some_clothes(tmp_path, monkeypatch)
-    loaded = images.fashion_mnist()
+    loaded = image_samples.fashion_mnist()
     assert [len(part) for part in loaded.values()] == [40, 20]
     assert (loaded["train"].greys()[1] == np.arange(784, 1568).astype(np.uint8).reshape(28, 28)).all()
     corpus = data.load_data(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
@@ -130,9 +132,9 @@ def test_fashion_mnist_keeps_its_published_parts_and_class_names(
 
 def test_other_clothes_than_the_published_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some_clothes(tmp_path, monkeypatch)
-    monkeypatch.setitem(images.FASHION_SHA256, "t10k-images-idx3-ubyte", "0" * 64)
+    monkeypatch.setitem(image_samples.FASHION_SHA256, "t10k-images-idx3-ubyte", "0" * 64)
     with pytest.raises(ChecksumError, match=r"t10k-images-idx3-ubyte\.gz holds sha256 .* do not trust it"):
-        images.fashion_mnist()
+        image_samples.fashion_mnist()
 
 
 @pytest.mark.parametrize("content", [b"x", gzip.compress(bytes(999))[:-9], None], ids=["no gzip", "cut short", "gone"])
@@ -141,15 +143,15 @@ def test_damaged_clothes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "t10k-labels-idx1-ubyte.gz"
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(SourceError, match=r"t10k-labels-idx1-ubyte\.gz is missing or damaged; install"):
-        images.fashion_mnist()
+        image_samples.fashion_mnist()
 
 
 def test_the_installed_clothes_are_the_published_ones() -> None:
     try:
-        samples.fetch_sample("fashion-mnist")
+        sample_packages.fetch_sample("fashion-mnist")
     except SourceError:
         pytest.skip("the package dataset-fashion-mnist is not installed")
-    loaded = images.fashion_mnist()
+    loaded = image_samples.fashion_mnist()
     assert {part: set(Counter(found["label"]).values()) for part, found in loaded.items()} == {
         "train": {6000},
         "test": {1000},

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fedtune import data
 from fedtune.cli.data import data as command
-from fedtune.data.picture import draw_partition
+from fedtune.data.partition_plot import draw_partition
 from tests.data_examples import TEXT, a_recipe, labelled
 
 

@@ -162,7 +162,7 @@ def test_a_column_called_split_says_what_is_held_out(tmp_path: Path) -> None:
     assert set(corpus.validation["text"]) == {f"t{row}" for row in range(3, 80, 4)}
     assert len(corpus.train) == 40
     device = a_recipe(f"data.source=csv:{tmp_path / 'a.csv'}")
-    assert set(data.training(device, corpus.label_names)["text"]) == set(corpus.train["text"])
+    assert set(data.load_trainable_examples(device, corpus.label_names)["text"]) == set(corpus.train["text"])
     assert len(data.load_all_examples(device, corpus.label_names)) == 80
 
 

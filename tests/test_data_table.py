@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Array2D, ClassLabel, Dataset, Features, Image, Value
 
-from fedtune.data.column import Column, Values, as_picture, joined, objects
+from fedtune.data.column import Column, Values, as_picture, concatenate_columns, objects
 from fedtune.data.loaded import as_table
 from fedtune.data.table import Classes, Greys, Pictures, Table, concatenate
 
@@ -32,7 +32,7 @@ def test_a_plain_column_and_arrows_tell_the_same(name: str) -> None:
         assert column.values() == ROWS[name]
         assert [column[row] for row in range(5)] == ROWS[name]
         assert column.unique() == list(dict.fromkeys(ROWS[name]))
-        assert column.missing() == (2 if name == "words" else None)
+        assert column.find_missing_row() == (2 if name == "words" else None)
         assert column.nested == ""
         again = column.take(np.array([4, 0, 3])).take(np.array([2, 0]))
         assert again.values() == [ROWS[name][3], ROWS[name][4]]
@@ -78,10 +78,10 @@ def test_selecting_selects_among_what_was_selected_and_copies_no_column() -> Non
     assert some.columns is table.columns
     changed = some.with_column("b", Values(np.array([1, 2])))
     assert (changed["a"], changed["b"], changed.column_names) == ([7, 2], [1, 2], ["a", "b"])
-    assert changed.only(["b"]).column_names == ["b"]
+    assert changed.select_columns(["b"]).column_names == ["b"]
     assert concatenate([some, table.select([0])])["b"] == ["h", "c", "a"]
     assert len(table.select([])) == 0
-    assert joined([Values(np.array([1])), Values(objects(["x"]))]).values() == [1, "x"]
+    assert concatenate_columns([Values(np.array([1])), Values(objects(["x"]))]).values() == [1, "x"]
 
 
 def test_what_datasets_loads_keeps_its_kinds(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_datasets_loads_keeps_its_kinds(tmp_path: Path) -> None:
     loaded = Dataset.from_dict(rows, features=features)
     for table, order in ((as_table(loaded), [0, 1]), (as_table(loaded.select([1, 0])), [1, 0])):
         assert table.kinds == {"grey": Greys(), "image": Pictures(), "label": Classes(("no", "yes"))}
-        assert table.select([1]).only(["grey"]).column("grey").values() == [pixels[order[1]].tolist()]
+        assert table.select([1]).select_columns(["grey"]).column("grey").values() == [pixels[order[1]].tolist()]
         assert [picture["path"] for picture in table.pictures()] == [rows["image"][row] for row in order]
         assert table["n"] == [rows["n"][row] for row in order]
 

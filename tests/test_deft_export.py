@@ -52,7 +52,9 @@ def test_a_swap_the_configuration_cannot_say_is_refused() -> None:
     model = bert()
     for mlp in find_mlps(model):
         model.set_submodule(mlp.activation, nn.Tanh())
-    with pytest.raises(ModelError, match="the configuration of BertForSequenceClassification cannot say ReLU; leave"):
+    with pytest.raises(
+        ModelError, match="the configuration of BertForSequenceClassification cannot describe ReLU; unset"
+    ):
         shared("deft+full", model, TEXT, relu=True)
 
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from fedtune.techniques import Technique
 from fedtune.techniques.deft import get_probes
-from fedtune.training.loop import compute_step_loss
+from fedtune.training.local_training import compute_step_loss
 from tests.deft_models import opt, relu_bert, t5
 from tests.deft_twin import deft, labelled, padded, slow_loss, step_gradients, task_of
 from tests.technique_steps import LANGUAGE, TEXT, shake

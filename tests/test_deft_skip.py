@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from fedtune import techniques
-from fedtune.recipe import Unit
-from fedtune.training.optimiser import make_optimiser
+from fedtune.recipe.schema import Unit
+from fedtune.training.optimisers import make_optimiser
 from tests.deft_models import gpt2, opt
 from tests.deft_twin import deft, folded, step_gradients, task_of, unlabelled
 from tests.technique_steps import LANGUAGE, TEXT, logits, shake

@@ -9,11 +9,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Recipe, TaskName, Unit
+from fedtune.recipe.schema import Recipe, TaskName, Unit
 from fedtune.techniques import Technique
 from fedtune.techniques.deft import get_probes
-from fedtune.training.loop import train_local_model
-from fedtune.training.state import get_model_state
+from fedtune.training.local_training import train_local_model
+from fedtune.training.model_state import get_model_state
 from tests.deft_models import opt, relu_bert, t5
 from tests.deft_twin import deft, labelled, padded, step_gradients, task_of
 from tests.technique_steps import LANGUAGE, TEXT

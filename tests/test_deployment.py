@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedtune.errors import ServerError
-from fedtune.recipe import DataSettings, Recipe
+from fedtune.recipe.schema import DataSettings, Recipe
 from tests.federations import TRIVIAL, execute, tiny_bert, trivial, words
 from tests.servers import FEDTUNE, Server, ended, joined, serving
 

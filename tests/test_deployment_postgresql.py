@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.flower_process import find_free_port
-from fedtune.server.home import create_server_home
-from fedtune.server.operators import write_operator_file
+from fedtune.flower.child_processes import find_free_port
+from fedtune.server.operator_files import write_operator_file
+from fedtune.server.server_home import create_server_home
 from fedtune.tracking import Store
 from tests.federations import execute, trivial
 from tests.servers import ended, joined, serving

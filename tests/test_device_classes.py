@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from fedtune import checkpoint, techniques
-from fedtune import home as homes
-from fedtune.contribution import LowRankPair
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import pad_to_rank, truncate_to_rank
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.training import (
     LocalTrainingResult,
@@ -23,6 +22,7 @@ from fedtune.training import (
     set_run_context,
     train_local_model,
 )
+from fedtune.wire.client_update import LowRankPair
 from tests.federations import execute, trivial, words
 
 D, K, WIDE, NARROW = 7, 5, 4, 2

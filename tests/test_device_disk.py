@@ -14,17 +14,16 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
-from fedtune.device.channel import Frame
-from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.fleet import FleetClient, _opened
-from fedtune.device.keeper import TrainerSupervisor
 from fedtune.device.node import DeviceNode
-from fedtune.device.server_calls import NonsenseError
-from fedtune.errors import DeviceError
-from fedtune.server import authority
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.errors import DeviceError, UnexpectedReplyError
+from fedtune.flower.fleet_client import FleetClient, open_claim
+from fedtune.server import certificate_authority
 
-CA = authority.make_ca_certificate(authority.generate_private_key()).decode()
+CA = certificate_authority.make_ca_certificate(certificate_authority.generate_private_key()).decode()
 
 
 class Over(BaseException):
@@ -54,7 +53,7 @@ class Line:
         return None
 
     def mark_message_stored(self, claim: bytes) -> None:
-        _opened(claim)
+        open_claim(claim)
         self.holding.append(claim)
 
     def download_message(self, claim: bytes) -> Any:
@@ -186,8 +185,8 @@ def test_a_damaged_answer_is_never_sent(place: DeviceHome) -> None:
 
 def test_a_message_that_cannot_be_opened_is_told_apart() -> None:
     for content in (b"", b"\xff\xff", PullMessagesResponse().SerializeToString()):
-        with pytest.raises(NonsenseError):
-            _opened(content)
+        with pytest.raises(UnexpectedReplyError):
+            open_claim(content)
 
 
 def test_a_device_at_rest_does_not_write_its_disk(place: DeviceHome, monkeypatch: pytest.MonkeyPatch) -> None:

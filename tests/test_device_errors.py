@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedtune.contribution import pack
 from fedtune.device import client_app as apps
-from fedtune.device.channel import Frame
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.node import DeviceNode
 from fedtune.device.problems import problem_of
 from fedtune.device.trainer import Trainer
+from fedtune.device.trainer_channel import Frame
 from fedtune.errors import DataError, FedtuneError, MemoryBudgetError, SourceError
-from fedtune.protocol_codes import SENTENCES, Problem, parse_problem
-from fedtune.recipe import Recipe
-from fedtune.server.parts import ClassPayload
-from fedtune.server.receive import receive_update
-from fedtune.simulation.flower_private import set_message_id, set_node_identity
-from fedtune.sparse import encode_masked_state
+from fedtune.flower.message_identity import set_message_id, set_node_identity
+from fedtune.recipe.schema import Recipe
+from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.replies import receive_update
 from fedtune.training import clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import pack
+from fedtune.wire.masked_weights import encode_masked_state
+from fedtune.wire.protocol_codes import SENTENCES, Problem, parse_problem
 from tests.federations import words
 
 SECRET = "patient 4711 has a rash"

@@ -9,12 +9,12 @@ import psutil
 import pytest
 import torch
 
-from fedtune.contribution import TrainRequest, decode_tensors, pack
-from fedtune.device.channel import Frame, TrainerChannel
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.device.work import read_payload, run_local_round
-from fedtune.sparse import encode_masked_state
+from fedtune.device.local_round import read_payload, run_local_round
+from fedtune.device.trainer_channel import Frame, TrainerChannel
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.training import clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import TrainRequest, decode_tensors, pack
+from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import trivial
 
 PLENTY = 4_000_000_000

@@ -14,17 +14,17 @@ from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.error.catalog import API_ERROR_MAP
 
 from fedtune.cli.device import device
-from fedtune.device import fleet
-from fedtune.device.channel import Frame
-from fedtune.device.clock import ServerClock
+from fedtune.device.backoff import Backoff, choose_poll_delay
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.patience import Backoff, choose_poll_delay
-from fedtune.device.persistence import RECOVERED_MESSAGE, RetryLoop
-from fedtune.device.server_calls import NonsenseError, fetch_server_time
-from fedtune.errors import DeviceError
-from fedtune.server import authority
+from fedtune.device.retry import RECOVERED_MESSAGE, RetryLoop
+from fedtune.device.server_client import fetch_server_time
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_channel import Frame
+from fedtune.errors import DeviceError, UnexpectedReplyError
+from fedtune.flower import fleet_client
+from fedtune.server import certificate_authority
 
-CA = authority.make_ca_certificate(authority.generate_private_key()).decode()
+CA = certificate_authority.make_ca_certificate(certificate_authority.generate_private_key()).decode()
 REQUEST = httpx.Request("POST", "https://server/")
 
 
@@ -64,8 +64,8 @@ def test_the_process_of_a_device_imports_neither_torch_nor_what_comes_with_it() 
 
 
 def test_flower_s_number_for_a_run_that_has_ended_is_the_one_devices_know() -> None:
-    assert fleet._RUN_HAS_ENDED == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
-    assert API_ERROR_MAP[ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED].http_status_code == fleet._FORBIDDEN
+    assert fleet_client._RUN_HAS_ENDED == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
+    assert API_ERROR_MAP[ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED].http_status_code == fleet_client._FORBIDDEN
 
 
 def test_whatever_may_pass_is_tried_until_it_has_passed_and_said_once() -> None:
@@ -100,7 +100,10 @@ def test_what_is_not_about_the_line_comes_through(error: Exception) -> None:
 def test_an_answer_that_is_none_of_the_protocol_is_told_as_what_it_is() -> None:
     said: list[str] = []
     persistence = RetryLoop(said.append, lambda: None)
-    assert persistence.call_until_success(_raising(NonsenseError("no message"), httpx.TooManyRedirects("x"))) == "done"
+    assert (
+        persistence.call_until_success(_raising(UnexpectedReplyError("no message"), httpx.TooManyRedirects("x")))
+        == "done"
+    )
     assert said[0] == (
         "the server answers something else than fedtune; check its address and both versions; "
         "trying again until it works"
@@ -124,7 +127,7 @@ def test_a_certificate_that_does_not_hold_is_told_with_the_mend() -> None:
                                   '{"unix": NaN}', '{"unix": null}'])  # fmt: skip
 def test_a_time_that_is_none_is_no_time(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, text=told, request=REQUEST))
-    with pytest.raises(NonsenseError):
+    with pytest.raises(UnexpectedReplyError):
         fetch_server_time("https://server", ssl.create_default_context())
 
 
@@ -157,7 +160,7 @@ def test_the_clock_follows_the_server_and_not_this_machine(monkeypatch: pytest.M
     clock = ServerClock(lambda: 5_000.0)
     clock.synchronise()
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert clock.now() == pytest.approx(5_000.0, abs=1.0)
+    assert clock.get_server_time() == pytest.approx(5_000.0, abs=1.0)
 
 
 def test_a_frame_that_is_not_whole_is_told_apart() -> None:
@@ -237,4 +240,4 @@ def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, 
 def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:
     done = CliRunner().invoke(device, ["package", "--data", "part:0", "--memory", "lots"])
     assert done.exit_code == 2
-    assert "write 512MB or 2GiB" in done.output
+    assert "write for example 512MB or 2GiB" in done.output

@@ -10,17 +10,17 @@ from typing import Any, cast
 
 import pytest
 
-from fedtune.contribution import pack
-from fedtune.device import budget, trainer
-from fedtune.device.channel import Frame
-from fedtune.device.clock import ServerClock
+from fedtune.device import memory_budget, trainer
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.fleet import FleetClient
-from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.local_round import read_payload
 from fedtune.device.node import DeviceNode
-from fedtune.device.work import read_payload
-from fedtune.recipe import Recipe
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.flower.fleet_client import FleetClient
+from fedtune.recipe.schema import Recipe
 from fedtune.training import clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import pack
 from tests.federations import tiny_bert, trivial, words
 
 SETTINGS = ("train.techniques=[full]", "train.lr_schedule=constant", "train.local_steps=1", "devices=[{count: 2}]")
@@ -126,7 +126,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
         return act(*given)
 
     monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
-    monkeypatch.setattr(budget, "estimate_memory", partial(note, "need", budget.estimate_memory))
+    monkeypatch.setattr(memory_budget, "estimate_memory", partial(note, "need", memory_budget.estimate_memory))
     trainer.Trainer("part:0", 1 << 34, 0).run_request(
         Frame(dict(asked.request), asked.payload), lambda: done.append("fits")
     )

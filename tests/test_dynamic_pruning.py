@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune import checkpoint, techniques
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import ModelError, RecipeError
 from fedtune.export import export_model
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
+from fedtune.server.events import Event, RoundStarted, event_handler
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import Event, RoundStarted, event_handler
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
-from fedtune.sparse import encode_masked_state, find_masks, select_active_values
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
 from fedtune.techniques._layer_density import count_active_weights
 from fedtune.techniques._mask_moves import update_mask
 from fedtune.techniques._places import scatter_positions
 from fedtune.tracking import Store, claim_run
 from fedtune.training import compute_step_loss, get_model_state, train_local_model
+from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
 from tests.test_rounds import with_deltas
 from tests.tiny import a_training_recipe, bert, few_texts
@@ -369,7 +369,7 @@ def test_a_federation_whose_clients_move_their_own_masks_runs_and_holds_its_dens
 
 
 def test_extrusion_makes_no_sense_where_clients_move_masks() -> None:
-    with pytest.raises(RecipeError, match="with updated_by: clients say extrusion: null"):
+    with pytest.raises(RecipeError, match="set extrusion: null when updated_by is clients"):
         applied(net(), by="clients")
 
 

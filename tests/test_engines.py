@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import train_round
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.tracking import Store, default_url

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.training import Metric, evaluate_model
 from tests.tiny import VOCABULARY, FewTexts, bert, few_texts, llama
 

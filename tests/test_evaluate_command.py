@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
 from tests.federations import execute, trivial
 
@@ -28,14 +28,14 @@ def test_options_that_would_do_nothing_are_refused(checkpoint: str) -> None:
     for command in (["evaluate", checkpoint, "--round", "1"], ["export", checkpoint, "--round", "0", "-o", "x"]):
         done = CliRunner().invoke(cli, command)
         assert done.exit_code
-        assert "is the checkpoint of one round already; leave --round out" in str(done.exception)
+        assert "is already the checkpoint of one round; remove --round" in str(done.exception)
     assert not Path("x").exists()
     code, said = evaluate("run-1", "--data", "sample:digits", "--part", "test")
     assert code == 2
-    assert "--part is a part of the run's own data" in said
+    assert "--part selects a split of the run's own data" in said
     code, said = evaluate("run-1", "--columns", "label=label")
     assert code == 2
-    assert "--columns are those of --data" in said
+    assert "--columns names the columns of --data" in said
 
 
 def test_the_validation_part_is_scored_unless_another_is_named(checkpoint: str) -> None:

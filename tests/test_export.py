@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, ModelError, RecipeError, StoreError
 from fedtune.export import export_model
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.training import evaluate_model, get_run_context, set_model_state
 from tests.federations import Ended, execute, trivial, words
 from tests.test_bad_input import fedtune

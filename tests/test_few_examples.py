@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from fedtune.contribution import FEWEST, ClientReport, TrainRequest, pack
-from fedtune.device.supply import summarise_local_data
-from fedtune.device.work import read_payload, run_local_round
-from fedtune.sparse import encode_masked_state
+from fedtune.device.local_data import summarise_local_data
+from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context
+from fedtune.wire.client_update import FEWEST, ClientReport, TrainRequest, pack
+from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import trivial
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion.adapter import read_base_model_name
-from fedtune.fusion.adapters import merge_adapters
-from fedtune.fusion.sources import open_model
+from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
+from fedtune.offline_merge.readers.adapter_model import read_base_model_name
+from fedtune.offline_merge.readers.open_model import open_model
 from tests.fusion_models import change_json, save, tensors
 from tests.tiny import llama
 from tests.trained_adapters import by_fedtune, by_peft, gpt2, trained

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.fusion.adapters import merge_adapters
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
+from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from tests.fusion_models import save, save_tokenizer, tensors, words
 from tests.test_fusion_stacks import llava
 from tests.tiny import VOCABULARY, llama

@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
-from fedtune.fusion.adapters import merge_adapters
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from tests.fusion_models import change_json, save, tensors
 from tests.tiny import llama
 from tests.trained_adapters import LINEARS, by_fedtune, by_peft, gpt2, logits, trained

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedtune.cli.merge import merge
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.tiny import bert
 
@@ -183,7 +183,7 @@ def test_adapters_become_a_model_or_an_adapter_of_the_same_weights() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tuned1", "tuned2"), "name the folder to make with -o, or look only with --dry-run"),
+        (("tuned1", "tuned2"), "name the output folder with -o, or use --dry-run"),
         (("merge.yaml", "--method", "ties", "-o", "out"), "says how to merge; change it with --set"),
         (("tuned1", "--weights", "a", "-o", "out"), "write --weights as numbers with commas"),
         (("tuned1", "-o", "out", "--shard-size", "big"), "write it as 500MB or 5GB"),

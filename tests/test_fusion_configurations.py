@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fedtune.errors import ModelError
-from fedtune.fusion import build_merge_config, prepare_merge, write_merged_model
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import build_merge_config, prepare_merge, write_merged_model
 from tests.fusion_models import base_and_tuned, change_json, save
 from tests.tiny import llama
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
-from fedtune.fusion.result import ignore_progress
+from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
 

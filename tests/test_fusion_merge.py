@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtune import contribution
-from fedtune.fusion import MergeConfig, parse_merge_config, prepare_merge, write_merged_model
 from fedtune.merging import ActivationStatistics, MergeContext
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import MergeConfig, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.wire import client_update
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.tiny import bert, llama
 
@@ -81,7 +81,7 @@ def test_the_bytes_do_not_depend_on_how_much_is_held_at_a_time(
 ) -> None:
     base, *tuned = base_and_tuned(tmp_path, dtype=torch.bfloat16)
     whole = merged(a_config(method, tuned, base, [0.5, 0.3, 0.4]), tmp_path / "whole")
-    monkeypatch.setattr(contribution, "_PIECE", 50)
+    monkeypatch.setattr(client_update, "_PIECE", 50)
     pieces = merged(a_config(method, tuned, base, [0.5, 0.3, 0.4]), tmp_path / "pieces")
     for name, tensor in whole.items():
         if method in METHODS[-3:]:  # their inner products are sums, whose order the pieces set

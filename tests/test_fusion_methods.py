@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedtune.errors import RecipeError
-from fedtune.fusion.methods import build_merge_method
 from fedtune.merging import MergeInput
+from fedtune.offline_merge.merge_methods import build_merge_method
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,14 @@ THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadc
 def test_a_schema_that_names_no_density_keeps_everything(name: str) -> None:
     chosen = build_merge_method(name)
     assert chosen.build_step([], "weight", 0.0).model_dump()["density"] == 1.0
-    assert chosen.own([{}], "weight", 0.0).knobs == {}
-    assert chosen.own([{}, {"density": 0.3}], "weight", 0.0).knobs == {"density": 0.3}
+    assert chosen.bind_model([{}], "weight", 0.0).knobs == {}
+    assert chosen.bind_model([{}, {"density": 0.3}], "weight", 0.0).knobs == {"density": 0.3}
 
 
 @pytest.mark.parametrize("name", THINNING)
 @pytest.mark.parametrize(("density", "nothing"), [(0, True), (0.0, True), (1, False), (0.5, False)])
 def test_a_density_of_zero_keeps_nothing(name: str, density: float, nothing: bool) -> None:
-    assert build_merge_method(name).own([{"density": density}], "weight", 0.0).nothing == nothing
+    assert build_merge_method(name).bind_model([{"density": density}], "weight", 0.0).nothing == nothing
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_rescale_stretches_nothing_where_nothing_is_dropped() -> None:
 def test_rescale_is_off_until_it_is_asked_for(name: str, rescale: bool) -> None:
     build_merge_method(name).check_parameters({"rescale": rescale}, "parameters")
     assert not build_merge_method(name).build_step([], "weight", 0.0).model_dump()["rescale"]
-    assert build_merge_method(name).own([{"rescale": rescale}], "weight", 0.0).knobs["rescale"] == rescale
+    assert build_merge_method(name).bind_model([{"rescale": rescale}], "weight", 0.0).knobs["rescale"] == rescale
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"])

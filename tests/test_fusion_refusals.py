@@ -13,8 +13,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import build_merge_config, compare, output, parse_merge_config, prepare_merge, write_merged_model
-from fedtune.fusion.result import ignore_progress
+from fedtune.offline_merge import (
+    build_merge_config,
+    compare,
+    output_folder,
+    parse_merge_config,
+    prepare_merge,
+    write_merged_model,
+)
+from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import bert, llama
 
@@ -29,7 +36,7 @@ def run(folder: Path, models: list[str], method: str = "ties", base: str | None 
     based = None if base is None else str(folder / base)
     config, _ = build_merge_config(named, method, weights, settings, base_model=based, **keys)
     prepared = prepare_merge(config)
-    output.check_output_space(folder / "out", prepared.plan_shards(10**9))
+    output_folder.check_output_space(folder / "out", prepared.plan_shards(10**9))
     compare(prepared, ignore_progress)
     write_merged_model(prepared, folder / "out", "a card")
 
@@ -190,7 +197,7 @@ def test_bad_settings_are_refused_in_one_sentence(spoilt: Path, what: str) -> No
 
 def test_a_full_disk_is_refused_before_anything_is_written(spoilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("fedtune.fusion.output.shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("fedtune.offline_merge.output_folder.shutil.disk_usage", lambda place: usage)
     with pytest.raises(FedtuneError, match=r"out needs 0\.00 GB, but .* has 0\.00 GB free; free some or choose"):
         run(spoilt, ["tuned1", "tuned2"])
     assert left(spoilt) == []

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.fusion.output import OutputFolder
 from fedtune.merging import MergeContext
 from fedtune.merging.repair import Repair
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
+from fedtune.offline_merge.output_folder import OutputFolder
 from tests.fusion_models import tensors
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from fedtune.errors import StoreError
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.fusion.layout import TensorInfo
-from fedtune.fusion.output import OutputFolder, open_output_folder
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
+from fedtune.offline_merge.output_folder import OutputFolder, open_output_folder
+from fedtune.offline_merge.safetensors_layout import TensorInfo
 from tests.fusion_models import base_and_tuned
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import fedtune.fusion.output as output
-from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
+import fedtune.offline_merge.output_folder as output
+from fedtune.offline_merge import parse_merge_config, prepare_merge, write_merged_model
 
 output._SAFE_EVERY = 1
 where, count = sys.argv[1], int(sys.argv[2])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fedtune.cli.exported import export_run_to_cache
+from fedtune.cli.cached_export import export_run_to_cache
 from fedtune.errors import StoreError
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
 from tests.federations import execute, words
 from tests.fusion_models import tensors
 

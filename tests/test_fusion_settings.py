@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
-from fedtune.fusion.result import ignore_progress
-from fedtune.fusion.settings import resolve_value
+from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge.layered_parameters import resolve_value
+from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, tensors
 
 

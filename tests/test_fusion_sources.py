@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedtune.fusion.sources import open_model
-from fedtune.fusion.weights import ModelReader
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge.readers.model_reader import ModelReader
+from fedtune.offline_merge.readers.open_model import open_model
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import bert, llama
 

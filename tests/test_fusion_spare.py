@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from fedtune.errors import FedtuneError
-from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import parse_merge_config, prepare_merge, write_merged_model
 from tests.fusion_models import base_and_tuned, moved, save, tensors
 from tests.test_fusion_files import both, merged, unreadable_tokens, write
 from tests.test_fusion_stacks import t5

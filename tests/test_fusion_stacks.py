@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import compare, parse_merge_config, prepare_merge, write_merged_model
-from fedtune.fusion.layers import compute_relative_depths, stacks
-from fedtune.fusion.result import ignore_progress
-from fedtune.fusion.score import collect_merge_context
 from fedtune.merging import ActivationStatistics, MergeContext
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge.evaluate_models import collect_merge_context
+from fedtune.offline_merge.layer_names import compute_relative_depths, stacks
+from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import llama
 

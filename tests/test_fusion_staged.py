@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.merge import merge
 from fedtune.errors import FedtuneError, RecipeError, SourceError
-from fedtune.fusion import parse_merge_config
-from fedtune.fusion.stages import stages_of
-from fedtune.yaml_text import documents
+from fedtune.offline_merge import parse_merge_config
+from fedtune.offline_merge.merge_stages import stages_of
+from fedtune.recipe.yaml_text import documents
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
 

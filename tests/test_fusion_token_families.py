@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from fedtune.errors import ModelError
-from fedtune.fusion import parse_merge_config, prepare_merge, write_merged_model
-from fedtune.fusion.settings_file import with_vocabulary
-from fedtune.fusion.vocabulary import read_vocabulary
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge.model_config import with_vocabulary
+from fedtune.offline_merge.vocabularies import read_vocabulary
 from tests.fusion_models import change_json, moved, save_tokenizer, tensors, words
 from tests.test_fusion_stacks import bart, llava, t5
 from tests.tiny import VOCABULARY, llama

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.fusion.chat_templates import CHAT_TEMPLATES
-from fedtune.fusion.vocabulary import compare_vocabularies, join_tokenizers, read_vocabulary
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
+from fedtune.offline_merge.chat_templates import CHAT_TEMPLATES
+from fedtune.offline_merge.vocabularies import compare_vocabularies, join_tokenizers, read_vocabulary
 from tests.fusion_models import save_tokenizer, tensors, words
 from tests.tiny import VOCABULARY, llama
 

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fedtune.cli.merge import merge
-from fedtune.fusion.warnings import warn_of_better_inputs, warn_of_dominant_channels
 from fedtune.merging import ActivationStatistics, build_pipeline
-from fedtune.recipe import Unit
+from fedtune.offline_merge.merge_warnings import warn_of_better_inputs, warn_of_dominant_channels
+from fedtune.recipe.schema import Unit
 from fedtune.training import Metric
 from tests.fusion_models import base_and_tuned, save
 from tests.tiny import bert
@@ -24,7 +24,7 @@ def figures(accuracy: float, loss: float, domain: str = "all") -> list[Metric]:
 def test_the_best_input_that_scores_better_is_named() -> None:
     scores = {"one": figures(0.8, 1), "two": figures(0.9, 2), "base": figures(0.3, 3), "merged": figures(0.85, 0.1)}
     [sentence] = warn_of_better_inputs(scores)
-    assert sentence.startswith("the merge is outshone by two, which has accuracy 0.9000 where the merge has accuracy")
+    assert sentence.startswith("two scores better than the merge: accuracy 0.9000 against accuracy")
 
 
 def test_a_merge_as_good_as_its_best_input_is_not_warned_of() -> None:
@@ -53,8 +53,8 @@ def test_an_outlier_channel_is_told_until_the_quantile_leaves_it_out() -> None:
     level[3] = 1000
     activity = {"outlier.weight": ActivationStatistics(level), "plain.weight": ActivationStatistics(torch.ones(200))}
     [sentence] = warn_of_dominant_channels(build_pipeline([Unit(name="mean"), Unit(name="aim")]).relax, activity)
-    assert sentence.startswith("aim leaves 1 of 2 weights nearly as merged")
-    assert "median s 1.0e-03 in outlier.weight" in sentence
+    assert sentence.startswith("aim has almost no effect on 1 of 2 weights")
+    assert "median relative activity 1.0e-03 in outlier.weight" in sentence
     lower = build_pipeline([Unit(name="mean"), Unit(name="aim", settings={"quantile": 0.9})]).relax
     assert warn_of_dominant_channels(lower, activity) == []
 
@@ -78,7 +78,7 @@ def test_evaluate_warns_on_the_screen_and_in_the_card(folder: None) -> None:
     [sentence] = warn_of_better_inputs(
         {name: [Metric(**one) for one in kept] for name, kept in document["scores"].items()}
     )
-    assert "outshone by all1, which has accuracy 1.0000 where the merge has accuracy 0.0000" in sentence
+    assert "all1 scores better than the merge: accuracy 1.0000 against accuracy 0.0000" in sentence
     assert document["warnings"] == [sentence]
     assert f"warning: {sentence}" in result.stderr
     assert f"## Warnings\n\n- {sentence}\n" in Path("out/README.md").read_text()
@@ -96,5 +96,5 @@ def test_aim_on_a_base_with_an_outlier_channel_warns(folder: None, tmp_path: Pat
     arguments += ["--calibrate", "jsonl:texts.jsonl", "--task", "text-generation"]
     result = CliRunner().invoke(merge, arguments)
     assert result.exit_code == 0, result.output
-    assert "warning: aim leaves" in result.stderr
-    assert "- aim leaves" in Path("out/README.md").read_text()
+    assert "warning: aim has almost no effect" in result.stderr
+    assert "- aim has almost no effect" in Path("out/README.md").read_text()

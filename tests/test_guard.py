@@ -12,10 +12,10 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from starlette.requests import Request
 
-from fedtune.device.fleet import make_signed_headers
-from fedtune.server import guard
-from fedtune.server.guard import Authenticator
-from fedtune.server.refusal import RequestRefusedError
+from fedtune.flower.fleet_client import make_signed_headers
+from fedtune.server.gateway import authentication
+from fedtune.server.gateway.authentication import Authenticator
+from fedtune.server.gateway.refusal import RequestRefusedError
 from fedtune.tracking import Store
 
 MOMENT = datetime(2026, 5, 4, 12, tzinfo=UTC)
@@ -37,7 +37,7 @@ def signed(**changed: str) -> Request:
 
 
 def asked(door: Authenticator, age: float, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(guard, "now", lambda: MOMENT + timedelta(seconds=age))
+    monkeypatch.setattr(authentication, "now", lambda: MOMENT + timedelta(seconds=age))
     return door.authenticate_device(signed())
 
 
@@ -73,13 +73,13 @@ def test_a_request_is_refused_outside_the_window(
 def test_another_moment_than_the_signed_one_is_refused(
     at_the_door: Authenticator, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "now", lambda: MOMENT)
+    monkeypatch.setattr(authentication, "now", lambda: MOMENT)
     with pytest.raises(RequestRefusedError, match="not signed with the device's key"):
         at_the_door.authenticate_device(signed(**{TIMESTAMP_HEADER: moment}))
 
 
 def test_another_keys_signature_is_refused(at_the_door: Authenticator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "now", lambda: MOMENT)
+    monkeypatch.setattr(authentication, "now", lambda: MOMENT)
     others = make_signed_headers(ec.generate_private_key(ec.SECP384R1()), MOMENT.timestamp())
     name = FLEET_HTTP_SIGNATURE_HEADER
     for signature in (others[name], b64encode(b"x").decode(), "no base64", ""):

@@ -27,11 +27,11 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from fedtune.answers import REFUSED
-from fedtune.device.fleet import _reply_metadata
-from fedtune.server.exchange import stream_replies
-from fedtune.server.guarded_grid import GuardedGrid, guard_grid
-from fedtune.simulation.flower_private import set_node_identity
+from fedtune.flower.exchange import stream_replies
+from fedtune.flower.fleet_client import make_reply_metadata
+from fedtune.flower.guarded_grid import GuardedGrid, guard_grid
+from fedtune.flower.message_identity import set_node_identity
+from fedtune.wire.error_codes import REFUSED
 
 EXPECTED = 31_000
 
@@ -105,7 +105,7 @@ class Device:
     def answer(self, content: RecordDict, part: Callable[[dict[str, bytes]], dict[str, bytes]] = dict) -> None:
         """Send a reply; ``part`` may change what of its objects is sent."""
         assert self.order is not None
-        reply = make_message(_reply_metadata(self.order.metadata), content, None)
+        reply = make_message(make_reply_metadata(self.order.metadata), content, None)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = {name: found.deflate() for name, found in get_all_nested_objects(reply).items()}
         self.push(message_to_proto(remove_content_from_message(reply)), get_object_tree(reply), part(objects))
@@ -224,7 +224,7 @@ def push_with_array(device: Device, size: int, change: Callable[[bytes], bytes])
     [(chunk_id, chunk)] = array.slice_array()
     body = change(array.deflate().partition(b"\x00")[2])
     bad = f"Array {chunk_id} {len(body)}".encode() + b"\x00" + body
-    reply = make_message(_reply_metadata(device.order.metadata), content, None)
+    reply = make_message(make_reply_metadata(device.order.metadata), content, None)
     record = _renamed(content["delta"].deflate(), array.object_id, bad)
     records = _renamed(content.deflate(), content["delta"].object_id, record)
     message = _renamed(reply.deflate(), content.object_id, records)
@@ -333,8 +333,8 @@ def test_a_reply_that_names_another_order_inside_counts_as_its_own(link: Link, g
     def forged(device: Device) -> None:
         honest_fetch(device)
         assert device.order is not None
-        true = make_message(_reply_metadata(device.order.metadata), update(), None)
-        lie = make_message(_reply_metadata(device.order.metadata), update(), None)
+        true = make_message(make_reply_metadata(device.order.metadata), update(), None)
+        lie = make_message(make_reply_metadata(device.order.metadata), update(), None)
         lie.metadata.__dict__["_reply_to_message_id"] = "f" * 64
         objects = {name: found.deflate() for name, found in get_all_nested_objects(lie).items()}
         true.metadata.__dict__["_message_id"] = lie.object_id

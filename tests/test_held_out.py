@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedtune.data import EncodedDataset
 from fedtune.seeds import derive_seed
 from fedtune.training import get_model_state, get_run_context, set_model_state, train_local_model
-from fedtune.training.held_out import split_holdout
+from fedtune.training.holdout_split import split_holdout
 from tests.federations import execute, trivial
 
 SHARE = "evaluation.local_holdout=0.3"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import decode_tensors, pack, packed_size
 from fedtune.memory import StorageMeter
 from fedtune.merging import Increment, add_increments, join_increments, split_increments
 from fedtune.merging._factors import LowRankFactors, compute_averaging_residual, stack_factors
 from fedtune.merging._increments import add_increment, make_increment
+from fedtune.wire.client_update import decode_tensors, pack, packed_size
 
 D, K = 24, 17
 RANKS, SCALES, WEIGHTS = (4, 2, 3), (2.0, 0.5, 16 / 7), (0.5, 0.2, 0.3)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fedtune.cli.runs_view import show_run
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.errors import RecipeError
 from fedtune.merging import compute_staleness_weight
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store
+from fedtune.wire.client_update import ClientUpdate, pack
 from tests.federations import WORDS, trivial
 from tests.store_examples import a_contribution, a_round, start
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName, Unit
+from fedtune.recipe.schema import TaskName, Unit
 from tests.tiny import bert, llama, texts
 
 CLASSIFY: TaskName = "text-classification"
@@ -73,7 +73,7 @@ def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
     assert not (tmp_path / "saved").exists()
     model.eval()
     expected = model(**texts(model)).logits
-    techniques.fold(chosen, model)
+    techniques.merge_into_weights(chosen, model)
     model.save_pretrained(tmp_path / "saved")
     kind = AutoModelForSequenceClassification if task == CLASSIFY else AutoModelForCausalLM
     loaded = kind.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
@@ -108,7 +108,7 @@ def test_copies_refuse_too_and_go_to_other_processes(tmp_path: Path) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(ModelError, match="unfolded"):
             other.save_pretrained(tmp_path)
-        techniques.fold(chosen, other)
+        techniques.merge_into_weights(chosen, other)
         other.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="unfolded"):
         model.save_pretrained(tmp_path)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import techniques
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.merging import build_pipeline, merge_client_updates
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 from fedtune.techniques import UnfrozenBatchNorm2d, list_trainable_tensors
 from fedtune.training import get_model_state, set_model_state, set_train_mode
+from fedtune.wire.client_update import ClientUpdate, pack
 
 CHANNELS = 3
 

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.simulation.flower_private import set_message_id, set_node_identity
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.flower.message_identity import set_message_id, set_node_identity
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 
 

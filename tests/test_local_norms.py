@@ -12,21 +12,21 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
-from fedtune.contribution import ClientUpdate, HoldoutMetrics, TrainRequest, decode_tensors, pack
-from fedtune.device import own_tensors
-from fedtune.device.channel import Frame
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.device.work import read_payload, run_local_round
+from fedtune.device import local_state
+from fedtune.device.local_round import read_payload, run_local_round
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.errors import RecipeError
-from fedtune.server.own_scores import average_holdout_metrics
+from fedtune.server.federated_evaluation import average_holdout_metrics
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
-from fedtune.sparse import encode_masked_state
 from fedtune.techniques import list_local_tensors
 from fedtune.tracking import Store, default_url
 from fedtune.training import get_model_state, get_run_context
+from fedtune.wire.client_update import ClientUpdate, HoldoutMetrics, TrainRequest, decode_tensors, pack
+from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import Ended, begin, execute, order_of, outcome, sent_state, silent, spoilt
 from tests.kills import start
 from tests.local_norms import local_norms, text
@@ -35,7 +35,7 @@ RAY = importlib.util.find_spec("ray") is not None
 
 
 def kept(run: str, client: int) -> dict[str, Tensor]:
-    return own_tensors.load_local_state(homes.get_runs_folder() / run / "own" / f"client-{client:06d}", 99)
+    return local_state.load_local_state(homes.get_runs_folder() / run / "own" / f"client-{client:06d}", 99)
 
 
 def everything(run: str) -> dict[str, str]:
@@ -167,10 +167,10 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
 
 def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlier_one(tmp_path: Path) -> None:
     for number in (1, 9, 10000):
-        own_tensors.save_local_state(tmp_path, number, {"n": torch.tensor(float(number))})
-    assert own_tensors.load_local_state(tmp_path, 10001)["n"] == 10000
-    assert own_tensors.load_local_state(tmp_path, 10000)["n"] == 9
-    assert own_tensors.load_local_state(tmp_path, 9) == {} == own_tensors.load_local_state(tmp_path / "none", 5)
+        local_state.save_local_state(tmp_path, number, {"n": torch.tensor(float(number))})
+    assert local_state.load_local_state(tmp_path, 10001)["n"] == 10000
+    assert local_state.load_local_state(tmp_path, 10000)["n"] == 9
+    assert local_state.load_local_state(tmp_path, 9) == {} == local_state.load_local_state(tmp_path / "none", 5)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -200,8 +200,10 @@ def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None
     execute(local_norms(tmp_path, "federation.rounds=1"))
     exported = CliRunner().invoke(cli, ["export", "latest", "-o", str(tmp_path / "out")])
     assert exported.exit_code == 0, exported.output
-    assert "Its batch norms are those of before training" in exported.output
-    assert "Its batch norms are those of before training" in (tmp_path / "out" / "README.md").read_text()
+    assert "The batch-norm layers have their values from before training" in exported.output
+    assert (
+        "The batch-norm layers have their values from before training" in (tmp_path / "out" / "README.md").read_text()
+    )
     refused = CliRunner().invoke(cli, ["evaluate", "latest"])
     assert "kept a part of its model on the devices" in str(refused.exception)
     shown = CliRunner().invoke(cli, ["runs", "show", "latest"])

@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from fedtune import models, techniques
 from fedtune.cli import main
 from fedtune.errors import FedtuneWarning
-from fedtune.recipe import ModelSettings, TaskName
-from fedtune.registry import describe_unit_settings, read_unit_card
+from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.unit_registry import describe_unit_settings, read_unit_card
 from fedtune.techniques import begin_round, list_trainable_tensors
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, logits, shake, shared
 from tests.tiny import bert, llama, texts

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedtune.memory import StorageMeter
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from tests.technique_steps import LANGUAGE, TEXT, shared
 from tests.tiny import bert, llama, texts
 

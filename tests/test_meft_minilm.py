@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.memory import StorageMeter
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.schema import ModelSettings
 from tests.meft_models import equal
 from tests.technique_steps import TEXT, gradients, shared
 

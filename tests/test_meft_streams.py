@@ -249,7 +249,7 @@ def test_what_is_trained_is_two_adapters_per_block_and_the_head(variant: str, me
 
 def test_exact_factors_are_powers_of_two() -> None:
     with pytest.raises(
-        RecipeError, match=r"meft: scaling_factor 0.1 is no power of two, which exact needs; take 0.125 or arithmetic"
+        RecipeError, match=r"meft: scaling_factor 0.1 is not a power of two; set it to 0.125, or set arithmetic: float"
     ):
         chosen("meft", factor=0.1)
     assert chosen("meft", factor=0.1, mode="float")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedtune.memory import peak_rss, process, reset_peak_rss
+from fedtune.memory import peak_rss, process_memory, reset_peak_rss
 
 
 def test_the_process_peak_sees_an_allocation_and_a_reset_forgets_it() -> None:
@@ -31,7 +31,7 @@ def usage(peak: int) -> SimpleNamespace:
 def test_without_proc_the_systems_own_unit_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, bytes_each: int
 ) -> None:
-    monkeypatch.setattr(process, "_STATUS", tmp_path / "nothing")
+    monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "nothing")
     monkeypatch.setattr("sys.platform", platform)
     monkeypatch.setattr("resource.getrusage", lambda _: usage(123_456))
     assert peak_rss() == 123_456 * bytes_each
@@ -39,7 +39,7 @@ def test_without_proc_the_systems_own_unit_counts(
 
 def test_a_status_without_a_high_water_mark_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status = tmp_path / "status"
-    monkeypatch.setattr(process, "_STATUS", status)
+    monkeypatch.setattr(process_memory, "_STATUS", status)
     monkeypatch.setattr("resource.getrusage", lambda _: usage(7))
     status.write_text("Name:\tpython\nVmRSS:\t 100 kB\n")
     assert peak_rss() == 7 * 1024

@@ -35,7 +35,8 @@ def test_the_trimmed_mean_leaves_out_both_ends_entry_by_entry() -> None:
 
 def test_a_trimmed_mean_that_would_cut_nothing_is_refused() -> None:
     with pytest.raises(
-        RecipeError, match=r"trim_fraction 0.2 needs at least 5 models to cut one at each end, but 4 came; raise"
+        RecipeError,
+        match=r"trim_fraction 0.2 needs at least 5 models to remove one at each end, but 4 were given; raise",
     ):
         merged(TrimmedMean(trim_fraction=0.2), models(4))
 

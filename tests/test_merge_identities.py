@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune import contribution
 from fedtune.errors import RecipeError
 from fedtune.merging import CombineStep, MergeContext, bind_combine
-from fedtune.recipe import Unit
-from fedtune.registry import build_unit, list_unit_names
+from fedtune.recipe.schema import Unit
+from fedtune.recipe.unit_registry import build_unit, list_unit_names
+from fedtune.wire import client_update
 from tests.merge_examples import (
     METHODS,
     SHAPES,
@@ -75,7 +75,7 @@ def test_the_order_of_models_does_not_matter(name: str) -> None:
 def test_the_bits_do_not_depend_on_the_piece(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count = METHODS[name].models
     whole = merged(thinning(name), models(count), WEIGHTS[count])
-    monkeypatch.setattr(contribution, "_PIECE", piece)
+    monkeypatch.setattr(client_update, "_PIECE", piece)
     pieces = merged(thinning(name), models(count), WEIGHTS[count])
     assert all(torch.equal(whole[tensor], pieces[tensor]) for tensor in whole)
 

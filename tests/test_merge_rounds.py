@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, bind_combine, build_pipeline, merge_client_updates
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
 from tests.merge_examples import METHODS, models, operands, thinning
 from tests.merge_examples import SHAPES as MODEL_SHAPES
 from tests.test_merging import SHAPES, a_state, spool
@@ -69,7 +69,7 @@ def test_every_step_serves_a_round(tmp_path: Path, name: str) -> None:
         (
             "trimmed-mean",
             4,
-            "^merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models to cut one at each end",
+            "^merge: trimmed-mean with trim_fraction 0.2 needs at least 5 models to remove one at each end",
         ),
         ("fisher", 2, "^merge: fisher needs statistics of every model, but model 1 has none"),
     ],

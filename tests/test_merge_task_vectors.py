@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune import contribution
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeInput
 from fedtune.merging._select import between, count_entries_to_keep, find_threshold, keep_largest
 from fedtune.merging._task_vectors import sum_with_elected_sign
+from fedtune.wire import client_update
+from fedtune.wire.client_update import iter_row_chunks
 from tests.merge_examples import SHAPES, Held, a_model, a_step, merged, models
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -151,7 +151,7 @@ def rescaled_twin(values: Tensor, density: float, gamma: float) -> Tensor:
 def test_rescale_is_the_twin(
     name: str, gamma: float, density: float, fits: bool, way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contribution, "_PIECE", 64)
+    monkeypatch.setattr(client_update, "_PIECE", 64)
     monkeypatch.setattr("fedtune.merging._held._BUDGET", 1 << 24 if fits else 0)
     settings = {"density": density, "rescale": True, "normalise": False, **({"gamma": gamma} if gamma else {})}
     deltas = {key: value for key, value in a_model(3, SHAPES).items() if key != "none"}
@@ -222,7 +222,7 @@ def test_della_keeps_larger_entries_of_a_row_more_often() -> None:
 
 
 def test_della_takes_a_tensor_of_one_dimension_as_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contribution, "_PIECE", 4)
+    monkeypatch.setattr(client_update, "_PIECE", 4)
     found = draws("della-linear", {"density": 0.5, "epsilon": 0.3}, torch.arange(1.0, 12), 1000)
     rates = (found != 0).float().mean(0)
     assert float(rates[0]) < 0.3 < 0.7 < float(rates[-1])

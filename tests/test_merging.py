@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune import contribution
-from fedtune.contribution import ClientUpdate, pack
 from fedtune.errors import RecipeError
 from fedtune.memory import StorageMeter
 from fedtune.merging import CombineStep, MergeInput, MergePipeline, Shape, build_pipeline, merge_client_updates
 from fedtune.merging.mean import Mean
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
+from fedtune.wire import client_update
+from fedtune.wire.client_update import ClientUpdate, pack
 
 SHAPES = {"scalar": (), "bias": (7,), "weight": (33, 5), "kernel": (4, 3, 2, 2), "none": (0, 3)}
 
@@ -70,7 +70,7 @@ def assert_close(merged: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_the_mean_is_the_twin_whatever_the_piece(
     tmp_path: Path, weight: str, weights: list[float], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contribution, "_PIECE", piece)
+    monkeypatch.setattr(client_update, "_PIECE", piece)
     step = build_pipeline([Unit(name="mean", settings={"weight": weight})])
     merged = merge_client_updates(step, a_state(), SHAPES, several(tmp_path, [10, 20, 70]))
     assert_close(merged, readable_twin(a_state(), [a_state(seed=seed) for seed in (1, 2, 3)], weights))
@@ -79,14 +79,14 @@ def test_the_mean_is_the_twin_whatever_the_piece(
 def test_the_bits_do_not_depend_on_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = several(tmp_path, [3, 5, 11])
     whole = merge_client_updates(alone(Mean()), a_state(), SHAPES, sent)
-    monkeypatch.setattr(contribution, "_PIECE", 2)
+    monkeypatch.setattr(client_update, "_PIECE", 2)
     pieces = merge_client_updates(alone(Mean()), a_state(), SHAPES, sent)
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES)
 
 
 def test_a_tensor_larger_than_a_piece_is_merged_to_its_end(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"wide": (3, 700_000), "long": (2_500_000,)}
-    assert all(torch.Size(shape).numel() > 2 * contribution._PIECE for shape in shapes.values())
+    assert all(torch.Size(shape).numel() > 2 * client_update._PIECE for shape in shapes.values())
     merged = merge_client_updates(alone(Mean()), a_state(shapes), shapes, several(tmp_path, [1, 3], shapes))
     assert_close(merged, readable_twin(a_state(shapes), [a_state(shapes, 1), a_state(shapes, 2)], [0.25, 0.75]))
 

@@ -13,15 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.contribution import TrainRequest
-from fedtune.device.channel import Frame
+from fedtune import paths as homes
 from fedtune.device.trainer import Trainer
+from fedtune.device.trainer_channel import Frame
 from fedtune.errors import RecipeError
-from fedtune.protocol_codes import parse_problem
 from fedtune.simulation import resolve_recipe
 from fedtune.training import class_metrics, evaluate_model, get_run_context, set_model_state
 from fedtune.training.metrics import measure, register
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.protocol_codes import parse_problem
 from tests.data_examples import a_recipe
 from tests.federations import execute, trivial, words
 from tests.metric_oracles import count_auc, count_balanced_accuracy, count_f1

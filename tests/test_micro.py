@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedtune.device import budget
-from fedtune.device.budget import MemoryEstimate, choose_micro_batch_size, estimate_memory
+from fedtune.device import memory_budget
+from fedtune.device.memory_budget import MemoryEstimate, choose_micro_batch_size, estimate_memory
 from fedtune.errors import MemoryBudgetError
-from fedtune.recipe import Train
+from fedtune.recipe.schema import Train
 from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context, train_local_model
-from fedtune.training.micro import compute_loss_weights, split_into_micro_batches
-from fedtune.training.optimiser import _Wrapped, make_optimiser
+from fedtune.training.micro_batches import compute_loss_weights, split_into_micro_batches
+from fedtune.training.optimisers import BitsandbytesOptimiser, make_optimiser
 from tests.federations import trivial, words
 
 
@@ -69,21 +69,21 @@ def _delta(shop: RunContext, micro: int | None) -> dict[str, torch.Tensor]:
 def test_a_batch_is_halved_until_it_fits(
     monkeypatch: pytest.MonkeyPatch, allowed: int, halvings: int, size: int | None
 ) -> None:
-    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100, 10))
+    monkeypatch.setattr(memory_budget, "estimate_memory", lambda *_: MemoryEstimate(100, 10))
     shop = _shop(trivial().model_dump_json())
     assert choose_micro_batch_size(shop, np.arange(50), 1, allowed, halvings) == size
 
 
 def test_where_one_example_is_too_many_the_device_declines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
+    monkeypatch.setattr(memory_budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
     shop = _shop(trivial().model_dump_json())
     with pytest.raises(MemoryBudgetError, match=r"needs about 110 MB of memory, even one example at a time, .* 109 MB"):
         choose_micro_batch_size(shop, np.arange(50), 1, 109_000_000)
 
 
 def test_norms_that_follow_the_batch_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
-    monkeypatch.setattr(budget, "can_split_batch", lambda _: False)
+    monkeypatch.setattr(memory_budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
+    monkeypatch.setattr(memory_budget, "can_split_batch", lambda _: False)
     shop = _shop(trivial().model_dump_json())
     with pytest.raises(MemoryBudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
         choose_micro_batch_size(shop, np.arange(50), 1, 150_000_000)
@@ -99,7 +99,7 @@ def held_by(optimiser: object) -> int:
         for child in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
             look(child)
 
-    state = optimiser.optimiser.state if isinstance(optimiser, _Wrapped) else vars(optimiser)
+    state = optimiser.optimiser.state if isinstance(optimiser, BitsandbytesOptimiser) else vars(optimiser)
     for name, value in state.items():
         if name not in ("_parameters", "_settings"):
             look(value)
@@ -122,7 +122,7 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
     per_value = max(1 + held_by(optimiser) / (4 * weight.numel()), 2) + 0.5
     shop = _shop(trivial().model_dump_json())
     shop.recipe = shop.recipe.model_copy(update={"train": train})
-    monkeypatch.setattr(budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
+    monkeypatch.setattr(memory_budget, "_kept", lambda _, chosen, __: 1000 * len(chosen))
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=5_000))
     trained = sum(parameter.numel() for parameter in shop.model.parameters())
     found = estimate_memory(shop, np.arange(20), 1)
@@ -137,7 +137,7 @@ def test_the_budget_counts_what_a_round_holds_for_each_trained_value(
 
 def test_the_budget_counts_fp32_masters_of_what_is_trained_in_a_lower_precision() -> None:
     layer = torch.nn.Linear(2, 3)
-    assert budget._mastered(layer) == 0
-    assert budget._mastered(layer.bfloat16()) == 2 * 3 + 3
+    assert memory_budget._mastered(layer) == 0
+    assert memory_budget._mastered(layer.bfloat16()) == 2 * 3 + 3
     layer.bias.requires_grad_(False)
-    assert budget._mastered(layer) == 2 * 3
+    assert memory_budget._mastered(layer) == 2 * 3

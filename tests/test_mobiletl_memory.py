@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fedtune import models
 from fedtune.memory import StorageMeter
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.schema import ModelSettings
 from fedtune.techniques._masked import OneBitActivation
 from fedtune.techniques._shift_norm import FrozenBatchNorm2d
 from fedtune.training import compute_step_loss, set_train_mode

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques import UnfrozenBatchNorm2d
 from fedtune.techniques._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix
@@ -128,9 +128,7 @@ def test_a_model_that_takes_no_pictures_is_refused() -> None:
 
 
 def test_a_cache_takes_examples_one_by_one() -> None:
-    with pytest.raises(
-        RecipeError, match="cache_outputs keeps what examples give one by one; leave micro_batch_size at 1"
-    ):
+    with pytest.raises(RecipeError, match="cache_outputs stores one example at a time; leave micro_batch_size at 1"):
         chosen("mobiletl", cache=True, micro_batch=2)
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.contribution import decode_tensors, pack
 from fedtune.errors import ModelError
 from fedtune.techniques import apply_techniques
 from fedtune.techniques._lite_residual import LiteResidual
 from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
+from fedtune.wire.client_update import decode_tensors, pack
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.technique_steps import IMAGES, chosen, logits, shake, shared
 from tests.tiny import a_training_recipe
@@ -185,7 +185,7 @@ def test_tinytl_cannot_be_exported_as_a_plain_net() -> None:
     shared("tinytl", model, IMAGES)
     [technique] = chosen("tinytl")
     with pytest.raises(
-        ModelError, match="tinytl adds branches that a plain SmallNet has not; evaluate the run instead"
+        ModelError, match="tinytl adds branches that a plain SmallNet does not have; evaluate the run instead"
     ):
         technique.merge_into_weights(model)
 

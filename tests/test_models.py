@@ -18,9 +18,9 @@ from transformers import (
 
 from fedtune import models
 from fedtune.errors import FedtuneWarning, ModelError, SourceError
-from fedtune.models.gguf import dequantise_gguf
-from fedtune.recipe import ModelSettings, TaskName
-from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
+from fedtune.models.gguf_loader import dequantise_gguf
+from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 
 TEXT: TaskName = "text-classification"
 LANGUAGE: TaskName = "text-generation"

@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from fedtune import models
 from fedtune.errors import ChecksumError, FedtuneWarning, ModelError, SourceError
-from fedtune.models import convert, own
+from fedtune.models import image_model_files, sample_models
 from fedtune.models.efficientnet_lite import EfficientNetLite, SameConv2d
 from fedtune.models.logistic import LogisticRegression
-from fedtune.recipe import ModelSettings
-from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
+from fedtune.recipe.schema import ModelSettings
+from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 
 TEN = tuple("0123456789")
 
-SAMPLES = ("efficientnet-lite0", "logistic", *convert.UNTRAINED_MODELS)
+SAMPLES = ("efficientnet-lite0", "logistic", *sample_models.UNTRAINED_MODELS)
 
 
 def load(source: str, labels: tuple[str, ...] = TEN) -> nn.Module:
@@ -42,7 +42,7 @@ def test_lite0_has_the_published_tensors_and_keeps_all_but_the_head() -> None:
 def test_a_lite0_checkpoint_other_than_the_published_one_is_refused(tmp_path: Path) -> None:
     torch.save({"_fc.bias": torch.zeros(3)}, tmp_path / "lite0.pth")
     with pytest.raises(ChecksumError, match="do not trust it"):
-        convert.convert_efficientnet_lite0(tmp_path / "lite0.pth")
+        sample_models.convert_efficientnet_lite0(tmp_path / "lite0.pth")
 
 
 @pytest.mark.parametrize("size", [96, 224])
@@ -150,7 +150,7 @@ def test_a_saved_image_model_loads_here_again_with_the_head_it_was_saved_with(na
 def test_a_head_for_other_classes_is_given_up_in_a_sentence(tmp_path: Path) -> None:
     trained = LogisticRegression(10)
     trained.load_state_dict({name: torch.ones_like(tensor) for name, tensor in trained.state_dict().items()})
-    own.save_image_model(trained, tmp_path)
+    image_model_files.save_image_model(trained, tmp_path)
     with pytest.warns(
         FedtuneWarning, match="has a head for 10 classes, but the data have 3; a new head is drawn"
     ) as said:
@@ -167,11 +167,11 @@ def test_a_new_head_is_drawn_from_the_seed_alone() -> None:
 
 
 def test_a_damaged_image_model_is_refused(tmp_path: Path) -> None:
-    own.save_image_model(LogisticRegression(2), tmp_path)
+    image_model_files.save_image_model(LogisticRegression(2), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(SourceError, match="cut short or damaged; fetch it again"):
         load(f"path:{tmp_path}")
-    own.save_image_model(LogisticRegression(2), tmp_path)
+    image_model_files.save_image_model(LogisticRegression(2), tmp_path)
     (tmp_path / "config.json").write_text(
         '{"model_type": "fedtune-image-classifier", "kind": "efficientnet-lite", "settings": {}}'
     )
@@ -180,11 +180,11 @@ def test_a_damaged_image_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
-    own.save_image_model(LogisticRegression(2), tmp_path)
+    image_model_files.save_image_model(LogisticRegression(2), tmp_path)
     script = (
         "import sys\n"
         "from fedtune import models\n"
-        "from fedtune.recipe import ModelSettings\n"
+        "from fedtune.recipe.schema import ModelSettings\n"
         f"models.load(Model(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
         "assert 'transformers' not in sys.modules\n"
     )

@@ -16,8 +16,8 @@ from fedtune import data, models
 from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings, Recipe
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings, Recipe
 from fedtune.training import get_run_context
 from tests.data_examples import a_recipe
 from tests.federations import execute, trivial
@@ -166,16 +166,16 @@ def test_without_a_preprocessor_the_size_is_the_configurations(tmp_path: Path) -
 def test_another_size_keeps_the_share_that_is_cut_out(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["mobilenet"])
     recipe = a_recipe(IMAGES, f'model.source="path:{folder}"', "train.image_size=64")
-    found = models.settled(recipe)
+    found = models.resolve_preprocessor(recipe)
     assert found.train.image_size == 64
     assert found.model.preprocessor is not None
     assert (found.model.preprocessor.side, found.model.preprocessor.edge) == (64, 72)
-    assert models.settled(found) == found
+    assert models.resolve_preprocessor(found) == found
 
 
 def test_what_a_recipe_records_counts_more_than_the_folder(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["vit"])
-    recipe = models.settled(a_recipe(IMAGES, "train.image_size=null", f'model.source="path:{folder}"'))
+    recipe = models.resolve_preprocessor(a_recipe(IMAGES, "train.image_size=null", f'model.source="path:{folder}"'))
     a_folder(folder, PROCESSORS["other colours"])
     assert models.reader(recipe) == recipe.model.preprocessor
     assert models.reader(recipe).side == 32

@@ -21,8 +21,8 @@ from benchmarks.architecture_settings import WORDS
 from benchmarks.architecture_zoo import LABELS, write
 from fedtune import data, models
 from fedtune.errors import DataError, ModelError
-from fedtune.recipe import ModelSettings, Recipe, TaskName
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.schema import ModelSettings, Recipe, TaskName
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.training import evaluate_model, get_run_context
 from tests.federations import words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared

@@ -13,7 +13,7 @@ from fedtune.memory import StorageMeter
 from fedtune.models.kinds import IMAGE_MODEL_CLASSES
 from fedtune.models.logistic import LogisticRegression
 from fedtune.models.mobilenet_v3 import SqueezeExcite
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.schema import ModelSettings
 from tests.own_nets import net, pictures
 from tests.technique_steps import IMAGES
 

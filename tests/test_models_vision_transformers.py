@@ -22,8 +22,8 @@ from transformers import (
 
 from fedtune import models
 from fedtune.data.pixels import Images
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings
 from fedtune.training import get_model_state, prepare_model, train_local_model
 from tests.data_examples import a_recipe
 from tests.technique_steps import IMAGES

@@ -10,14 +10,14 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedtune.contribution import decode_tensors, pack
 from fedtune.errors import RecipeError, RunError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.server.norm_bound import median_size, yardstick
 from fedtune.server.server_app import run_to_completion
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store
+from fedtune.wire.client_update import decode_tensors, pack
 from tests.federations import Ended, Spoil, begin, execute, order_of, outcome, silent, spoilt, trivial, words
 from tests.test_buffered import deployed
 from tests.test_rounds import answer, payload_of
@@ -166,7 +166,7 @@ def test_the_median_of_each_round_is_in_the_store(home: Path) -> None:
 
 
 def test_a_round_s_line_names_who_was_refused(home: Path) -> None:
-    from fedtune.server.watch import format_round
+    from fedtune.server.events import format_round
 
     ended = execute(trivial("federation.rounds=1"), spoilt(HUGE, {1}))
     assert "refused toy (client 1)" in format_round(ended.rounds[1])

@@ -11,11 +11,11 @@ from sqlalchemy import create_engine
 
 from fedtune import shipped
 from fedtune.cli.main import cli
-from fedtune.home import get_cache_folder
-from fedtune.server.home import create_server_home
-from fedtune.server.superlink import SuperLink
+from fedtune.flower.superlink import SuperLink
+from fedtune.paths import get_cache_folder
+from fedtune.server.server_home import create_server_home
 from fedtune.shipped import shipped_folder
-from fedtune.tracking import Store, default_url, file_url, schema, upgrade
+from fedtune.tracking import Store, default_url, file_url, schema_upgrade, schema_version
 from tests.federations import TRIVIAL
 from tests.store_examples import fill
 
@@ -43,12 +43,12 @@ def test_an_old_store_there_is_upgraded(odd: Path) -> None:
     odd.mkdir()
     engine = create_engine(file_url(odd / "store.sqlite"))
     with engine.begin() as connection:
-        command.upgrade(upgrade.make_alembic_config(connection), "0001")
+        command.upgrade(schema_upgrade.make_alembic_config(connection), "0001")
     engine.dispose()
     with Store.open() as store:
         assert store.runs() == []
     with engine.connect() as connection:
-        assert schema.read_revision(connection) == schema.HEAD_REVISION
+        assert schema_version.read_revision(connection) == schema_version.HEAD_REVISION
     engine.dispose()
     assert [path.name for path in odd.parent.iterdir()] == [odd.name]
 
@@ -59,8 +59,8 @@ def test_migrations_that_are_installed_there_are_found(odd: Path, monkeypatch: p
     monkeypatch.setattr(shipped, "_PACKAGE", odd / "fedtune")
     assert shipped_folder("migrations") == installed
     with create_engine("sqlite://").connect() as connection:
-        command.upgrade(upgrade.make_alembic_config(connection), "head")
-        assert schema.read_revision(connection) == schema.HEAD_REVISION
+        command.upgrade(schema_upgrade.make_alembic_config(connection), "head")
+        assert schema_version.read_revision(connection) == schema_version.HEAD_REVISION
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fedtune.recipe import Optimiser, Train
-from fedtune.training.optimiser import _Wrapped, compute_lr_factor, make_optimiser
+from fedtune.recipe.schema import Optimiser, Train
+from fedtune.training.optimisers import BitsandbytesOptimiser, compute_lr_factor, make_optimiser
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_eight_bit_optimiser_keeps_its_state_in_bytes(name: Optimiser) -> Non
     optimiser = make_optimiser(Train(local_steps=1, optimiser=name), [weight])
     weight.square().sum().backward()
     optimiser.step(1e-3)
-    assert isinstance(optimiser, _Wrapped)
+    assert isinstance(optimiser, BitsandbytesOptimiser)
     assert optimiser.optimiser.state[weight]["state1"].dtype == torch.uint8
 
 
@@ -91,8 +91,8 @@ def test_adamw_and_sgd_are_torchs_own_to_the_bit(name: Optimiser, twin: type[tor
 def test_a_step_of_adamw_or_sgd_does_not_import_the_compiler() -> None:
     script = (
         "import sys, torch\n"
-        "from fedtune.recipe import Train\n"
-        "from fedtune.training.optimiser import make_optimiser\n"
+        "from fedtune.recipe.schema import Train\n"
+        "from fedtune.training.optimisers import make_optimiser\n"
         "weight = torch.nn.Parameter(torch.ones(2))\n"
         "weight.sum().backward()\n"
         "for name in ('adamw', 'sgd'):\n"

@@ -2,22 +2,34 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from packaging.requirements import Requirement
 
 from fedtune.cli.main import cli
-from fedtune.device.wheel import write_wheel
 from fedtune.errors import DataError, FedtuneError
-from fedtune.server.home import create_server_home
-from fedtune.systemd import service
+from fedtune.server.server_home import ServerSettings, create_server_home
+from fedtune.shipped import SHIPPED, shipped_folder
+from fedtune.systemd_units import service
+from fedtune.wheel import write_wheel
+
+ROOT = Path(__file__).parents[1]
+SHIPPED_FILES = sorted(
+    path
+    for name in ("server", "clients")
+    for path in shipped_folder(name).iterdir()
+    if path.is_file() and path.suffix != ".py"
+)
 
 ODD = ["plain", "two words", "100%", "%h $HOME ${x}", "a;b #c", "dash - dash", "é 漢"]
 
@@ -158,6 +170,71 @@ def test_no_token_is_on_a_command_line_and_the_container_is_not_root(home: Path,
     assert f"COPY requirements.txt fedtune-{version('fedtune')}-py3-none-any.whl ./" in docker
 
 
+def test_a_servers_container_listens_where_the_server_does(home: Path, tmp_path: Path) -> None:
+    create_server_home(["lab.example", "10.0.0.5"], "0.0.0.0:9443")
+    done = CliRunner().invoke(cli, ["server", "package", "--user", "pi", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    wheel = f"fedtune-{version('fedtune')}-py3-none-any.whl"
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"fedtune-server.service", "fedtune-server.Dockerfile", wheel}
+    assert {Path(line).name for line in done.output.splitlines()} == written
+    docker = (tmp_path / "out" / "fedtune-server.Dockerfile").read_text()
+    assert "fedtune server init --name lab.example --name 10.0.0.5 --listen 0.0.0.0:9443" in docker
+    lines = [line for line in docker.splitlines() if not line.startswith("#")]
+    words = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
+    assert words["COPY"] == f"{wheel} ./"
+    assert words["RUN"] == "useradd --system --create-home --home-dir /var/lib/fedtune fedtune"
+    assert lines.index("USER fedtune") < lines.index('CMD ["fedtune", "server", "up"]')
+    assert words["EXPOSE"] == "9443"
+    command = json.loads(words["HEALTHCHECK"].partition("CMD ")[2])
+    compile(command[2], "the health check", "exec")
+    assert "https://127.0.0.1:9443/health" in command[2]
+
+
+def test_a_server_yaml_that_does_not_hold_is_told_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
+    (place.folder / "server.yaml").write_text("listen: nowhere\n")
+    done = CliRunner().invoke(cli, ["server", "package", "--user", "pi", "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, FedtuneError)
+    assert "listen" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", SHIPPED_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_example_explains_itself_and_every_blank_of_it_is_filled(path: Path) -> None:
+    text = path.read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    settings = [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "["))]
+    assert comments
+    assert text.startswith("#"), "its first line says how it is used"
+    assert len(comments) >= min(len(settings), 4)
+    filled = re.sub(r"\$\{[a-z]+\}", "", text)
+    assert "$" not in filled, "a template of string.Template: another dollar would be refused or lost"
+
+
+def test_the_examples_of_the_top_level_are_those_that_are_written(home: Path, tmp_path: Path) -> None:
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
+    for command in (["server", "package"], ["device", "package", "--data", "part:0"]):
+        assert CliRunner().invoke(cli, [*command, "--user", "pi", "-o", str(tmp_path)]).exit_code == 0
+    written = {"server.yaml": place.folder / "server.yaml", "server/Dockerfile": tmp_path / "fedtune-server.Dockerfile"}
+    for path in SHIPPED_FILES:
+        found = written.get(path.name) or written.get(f"{path.parent.name}/{path.name}") or tmp_path / path.name
+        fixed = [line for line in path.read_text().splitlines() if "${" not in line]
+        assert set(fixed) <= set(found.read_text().splitlines())
+        assert "${" not in found.read_text()
+
+
+def test_every_setting_of_a_server_stands_in_its_example_with_its_default(home: Path) -> None:
+    place = create_server_home(["localhost"], "127.0.0.1:8443")
+    text = (place.folder / "server.yaml").read_text()
+    for name, field in ServerSettings.model_fields.items():
+        [line] = [line for line in text.splitlines() if re.match(rf"(# )?{name}:", line)]
+        before = text.splitlines()[text.splitlines().index(line) - 1]
+        assert before.startswith("# ") or line.startswith("# "), "a comment says what it does"
+        if field.default is not None:
+            assert yaml.safe_load(line)[name] == field.default
+
+
 def test_the_list_names_what_an_ordinary_index_has_and_fedtune_from_the_wheel_beside_it(
     home: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +263,7 @@ def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "there")]
     done = subprocess.run([*pip, "--quiet", f"./{wheel.name}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    script = "import fedtune, fedtune.device.node, fedtune.server.home; print(fedtune.__file__)"
+    script = "import fedtune, fedtune.device.node, fedtune.server.server_home; print(fedtune.__file__)"
     first = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
     shown = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=first)
     assert shown.stdout.strip() == str(tmp_path / "there" / "fedtune" / "__init__.py"), shown.stderr
@@ -197,5 +274,35 @@ def test_the_wheel_installs_without_an_index_and_holds_every_file(tmp_path: Path
     command = [sys.executable, "-P", "-c", script]
     store = subprocess.run(command, capture_output=True, text=True, env=first, cwd=tmp_path, check=False)
     assert store.returncode == 0, store.stderr
-    with zipfile.ZipFile(wheel) as opened:
-        assert not [name for name in opened.namelist() if "__pycache__" in name or ".." in name or name[0] == "/"]
+    assert not [name for name in read_wheel(wheel) if "__pycache__" in name or ".." in name or name[0] == "/"]
+
+
+def test_the_projects_own_backend_installs_one_package_the_same_as_ours(tmp_path: Path) -> None:
+    """The source distribution is built first and the wheel from it, as pip does it without a checkout."""
+    pytest.importorskip("hatchling", reason="the build backend is not installed; pip install -e .[dev]")
+    source = ROOT
+    for target in ("sdist", "wheel"):
+        command = [sys.executable, "-P", "-m", "hatchling", "build", "-t", target, "-d", str(tmp_path)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if target == "sdist":
+            [archive] = tmp_path.glob("*.tar.gz")
+            with tarfile.open(archive) as opened:
+                opened.extractall(tmp_path / "source", filter="data")
+            [source] = (tmp_path / "source").iterdir()
+    for name in SHIPPED:
+        assert (source / name).is_dir()
+    [built] = tmp_path.glob("*.whl")
+    files = read_wheel(built)
+    information = f"fedtune-{version('fedtune')}.dist-info"
+    assert {name.partition("/")[0] for name in files} == {"fedtune", information}
+    assert {name.split("/")[2] for name in files if name.startswith("fedtune/shipped/")} == set(SHIPPED)
+    ours = read_wheel(write_wheel(tmp_path / "ours"))
+    package = {name: content for name, content in ours.items() if name.startswith("fedtune/")}
+    assert package == {name: content for name, content in files.items() if name.startswith("fedtune/")}
+    assert ours[f"{information}/entry_points.txt"].strip() == files[f"{information}/entry_points.txt"].strip()
+
+
+def read_wheel(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune.packing import pack
+from fedtune.wire.tensor_payload import pack
 
 PRECISIONS = (
     torch.float64,

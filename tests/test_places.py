@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.contribution import pack
 from fedtune.errors import ClientUpdateError
 from fedtune.techniques._places import declare_positions, pack_positions, scatter_positions
-from fedtune.update_checks import check
+from fedtune.wire.client_update import pack
+from fedtune.wire.update_checks import check
 
 
 @pytest.mark.parametrize("entries", [1, 254, 255, 256, 5000])

@@ -24,7 +24,7 @@ from fedtune.privacy import (
     compute_noise_std,
     load_or_create_noise_key,
 )
-from fedtune.recipe import PrivacySettings
+from fedtune.recipe.schema import PrivacySettings
 
 KEY = bytes(range(32))
 

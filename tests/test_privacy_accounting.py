@@ -11,9 +11,15 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedtune.errors import RecipeError
-from fedtune.recipe import PrivacySettings
-from fedtune.server import accounting
-from fedtune.server.accounting import RoundOutcome, Spending, charged, compute_epsilon, require_privacy_accountant
+from fedtune.recipe.schema import PrivacySettings
+from fedtune.server import privacy_accounting
+from fedtune.server.privacy_accounting import (
+    RoundOutcome,
+    Spending,
+    compute_epsilon,
+    require_privacy_accountant,
+    select_charged_clients,
+)
 from fedtune.tracking import ClientRecord, RoundRecord, Store
 from tests.federations import execute, trivial
 from tests.private_federations import private
@@ -63,7 +69,7 @@ def asked(*statuses: str, first: int = 0) -> list[ClientRecord]:
 
 
 def releases(privacy: PrivacySettings, rounds: Sequence[RoundOutcome]) -> int:
-    return max(sum((charged(privacy, one) for one in rounds), Counter()).values(), default=0)
+    return max(sum((select_charged_clients(privacy, one) for one in rounds), Counter()).values(), default=0)
 
 
 ROUNDS: list[RoundOutcome] = [
@@ -91,7 +97,7 @@ def test_with_the_clients_noise_what_was_sent_counts_even_if_the_round_failed() 
 
 
 def test_without_the_accountant_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    monkeypatch.setattr(privacy_accounting, "find_spec", lambda name: None)
     require_privacy_accountant(trivial())
     with pytest.raises(RecipeError, match=r"^privacy: .* pip install 'fedtune\[privacy\]', or drop privacy$"):
         require_privacy_accountant(trivial("privacy.clipping_norm=1", "privacy.noise_multiplier=1"))
@@ -103,12 +109,12 @@ def test_epsilon_after_each_round_is_that_of_all_rounds_so_far(where: str) -> No
     assert recipe.privacy is not None
     spending = Spending(recipe, [])
     for number in range(len(ROUNDS)):
-        [told] = spending.after(ROUNDS[number])
+        [told] = spending.compute_epsilon_after_round(ROUNDS[number])
         assert told.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[: number + 1]))
     done = [a_round(number, status=status, contributions=tuple(sent)) for number, (status, sent) in enumerate(ROUNDS)]
-    [resumed] = Spending(recipe, done[:3]).after(ROUNDS[3])
+    [resumed] = Spending(recipe, done[:3]).compute_epsilon_after_round(ROUNDS[3])
     assert resumed.value == compute_epsilon(recipe, releases(recipe.privacy, ROUNDS[:4]))
-    assert Spending(trivial(), done).after(ROUNDS[3]) == ()
+    assert Spending(trivial(), done).compute_epsilon_after_round(ROUNDS[3]) == ()
 
 
 def test_a_run_reads_its_earlier_rounds_no_oftener_the_more_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from click.testing import CliRunner, Result
 
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
-from fedtune.recipe import Recipe, Unit
-from fedtune.recipe_file import parse_recipe
-from fedtune.registry import list_unit_names
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.unit_registry import list_unit_names
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
 from fedtune.training import get_run_context
 from tests.federations import execute, trivial

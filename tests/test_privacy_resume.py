@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from fedtune import checkpoint, files
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.device.client_app import app
-from fedtune.recipe import Recipe
-from fedtune.server.accounting import compute_epsilon
+from fedtune.recipe.schema import Recipe
+from fedtune.server.privacy_accounting import compute_epsilon
 from fedtune.server.server_app import run_to_completion
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store, claim_run
 from tests.federations import TRIVIAL, begin, execute, outcome, silent

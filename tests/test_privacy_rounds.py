@@ -12,19 +12,19 @@ from flwr.app import Message
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune.contribution import TrainRequest, decode_tensors, pack
-from fedtune.device.channel import Frame
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.device.private import make_update_private as made_private
-from fedtune.device.supply import summarise_local_data
-from fedtune.device.work import read_payload, run_local_round
+from fedtune.device.local_data import summarise_local_data
+from fedtune.device.local_round import read_payload, run_local_round
+from fedtune.device.private_update import make_update_private as made_private
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.errors import ClientUpdateError
 from fedtune.privacy import ROUNDING_SLACK
-from fedtune.recipe import PrivacySettings
-from fedtune.server.accounting import compute_epsilon
-from fedtune.sparse import encode_masked_state
+from fedtune.recipe.schema import PrivacySettings
+from fedtune.server.privacy_accounting import compute_epsilon
 from fedtune.training import get_model_state, get_run_context
+from fedtune.wire.client_update import TrainRequest, decode_tensors, pack
+from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 

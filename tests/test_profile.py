@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune import data, profile, techniques
+from fedtune import data, profiling, techniques
 from fedtune.errors import DataError, ModelError, RecipeError
 from fedtune.memory import StorageMeter
-from fedtune.profile import StepProfile, make_random_batch, profile_step
-from fedtune.profile.apart import try_profile
-from fedtune.recipe import Recipe, Unit
-from fedtune.registry import list_unit_names
+from fedtune.profiling import StepProfile, make_random_batch, profile_step
+from fedtune.profiling.isolated_process import try_profile
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.unit_registry import list_unit_names
 from fedtune.training import compute_step_loss, prepare_model, set_train_mode
 from tests.federations import words
 from tests.profile_examples import a_case, a_recipe, tiny_bert
@@ -123,39 +123,39 @@ def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -
 def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_path: Path) -> None:
     recipe = words(tmp_path, "train.max_length=12", "train.batch_size=5")
     corpus = data.load_data(recipe)
-    batch = profile.encode_first_batch(recipe, corpus)
+    batch = profiling.encode_first_batch(recipe, corpus)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 12)
     assert batch["labels"].tolist() == corpus.train["label"][:5]
     padding = batch["attention_mask"] == 0
     assert padding.any(1).all()
     assert not batch["input_ids"][padding].any()
     with pytest.raises(DataError, match=r"fewer than a batch; lower train\.batch"):
-        profile.encode_first_batch(words(tmp_path, "train.batch_size=5000"), corpus)
+        profiling.encode_first_batch(words(tmp_path, "train.batch_size=5000"), corpus)
 
 
 def test_the_yardsticks_stand_first_and_nothing_is_measured_twice(recipe: Recipe) -> None:
     own = [Unit(name="lora", settings={"rank": 4}), Unit(name="gradient-checkpointing")]
-    found = profile.make_profile_cases(
+    found = profiling.make_profile_cases(
         recipe, [[Unit(name="bias")], own, [Unit(name="lora", settings={"rank": 8})]], LABELS, None
     )
-    assert [case.technique for case in found] == [*profile.BASELINES, "bias", "lora(rank=4)+gradient-checkpointing"]
+    assert [case.technique for case in found] == [*profiling.BASELINES, "bias", "lora(rank=4)+gradient-checkpointing"]
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_measured(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="there is no 'lorra'; did you mean 'lora'"):
-        profile.make_profile_cases(recipe, [[Unit(name="lorra")]], LABELS, None)
+        profiling.make_profile_cases(recipe, [[Unit(name="lorra")]], LABELS, None)
     with pytest.raises(RecipeError, match="full cannot be combined with lora"):
-        profile.make_profile_cases(recipe, [[Unit(name="full"), Unit(name="lora")]], LABELS, None)
+        profiling.make_profile_cases(recipe, [[Unit(name="full"), Unit(name="lora")]], LABELS, None)
 
 
 def test_every_published_technique_is_among_all_of_them() -> None:
-    found = {unit.name for units in profile.list_profiled_techniques() for unit in units}
+    found = {unit.name for units in profiling.list_profiled_techniques() for unit in units}
     assert found == set(list_unit_names("fedtune.techniques"))
 
 
 def test_a_case_that_misfits_fails_with_its_sentence(recipe: Recipe, tmp_path: Path) -> None:
     nowhere = a_recipe(tmp_path / "nowhere")
-    assert try_profile(a_case(nowhere, "full")) == profile.FailedProfile(
+    assert try_profile(a_case(nowhere, "full")) == profiling.FailedProfile(
         "full", f"{tmp_path / 'nowhere'} is no model folder: it has no config.json; check model.source"
     )
 
@@ -177,7 +177,7 @@ def test_a_fault_nobody_foresaw_ends_as_one_sentence(
     def fail(case: object) -> StepProfile:
         raise raised
 
-    monkeypatch.setattr("fedtune.profile.apart.profile_step", fail)
+    monkeypatch.setattr("fedtune.profiling.isolated_process.profile_step", fail)
     row = try_profile(a_case(recipe, "full"))
     assert not isinstance(row, StepProfile)
     assert row.error == sentence

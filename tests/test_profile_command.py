@@ -10,9 +10,9 @@ from PIL import Image
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError
-from fedtune.profile import BASELINES, FailedProfile, ProfileCase, ProfileResult, StepProfile
-from fedtune.profile.apart import try_profile
-from fedtune.profile.picture import draw_profile
+from fedtune.profiling import BASELINES, FailedProfile, ProfileCase, ProfileResult, StepProfile
+from fedtune.profiling.isolated_process import try_profile
+from fedtune.profiling.profile_chart import draw_profile
 from tests.federations import WORDS, words
 from tests.profile_examples import tiny_bert
 from tests.test_bad_input import fedtune
@@ -37,7 +37,7 @@ A_ROW = StepProfile(
 def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", try_profile)
+    monkeypatch.setattr("fedtune.profiling.profile_in_subprocess", try_profile)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ProfileCase]:
         asked.append(case)
         return FailedProfile(case.technique, "it was only pretended")
 
-    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", pretend)
+    monkeypatch.setattr("fedtune.profiling.profile_in_subprocess", pretend)
     return asked
 
 
@@ -99,7 +99,7 @@ def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(
             return FailedProfile(case.technique, "the reason")
         return A_ROW
 
-    monkeypatch.setattr("fedtune.profile.profile_in_subprocess", pretend)
+    monkeypatch.setattr("fedtune.profiling.profile_in_subprocess", pretend)
     result = call(*model, "-o", str(tmp_path / "here.png"))
     lines = result.stdout.splitlines()
     assert result.exit_code == 0

@@ -7,8 +7,8 @@ import pytest
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.profile import profile_step
-from fedtune.recipe import Recipe
+from fedtune.profiling import profile_step
+from fedtune.recipe.schema import Recipe
 from tests.profile_examples import a_case, a_recipe, tiny_bert
 
 FORGETFUL = """

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedtune.cli import progress
-from fedtune.cli.progress import Clock
+from fedtune.cli import run_progress
+from fedtune.cli.run_progress import Clock
 from fedtune.device.client_app import app
+from fedtune.server.events import Event, ReplyReceived, RoundEnded, RoundStarted, RunStarted, Scoring
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.watch import Event, ReplyReceived, RoundEnded, RoundStarted, RunStarted, Scoring
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store, claim_run
 from tests.federations import begin, execute, silent, trivial
@@ -47,9 +47,9 @@ def test_what_is_left_is_rounds_to_train_and_examples_to_score() -> None:
         (5.0, Scoring("validation", 50, 50)),
         (1.0, ended(0)),
     )
-    assert clock.left() == ""
+    assert clock.format_remaining_time() == ""
     play(clock, time, (0.5, RoundStarted(1, 2)), (19.0, ReplyReceived(1, a_contribution(0))), (0.5, ended(1)))
-    assert clock.left() == "1:30 left"  # two rounds of 20 s, 500 examples at 0.1 s
+    assert clock.format_remaining_time() == "1:30 left"  # two rounds of 20 s, 500 examples at 0.1 s
     play(
         clock,
         time,
@@ -58,23 +58,23 @@ def test_what_is_left_is_rounds_to_train_and_examples_to_score() -> None:
         (1.0, Scoring("validation", 50, 50)),
         (0.0, ended(2)),
     )
-    assert clock.left() == "1:05 left"
+    assert clock.format_remaining_time() == "1:05 left"
     play(clock, time, (20.0, Scoring("test", 0, 450)), (45.0, Scoring("test", 450, 450)), (0.0, ended(3)))
-    assert clock.left() == "0:00 left"
+    assert clock.format_remaining_time() == "0:00 left"
 
 
 def test_a_resumed_run_counts_its_own_rounds_only() -> None:
     time = Time()
     clock = Clock(6, time)
     play(clock, time, (30.0, RunStarted("run", 4, 6)), (10.0, ended(4)))
-    assert clock.left() == "0:20 left"
+    assert clock.format_remaining_time() == "0:20 left"
 
 
 def test_the_start_is_not_taken_for_a_round() -> None:
     time = Time()
     clock = Clock(2, time)
     play(clock, time, (1.0, RunStarted("run", 1, 2)), (600.0, ended(0)), (10.0, ended(1)))
-    assert clock.left() == "0:10 left"
+    assert clock.format_remaining_time() == "0:10 left"
 
 
 def test_a_scoring_tells_how_far_it_is_and_a_recipe_may_score_fewer_examples_before_the_end(home: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_is_scored_at_the_end_does_not_depend_on_what_was_scored_before(hom
 def test_without_a_terminal_a_long_scoring_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     time, out = Time(), io.StringIO()
     monkeypatch.setattr("time.monotonic", time)
-    with progress._plain(Console(file=out), 1) as show:
+    with run_progress._plain(Console(file=out), 1) as show:
         show(RunStarted("run", 1, 1))
         for done in range(0, 100, 10):
             time.now += 4.0
@@ -118,7 +118,7 @@ def test_without_a_terminal_a_long_scoring_says_so_now_and_then(monkeypatch: pyt
 
 def test_in_a_terminal_the_lower_bar_shows_it() -> None:
     out = io.StringIO()
-    with progress._live(Console(file=out, force_terminal=True, width=100), 1) as show:
+    with run_progress._live(Console(file=out, force_terminal=True, width=100), 1) as show:
         for event in (RunStarted("run", 1, 1), RoundStarted(1, 2), Scoring("test", 64, 4297)):
             show(event)
         show(ended(1))

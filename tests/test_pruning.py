@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError, StoreError
-from fedtune.keeping import Keep
-from fedtune.recipe import Recipe
+from fedtune.recipe.checkpoint_settings import Keep
+from fedtune.recipe.schema import Recipe
 from fedtune.server.pruning import prune_checkpoints
 from fedtune.simulation import resolve_recipe
 from fedtune.tracking import Store, pruning

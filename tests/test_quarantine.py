@@ -8,7 +8,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import StoreError
-from fedtune.recipe import ClientSelection, Recipe
+from fedtune.recipe.schema import ClientSelection, Recipe
 from fedtune.server.quarantine import REFUSALS, Quarantine
 from fedtune.server.selection import is_device_eligible
 from fedtune.server.server_app import run_to_completion

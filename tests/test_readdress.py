@@ -17,10 +17,10 @@ from fedtune.cli.main import cli
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
 from fedtune.device.enrolment import move_device
 from fedtune.errors import DeviceError, FedtuneError
-from fedtune.server import authority
-from fedtune.server.home import ServerHome, create_server_home, open_server_home
-from fedtune.server.operators import write_operator_file
-from fedtune.server.secret import hash_secret
+from fedtune.server import certificate_authority
+from fedtune.server.credentials import hash_secret
+from fedtune.server.operator_files import write_operator_file
+from fedtune.server.server_home import ServerHome, create_server_home, open_server_home
 from fedtune.tracking import Store
 
 
@@ -166,4 +166,6 @@ def test_an_operators_file_of_this_machine_is_made_for_the_new_address_only_if_t
         write_operator_file(open_server_home(), store.access, "local", place.operator_file)
     assert json.loads(place.operator_file.read_text())["url"] == "https://new.example:8443"
     certificate, names = place.certificate_file.read_bytes(), ["new.example", "old.example"]
-    assert authority.is_certificate_valid_for(certificate, names, authority.ends(certificate).replace(year=2000))
+    assert certificate_authority.is_certificate_valid_for(
+        certificate, names, certificate_authority.ends(certificate).replace(year=2000)
+    )

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune import contribution
-from fedtune.contribution import ClientUpdate, iter_row_chunks, pack
 from fedtune.errors import ModelError
 from fedtune.merging import MergeContext, MergeInput, build_pipeline, merge_client_updates
 from fedtune.merging._graph import trace_permutation_spec
 from fedtune.merging.rebasin import Rebasin
-from fedtune.recipe import Unit
+from fedtune.recipe.schema import Unit
+from fedtune.wire import client_update
+from fedtune.wire.client_update import ClientUpdate, iter_row_chunks, pack
 from tests.rebasin_models import (
     NETS,
     TEXT,
@@ -91,7 +91,7 @@ def test_rows_do_not_depend_on_the_piece(monkeypatch: pytest.MonkeyPatch) -> Non
     model, base = drawn(mlp()), zeros(mlp().state_dict())
     ends = [state_of(model), permuted(model, 1)]
     whole = aligned(model, base, ends)[1]
-    monkeypatch.setattr(contribution, "_PIECE", 20)
+    monkeypatch.setattr(client_update, "_PIECE", 20)
     pieced = aligned(model, base, ends)[1]
     assert all(torch.equal(whole[name], pieced[name]) for name in base)
 

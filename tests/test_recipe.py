@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from fedtune.errors import RecipeError
-from fedtune.explain import suggest_nearest
-from fedtune.recipe import Dirichlet, Natural, Recipe, Unit
-from fedtune.recipe_file import parse_recipe, read_recipe
+from fedtune.recipe.schema import Dirichlet, Natural, Recipe, Unit
+from fedtune.recipe.validation_errors import suggest_nearest
+from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 from fedtune.simulation import resolve_recipe
 from tests.recipe_examples import TEXT, refusal
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RecipeError, ServerError
-from fedtune.recipe_file import parse_recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.server.recipe_check import RecipeCheck
 from fedtune.simulation import resolve_recipe
 from tests.federations import TRIVIAL
@@ -27,12 +27,12 @@ print(*sorted(sys.modules), file=sys.stderr)
 
 
 def test_whoever_submits_a_recipe_imports_neither_torch_nor_flower(tmp_path: Path) -> None:
-    from fedtune.server import authority
+    from fedtune.server import certificate_authority
 
     (tmp_path / "recipe.yaml").write_text(TRIVIAL, encoding="utf-8")
     told = {
         "url": "https://server:1",
-        "ca": authority.make_ca_certificate(authority.generate_private_key()).decode(),
+        "ca": certificate_authority.make_ca_certificate(certificate_authority.generate_private_key()).decode(),
         "key": "key",
     }
     (tmp_path / "operator.json").write_text(json.dumps(told))
@@ -72,6 +72,8 @@ def test_a_check_that_does_not_work_is_told_and_leaves_no_process(script: str) -
 
 
 def test_what_a_library_prints_is_no_answer() -> None:
-    script = "import fedtune.simulation.checking as c; c.answer = lambda told: print('hello') or {'n': told}; c.main()"
+    script = (
+        "import fedtune.simulation.recipe_check as c; c.answer = lambda told: print('hello') or {'n': told}; c.main()"
+    )
     done = subprocess.run([sys.executable, "-c", script], input="1\n2\n", capture_output=True, text=True, check=True)
     assert done.stdout == '{"n": 1}\n{"n": 2}\n'

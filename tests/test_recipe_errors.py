@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RecipeError
-from fedtune.recipe_file import read_recipe
+from fedtune.recipe.yaml_file import read_recipe
 from tests.recipe_examples import TEXT, refusal
 
 

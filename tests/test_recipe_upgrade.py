@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 from fedtune.cli.main import cli
 from fedtune.errors import RecipeError
-from fedtune.recipe_file import parse_recipe, read_recipe
-from fedtune.recipe_upgrade import upgrade_recipe_text
-from fedtune.recipe_versions import needs_translation, translate_recipe
+from fedtune.recipe.upgrade import upgrade_recipe_text
+from fedtune.recipe.versions import needs_translation, translate_recipe
+from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OLD = sorted((Path(__file__).parent / "fixtures" / "recipes-v1").glob("*.yaml"))

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from fedtune.cli.main import cli
 from fedtune.cli.task_choice import TaskChoice
 from fedtune.errors import RecipeError
-from fedtune.recipe import PartitionSettings, Recipe, Train, Unit
-from fedtune.recipe_file import parse_recipe, read_recipe
-from fedtune.recipe_names import KEYS, NESTED_UNIT_KEYS, UNIT_KEYS, UNIT_NAMES, UNIT_VALUES, VALUES
-from fedtune.recipe_versions import translate_path, translate_recipe, translate_unit
-from fedtune.registry import build_unit, list_unit_names
+from fedtune.recipe.schema import PartitionSettings, Recipe, Train, Unit
+from fedtune.recipe.unit_registry import build_unit, list_unit_names
+from fedtune.recipe.version_names import KEYS, NESTED_UNIT_KEYS, UNIT_KEYS, UNIT_NAMES, UNIT_VALUES, VALUES
+from fedtune.recipe.versions import translate_path, translate_recipe, translate_unit
+from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 from tests.recipe_examples import TEXT, refusal
 
 ROOMS = ("fedtune.techniques", "fedtune.merging")

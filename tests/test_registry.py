@@ -5,8 +5,8 @@ from pydantic import ValidationError
 
 import fedtune
 from fedtune.errors import RecipeError
-from fedtune.recipe import Unit
-from fedtune.registry import build_unit, describe_unit_settings, list_unit_names, read_unit_card
+from fedtune.recipe.schema import Unit
+from fedtune.recipe.unit_registry import build_unit, describe_unit_settings, list_unit_names, read_unit_card
 
 PACKAGES = ("fedtune.techniques", "fedtune.merging")
 UNITS = [(package, name) for package in PACKAGES for name in list_unit_names(package)]

@@ -97,7 +97,7 @@ def test_one_model_alone_keeps_its_biases() -> None:
 
 
 def test_nets_with_norms_and_no_model_are_refused() -> None:
-    with pytest.raises(ModelError, match="bias-calibration: '1' normalises what it would shrink"):
+    with pytest.raises(ModelError, match="bias-calibration: '1' normalises the values that it would shrink"):
         BiasCalibration().renormalise({}, [], MergeContext(model=convolutional("batch")))
     with pytest.raises(ModelError, match="needs the model"):
         BiasCalibration().renormalise({}, [], MergeContext())

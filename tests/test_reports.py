@@ -9,14 +9,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedtune.contribution import ClientReport, TensorSpec, pack
 from fedtune.errors import ClientUpdateError
-from fedtune.server.parts import ClassPayload
-from fedtune.server.receive import receive_update
+from fedtune.flower.message_identity import set_message_id, set_node_identity
+from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.replies import receive_update
 from fedtune.server.reports import read_report
-from fedtune.simulation.flower_private import set_message_id, set_node_identity
 from fedtune.tracking import ClientRecord
-from fedtune.tracking.summary import compute_train_loss
+from fedtune.tracking.run_summary import compute_train_loss
+from fedtune.wire.client_update import ClientReport, TensorSpec, pack
 from tests.federations import execute, spoilt, trivial
 from tests.test_rounds import answer, payload_of
 
@@ -84,7 +84,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("fedtune.server.receive.write_bytes_atomically", lambda path, content: written.append(path))
+    monkeypatch.setattr("fedtune.server.replies.write_bytes_atomically", lambda path, content: written.append(path))
     part = ClassPayload({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
     assert record.status == "refused"

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.runs import runs
 from fedtune.device.client_app import app
 from fedtune.errors import StoreError
 from fedtune.server.server_app import run_to_completion
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Store, claim_run
 from fedtune.tracking.rollback import rollback

@@ -9,12 +9,12 @@ import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.recipe import Recipe
-from fedtune.server.asking import RoundScheduler, SynchronousScheduler
-from fedtune.server.buffered import AsynchronousScheduler
-from fedtune.server.crew import RunClients, wait_for_clients
-from fedtune.server.desk import InFlightTracker
+from fedtune.recipe.schema import Recipe
 from fedtune.server.roster import Roster
+from fedtune.server.run_clients import RunClients, wait_for_clients
+from fedtune.server.scheduling.asynchronous import AsynchronousScheduler
+from fedtune.server.scheduling.in_flight import InFlightTracker
+from fedtune.server.scheduling.round_scheduler import RoundScheduler, SynchronousScheduler
 from fedtune.tracking import Assignment, Store
 from tests.federations import trivial
 
@@ -25,7 +25,9 @@ def store(home: Path) -> Iterator[Store]:
         opened.create_run(id="run", name="run", recipe="{}", seed=0, engine="devices", rounds_planned=2)
         for client in range(4):
             enrol(opened, client, 10 + client)
-        opened.access.seat("run", [Assignment(client=one, device=f"dev-{one}", node=str(10 + one)) for one in range(4)])
+        opened.access.assign_clients(
+            "run", [Assignment(client=one, device=f"dev-{one}", node=str(10 + one)) for one in range(4)]
+        )
         yield opened
 
 
@@ -78,7 +80,7 @@ def roster(store: Store, quorum: int = 2) -> Roster:
 def test_a_device_enrolled_again_under_its_name_has_its_place_again(store: Store) -> None:
     store.access.remove_device("dev-2")
     enrol(store, 2, 99)
-    assert [(seat.device, seat.node) for seat in store.access.seats("run")] == [
+    assert [(seat.device, seat.node) for seat in store.access.list_assignments("run")] == [
         ("dev-0", "10"),
         ("dev-1", "11"),
         ("dev-2", "99"),
@@ -90,11 +92,11 @@ def test_a_run_goes_on_with_those_that_are_left_and_knows_who_moved(store: Store
     crew, asking = RunClients([10, 11, 12, 13], [f"dev-{one}" for one in range(4)]), Listening()
     made = roster(store)
     store.access.remove_device("dev-1")
-    assert made.removed() == [1]
-    crew = made.refreshed(crew, asking)
+    assert made.list_removed_clients() == [1]
+    crew = made.refresh_devices(crew, asking)
     enrol(store, 1, 77)
-    crew = made.refreshed(crew, asking)
-    assert made.removed() == []
+    crew = made.refresh_devices(crew, asking)
+    assert made.list_removed_clients() == []
     assert asking.heard == [([0, 2, 3], set()), ([0, 1, 2, 3], {1})]
     assert list(crew.node_ids) == [10, 77, 12, 13]
     assert store.run("run").reason == "", "nothing had to be waited for"
@@ -142,14 +144,17 @@ def test_a_run_whose_devices_are_away_waits_and_spends_no_round(store: Store, mo
 
 
 def test_a_removed_device_is_not_waited_for_when_a_run_is_taken_up_again(store: Store) -> None:
-    seats = store.access.seats("run")
+    seats = store.access.list_assignments("run")
     crew = wait_for_clients(cast("Grid", Nodes(10, 11, 13)), trivial("federation.quorum=2"), seats, 60.0, lambda: [2])
     assert list(crew.node_ids) == [10, 11, 12, 13], "clients keep their numbers"
 
 
 def test_a_device_that_is_removed_meanwhile_is_not_called_late() -> None:
     crew = RunClients([1, 2, 3], ["a", "b", "c"], removed=lambda: [2])
-    assert crew.explained({1: "late", 2: "late"}) == {1: "late", 2: "its device was removed from the server"}
+    assert crew.explain_missing_clients({1: "late", 2: "late"}) == {
+        1: "late",
+        2: "its device was removed from the server",
+    }
 
 
 def test_rounds_ask_as_many_as_before_as_far_as_there_are_as_many() -> None:

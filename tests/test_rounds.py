@@ -15,16 +15,16 @@ from numpy.testing import assert_allclose
 from torch import Tensor
 
 from fedtune import checkpoint, merging
-from fedtune import home as homes
-from fedtune.contribution import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
+from fedtune import paths as homes
 from fedtune.device.client_app import app
 from fedtune.errors import RunError
-from fedtune.recipe import Recipe
-from fedtune.server.parts import ClassPayload
-from fedtune.server.receive import receive_update
+from fedtune.flower.message_identity import set_message_id, set_node_identity
+from fedtune.recipe.schema import Recipe
+from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.replies import receive_update
 from fedtune.server.selection import sample_cohort
-from fedtune.simulation.flower_private import set_message_id, set_node_identity
 from fedtune.simulation.workers import ClientResult, SequentialWorkers
+from fedtune.wire.client_update import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
 from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from fedtune import checkpoint
-from fedtune import home as homes
+from fedtune import paths as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
 from fedtune.models.sources import resolve_model_source, run_folder
@@ -166,11 +166,11 @@ def test_a_schedule_that_counts_rounds_is_said_to_begin_again(home: Path) -> Non
     ("arguments", "said"),
     [
         (["--extend", "short", "--rounds", "2"], "has 2 rounds; --rounds counts them too, so name more"),
-        (["--extend", "remote", "--rounds", "3"], "is a server's; submit a recipe"),
+        (["--extend", "remote", "--rounds", "3"], "belongs to a server; submit a recipe"),
         (["--extend", "short"], "--extend RUN and --rounds N go together"),
         (["--resume", "short", "--rounds", "3"], "--extend RUN and --rounds N go together"),
         (["--resume", "short", "--extend", "short", "--rounds", "3"], "name either a RECIPE or a run"),
-        (["--extend", "short", "--rounds", "3", "--set", "seed=1"], "a run that goes on keeps its recipe"),
+        (["--extend", "short", "--rounds", "3", "--set", "seed=1"], "a resumed run keeps its recipe"),
     ],
 )
 def test_what_cannot_be_extended_is_refused_and_left_as_it_was(home: Path, arguments: list[str], said: str) -> None:

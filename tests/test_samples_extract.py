@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import samples
+from fedtune import sample_packages
 from fedtune.errors import SourceError
 
 
@@ -39,7 +39,7 @@ def a_link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
 def test_a_zip_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, path: str) -> None:
     archive = a_zip(tmp_path / "a.zip", "good", path)
     with pytest.raises(SourceError, match="outside its own folder"):
-        samples.extract_members(archive, ["good"], tmp_path / "out")
+        sample_packages.extract_members(archive, ["good"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -47,7 +47,7 @@ def test_a_zip_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, p
 def test_a_tar_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, path: str) -> None:
     archive = a_tar(tmp_path / "a.tar.gz", a_file("good"), a_file(path))
     with pytest.raises(SourceError, match="outside its own folder"):
-        samples.extract_members(archive, ["good"], tmp_path / "out")
+        sample_packages.extract_members(archive, ["good"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -55,7 +55,7 @@ def test_a_tar_with_a_path_outside_its_folder_is_refused_whole(tmp_path: Path, p
 def test_a_link_in_place_of_a_wanted_file_is_refused(tmp_path: Path, kind: bytes) -> None:
     archive = a_tar(tmp_path / "a.tar.gz", a_link("wanted", kind, "/etc/passwd"))
     with pytest.raises(SourceError, match="no plain file 'wanted'"):
-        samples.extract_members(archive, ["wanted"], tmp_path / "out")
+        sample_packages.extract_members(archive, ["wanted"], tmp_path / "out")
 
 
 def test_a_symbolic_link_in_a_zip_is_refused(tmp_path: Path) -> None:
@@ -64,17 +64,17 @@ def test_a_symbolic_link_in_a_zip_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(SourceError, match="no plain file 'wanted'"):
-        samples.extract_members(tmp_path / "a.zip", ["wanted"], tmp_path / "out")
+        sample_packages.extract_members(tmp_path / "a.zip", ["wanted"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [a_zip, lambda path, *names: a_tar(path, *map(a_file, names))])
 def test_only_the_wanted_members_are_unpacked(tmp_path: Path, make: object) -> None:
     archive = make(tmp_path / "a", "x/one", "x/two")  # type: ignore[operator]
-    samples.extract_members(archive, ["x/two"], tmp_path / "out")
+    sample_packages.extract_members(archive, ["x/two"], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["two"]
 
 
 def test_bytes_that_are_no_archive_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.whl").write_bytes(b"<html>no such page</html>")
     with pytest.raises(SourceError, match="not a readable archive"):
-        samples.extract_members(tmp_path / "a.whl", ["x"], tmp_path / "out")
+        sample_packages.extract_members(tmp_path / "a.whl", ["x"], tmp_path / "out")

@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime
 
-from fedtune.server.seating import assign_devices
+from fedtune.server.assignment import assign_devices
 from fedtune.tracking import DeviceRecord
 from tests.federations import trivial
 

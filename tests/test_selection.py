@@ -11,10 +11,10 @@ import pytest
 from flwr.app import Message
 
 from fedtune.errors import RecipeError
-from fedtune.federation import ClientSelection
-from fedtune.recipe import Recipe
-from fedtune.server.manager import RunManager
+from fedtune.recipe.federation import ClientSelection
+from fedtune.recipe.schema import Recipe
 from fedtune.server.presence import Presence
+from fedtune.server.run_manager import RunManager
 from fedtune.server.selection import (
     check_enough_eligible_clients,
     check_enough_enrolled_devices,
@@ -25,7 +25,7 @@ from fedtune.server.selection import (
     sample_cohort,
 )
 from fedtune.server.server_app import run_to_completion
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import DeviceRecord, Store
 from tests.federations import Ended, begin, execute, order_of, outcome, silent, spoilt, trivial
@@ -206,7 +206,7 @@ def test_only_qualifying_devices_get_a_seat(store: Store, home: Path, select: st
     work = managed(store, home)
     run = work.submit_run(selecting(select))
     work.tick()
-    assert [seat.device for seat in store.access.seats(run)] == seated
+    assert [seat.device for seat in store.access.list_assignments(run)] == seated
 
 
 def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(store: Store, home: Path) -> None:

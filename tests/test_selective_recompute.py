@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings
+from fedtune.recipe.schema import ModelSettings
 from fedtune.techniques import begin_round
 from tests.families import FAMILIES
 from tests.technique_steps import IMAGES, LANGUAGE, chosen, gradients, logits, shake, shared
@@ -176,12 +176,12 @@ def test_a_model_without_blocks_is_refused() -> None:
         models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
         nn.Linear(2, 2),
     ):
-        with pytest.raises(ModelError, match="has no blocks to recompute; leave selective-checkpointing out"):
+        with pytest.raises(ModelError, match="has no blocks to recompute; remove selective-checkpointing"):
             shared("full+selective-checkpointing", model, IMAGES)
 
 
 def test_it_does_not_go_with_full_checkpointing() -> None:
     with pytest.raises(
-        RecipeError, match="with gradient-checkpointing: both decide what the same blocks keep; drop one"
+        RecipeError, match="with checkpointing: both decide which activations the same blocks store; drop one"
     ):
         chosen("lora+gradient-checkpointing+selective-checkpointing")

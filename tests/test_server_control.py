@@ -10,7 +10,7 @@ import pytest
 from flwr.proto.control_pb2 import StopRunRequest
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
-from fedtune.server.control import RetryOnceInterceptor
+from fedtune.flower.control_client import RetryOnceInterceptor
 
 
 @contextmanager

@@ -20,13 +20,13 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.cli.connection import OperatorClient
+from fedtune.cli.operator_client import OperatorClient
 from fedtune.cli.server import devices
 from fedtune.errors import ServerError, StoreError
-from fedtune.server import authority
-from fedtune.server.control import ControlClient
-from fedtune.server.home import open_server_home
-from fedtune.server.supervisor import run_server
+from fedtune.flower.control_client import ControlClient
+from fedtune.server import certificate_authority
+from fedtune.server.server_home import open_server_home
+from fedtune.server.server_process import run_server
 from tests.servers import Knocker, Server, serving
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def error(answer: httpx.Response) -> str:
 def test_the_authority_that_a_token_names_is_the_one_the_server_shows(server: Server) -> None:
     shown = server.knock("GET", "/fedtune/ca").text
     assert shown == server.place.ca_file.read_text()
-    assert len(authority.compute_certificate_fingerprint(shown)) == 64
+    assert len(certificate_authority.compute_certificate_fingerprint(shown)) == 64
 
 
 def test_an_enrolled_device_is_activated_and_seen_as_connected(server: Server, enrolled: Knocker) -> None:

@@ -3,7 +3,7 @@
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata
 
-from fedtune.server.handout import RedeliveryBuffer
+from fedtune.server.gateway.redelivery import RedeliveryBuffer
 
 
 def told(number: str) -> bytes:

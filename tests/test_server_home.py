@@ -14,11 +14,11 @@ from cryptography import x509
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, ServerError, StoreError
-from fedtune.server import authority
-from fedtune.server.home import create_server_home, open_server_home
-from fedtune.server.operators import write_operator_file
-from fedtune.server.refusal import AuditLog
-from fedtune.server.secret import generate_secret, hash_secret
+from fedtune.server import certificate_authority
+from fedtune.server.credentials import generate_secret, hash_secret
+from fedtune.server.gateway.refusal import AuditLog
+from fedtune.server.operator_files import write_operator_file
+from fedtune.server.server_home import create_server_home, open_server_home
 from fedtune.tracking import Access, Assignment, Store
 
 
@@ -76,7 +76,7 @@ def test_the_certificate_is_refused_for_another_name_and_by_who_trusts_another_a
     place = create_server_home(["lab.example"], "127.0.0.1:8443")
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         handshake(place.ca_file.read_bytes(), place.certificate_file, place.key_file, "other.example")
-    stranger = authority.make_ca_certificate(authority.generate_private_key())
+    stranger = certificate_authority.make_ca_certificate(certificate_authority.generate_private_key())
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(stranger, place.certificate_file, place.key_file, "lab.example")
 
@@ -147,12 +147,12 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
         store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
         store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
         seats = [Assignment(client=0, device="dev", node="18446744073709551615")]
-        store.access.seat("r", seats)
-        assert store.access.seats("r") == seats
+        store.access.assign_clients("r", seats)
+        assert store.access.list_assignments("r") == seats
         assert store.run("r").status == "queued"
         assert [run.id for run in store.list_unfinished_runs("devices")] == ["r"]
         store.delete("r")
-        assert store.access.seats("r") == []
+        assert store.access.list_assignments("r") == []
         assert [device.name for device in store.access.devices()] == ["dev"]
         with pytest.raises(StoreError, match="there is a device 'dev' already"):
             store.access.add_device(name="dev", node="1", public_key="pem")
@@ -184,11 +184,11 @@ def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(h
     (tmp_path / "bad.json").write_text("[]")
     result = CliRunner().invoke(cli, ["server", "token", "--server", str(tmp_path / "bad.json")])
     assert isinstance(result.exception, FedtuneError)
-    assert "is no operator's file" in str(result.exception)
+    assert "is not an operator file" in str(result.exception)
 
 
 def test_a_clock_that_was_never_set_finds_the_certificate_valid() -> None:
-    key, other = authority.generate_private_key(), authority.generate_private_key()
-    signer = authority.make_ca_certificate(key)
-    for pem in (signer, authority.issue_server_certificate(key, signer, other, ["localhost"])):
+    key, other = certificate_authority.generate_private_key(), certificate_authority.generate_private_key()
+    signer = certificate_authority.make_ca_certificate(key)
+    for pem in (signer, certificate_authority.issue_server_certificate(key, signer, other, ["localhost"])):
         assert x509.load_pem_x509_certificate(pem).not_valid_before_utc <= datetime(1970, 1, 1, tzinfo=UTC)

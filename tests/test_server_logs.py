@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.server.logs import Log, Logs, pumped, recorded
+from fedtune.logs import Log, Logs, copy_output_to_log, record_output
 
 
 def files(folder: Path) -> int:
@@ -47,7 +47,7 @@ def test_what_children_print_is_kept_also_of_those_that_a_child_starts(tmp_path:
     script = "import subprocess, sys; print('one', flush=True); subprocess.run(['echo', 'two']); print('three', end='')"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with Log(tmp_path / "log") as log:
-        thread = pumped(process, log)
+        thread = copy_output_to_log(process, log)
         process.wait()
         thread.join(10)
     assert [line.partition(" ")[2] for line in log.tail(5)] == ["one", "two", "three"]
@@ -69,7 +69,7 @@ def test_the_server_s_lines_and_flower_s_come_in_the_order_of_their_moments(tmp_
 def test_what_a_run_s_process_prints_and_raises_is_in_the_run_s_log(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="it broke"), recorded("film-1"):  # noqa: PT012
+    with pytest.raises(ValueError, match="it broke"), record_output("film-1"):  # noqa: PT012
         print("round 1", end="")
         print("  2/2 devices")
         print("careful", file=sys.stderr)

@@ -8,12 +8,12 @@ import pytest
 from flwr.serverapp import Grid
 
 from fedtune.errors import RunError, StoreError
-from fedtune.server import crew, manager
-from fedtune.server.control import ControlClient, FlowerRunStatus
-from fedtune.server.crew import wait_for_clients
-from fedtune.server.manager import RunManager
+from fedtune.flower.control_client import ControlClient, FlowerRunStatus
+from fedtune.flower.superlink import SuperLink
+from fedtune.server import run_clients, run_manager
 from fedtune.server.presence import Presence
-from fedtune.server.superlink import SuperLink
+from fedtune.server.run_clients import wait_for_clients
+from fedtune.server.run_manager import RunManager
 from fedtune.tracking import Assignment, Store
 from tests.federations import trivial
 
@@ -70,10 +70,10 @@ def test_a_run_waits_until_enough_devices_are_connected_and_seats_them_by_name(s
     enrol(store, 1, 2, 3)
     work.tick()
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
-    assert store.access.seats(run) == []
+    assert store.access.list_assignments(run) == []
     enrol(store, 4, 5)
     work.tick()
-    assert [(seat.client, seat.device, seat.node) for seat in store.access.seats(run)] == [
+    assert [(seat.client, seat.device, seat.node) for seat in store.access.list_assignments(run)] == [
         (0, "dev-5", "4"),
         (1, "dev-6", "3"),
         (2, "dev-7", "2"),
@@ -90,7 +90,7 @@ def test_every_submitted_run_has_a_deadline(store: Store, home: Path) -> None:
 def test_a_run_that_dies_at_every_start_is_failed_in_the_end(
     store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "_LONGEST_REST", 0.0)
+    monkeypatch.setattr(run_manager, "_LONGEST_REST", 0.0)
     superlink = Hopeless()
     work = managed(store, superlink, home)
     run = work.submit_run(trivial())
@@ -156,7 +156,7 @@ SEATS = [Assignment(client=client, device=f"dev-{client}", node=str(10 - client)
 
 
 def test_a_crew_is_in_the_order_of_its_seats_whoever_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_PATIENCE_FOR_ALL", 0.1)
+    monkeypatch.setattr(run_clients, "_PATIENCE_FOR_ALL", 0.1)
     found = wait_for_clients(cast("Grid", Connected(7, 8, 99)), trivial("federation.quorum=2"), SEATS)
     assert (found.node_ids, found.device_names) == ([10, 9, 8, 7], ["dev-0", "dev-1", "dev-2", "dev-3"])
 
@@ -296,4 +296,4 @@ def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Pat
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
     store.access.release_device("dev-8")
     work.tick()
-    assert len(store.access.seats(run)) == 4
+    assert len(store.access.list_assignments(run)) == 4

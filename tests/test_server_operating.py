@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 from starlette.requests import Request
 
-from fedtune.server.operating import OperatorApi, device_to_json
-from fedtune.server.refusal import RequestRefusedError
+from fedtune.server.gateway.operator_api import OperatorApi, device_to_json
+from fedtune.server.gateway.refusal import RequestRefusedError
 from fedtune.tracking import Store
 from tests.federations import execute, outcome, trivial
 

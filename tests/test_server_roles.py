@@ -9,11 +9,11 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from fedtune.cli.connection import OperatorClient, connect_to_server
 from fedtune.cli.main import cli
+from fedtune.cli.operator_client import OperatorClient, connect_to_server
 from fedtune.errors import ServerError
-from fedtune.recipe import Recipe
-from fedtune.server.operators import write_operator_file
+from fedtune.recipe.schema import Recipe
+from fedtune.server.operator_files import write_operator_file
 from fedtune.tracking import Store
 from tests.federations import trivial
 from tests.servers import Knocker, Server, serving

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune import home as homes
-from fedtune.recipe import Recipe
-from fedtune.recipe_file import parse_recipe
+from fedtune import paths as homes
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.simulation import resolve_recipe
 from tests.federations import tiny_bert
 from tests.servers import Device, Server, ended, joined, serving

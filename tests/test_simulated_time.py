@@ -10,13 +10,18 @@ from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
-from fedtune.recipe import Recipe
-from fedtune.server.asking import DROPPED_OUT, NO_REPLY_BEFORE_DEADLINE, NOT_NEEDED, SynchronousScheduler
+from fedtune.recipe.schema import Recipe
+from fedtune.server.scheduling.round_scheduler import (
+    DROPPED_OUT,
+    NO_REPLY_BEFORE_DEADLINE,
+    NOT_NEEDED,
+    SynchronousScheduler,
+)
+from fedtune.server.scheduling.simulated_schedule import make_simulated_schedule
+from fedtune.server.scheduling.simulated_time import drops_out, duration, plan_round
 from fedtune.server.selection import sample_cohort
 from fedtune.server.server_app import run_to_completion
-from fedtune.server.simulated_time import drops_out, duration, plan_round
-from fedtune.server.timetable import make_simulated_schedule
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
 from tests.federations import Ended, begin, execute, outcome, spoilt, trivial
@@ -212,7 +217,7 @@ def test_on_devices_the_clock_is_the_real_one(
 ) -> None:
     """The scheduler that real devices get: a node that stays silent costs the round its deadline, not for ever."""
     monkeypatch.setattr(
-        "fedtune.server.ways.Simulated",
+        "fedtune.server.scheduling.factory.Simulated",
         lambda grid, recipe, among, sizes, poll, last: SynchronousScheduler(grid, recipe, among, poll, last),
     )
     recipe = trivial("federation.rounds=1", *overrides)

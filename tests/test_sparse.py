@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.contribution import TensorSpec, decode_tensors, pack
 from fedtune.errors import ClientUpdateError
-from fedtune.sparse import (
+from fedtune.wire.client_update import TensorSpec, decode_tensors, pack
+from fedtune.wire.masked_weights import (
     decode_masked_state,
     encode_masked_state,
     find_masks,
     restore_dense_tensors,
     select_active_values,
 )
-from fedtune.update_checks import check
+from fedtune.wire.update_checks import check
 
 SHAPES = {"a.weight": (13, 5), "weight": (4, 3, 3, 3)}
 

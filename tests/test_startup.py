@@ -18,9 +18,9 @@ import json
 import sys
 from pathlib import Path
 
-from fedtune.device.supply import LocalData, summarise_local_data
+from fedtune.device.local_data import LocalData, summarise_local_data
 from fedtune.device.trainer import Trainer
-from fedtune.contribution import TrainRequest
+from fedtune.wire.client_update import TrainRequest
 
 recipe, labels, source = json.loads(Path("order.json").read_text())
 shop, rows = LocalData(source).get_context(TrainRequest(recipe, 1, 0, labels, run="run-1"))

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event, text
 from fedtune.errors import StoreError
 from fedtune.tracking import Store, claim_run
 from fedtune.tracking.database import make_engine, reader
-from fedtune.tracking.lock import hold_file_lock
+from fedtune.tracking.run_lock import hold_file_lock
 from tests.store_examples import a_metric, a_round, fill, start
 
 NOBODY = 65534
@@ -180,7 +180,7 @@ def test_a_folder_one_may_not_write_is_said_so(folder: Path) -> None:
 
 
 def test_a_store_that_another_process_is_upgrading_is_said_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.tracking.schema._PATIENCE", 0.1)
+    monkeypatch.setattr("fedtune.tracking.schema_version._PATIENCE", 0.1)
     lock = hold_file_lock(home / "store.sqlite.lock", 1, "")
     with lock, pytest.raises(StoreError, match="is being upgraded by another process") as caught:
         Store.open()

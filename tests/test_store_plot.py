@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.plot import draw_runs
+from fedtune.tracking.run_plot import draw_runs
 from tests.store_examples import a_contribution, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]

@@ -74,7 +74,7 @@ def test_two_processes_create_the_store_and_write_at_once_and_lose_nothing() -> 
 CREATE = """
 import sys
 from fedtune.tracking import Store
-import fedtune.tracking.schema
+import fedtune.tracking.schema_version
 print("ready", flush=True)
 sys.stdin.readline()
 with Store.open() as store:

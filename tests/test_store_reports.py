@@ -12,9 +12,8 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.document import make_run_document, text
-from fedtune.tracking.export import export_runs
-from fedtune.tracking.summary import (
+from fedtune.tracking.run_json import make_run_document, text
+from fedtune.tracking.run_summary import (
     compare_before_and_after,
     compute_train_loss,
     diff_recipes,
@@ -25,6 +24,7 @@ from fedtune.tracking.summary import (
     list_metrics,
     totals,
 )
+from fedtune.tracking.table_export import export_runs
 from tests.store_examples import a_contribution, a_metric, a_round, fill
 
 Recorded = list[tuple[RunRecord, list[RoundRecord]]]
@@ -209,7 +209,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
     def break_off(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedtune.tracking.export.os.rename", break_off)
+    monkeypatch.setattr("fedtune.tracking.table_export.os.rename", break_off)
     with pytest.raises(StoreError, match="No space left on device"):
         export_runs(recorded, "csv", tmp_path / "out")
     assert set(tmp_path.iterdir()) == before

@@ -17,14 +17,14 @@ from sqlalchemy import Connection, create_engine, inspect
 
 from fedtune import data
 from fedtune.errors import StoreError
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import EqualDirichlet, Recipe
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import EqualDirichlet, Recipe
 from fedtune.shipped import shipped_folder
-from fedtune.tracking import Store, schema, upgrade
+from fedtune.tracking import Store, schema_upgrade, schema_version
 from fedtune.tracking.tables import metadata
 from tests.store_examples import fill
 
-HEAD = schema.HEAD_REVISION
+HEAD = schema_version.HEAD_REVISION
 NEXT = f"{int(HEAD) + 1:04}"
 ADD_NOTE = f'''"""Add a note to runs."""
 import sqlalchemy as sa
@@ -63,8 +63,8 @@ def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[py
     shutil.copytree(shipped_folder("migrations"), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions" / f"{NEXT}_add_note.py").write_text(ADD_NOTE)
     with monkeypatch.context() as patched:
-        patched.setattr(upgrade, "shipped_folder", lambda name: tmp_path / name)
-        patched.setattr(schema, "HEAD_REVISION", NEXT)
+        patched.setattr(schema_upgrade, "shipped_folder", lambda name: tmp_path / name)
+        patched.setattr(schema_version, "HEAD_REVISION", NEXT)
         yield patched
 
 
@@ -76,11 +76,13 @@ def columns(path: Path, table: str) -> list[str]:
 
 
 def test_head_is_the_newest_revision() -> None:
-    assert ScriptDirectory.from_config(upgrade.make_alembic_config()).get_heads() == [schema.HEAD_REVISION]
+    assert ScriptDirectory.from_config(schema_upgrade.make_alembic_config()).get_heads() == [
+        schema_version.HEAD_REVISION
+    ]
 
 
 def test_upgrading_to_head_makes_the_tables_the_code_reads(scratch: Connection) -> None:
-    command.upgrade(upgrade.make_alembic_config(scratch), "head")
+    command.upgrade(schema_upgrade.make_alembic_config(scratch), "head")
     context = MigrationContext.configure(scratch, opts={"compare_type": True, "compare_server_default": True})
     assert compare_metadata(context, metadata) == []
     for table in metadata.sorted_tables:
@@ -108,7 +110,7 @@ def shape(connection: Connection) -> dict[str, Any]:
 
 
 def test_a_new_store_is_what_the_migrations_make(scratch: Connection, path: Path) -> None:
-    command.upgrade(upgrade.make_alembic_config(scratch), "head")
+    command.upgrade(schema_upgrade.make_alembic_config(scratch), "head")
     Store.open().close()
     engine = create_engine(f"sqlite:///{path}")
     with engine.connect() as connection:
@@ -122,7 +124,7 @@ def test_the_baseline_is_frozen() -> None:
 
 
 def test_downgrading_to_nothing_and_up_again_works(scratch: Connection) -> None:
-    config = upgrade.make_alembic_config(scratch)
+    config = schema_upgrade.make_alembic_config(scratch)
     command.upgrade(config, "head")
     command.downgrade(config, "base")
     assert inspect(scratch).get_table_names() == ["alembic_version"]
@@ -133,7 +135,7 @@ def test_downgrading_to_nothing_and_up_again_works(scratch: Connection) -> None:
 def test_a_database_of_the_first_schema_opens_with_its_rows_and_takes_a_servers(path: Path) -> None:
     engine = create_engine(f"sqlite:///{path}")
     with engine.begin() as connection:
-        command.upgrade(upgrade.make_alembic_config(connection), "0001")
+        command.upgrade(schema_upgrade.make_alembic_config(connection), "0001")
         connection.exec_driver_sql(
             "INSERT INTO runs VALUES ('old', 'old', 'completed', '', '{}', 0, 'local', '2026-01-01 00:00:00', NULL, 1)"
         )
@@ -154,7 +156,7 @@ def test_recipes_of_old_runs_keep_their_split_and_how_they_read_pictures(path: P
     "federation":{"rounds":1},"seed":3}"""
     engine = create_engine(f"sqlite:///{path}")
     with engine.begin() as connection:
-        command.upgrade(upgrade.make_alembic_config(connection), "0003")
+        command.upgrade(schema_upgrade.make_alembic_config(connection), "0003")
         for name, text in {"old": old, "odd": "[]", "new": "{}"}.items():
             values = (name, name, "interrupted", "", text, 3, "local", "2026-01-01 00:00:00", None, 1)
             connection.exec_driver_sql(f"INSERT INTO runs VALUES ({', '.join('?' * 10)})", values)
@@ -193,7 +195,7 @@ def test_down_and_up_again_keeps_the_rows(path: Path, request: pytest.FixtureReq
     engine = create_engine(f"sqlite:///{path}")
     for step, there in ((command.downgrade, False), (command.upgrade, True)):
         with engine.begin() as connection:
-            step(upgrade.make_alembic_config(connection), NEXT if there else HEAD)
+            step(schema_upgrade.make_alembic_config(connection), NEXT if there else HEAD)
         assert ("note" in columns(path, "runs")) == there
     engine.dispose()
     with Store.open() as store:
@@ -210,13 +212,13 @@ def test_a_database_newer_than_the_code_is_refused_naming_both_revisions(path: P
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(path: Path, next_release: Any, tmp_path: Path) -> None:
-    next_release.setattr(schema, "HEAD_REVISION", HEAD)
+    next_release.setattr(schema_version, "HEAD_REVISION", HEAD)
     script = tmp_path / "migrations" / "versions" / f"{NEXT}_add_note.py"
     script.rename(tmp_path / "later.py")
     with Store.open() as store:
         recorded = fill(store)
     script.write_text(ADD_NOTE.replace("\n\n\ndef downgrade", '\n    raise RuntimeError("planted")\n\n\ndef downgrade'))
-    next_release.setattr(schema, "HEAD_REVISION", NEXT)
+    next_release.setattr(schema_version, "HEAD_REVISION", NEXT)
     with pytest.raises(RuntimeError, match="planted"):
         Store.open()
     assert "note" not in columns(path, "runs")
@@ -233,6 +235,6 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
 
 def test_a_store_at_head_opens_without_alembic(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store.open().close()
-    monkeypatch.setattr(upgrade, "upgrade_schema", None)
+    monkeypatch.setattr(schema_upgrade, "upgrade_schema", None)
     with Store.open() as store:
         assert store.runs() == []

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune import models, registry, techniques
+from fedtune import models, techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings, Unit
+from fedtune.recipe import unit_registry
+from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
 from fedtune.training import LocalTrainingResult, compute_step_loss, get_model_state, set_train_mode, train_local_model
 from tests.families import FAMILIES
@@ -38,57 +39,57 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BASES = ("bert", "opt")
 """A classifier and a language model, both with biases and dropout."""
 
-NAMES = registry.list_unit_names("fedtune.techniques")
+NAMES = unit_registry.list_unit_names("fedtune.techniques")
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 
 CLASHES = {
     **{
-        "+".join(sorted((name, "dynamic-pruning"))): "a mask is for weights that are trained"
+        "+".join(sorted((name, "dynamic-pruning"))): "a mask needs trained weights"
         for name in ("lora", "meft", "qlora")
     },
     **{
-        "+".join(sorted((name, "dynamic-pruning"))): "it trains everything under its masks"
+        "+".join(sorted((name, "dynamic-pruning"))): "all weights are trained under masks"
         for name in ("bias", "head-only", "full", "last-blocks", "mobiletl", "batch-norm", "tinytl")
     },
-    "bias+head-only": "the head is trained beside biases anyway",
+    "bias+head-only": "the head is already trained with the biases",
     "bias+full": "full trains biases among all the rest",
     "bias+last-blocks": "it trains biases below the last blocks too",
     "bias+mobiletl": "its frozen part has no gradients",
-    "batch-norm+bias": "batch-norm trains shifts beside scales anyway",
+    "bias+batch-norm": "the shifts are already trained with the scales",
     "bias+tinytl": "tinytl trains biases itself",
-    "gradient-checkpointing+last-blocks": "statistics would follow each batch twice",
-    "batch-norm-statistics+gradient-checkpointing": "blocks that run again would count their batch twice",
-    "gradient-checkpointing+meft": "reversible blocks keep nothing already",
-    "gradient-checkpointing+mobiletl": "statistics would follow each batch twice",
-    "gradient-checkpointing+selective-checkpointing": "both decide what the same blocks keep",
-    "full+head-only": "full trains the head among all the rest",
-    "head-only+last-blocks": "the head is trained beside the blocks anyway",
-    "head-only+lora": "the head is trained beside a low-rank pair anyway",
-    "head-only+mobiletl": "the head is trained beside the blocks anyway",
-    "batch-norm+head-only": "the head is trained beside norms anyway",
-    "head-only+qlora": "the head is trained beside a low-rank pair anyway",
-    "head-only+tinytl": "the head is trained beside the branches anyway",
+    "gradient-checkpointing+last-blocks": "statistics would count each batch twice",
+    "gradient-checkpointing+batch-norm-statistics": "recomputed blocks would count their batch twice",
+    "gradient-checkpointing+meft": "reversible blocks already store no activations",
+    "gradient-checkpointing+mobiletl": "statistics would count each batch twice",
+    "gradient-checkpointing+selective-checkpointing": "both decide which activations the same blocks store",
+    "head-only+full": "full trains the head among all the rest",
+    "head-only+last-blocks": "the head is already trained with the blocks",
+    "head-only+lora": "the head is already trained with the low-rank pairs",
+    "head-only+mobiletl": "the head is already trained with the blocks",
+    "head-only+batch-norm": "the head is already trained with the norms",
+    "head-only+qlora": "the head is already trained with the low-rank pairs",
+    "head-only+tinytl": "the head is already trained with the branches",
     "full+last-blocks": "full trains the last blocks among all the rest",
     "full+lora": "full trains the weights that lora freezes",
     "full+mobiletl": "its frozen part has no gradients",
     "batch-norm+full": "full trains norms among all the rest",
     "full+qlora": "full trains the weights that qlora freezes",
     "full+tinytl": "full trains the blocks that tinytl freezes",
-    "last-blocks+lora": "low-rank pairs hide the convolutions that blocks are told by",
+    "last-blocks+lora": "low-rank pairs hide the convolutions that identify blocks",
     "last-blocks+mobiletl": "both train the last blocks",
-    "batch-norm+last-blocks": "it trains norms below the last blocks too",
-    "last-blocks+qlora": "low-rank pairs hide the convolutions that blocks are told by",
+    "last-blocks+batch-norm": "it trains norms below the last blocks too",
+    "last-blocks+qlora": "low-rank pairs hide the convolutions that identify blocks",
     "last-blocks+tinytl": "it trains branches below the last blocks too",
     "batch-norm-statistics+mobiletl": "its frozen part keeps its statistics",
     "lora+mobiletl": "its frozen part has no gradients",
-    "lora+qlora": "both put a low-rank pair beside the same layers",
-    "lora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
-    "meft+selective-checkpointing": "reversible blocks keep nothing that could be recomputed",
-    "batch-norm+mobiletl": "its frozen part has no gradients",
+    "lora+qlora": "both add a low-rank pair to the same layers",
+    "lora+tinytl": "low-rank pairs hide the convolutions that identify blocks",
+    "meft+selective-checkpointing": "reversible blocks store no activations that could be recomputed",
+    "mobiletl+batch-norm": "its frozen part has no gradients",
     "mobiletl+qlora": "its frozen part has no gradients",
     "mobiletl+tinytl": "its frozen part has no gradients",
     "batch-norm+tinytl": "tinytl freezes the scales of norms",
-    "qlora+tinytl": "low-rank pairs hide the convolutions that blocks are told by",
+    "qlora+tinytl": "low-rank pairs hide the convolutions that identify blocks",
 }
 """Pairs that are refused on any model, and the reason."""
 
@@ -96,14 +97,11 @@ MISFITS = {
     (
         "bert",
         "fused-cross-entropy",
-    ): "BertForSequenceClassification has no head over a vocabulary; leave the technique fused-",
-    ("opt", "head-only"): "trains a new head, which text-generation has not",
+    ): "BertForSequenceClassification has no head over a vocabulary; remove the technique fused-",
+    ("opt", "head-only"): "trains a new head, but text-generation has none",
     ("bert", "last-blocks"): "BertForSequenceClassification has no inverted residual blocks",
-    (
-        "bert",
-        "batch-norm-statistics",
-    ): "BertForSequenceClassification has no batch norm for batch-norm-statistics to follow",
-    ("opt", "batch-norm-statistics"): "OPTForCausalLM has no batch norm for batch-norm-statistics to follow",
+    ("bert", "batch-norm-statistics"): "BertForSequenceClassification has no batch norm; remove batch-norm-statistics",
+    ("opt", "batch-norm-statistics"): "OPTForCausalLM has no batch norm; remove batch-norm-statistics",
     ("bert", "mobiletl"): "BertForSequenceClassification has no inverted residual blocks",
     ("bert", "batch-norm"): "BertForSequenceClassification has no batch norms to train",
     ("bert", "tinytl"): "BertForSequenceClassification has no inverted residual blocks",
@@ -118,7 +116,7 @@ MISFITS = {
 def units(joined: str) -> list[Unit]:
     """The pair with its settings; where neither trains anything, lora does."""
     found = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if any(registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in found):
+    if any(unit_registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in found):
         return found
     return [*found, Unit(name="lora", settings=SETTINGS["lora"])]
 

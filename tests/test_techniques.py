@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings, TaskName
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.techniques._technique import list_head_parameters
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, shared
@@ -96,15 +96,15 @@ def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
     [
         ("full+lora", "full cannot be combined with lora: full trains the weights that lora freezes; drop one"),
         ("lora+full", "lora cannot be combined with full: full trains the weights that lora freezes; drop one"),
-        ("lora+qlora", "lora cannot be combined with qlora: both put a low-rank pair beside the same layers; drop one"),
+        ("lora+qlora", "lora cannot be combined with qlora: both add a low-rank pair to the same layers; drop one"),
         (
             "head-only+bias",
-            "head-only cannot be combined with bias: the head is trained beside biases anyway; drop one",
+            "classifier cannot be combined with bias: the head is already trained with the biases; drop one",
         ),
         ("bias+full", "bias cannot be combined with full: full trains biases among all the rest; drop one"),
         (
             "gradient-checkpointing+qlora+head-only",
-            "qlora cannot be combined with head-only: the head is trained beside a low-rank pair anyway; drop one",
+            "qlora cannot be combined with classifier: the head is already trained with the low-rank pairs; drop one",
         ),
         ("lora+lora", "lora+lora names one technique twice; drop one"),
         (
@@ -123,7 +123,7 @@ def test_techniques_that_do_not_go_together_are_refused(joined: str, sentence: s
 
 def test_a_pair_is_refused_only_where_its_settings_clash() -> None:
     assert [technique.name for technique in chosen("meft+deft", pieces=1)] == ["meft", "deft"]
-    with pytest.raises(RecipeError, match="meft cannot be combined with deft: deft measures a layer's activations"):
+    with pytest.raises(RecipeError, match="meft cannot be combined with deft: deft measures all activations"):
         chosen("meft+deft", pieces=2)
 
 
@@ -134,7 +134,7 @@ def test_bias_is_refused_where_there_are_none(build: Callable[[], PreTrainedMode
 
 
 def test_classifier_is_refused_for_a_language_model() -> None:
-    with pytest.raises(ModelError, match="trains a new head, which text-generation has not"):
+    with pytest.raises(ModelError, match="trains a new head, but text-generation has none"):
         shared("head-only", llama(), LANGUAGE)
 
 
@@ -143,7 +143,7 @@ def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
         models.load_model(ModelSettings(source="sample:logistic"), IMAGES, ("a", "b"), seed=0),
         nn.Linear(2, 2),
     ):
-        with pytest.raises(ModelError, match="has no blocks to checkpoint; leave the technique out"):
+        with pytest.raises(ModelError, match="has no blocks to checkpoint; remove the technique"):
             shared("full+gradient-checkpointing", model, IMAGES)
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fedtune import thin
-from fedtune.contribution import TrainRequest, pack
-from fedtune.device.supply import LocalData
-from fedtune.device.work import read_payload, run_local_round
-from fedtune.sparse import encode_masked_state
+from fedtune import minimal_install
+from fedtune.device.local_data import LocalData
+from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.training import clear_run_context, get_model_state
+from fedtune.wire.client_update import TrainRequest, pack
+from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import execute, trivial, words
 from tests.servers import ended, joined, serving
 from tests.test_deployment import hashes, submit
@@ -24,14 +24,14 @@ from importlib.machinery import PathFinder
 class Thin(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        left_out = name.split(".")[0].replace("_", "-") in {set(thin.EXCLUDED_PACKAGES)!r}
+        left_out = name.split(".")[0].replace("_", "-") in {set(minimal_install.EXCLUDED_PACKAGES)!r}
         return None if left_out else super().find_spec(name, path, target)
 sys.meta_path = [Thin if finder is PathFinder else finder for finder in sys.meta_path]
 """
 TRAIN = """
 from pathlib import Path
 from fedtune.device.trainer import Trainer
-from fedtune.device.channel import Frame
+from fedtune.device.trainer_channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
 order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "labels": "[]", "run": "run"}
 answer = Trainer("part:0", 10**11, 0).run_request(Frame(order, payload.read_bytes()), lambda: None)
@@ -61,15 +61,30 @@ FAKES = {
 
 def test_everything_is_listed_but_what_is_left_out_and_what_only_that_requires(monkeypatch: pytest.MonkeyPatch) -> None:
     by_name: dict[str, Any] = FAKES | {"torch": FAKES["Torch"]}
-    monkeypatch.setattr(thin, "distribution", by_name.__getitem__)
-    assert thin.list_requirements() == ["cycle-of==4", "fedtune==1", "numbers==3", "quick==6", "torch==2+cpu", "web==5"]
+    monkeypatch.setattr(minimal_install, "distribution", by_name.__getitem__)
+    assert minimal_install.list_requirements() == [
+        "cycle-of==4",
+        "fedtune==1",
+        "numbers==3",
+        "quick==6",
+        "torch==2+cpu",
+        "web==5",
+    ]
 
 
 def test_the_list_holds_this_machine_s_versions_and_none_of_the_rest() -> None:
-    listed = dict(line.split("==") for line in thin.list_requirements())
+    listed = dict(line.split("==") for line in minimal_install.list_requirements())
     for name in ("fedtune", "flwr", "torch", "transformers", "peft", "pyarrow", "pillow", "numpy"):
         assert listed[name] == version(name)
-    assert not listed.keys() & {*thin.EXCLUDED_PACKAGES, "greenlet", "mako", "fonttools", "uvloop", "ray", "pytest"}
+    assert not listed.keys() & {
+        *minimal_install.EXCLUDED_PACKAGES,
+        "greenlet",
+        "mako",
+        "fonttools",
+        "uvloop",
+        "ray",
+        "pytest",
+    }
 
 
 def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -112,7 +127,9 @@ def test_a_run_on_thin_devices_has_the_bits_of_a_simulation(
 
 
 def test_a_device_s_own_process_needs_nothing_of_it() -> None:
-    done = hidden("import fedtune.device.join, fedtune.device.enrolment, fedtune.device.package, fedtune.cli.device")
+    done = hidden(
+        "import fedtune.device.join, fedtune.device.enrolment, fedtune.device.deployment_files, fedtune.cli.device"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -126,6 +143,8 @@ def test_a_command_that_needs_more_says_so_in_one_sentence(home: Path) -> None:
 
 
 def test_a_module_that_should_be_there_is_no_matter_of_a_thin_install() -> None:
-    assert thin.explain_missing_module("torch.nn") is None
-    assert thin.explain_missing_module("") is None
-    assert str(thin.explain_missing_module("matplotlib.figure")).startswith("matplotlib.figure is not installed")
+    assert minimal_install.explain_missing_module("torch.nn") is None
+    assert minimal_install.explain_missing_module("") is None
+    assert str(minimal_install.explain_missing_module("matplotlib.figure")).startswith(
+        "matplotlib.figure is not installed"
+    )

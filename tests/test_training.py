@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.errors import ClientUpdateError, DataError
-from fedtune.recipe import Recipe, TaskName, Unit
+from fedtune.recipe.schema import Recipe, TaskName, Unit
 from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
 from fedtune.training import (
@@ -23,8 +23,8 @@ from fedtune.training import (
     train_local_model,
     use_cpu_threads,
 )
-from fedtune.training.masters import masters_of
-from fedtune.training.order import batches
+from fedtune.training.batches import batches
+from fedtune.training.master_weights import masters_of
 from fedtune.training.start import Start
 from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import DataError
-from fedtune.training.statistics import compute_fisher_information, compute_input_grams
+from fedtune.training.merge_statistics import compute_fisher_information, compute_input_grams
 from tests.tiny import bert, llama, texts
 
 

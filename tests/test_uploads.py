@@ -8,9 +8,9 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.device import records
-from fedtune.server.refusal import RequestRefusedError
-from fedtune.server.uploads import Uploads
+from fedtune.flower import train_messages
+from fedtune.server.gateway.refusal import RequestRefusedError
+from fedtune.server.gateway.uploads import Uploads
 
 MEGABYTE = 1 << 20
 
@@ -41,7 +41,7 @@ def send(uploads: Uploads, content: RecordDict, *, backwards: bool = False) -> i
 
 
 def answer(count: int) -> RecordDict:
-    return records.make_update_record(bytes(range(256)) * (count // 256), {"examples": 3})
+    return train_messages.make_update_record(bytes(range(256)) * (count // 256), {"examples": 3})
 
 
 def test_an_answer_as_its_round_asks_for_passes_and_may_be_sent_again() -> None:
@@ -52,7 +52,7 @@ def test_an_answer_as_its_round_asks_for_passes_and_may_be_sent_again() -> None:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_equal_pieces_count_as_often_as_they_occur(backwards: bool) -> None:
-    bomb = records.make_update_record(
+    bomb = train_messages.make_update_record(
         b"\0" * (120 * 5 * MEGABYTE), {"examples": 3}
     )  # 600 MB of zeros, 5 MB on the wire
     with pytest.raises(

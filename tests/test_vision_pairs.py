@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import registry, techniques
+from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe import Unit
-from fedtune.sparse import find_masks
+from fedtune.recipe import unit_registry
+from fedtune.recipe.schema import Unit
 from fedtune.techniques import Technique
 from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
+from fedtune.wire.masked_weights import find_masks
 from tests.mobile_nets import SmallNet, age
 from tests.technique_steps import IMAGES, logits
 from tests.test_mobiletl_training import few_pictures
@@ -28,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS_ONLY = {"gradient-checkpointing", "deft", "fused-cross-entropy", "meft", "qlora", "selective-checkpointing"}
 """What a small net of plain layers refuses, or keeps as it is."""
-NAMES = [name for name in registry.list_unit_names("fedtune.techniques") if name not in TEXTS_ONLY]
+NAMES = [name for name in unit_registry.list_unit_names("fedtune.techniques") if name not in TEXTS_ONLY]
 PAIRS = [f"{one}+{other}" for one, other in combinations(NAMES, 2)]
 NO_EXPORT = {"tinytl"}
 pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWarning")
@@ -37,7 +38,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:lora puts no pair beside:UserWar
 def chosen(joined: str) -> tuple[Technique, ...]:
     """The pair with its settings; where neither trains anything, full does."""
     units = [Unit(name=name, settings=SETTINGS.get(name, {})) for name in joined.split("+")]
-    if not any(registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in units):
+    if not any(
+        unit_registry.build_unit("fedtune.techniques", unit, "here").selects_trainable_tensors for unit in units
+    ):
         units.append(Unit(name="full"))
     return techniques.build_techniques(units)
 

@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, ServerError
-from fedtune.recipe_file import parse_recipe, read_recipe
-from fedtune.server.home import create_server_home, open_server_home
-from fedtune.yaml_text import YamlError, load, load_with_lines
+from fedtune.recipe.yaml_file import parse_recipe, read_recipe
+from fedtune.recipe.yaml_text import YamlError, load, load_with_lines
+from fedtune.server.server_home import create_server_home, open_server_home
 from tests.federations import TRIVIAL
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.simulation.flower_private import set_message_id
-from fedtune.simulation.local_grid import InProcessGrid
+from fedtune.flower.message_identity import set_message_id
+from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import Assignment, Store
 from tests.federations import order_of
@@ -60,4 +60,4 @@ def seat(store: Store, run: str, clients: int) -> None:
     known = {device.name for device in store.access.devices()}
     for i in (i for i in range(clients) if f"dev-{i}" not in known):
         store.access.add_device(name=f"dev-{i}", node=str(i + 2), public_key=f"key-{i}")
-    store.access.seat(run, [Assignment(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])
+    store.access.assign_clients(run, [Assignment(client=i, device=f"dev-{i}", node=str(i + 2)) for i in range(clients)])

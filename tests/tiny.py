@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["VOCABULARY", "FewTexts", "a_training_recipe", "bert", "few_texts", "llama", "llama_classifier", "texts"]
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from fedtune.fusion import MergeConfig, prepare_merge, write_merged_model
-from fedtune.models.quiet import silence_transformers
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge import MergeConfig, prepare_merge, write_merged_model
 from tests.tiny import VOCABULARY
 
 __all__ = ["LINEARS", "by_fedtune", "by_peft", "gpt2", "logits", "trained"]

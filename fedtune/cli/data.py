@@ -1,4 +1,4 @@
-"""``fedtune data``: look at a recipe's examples before anything is trained."""
+"""``fedtune data``: show the examples of a recipe before training."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,25 +17,25 @@ MAX_ROWS = 40
 
 @click.group()
 def data() -> None:
-    """Look at a recipe's data and how it is split over clients."""
+    """Show the data of a recipe and its partition over clients."""
 
 
 @data.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Where to write the picture (PNG).")
+@click.option("--picture", type=click.Path(path_type=Path), help="File for the plot (PNG).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json: bool) -> None:
-    """Show how many examples of what each client holds, as a table and a picture.
+    """Show how many examples of each label every client has, as a table and a plot.
 
     \b
     Example:
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
-    from fedtune.data.picture import draw_partition as draw
-    from fedtune.home import get_home_folder
-    from fedtune.recipe_file import read_recipe
+    from fedtune.data.partition_plot import draw_partition as draw
+    from fedtune.paths import get_home_folder
+    from fedtune.recipe.yaml_file import read_recipe
 
     wanted = read_recipe(recipe, overrides)
     corpus = library.load_data(wanted)

@@ -1,4 +1,4 @@
-"""``fedtune device``: make this machine a server's device, and keep it one."""
+"""``fedtune device``: enrol this machine as a device of a server, and take part in its runs."""
 
 import re
 import signal
@@ -9,36 +9,43 @@ from typing import Any
 
 import click
 
-__all__ = ["device"]
+__all__ = ["MemorySize", "device"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class _Bytes(click.ParamType[int]):
-    """A number of bytes, such as 512MB or 2GiB; by hand, since pydantic alone would cost a device eight megabytes."""
+class MemorySize(click.ParamType[int]):
+    """A number of bytes, such as 512MB or 2GiB. It does not use pydantic, which would cost a device eight megabytes."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes; click tells of what is none."""
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(value), re.IGNORECASE)
         if found is None:
-            self.fail(f"{value!r} is no amount of memory; write 512MB or 2GiB", param, ctx)
+            self.fail(f"{value!r} is not an amount of memory; write for example 512MB or 2GiB", param, ctx)
         return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
 _data = click.option("--data", "source", metavar="SOURCE", required=True, help="csv:FILE, jsonl:FILE, parquet:FILE, "
-                     "folder:PATH, sample:NAME, or part:NUMBER of the recipe's own split.")  # fmt: skip
-_memory = click.option("--memory", type=_Bytes(), metavar="SIZE", help="Most the trainer may hold.  [default: all]")
+                     "folder:PATH, sample:NAME, or part:NUMBER, a partition of the recipe's data.")  # fmt: skip
+_memory = click.option(
+    "--memory", type=MemorySize(), metavar="SIZE", help="Memory limit of the trainer.  [default: all]"
+)
 _idle = click.option(
-    "--idle", type=click.FloatRange(0), default=30.0, show_default=True, help="Minutes a trainer rests before it ends."
+    "--idle",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Minutes after which an idle trainer process ends.",
 )
 
 
 @click.group()
 def device() -> None:
-    """This machine as a device: it keeps its data and its key, and trains what its server's recipes ask."""
+    """Use this machine as a device. It trains on its own data, which never leaves it."""
 
 
 @device.command()
@@ -48,11 +55,11 @@ def device() -> None:
     envvar="FEDTUNE_TOKEN",
     default="-",
     show_default=True,
-    help='From the operator; "-" reads it from a pipe, and asks for it in a terminal.',
+    help='Token from the operator; "-" reads it from a pipe or prompts for it.',
 )
-@click.option("--name", help="What the server calls this device.  [default: the host's name, or the token's]")
+@click.option("--name", help="Name of this device on the server.  [default: name in the token, or host name]")
 def enroll(url: str | None, token: str, name: str | None) -> None:
-    """Become a device of the server at URL, once, with a one-time token; the token holds the address too.
+    """Enrol this machine as a device, with a one-time token. URL overrides the address in the token.
 
     Example: fedtune device enroll --token -
     """
@@ -65,7 +72,7 @@ def enroll(url: str | None, token: str, name: str | None) -> None:
 
 
 def _typed() -> str:
-    """One line from standard input; a terminal asks for it and does not show it."""
+    """Read one line from standard input. In a terminal, prompt for it without showing it."""
     if sys.stdin.isatty():
         return str(click.prompt("token", hide_input=True, err=True))
     return sys.stdin.readline()
@@ -74,7 +81,7 @@ def _typed() -> str:
 @device.command()
 @click.argument("url")
 def move(url: str) -> None:
-    """Reach the same server at another address from now on; key and name stay.
+    """Change the address of the server. The key and the name of the device stay the same.
 
     Example: fedtune device move https://192.168.1.20:8443
     """
@@ -90,14 +97,16 @@ def move(url: str) -> None:
 @_memory
 @_idle
 def join(source: str, memory: int | None, idle: float) -> None:
-    """Take part until stopped, through whatever happens to the server or the line.
+    """Take part in runs until you stop the command.
+
+    The device reconnects after server restarts and network failures.
 
     \b
     Example:
       fedtune device join --data csv:reviews.csv --memory 512MB
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal it was started in may go; the device stays
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the device continues when its terminal closes
     import psutil
 
     from fedtune.device.device_home import DeviceHome
@@ -116,7 +125,7 @@ def print_with_time(sentence: str) -> None:
 @device.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def status(as_json: bool) -> None:
-    """Who this device is, and what it is doing; ends with code 1 when it is not joined.
+    """Show the identity and the state of this device; exit code 1 if it is not joined.
 
     Example: fedtune device status
     """
@@ -137,7 +146,7 @@ def status(as_json: bool) -> None:
 
 @device.command()
 def leave() -> None:
-    """Forget the server, the key and the order in hand; the operator removes the device at the server.
+    """Delete the identity, the key and the current train request. The operator removes the device from the server.
 
     Example: fedtune device leave
     """
@@ -146,25 +155,25 @@ def leave() -> None:
 
     home = DeviceHome()
     if not home.is_enrolled:
-        raise DeviceError(f"{home.folder} holds no device; there is nothing to leave")
+        raise DeviceError(f"{home.folder} contains no enrolled device, so there is nothing to delete")
     if home.is_joined:
         raise DeviceError(f"the device in {home.folder} is joined; stop that process first")
     home.delete_all()
-    click.echo("left; ask the operator to remove this device at the server too")
+    click.echo("left; ask the operator to remove this device from the server too")
 
 
 @device.command()
 @_data
 @_memory
-@click.option("--user", help="Whom the systemd unit runs as; not root.  [default: you]")
+@click.option("--user", help="User of the systemd unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(source: str, memory: int | None, user: str | None, output: Path) -> None:
-    """Write a systemd unit and a Dockerfile that keep this device joined, and a thin install with fedtune's own wheel.
+    """Write a systemd unit, a Dockerfile and a minimal install with a wheel of this fedtune.
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from fedtune.device.package import write_deployment_files as write_files
-    from fedtune.systemd import service_user
+    from fedtune.device.deployment_files import write_deployment_files as write_files
+    from fedtune.systemd_units import service_user
 
     for path in write_files(output, source, memory, service_user(user)):
         click.echo(path)

@@ -1,4 +1,4 @@
-"""``fedtune evaluate``: score what a run learned on any data source."""
+"""``fedtune evaluate``: score the model of a run on any data source."""
 
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,14 @@ __all__ = ["evaluate"]
 
 @click.command()
 @click.argument("target")
-@click.option("--round", "number", type=click.IntRange(0), help="Round to score; 0 is the start.  [default: the last]")
-@click.option("--data", "source", metavar="SOURCE", help="Another source: all of its examples are scored.")
-@click.option("--columns", metavar="KEY=NAME,...", help="Its columns, e.g. text=review,label=stars.")
-@click.option("--part", type=click.Choice(["validation", "test"]), help="Of its own data.  [default: validation]")
+@click.option(
+    "--round", "number", type=click.IntRange(0), help="Round to score; 0 is before training.  [default: the last]"
+)
+@click.option("--data", "source", metavar="SOURCE", help="Another data source; all its examples are scored.")
+@click.option("--columns", metavar="KEY=NAME,...", help="Columns of --data, e.g. text=review,label=stars.")
+@click.option(
+    "--part", type=click.Choice(["validation", "test"]), help="Split of the run's own data.  [default: validation]"
+)
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def evaluate(
@@ -29,7 +33,7 @@ def evaluate(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Score TARGET on a part of its own data, or on another source.
+    """Score TARGET on a split of its own data, or on another data source.
 
     TARGET is a run, the beginning of its id, latest, or a checkpoint file of a run.
 
@@ -38,14 +42,16 @@ def evaluate(
       fedtune evaluate latest --part test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
-    from fedtune.cli.target import load_checkpoint_target
+    from fedtune.cli.checkpoint_target import load_checkpoint_target
     from fedtune.errors import ModelError
     from fedtune.training import evaluate_model, get_run_context, set_model_state
 
     if source is not None and part is not None:
-        raise click.UsageError("--part is a part of the run's own data, and all of --data is scored; leave one out")
+        raise click.UsageError(
+            "--part selects a split of the run's own data, but all of --data is scored; remove one of them"
+        )
     if source is None and columns is not None:
-        raise click.UsageError("--columns are those of --data; name that too, e.g. --data csv:reviews.csv")
+        raise click.UsageError("--columns names the columns of --data; add it, e.g. --data csv:reviews.csv")
     recipe, state, run, at = load_checkpoint_target(target, number, store)
     shop = get_run_context(recipe.model_dump_json())
     if shop.local_tensors:

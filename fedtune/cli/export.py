@@ -1,4 +1,4 @@
-"""``fedtune export``: a run's result for plain transformers or peft."""
+"""``fedtune export``: write the result of a run for transformers or PEFT."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ __all__ = ["export"]
 
 @click.command()
 @click.argument("target")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--round", "number", type=click.IntRange(0), help="Round to take.  [default: the last]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create.")
+@click.option("--round", "number", type=click.IntRange(0), help="Round to export.  [default: the last]")
 @click.option("--format", "form", type=click.Choice(["adapter", "full"]), help="[default: adapter where possible]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def export(target: str, output: Path, number: int | None, form: str | None, store: str | None, as_json: bool) -> None:
-    """Write what TARGET learned: a PEFT adapter, or a whole safetensors model.
+    """Write the model of TARGET as a PEFT adapter or a whole safetensors model.
 
     TARGET is a run, the beginning of its id, latest, or a checkpoint file of a run.
 
@@ -26,7 +26,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
       fedtune export latest -o my-model
       fedtune export latest -o my-model --format full
     """
-    from fedtune.cli.target import load_checkpoint_target
+    from fedtune.cli.checkpoint_target import load_checkpoint_target
     from fedtune.export import describe_missing_tensors
     from fedtune.export import export_model as write
 
@@ -42,7 +42,7 @@ def export(target: str, output: Path, number: int | None, form: str | None, stor
 
 def _private(run: str, number: int, store: str | None) -> str:
     """What the weights of a round may tell of a client, where the run has an answer to that."""
-    from fedtune.cli.private import make_privacy_paragraph
+    from fedtune.cli.privacy_text import make_privacy_paragraph
     from fedtune.tracking import Store
 
     with Store.open(store) as opened:

@@ -14,16 +14,16 @@ from fedtune.untrusted import clean_lines
 __all__ = ["cli", "main"]
 
 _COMMANDS = {
-    "data": ("data:data", "Look at the examples of a recipe and how they are split."),
-    "device": ("device:device", "Make this machine a server's device, and keep it one."),
+    "data": ("data:data", "Show the examples of a recipe and their partition over clients."),
+    "device": ("device:device", "Enrol this machine as a device and take part in runs."),
     "evaluate": ("evaluate:evaluate", "Score a run, a checkpoint or the base on any data source."),
-    "export": ("export:export", "Write a run's result for plain transformers or peft."),
+    "export": ("export:export", "Write the result of a run for transformers or PEFT."),
     "merge": ("merge:merge", "Merge fine-tunes of one base into one model."),
-    "methods": ("methods:methods", "List the techniques and merge steps, or print one's card."),
+    "methods": ("methods:methods", "List techniques and merge steps, or print a card."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
     "runs": ("runs:runs", "List, show, compare, plot, export, delete, watch, stop and resume runs."),
-    "server": ("server:server", "A server that real devices join."),
+    "server": ("server:server", "Run a server for real devices."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
 }
@@ -64,14 +64,16 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; 0 for success, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line. Exit code 0: success; 2: an error that the user can fix; 130: Ctrl-C."""
     _be_quiet()
     warnings.formatwarning = _said
-    gc.set_threshold(50_000, 20, 20)  # imports make a hundred thousand objects and no garbage: half a second
+    gc.set_threshold(
+        50_000, 20, 20
+    )  # imports create a hundred thousand objects and no garbage; this saves half a second
     try:
         sys.exit(_run())
     finally:
-        gc.freeze()  # the process ends here: searching what it holds for garbage would take another half
+        gc.freeze()  # the process ends here; a last garbage collection would take another half second
 
 
 def _run() -> int:
@@ -87,15 +89,15 @@ def _run() -> int:
     except ModuleNotFoundError as error:
         return _refuse(explain_missing_module(error))
     except OSError as error:
-        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}; mend that and try again")
+        return _refuse(f"{error.filename or 'the system'}: {error.strerror or error}; fix this and try again")
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         return 130
 
 
 def explain_missing_module(error: ModuleNotFoundError) -> str:
-    """A sentence for what a thin install left out; whatever else is missing is an error of ours."""
-    from fedtune.thin import explain_missing_module
+    """Explain a package that the minimal install leaves out. Any other missing module is a bug."""
+    from fedtune.minimal_install import explain_missing_module
 
     sentence = explain_missing_module(error.name or "")
     if sentence is None:
@@ -104,14 +106,14 @@ def explain_missing_module(error: ModuleNotFoundError) -> str:
 
 
 def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """A warning of fedtune's is a sentence for the user; others are for who mends a program."""
+    """Format a warning. Warnings of fedtune are one sentence; others keep Python's format."""
     if issubclass(category, FedtuneWarning):
         return f"fedtune: {clean_lines(str(message))}\n"
     return _FORMAT(message, category, filename, lineno, line)
 
 
 def _be_quiet() -> None:
-    """No telemetry, no update checks, no progress bars but ours; children do not import from the working folder."""
+    """Disable telemetry, update checks and foreign progress bars; keep the working folder off the import path."""
     for name, value in {
         "PYTHONSAFEPATH": "1",
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -1,15 +1,14 @@
-"""``fedtune merge``: several fine-tunes of one base made into one model."""
+"""``fedtune merge``: merge several fine-tunes of one base into one model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Asked, Command, numbers, unit
-from fedtune.cli.task_choice import TaskChoice
+from fedtune.cli.option_parsers import Command, MergeOptions, numbers, unit
 
 if TYPE_CHECKING:
-    from fedtune.fusion.stages import Stage
+    from fedtune.offline_merge.merge_stages import Stage
 
 __all__ = ["merge"]
 
@@ -18,36 +17,46 @@ _TASKS = ["text-generation", "text-classification", "image-classification"]
 
 @click.command(cls=Command)
 @click.argument("sources", nargs=-1, required=True, metavar="CONFIG.yaml | MODEL...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to create.")
 @click.option("--method", metavar="NAME", help="Merge method; see: fedtune methods.  [default: linear]")
-@click.option("--base", metavar="MODEL", help="What the models were fine-tuned from.")
+@click.option("--base", metavar="MODEL", help="The model that the others were fine-tuned from.")
 @click.option("--weights", metavar="W,W,...", help="One number per model.  [default: 1 each]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter, or a key of CONFIG.yaml.")
-@click.option("--seed", "--random-seed", type=click.IntRange(0), help="For methods that draw.")
+@click.option("--seed", "--random-seed", type=click.IntRange(0), help="Seed of methods that draw random numbers.")
 @click.option("--align", multiple=True, metavar="STEP", help="e.g. rebasin")
 @click.option("--relax", multiple=True, metavar="STEP", help="e.g. aim, or 'aim: {omega: 0.3}'")
 @click.option("--renormalise", multiple=True, metavar="STEP", help="e.g. repair")
-@click.option("--tokenizer", metavar="RULE", help="Whose tokens: union, base or one of the models.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the result.")
-@click.option("--as", "form", type=click.Choice(["model", "adapter"]), default="model", help="What adapters become.")
+@click.option("--tokenizer", metavar="RULE", help="Vocabulary of the result: union, base or one of the models.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Data type of the result.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["model", "adapter"]),
+    default="model",
+    help="Form of the result when adapters are merged.",
+)
 @click.option("--rank", type=click.IntRange(1), help="Largest rank of a merged adapter.")
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of it that an adapter keeps.")
-@click.option("--calibrate", metavar="DATA", help="Examples for steps that watch the model at work.")
-@click.option("--evaluate", metavar="DATA", help="Examples on which inputs and result are scored.")
-@click.option("--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Of DATA to evaluate.")
-@click.option("--columns", metavar="KEY=NAME,...", help="Their columns, e.g. text=review,label=stars.")
-@click.option("--task", type=TaskChoice(_TASKS), help="What the models do; for --calibrate and --evaluate.")
+@click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), help="Fraction of the energy that an adapter keeps."
+)
+@click.option("--calibrate", metavar="DATA", help="Calibration data for steps that measure activations.")
+@click.option("--evaluate", metavar="DATA", help="Data on which the inputs and the result are scored.")
+@click.option(
+    "--part", type=click.Choice(["all", "validation", "test"]), default="all", help="Split of --evaluate to score."
+)
+@click.option("--columns", metavar="KEY=NAME,...", help="Columns of the data, e.g. text=review,label=stars.")
+@click.option("--task", type=click.Choice(_TASKS), help="Task of the models, for --calibrate and --evaluate.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
-@click.option("--report/--no-report", default=True, help="Compare the models first; reads them once more.")
-@click.option("--trust-base", is_flag=True, help="Merge though deltas are about as large as the base.")
+@click.option("--report/--no-report", default=True, help="Compare the models first, which reads them once more.")
+@click.option("--trust-base", is_flag=True, help="Merge even if deltas are about as large as the base.")
 @click.option("--dry-run", is_flag=True, help="Stop after the report; write nothing.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store, for run:ID.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: str, **options: Any) -> None:
-    """Merge models as CONFIG.yaml says (mergekit's schema), or MODELs by the options.
+    """Merge the models of CONFIG.yaml (mergekit's schema), or the given MODELs.
 
-    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. An
-    interrupted merge goes on when the same command is given again.
+    A MODEL is a folder, a PEFT adapter, a .gguf file, BASE+ADAPTER, path:, gguf:, hub:, sample:, or run:ID[@ROUND]. To
+    continue an interrupted merge, run the same command again.
 
     \b
     Example:
@@ -57,11 +66,11 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
       fedtune merge run:latest run:film-1a2b --base run:latest@0 --method task-arithmetic --dry-run
     """
     if output is None and not dry_run:
-        raise click.UsageError("name the folder to make with -o, or look only with --dry-run")
+        raise click.UsageError("name the output folder with -o, or use --dry-run")
     from fedtune.memory.heap import keep_freed_memory
 
     keep_freed_memory()
-    asked = Asked(sources, output, form, dry_run, **options)
+    asked = MergeOptions(sources, output, form, dry_run, **options)
     if form == "adapter":
         _merge_adapters(asked)
     else:
@@ -70,9 +79,9 @@ def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: st
         merge_stages(asked, _stages(asked))
 
 
-def _stages(asked: Asked) -> "list[Stage]":
-    from fedtune.fusion import build_merge_config, read_merge_config
-    from fedtune.fusion.stages import Stage
+def _stages(asked: MergeOptions) -> "list[Stage]":
+    from fedtune.offline_merge import build_merge_config, read_merge_config
+    from fedtune.offline_merge.merge_stages import Stage
 
     first = Path(asked.sources[0])
     if first.suffix in (".yaml", ".yml"):
@@ -95,10 +104,10 @@ def _stages(asked: Asked) -> "list[Stage]":
     return [Stage(config, text, frozenset())]
 
 
-def _merge_adapters(asked: Asked) -> None:
+def _merge_adapters(asked: MergeOptions) -> None:
     """Adapters of one base into one adapter, which nothing but the method and its parameters shape."""
     from fedtune.cli.merge_adapters import write_merged_adapter
-    from fedtune.fusion.methods import build_merge_method
+    from fedtune.offline_merge.merge_methods import build_merge_method
 
     *more, (config, _, _) = _stages(asked)
     if more:
@@ -112,7 +121,7 @@ def _merge_adapters(asked: Asked) -> None:
     layers = [(entry.parameters, config.parameters) for entry in config.model_entries]
     if any(isinstance(value, list) for layer in layers for settings in layer for value in settings.values()):
         raise click.UsageError("--as adapter takes one value for all modules; lists and filters need --as model")
-    parts = [chosen.own(layer, "", 0.0) for layer in layers]
+    parts = [chosen.bind_model(layer, "", 0.0) for layer in layers]
     if chosen.is_passthrough or any(part.nothing for part in parts):
         raise click.UsageError("--as adapter needs something of every adapter; copy one, or leave one out, by hand")
     folders = [Path(entry.model.removeprefix("path:")).expanduser() for entry in config.model_entries]

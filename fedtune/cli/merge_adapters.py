@@ -1,4 +1,4 @@
-"""``fedtune merge --as adapter``: adapters of one base made into one adapter."""
+"""``fedtune merge --as adapter``: merge adapters of one base into one adapter."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import click
 __all__ = ["write_merged_adapter"]
 
 
-_UNKNOWN = "how far it is from the merge, only the base can tell, which is not at hand (DoRA)"
+_UNKNOWN = "its error is unknown, because this needs the base (DoRA)"
 
 
 def write_merged_adapter(
@@ -23,9 +23,9 @@ def write_merged_adapter(
     energy: float | None,
     as_json: bool,
 ) -> None:
-    """Write the adapter and tell what each module lost."""
-    from fedtune.fusion.adapters import RankLimit, compute_overall_error
-    from fedtune.fusion.adapters import merge_adapters as write
+    """Write the adapter and print the error of each module."""
+    from fedtune.offline_merge.adapters.merge_adapters import RankLimit, compute_overall_error
+    from fedtune.offline_merge.adapters.merge_adapters import merge_adapters as write
 
     modules = write(folders, output, unit, weights or None, RankLimit(rank, energy), knobs=knobs)
     error = compute_overall_error(modules)

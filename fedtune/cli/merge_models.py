@@ -1,49 +1,50 @@
-"""``fedtune merge``: models compared, merged, written and scored."""
+"""``fedtune merge``: compare, merge, write and score models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.merge_options import Asked, columns, size
+from fedtune.cli.option_parsers import MergeOptions, columns, size
 
 if TYPE_CHECKING:
-    from fedtune.fusion import MergeConfig, ModelComparison, PreparedMerge
-    from fedtune.fusion.card import ModelMetrics
-    from fedtune.fusion.stages import Stage
+    from fedtune.offline_merge import MergeConfig, ModelComparison, PreparedMerge
+    from fedtune.offline_merge.merge_stages import Stage
+    from fedtune.offline_merge.model_card import ModelMetrics
 
 __all__ = ["merge_stages"]
 
 
-def merge_stages(asked: Asked, stages: "Sequence[Stage]") -> None:
-    """The merges of a file in order; those whose results others need go into a folder beside the output."""
+def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
+    """Run the merges of a file in order. Intermediate results go into a folder beside the output."""
     if len(stages) == 1:
         _merge_one(asked, stages[0].config, stages[0].text)
         return
     if asked.output is None or asked.dry_run:
-        raise click.UsageError(f"--dry-run looks at one merge, but {asked.sources[0]} holds {len(stages)}; write them")
+        raise click.UsageError(f"--dry-run reports one merge, but {asked.sources[0]} contains {len(stages)}; use -o")
     import shutil
 
     from fedtune.errors import FedtuneError
-    from fedtune.fusion.stages import check, renamed
+    from fedtune.offline_merge.merge_stages import check, replace_stage_names
 
     check(stages)
     beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
     made: dict[str, Path] = {}
     try:
         for stage in stages[:-1]:
-            made[str(stage.config.name)] = _stage(asked, renamed(stage.config, made), stage.text, beside)
-        _merge_one(asked, renamed(stages[-1].config, made), stages[-1].text)
+            made[str(stage.config.name)] = _stage(asked, replace_stage_names(stage.config, made), stage.text, beside)
+        _merge_one(asked, replace_stage_names(stages[-1].config, made), stages[-1].text)
     except FedtuneError:  # an interruption leaves what is made for the same command to go on with
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(beside)
 
 
-def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path:
-    """The folder of one merge's result, which is there already when the same one was made before."""
-    from fedtune.fusion import prepare_merge
+def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
+    """Return the folder of an intermediate merge. It is reused if the same merge was made before."""
+    from fedtune.offline_merge import prepare_merge
 
     key = prepare_merge(config, asked.export).compute_resume_key()
     folder = beside / f"{config.name}-{key[:12]}"
@@ -53,14 +54,14 @@ def _stage(asked: Asked, config: "MergeConfig", text: str, beside: Path) -> Path
     return folder
 
 
-def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = True) -> None:
+def _merge_one(asked: MergeOptions, config: "MergeConfig", text: str, *, told: bool = True) -> None:
     from fedtune.cli.merge_view import show_byte_progress
-    from fedtune.fusion import compare, prepare_merge
+    from fedtune.offline_merge import compare, prepare_merge
 
     prepared = prepare_merge(config, asked.export)
     shards = prepared.plan_shards(size(asked.shard_size))
     if asked.output is not None:
-        from fedtune.fusion.output import check_output_space
+        from fedtune.offline_merge.output_folder import check_output_space
 
         check_output_space(asked.output, shards)
     found = None
@@ -77,15 +78,15 @@ def _merge_one(asked: Asked, config: "MergeConfig", text: str, *, told: bool = T
 
 
 def _write(
-    asked: Asked, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
+    asked: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
-    """Write the result and its card; returns the scores, if any were asked for, and what speaks against the result."""
-    from fedtune import fusion
+    """Write the result and its card; return the scores, if requested, and the warnings."""
+    from fedtune import offline_merge
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.files import write_bytes_atomically
-    from fedtune.fusion.card import build_model_card, hashes
-    from fedtune.fusion.result import CARD
-    from fedtune.fusion.warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
+    from fedtune.offline_merge.merge_warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
+    from fedtune.offline_merge.model_card import CardContents, build_model_card, hashes
+    from fedtune.offline_merge.write_model import CARD
 
     assert asked.output is not None
     named = columns(asked.columns)
@@ -94,12 +95,12 @@ def _write(
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
     warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
-    read = hashes(prepared)
+    card = CardContents(asked.output.name, prepared, text, hashes(prepared), found, scores, warned)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
-        fusion.write_merged_model(
+        offline_merge.write_merged_model(
             prepared,
             asked.output,
-            build_model_card(asked.output.name, prepared, text, read, found, scores, warned),
+            build_model_card(card),
             shard_size=size(asked.shard_size),
             evidence=evidence,
             progress=progress,
@@ -107,24 +108,24 @@ def _write(
     if asked.evaluate:
         scores[RESULT_NAME] = _score(asked, f"path:{asked.output}", named)
         warned += warn_of_better_inputs(scores)
-        told = build_model_card(asked.output.name, prepared, text, read, found, scores, warned)
+        told = build_model_card(replace(card, scores=scores, warnings=warned))
         write_bytes_atomically(asked.output / CARD, told.encode())
     return scores, warned
 
 
-def _evidence(asked: Asked, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
+def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
     if not prepared.steps.needs:
         from fedtune.merging import MergeContext
 
         return MergeContext()
-    from fedtune.fusion.score import collect_merge_context
+    from fedtune.offline_merge.evaluate_models import collect_merge_context
 
     kind = "image" if asked.task == "image-classification" else "text"
     return collect_merge_context(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
 
 
-def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
-    from fedtune.fusion.score import evaluate_folder, materialise_model
+def _score(asked: MergeOptions, source: str, columns: dict[str, str]) -> Any:
+    from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
 
     if asked.task is None:
         raise click.UsageError("--evaluate needs --task, e.g. --task text-classification")
@@ -134,7 +135,7 @@ def _score(asked: Asked, source: str, columns: dict[str, str]) -> Any:
 
 
 def _tell(
-    asked: Asked,
+    asked: MergeOptions,
     prepared: "PreparedMerge",
     found: "ModelComparison | None",
     scores: "ModelMetrics",

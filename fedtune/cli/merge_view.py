@@ -1,4 +1,4 @@
-"""What ``fedtune merge`` shows: the report, the scores, and how much is left."""
+"""The output of ``fedtune merge``: the report, the scores and the progress."""
 
 import sys
 import time
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedtune.fusion import ModelComparison
-    from fedtune.fusion.card import ModelMetrics
+    from fedtune.offline_merge import ModelComparison
+    from fedtune.offline_merge.model_card import ModelMetrics
 
 __all__ = ["show_byte_progress", "show_comparison", "show_metrics"]
 
 _EVERY = 30.0
-"""Seconds between lines where no terminal shows a bar."""
+"""Seconds between lines without a terminal."""
 
 
 @contextmanager
 def show_byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress in bytes on standard error, with the time left: a bar in a terminal, now and then a line elsewhere."""
+    """Show progress in bytes and the time left on standard error: a bar in a terminal, lines elsewhere."""
     console = Console(stderr=True, markup=False)
     if not console.is_terminal or console.is_dumb_terminal:
         yield _lines(what, total)
@@ -48,7 +48,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
 
 
 def show_comparison(found: "ModelComparison") -> None:
-    """One row per model, then what holds for all."""
+    """Print one row per model, then figures over all models."""
     table = _table("model", "norm>", "cosines>", "changed>", "first tensor changed", "tokens")
     for place, name in enumerate(found.models):
         norm = "-" if found.norms is None else f"{found.norms[place]:.4f}"
@@ -58,19 +58,19 @@ def show_comparison(found: "ModelComparison") -> None:
         table.add_row(name, norm, cosines, changed, first, _words(found, place))
     console = _console()
     console.print(table)
-    kind = "whole models" if found.norms is None else "what models differ from the base; norms are over the base's"
+    kind = "whole models" if found.norms is None else "deltas to the base; norms are relative to the norm of the base"
     console.print(f"\ncosines are between {kind}")
     if found.norms is not None:
         console.print(f"opposite directions at {found.conflicts:.1%} of {found.entries} entries")
     if found.scale is not None:
         console.print(
-            f"a scale of {found.scale:.3f} would keep the weighted sum as long as a model's delta is on average "
+            f"a scale of {found.scale:.3f} would give the weighted sum the mean norm of the models' deltas "
             "(a rule of thumb)"
         )
 
 
 def show_metrics(scores: "ModelMetrics") -> None:
-    """One row per model and domain."""
+    """Print one row per model and domain."""
     names = sorted({one.name for figures in scores.values() for one in figures})
     table = _table("model", "domain", *(f"{name}>" for name in names))
     for model, figures in scores.items():
@@ -89,7 +89,7 @@ def _words(found: "ModelComparison", place: int) -> str:
 
 
 def _table(*heads: str) -> Table:
-    """A plain table; a head that ends in ``>`` aligns its column to the right."""
+    """Return a plain table; a heading that ends in ``>`` aligns its column to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for head in heads:
         table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")

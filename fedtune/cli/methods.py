@@ -1,4 +1,4 @@
-"""``fedtune methods``: the techniques and merge steps there are, and their cards."""
+"""``fedtune methods``: list techniques and merge steps, and print their cards."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,9 +21,9 @@ def methods(name: str | None, as_json: bool) -> None:
       fedtune methods lora
     """
     from fedtune.errors import RecipeError
-    from fedtune.explain import suggest_nearest
-    from fedtune.recipe_names import UNIT_NAMES
-    from fedtune.registry import describe_unit_settings, list_unit_names, read_unit_card
+    from fedtune.recipe.unit_registry import describe_unit_settings, list_unit_names, read_unit_card
+    from fedtune.recipe.validation_errors import suggest_nearest
+    from fedtune.recipe.version_names import UNIT_NAMES
 
     rooms = {"technique": "fedtune.techniques", "merge": "fedtune.merging"}
     known = {found: (kind, package) for kind, package in rooms.items() for found in list_unit_names(package)}
@@ -57,7 +57,7 @@ def _show_list(rows: Sequence[Mapping[str, object]]) -> None:
         first = str(row["card"]).splitlines()[0]
         table.add_row(str(row["name"]), str(row["kind"]), first.partition(": ")[2] or first)
     Console(markup=False).print(table)
-    click.echo("\nOne in full: fedtune methods lora. Several at once: --techniques lora+gradient-checkpointing")
+    click.echo("\nPrint a card: fedtune methods lora. Combine techniques: --techniques lora+gradient-checkpointing")
 
 
 def _show_card(row: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""``fedtune profile``: what a training step costs with each technique, before anything is trained in earnest."""
+"""``fedtune profile``: measure the cost of a training step with each technique."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,27 +6,26 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fedtune.cli.task_choice import TaskChoice
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 
 if TYPE_CHECKING:
-    from fedtune.profile import ProfileCase, ProfileResult
-    from fedtune.recipe import Recipe, Unit
+    from fedtune.profiling import ProfileCase, ProfileResult
+    from fedtune.recipe.schema import Recipe, Unit
 
 __all__ = ["profile"]
 
 
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
-@click.option("--model", metavar="SOURCE", help="In place of a recipe: a model, fed with random inputs.")
-@click.option("--task", type=TaskChoice(get_args(TaskName)), help="What the model of --model is to do.")
-@click.option("--techniques", metavar="A,B,C+D", help="What to measure, or all.  [default: the recipe's]")
+@click.option("--model", metavar="SOURCE", help="Instead of a recipe: a model with random inputs.")
+@click.option("--task", type=click.Choice(get_args(TaskName)), help="Task of --model.")
+@click.option("--techniques", metavar="A,B,C+D", help="Techniques to measure, or all.  [default: the recipe's]")
 @click.option("--batch", metavar="N", help="Short for --set train.batch_size=N.")
-@click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens a text is padded to.")
+@click.option("--length", metavar="N", help="Short for --set train.max_length=N: tokens per text.")
 @click.option("--image", metavar="N", help="Short for --set train.image_size=N: pixels.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
-@click.option("--check", is_flag=True, help="Also compare gradients with those of stored activations.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to draw the picture (.png or .svg).")
+@click.option("--check", is_flag=True, help="Compare gradients with those of stored activations.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (.png or .svg).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def profile(
     path: Path | None,
@@ -41,10 +40,12 @@ def profile(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what a training step keeps, takes and sends with each technique, beside full, lora,
-    lora+gradient-checkpointing and qlora; each in a process of its own, one at a time.
+    """Measure activation memory, time and sent bytes of a training step with each technique.
 
-    Techniques may carry settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, gradient-checkpointing]".
+    full, lora, lora+checkpointing and qlora are measured for comparison. Each case runs in its own process, one at a
+    time.
+
+    Techniques may have settings, in YAML: --techniques "lora: {rank: 4}, [qlora: {rank: 4}, checkpointing]".
 
     \b
     Example:
@@ -55,20 +56,20 @@ def profile(
     added = (*overrides, *(f"train.{key}={value}" for key, value in short.items() if value is not None))
     wanted = _recipe(path, model, task, added)
     if output is not None:
-        from fedtune.profile.picture import parse_image_format
+        from fedtune.profiling.profile_chart import parse_image_format
 
         parse_image_format(output)
     found = _cases(wanted, _asked(wanted, techniques, given=path is not None), random=path is None, check=check)
     rows = _measured(found)
     from fedtune import models
 
-    _show(models.settled(wanted), rows, random=path is None, output=output, as_json=as_json)
+    _show(models.resolve_preprocessor(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
 def _recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
     """The recipe of the file, or one made up around a model; its data is never read."""
-    from fedtune.cli.exported import with_base
-    from fedtune.recipe_file import parse_recipe, read_recipe
+    from fedtune.cli.cached_export import with_base
+    from fedtune.recipe.yaml_file import parse_recipe, read_recipe
 
     if path is not None and model is None and task is None:
         return with_base(read_recipe(path, overrides), None)
@@ -99,11 +100,11 @@ def _asked(recipe: "Recipe", text: str | None, given: bool) -> "list[list[Unit]]
     if text is None:
         return [recipe.train.techniques] if given else []
     if text == "all":
-        from fedtune.profile import list_profiled_techniques
+        from fedtune.profiling import list_profiled_techniques
 
         return list_profiled_techniques()
     from fedtune.errors import RecipeError
-    from fedtune.yaml_text import YamlError, load
+    from fedtune.recipe.yaml_text import YamlError, load
 
     try:
         items = load(f"[{text}]")
@@ -116,8 +117,8 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
     from pydantic import ValidationError
 
     from fedtune.errors import RecipeError
-    from fedtune.explain import explain_validation_error
-    from fedtune.recipe import Train
+    from fedtune.recipe.schema import Train
+    from fedtune.recipe.validation_errors import explain_validation_error
 
     settings = recipe.train.model_dump(mode="json")
     try:
@@ -129,29 +130,29 @@ def _units(recipe: "Recipe", item: Any) -> "list[Unit]":
 
 def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: bool) -> "list[ProfileCase]":
     """What to measure; whatever can be refused is refused here, before the first step."""
-    from fedtune import data, models, profile
-    from fedtune.contribution import pack
+    from fedtune import data, models, profiling
     from fedtune.models.sources import resolve_model_source
+    from fedtune.wire.client_update import pack
 
-    profile.make_profile_cases(recipe, asked, (), None)
+    profiling.make_profile_cases(recipe, asked, (), None)
     resolve_model_source(recipe.model.source)
     if random:
         labels = () if recipe.task == "text-generation" else ("no", "yes")
-        return profile.make_profile_cases(recipe, asked, labels, None, check)
+        return profiling.make_profile_cases(recipe, asked, labels, None, check)
     corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
-    batch = pack(profile.encode_first_batch(recipe, corpus))
-    return profile.make_profile_cases(recipe, asked, corpus.label_names, batch, check)
+    batch = pack(profiling.encode_first_batch(recipe, corpus))
+    return profiling.make_profile_cases(recipe, asked, corpus.label_names, batch, check)
 
 
 def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":
-    from fedtune import profile
+    from fedtune import profiling
     from fedtune.cli.profile_view import show_profile_progress
 
     rows = []
     with show_profile_progress(len(cases)) as (begin, end):
         for case in cases:
             begin(case.technique)
-            rows.append(profile.profile_in_subprocess(case))
+            rows.append(profiling.profile_in_subprocess(case))
             end(rows[-1])
     return rows
 
@@ -159,10 +160,10 @@ def _measured(cases: "Sequence[ProfileCase]") -> "list[ProfileResult]":
 def _show(recipe: "Recipe", rows: "list[ProfileResult]", *, random: bool, output: Path | None, as_json: bool) -> None:
     """The table and the picture, or JSON; code 2 when nothing could run."""
     from fedtune.cli.profile_view import make_result_dicts, make_title, show_profile
-    from fedtune.home import get_home_folder
     from fedtune.json_text import json_text
-    from fedtune.profile import FailedProfile
-    from fedtune.profile.picture import draw_profile
+    from fedtune.paths import get_home_folder
+    from fedtune.profiling import FailedProfile
+    from fedtune.profiling.profile_chart import draw_profile
 
     heading = make_title(recipe, random)
     path = output or get_home_folder() / "pictures" / f"{recipe.name}-profile.png"

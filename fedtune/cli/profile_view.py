@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedtune.profile import FailedProfile, ProfileResult, StepProfile
-from fedtune.recipe import Recipe
+from fedtune.profiling import FailedProfile, ProfileResult, StepProfile
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["make_result_dicts", "make_title", "show_profile", "show_profile_progress"]
 
@@ -127,10 +127,10 @@ def _cells(row: StepProfile, full: float | None) -> list[str]:
 
 
 def _notes(rows: Sequence[ProfileResult]) -> Iterator[str]:
-    yield "kept: for the backward pass; peak: of the step; both without parameters and their gradients"
-    yield "+RSS: the process's peak over what it held with the model loaded; up, down: sent per round"
+    yield "kept: activation memory for backward; peak: of the step; both without parameters and their gradients"
+    yield "+RSS: peak of the process above its memory with the model loaded; up, down: sent per round"
     if full := _full_seconds(rows):
-        yield f"time: of a whole step, as a multiple of full's {full:.3g} s"
+        yield f"time: of a whole step, relative to {full:.3g} s of full"
     for row in rows:
         if isinstance(row, FailedProfile):
             yield f"{row.technique} did not run: {row.error}"

@@ -24,9 +24,9 @@ def upgrade(file: Path, output: Path | None) -> None:
       fedtune recipe upgrade old.yaml -o new.yaml
     """
     from fedtune.files import write_bytes_atomically
-    from fedtune.recipe_file import read_text_file
-    from fedtune.recipe_upgrade import upgrade_recipe_text
-    from fedtune.recipe_versions import VERSION
+    from fedtune.recipe.upgrade import upgrade_recipe_text
+    from fedtune.recipe.versions import VERSION
+    from fedtune.recipe.yaml_file import read_text_file
 
     read_text_file(file, "the recipe")  # refused in a sentence
     mode = file.stat().st_mode

@@ -1,4 +1,4 @@
-"""``fedtune runs``: look at what was recorded, compare it, draw it, take it elsewhere, remove it."""
+"""``fedtune runs``: list, show, compare, plot, export and delete recorded runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fedtune.cli import runs_server
+from fedtune.cli import submitted_runs
 from fedtune.cli.runs_rollback import rollback
-from fedtune.recipe_versions import read_stored_recipe
+from fedtune.recipe.versions import read_stored_recipe
 
 if TYPE_CHECKING:
     from fedtune.tracking import RoundRecord, RunRecord, Store
@@ -30,49 +30,49 @@ _some = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
 
 @click.group()
 def runs() -> None:
-    """Recorded runs. RUN is an id, the beginning of one, or "latest"."""
+    """Recorded runs. RUN is an id, a prefix of an id, or "latest"."""
 
 
-for _command in (runs_server.watch, runs_server.stop, runs_server.resume, rollback):
+for _command in (submitted_runs.watch, submitted_runs.stop, submitted_runs.resume, rollback):
     runs.add_command(_command)
 
 
 @runs.command("list")
 @_shared
 def list_(store: str | None, as_json: bool) -> None:
-    """All runs, newest first.
+    """List all runs, newest first.
 
     Example: fedtune runs list
     """
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document
+    from fedtune.tracking import Store, run_json
 
     with Store.open(store) as opened:
         found = opened.runs()
         if as_json:
             rounds = opened.rounds_of(run.id for run in found)
-            click.echo(document.text([document.make_run_document(run, rounds[run.id]) for run in found]))
+            click.echo(run_json.text([run_json.make_run_document(run, rounds[run.id]) for run in found]))
         else:
             runs_view.show_list(found, opened.get_latest_metrics())
 
 
 @runs.command()
 @_one
-@click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Show so many of the last rounds.")
+@click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Number of rounds to show.")
 @click.option("--all", "every", is_flag=True, help="Show every round.")
 @_shared
 def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> None:
-    """One run: its last rounds, its result by domain, its clients. With --json always every round.
+    """Show a run: its last rounds, its result by domain, its clients. --json prints every round.
 
     Example: fedtune runs show latest
     """
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document
+    from fedtune.tracking import Store, run_json
 
     with Store.open(store) as opened:
         [(found, rounds)] = _recorded(opened, [run])
     if as_json:
-        click.echo(document.text(document.make_run_document(found, rounds, detailed=True)))
+        click.echo(run_json.text(run_json.make_run_document(found, rounds, detailed=True)))
     else:
         runs_view.show_run(found, rounds, None if every else last)
 
@@ -81,20 +81,20 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
 @_some
 @_shared
 def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
-    """Runs side by side: results, costs and the settings in which they differ.
+    """Compare runs: results, costs and the settings in which they differ.
 
     Example: fedtune runs compare latest sentiment-2
     """
 
     from fedtune.cli import runs_view
-    from fedtune.tracking import Store, document, summary
+    from fedtune.tracking import Store, run_json, run_summary
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
-    settings = summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
+    settings = run_summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
     if as_json:
-        documents = [document.make_run_document(run, rounds) for run, rounds in recorded]
-        click.echo(document.text({"runs": documents, "differences": settings}))
+        documents = [run_json.make_run_document(run, rounds) for run, rounds in recorded]
+        click.echo(run_json.text({"runs": documents, "differences": settings}))
     else:
         runs_view.show_comparison(recorded, settings)
 
@@ -104,22 +104,22 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png or .svg file.")
 @_shared
 def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_json: bool) -> None:
-    """A picture of one run, or of several together.
+    """Plot one run, or several runs together.
 
-    Without -o, one run is drawn into its own folder and several into runs.png here.
+    Without -o, the plot of one run is written to the run's folder, and that of several runs to runs.png.
 
     Example: fedtune runs plot latest -o sentiment.svg
     """
-    from fedtune import home
-    from fedtune.tracking import Store, document
-    from fedtune.tracking.plot import draw_runs as draw
+    from fedtune import paths as home
+    from fedtune.tracking import Store, run_json
+    from fedtune.tracking.run_plot import draw_runs as draw
 
     with Store.open(store) as opened:
         recorded = _recorded(opened, chosen)
     alone = len(recorded) == 1
     path = output or (home.get_runs_folder() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
     draw(recorded, path)
-    click.echo(document.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
+    click.echo(run_json.text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
 
 
 @runs.command()
@@ -128,48 +128,48 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A new folder, or a JSON file.")
 @_shared
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
-    """Runs as tables for other programs.
+    """Export runs as tables for other programs.
 
-    csv and parquet make a folder with one file each for runs, rounds, contributions, metrics, client scores and
-    checkpoints, joined by run_id and round; json makes one file.
+    csv and parquet create a folder with one file each for runs, rounds, contributions, metrics, client scores and
+    checkpoints, joined by run_id and round. json creates one file.
 
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
-    from fedtune.tracking import Store, document
-    from fedtune.tracking.export import export_runs as write
+    from fedtune.tracking import Store, run_json
+    from fedtune.tracking.table_export import export_runs as write
 
     with Store.open(store) as opened:
         written = write(_recorded(opened, chosen), format_, output)
     paths = [str(path.absolute()) for path in written]
-    click.echo(document.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
+    click.echo(run_json.text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
 
 
 @runs.command()
 @_one
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @_shared
 def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
-    """Remove a run with its checkpoints. A run that is being executed stays.
+    """Delete a run with its checkpoints. A run that is being executed is not deleted.
 
     Example: fedtune runs delete sentiment-2 --yes
     """
-    from fedtune.tracking import Store, claim_run, document
+    from fedtune.tracking import Store, claim_run, run_json
 
     with Store.open(store) as opened:
         found = opened.run(run)
         if not yes:
-            click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) for good?", abort=True, err=True)
+            click.confirm(f"Remove run {found.id} ({found.rounds_completed} rounds) permanently?", abort=True, err=True)
         with claim_run(found.id):
-            # Rows first: files without a row are only litter, a row without files is a lie.
+            # Rows first: files without a row only waste space, but a row without files would be wrong.
             opened.delete(found.id)
             _remove_files(found.id)
-    click.echo(document.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
+    click.echo(run_json.text({"deleted": found.id}) if as_json else f"removed: {found.id}")
 
 
 def _remove_files(run_id: str) -> None:
     import shutil
 
-    from fedtune import home
+    from fedtune import paths as home
     from fedtune.errors import StoreError
 
     try:

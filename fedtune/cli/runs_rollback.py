@@ -4,20 +4,20 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import connect_to_server
+from fedtune.cli.operator_client import connect_to_server
 
 __all__ = ["rollback"]
 
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--round", "number", type=click.IntRange(0), required=True, help="The round to go back to.")
+@click.option("--round", "number", type=click.IntRange(0), required=True, help="Round to return to.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--server", type=click.Path(path_type=Path), metavar="FILE", help="An operator's file: a run there.")
+@click.option("--server", type=click.Path(path_type=Path), metavar="FILE", help="Operator file, for a run on a server.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the store.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def rollback(run: str, number: int, yes: bool, server: Path | None, store: str | None, as_json: bool) -> None:
-    """Remove the rounds of a run after one of them, with their checkpoints, to go on from there.
+    """Delete all later rounds of a run, with their checkpoints. The run can then resume from this round.
 
     Stop a run that is being executed first. Go on afterwards with fedtune simulate --resume or fedtune runs resume.
     What devices keep for themselves exists for the last two rounds each trained in; going back further, they begin it

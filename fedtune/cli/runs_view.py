@@ -1,4 +1,4 @@
-"""How recorded runs look in a terminal: plain tables that fit 80 columns and survive a pipe."""
+"""Recorded runs in a terminal: plain tables of at most 80 columns that also work in a pipe."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.private import describe_privacy
+from fedtune.cli.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
 from fedtune.tracking.client_spread import spreads
-from fedtune.tracking.summary import (
+from fedtune.tracking.run_summary import (
     RoundMetric,
     compare_before_and_after,
     compute_train_loss,
@@ -32,12 +32,12 @@ Rounds = Sequence[RoundRecord]
 Recorded = Sequence[tuple[RunRecord, Rounds]]
 
 _REASON = 500
-"""Characters of a reason that are shown: devices gave some of them."""
+"""How many characters of a reason are shown. Reasons may come from devices."""
 _COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
 def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetric]]) -> None:
-    """One line per run; ``newest`` holds each run's newest scores."""
+    """Print one line per run; ``newest`` contains the newest scores of each run."""
     if not runs:
         _console().print("No runs yet. Start one: fedtune simulate recipes/sentiment.yaml")
         return
@@ -51,7 +51,7 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
 
 
 def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
-    """A run in a page: its start and ``last`` rounds, all by default; what is summed up is summed over every round."""
+    """Print a run: its start and the ``last`` rounds, all by default. Totals cover every round."""
     console = _console()
     console.print(_facts(run, rounds), "")
     console.print(_rounds(rounds, last), "")
@@ -67,7 +67,7 @@ def show_run(run: RunRecord, rounds: Rounds, last: int | None = None) -> None:
 
 
 def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -> None:
-    """Runs as columns: results, costs, then the settings in which they differ."""
+    """Print runs as columns: results, costs, then the settings in which they differ."""
     table = _table("", *(run.id for run, _ in recorded))
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
@@ -75,7 +75,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     costs = [totals(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
-    table.add_row("peak saved", *(decimal(cost.saved_bytes) for cost in costs))
+    table.add_row("activations", *(decimal(cost.saved_bytes) for cost in costs))
     table.add_row("time", *(_seconds(cost.seconds) for cost in costs), end_section=bool(settings))
     for key, values in settings.items():
         table.add_row(key, *(_setting(value) for value in values))
@@ -92,7 +92,7 @@ def _facts(run: RunRecord, rounds: Rounds) -> Table:
     )
     grid.add_row("started", f"{_local(run.created):%Y-%m-%d %H:%M}, engine {run.engine}, seed {run.seed}")
     grid.add_row("sent", f"{decimal(cost.bytes_down)} to clients, {decimal(cost.bytes_up)} back")
-    grid.add_row("peak", f"{decimal(cost.saved_bytes)} saved for the backward pass, {decimal(cost.peak_rss)} process")
+    grid.add_row("peak", f"{decimal(cost.saved_bytes)} activation memory, {decimal(cost.peak_rss)} process")
     if private := describe_privacy(run, rounds):
         grid.add_row("privacy", private)
     kept = [record for record in rounds if record.checkpoint and not record.checkpoint.pruned]
@@ -138,7 +138,7 @@ def _domains(rounds: Rounds, name: str) -> Table:
 
 
 def _clients(rounds: Rounds) -> Table:
-    """How evenly the last round that clients scored serves them, on what each held out."""
+    """Return how metrics vary between clients in the last round that clients scored."""
     found = spreads(rounds)
     last = max(one.round for one in found)
     table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
@@ -150,10 +150,10 @@ def _clients(rounds: Rounds) -> Table:
 
 
 def _devices(rounds: Rounds) -> Table:
-    """One line per device class, so that a thousand clients fit a screen too."""
+    """Return one line per device class, so that a thousand clients fit on a screen."""
     every = [one for record in rounds for one in record.contributions]
     late = [] if all(one.staleness is None for one in every) else ["rounds late>"]
-    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "peak saved>", "peak process>", *late)
+    table = _table("device", "clients>", "merged>", "examples>", "sent back>", "activations>", "peak process>", *late)
     for device in dict.fromkeys(one.device for one in every):
         own = [one for one in every if one.device == device]
         table.add_row(
@@ -170,13 +170,13 @@ def _devices(rounds: Rounds) -> Table:
 
 
 def _staleness(contributions: Sequence[ClientRecord]) -> str:
-    """Mean and largest number of rounds by which merged answers were late."""
+    """Return mean and largest staleness of merged client updates."""
     found = [one.staleness for one in contributions if one.status == "merged" and one.staleness is not None]
     return f"{sum(found) / len(found):.1f}, at most {max(found)}" if found else "-"
 
 
 def list_problems(rounds: Rounds) -> list[str]:
-    """Failed rounds, contributions that were not merged, and such as their device could make only in a lesser way."""
+    """Failed rounds, client updates that were not merged, and updates with reduced settings."""
     lines = [
         f"round {one.number} failed: {clean_text(one.reason, _REASON)}" for one in rounds if one.status == "failed"
     ]
@@ -201,7 +201,7 @@ def _console() -> Console:
 
 
 def _table(*heads: str) -> Table:
-    """A plain table; a head that ends in ``>`` aligns its column to the right."""
+    """Return a plain table; a heading that ends in ``>`` aligns its column to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for head in heads:
         table.add_column(head.removesuffix(">"), justify="right" if head.endswith(">") else "left", overflow="fold")
@@ -231,7 +231,7 @@ def _local(moment: datetime) -> datetime:
 
 
 def _setting(value: Any) -> str:
-    """A setting as a reader would say it: ``[{"lora": {"rank": 8}}]`` is ``lora rank 8``."""
+    """Format a setting for a reader: ``[{"lora": {"rank": 8}}]`` is ``lora rank 8``."""
     if isinstance(value, list):
         return " + ".join(_setting(item) for item in value)
     if isinstance(value, Mapping):

@@ -1,12 +1,12 @@
-"""``fedtune server``: make a server's home, keep the server up, let devices in and out."""
+"""``fedtune server``: create a server, run it, and enrol and remove devices."""
 
 from pathlib import Path
 
 import click
 
 from fedtune.cli import server_access, server_view
-from fedtune.cli.connection import add_operator_file_option, connect_to_server
-from fedtune.cli.server_view import json_option, shown
+from fedtune.cli.operator_client import add_operator_file_option, connect_to_server
+from fedtune.cli.server_view import json_option, print_rows
 from fedtune.untrusted import clean_lines
 
 __all__ = ["server"]
@@ -17,7 +17,7 @@ _LONGEST_LOG = 2_000_000
 
 @click.group()
 def server() -> None:
-    """A server that real devices join; its home is $FEDTUNE_HOME/server."""
+    """Run a server for real devices. Its files are in $FEDTUNE_HOME/server."""
 
 
 for _command in (server_access.audit, server_access.operator, server_access.operators, server_access.tokens):
@@ -25,21 +25,20 @@ for _command in (server_access.audit, server_access.operator, server_access.oper
 
 
 @server.command()
-@click.option("--name", "names", multiple=True, metavar="NAME", help="A host name or address devices will use.")
+@click.option("--name", "names", multiple=True, metavar="NAME", help="Host name or address that devices use.")
 @click.option("--listen", metavar="HOST:PORT", help=f"Where to listen.  [default: {_LISTEN}]")
 def init(names: tuple[str, ...], listen: str | None) -> None:
-    """Make a server's home: an authority, a certificate, keys, settings.
+    """Create a server: a certificate authority, a certificate, keys and settings.
 
-    Again with --name or --listen it changes those of the server that is there, after its address has changed; devices,
-    keys and runs stay.
+    If the server exists, --name and --listen change its address. Devices, keys and runs stay the same.
 
     \b
     Example:
       fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
     """
-    from fedtune.server.home import create_server_home, exists
-    from fedtune.server.operators import write_operator_file
+    from fedtune.server.operator_files import write_operator_file
     from fedtune.server.readdress import readdress
+    from fedtune.server.server_home import create_server_home, exists
     from fedtune.tracking import Store
 
     if exists() and (names or listen):
@@ -54,47 +53,48 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
 
 
 def _readdressed(url: str) -> None:
-    click.echo(f"the server is {url} from its next start on; its authority, keys, devices and runs stay")
-    click.echo("on devices that reach it by an address it no longer has:")
+    click.echo(f"the server uses {url} from its next start; its authority, keys, devices and runs stay the same")
+    click.echo("run this on devices that use the old address:")
     click.echo(f"          fedtune device move {url}")
-    click.echo("operators elsewhere need a file made anew: fedtune server operator NAME -o FILE")
+    click.echo("operators on other machines need a new file: fedtune server operator NAME -o FILE")
     click.echo("try next  fedtune server up")
 
 
 @server.command()
 def up() -> None:
-    """Serve until Ctrl-C: devices join, submitted runs are carried on.
+    """Run the server until Ctrl-C. It continues submitted runs.
 
     Example: fedtune server up
     """
-    click.echo("fedtune server: starting; Ctrl-C ends it", err=True)
-    from fedtune.server.home import open_server_home
-    from fedtune.server.supervisor import run_server as serve
+    click.echo("fedtune server: starting; press Ctrl-C to stop it", err=True)
+    from fedtune.server.server_home import open_server_home
+    from fedtune.server.server_process import run_server as serve
 
     serve(open_server_home())
 
 
 @server.command()
-@click.option("--user", help="Whom the unit runs as; not root.  [default: you]")
+@click.option("--user", help="User of the unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit that keeps this server up.
+    """Write a systemd unit, a Dockerfile and a wheel of this fedtune for this server.
 
     Example: fedtune server package -o deploy
     """
-    from fedtune.server.package import package as write_unit
-    from fedtune.systemd import service_user
+    from fedtune.server.deployment_files import write_deployment_files
+    from fedtune.systemd_units import service_user
 
-    click.echo(write_unit(output, service_user(user)))
+    for path in write_deployment_files(output, service_user(user)):
+        click.echo(path)
 
 
 @server.command()
 @click.argument("name", metavar="[DEVICE]", default="")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="What recipes select the device by.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the device; recipes select devices by tags.")
 @add_operator_file_option
 def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -> None:
-    """Print a one-time token for a device, which it enrolls with.
+    """Print a one-time token with which a device enrols.
 
     Example: fedtune server token kitchen-pi --tag indoors
     """
@@ -103,14 +103,16 @@ def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -
 
 
 @server.command()
-@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Give a device a tag first.")
-@click.option("--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Take a tag from a device first.")
+@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Add a tag to a device first.")
+@click.option(
+    "--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Remove a tag from a device first."
+)
 @add_operator_file_option
 @json_option
 def devices(
     added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
 ) -> None:
-    """Enrolled devices, which of them are connected, and the tags by which recipes select them.
+    """List enrolled devices with their state and their tags.
 
     \b
     Example:
@@ -122,14 +124,14 @@ def devices(
             for device, tag in pairs:
                 connection.request_json("POST", f"devices/{device}/tags", {change: [tag]})
         found = connection.request_json("GET", "devices")["devices"]
-    shown(found, server_view.DEVICES, as_json)
+    print_rows(found, server_view.DEVICES, as_json)
 
 
 @server.command()
 @click.argument("device")
 @add_operator_file_option
 def release(device: str, server: Path | None) -> None:
-    """Let a device that was quarantined take part again; fedtune server devices says why it was.
+    """Release a device from quarantine. fedtune server devices shows why it was quarantined.
 
     Example: fedtune server release kitchen-pi
     """
@@ -142,26 +144,26 @@ def release(device: str, server: Path | None) -> None:
 @click.argument("device")
 @add_operator_file_option
 def remove(device: str, server: Path | None) -> None:
-    """Shut a device out: its key is worthless from now on.
+    """Remove a device: its key is no longer valid.
 
     Example: fedtune server remove kitchen-pi
     """
     with connect_to_server(server) as connection:
         removed = connection.request_json("DELETE", f"devices/{device}")["device"]
-    click.echo(f"removed: {removed}; its places in runs are kept for the next device that is enrolled under this name")
+    click.echo(f"removed: {removed}; the next device that enrols under this name takes its place in runs")
 
 
 @server.command()
 @add_operator_file_option
 @json_option
 def runs(server: Path | None, as_json: bool) -> None:
-    """Runs that were submitted to it, newest first; one of them round by round: fedtune runs watch RUN.
+    """List submitted runs, newest first. To follow one, use fedtune runs watch RUN.
 
     Example: fedtune server runs --server ada.json
     """
     with connect_to_server(server) as connection:
         found = connection.request_json("GET", "runs")["runs"]
-    shown(found, server_view.RUNS, as_json)
+    print_rows(found, server_view.RUNS, as_json)
 
 
 @server.command()
@@ -170,7 +172,7 @@ def runs(server: Path | None, as_json: bool) -> None:
 @add_operator_file_option
 @json_option
 def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
-    """What the server and Flower below it printed, or the process that coordinates RUN; oldest of the newest first.
+    """Show the newest log lines of the server and Flower, or of the process that coordinates RUN.
 
     \b
     Example:
@@ -187,4 +189,4 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     if as_json or found["lines"]:
         click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))
     else:
-        click.echo("nothing was printed yet", err=True)
+        click.echo("the log is empty", err=True)

@@ -1,4 +1,4 @@
-"""``fedtune server operator, operators, tokens, audit``: who may do what, and what was done and refused."""
+"""``fedtune server operator, operators, tokens, audit``: access rights, and the log of requests."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -9,8 +9,8 @@ from urllib.parse import quote, urlencode
 import click
 
 from fedtune.cli import server_view
-from fedtune.cli.connection import OperatorClient, add_operator_file_option, connect_to_server
-from fedtune.cli.server_view import json_option, shown
+from fedtune.cli.operator_client import OperatorClient, add_operator_file_option, connect_to_server
+from fedtune.cli.server_view import json_option, print_rows
 
 __all__ = ["audit", "operator", "operators", "tokens"]
 
@@ -21,32 +21,36 @@ _PAGE, _LARGEST_PAGE = 100, 1000
 
 @click.command()
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A file to hand to the operator.")
-@click.option("--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="What they may do.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to give to the operator.")
+@click.option(
+    "--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="Permissions of the operator."
+)
 def operator(name: str, output: Path, role: str) -> None:
-    """Make an operator's file; an earlier one of that name is worthless then.
+    """Write an operator file. Its holder can submit runs and enrol devices, as the role allows.
+
+    A new file makes the earlier file of this operator invalid.
 
     Whoever holds the file may look at everything with the role read, also submit, stop and resume runs with submit,
     and also let devices and operators in and out with admin.
 
     Example: fedtune server operator ada -o ada.json --role submit
     """
-    from fedtune.server.home import open_server_home
-    from fedtune.server.operators import write_operator_file
+    from fedtune.server.operator_files import write_operator_file
+    from fedtune.server.server_home import open_server_home
     from fedtune.tracking import Store
 
     place = open_server_home()
     with Store.open(place.settings.store) as store:
         write_operator_file(place, store.access, name, output, role)
-    click.echo(f"written: {output}, to be kept like a password")
+    click.echo(f"written: {output}; treat it like a password")
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="NAME", help="Make an operator's key worthless first.")
+@click.option("--remove", "removed", multiple=True, metavar="NAME", help="Revoke the key of an operator first.")
 @add_operator_file_option
 @json_option
 def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
-    """Operators and their roles.
+    """List operators and their roles.
 
     \b
     Example:
@@ -57,15 +61,15 @@ def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> N
         for name in removed:
             connection.request_json("DELETE", f"operators/{quote(name, safe='')}")
         found = connection.request_json("GET", "operators")["operators"]
-    shown(found, server_view.OPERATORS, as_json)
+    print_rows(found, server_view.OPERATORS, as_json)
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Make a token worthless first.")
+@click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Revoke a token first.")
 @add_operator_file_option
 @json_option
 def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
-    """Tokens that no device has used; each is named by the beginning of its hash.
+    """List unused tokens. Each is named by the first characters of its hash.
 
     \b
     Example:
@@ -76,18 +80,20 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
         for token in removed:
             connection.request_json("DELETE", f"tokens/{quote(token, safe='')}")
         found = connection.request_json("GET", "tokens")["tokens"]
-    shown(found, server_view.TOKENS, as_json)
+    print_rows(found, server_view.TOKENS, as_json)
 
 
 @click.command()
 @click.option("--since", metavar="TIME", help="30m, 12h, 7d, or a date such as 2026-05-04 or 2026-05-04T12:00.")
-@click.option("--limit", type=click.IntRange(1, _LARGEST_PAGE), default=_PAGE, show_default=True, help="Lines.")
-@click.option("--before", type=click.IntRange(1), metavar="LINE", help="Lines older than one with this number.")
-@click.option("--all", "every", is_flag=True, help="All lines, however many.")
+@click.option(
+    "--limit", type=click.IntRange(1, _LARGEST_PAGE), default=_PAGE, show_default=True, help="Number of lines."
+)
+@click.option("--before", type=click.IntRange(1), metavar="LINE", help="Show lines older than this line number.")
+@click.option("--all", "every", is_flag=True, help="Show all lines.")
 @add_operator_file_option
 @json_option
 def audit(since: str | None, limit: int, before: int | None, every: bool, server: Path | None, as_json: bool) -> None:
-    """What was refused and what was done, newest first.
+    """List refused and accepted requests, newest first.
 
     \b
     Example:
@@ -99,7 +105,7 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
         while every and more:
             lines, more = _page(connection, since, _LARGEST_PAGE, found[-1]["id"])
             found += lines
-    shown(found, server_view.AUDIT, as_json)
+    print_rows(found, server_view.AUDIT, as_json)
     if more:
         click.echo(f"older lines: fedtune server audit --before {found[-1]['id']}, or --all", err=True)
 

@@ -1,4 +1,4 @@
-"""What a server tells its operators, as tables: devices, runs, the audit."""
+"""Tables for operators: devices, runs, the audit log."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -8,22 +8,33 @@ import click
 
 from fedtune.untrusted import clean_text
 
-__all__ = ["AUDIT", "DEVICES", "OPERATORS", "RUNS", "TOKENS", "Columns", "Row", "json_option", "show_table", "shown"]
+__all__ = [
+    "AUDIT",
+    "DEVICES",
+    "OPERATORS",
+    "RUNS",
+    "TOKENS",
+    "Columns",
+    "Row",
+    "json_option",
+    "print_rows",
+    "show_table",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _LONGEST_CELL = 500
 Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
-"""Headings, and what a row has below each."""
+"""Headings, and the value of a row for each."""
 
 
 def json_option(command: Command) -> Command:
-    """The option that asks for JSON."""
+    """Add the option --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
 
 
-def shown(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
-    """Print rows as a table, or as JSON; both escape what does not print."""
+def print_rows(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
+    """Print rows as a table or as JSON; both escape characters that cannot be printed."""
     if as_json:
         from fedtune.json_text import json_text
 
@@ -66,7 +77,7 @@ def _memory(device: Row) -> str:
 
 
 def _examples(device: Row) -> str:
-    """How many a device holds of its own; with a part of a recipe's split that depends on the recipe."""
+    """Return the number of a device's own examples. For a partition of a recipe, it depends on the recipe."""
     count = device["profile"].get("examples")
     return "" if count is None else str(count)
 
@@ -80,7 +91,7 @@ def _rounds(run: Row) -> str:
 
 
 def _times(line: Row) -> str:
-    """How often, where that is more than once, and when last."""
+    """Return the number of times, if more than one, and the last time."""
     times = line.get("times", 1)
     return f"{times}, last {_time('last')(line)}" if times > 1 else ""
 

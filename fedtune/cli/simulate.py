@@ -1,4 +1,4 @@
-"""``fedtune simulate``: run a federation on this machine, or go on with one that stopped."""
+"""``fedtune simulate``: run a federation on this machine, or resume one."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from fedtune.recipe import Recipe
+    from fedtune.recipe.schema import Recipe
     from fedtune.tracking import RunRecord, Store
     from fedtune.training import RunContext
 
@@ -18,13 +18,11 @@ __all__ = ["simulate"]
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
-@click.option("--resume", "resumed", metavar="RUN", help="Go on with a run that was stopped, at its next round.")
-@click.option("--extend", "extended", metavar="RUN", help="Go on with a run past its end, up to --rounds.")
-@click.option("--rounds", type=click.IntRange(1), help="With --extend: how many rounds the run has in all.")
+@click.option("--resume", "resumed", metavar="RUN", help="Resume a stopped run at its next round.")
+@click.option("--extend", "extended", metavar="RUN", help="Add rounds to a run, up to --rounds in all.")
+@click.option("--rounds", type=click.IntRange(1), help="With --extend: total number of rounds.")
 @click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
-@click.option(
-    "--workers", type=click.IntRange(1), help="Processes that run clients; 1: in turn.  [default: one per core]"
-)
+@click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
 def simulate(
@@ -39,7 +37,7 @@ def simulate(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Run the federation RECIPE describes on this machine; every number lands in the run store.
+    """Run RECIPE on this machine. The run store keeps all results.
 
     \b
     Example:
@@ -48,13 +46,13 @@ def simulate(
       fedtune simulate --resume latest
       fedtune simulate --extend latest --rounds 32
     """
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
     from fedtune.tracking import Store, default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
         raise click.UsageError("name either a RECIPE or a run with --resume or --extend, e.g. recipes/sentiment.yaml")
     if recipe is None and (overrides or techniques):
-        raise click.UsageError("a run that goes on keeps its recipe; leave --set and --techniques out")
+        raise click.UsageError("a resumed run keeps its recipe; remove --set and --techniques")
     if (extended is None) != (rounds is None):
         raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
@@ -71,7 +69,7 @@ def simulate(
 
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
-    from fedtune.recipe_file import read_recipe
+    from fedtune.recipe.yaml_file import read_recipe
     from fedtune.server.selection import check_enough_eligible_clients
     from fedtune.simulation import resolve_recipe
 
@@ -81,8 +79,8 @@ def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
-    """Build everything first, so that what cannot run leaves no trace in the store."""
-    from fedtune.server.accounting import require_privacy_accountant
+    """Build everything first, so that a run that cannot start leaves no row in the store."""
+    from fedtune.server.privacy_accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
     require_privacy_accountant(recipe)
@@ -100,7 +98,7 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
 
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
 
     found = store.run(reference)
     shop = _workshop(with_base(_read_recorded(found), url))
@@ -112,8 +110,8 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
     """A run's recipe; one line says so where it is of an older version."""
     import json
 
-    from fedtune.recipe import Recipe
-    from fedtune.recipe_versions import VERSION, needs_translation
+    from fedtune.recipe.schema import Recipe
+    from fedtune.recipe.versions import VERSION, needs_translation
 
     if needs_translation(json.loads(run.recipe)):
         click.echo(f"run {run.id} has a recipe of version 1; it is read as version {VERSION}", err=True)
@@ -122,17 +120,19 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
     """More rounds for a run of this machine, which go on from its last one."""
-    from fedtune.cli.exported import with_base
+    from fedtune.cli.cached_export import with_base
     from fedtune.errors import StoreError
     from fedtune.tracking import claim_run
-    from fedtune.training.optimiser import compute_lr_factor
+    from fedtune.training.optimisers import compute_lr_factor
 
     found = store.run(reference)
     recipe = with_base(_read_recorded(found), url)
     if found.engine not in ("local", "flower"):
-        raise StoreError(f"run {found.id} is a server's; submit a recipe that begins with its export instead")
+        raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:
-        raise StoreError(f"run {found.id} has {found.rounds_planned} rounds; --rounds counts them too, so name more")
+        raise StoreError(
+            f"run {found.id} already has {found.rounds_planned} rounds; --rounds is the total, so give a larger number"
+        )
     federation = recipe.federation.model_copy(update={"rounds": rounds})
     longer = recipe.model_copy(update={"federation": federation})
     shop = _workshop(longer)
@@ -140,8 +140,8 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
-        said = f"round {found.rounds_planned + 1} begins at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.lr_schedule} schedule is that of {rounds} rounds now: {said}", err=True)
+        said = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {said}", err=True)
     return found.id, shop
 
 
@@ -158,7 +158,7 @@ def _workshop(recipe: "Recipe") -> "RunContext":
 
 
 def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
-    from fedtune.cli.progress import show_run_progress
+    from fedtune.cli.run_progress import show_run_progress
     from fedtune.simulation import choose_worker_count, run_in_process
 
     recipe = shop.recipe
@@ -176,16 +176,16 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         from fedtune.json_text import json_text
-        from fedtune.tracking.document import make_run_document
+        from fedtune.tracking.run_json import make_run_document
 
         click.echo(json_text(make_run_document(record, rounds)))
         return
     from rich.console import Console
 
-    from fedtune import home
-    from fedtune.cli.private import describe_privacy
-    from fedtune.cli.report import make_domain_rows, show_domain_table
-    from fedtune.tracking.plot import draw_runs
+    from fedtune import paths
+    from fedtune.cli.domain_table import make_domain_rows, show_domain_table
+    from fedtune.cli.privacy_text import describe_privacy
+    from fedtune.tracking.run_plot import draw_runs
 
     figure = "perplexity" if shop.recipe.task == "text-generation" else "accuracy"
     console = Console(markup=False)
@@ -196,7 +196,7 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
-    picture = home.get_runs_folder() / run / "run.png"
+    picture = paths.get_runs_folder() / run / "run.png"
     draw_runs([(record, rounds)], picture)
     click.echo(f"\npicture   {picture}")
     click.echo(f"try next  fedtune runs show {run}")

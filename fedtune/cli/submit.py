@@ -1,10 +1,10 @@
-"""``fedtune submit``: hand a recipe to a server, which runs it on the devices that joined."""
+"""``fedtune submit``: send a recipe to a server, which runs it on the devices that joined."""
 
 from pathlib import Path
 
 import click
 
-from fedtune.cli.connection import add_operator_file_option, connect_to_server
+from fedtune.cli.operator_client import add_operator_file_option, connect_to_server
 
 __all__ = ["submit"]
 
@@ -16,7 +16,7 @@ __all__ = ["submit"]
 @click.option("--watch", is_flag=True, help="Follow the run to its end.")
 @add_operator_file_option
 def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, watch: bool, server: Path | None) -> None:
-    """Run the federation RECIPE describes on the devices of a server; settings are sent, never code.
+    """Run RECIPE on the devices of a server. Only settings are sent, never code.
 
     \b
     Example:
@@ -24,8 +24,8 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
     """
     import json
 
-    from fedtune.cli.follow import follow_run
-    from fedtune.recipe_file import read_recipe
+    from fedtune.cli.follow_run import follow_run
+    from fedtune.recipe.yaml_file import read_recipe
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
@@ -34,7 +34,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
         run = connection.request_json("POST", "runs", {"recipe": json.loads(chosen.model_dump_json())})["run"]
         click.echo(f"run       {run}")
         if watch:
-            click.echo("watching it; Ctrl-C ends the watching, not the run", err=True)
+            click.echo("following the run; Ctrl-C stops the display, not the run", err=True)
             follow_run(connection, run)
             return
     click.echo(f"try next  fedtune runs watch {run}")

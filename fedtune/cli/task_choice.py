@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from fedtune.recipe_names import VALUES
+from fedtune.recipe.version_names import VALUES
 
 __all__ = ["TaskChoice"]
 

@@ -1,10 +1,10 @@
 """Where examples come from, how they are parted and split over clients, and how they become tensors."""
 
 from fedtune.data.column import Values
-from fedtune.data.corpus import DataSplits, load_all_examples, load_data, training
 from fedtune.data.encode import EncodedDataset, encode_examples
-from fedtune.data.split import partition_examples
-from fedtune.data.summary import ClientExamples, PartitionSummary, summarise_partition
+from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
+from fedtune.data.partition import partition_examples
+from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
 from fedtune.data.table import Table
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "encode_examples",
     "load_all_examples",
     "load_data",
+    "load_trainable_examples",
     "partition_examples",
     "summarise_partition",
-    "training",
 ]

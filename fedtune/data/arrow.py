@@ -35,7 +35,7 @@ class Arrow(Column):
         found: list[Any] = self._settled().to_pylist()
         return found
 
-    def missing(self) -> int | None:
+    def find_missing_row(self) -> int | None:
         """Without making Python's values of those that are there."""
         settled = self._settled()
         return pc.index(settled.is_null(), pa.scalar(True)).as_py() if settled.null_count else None

@@ -9,7 +9,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fedtune.errors import DataError
-from fedtune.recipe import Dirichlet
+from fedtune.recipe.schema import Dirichlet
 
 __all__ = ["by_class"]
 

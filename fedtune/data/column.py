@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Column", "Rows", "Values", "as_picture", "joined", "objects"]
+__all__ = ["Column", "Rows", "Values", "as_picture", "concatenate_columns", "objects"]
 
 Rows = NDArray[np.int64]
 
@@ -44,7 +44,7 @@ class Column(ABC):
     def nested(self) -> str:
         """What its values are where each is made of several; else nothing."""
 
-    def missing(self) -> int | None:
+    def find_missing_row(self) -> int | None:
         """The first row without a value."""
         return next((row for row, value in enumerate(self.values()) if value is None), None)
 
@@ -76,9 +76,9 @@ class Values(Column):
         found: list[Any] = self.array.tolist()
         return found
 
-    def missing(self) -> int | None:
+    def find_missing_row(self) -> int | None:
         """Numbers are never missing."""
-        return super().missing() if self.array.dtype == object else None
+        return super().find_missing_row() if self.array.dtype == object else None
 
     def texts(self) -> "Values":
         """As Python writes them."""
@@ -119,7 +119,7 @@ def as_picture(value: Any) -> dict[str, Any]:
     raise TypeError(f"{type(value).__name__} is no picture")
 
 
-def joined(columns: Sequence[Column]) -> Column:
+def concatenate_columns(columns: Sequence[Column]) -> Column:
     """Columns of the same kind, one after another."""
     if len(columns) == 1:
         return columns[0]

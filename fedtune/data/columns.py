@@ -3,8 +3,8 @@
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
-from fedtune.explain import suggest_nearest
-from fedtune.recipe import Natural, Recipe
+from fedtune.recipe.schema import Natural, Recipe
+from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["get_canonical_column_name", "rename_columns"]
 
@@ -61,7 +61,7 @@ def _column(source: str, table: Table, key: str, column: str) -> Column:
             f"{source} has no column {column!r}, which {key} names; {hint}", code="data-columns", counts={"columns": 1}
         )
     stored = table.column(column)
-    if (row := stored.missing()) is not None:
+    if (row := stored.find_missing_row()) is not None:
         raise DataError(
             f"{source}: row {row + 1} has no value in column {column!r}; fill it or drop the row", code="data-values"
         )

@@ -14,7 +14,7 @@ from fedtune.errors import DataError
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["Unreadable", "decode", "named", "readable"]
+__all__ = ["Unreadable", "decode", "describe_picture", "readable"]
 
 Bytes = NDArray[np.uint8]
 
@@ -28,7 +28,7 @@ class Unreadable(DataError):  # noqa: N818
     """A picture that cannot be decoded."""
 
 
-def named(picture: Mapping[str, Any], row: int) -> str:
+def describe_picture(picture: Mapping[str, Any], row: int) -> str:
     """What a picture is called in messages: its path, or its row counted from 1."""
     return str(picture["path"]) if picture.get("path") else f"the picture in row {row + 1}"
 
@@ -60,7 +60,7 @@ def readable(table: Table, *, skip: bool) -> tuple[Table, list[str]]:
     kept: list[int] = []
     lost: list[str] = []
     for row, picture in enumerate(table.pictures()):
-        name = named(picture, row)
+        name = describe_picture(picture, row)
         missing = picture["bytes"] is None and not Path(picture["path"]).is_file()
         if missing and not skip:
             raise Unreadable(f"there is no picture {name}; check data.columns.image, or set data.skip_unreadable")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.data.column import Column, Values, objects
-from fedtune.data.encoding import decoded
+from fedtune.data.encoding import decode_text
 from fedtune.errors import DataError
 
 __all__ = ["MISSING", "lines", "table"]
@@ -30,7 +30,7 @@ def table(
     of the ``wanted`` columns. The second value says what encoding was guessed, if one was. DataError tells the row
     that does not have as many fields as the heading.
     """
-    text, guessed = decoded(_content(path), encoding, str(path))
+    text, guessed = decode_text(_content(path), encoding, str(path))
     if not text.strip():
         raise DataError(f"{path} holds no example; bring data")
     text, told = _told_delimiter(text)
@@ -45,7 +45,7 @@ def table(
 
 def lines(path: Path, encoding: str | None) -> tuple[dict[str, Column], str]:
     """A row for each line that is not blank, in a column ``text``."""
-    text, guessed = decoded(_content(path), encoding, str(path))
+    text, guessed = decode_text(_content(path), encoding, str(path))
     kept = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     return {"text": Values(objects(kept))}, guessed
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fedtune.data.pixels import Images, pixels
 from fedtune.data.table import Table
 from fedtune.errors import ModelError
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import Recipe
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

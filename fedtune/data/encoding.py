@@ -4,7 +4,7 @@ import re
 
 from fedtune.errors import DataError
 
-__all__ = ["decoded"]
+__all__ = ["decode_text"]
 
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32"}
 _MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -16,7 +16,7 @@ _SIGN_IN_WORD = re.compile(rb"[A-Za-z][\xa1-\xac\xae-\xbf][a-z]")
 """In cp1252 these are signs such as superscripts, which stand in no word; in its kin they are letters."""
 
 
-def decoded(content: bytes, encoding: str | None, name: str) -> tuple[str, str]:
+def decode_text(content: bytes, encoding: str | None, name: str) -> tuple[str, str]:
     """The text, and the encoding if it was guessed; else the second is empty.
 
     UTF-8, UTF-16 and UTF-32 are told from their bytes; of others only Western European text is guessed.

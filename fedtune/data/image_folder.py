@@ -10,12 +10,12 @@ from fedtune.data.listing import files_in, part_named, parts_of
 from fedtune.data.table import Classes, Kind, Pictures, Table
 from fedtune.errors import DataError
 
-__all__ = ["described", "image_folder"]
+__all__ = ["has_metadata_table", "image_folder"]
 
 _DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-def described(folder: Path) -> bool:
+def has_metadata_table(folder: Path) -> bool:
     """Whether a table in the folder says which picture is what, as ``datasets`` reads it."""
     return any(file.name in _DESCRIPTIONS for file in folder.rglob("metadata.*"))
 

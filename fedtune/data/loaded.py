@@ -25,7 +25,7 @@ from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError, SourceError
-from fedtune.home import get_cache_folder
+from fedtune.paths import get_cache_folder
 
 __all__ = ["as_table", "from_disk", "from_files", "from_hub"]
 

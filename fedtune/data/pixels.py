@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedtune.data.decode import decode, named
+from fedtune.data.decode import decode, describe_picture
 from fedtune.data.table import Pictures, Table
-from fedtune.pictures import Preprocessor
+from fedtune.recipe.preprocessor_settings import Preprocessor
 
 __all__ = ["Images", "pixels"]
 
@@ -47,7 +47,7 @@ def pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
     kept: list[Tensor] = []
     fitted: list[bool] = []
     for row, picture in enumerate(table.pictures()):
-        image = torch.from_numpy(decode(picture, named(picture, row)).copy()).permute(2, 0, 1)
+        image = torch.from_numpy(decode(picture, describe_picture(picture, row)).copy()).permute(2, 0, 1)
         fitted.append(max(image.shape) > preprocessor.side)
         kept.append(_rounded(image, preprocessor) if fitted[-1] else image)
     if not any(fitted) and len({image.shape for image in kept}) == 1:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data import images, sentiment
-from fedtune.data.image_folder import described, image_folder
+from fedtune.data import image_samples, sentiment_samples
+from fedtune.data.image_folder import has_metadata_table, image_folder
 from fedtune.data.listing import PARTS, files_in, parts_of
 from fedtune.data.split_column import by_column
 from fedtune.data.table import Table
 from fedtune.data.text_files import text_files, with_places
 from fedtune.errors import DataError, SourceError
-from fedtune.examples import DataSettings
-from fedtune.explain import suggest_nearest
+from fedtune.recipe.data_settings import DataSettings
+from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["Found", "read_data_source"]
 
@@ -97,7 +97,7 @@ def _folder(name: str, data: DataSettings) -> Found:
     path = _there(name)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; name the folder that holds a folder of pictures for each class")
-    if not described(path):
+    if not has_metadata_table(path):
         return Found(image_folder(path, parts=data.columns.split is not False))
     from fedtune.data.loaded import from_files
 
@@ -127,11 +127,11 @@ def _of_domain(sample: str, table: Table, domain: str) -> Table:
 
 
 _SAMPLES: dict[str, Callable[[], dict[str, Table]]] = {
-    "digits": images.digits,
-    "fashion-mnist": images.fashion_mnist,
-    "films": sentiment.films,
-    "mnist-5k": images.mnist_5k,
-    "sentiment": sentiment.sentiment,
+    "digits": image_samples.digits,
+    "fashion-mnist": image_samples.fashion_mnist,
+    "films": sentiment_samples.films,
+    "mnist-5k": image_samples.mnist_5k,
+    "sentiment": sentiment_samples.sentiment,
 }
 _KINDS: dict[str, Callable[[str, DataSettings], Found]] = {
     "csv": _delimited("csv"),

@@ -5,8 +5,8 @@ import numpy as np
 from fedtune.data.listing import part_named
 from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.examples import DataSettings
-from fedtune.explain import suggest_nearest
+from fedtune.recipe.data_settings import DataSettings
+from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["by_column"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedtune.data.column import Column, Rows, Values, joined
+from fedtune.data.column import Column, Rows, Values, concatenate_columns
 
 __all__ = ["Classes", "Greys", "Kind", "Pictures", "Table", "concatenate"]
 
@@ -83,7 +83,7 @@ class Table:
         chosen = np.asarray(rows, np.int64)
         return Table(self.columns, self.kinds, chosen if self.rows is None else self.rows[chosen])
 
-    def only(self, names: Iterable[str]) -> "Table":
+    def select_columns(self, names: Iterable[str]) -> "Table":
         """Some columns."""
         kept = list(names)
         kinds = {name: kind for name, kind in self.kinds.items() if name in kept}
@@ -99,5 +99,5 @@ class Table:
 
 def concatenate(tables: Sequence[Table]) -> Table:
     """The rows of tables with the same columns, one table after another."""
-    columns = {name: joined([one.column(name) for one in tables]) for name in tables[0].columns}
+    columns = {name: concatenate_columns([one.column(name) for one in tables]) for name in tables[0].columns}
     return Table(columns, tables[0].kinds)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.data.column import Column, Values, joined, objects
+from fedtune.data.column import Column, Values, concatenate_columns, objects
 from fedtune.data.delimited import lines, table
 from fedtune.data.listing import files_in, parts_of
 from fedtune.data.table import Table
 from fedtune.errors import DataError
-from fedtune.examples import DataSettings
+from fedtune.recipe.data_settings import DataSettings
 
 __all__ = ["text_files", "with_places"]
 
@@ -26,8 +26,8 @@ def text_files(kind: str, path: Path, data: DataSettings) -> tuple[dict[str, Tab
         f"{file} is no UTF-8 and was read as {read[file][1]}; set data.encoding if that is wrong" for file in guessed
     ]
     parts = parts_of(files, path, named=data.columns.split is not False)
-    joined = {part: _joined([(file, read[file][0]) for file in of]) for part, of in parts.items()}
-    return {part: Table(found) for part, found in joined.items()}, tuple(notes[:1])
+    concatenate_columns = {part: _joined([(file, read[file][0]) for file in of]) for part, of in parts.items()}
+    return {part: Table(found) for part, found in concatenate_columns.items()}, tuple(notes[:1])
 
 
 def _read(kind: str, file: Path, data: DataSettings) -> tuple[dict[str, Column], str]:
@@ -62,4 +62,4 @@ def _joined(tables: list[tuple[Path, dict[str, Column]]]) -> dict[str, Column]:
 def _alike(columns: list[Column]) -> Column:
     """Columns that hold numbers in some files only, as text in all."""
     numbers = {type(column[0]) for column in columns if len(column)}
-    return joined(columns if len(numbers) < 2 else [column.texts() for column in columns])
+    return concatenate_columns(columns if len(numbers) < 2 else [column.texts() for column in columns])

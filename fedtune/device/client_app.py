@@ -1,7 +1,7 @@
 """The Flower ClientApps: one for simulations and one for stock SuperNodes. Both hand an order to ``run_local_round``.
 
 In a simulation nothing leaves the machine, so its errors are told whole. A SuperNode would send an exception's text to
-the server, and that may quote its data: the other app sends a code of :mod:`fedtune.protocol_codes` in its place.
+the server, and that may quote its data: the other app sends a code of :mod:`fedtune.wire.protocol_codes` in its place.
 """
 
 import logging
@@ -10,13 +10,13 @@ from dataclasses import asdict
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from fedtune import home
-from fedtune.answers import TRAINING_FAILED
-from fedtune.contribution import TrainRequest
-from fedtune.device import records
+from fedtune import paths
+from fedtune.device.local_round import read_payload, run_local_round
 from fedtune.device.problems import problem_of
-from fedtune.device.work import read_payload, run_local_round
+from fedtune.flower import train_messages
 from fedtune.training import get_run_context
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.error_codes import TRAINING_FAILED
 
 __all__ = ["app", "deployed"]
 
@@ -27,13 +27,13 @@ deployed = ClientApp()
 @app.train()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
-    order = TrainRequest(**records.read_train_request(message.content))  # type: ignore[arg-type]
+    order = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
     shop = get_run_context(order.recipe)
-    own = home.get_runs_folder() / order.run / "own" / f"client-{order.client:06d}"
-    payload = records.state_file(message.content) or records.read_shared_state(message.content)
+    own = paths.get_runs_folder() / order.run / "own" / f"client-{order.client:06d}"
+    payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)
     state = read_payload(payload, shop, order.client)
     deltas, report = run_local_round(order, state, shop, shop.client_rows[order.client], own)
-    return Message(records.make_update_record(deltas, asdict(report)), reply_to=message)
+    return Message(train_messages.make_update_record(deltas, asdict(report)), reply_to=message)
 
 
 @deployed.train()

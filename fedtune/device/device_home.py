@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fedtune import home
+from fedtune import paths
 from fedtune.errors import DeviceError, StoreError
 from fedtune.files import replace_file_atomically, write_bytes_atomically
 
@@ -43,7 +43,7 @@ class DeviceHome:
     """The folder; it holds one identity at most."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or home.get_home_folder() / "device"
+        self.folder = folder or paths.get_home_folder() / "device"
 
     @property
     def is_enrolled(self) -> bool:

@@ -14,18 +14,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedtune.device.device_home import DeviceHome, DeviceIdentity
-from fedtune.device.persistence import unreachable
-from fedtune.device.server_calls import (
-    NonsenseError,
+from fedtune.device.retry import unreachable
+from fedtune.device.server_client import (
     fetch_ca_certificate,
     fetch_server_time,
     make_tls_context,
     request_enrolment,
 )
-from fedtune.errors import DeviceError
+from fedtune.errors import DeviceError, UnexpectedReplyError
 from fedtune.untrusted import clean_text
 
-__all__ = ["EnrolmentToken", "authority_ends", "ending", "enrol_device", "move_device"]
+__all__ = ["EnrolmentToken", "authority_ends", "describe_expiry", "enrol_device", "move_device"]
 
 _SOON_SECONDS = 180 * 86_400.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -81,7 +80,7 @@ def move_device(home: DeviceHome, url: str) -> DeviceIdentity:
         )  # whoever answers holds a certificate of this device's own authority
     except httpx.RequestError as error:
         raise DeviceError(f"{where}: {unreachable(error)}") from error
-    except (httpx.HTTPStatusError, httpx.InvalidURL, NonsenseError) as error:
+    except (httpx.HTTPStatusError, httpx.InvalidURL, UnexpectedReplyError) as error:
         raise DeviceError(f"{where} is no fedtune server: {clean_text(error)}; check the address") from error
     moved = replace(identity, url=where)
     home.save_identity(moved)
@@ -93,7 +92,7 @@ def authority_ends(identity: DeviceIdentity) -> datetime:
     return x509.load_pem_x509_certificate(identity.ca.encode()).not_valid_after_utc
 
 
-def ending(identity: DeviceIdentity, now: float) -> str:
+def describe_expiry(identity: DeviceIdentity, now: float) -> str:
     """What is to be told of an enrolment that ends within half a year of ``now``, in seconds since 1970; or nothing."""
     until = authority_ends(identity)
     if until.timestamp() > now + _SOON_SECONDS:

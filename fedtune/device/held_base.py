@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune import checkpoint, techniques
-from fedtune.contribution import TrainRequest
 from fedtune.errors import DeviceError, StoreError
 from fedtune.merging import add_increments, split_increments
-from fedtune.protocol_codes import LACKS_BASE
-from fedtune.stored_state import StoredState
 from fedtune.training import RunContext, named_tensors, precise
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.protocol_codes import LACKS_BASE
+from fedtune.wire.stored_state import StoredState
 
 __all__ = ["leave_others", "with_base"]
 

@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.device.clock import ServerClock
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.device_profile import make_device_profile
-from fedtune.device.enrolment import ending
-from fedtune.device.fleet import FleetClient, make_signed_headers
-from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.enrolment import describe_expiry
 from fedtune.device.node import DeviceNode
-from fedtune.device.server_calls import fetch_server_time, make_tls_context, send_profile
+from fedtune.device.server_client import fetch_server_time, make_tls_context, send_profile
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from fedtune.errors import DataError
+from fedtune.flower.fleet_client import FleetClient, make_signed_headers
 
 __all__ = ["FILES", "check_data_source", "run_device"]
 
@@ -41,13 +41,13 @@ def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Cal
     clock = ServerClock(partial(fetch_server_time, identity.url, trust))
 
     def tell(holding: Mapping[str, Any] | None) -> None:
-        headers = make_signed_headers(key, clock.now())
+        headers = make_signed_headers(key, clock.get_server_time())
         send_profile(identity.url, trust, headers, make_device_profile(budget, dict(holding) if holding else None))
 
     address = identity.url.removeprefix("https://")
     with home.hold_lock():
-        fleet = FleetClient(address, identity.ca, key, identity.node, clock.now)
-        if sentence := ending(identity, clock.now()):
+        fleet = FleetClient(address, identity.ca, key, identity.node, clock.get_server_time)
+        if sentence := describe_expiry(identity, clock.get_server_time()):
             say(sentence)
         try:
             DeviceNode(home, fleet, TrainerSupervisor(source, budget, idle), clock, tell, say).run()

@@ -13,25 +13,24 @@ from typing import Any
 
 import httpx
 
-from fedtune import answers
-from fedtune.device.channel import STATE, Frame
-from fedtune.device.clock import ServerClock
+from fedtune.device.backoff import choose_poll_delay
 from fedtune.device.device_home import DeviceHome
-from fedtune.device.fleet import FleetClient, ObsoleteRequestError
-from fedtune.device.keeper import TrainerSupervisor
-from fedtune.device.patience import choose_poll_delay
-from fedtune.device.persistence import RECOVERED_MESSAGE, RetryLoop
-from fedtune.device.server_calls import NonsenseError
-from fedtune.errors import StoreError
-from fedtune.protocol_codes import Problem, parse_problem
+from fedtune.device.retry import RECOVERED_MESSAGE, RetryLoop
+from fedtune.device.server_clock import ServerClock
+from fedtune.device.trainer_channel import STATE, Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
+from fedtune.errors import StoreError, UnexpectedReplyError
+from fedtune.flower.fleet_client import FleetClient, ObsoleteRequestError
+from fedtune.wire import error_codes
+from fedtune.wire.protocol_codes import Problem, parse_problem
 
 __all__ = ["DeviceNode"]
 
 _BEAT_SECONDS = 15.0
 _REFUSALS = {
-    "declined": (answers.TRAINING_FAILED, answers.DECLINED_PREFIX),
-    "died": (answers.TRAINER_DIED, ""),
-    "failed": (answers.TRAINING_FAILED, ""),
+    "declined": (error_codes.TRAINING_FAILED, error_codes.DECLINED_PREFIX),
+    "died": (error_codes.TRAINER_DIED, ""),
+    "failed": (error_codes.TRAINING_FAILED, ""),
 }
 
 
@@ -67,7 +66,7 @@ class DeviceNode:
         finally:
             self._keeper.stop_trainer()
             if self._home.read_pending("order") is None:  # with one, being away for a moment must not look like leaving
-                with suppress(httpx.HTTPError, NonsenseError):
+                with suppress(httpx.HTTPError, UnexpectedReplyError):
                     self._fleet.deactivate_node()
             self._note("stopped")
 
@@ -87,7 +86,7 @@ class DeviceNode:
         """The order that a process before this one did not finish; what is damaged of it is dropped."""
         order = self._home.read_pending("order")
         if order is not None:
-            with suppress(NonsenseError):
+            with suppress(UnexpectedReplyError):
                 self._fleet.mark_message_stored(order)
                 return order
         if self._home.clear_pending():
@@ -215,5 +214,5 @@ class DeviceNode:
 
     def _beat(self, over: threading.Event) -> None:
         while not over.wait(_BEAT_SECONDS):
-            with suppress(httpx.HTTPError, NonsenseError):
+            with suppress(httpx.HTTPError, UnexpectedReplyError):
                 self._fleet.send_heartbeat()

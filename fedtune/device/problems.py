@@ -14,7 +14,7 @@ from fedtune.errors import (
     SourceError,
     StoreError,
 )
-from fedtune.protocol_codes import Problem
+from fedtune.wire.protocol_codes import Problem
 
 __all__ = ["problem_of"]
 

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedtune.contribution import TrainRequest
-from fedtune.device.budget import choose_micro_batch_size
-from fedtune.device.channel import STATE, Frame, TrainerChannel
 from fedtune.device.device_home import DeviceHome
 from fedtune.device.held_base import leave_others
+from fedtune.device.local_data import LocalData, summarise_local_data
+from fedtune.device.local_round import read_payload, run_local_round
+from fedtune.device.memory_budget import choose_micro_batch_size
 from fedtune.device.problems import problem_of
-from fedtune.device.supply import LocalData, summarise_local_data
-from fedtune.device.work import read_payload, run_local_round
+from fedtune.device.trainer_channel import STATE, Frame, TrainerChannel
 from fedtune.errors import ClientUpdateError, FedtuneError, MemoryBudgetError, StoreError
 from fedtune.training import RunContext
+from fedtune.wire.client_update import TrainRequest
 
 __all__ = ["main"]
 

@@ -2,6 +2,6 @@
 
 from fedtune.memory.heap import release_freed
 from fedtune.memory.meter import StorageMeter
-from fedtune.memory.process import peak_rss, reset_peak_rss
+from fedtune.memory.process_memory import peak_rss, reset_peak_rss
 
 __all__ = ["StorageMeter", "peak_rss", "release_freed", "reset_peak_rss"]

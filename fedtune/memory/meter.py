@@ -1,16 +1,13 @@
-"""What a training step truly keeps: every storage that is made while it runs and is still alive, counted once.
+"""Measure the memory that tensors of a training step occupy, counting each storage once.
 
-A saved-tensor hook alone under-reports: what a checkpointed block takes by keyword, or a custom function holds as an
-attribute, never reaches it.
-The meter therefore watches every storage an operation returns, whoever holds it, until it is freed; the hook adds what
-autograd keeps of tensors that were there before (a batch).
-
-Not counted: what the caller excludes (parameters and buffers), and gradients of excluded parameters: ``gradients``
-tells those apart. A gradient is known as one when it arrives, and is then taken out of the peak from its making on,
-with what it was added up from (a weight that serves twice gets two).
-Not seen: what an operation needs inside itself; the process's own peak shows it.
-The peak is an upper bound: autograd adds gradients up in place, but not while operations are watched, so where two
-gradients of one tensor meet, a third is held for a moment.
+The meter counts a storage from its creation until it is freed, whoever holds it. It sees what saved-tensor hooks miss:
+keyword arguments of checkpointed blocks and attributes of custom functions. The hook adds tensors that existed before
+the step and that autograd keeps (a batch). The meter leaves out the tensors that the caller excludes, which are usually
+parameters and buffers. It reports their gradients separately in ``gradients``. When a gradient reaches its parameter,
+the meter removes it from the peak since its creation, together with the tensors it was summed from (a weight that is
+used twice gets two). Memory that an operation uses internally is not counted; the peak of the process shows it. The
+peak is an upper bound. Autograd adds gradients in place, but not while operations are observed, so where two gradients
+of one tensor meet, a third exists for a moment.
 """
 
 import weakref

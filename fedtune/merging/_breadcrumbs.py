@@ -17,7 +17,7 @@ class BreadcrumbsCombineStep(Trimmed, ABC):
     density: Density = 0.9
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the largest entries that is dropped")
 
-    def kept(self, stream: Stream, size: int) -> Stream:
+    def select_entries(self, stream: Stream, size: int) -> Stream:
         """floor(density * n) entries below the floor(gamma * n) largest, fewer of which go where both do not fit."""
         keep = count_entries_to_keep(self.density, size)
         top = min(floor(self.gamma * size), size - keep)

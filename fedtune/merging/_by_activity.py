@@ -1,8 +1,8 @@
-"""What AIM and its control share: s, how active each input channel is beside the most active one, and c = 1-(1-omega)s.
+"""The scale that AIM and its control use: c = 1 - (1 - omega) s, with the relative activity s of each input channel.
 
-Statistics are of the base, in a federation the round-start model: taken by the server on its validation part (inputs
-alone, no label), or summed by clients on what they train on (sums of |x| and counts, nothing else, so that a server
-that sees sums over clients alone can do it too).
+The activation statistics are measured on the base; in a federation this is the model at the start of the round. Either
+the server measures them on its validation split, without labels, or the clients measure them on their training data.
+Clients send only sums of |x| and counts, so a server that sees only the sum over clients can use them too.
 """
 
 from abc import ABC
@@ -43,7 +43,9 @@ class ActivationRelaxStep(RelaxStep, ABC):
 
     omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
     include_norms: bool = Field(True, description="also the weights of normalisation layers, as published")
-    peak_quantile: float = Field(1.0, gt=0, le=1, description="of |x| over channels that has s = 1; 1: the largest's")
+    peak_quantile: float = Field(
+        1.0, gt=0, le=1, description="quantile of |x| over channels that gets s = 1; 1: the largest"
+    )
     measured_by: Literal["server", "clients"] = Field("server", description="who measures in a federation")
     max_examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 

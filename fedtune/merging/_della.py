@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._draws import derive_merge_seed, drop_by_rank, make_generator
 from fedtune.merging._step import BoundCombine, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import Density, TaskVectorCombineStep, iter_delta_chunks
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["DellaCombineStep"]
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._step import MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Granularity", "add_rows_in_order", "compute_gram", "compute_model_gram", "compute_row_dots", "flatten_rows"]
 

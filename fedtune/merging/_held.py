@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._step import MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["held"]
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._factors import LowRankFactors
 from fedtune.merging._small_svd import compute_core
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = [
     "Increment",

@@ -7,7 +7,6 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.errors import RecipeError
 from fedtune.merging._factors import (
     LowRankFactors,
@@ -20,6 +19,7 @@ from fedtune.merging._factors import (
 from fedtune.merging._increments import Increment, add_increment, make_increment
 from fedtune.merging._step import CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging.mean import Mean
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["LowRankPairCombineStep", "MergedPairs", "measure_pair_errors", "merge_low_rank_pairs", "write_factors"]
 

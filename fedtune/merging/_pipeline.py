@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedtune.contribution import ClientUpdate, iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging._increments import Increment
 from fedtune.merging._pairs import LowRankPairCombineStep, measure_pair_errors, merge_low_rank_pairs
@@ -23,8 +22,9 @@ from fedtune.merging._step import (
     Shape,
 )
 from fedtune.merging.linear import Linear
-from fedtune.recipe import Unit
-from fedtune.registry import build_unit
+from fedtune.recipe.schema import Unit
+from fedtune.recipe.unit_registry import build_unit
+from fedtune.wire.client_update import ClientUpdate, iter_row_chunks
 
 __all__ = [
     "MergePipeline",

@@ -1,9 +1,10 @@
-"""Low-rank pairs of different ranks in one federation: what a narrower client is given, and what becomes of its deltas.
+"""Low-rank pairs of different ranks in one federation: slice the shared pair for a client, and pad its deltas.
 
-The shared pair has rank R and scale s, a client's r <= R and its own scale. Of s B A it is given the first r terms: the
-first r columns of B, times s over its scale, and the first r rows of A. Deltas come back the other way, zero past r:
-then the client's pair and the terms it was never given add up without cross terms,
-s (B + dB)(A + dA) = (its product) + s B[:, r:] A[r:], so that merges of products, and of one factor, stay exact.
+Clients may train LoRA pairs of a smaller rank than the server. The shared pair has rank R and scale s; a client has
+rank r <= R and its own scale. The client receives the first r columns of B, multiplied by s and divided by its own
+scale, and the first r rows of A. The server divides the delta of B by the same factor and pads both deltas with zeros
+up to rank R. The client's product and the columns it never received then add up without cross terms: s (B + dB)(A + dA)
+= (client's product) + s B[:, r:] A[r:]. Merges of products, or of one factor, stay exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["pad_to_rank", "truncate_to_rank"]
 

@@ -1,13 +1,14 @@
-"""REPAIR and its kin: a merged net's pre-activations get the statistics its ends have on average, folded into weights.
+"""REPAIR, RESCALE and RESHIFT: correct the pre-activations of a merged network.
 
-z <- sigma* (z - mu) / sigma + mu* with mu* = sum_i w_i mu_i and sigma* = sum_i w_i sigma_i over the aligned ends, each
-in evaluation mode; one row per published name says which of the two is mended. Layers are mended one after the other,
-each measured with all before it already mended: measured all at once, deep layers would be corrected for what the
-layers before them no longer do. Source: Jordan et al. (arXiv 2211.08403), section 4.
-Where a batch norm follows at once, its output is the pre-activation and its weight and bias take the change. Means and
-deviations are pooled over all calibration data in double precision, where the authors' wrappers take those of each
-batch with eps inside the root. A channel that does not vary keeps its gain of 1.
-Costs a forward pass over the data per end, and one up to each layer for the merged net.
+z <- sigma* (z - mu) / sigma + mu*, where mu* = sum_i w_i mu_i and sigma* = sum_i w_i sigma_i are weighted averages over
+the aligned input models in evaluation mode. Each published name says which of the two is matched. The correction is
+merged into weights and biases. Layers are corrected in order, and each one is measured after all earlier layers are
+corrected. Otherwise deep layers would be corrected for errors that no longer exist. If a batch norm follows directly,
+its output is the pre-activation, and its weight and bias take the correction. Means and deviations are pooled over all
+calibration data in double precision; the authors use those of each batch, with eps inside the root. A channel that does
+not vary keeps a gain of 1.
+Costs: one forward pass over the data per input model, and one up to each layer for the merged network.
+Source: Jordan et al. (arXiv 2211.08403), section 4.
 """
 
 from abc import ABC

@@ -12,11 +12,11 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging._gram import Granularity, compute_gram, flatten_rows
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import sum_weighted
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["GramCombineStep", "Normalise", "Scale", "normalise_weights", "stack_weights"]
 

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
-from fedtune.contribution import LowRankPair, UpdateKind
-from fedtune.registry import NamedUnit
+from fedtune.recipe.unit_registry import NamedUnit
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = [
     "ActivationStatistics",

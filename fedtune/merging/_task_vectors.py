@@ -17,13 +17,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._held import held
 from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import precision_for, sum_terms, sum_weighted
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Density", "TaskVectorCombineStep", "Trimmed", "iter_delta_chunks", "plain_sum", "sum_with_elected_sign"]
 
@@ -69,13 +69,13 @@ class Trimmed(TaskVectorCombineStep, ABC):
     rescale: bool = False
 
     @abstractmethod
-    def kept(self, stream: Stream, size: int) -> Stream:
+    def select_entries(self, stream: Stream, size: int) -> Stream:
         """The stream of ``size`` entries with those at zero that are not kept."""
 
     def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
         """What is kept of each tensor, times the ratio of its sums of magnitudes before and after."""
         stream = partial(iter_delta_chunks, name, shape, operand)
-        kept = self.kept(stream, math.prod(shape))
+        kept = self.select_entries(stream, math.prod(shape))
         ratio = _stretch(_magnitude(stream()), _magnitude(kept())) if self.rescale and kept is not stream else 1.0
         return iter(kept()) if ratio == 1 else (piece.mul_(ratio) for piece in kept())
 

@@ -1,28 +1,33 @@
-"""AIM: activation-informed merging; input channels that are active in the base keep more of the base.
+"""AIM: activation-informed merging, which keeps more of the base in the input channels that are active in the base.
 
-What: a merged delta of a weight is multiplied column by column by c_j = 1 - (1 - omega) s_j, s_j being the mean |x| of
-input channel j in the base over the largest of its layer: the most active channel keeps ``omega`` of its update, a dead
-one all of it. Linear and convolution weights and, as published, weights of norms; embeddings, whatever is tied to one,
-biases and buffers stay as merged. The experts are not needed, only the base and some text.
-Memory: one vector per weight. In a federation the statistics cost a forward pass over ``max_examples`` texts a round.
-Sends: with ``measured_by: clients`` one number per input channel of each weight that is trained in the round, so about
-1 / (output channels) of a dense update, but 1 / rank of an adapter in a round that trains A.
-Use when: the merge moved too far, as sums of several task vectors do (weight 1 each): there the paper gains most.
-Measured here over three seeds at omega 0.4 (benchmarks/aim.py): on sums of three SmolLM2 fine-tunes 0.33 less loss than
-``shrink`` on their own domains, 0.02 with TIES, and in all merges less loss on text nobody was tuned on.
-Avoid when: the merge is a mean near its clients: there 0.04 more loss than ``shrink``, and in a federation of full
-fine-tuning no difference (benchmarks/aim_federation.py). Always see ``shrink`` beside it: part of what AIM does is a
-smaller step. Where one channel outshines all others (massive activations of language models) s is near zero elsewhere
-and AIM does next to nothing there; ``peak_quantile`` below 1 lowers the bar.
-Adapters: (B A) diag(c) = B (A diag(c)), so an adapter keeps its rank, and in a round that trains A alone (B common)
-scaling the delta of A is exact. In a round that trains B alone (A common) no change of B can scale columns of the
-product: B stays as merged, so alternating factors are relaxed every second round and ``freeze-a`` not at all (refused
-where nothing else is scaled). With both trained, delta = B1 A1 - B0 A0, the part (B1 - B0) A0 stays unrelaxed: exact
-only where B0 = 0; where the product is folded into the base weight, scaling that weight's delta is exact again.
+What: a merged delta is multiplied, column by column, by c_j = 1 - (1 - omega) s_j. The activity s_j is the mean |x| of
+input channel j in the base, divided by the largest of its layer. The most active channel keeps ``omega`` of its update,
+and a dead channel keeps all of it. AIM scales linear and convolution weights and, as published, weights of norms.
+Embeddings, weights tied to one, biases and buffers stay as merged. AIM needs only the base and some text, not the
+fine-tuned models.
+Memory: one vector per weight. In a federation, the statistics cost a forward pass over ``max_examples`` texts per
+round.
+Sends: with ``measured_by: clients``, one number per input channel of each weight trained in the round. This is about 1
+/ (output channels) of a dense update, but 1 / rank of an adapter in a round that trains A.
+Use when: the merge moved too far from the base, as sums of several task vectors do (weight 1 each); the paper gains
+most there. Measured here over three seeds at omega 0.4 (benchmarks/aim.py): on sums of three SmolLM2 fine-tunes, AIM
+has 0.33 less loss than ``shrink`` on their own domains, and 0.02 less with TIES. All merges have less loss on text that
+no model was fine-tuned on.
+Avoid when: the merge is a mean of clients that stay close. There AIM has 0.04 more loss than ``shrink``, and in a
+federation of full fine-tuning it makes no difference (benchmarks/aim_federation.py). Always compare with ``shrink``,
+because part of AIM's effect is a smaller step. If one channel is far more active than the others (massive activations
+of language models), s is near zero elsewhere and AIM has almost no effect there; set ``peak_quantile`` below 1.
+Adapters: AIM scales columns of the product, and (B A) diag(c) = B (A diag(c)), so the rank stays the same. In a round
+that trains A alone, scaling the delta of A is exact. In a round that trains B alone, no change of B can scale the
+columns of the product, so B is merged without AIM. Alternating LoRA is therefore relaxed every second round. ``b-only``
+is never relaxed; the recipe is refused if AIM would scale nothing else. When both factors are trained, delta = B1 A1 -
+B0 A0, and its part (B1 - B0) A0 is not relaxed, so AIM is exact only if B0 = 0. When the product is merged into the
+base weight, scaling the delta of that weight is exact.
 Source: Alizadeh Nobari et al., "Activation-Informed Merging of Large Language Models" (arXiv 2502.02421) and the
-authors' code, omega 0.4. Ours: statistics, delta and scale in fp32 or better with one cast at the end (they: bf16
-throughout); padding does not count; a tied output layer counts as an embedding (theirs changes both); convolutions have
-one s per input channel, of its own group where they are grouped; LoRA's B, whose input is no channel, is left alone.
+authors' code, omega 0.4. Ours: statistics, delta and scale are in fp32 or better, with one cast at the end (theirs:
+bf16 throughout). Padding does not count. A tied output layer counts as an embedding (theirs changes both). Convolutions
+have one s per input channel, within its group if they are grouped. LoRA's B is not scaled, because its input is not a
+channel.
 """
 
 from typing import ClassVar, final
@@ -37,7 +42,7 @@ __all__ = ["Aim", "scale_adapter_columns"]
 
 @final
 class Aim(ActivationRelaxStep):
-    """Columns scaled by how quiet their input is."""
+    """Scale columns by the activity of their input channel."""
 
     name: ClassVar[str] = "aim"
 

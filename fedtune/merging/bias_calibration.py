@@ -1,11 +1,12 @@
-"""Bias calibration: biases fade with depth as the signal of merged weights does. Needs no data.
+"""Bias calibration: reduce biases with depth as merging reduces the signal. Needs no data.
 
-What: weights as merged; the bias of the h-th layer becomes sum_i w_i^h b_i. In a net of averaged weights the part of
-the signal that depends on the input passes h factors that each shrink it, biases do not; so they are shrunk alike.
+What: the weights stay as merged, and the bias of layer h becomes sum_i w_i^h b_i. In a network of averaged weights,
+every layer weakens the part of the signal that depends on the input, but not the biases. This step weakens the biases
+by the same factor.
 Memory: one bias.
-Use when: deep nets without norms were merged and there are no data to renormalise with.
-Avoid when: there are: repair or rescale were better wherever all were measured here. Merging like models is no longer
-the model itself, unless one weight is 1.
+Use when: deep nets without norms were merged and no data are available to renormalise with.
+Avoid when: data are available; repair or rescale were better in every case measured here. A merge of equal models is no
+longer equal to them, unless one weight is 1.
 Source: Qu & Horvath (arXiv 2402.05966), in its later version "Vanishing Feature".
 """
 
@@ -35,10 +36,12 @@ class BiasCalibration(RenormaliseStep):
     ) -> dict[str, Tensor]:
         """The biases of linear and convolutional layers."""
         if evidence.model is None:
-            raise ModelError("bias-calibration: it needs the model, for the order of its layers; give it")
+            raise ModelError("bias-calibration: it needs the model for the order of its layers; provide it")
         norm = next((name for name, layer in evidence.model.named_modules() if isinstance(layer, _NORMS)), None)
         if norm is not None:
-            raise ModelError(f"bias-calibration: {norm!r} normalises what it would shrink; take reset or repair")
+            raise ModelError(
+                f"bias-calibration: {norm!r} normalises the values that it would shrink; use reset or repair"
+            )
         biases = [f"{layer}.bias" for layer in list_weight_layers(evidence.model)]
         return {
             bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)

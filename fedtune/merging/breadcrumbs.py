@@ -1,15 +1,16 @@
-"""Model breadcrumbs: task vectors without their outliers and without their noise, added up.
+"""Model breadcrumbs: remove the outliers and the noise of each task vector, then add the rest.
 
-What: per tensor, drop the floor(gamma * n) largest |x|, keep the next floor(density * n), at least one, with
-  ``rescale`` stretched until sum |x| is what it was; then the scaled weighted sum.
-Memory: one piece per model and 4 MB; each delta is read three to five times, with ``rescale`` twice more, those of a
-  tensor that fits 16 MB once.
-Use when: many task vectors are to be added with one setting found on a few.
-Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
-Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
-  win or lose as the product is cut into factors, so that equal products merge into different ones.
-Source: Davari, Belilovsky (arXiv 2312.06795); the defaults are milder than the paper's. Where density and gamma do not
-  fit together, fewer of the largest are dropped. Where `fedtune merge` is told no density it drops nothing.
+What: in each tensor, drop the floor(gamma * n) largest |x| and keep the next floor(density * n), at least one. With
+``rescale``, the kept entries are stretched until sum |x| is as before. The result is the scaled weighted sum.
+Memory: one chunk per model and 4 MB. Each delta is read three to five times, with ``rescale`` twice more. If a tensor
+of all models fits 16 MB, its deltas are read once.
+Use when: you add many task vectors with one setting that was found on a few.
+Avoid when: a few large entries matter most, as after sparse or low-rank training; they are dropped first.
+Adapters: this step is refused when clients send one LoRA factor (alternating LoRA, or A frozen). It selects entries of
+the factor by size, but one product can be written with different factors, so equal updates would give different
+results.
+Source: Davari, Belilovsky (arXiv 2312.06795). The defaults are milder than the paper's. If density and gamma do not fit
+together, fewer of the largest entries are dropped. Without a density, `fedtune merge` drops nothing.
 """
 
 from typing import ClassVar

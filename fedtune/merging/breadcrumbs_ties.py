@@ -1,13 +1,14 @@
-"""Model breadcrumbs with TIES' election: both ends of each task vector cut, entries added where signs agree.
+"""Model breadcrumbs with TIES' sign election: trim both ends of each task vector, then add entries whose signs agree.
 
-What: as breadcrumbs, but only entries with the sign of their weighted sum are added up (averaged by weight with
-  ``normalise``), times scale.
-Memory: one piece per model and 4 MB; each delta is read three to five times, with ``rescale`` twice more, those of a
-  tensor that fits 16 MB once.
-Use when: breadcrumbs is, and signs conflict.
-Avoid when: what matters is in few large entries, as after sparse or low-rank training: those are dropped first.
-Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
-  win or lose as the product is cut into factors, so that equal products merge into different ones.
+What: as breadcrumbs, but only entries with the sign of their weighted sum are added (averaged by weight with
+``normalise``), times scale.
+Memory: one chunk per model and 4 MB. Each delta is read three to five times, with ``rescale`` twice more. If a tensor
+of all models fits 16 MB, its deltas are read once.
+Use when: breadcrumbs fits, and signs conflict.
+Avoid when: a few large entries matter most, as after sparse or low-rank training; they are dropped first.
+Adapters: this step is refused when clients send one LoRA factor (alternating LoRA, or A frozen). It selects entries of
+the factor by sign or size, but one product can be written with different factors, so equal updates would give different
+results.
 Source: Davari, Belilovsky (arXiv 2312.06795), with Yadav et al. (arXiv 2306.01708), algorithm 1.
 """
 

@@ -1,12 +1,13 @@
-"""DARE, then a sum: most entries of each task vector dropped at random, the rest divided by what is kept.
+"""DARE, then a sum: drop most entries of each task vector at random, and divide the rest by the density.
 
-What: scale * sum_i w_i m_i x_i / density, m_i drawn entry by entry with probability ``density``.
-Memory: one piece per model.
-Use when: task vectors are small and redundant and interfere: dropped entries leave room, and the mean stays unbiased.
-Avoid when: deltas are large (long training or full of noise): dividing by a small density then breaks the model.
-Adapters: where clients send one factor and the other is common, the mean over the draws is the sum of the products.
-Source: Yu et al. (arXiv 2311.03099). Divides by density as published; mergekit rescales by the ratio of
-  L1 norms, which is that in the mean.
+What: scale * sum_i w_i m_i x_i / density, where each entry of m_i is 1 with probability ``density``.
+Memory: one chunk per model.
+Use when: task vectors are small, redundant and interfere. Dropped entries reduce interference, and the expected value
+stays the same.
+Avoid when: deltas are large (long training or much noise). Dividing by a small density then ruins the model.
+Adapters: if clients send one factor and share the other, the expected value over the draws is the sum of the products.
+Source: Yu et al. (arXiv 2311.03099). Divides by the density as published; mergekit rescales by the ratio of L1 norms,
+which equals this on average.
 """
 
 from typing import ClassVar

@@ -1,16 +1,19 @@
-"""FedEx-LoRA: both factors are averaged, and what that misses is added to the base weights: exact.
+"""FedEx-LoRA: average both factors and add the error of this average to the base weights, so that the result is exact.
 
-What: B = sum_i w_i B_i, A = sum_i w_i A_i, W <- W + s sum_i w_i (B_i - B)(A_i - A), so that W + s B A is W plus the
-mean of the clients' products. ``merge factor_error`` tells each round how much of the mean went into the base.
-Memory: the factors of one pair, of every client, and one piece of the dense remainder. A device keeps the base
-weights of two rounds on its disk.
-Sends: the pairs, up and down. A device that holds the base of an earlier round is sent the remainders since, in factors
-of one client's rank less than all have together; others, and whoever missed too many rounds, the base whole.
-Use when: exactness with both factors trained is worth the downlink. Needs ``lora: {trained_factors: both-and-base}``.
-Avoid when: clients take part once and never again, or the base is quantised: it must be writable.
+What: B = sum_i w_i B_i, A = sum_i w_i A_i, W <- W + s sum_i w_i (B_i - B)(A_i - A). Then W + s B A equals W plus the
+mean of the clients' products. ``merge factor_error`` records in each round which fraction of the mean went into the
+base.
+Memory: the factors of one pair, of every client, and one chunk of the dense remainder. A device stores the base weights
+of two rounds on its disk.
+Sends: the pairs, up and down. A device that has the base of an earlier round receives the remainders since then as
+factors. Their rank is smaller than the sum of all clients' ranks by the rank of one client. Other devices, and those
+that missed too many rounds, receive the whole base.
+Use when: exact aggregation with both factors trained is worth the downlink. Needs ``lora: {trained_factors:
+both-and-base}``.
+Avoid when: clients take part only once, or the base is quantised: it must be writable.
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models"
-(arXiv 2410.09432). Ours: weights need not be equal; server and devices add the same remainder, in the
-fp32 factors of its singular value decomposition.
+(arXiv 2410.09432). Ours: weights need not be equal. Server and devices add the same remainder, as the fp32 factors of
+its singular value decomposition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +21,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.merging._factors import LowRankFactors, average_factors, compute_averaging_residual
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["FedexLora"]
 

@@ -1,12 +1,12 @@
-"""FedIT: both factors of each low-rank pair are averaged, which is not the average of what they make together.
+"""FedIT: average both factors of each low-rank pair separately, which differs from the average of their products.
 
-What: B = sum_i w_i B_i and A = sum_i w_i A_i. The product misses sum_i w_i (B_i - B)(A_i - A), the factors' covariance
-over the clients; each round its size beside the mean of the products is kept as ``merge factor_error``.
+What: B = sum_i w_i B_i and A = sum_i w_i A_i. The product misses sum_i w_i (B_i - B)(A_i - A), the covariance of the
+factors over the clients. ``merge factor_error`` records its size relative to the mean of the products in each round.
 Memory: the factors of one pair, of every client. Needs ``lora: {trained_factors: both}``: clients train both factors.
-Use when: as the baseline, or when the kept error stays under a few percent: short rounds from a common start.
-Avoid when: clients run long or differ much: take ``flexlora`` or ``fedex-lora``, or train one factor a round.
-Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (arXiv 2305.05644),
-the error as in Singhal et al. (arXiv 2410.09432).
+Use when: you need a baseline, or the recorded error stays under a few percent (short rounds from a common start).
+Avoid when: clients train long or differ much. Use ``flexlora`` or ``fedex-lora``, or train one factor per round.
+Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (arXiv 2305.05644). The error
+is that of Singhal et al. (arXiv 2410.09432).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
 from fedtune.merging._factors import LowRankFactors, average_factors
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["Fedit"]
 

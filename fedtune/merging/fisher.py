@@ -1,11 +1,13 @@
-"""Fisher merge: each entry counts by how sharply the model's loss depends on it.
+"""Fisher merge: weight each entry by how strongly the model's loss depends on it.
 
-What: sum_i w_i F_i x_i / sum_i w_i F_i entry by entry, F the diagonal Fisher information on the model's own data.
-Memory: one piece of delta and of statistics.
-Use when: models were trained on different data and a few hundred examples of each are at hand to measure F.
-Avoid when: F is measured on too few examples, or one model's is much larger throughout: it takes over. Tensors and
-  entries with no F at all fall back to the mean by weight.
-Source: Matena, Raffel (arXiv 2111.09832), their closed form for diagonal F; F is the empirical one, of the true labels.
+What: sum_i w_i F_i x_i / sum_i w_i F_i for each entry, where F is the diagonal Fisher information on the model's own
+data.
+Memory: one chunk of the delta and of the statistics.
+Use when: models were trained on different data, and a few hundred examples of each are available to measure F.
+Avoid when: F is measured on too few examples, or F of one model is much larger everywhere, so that this model
+dominates. Tensors and entries without any F use the weighted mean.
+Source: Matena, Raffel (arXiv 2111.09832), their closed form for a diagonal F. F is the empirical Fisher information,
+from the true labels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._measured import check_statistics, require_statistics
 from fedtune.merging._span import normalise_weights, stack_weights
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import plain_sum
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Fisher", "square_gradient"]
 

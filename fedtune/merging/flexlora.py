@@ -1,14 +1,14 @@
-"""FlexLoRA: the products of the low-rank pairs are averaged, and the mean is brought back to the rank by an SVD.
+"""FlexLoRA: average the products of the low-rank pairs, and truncate the mean to the rank with an SVD.
 
-What: D = sum_i w_i s_i B_i A_i, then the best approximation of D by the rank of the shared pair. D is never formed: the
-stacked factors give a core of K r x K r whose SVD is D's own. What the rank cuts off is kept each round as ``merge
-rank_error``, beside the ``factor_error`` a mean of the factors would have made.
-Memory: the factors of one pair, of every client, and a core of the square of their summed ranks.
+What: D = sum_i w_i s_i B_i A_i, then the best approximation of D with the rank of the shared pair. D is never formed:
+the stacked factors give a core of K r x K r with the same singular values. ``merge rank_error`` records in each round
+what the truncation loses, beside the ``factor_error`` that a mean of the factors would have.
+Memory: the factors of one pair, of every client, and a square core with the sum of their ranks as its side.
 Use when: clients train both factors (``lora: {trained_factors: both}``) and may have different ranks.
-Avoid when: the clients' updates point different ways: then a rank's worth of singular values holds little more than
-FedIT does; ``fedex-lora`` keeps the rest in the base, one factor a round (``trained_factors: alternate``) is exact.
+Avoid when: the clients' updates point in different directions. The truncated result is then hardly better than FedIT.
+``fedex-lora`` keeps the rest in the base, and training one factor per round (``trained_factors: alternate``) is exact.
 Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
-(arXiv 2402.11505). Ours: the small core; both factors share the singular values by their square roots.
+(arXiv 2402.11505). Ours: the small core. Both factors get the square roots of the singular values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
 from fedtune.merging._factors import LowRankFactors, stack_factors
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._small_svd import truncate_product
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["Flexlora"]
 

@@ -1,18 +1,19 @@
-"""FLoRA: the clients' pairs are stacked, which is exact, and folded into the base weights; new pairs begin at zero.
+"""FLoRA: stack the clients' pairs, which is exact, and merge them into the base weights; new pairs start at zero.
 
-What: W <- W + sum_i w_i s_i B_i A_i; then B = 0 and a new A, drawn from ``seed`` and the round.
-Memory: the factors of one pair, of every client, and one piece of the dense product. A device keeps the base weights
+What: W <- W + sum_i w_i s_i B_i A_i. Then B = 0 and A is drawn again from ``seed`` and the round.
+Memory: the factors of one pair, of every client, and one chunk of the dense product. A device stores the base weights
 of two rounds on its disk.
-Sends: the pairs, up and down. A device that holds the base of an earlier round is sent what was added since, in factors
-of at most the clients' summed ranks a round; others, and whoever missed so many rounds that it is less, the base whole.
-Use when: each round may open new directions, so that many rounds make an update of high rank, and clients may have
-different ranks. Needs ``lora: {trained_factors: both-and-base}``.
-Avoid when: clients take part once and never again, the base is quantised, or rounds are so short that a pair that
-begins at zero again learns little.
-Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations"
-(arXiv 2409.05976). Ours: server and devices add the same fp32 factors to the base, those of the sum's own singular
-value decomposition, where the authors send every client's; the scale is part of the product; factors are told apart by
-name.
+Sends: the pairs, up and down. A device that has the base of an earlier round receives what was added since then, as
+factors whose rank is at most the sum of the clients' ranks per round. Other devices receive the whole base, and so do
+those that missed so many rounds that the base is smaller.
+Use when: each round should be able to add new directions, so that many rounds give an update of high rank. Clients may
+have different ranks. Needs ``lora: {trained_factors: both-and-base}``.
+Avoid when: clients take part only once, the base is quantised, or rounds are so short that a pair that starts at zero
+learns little.
+Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations" (arXiv
+2409.05976). Ours: server and devices add the same fp32 factors to the base, those of the singular value decomposition
+of the sum; the authors send the factors of every client. The scale is part of the product, and factors are identified
+by name.
 """
 
 import math
@@ -23,11 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.merging._factors import LowRankFactors, stack_factors
 from fedtune.merging._pairs import LowRankPairCombineStep
 from fedtune.merging._step import MergeContext
 from fedtune.seeds import derive_seed
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["Flora"]
 
@@ -38,7 +39,7 @@ class Flora(LowRankPairCombineStep):
 
     name: ClassVar[str] = "flora"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
-    seed: int = Field(0, ge=0, description="of the draws of A, beside the round")
+    seed: int = Field(0, ge=0, description="seed for A, together with the round")
 
     def combine_pair(
         self,

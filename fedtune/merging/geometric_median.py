@@ -1,10 +1,11 @@
-"""Geometric median: the point of least summed distance to all models, which no minority can drag away.
+"""Geometric median: the point with the smallest summed distance to all models, which no minority can move far.
 
-What: Weiszfeld's iteration c_i ~ w_i / max(eps, |v - x_i|), v = sum_i c_i x_i, on coefficients; distances are of whole
-  models, as robust federations take them, or of each tensor.
-Memory: two passes, one piece of each model; distances come from inner products.
-Use when: some contributions may be broken or hostile: it holds while their share of the weights is below one half.
-Avoid when: clients' data differ much and all are honest: it favours the crowd. Of two, any point between is one.
+What: Weiszfeld's iteration c_i ~ w_i / max(eps, |v - x_i|), v = sum_i c_i x_i, on coefficients. Distances are those of
+whole models, as in robust federated learning, or of each tensor.
+Memory: two passes, one chunk of each model. Distances are computed from inner products.
+Use when: some client updates may be broken or hostile. It is robust while their share of the weights is below one half.
+Avoid when: the clients' data differ much and all clients are honest, because it favours the majority. With two models,
+any point between them is a median.
 Source: Pillutla, Kakade, Harchaoui, RFA (arXiv 1912.13445), algorithm 2, smoothed with eps; run to convergence.
 """
 
@@ -29,9 +30,9 @@ class GeometricMedian(GramCombineStep):
     name: ClassVar[str] = "geometric-median"
     adds_variance_of_means: ClassVar[bool] = False
     granularity: Literal["model", "tensor"] = "model"
-    eps: float = Field(1e-6, gt=0, description="distances below it count as it")
+    eps: float = Field(1e-6, gt=0, description="smaller distances count as this value")
     max_iterations: int = Field(1000, ge=1)
-    tolerance: float = Field(1e-9, ge=0, description="change of the coefficients that ends it")
+    tolerance: float = Field(1e-9, ge=0, description="stop when the coefficients change by less")
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
         """With distances of whole models, their median's coefficients in place of the weights."""

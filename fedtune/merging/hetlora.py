@@ -1,13 +1,14 @@
-"""HetLoRA: factors padded with zeros to one rank and averaged, clients weighing by the size of their product.
+"""HetLoRA: pad factors with zeros to one rank and average them, weighting clients by the norm of their product.
 
-What: B = sum_i p_i B_i and A = sum_i p_i A_i with p_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F, per pair; smaller ranks
-are padded with zeros. Heads and biases get the mean by examples. ``merge factor_error`` tells each round what a mean of
-factors, with the weights by examples, misses.
+What: B = sum_i p_i B_i and A = sum_i p_i A_i with p_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F, per pair. Smaller ranks
+are padded with zeros. Heads and biases get the mean weighted by examples. ``merge factor_error`` records in each round
+the error of a mean of factors weighted by examples.
 Memory: the factors of one pair, of every client. Needs ``lora: {trained_factors: both}``: clients train both factors.
 Use when: ranks differ and the server must stay as cheap as averaging.
-Avoid when: the bias of averaging factors matters: it is FedIT's, and padding takes the order of ranks to be one order.
+Avoid when: the bias of averaging factors matters. It is that of FedIT. Padding also assumes that all clients order
+their ranks in the same way.
 Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (arXiv 2401.06432).
-Ours: weights are taken per pair, not over the whole model; clients do not prune their own ranks yet.
+Ours: weights are computed per pair, not over the whole model; clients do not prune their own ranks yet.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from fedtune.contribution import LowRankPair
 from fedtune.merging._factors import LowRankFactors, average_factors, compute_product_norm
 from fedtune.merging._pairs import LowRankPairCombineStep, write_factors
 from fedtune.merging._step import MergeContext
+from fedtune.wire.client_update import LowRankPair
 
 __all__ = ["Hetlora", "weigh_by_product_norm"]
 

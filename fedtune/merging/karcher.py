@@ -1,11 +1,13 @@
-"""Karcher mean: the point on the sphere nearest to all directions, at the mean length.
+"""Karcher mean: the point on the sphere nearest to all directions, with the mean length.
 
-What: u <- exp_u(sum_i w_i log_u(x_i/|x_i|)), repeated; the result is u times sum_i w_i |x_i|, w divided by its sum.
-Memory: two passes, one piece of each model; it iterates on coefficients, not on weights.
-Use when: more than two models are to be blended as SLERP blends two. Without a base it acts on the models themselves.
-Avoid when: directions are opposite: there is no nearest point, and where their mean vanishes it falls back to linear.
-Source: Karcher (Comm. Pure Appl. Math. 30, 1977); iteration as in Afsari, Tron, Vidal (arXiv 1201.0925), unit steps.
-  `fedtune merge` takes a base that is named only as such for one of the models, as mergekit, unless it relaxes.
+What: u <- exp_u(sum_i w_i log_u(x_i/|x_i|)), repeated. The result is u times sum_i w_i |x_i|, with w divided by its
+sum.
+Memory: two passes, one chunk of each model. It iterates on coefficients, not on weights.
+Use when: you want to blend more than two models as SLERP blends two. Without a base it works on the models themselves.
+Avoid when: directions are opposite, because there is no nearest point. If their mean is zero, the step uses linear.
+Source: Karcher (Comm. Pure Appl. Math. 30, 1977); iteration as in Afsari, Tron, Vidal (arXiv 1201.0925), unit steps. If
+a base is only named as such, `fedtune merge` treats it as one of the models, as mergekit does, unless the merge
+relaxes.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,10 @@ class Karcher(GramCombineStep):
     name: ClassVar[str] = "karcher"
     max_iterations: int = Field(10, ge=1, validation_alias=AliasChoices("max_iterations", "max_iter"))
     tolerance: float = Field(
-        1e-5, ge=0, validation_alias=AliasChoices("tolerance", "tol"), description="radians of a step that ends it"
+        1e-5,
+        ge=0,
+        validation_alias=AliasChoices("tolerance", "tol"),
+        description="stop when a step is smaller, in radians",
     )
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:

@@ -1,10 +1,11 @@
-"""Linear merge: a weighted sum of the models, as a mean unless told otherwise.
+"""Linear merge: a weighted sum of the models; by default their weighted mean.
 
 What: sum_i w_i x_i / sum_i w_i, or without the division when ``normalise`` is off.
-Memory: one piece of one tensor.
-Use when: models come from one base and stay near it; the plain average to beat.
-Avoid when: models start apart or many pull in different directions: averaging shrinks what only one of them learned.
-Source: Wortsman et al., model soups (arXiv 2203.05482), uniform soup; the weights are the user's.
+Memory: one chunk of one tensor.
+Use when: models come from one base and stay close to it. This is the baseline for other merges.
+Avoid when: models have different starts, or many point in different directions. Averaging shrinks what only one model
+learned.
+Source: Wortsman et al., model soups (arXiv 2203.05482), uniform soup; the user chooses the weights.
 """
 
 from collections.abc import Callable

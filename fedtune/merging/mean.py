@@ -1,9 +1,9 @@
-"""Weighted mean: each contribution counts by its number of examples, or all count the same.
+"""Weighted mean: weight each client update by its number of examples, or all equally.
 
 What: delta = sum_i w_i delta_i with w_i = n_i / sum n, summed in double precision in client order.
-Memory: one piece of one tensor per step, whatever the number of contributions.
-Use when: clients start from one state and stay near it. It is exact for LoRA when one factor is common to all.
-Avoid when: clients run long, start apart, or some may be faulty: one bad contribution moves the mean without bound.
+Memory: one chunk of one tensor per step, for any number of client updates.
+Use when: clients start from one state and stay close to it. It is exact for LoRA when all clients share one factor.
+Avoid when: clients train long, have different starts, or may be faulty. One bad update can move the mean without limit.
 Source: McMahan et al. (arXiv 1602.05629), Algorithm 1.
 """
 
@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._step import CombineStep, MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Mean"]
 

@@ -1,10 +1,12 @@
-"""Model stock: the mean of fine-tunes, drawn back to the base by how little they agree.
+"""Model stock: the mean of fine-tunes, moved back towards the base if they agree little.
 
-What: t * mean_i x_i with t = N c / (1 + (N-1) c), c the mean cosine between pairs of deltas, per tensor or per row.
-Memory: two passes, one piece of each model, and one coefficient per row.
-Use when: several fine-tunes of one base for one task differ by noise: it comes near the centre of many more.
-Avoid when: fine-tunes are of different tasks: their deltas are near orthogonal, and t throws nearly all away.
-Source: Jang, Yun, Han (arXiv 2403.19522), the ratio for N models. All models count the same; t is not let below zero.
+What: t * mean_i x_i with t = N c / (1 + (N-1) c), where c is the mean cosine between pairs of deltas, per tensor or per
+row.
+Memory: two passes, one chunk of each model, and one coefficient per row.
+Use when: several fine-tunes of one base for one task differ by noise. The result is close to the mean of many more
+models.
+Avoid when: the fine-tunes are for different tasks. Their deltas are nearly orthogonal, and t removes almost everything.
+Source: Jang, Yun, Han (arXiv 2403.19522), the ratio for N models. All models have the same weight; t is at least zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ class ModelStock(GramCombineStep):
 
     name: ClassVar[str] = "model-stock"
     min_models: ClassVar[int] = 2
-    granularity: Literal["tensor", "row"] = Field("tensor", description="what has a t of its own")
+    granularity: Literal["tensor", "row"] = Field("tensor", description="what gets its own t")
 
     @property
     def coefficient_scope(self) -> Granularity:

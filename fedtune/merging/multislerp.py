@@ -1,11 +1,11 @@
-"""Multi-SLERP: one step of a barycentre on the sphere, at the mean length.
+"""Multi-SLERP: one step towards a barycentre on the sphere, with the mean length.
 
 What: from the normalised weighted mean m of the directions, exp_m(sum_i w_i log_m(x_i/|x_i|)) times sum_i w_i |x_i|.
-Memory: two passes, one piece of each model.
-Use when: more than two models are to be blended as SLERP blends two and one step of the Karcher mean is enough.
-Avoid when: models are far apart: then it stops short of the mean that karcher reaches.
+Memory: two passes, one chunk of each model.
+Use when: you want to blend more than two models as SLERP blends two, and one step of the Karcher mean is enough.
+Avoid when: models are far apart. The step then ends before the mean that karcher reaches.
 Source: Goddard, mergekit's documentation of `multislerp`; the step is that of Buss and Fillmore (ACM ToG 20, 2001).
-  mergekit projects on the tangent plane where this takes the logarithm; its step then is always zero.
+mergekit projects on the tangent plane instead of taking the logarithm, so its step is always zero.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,12 @@
 """NuSLERP: SLERP of two deltas with t from their weights, per tensor, row or column.
 
-What: SLERP at t = w_2 / (w_1 + w_2); with ``granularity: row`` or ``column``, each has an angle and a t of its own.
-Memory: two passes, one piece of each model, and one coefficient per row or column.
-Use when: two fine-tunes of one base are to be blended by weight; rows when output units differ much in how they moved.
-Avoid when: there are more than two models. Tensors of one dimension are one group whatever ``granularity`` says.
-Source: mergekit's documentation of `nuslerp`; the arc is Shoemake's (SIGGRAPH 1985). Its nuslerp_row_wise gives
-  each column an angle, which is ``granularity: column`` here.
+What: SLERP at t = w_2 / (w_1 + w_2). With ``granularity: row`` or ``column``, each row or column has its own angle and
+its own t.
+Memory: two passes, one chunk of each model, and one coefficient per row or column.
+Use when: you want to blend two fine-tunes of one base by weight. Use rows if output units changed by different amounts.
+Avoid when: there are more than two models. One-dimensional tensors are one group for every ``granularity``.
+Source: mergekit's documentation of `nuslerp`; the arc is Shoemake's (SIGGRAPH 1985). mergekit's nuslerp_row_wise gives
+each column an angle, which is ``granularity: column`` here.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class NuSlerp(GramCombineStep):
     name: ClassVar[str] = "nuslerp"
     min_models: ClassVar[int] = 2
     max_models: ClassVar[int | None] = 2
-    granularity: Granularity = Field("tensor", description="what has an angle of its own")
+    granularity: Granularity = Field("tensor", description="what gets its own angle")
 
     @property
     def coefficient_scope(self) -> Granularity:

@@ -1,19 +1,20 @@
-"""Re-basin: the hidden units of each model are permuted so that they correspond to those of the others.
+"""Re-basin: permute the hidden units of each model so that they correspond to those of the others.
 
-What: pi_k with pi_k(theta_k) close to theta_1; the permuted model computes the same function. method weight: coordinate
-descent on sum <theta_1, pi(theta_k)>, one linear assignment per layer and step, the best of ``restarts`` random orders
-of layers. method activation: an assignment on the correlations of units, measured on calibration data. reference
-first: all are matched to the first model; mean-of-others: each in turn to that mean, until none moves (MergeMany).
-Fits: nets of linear and convolutional layers, plain or residual, any norm; BERT, RoBERTa, GPT-2 and Llama-like models.
-Heads move as a whole; under rotary positions the channels of queries and keys stay where they are.
-Memory: a tensor of each of two models at a time and C in double precision; afterwards one whole tensor per model.
-method activation holds two models and what their layers read in one batch.
-Use when: models come from different starts, or trained apart for long. Wide multi-layer perceptrons: weight; narrow
-convolutional nets: activation. Renormalise afterwards (repair, or reset where there are batch norms).
-Avoid when: all start from one model and stay near it: matching then finds that model's own order, and a gain below
-1 % leaves everything as it was. Language models from different starts keep sizeable barriers.
+What: finds pi_k so that pi_k(theta_k) is close to theta_1. The permuted model computes the same function. ``method:
+weight`` is coordinate descent on sum <theta_1, pi(theta_k)>, with one linear assignment per layer and step; it takes
+the best of ``restarts`` random orders of layers. ``method: activation`` solves an assignment on the correlations of
+units, measured on calibration data. ``reference: first`` matches all models to the first one. ``reference:
+mean-of-others`` matches each model in turn to the mean of the others, until none changes (MergeMany).
+Fits: nets of linear and convolutional layers, plain or residual, with any norm; BERT, RoBERTa, GPT-2 and Llama-like
+models. Attention heads move as a whole. With rotary positions, the channels of queries and keys stay in place.
+Memory: one tensor of each of two models at a time and C in double precision; afterwards one whole tensor per model.
+``method: activation`` holds two models and the inputs of their layers for one batch.
+Use when: models have different starts, or were trained separately for long. Use weight for wide multi-layer perceptrons
+and activation for narrow convolutional nets. Renormalise afterwards (repair, or reset if there are batch norms).
+Avoid when: all models start from one model and stay close to it. Matching then finds the order they already have; a
+gain below 1 % changes nothing. Language models from different starts keep large barriers.
 Source: Ainsworth et al. (arXiv 2209.04836), algorithms 1 and 3; Qu & Horvath (arXiv 2402.05966) for the correlations.
-Deviations: running statistics have no say in C; the cycle warm-starts from the orders it has.
+Deviations: running statistics do not count in C. The cycle starts from the orders found so far.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,10 @@ class Rebasin(AlignStep):
 
     name: ClassVar[str] = "rebasin"
     method: Literal["weight", "activation"] = "weight"
-    similarity: Literal["pearson", "inner"] = Field("pearson", description="of activations")
+    similarity: Literal["pearson", "inner"] = Field("pearson", description="similarity of activations")
     reference: Literal["first", "mean-of-others"] = "first"
-    restarts: int = Field(3, ge=1, description="orders of layers that are tried; the best is kept")
-    max_sweeps: int = Field(100, ge=1, description="passes over the layers, and rounds of the cycle, at most")
+    restarts: int = Field(3, ge=1, description="number of random orders of layers to try; the best is used")
+    max_sweeps: int = Field(100, ge=1, description="largest number of passes over the layers and of cycle rounds")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,12 +1,14 @@
-"""RegMean: the linear layers whose outputs are nearest to those of every model on its own inputs.
+"""RegMean: the linear layers whose outputs are closest to those of every model on that model's own inputs.
 
-What: for a linear weight W [out, in], W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1, with G_i = mean x x^T over the inputs
-  of model i and its entries off the diagonal times ``off_diagonal_scale``; all other tensors take the mean by weight.
-Memory: one piece of delta and one Gram matrix [in, in] per model, double.
-Use when: models were trained on different data and a few thousand tokens of each are at hand to measure G.
-Avoid when: layers are wide: a Gram matrix of a layer with 10 000 inputs takes 400 MB in a file, twice that at work.
-Source: Jin et al. (arXiv 2212.09849), their closed form; their shrinkage is 0.9 for most models. A ridge of ``ridge``
-  times the mean diagonal leads directions that no input has to the mean; theirs has none.
+What: for a linear weight W [out, in], W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1. G_i is the mean of x x^T over the
+inputs of model i, with its off-diagonal entries multiplied by ``off_diagonal_scale``. All other tensors get the
+weighted mean.
+Memory: one chunk of the delta and one Gram matrix [in, in] per model, in double precision.
+Use when: models were trained on different data, and a few thousand tokens of each are available to measure G.
+Avoid when: layers are wide. The Gram matrix of a layer with 10 000 inputs takes 400 MB in a file and twice that in
+memory.
+Source: Jin et al. (arXiv 2212.09849), their closed form; their off-diagonal scale is 0.9 for most models. A ridge of
+``ridge`` times the mean diagonal sets directions that no input has to the mean; theirs has none.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import ModelError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._measured import check_statistics, require_statistics
 from fedtune.merging._span import normalise_weights, stack_weights
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
 from fedtune.merging._task_vectors import plain_sum
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["RegMean", "accumulate_gram"]
 
@@ -31,7 +33,9 @@ class RegMean(CombineStep):
     """Regression to the models' own outputs."""
 
     name: ClassVar[str] = "regmean"
-    off_diagonal_scale: float = Field(0.9, ge=0, le=1, description="factor of what is off the Gram matrices' diagonals")
+    off_diagonal_scale: float = Field(
+        0.9, ge=0, le=1, description="factor of the off-diagonal entries of the Gram matrices"
+    )
     ridge: float = Field(1e-9, gt=0)
 
     def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:

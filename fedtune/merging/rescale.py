@@ -1,10 +1,10 @@
-"""RESCALE: deviations of a merged net's pre-activations become the average of its ends'; means are scaled along.
+"""RESCALE: give the pre-activations of a merged net the averaged deviations of its input models; means scale along.
 
-What: z <- sigma* z / sigma for each channel, layer by layer, folded into weights and biases (b <- g b).
-Memory: one model beside the merged one and its ends; sums per channel.
-Use when: as repair, on deep nets without norms, or where layers have no bias.
-Avoid when: nets of few layers; repair was better there.
-Source: Qu & Horvath (arXiv 2402.05966), where it goes before REPAIR; see ``_renormalise``.
+What: z <- sigma* z / sigma for each channel, layer by layer, merged into weights and biases (b <- g b).
+Memory: one model in addition to the merged model and its input models; sums per channel.
+Use when: as repair, for deep nets without norms, or for layers without a bias.
+Avoid when: nets have few layers; repair was better there.
+Source: Qu & Horvath (arXiv 2402.05966), where it comes before REPAIR; see ``_renormalise``.
 """
 
 from typing import ClassVar

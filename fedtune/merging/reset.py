@@ -1,14 +1,16 @@
-"""RESET: the running statistics of a merged net's batch norms are collected anew.
+"""RESET: compute the running statistics of a merged net's batch norms again.
 
-What: forward passes over calibration data with batch norms in training mode; running means and variances become the
-cumulative average over batches. Weights stay as merged. Averaged statistics would be those of nets the merged one is
-not: its activations vary less.
+What: runs forward passes over calibration data with batch norms in training mode. Running means and variances become
+the cumulative average over batches. Weights stay as merged. The averaged statistics of the input models would not fit,
+because the activations of the merged net vary less.
 Memory: the model and one batch.
 Needs: some hundred training inputs without labels, in batches that are not tiny.
-Use when: the merged net has batch norms and a pass over data per layer is too dear: repair does more, at that price.
-Avoid when: the net has none; in a federation whose clients stay close, the averaged statistics already hold.
-Source: Jordan et al. (arXiv 2211.08403), section 3; Izmailov et al. (arXiv 1803.05407), section 3.2, on doing so after
-averaging weights.
+Use when: the merged net has batch norms and one pass over the data per layer is too expensive. Repair does more, at
+that cost.
+Avoid when: the net has no batch norms, or the clients of a federation stay close, so that averaged statistics already
+fit.
+Source: Jordan et al. (arXiv 2211.08403), section 3; Izmailov et al. (arXiv 1803.05407), section 3.2, on doing this
+after averaging weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +42,7 @@ class Reset(RenormaliseStep):
         net, batches = require_model_and_batches(self.name, evidence)
         norms = {name: norm for name, norm in net.named_modules() if _collects(norm)}
         if not norms:
-            raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; take repair")
+            raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; use repair")
         with use_state_dict(net, merged), _collecting(list(norms.values())), torch.no_grad():
             for batch in batches:
                 net(**batch)

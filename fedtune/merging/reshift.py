@@ -1,10 +1,10 @@
-"""RESHIFT: means of a merged net's pre-activations become the average of its ends'; deviations stay.
+"""RESHIFT: give the pre-activations of a merged net the averaged means of its input models; deviations stay.
 
-What: z <- z - mu + mu* for each channel, layer by layer, folded into biases.
-Memory: one model beside the merged one and its ends; sums per channel.
-Use when: as a control beside repair and rescale.
-Avoid when: a good merge is wanted. It was worse than nothing in nearly every case measured: the part of the signal that
-depends on the input has faded, and offsets then rule.
+What: z <- z - mu + mu* for each channel, layer by layer, merged into biases.
+Memory: one model in addition to the merged model and its input models; sums per channel.
+Use when: you need a control for repair and rescale.
+Avoid when: you want a good merge. It was worse than no correction in nearly every case measured: the part of the signal
+that depends on the input is weak, and the offsets then dominate.
 Source: Qu & Horvath (arXiv 2402.05966); see ``_renormalise``.
 """
 

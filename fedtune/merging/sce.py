@@ -1,16 +1,18 @@
-"""SCE: the entries on which models differ most, weighted by how much each model changed there.
+"""SCE: merge the entries in which models differ most, weighting each model by how much it changed there.
 
-What: select the share ``select_topk`` of entries with the largest variance over models; calculate one coefficient per
-  tensor and model, the mean of its squared selected entries over their sum; erase entries against the sign of
-  sum_i x_i, and average the rest by coefficient. The models' weights are not used.
-Memory: one piece per model and 4 MB; each delta is read four or five times when selecting, else twice, and those of
-  a tensor that fits 16 MB over all models once.
-Use when: fine-tunes of one base from different sources are to be fused without choosing weights.
-Avoid when: one model's delta is much larger for no good reason (a higher learning rate): it takes over.
-Adapters: refused where clients send one factor of a product (lora alternating or with A frozen): entries of a factor
-  win or lose as the product is cut into factors, so that equal products merge into different ones.
-Source: Wan et al., FuseChat (arXiv 2408.07990). The share is of the entries on which models differ at all,
-  as in mergekit; mergekit weighs all models alike where the squares sum to less than 1e-6, this never does.
+What: select the fraction ``select_topk`` of entries with the largest variance over models. Calculate one coefficient
+per tensor and model: the mean of its squared selected entries divided by the sum over models. Erase entries whose sign
+differs from sum_i x_i, and average the rest by coefficient. The weights of the models are not used.
+Memory: one chunk per model and 4 MB. Each delta is read four or five times with selection, otherwise twice. If a tensor
+of all models fits 16 MB, its deltas are read once.
+Use when: you merge fine-tunes of one base from different sources and do not want to choose weights.
+Avoid when: the delta of one model is much larger for no good reason (a higher learning rate), because this model
+dominates.
+Adapters: this step is refused when clients send one LoRA factor (alternating LoRA, or A frozen). It selects entries of
+the factor by sign or size, but one product can be written with different factors, so equal updates would give different
+results.
+Source: Wan et al., FuseChat (arXiv 2408.07990). As in mergekit, the fraction counts only entries in which models
+differ. mergekit uses equal weights if the squares sum to less than 1e-6; this step never does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.merging._gram import add_rows_in_order, compute_row_dots
 from fedtune.merging._held import held
 from fedtune.merging._select import MagnitudeThreshold, count_entries_to_keep, find_threshold
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._task_vectors import iter_delta_chunks
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Sce"]
 
@@ -40,7 +42,7 @@ class Sce(CombineStep):
     min_models: ClassVar[int] = 2
     sparsifies: ClassVar[bool] = True
     selects_entries: ClassVar[bool] = True
-    select_topk: float = Field(1.0, gt=0, le=1, description="share of entries selected by variance")
+    select_topk: float = Field(1.0, gt=0, le=1, description="fraction of entries selected by variance")
 
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Equal shares."""

@@ -1,11 +1,12 @@
-"""Uniform shrinkage: the control beside AIM; a smaller step that knows nothing of activations.
+"""Uniform shrinkage: the control for AIM, a smaller step that does not use activations.
 
-What: the whole delta of a tensor is multiplied by one factor: a number, of every tensor; or ``aim``, of each tensor
-that AIM scales, the mean of AIM's own factors there at the same settings.
+What: the whole delta of a tensor is multiplied by one factor. The factor is a number for every tensor, or ``aim``: for
+each tensor that AIM scales, the mean of AIM's factors with the same settings.
 Memory: none for a number; AIM's statistics for ``aim``.
-Use when: AIM looks good, to see how much of that is activation information and how much a smaller step.
-Avoid when: a weight or lambda of the combining step already says how far to go.
-Source: ours, as a control. For sums of task vectors a factor is lambda of task arithmetic (arXiv 2212.04089,
+Use when: AIM looks good, and you want to know how much of its effect is activation information and how much a smaller
+step.
+Avoid when: a weight or the lambda of the combining step already sets the step size.
+Source: ours, as a control. For sums of task vectors, the factor is the lambda of task arithmetic (arXiv 2212.04089,
 section 2).
 """
 

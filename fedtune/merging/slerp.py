@@ -1,9 +1,9 @@
-"""SLERP: two models joined by the arc between them, not the chord.
+"""SLERP: blend two models along the arc between them instead of the straight line.
 
-What: sin((1-t)O)/sin O x_1 + sin(tO)/sin O x_2 per tensor, with O the angle between them; weights are not used.
-Memory: two passes, one piece of each model.
-Use when: two models are to be blended without the loss of norm that averaging brings. Without a base it acts on the
-  models themselves, with one on their deltas to it.
+What: sin((1-t)O)/sin O x_1 + sin(tO)/sin O x_2 per tensor, where O is the angle between them; weights are not used.
+Memory: two passes, one chunk of each model.
+Use when: you want to blend two models without the loss of norm of an average. Without a base it works on the models
+themselves, with a base on their deltas.
 Avoid when: there are more than two models. Above |cos O| = 0.9995 it is a straight line.
 Source: Shoemake (SIGGRAPH 1985).
 """

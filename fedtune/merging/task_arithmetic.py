@@ -1,9 +1,9 @@
 """Task arithmetic: the weighted sum of the task vectors, times one scale.
 
-What: scale * sum_i w_i x_i, x_i being model i minus the base; ``normalise`` divides w by its sum.
-Memory: one piece of one tensor.
-Use when: several tasks are to be added to one base, or one taken away by a negative weight.
-Avoid when: the weights sum to much more than one and the base's own abilities matter: the sum overshoots.
+What: scale * sum_i w_i x_i, where x_i is model i minus the base. ``normalise`` divides w by its sum.
+Memory: one chunk of one tensor.
+Use when: you want to add several tasks to one base, or remove one with a negative weight.
+Avoid when: the sum of the weights is much more than one and the abilities of the base matter. The sum then overshoots.
 Source: Ilharco et al. (arXiv 2212.04089), section 2.
 """
 

@@ -1,11 +1,11 @@
-"""Trimmed mean: entry by entry, the largest and the smallest values are cut and the rest averaged.
+"""Trimmed mean: for each entry, remove the largest and the smallest values and average the rest.
 
-What: with K models, the floor(share * K) largest and as many smallest values of each entry are left out.
-Memory: one piece per model.
-Use when: up to that many contributions may be broken or hostile, and may differ entry by entry.
-Avoid when: there are few models: 0.2 needs five. What only few models learned is cut as well.
-Adapters: where clients send one factor of a product, it is that factor's entries which broken clients cannot move far;
-  the product follows, but is no trimmed mean of the products.
+What: with K models, the floor(trim_fraction * K) largest values of each entry are removed, and as many of the smallest.
+Memory: one chunk per model.
+Use when: up to that many client updates may be broken or hostile, possibly different ones for each entry.
+Avoid when: there are few models: 0.2 needs five. It also removes what only a few models learned.
+Adapters: if clients send one factor of a product, broken clients cannot move the entries of this factor far. The
+product is limited too, but it is not the trimmed mean of the products.
 Source: Yin et al. (arXiv 1803.01498), definition 2.
 """
 
@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.contribution import iter_row_chunks
 from fedtune.errors import RecipeError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
+from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["TrimmedMean"]
 
@@ -31,7 +31,7 @@ class TrimmedMean(CombineStep):
 
     name: ClassVar[str] = "trimmed-mean"
     adds_variance_of_means: ClassVar[bool] = False
-    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="of the models, cut at each end")
+    trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="fraction of the models removed at each end")
 
     @property
     def needed(self) -> int:
@@ -47,7 +47,7 @@ class TrimmedMean(CombineStep):
         if not self._cut(len(operands)):
             raise RecipeError(
                 f"merge: trimmed-mean with trim_fraction {self.trim_fraction:g} needs at least {self.needed} models to "
-                f"cut one at each end, but {len(operands)} came; raise trim_fraction or add some"
+                f"remove one at each end, but {len(operands)} were given; raise trim_fraction or add models"
             )
         return BoundCombine(self, operands)
 

@@ -6,9 +6,9 @@ from fedtune.models.load import (
     load_tokenizer,
     preprocessor,
     reader,
+    resolve_preprocessor,
     save_config,
     save_model,
-    settled,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "load_tokenizer",
     "preprocessor",
     "reader",
+    "resolve_preprocessor",
     "save_config",
     "save_model",
-    "settled",
 ]

@@ -7,11 +7,11 @@ from safetensors import SafetensorError
 
 from fedtune.errors import SourceError
 
-__all__ = ["explained"]
+__all__ = ["explain_load_errors"]
 
 
 @contextmanager
-def explained(source: str) -> Iterator[None]:
+def explain_load_errors(source: str) -> Iterator[None]:
     """Turn what transformers raises for a source it cannot load into one sentence."""
     try:
         yield

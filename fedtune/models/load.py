@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from fedtune.models import own
+from fedtune.models import image_model_files
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.sources import resolve_model_source
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings, Recipe, TaskName
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings, Recipe, TaskName
 
 __all__ = [
     "class_names",
@@ -22,9 +22,9 @@ __all__ = [
     "load_tokenizer",
     "preprocessor",
     "reader",
+    "resolve_preprocessor",
     "save_config",
     "save_model",
-    "settled",
 ]
 
 
@@ -37,8 +37,10 @@ def load_model(
     ModelError when it does not fit the task.
     """
     location = resolve_model_source(model.source)
-    if own.is_fedtune_image_model(location):
-        return own.load_image_model(model, Path(location), task, labels, seed=seed, quantised=quantisation is not None)
+    if image_model_files.is_fedtune_image_model(location):
+        return image_model_files.load_image_model(
+            model, Path(location), task, labels, seed=seed, quantised=quantisation is not None
+        )
     from fedtune.models import pretrained
 
     return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)
@@ -47,7 +49,7 @@ def load_model(
 def class_names(model: ModelSettings, task: TaskName) -> tuple[str, ...]:
     """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
     location = resolve_model_source(model.source)
-    if task == "text-generation" or own.is_fedtune_image_model(location):
+    if task == "text-generation" or image_model_files.is_fedtune_image_model(location):
         return ()
     from fedtune.models import pretrained
 
@@ -66,8 +68,8 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
     if model.preprocessor is not None:
         return model.preprocessor
     location = resolve_model_source(model.source)
-    if own.is_fedtune_image_model(location):
-        return own.preprocessor(Path(location), model.source)
+    if image_model_files.is_fedtune_image_model(location):
+        return image_model_files.preprocessor(Path(location), model.source)
     from fedtune.models import pretrained
 
     return pretrained.preprocessor(model, location)
@@ -80,7 +82,7 @@ def reader(recipe: Recipe) -> Any:
     return preprocessor(recipe.model).scaled_to(recipe.train.image_size)
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_preprocessor(recipe: Recipe) -> Recipe:
     """The recipe with the model's way of reading pictures written out, so that all who get it read them alike."""
     if recipe.task != "image-classification":
         return recipe
@@ -94,7 +96,7 @@ def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:
     from fedtune.models import pretrained
 
     pretrained.save_pretrained_model(
-        own.wrap_for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder
+        image_model_files.wrap_for_transformers(model, labels) if isinstance(model, ImageClassifier) else model, folder
     )
 
 

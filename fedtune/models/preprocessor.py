@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtune.errors import ModelError
-from fedtune.explain import explain_validation_error
 from fedtune.files import write_bytes_atomically
-from fedtune.pictures import Preprocessor, Resample
+from fedtune.recipe.preprocessor_settings import Preprocessor, Resample
+from fedtune.recipe.validation_errors import explain_validation_error
 
 __all__ = ["FILE", "check_known", "from_settings", "save", "settings_of"]
 

@@ -22,13 +22,13 @@ from transformers.utils.hub import cached_file
 
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
-from fedtune.models.explained import explained
+from fedtune.models.explained import explain_load_errors
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
-from fedtune.models.quiet import silence_transformers
 from fedtune.models.read_past import read_past
-from fedtune.pictures import Preprocessor
-from fedtune.recipe import ModelSettings, TaskName
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.schema import ModelSettings, TaskName
 
 __all__ = [
     "class_names",
@@ -50,7 +50,7 @@ def load_pretrained_model(
     model: ModelSettings, location: str, task: TaskName, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
-    with explained(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
+    with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
         _check_head(model, task, config)
@@ -97,7 +97,7 @@ def _owners(drawn: Iterable[str]) -> list[str]:
 
 def class_names(model: ModelSettings, location: str) -> tuple[str, ...]:
     """What the model calls its classes, in the order of its head; nothing where they are only numbered."""
-    with explained(model.source), silence_transformers():
+    with explain_load_errors(model.source), silence_transformers():
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     named = dict(sorted((int(number), str(name)) for number, name in (config.id2label or {}).items()))
     numbered = all(name == f"LABEL_{number}" for number, name in named.items())
@@ -106,7 +106,7 @@ def class_names(model: ModelSettings, location: str) -> tuple[str, ...]:
 
 def load_pretrained_tokenizer(model: ModelSettings, location: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
-    with explained(model.source), silence_transformers():
+    with explain_load_errors(model.source), silence_transformers():
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if len(loaded.get_vocab().keys() - set(loaded.all_special_tokens)) < _FEWEST_WORDS:
@@ -131,7 +131,7 @@ def preprocessor(model: ModelSettings, location: str) -> Preprocessor:
 
     Raises ModelError when its file cannot be followed.
     """
-    with explained(model.source), silence_transformers():
+    with explain_load_errors(model.source), silence_transformers():
         if not _has(location, FILE):
             config = AutoConfig.from_pretrained(location, trust_remote_code=False)
             return _by_size(getattr(config, "image_size", None))

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from fedtune.errors import SourceError
-from fedtune.explain import suggest_nearest
-from fedtune.home import get_cache_folder
-from fedtune.models import convert
-from fedtune.samples import SAMPLE_PACKAGES, fetch_sample
+from fedtune.models import sample_models
+from fedtune.paths import get_cache_folder
+from fedtune.recipe.validation_errors import suggest_nearest
+from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
 
 __all__ = ["is_made", "resolve_model_source", "run_folder"]
 
@@ -75,7 +75,7 @@ def _gguf(name: str, key: str) -> str:
 
 
 def _from_gguf(file: Path) -> Path:
-    from fedtune.models.gguf import dequantise_gguf  # only these sources need transformers
+    from fedtune.models.gguf_loader import dequantise_gguf  # only these sources need transformers
 
     return dequantise_gguf(file)
 
@@ -91,11 +91,11 @@ def _file(sample: str) -> Path:
 
 
 _SAMPLES: dict[str, Callable[[], Path]] = {
-    "efficientnet-lite0": lambda: convert.convert_efficientnet_lite0(_file("efficientnet-lite0")),
-    "logistic": convert.make_logistic_regression_folder,
+    "efficientnet-lite0": lambda: sample_models.convert_efficientnet_lite0(_file("efficientnet-lite0")),
+    "logistic": sample_models.make_logistic_regression_folder,
     "minilm": lambda: fetch_sample("minilm"),
     "smollm2": lambda: _from_gguf(_file("smollm2")),
-    **{name: partial(convert.make_untrained_model_folder, name) for name in convert.UNTRAINED_MODELS},
+    **{name: partial(sample_models.make_untrained_model_folder, name) for name in sample_models.UNTRAINED_MODELS},
 }
 _KINDS: dict[str, Callable[[str, str], str]] = {
     "hub": _hub,

@@ -1,9 +1,9 @@
 """What a run's weights may tell of any one client: contributions of bounded norm, and Gaussian noise from a secret."""
 
 from fedtune.privacy.bounds import compute_max_update_norm, compute_mean_noise_std, compute_noise_std
-from fedtune.privacy.clip import ROUNDING_SLACK, clip_to_norm
-from fedtune.privacy.noise import NormalStream, add_gaussian_noise
-from fedtune.privacy.secret import load_or_create_noise_key
+from fedtune.privacy.clipping import ROUNDING_SLACK, clip_to_norm
+from fedtune.privacy.gaussian_noise import NormalStream, add_gaussian_noise
+from fedtune.privacy.noise_key import load_or_create_noise_key
 
 __all__ = [
     "ROUNDING_SLACK",

@@ -2,8 +2,8 @@
 
 import math
 
-from fedtune.privacy.clip import ROUNDING_SLACK
-from fedtune.recipe import PrivacySettings
+from fedtune.privacy.clipping import ROUNDING_SLACK
+from fedtune.recipe.schema import PrivacySettings
 
 __all__ = ["compute_max_update_norm", "compute_mean_noise_std", "compute_noise_std"]
 

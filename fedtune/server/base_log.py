@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedtune.files import replace_file_atomically
 from fedtune.merging import Increment, Increments, join_increments, split_increments
-from fedtune.stored_state import StoredState
+from fedtune.wire.stored_state import StoredState
 
 __all__ = ["BaseLog", "Logged"]
 
@@ -69,11 +69,11 @@ class BaseLog:
                 return
             total += self._logged[place].path.stat().st_size
 
-    def before(self, number: int) -> str:
+    def get_digest_before(self, number: int) -> str:
         """The digest of the base that round ``number`` began with; "" where its file is not there."""
         return next((one.before for one in self._logged if one.number == number), "")
 
-    def between(self, before: str, after: str) -> list[Logged] | None:
+    def list_rounds_between(self, before: str, after: str) -> list[Logged] | None:
         """The newest rounds, in order, if they lead from one base to another; None when they do not."""
         chain: list[Logged] = []
         wanted = after

@@ -10,10 +10,10 @@ from pathlib import Path
 from fedtune import checkpoint, techniques
 from fedtune.merging import Increment, Increments
 from fedtune.server.base_log import BaseLog
-from fedtune.server.parts import State
-from fedtune.sparse import mask_name
+from fedtune.server.class_payloads import State
 from fedtune.tracking import ClientRecord, RoundRecord
 from fedtune.training import RunContext
+from fedtune.wire.masked_weights import mask_name
 
 __all__ = ["Bases"]
 
@@ -43,23 +43,23 @@ class Bases:
             self._digests[number] = self._digest(state)
         return self._digests[number]
 
-    def held(self, client: int) -> str:
+    def get_held_digest(self, client: int) -> str:
         """The digest of the base that a client holds; "" where that cannot be told."""
         if not self.names:
             return ""
-        return self._log.before(self._merged[client]) if client in self._merged else self._start
+        return self._log.get_digest_before(self._merged[client]) if client in self._merged else self._start
 
     def increments(self, held: str, base: str) -> list[dict[str, Increment]] | None:
         """Round by round what leads from a base that is held to the one of now; None without a way."""
-        chain = self._log.between(held, base) if held else None
+        chain = self._log.list_rounds_between(held, base) if held else None
         return None if chain is None else [one.increments for one in chain]
 
-    def merged(self, number: int, before: State, after: State, increments: Increments) -> None:
+    def record_merge(self, number: int, before: State, after: State, increments: Increments) -> None:
         """Keep what a round added to the base, which is about to be committed."""
         if increments:
             self._log.save(number, self.digest(number, before), self._digest(after), increments)
 
-    def committed(self, number: int, records: Sequence[ClientRecord]) -> None:
+    def record_commit(self, number: int, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
         self._note(number, records)
         self._log.trim(self._bytes)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from datetime import datetime
 
 from fedtune.errors import FedtuneError
-from fedtune.server import authority
-from fedtune.server.home import ServerHome
+from fedtune.server import certificate_authority
+from fedtune.server.server_home import ServerHome
 
-__all__ = ["Certificates", "ending"]
+__all__ = ["Certificates", "describe_authority_expiry"]
 
 _LOOK_SECONDS = 43_200.0
 
@@ -34,19 +34,21 @@ class Certificates:
         try:
             renewed = self._place.renew_certificate()
         except (FedtuneError, OSError) as error:
-            self._say(f"the certificate ends on {_day(authority.ends(before))} and cannot be made anew: {error}")
+            self._say(
+                f"the certificate ends on {_day(certificate_authority.ends(before))} and cannot be made anew: {error}"
+            )
             return
         if renewed:
             self._context.load_cert_chain(self._place.certificate_file, self._place.key_file)
-            until = _day(authority.ends(self._place.certificate_file.read_bytes()))
+            until = _day(certificate_authority.ends(self._place.certificate_file.read_bytes()))
             self._say(f"the server's certificate was made anew; it is good until {until}")
-        for sentence in ending(self._place):
+        for sentence in describe_authority_expiry(self._place):
             self._say(sentence)
 
 
-def ending(place: ServerHome) -> list[str]:
+def describe_authority_expiry(place: ServerHome) -> list[str]:
     """What is to be told of the authority, which only a new server's home can replace."""
-    if (until := authority.ends_soon(place.ca_file.read_text())) is None:
+    if (until := certificate_authority.ends_soon(place.ca_file.read_text())) is None:
         return []
     return [
         f"the server's authority ends on {_day(until)}, and with it every device's enrolment; before that, make a new "

@@ -7,24 +7,24 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedtune.contribution import FEWEST, HoldoutMetrics
 from fedtune.errors import ClientUpdateError
-from fedtune.recipe import Recipe
+from fedtune.flower.exchange import stream_replies
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
-from fedtune.server.asking import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
-from fedtune.server.crew import RunClients
+from fedtune.server.class_payloads import RoundPayloads
 from fedtune.server.downloads import Downloads
-from fedtune.server.exchange import stream_replies
-from fedtune.server.own_scores import figures_of
-from fedtune.server.parts import RoundPayloads
-from fedtune.server.receive import read_error
+from fedtune.server.events import Unscored, emit_event
+from fedtune.server.federated_evaluation import figures_of
+from fedtune.server.replies import read_error
 from fedtune.server.reports import read_score
+from fedtune.server.run_clients import RunClients
+from fedtune.server.scheduling.round_scheduler import DEVICE_REMOVED, NO_REPLY_BEFORE_DEADLINE
 from fedtune.server.sending import Sending
-from fedtune.server.spool import spooling
-from fedtune.server.watch import Unscored, emit_event
+from fedtune.server.spool import open_spool
 from fedtune.tracking import ClientScore
 from fedtune.training import RunContext
 from fedtune.untrusted import clean_text
+from fedtune.wire.client_update import FEWEST, HoldoutMetrics
 
 __all__ = ["draw_scorers", "score_by_clients"]
 
@@ -76,7 +76,7 @@ def _ask(
     def note_removed(client: int) -> None:
         answers[client] = DEVICE_REMOVED
 
-    with spooling(run, number) as spool:
+    with open_spool(run, number) as spool:
         folder = spool if crew.shares_disk else None
         downloads = Downloads(RoundPayloads(shop, state, number), sending.bases, folder, deployed=False)
         messages = sending.scoring_messages(clients, crew, downloads)

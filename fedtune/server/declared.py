@@ -23,7 +23,7 @@ def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
         return 1
     if recipe.train.local_steps:
         return min(MOST_EXAMPLES, recipe.train.local_steps * recipe.train.batch_size)
-    seats = store.access.seats(run)
+    seats = store.access.list_assignments(run)
     held = _declared(store, seats, client) if seats else len(shop.client_rows[client])
     return min(MOST_EXAMPLES, held * (recipe.train.local_epochs or 1))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune import checkpoint
-from fedtune.contribution import pack, packed_size
 from fedtune.merging import join_increments
 from fedtune.server.bases import Bases
-from fedtune.server.parts import ClassPayload, RoundPayloads, State
-from fedtune.stored_state import StoredState
+from fedtune.server.class_payloads import ClassPayload, RoundPayloads, State
+from fedtune.wire.client_update import pack, packed_size
+from fedtune.wire.stored_state import StoredState
 
 __all__ = ["Download", "Downloads"]
 
@@ -41,10 +41,10 @@ class Downloads:
         self._bases, self._folder, self._deployed = bases, folder, deployed
         self._made: dict[tuple[int, str], Download] = {}
 
-    def of(self, client: int, whole: bool = False) -> Download:
+    def get_for_client(self, client: int, whole: bool = False) -> Download:
         """A client's; ``whole`` for one that turned out not to hold the base it should."""
         part = self.parts.get_for_client(client)
-        held = "" if whole else self._bases.held(client)
+        held = "" if whole else self._bases.get_held_digest(client)
         key = id(part), held
         if key not in self._made:
             self._made[key] = (self._smaller(part, held) if held else None) or self._whole(part)

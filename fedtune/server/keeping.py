@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fedtune.errors import FedtuneError
+from fedtune.flower.superlink import SuperLink
+from fedtune.logs import Log
 from fedtune.server.certificates import Certificates
-from fedtune.server.logs import Log
-from fedtune.server.manager import RunManager
-from fedtune.server.refusal import AuditLog
-from fedtune.server.superlink import SuperLink
+from fedtune.server.gateway.refusal import AuditLog
+from fedtune.server.run_manager import RunManager
 
-__all__ = ["Health", "Keeper", "Telling", "kept_going"]
+__all__ = ["Health", "ServerMaintenance", "Telling", "kept_going"]
 
 _TICK_SECONDS = 0.25
 _FLUSH_SECONDS = 10.0
@@ -34,7 +34,7 @@ class Telling:
                 print(f"fedtune server: {sentence}", file=sys.stderr, flush=True)
         self._said = sentence
 
-    def well(self) -> None:
+    def clear_problem(self) -> None:
         """Whatever was said before is over; said again, it is news."""
         self._said = ""
 
@@ -45,13 +45,13 @@ class Health:
 
     in_order: bool = True
 
-    def told(self) -> bool:
+    def is_healthy(self) -> bool:
         """How the last look ended."""
         return self.in_order
 
 
 @dataclass(frozen=True)
-class Keeper:
+class ServerMaintenance:
     """Looks after the SuperLink, the runs, the certificates and the audit while the server is up."""
 
     superlink: SuperLink
@@ -67,7 +67,7 @@ class Keeper:
             try:
                 self._look()
                 self.health.in_order = True
-                self.say.well()
+                self.say.clear_problem()
             except Exception as error:  # whatever it is, the door stays open and the next tick tries again
                 self.health.in_order = False
                 self.say(str(error) if isinstance(error, FedtuneError) else traceback.format_exc())
@@ -85,7 +85,7 @@ class Keeper:
 
 
 @contextmanager
-def kept_going(keeper: Keeper) -> Iterator[None]:
+def kept_going(keeper: ServerMaintenance) -> Iterator[None]:
     """Look after everything in a thread of its own until the block ends; then write what the audit counted."""
     over = threading.Event()
     thread = threading.Thread(target=keeper.keep_going, args=(over,), name="keeper")

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from fedtune.contribution import ClientUpdate
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord
+from fedtune.wire.client_update import ClientUpdate
 
 __all__ = ["NormBound", "median_size", "yardstick"]
 
@@ -56,7 +56,7 @@ class NormBound:
         self._earlier = max(told, default=0.0)
         self._median = 0.0
 
-    def kept(
+    def refuse_large_updates(
         self,
         records: Sequence[ClientRecord],
         contributions: Sequence[ClientUpdate],
@@ -73,7 +73,7 @@ class NormBound:
         told = [_refused(one, refused) for one in records]
         return told, [sent for sent in contributions if sent.client not in refused]
 
-    def merged(self) -> tuple[MetricRecord, ...]:
+    def record_median_norm(self) -> tuple[MetricRecord, ...]:
         """The round's median size, once its updates are merged; rounds to come compare with it too."""
         if not self._median:
             return ()

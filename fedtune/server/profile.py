@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fedtune.server.refusal import RequestRefusedError
+from fedtune.server.gateway.refusal import RequestRefusedError
 from fedtune.untrusted import clean_text
 
 __all__ = ["read_profile"]

@@ -1,6 +1,6 @@
 """Checkpoints of a run that need not stay once its newest round is committed."""
 
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.tracking import Store
 from fedtune.tracking.pruning import prune
 

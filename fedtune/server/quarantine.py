@@ -28,7 +28,7 @@ class Quarantine:
     def judge(self, records: Sequence[ClientRecord]) -> None:
         """Quarantine the devices for which a committed round made the last drop."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
-        devices = {seat.client: seat.device for seat in self._access.seats(self._run)} if faulty else {}
+        devices = {seat.client: seat.device for seat in self._access.list_assignments(self._run)} if faulty else {}
         for record in faulty:
             if record.client in devices:
                 self._access.quarantine(devices[record.client], f"{REFUSALS} refused in a row: {record.reason}")

@@ -9,8 +9,8 @@ import yaml
 
 from fedtune.errors import ServerError
 from fedtune.files import write_bytes_atomically
-from fedtune.server.home import ServerHome, ServerSettings, checked, open_server_home
-from fedtune.yaml_text import YamlError, load
+from fedtune.recipe.yaml_text import YamlError, load
+from fedtune.server.server_home import ServerHome, ServerSettings, check_settings, open_server_home
 
 __all__ = ["readdress"]
 
@@ -27,7 +27,7 @@ def readdress(names: list[str], listen: str | None) -> str:
         "listen": listen or before.listen,
     }
     told = before.model_dump() | wanted
-    moved = replace(place, settings=checked(told, "the options"))
+    moved = replace(place, settings=check_settings(told, "the options"))
     path = place.folder / "server.yaml"
     text = _rewritten(path, wanted)
     if not _says(text, moved.settings):  # an anchor that something else refers to, for one
@@ -55,7 +55,7 @@ def _rewritten(path: Path, wanted: Mapping[str, object]) -> str:
 def _says(text: str, settings: ServerSettings) -> bool:
     """Whether a YAML text means just these settings."""
     try:
-        return checked(load(text), "server.yaml") == settings
+        return check_settings(load(text), "server.yaml") == settings
     except (YamlError, ServerError):
         return False
 

@@ -7,14 +7,14 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from fedtune.child import environment, isolated
+from fedtune.child_processes import environment, make_isolated_command
 from fedtune.errors import RecipeError, ServerError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["RecipeCheck"]
 
 _PATIENCE = 120.0
-_COMMAND = tuple(isolated("fedtune.simulation.checking"))
+_COMMAND = tuple(make_isolated_command("fedtune.simulation.recipe_check"))
 
 
 class RecipeCheck:

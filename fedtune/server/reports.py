@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from flwr.app import MetricRecord
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedtune.contribution import ClientReport, HoldoutMetrics
 from fedtune.errors import ClientUpdateError
-from fedtune.explain import explain_validation_error
+from fedtune.recipe.validation_errors import explain_validation_error
 from fedtune.untrusted import clean_text
+from fedtune.wire.client_update import ClientReport, HoldoutMetrics
 
 __all__ = ["MOST_EXAMPLES", "read_report", "read_score"]
 
@@ -78,7 +78,7 @@ def read_report(record: MetricRecord | None, most_examples: int = MOST_EXAMPLES)
 
 def read_score(record: MetricRecord | None) -> HoldoutMetrics:
     """The score in the reply of a client that was asked only to score; ContributionError as ``read_report``."""
-    return ClientReport(**_checked(record, _OfScoring).model_dump()).own
+    return ClientReport(**_checked(record, _OfScoring).model_dump()).local_metrics
 
 
 def _checked(record: MetricRecord | None, kind: type[_Bounded]) -> _Bounded:

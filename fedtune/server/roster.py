@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from flwr.serverapp import Grid
 
-from fedtune.recipe import Recipe
-from fedtune.server.asking import RoundScheduler
-from fedtune.server.crew import RunClients, wait_for_clients
+from fedtune.recipe.schema import Recipe
+from fedtune.server.run_clients import RunClients, wait_for_clients
+from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.tracking import Assignment, Store
 
 __all__ = ["Roster"]
@@ -28,15 +28,17 @@ class Roster:
     def __init__(self, store: Store, run: str, recipe: Recipe, grid: Grid) -> None:
         self._store, self._run, self._recipe, self._grid = store, run, recipe, grid
         self._quorum = recipe.federation.quorum
-        self.seated = bool(store.access.seats(run))
+        self.seated = bool(store.access.list_assignments(run))
 
     def assemble(self) -> RunClients:
         """The crew, as soon as enough of it are enrolled and connected."""
         if self.seated:
             self.wait()
-        return wait_for_clients(self._grid, self._recipe, self._seats(), removed=self.removed if self.seated else tuple)
+        return wait_for_clients(
+            self._grid, self._recipe, self._seats(), removed=self.list_removed_clients if self.seated else tuple
+        )
 
-    def removed(self) -> list[int]:
+    def list_removed_clients(self) -> list[int]:
         """The clients whose device is not enrolled now."""
         there = {(device.name, device.node) for device in self._store.access.devices()}
         return [seat.client for seat in self._seats() if (seat.device, seat.node) not in there]
@@ -50,7 +52,7 @@ class Roster:
         """All seats whose device may be asked, as soon as enough of those are connected for a round."""
         said = ""
         while True:
-            seats, removed, out = self._seats(), set(self.removed()), self._quarantined()
+            seats, removed, out = self._seats(), set(self.list_removed_clients()), self._quarantined()
             there = [seat for seat in seats if seat.client not in removed | out]
             gone = [seat for seat in seats if seat.client in removed]
             lacking = self._lacking(there, gone, [seat for seat in seats if seat.client in out - removed])
@@ -61,7 +63,7 @@ class Roster:
             said = lacking
             time.sleep(_LOOK_SECONDS)
 
-    def refreshed(self, crew: RunClients, asking: RoundScheduler) -> RunClients:
+    def refresh_devices(self, crew: RunClients, asking: RoundScheduler) -> RunClients:
         """The crew with the devices as they are enrolled now; ``asking`` hears whom the next round may ask."""
         if not self.seated:
             return crew
@@ -73,7 +75,7 @@ class Roster:
         return replace(crew, node_ids=nodes, eligible=eligible)
 
     def _seats(self) -> list[Assignment]:
-        return self._store.access.seats(self._run)
+        return self._store.access.list_assignments(self._run)
 
     def _lacking(
         self, there: Sequence[Assignment], gone: Sequence[Assignment], quarantined: Sequence[Assignment]

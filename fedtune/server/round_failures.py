@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ClientUpdateError, RecipeError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.tracking import ClientRecord
 
-__all__ = ["MERGE_ERRORS", "require_finite", "shortage", "unused", "with_refusals"]
+__all__ = ["MERGE_ERRORS", "mark_updates_unused", "require_finite", "shortage", "with_refusals"]
 
 MERGE_ERRORS = (ArithmeticError, ClientUpdateError, RecipeError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Updates that do not hold, too few for the merge, or values it cannot compute with. Other errors end the run."""
@@ -32,7 +32,7 @@ def shortage(records: Sequence[ClientRecord], recipe: Recipe) -> str:
     return with_refusals(f"{usable} usable contributions, quorum {recipe.federation.quorum}", records)
 
 
-def unused(records: Sequence[ClientRecord]) -> list[ClientRecord]:
+def mark_updates_unused(records: Sequence[ClientRecord]) -> list[ClientRecord]:
     """The records of a failed round: what could have been merged was not."""
     return [
         replace(record, status="unused", reason="the round failed") if record.status == "merged" else record

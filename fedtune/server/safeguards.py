@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedtune.server.accounting import Spending
 from fedtune.server.declared import most_examples
 from fedtune.server.norm_bound import NormBound
+from fedtune.server.privacy_accounting import Spending
 from fedtune.server.quarantine import Quarantine
 from fedtune.tracking import ClientRecord, RoundRecord, Store
 from fedtune.training import RunContext
@@ -25,6 +25,6 @@ class Safeguards:
         """The most examples that a client's report may count."""
         return most_examples(self._shop, self._store, self._run, client)
 
-    def committed(self, records: Sequence[ClientRecord]) -> None:
+    def record_commit(self, records: Sequence[ClientRecord]) -> None:
         """A round has been committed."""
         self._quarantine.judge(records)

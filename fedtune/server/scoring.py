@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from fedtune.seeds import derive_seed
-from fedtune.server.watch import Scoring, emit_event
+from fedtune.server.events import Scoring, emit_event
 from fedtune.tracking import MetricRecord
 from fedtune.training import RunContext, evaluate_model, set_model_state
 

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedtune.errors import RecipeError
-from fedtune.federation import ClientSelection
-from fedtune.recipe import Recipe
+from fedtune.recipe.federation import ClientSelection
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tracking import DeviceRecord
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from flwr.app import Message
 
-from fedtune import home
-from fedtune.contribution import TrainRequest
+from fedtune import paths
+from fedtune.flower.exchange import make_train_messages
+from fedtune.flower.reply_limit import OVERHEAD, raise_reply_limit
 from fedtune.server.bases import Bases
-from fedtune.server.crew import RunClients
 from fedtune.server.downloads import Download, Downloads
-from fedtune.server.exchange import make_train_messages
-from fedtune.server.reply_limit import OVERHEAD, raise_reply_limit
+from fedtune.server.run_clients import RunClients
 from fedtune.training import RunContext
+from fedtune.wire.client_update import TrainRequest
 
 __all__ = ["Sending"]
 
@@ -43,7 +43,7 @@ class Sending:
         self._expect(clients, crew, downloads)
         shared: dict[int, tuple[Download, list[int]]] = {}
         for client in clients:
-            download = replace(downloads.of(client, whole=True), base="")
+            download = replace(downloads.get_for_client(client, whole=True), base="")
             shared.setdefault(id(download.payload), (download, []))[1].append(client)
         return _made(replace(self._order, scoring=True), crew, shared.values(), downloads.number)
 
@@ -51,7 +51,7 @@ class Sending:
         """What a client is sent now, whose bytes count from here on."""
         begun, before = self._asked.get(client, (0, 0))
         again = begun == downloads.number
-        download = downloads.of(client, whole=again)
+        download = downloads.get_for_client(client, whole=again)
         self._asked[client] = downloads.number, download.size + (before if again else 0)
         return download
 
@@ -60,12 +60,12 @@ class Sending:
         most = max((downloads.parts.get_for_client(client).most_bytes for client in clients), default=0)
         crew.expect(most)
         if crew.deployed:
-            raise_reply_limit(home.get_runs_folder() / self._run, most + OVERHEAD)
+            raise_reply_limit(paths.get_runs_folder() / self._run, most + OVERHEAD)
 
-    def taken(self, client: int, downloads: Downloads) -> int:
+    def count_bytes_sent(self, client: int, downloads: Downloads) -> int:
         """Bytes a client was sent, as its answer is recorded; who was sent nothing counts what it would have been."""
         _, sent = self._asked.pop(client, (0, 0))
-        return sent or downloads.of(client).size
+        return sent or downloads.get_for_client(client).size
 
 
 def _made(

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from fedtune.server.refusal import RequestRefusedError
+from fedtune.server.gateway.refusal import RequestRefusedError
 
 __all__ = ["read_json"]
 

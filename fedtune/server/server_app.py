@@ -7,10 +7,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import FedtuneError, StoreError
-from fedtune.server.guarded_grid import guard_grid
-from fedtune.server.lifeline import exit_when_parent_dies
-from fedtune.server.logs import recorded
-from fedtune.server.rounds import run_rounds
+from fedtune.flower.guarded_grid import guard_grid
+from fedtune.logs import record_output
+from fedtune.parent_watchdog import exit_when_parent_dies
+from fedtune.server.round_loop import run_rounds
 from fedtune.tracking import Store, claim_run
 from fedtune.training import clear_run_context, get_run_context
 
@@ -26,8 +26,9 @@ def main(grid: Grid, context: Context) -> None:
     os.environ["FEDTUNE_HOME"] = config["home"]
     exit_when_parent_dies()
     with claim_run(config["run"]), Store.open(config["store"]) as store:
-        deployed = bool(store.access.seats(config["run"]))  # a simulation's process has a terminal of its own
-        with recorded(config["run"]) if deployed else nullcontext():
+        # A simulation assigns no devices; its process has a terminal of its own.
+        deployed = bool(store.access.list_assignments(config["run"]))
+        with record_output(config["run"]) if deployed else nullcontext():
             run_to_completion(guard_grid(grid), store, config["run"])
 
 
@@ -41,8 +42,9 @@ def run_to_completion(grid: Grid, store: Store, run: str) -> None:
         store.finish(run, "interrupted", "stopped by the user")
         raise
     except FedtuneError as error:
-        if not (isinstance(error, StoreError) and store.access.seats(run)):  # a server goes on when the disk or the
-            store.finish(run, "failed", str(error))  # database is well again
+        # A server goes on when the disk or the database is well again.
+        if not (isinstance(error, StoreError) and store.access.list_assignments(run)):
+            store.finish(run, "failed", str(error))
         raise
     finally:
         clear_run_context()

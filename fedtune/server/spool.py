@@ -5,23 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedtune import home
+from fedtune import paths
 
-__all__ = ["spooling", "sweep"]
+__all__ = ["open_spool", "sweep"]
 
 
 def sweep(run: str) -> None:
     """Remove what a killed process left of its round: updates, and files that were not written to the end."""
-    for spool in (home.get_runs_folder() / run).glob("*.spool"):
+    for spool in (paths.get_runs_folder() / run).glob("*.spool"):
         shutil.rmtree(spool)
-    for beside in (home.get_runs_folder() / run).rglob(".*.part"):
+    for beside in (paths.get_runs_folder() / run).rglob(".*.part"):
         beside.unlink()
 
 
 @contextmanager
-def spooling(run: str, number: int) -> Iterator[Path]:
+def open_spool(run: str, number: int) -> Iterator[Path]:
     """A folder for the updates of a round, gone when the block ends, however it does."""
-    folder = home.get_runs_folder() / run / f"round-{number:04d}.spool"
+    folder = paths.get_runs_folder() / run / f"round-{number:04d}.spool"
     try:
         yield folder
     finally:

@@ -3,7 +3,7 @@
 ``flower_engine`` runs them on Flower's own engine; whoever wants that imports it.
 """
 
-from fedtune.simulation.local import choose_worker_count, run_in_process
+from fedtune.simulation.in_process_engine import choose_worker_count, run_in_process
 from fedtune.simulation.resolve import resolve_recipe
 
 __all__ = ["choose_worker_count", "resolve_recipe", "run_in_process"]

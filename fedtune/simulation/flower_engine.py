@@ -10,11 +10,11 @@ from pathlib import Path
 
 from flwr.proto.federation_config_pb2 import SimulationConfig
 
-from fedtune import home
+from fedtune import paths
 from fedtune.errors import RunError, ServerError
-from fedtune.recipe import Recipe
-from fedtune.server.superlink import SuperLink
-from fedtune.server.watch import RoundEnded, RunStarted, emit_event
+from fedtune.flower.superlink import SuperLink
+from fedtune.recipe.schema import Recipe
+from fedtune.server.events import RoundEnded, RunStarted, emit_event
 from fedtune.tracking import Store
 
 __all__ = ["run_on_flower_engine"]
@@ -28,7 +28,7 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
     The SuperLink listens on a socket that its owner alone can open. Ray listens on ports, and takes calls only from
     those that know a secret of this run.
     """
-    settings = {"run": run, "store": store, "home": str(home.get_home_folder())}
+    settings = {"run": run, "store": store, "home": str(paths.get_home_folder())}
     cores = SimulationConfig(num_supernodes=recipe.num_clients, client_resources_num_cpus=recipe.train.threads)
     with tempfile.TemporaryDirectory(prefix="fedtune-flower-") as folder, _ray_with_a_secret():
         superlink = SuperLink(Path(folder), simulation=True)

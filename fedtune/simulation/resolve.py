@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from fedtune import merging, techniques
-from fedtune.contribution import UpdateKind
 from fedtune.errors import RecipeError
-from fedtune.recipe import DeviceClass, EvaluationSettings, Recipe, Unit
-from fedtune.registry import NamedUnit
+from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, Unit
+from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
+from fedtune.training.model_checks import check_privacy_settings
 from fedtune.training.model_counts import check_model_counts
-from fedtune.training.private import check_privacy_settings
+from fedtune.wire.client_update import UpdateKind
 
 __all__ = ["resolve_recipe"]
 

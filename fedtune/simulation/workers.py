@@ -20,7 +20,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.device.client_app import app as client_app
-from fedtune.simulation.flower_private import set_node_identity
+from fedtune.flower.message_identity import set_node_identity
 from fedtune.training import RunContext, set_run_context
 
 __all__ = ["ClientWorkers", "ProcessPoolWorkers", "SequentialWorkers"]

@@ -6,14 +6,14 @@ from itertools import permutations
 
 from torch import Tensor, nn
 
-from fedtune.contribution import LowRankPair, TensorSpec
 from fedtune.errors import RecipeError
-from fedtune.recipe import TaskName, Unit
-from fedtune.registry import build_unit
+from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.unit_registry import build_unit
 from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
 from fedtune.techniques._terms import collect_loss_terms
+from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
     "ExtraPayload",
@@ -30,10 +30,10 @@ __all__ = [
     "collect_metrics",
     "compute_extra_payload",
     "declare_extra_payload",
-    "fold",
     "list_local_tensors",
     "list_low_rank_pairs",
     "list_trainable_tensors",
+    "merge_into_weights",
 ]
 
 
@@ -73,7 +73,7 @@ def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Ta
     return sorted(shared)
 
 
-def fold(techniques: Sequence[Technique], model: nn.Module) -> None:
+def merge_into_weights(techniques: Sequence[Technique], model: nn.Module) -> None:
     """Write what was learned into plain layers, which ``save_pretrained`` can save."""
     for technique in techniques:
         technique.merge_into_weights(model)

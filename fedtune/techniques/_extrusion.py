@@ -8,7 +8,7 @@ import math
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedtune.recipe import SettingsModel
+from fedtune.recipe.schema import SettingsModel
 from fedtune.techniques._technique import StepInfo
 
 __all__ = ["Extrusion", "MaskableLayer", "add_extrusion_gradient", "compute_extrusion_lr"]

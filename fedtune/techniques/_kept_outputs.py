@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedtune.files import write_bytes_atomically
-from fedtune.home import get_cache_folder
+from fedtune.paths import get_cache_folder
 
 __all__ = ["OutputCache"]
 

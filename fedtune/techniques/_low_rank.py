@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.contribution import LowRankPair, UpdateKind
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._left_out import asks_for_shapes, left_out
 from fedtune.techniques._pair_sum import sum_in_fewer_passes
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
+from fedtune.wire.client_update import LowRankPair, UpdateKind
 
 __all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules"]
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.contribution import TensorSpec
 from fedtune.techniques._mask_moves import mask_largest, update_mask
 from fedtune.techniques._places import declare_positions, pack_positions, scatter_positions
 from fedtune.techniques._technique import ExtraPayload
+from fedtune.wire.client_update import TensorSpec
 
 __all__ = ["average_over_holders", "declare_mask_update", "pack_mask_update", "update_client_mask"]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtune.contribution import TensorSpec
+from fedtune.wire.client_update import TensorSpec
 
 __all__ = ["declare_positions", "pack_positions", "scatter_positions"]
 

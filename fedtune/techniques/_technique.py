@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from torch import Tensor, nn
 
-from fedtune.contribution import LowRankPair, TensorSpec, UpdateKind
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
-from fedtune.registry import NamedUnit
+from fedtune.recipe.schema import TaskName
+from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.techniques._saving import allow_saving
+from fedtune.wire.client_update import LowRankPair, TensorSpec, UpdateKind
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -1,13 +1,15 @@
-"""Norms only: the scale and shift of every batch norm, and the new head of a classifier, are trained.
+"""Norms only: train the scale and shift of every batch norm, and the new head of a classifier.
 
-What: two numbers per channel; statistics and convolutions stay those of the pretrained net.
-Saves: what convolutions and activations keep: a frozen convolution keeps nothing, ReLU and ReLU6 one bit per element.
-PyTorch's own keep their whole inputs, so that there this technique saves next to nothing. The norms' inputs, which the
-gradient of a scale needs, remain: about a third of what full fine-tuning keeps.
+What: two numbers per channel are trained. Statistics and convolutions stay those of the pretrained net.
+Saves: the activations that convolutions and activation functions store. A frozen convolution stores nothing; ReLU and
+ReLU6 store one bit per element. The PyTorch versions store their whole inputs, so with them this technique saves almost
+nothing. The inputs of the norms remain, because the gradient of a scale needs them. They are about a third of the
+activation memory of full fine-tuning.
 Sends: two numbers per channel and the head.
 Exactness: gradients are bit-equal to those of plain layers.
-Use when: a convolutional net is to be adapted throughout and the uplink is narrow.
-Avoid when: memory is short: ``bias`` trains the shifts alone and keeps no maps; ``mobiletl`` trains more for less.
+Use when: all of a convolutional net should adapt and the uplink is slow.
+Avoid when: memory is limited. ``bias`` trains the shifts alone and stores no maps; ``mobiletl`` trains more for less
+memory.
 Source: Frankle, Schwab and Morcos, "Training BatchNorm and Only BatchNorm" (arXiv 2003.00152); as a baseline in Cai et
 al., "TinyTL" (arXiv 2007.11622). Deviation: statistics stay frozen, and the head is trained too.
 """
@@ -19,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._recast import restore_plain_layers
 from fedtune.techniques._spare import has_batch_norms, make_model_efficient
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -32,16 +34,16 @@ class BatchNorm(Technique):
 
     name: ClassVar[str] = "batch-norm"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "batch-norm trains shifts beside scales anyway",
-        "head-only": "the head is trained beside norms anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "bias": "the shifts are already trained with the scales",
+        "head-only": "the head is already trained with the norms",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "full trains norms among all the rest",
     }
 
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of scales, shifts and the head."""
+        """Unfreeze scales, shifts and the head."""
         if not has_batch_norms(model):
             raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")
         norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -52,9 +54,9 @@ class BatchNorm(Technique):
             make_model_efficient(model)
 
     def make_reference(self) -> "BatchNorm":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)

@@ -1,15 +1,15 @@
-"""BitFit: only bias terms, and the new head of a classifier, are trained.
+"""BitFit: train only the bias terms and the new head of a classifier.
 
-What: every parameter named ``bias``, among them the shifts of normalisation layers.
-Saves: the inputs of all linear layers, which only weight gradients need; what non-linear functions keep, stays. In a
-net of convolutions and batch norms next to everything: convolutions and norms keep nothing, ReLU and ReLU6 a bit per
-element, where PyTorch's own keep their whole inputs.
+What: every parameter named ``bias`` is trained. This includes the shifts of normalisation layers.
+Saves: the inputs of all linear layers, which only weight gradients need. Activations that non-linear functions store
+remain. In a net of convolutions and batch norms, almost all activation memory is saved: convolutions and norms store
+nothing, and ReLU and ReLU6 store one bit per element. The PyTorch versions store their whole inputs.
 Sends: one number per output channel, about 0.1 % of an encoder.
 Exactness: gradients are bit-equal to those of plain layers.
-Use when: uplink is the bottleneck and the model has biases (BERT, RoBERTa, GPT-2, OPT, ViT, nets with batch norms).
-Avoid when: the model has none to speak of (Llama and its kin); it is refused where there is not one.
-Source: Ben Zaken, Ravfogel and Goldberg, "BitFit" (arXiv 2106.10199), section 3; for convolutional nets: Cai et al.,
-"TinyTL" (arXiv 2007.11622), whose TinyTL-B it is but for the net's own norms.
+Use when: the uplink is the bottleneck and the model has biases (BERT, RoBERTa, GPT-2, OPT, ViT, nets with batch norms).
+Avoid when: the model has few biases (Llama and similar models). A model without any is refused.
+Source: Ben Zaken, Ravfogel and Goldberg, "BitFit" (arXiv 2106.10199), section 3. For convolutional nets: Cai et al.,
+"TinyTL" (arXiv 2007.11622). This is their TinyTL-B, except that the net keeps its own norms.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._recast import restore_plain_layers
 from fedtune.techniques._spare import has_batch_norms, make_model_efficient
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -31,14 +31,14 @@ class Bias(Technique):
 
     name: ClassVar[str] = "bias"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "head-only": "the head is trained beside biases anyway",
+        "head-only": "the head is already trained with the biases",
         "full": "full trains biases among all the rest",
     }
 
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of biases, then of the head."""
+        """Unfreeze the biases, then the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
         if task != "text-generation":
             unfreeze_parameters(model, list_head_parameters(model))
@@ -46,9 +46,9 @@ class Bias(Technique):
             make_model_efficient(model)
 
     def make_reference(self) -> "Bias":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)

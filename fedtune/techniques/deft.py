@@ -1,31 +1,34 @@
-"""DEFT: a term in the loss that makes the MLPs' activations sparse while any other technique fine-tunes.
+"""DEFT: add a loss term that makes the activations of MLPs sparse while another technique fine-tunes.
 
-What: loss = task + alpha D, D = mean over layers, tokens and units of s(a) = a^2 / (a^2 + eps), a smooth count of the
-activations that are not zero; a is what the narrowing layer of each MLP reads. Trains nothing itself.
-Saves: nothing while training, and no time on dense hardware afterwards: a zero saves work only where its row of the
-narrowing layer is skipped. Training keeps no more bytes than without: D is reduced inside the layer, and what its
-gradient needs (ReLU's output, another activation's input, the two factors of a gated MLP) is kept anyway. ``skip_mlps``
-is the exception: the gradient of its weights needs what each MLP gives.
-Sends: what the technique beside it sends; with ``skip_mlps`` also one number per MLP.
-Use when: the model is deployed where sparse activations are skipped, or MLPs are to be dropped (``skip_mlps``).
-Avoid when: activations are GELU and the run is short: exact zeros of GELU are underflow, which takes very long training
-to reach; swap in ReLU (``replace_with_relu``). Too large an alpha ruins the task silently: watch the accuracy.
-Figures: shares 0..1 of non-zero activations while scoring, first all examples of a layer, then the mean over layers
-(encoder and decoder apart): ``density`` over real tokens, ``density_padded`` over all positions as the authors count,
-``density_above_threshold`` what is left once the threshold is applied (and the accuracy is that of the model with it
-applied), ``density_gate`` of a gated MLP's gate alone. GELU's figures depend on the precision and on its formula.
-Source: Runwal, Pedapati and Chen, "From PEFT to DEFT" (arXiv 2402.01911), and the authors' code: s, alpha = 1,
-eps = 1e-7, encoder and decoder each with weight 1. Headline: density 50.72 % (first version) or 44.94 % (second) below
-the same PEFT without the term.
-Ours: padding does not count, and tokens weigh alike rather than texts. Gated MLPs (SwiGLU) are followed at the product,
-not at the gate, in units c_l of the layer: the root mean square of the step's own |P| clipped at its 99th percentile,
-constant for the gradient. It needs no calibration text, so it is the same rule on every client and after a resume, and
-as it follows the scale of P, shrinking P is no way to a smaller D. ``eps_start`` anneals eps geometrically over the
-run. ``replace_with_relu`` swaps the activation, also in the exported configuration. ``skip_mlps`` is ADA-DEFT-style:
-the abstract says that layer-wise weights are learned and MLPs skipped; parametrisation, regulariser and bound are ours
-(_mlp_weights.py), and an export that lost MLPs brings its code along, for no configuration of transformers can say so.
-Dropout between product and narrowing layer (a gated T5) counts as zeros and makes training keep that product; T5's
-decoder is counted with the encoder's padding.
+What: loss = task + density_weight D. D is the mean over layers, tokens and units of s(a) = a^2 / (a^2 + eps), a smooth
+count of the non-zero activations. The activation a is the input of the MLP's down projection. DEFT trains nothing
+itself.
+Saves: nothing during training, and no time on dense hardware after it. A zero activation saves work only if its row of
+the down projection is skipped. Training stores no more activation memory than without DEFT: D is reduced inside the
+layer, and its gradient needs only what is stored anyway (ReLU's output, the input of another activation, the two
+factors of a gated MLP). ``skip_mlps`` is an exception: the gradients of its weights need the output of each MLP.
+Sends: what the other technique sends; with ``skip_mlps`` also one number per MLP.
+Use when: the deployed model can skip zero activations, or you want to remove MLPs (``skip_mlps``).
+Avoid when: the activation is GELU and the run is short. GELU's zeros come from underflow, which takes very long
+training to reach; replace GELU by ReLU (``replace_with_relu``). If ``density_weight`` is too large, the task fails
+without an error: watch the accuracy.
+Figures: fractions (0..1) of non-zero activations during scoring, averaged first over all examples of a layer and then
+over layers; encoder and decoder are separate. ``density`` counts real tokens. ``density_padded`` counts all positions,
+as the authors do. ``density_above_threshold`` is the fraction after the threshold is applied; the accuracy is then that
+of the model with the threshold. ``density_gate`` is the density of the gate of a gated MLP. GELU's figures depend on
+the precision and on its formula.
+Source: Runwal, Pedapati and Chen, "From PEFT to DEFT" (arXiv 2402.01911), and the authors' code: s, alpha = 1
+(``density_weight``), eps = 1e-7, encoder and decoder each with weight 1. Headline: the density is 50.72 % (first
+version) or 44.94 % (second) below that of the same PEFT without the term.
+Ours: padding does not count, and tokens have equal weight, not texts. In gated MLPs (SwiGLU) the term applies to the
+product, not to the gate. The product P is measured in units c_l of its layer: the root mean square of the step's own
+|P|, clipped at its 99th percentile and constant for the gradient. This needs no calibration text, so the rule is the
+same on every client and after a resume. Because c_l follows the scale of P, shrinking P does not lower D. ``eps_start``
+anneals eps geometrically over the run. ``replace_with_relu`` also changes the exported configuration. ``skip_mlps``
+follows ADA-DEFT: the abstract says that layer-wise weights are learned and MLPs skipped; the parametrisation,
+regulariser and bound are ours (_mlp_weights.py). An export without some MLPs includes its own code, because no
+configuration of transformers can describe it. Dropout between the product and the down projection (a gated T5) counts
+as zeros, and training must store that product. T5's decoder uses the padding of the encoder.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +41,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fedtune.errors import ModelError
-from fedtune.recipe import SettingsModel, TaskName
+from fedtune.recipe.schema import SettingsModel, TaskName
 from fedtune.techniques._mlp_weights import (
     MlpWeight,
     MlpWeightLoss,
@@ -54,31 +57,31 @@ __all__ = ["Deft", "SkipMlps", "get_probes"]
 
 
 class SkipMlps(SettingsModel):
-    """Weigh each MLP's output by a trained number and drop those that become small (ADA-DEFT-style)."""
+    """Scale each MLP's output by a trained weight and drop MLPs with small weights (ADA-DEFT-style)."""
 
-    penalty: float = Field(0.1, ge=0, description="how hard the weights are pressed towards zero")
-    skip_below: float = Field(0.1, gt=0, lt=1, description="an MLP of smaller weight is dropped")
+    penalty: float = Field(0.1, ge=0, description="penalty that moves the weights towards zero")
+    skip_below: float = Field(0.1, gt=0, lt=1, description="an MLP with a smaller weight is dropped")
 
 
 class Deft(Technique):
-    """Fewer non-zero activations."""
+    """Train for fewer non-zero activations."""
 
     name: ClassVar[str] = "deft"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0 leaves the loss alone")
+    density_weight: float = Field(1.0, ge=0, description="weight of the density in the loss; 0: the loss is unchanged")
     eps: float = Field(1e-7, ge=1e-12, description="activations far below its root count as zero")
     eps_start: float | None = Field(None, ge=1e-12, description="anneal eps geometrically from here over the run")
     replace_with_relu: bool = Field(
-        False, description="swap the MLPs' activation function (the gate's, if gated) for ReLU"
+        False, description="replace the activation function of MLPs (of the gate, if gated) by ReLU"
     )
     inference_threshold: float = Field(
-        0.0, ge=0, description="activations up to it are zeroed whenever the model is scored"
+        0.0, ge=0, description="activations up to this value are set to zero during scoring"
     )
     skip_mlps: SkipMlps | None = None
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Find the MLPs, swap their activation function, add the trained weights."""
+        """Find the MLPs, replace their activation function, and add the trained weights."""
         mlps = find_mlps(model)
         if self.replace_with_relu:
             _swap(model, mlps)
@@ -86,7 +89,7 @@ class Deft(Technique):
             unfreeze_parameters(model, register_mlp_weights(model, mlps))
 
     def begin_round(self, model: nn.Module, number: int) -> None:
-        """Hang probes on the layers as all techniques have left them."""
+        """Add hooks to the layers after all techniques have rewritten the model."""
         if "deft" in vars(model):
             return
         made = attach_probes(model, self.density_weight, self.inference_threshold)
@@ -98,7 +101,7 @@ class Deft(Technique):
         vars(model)["deft"] = made, weights
 
     def begin_step(self, model: nn.Module, batch: Mapping[str, Tensor], progress: float) -> None:
-        """Set epsilon, and leave the padding out."""
+        """Set epsilon and exclude the padding."""
         start = self.eps if self.eps_start is None else self.eps_start
         get_probes(model)[0].step.begin_step(batch, start * (self.eps / start) ** progress)
         if (weights := _weights(model)) is not None:
@@ -111,11 +114,11 @@ class Deft(Technique):
             yield lambda: self._figures(model, tallies)
 
     def has_unchanged_base(self) -> bool:
-        """Not with another activation function or weighted MLPs."""
+        """Return False with another activation function or weighted MLPs."""
         return not self.replace_with_relu and self.skip_mlps is None
 
     def _fold(self, model: nn.Module) -> None:
-        """Write the weights into the narrowing layers, drop the MLPs below the bound, take the hooks away."""
+        """Merge the weights into the down projections, drop MLPs below the bound, and remove the hooks."""
         weights = _weights(model)
         detach_hooks(model, (DensityProbe, MlpWeight, MlpWeightLoss))
         if weights is not None:
@@ -159,14 +162,14 @@ def _densities(made: Sequence[DensityProbe], tallies: Sequence[ActivationCounts]
 
 
 def _called(stack: str, stacks: Sequence[str]) -> str:
-    """What a stack of blocks is called among several: what holds it, or its own name where that tells none apart."""
+    """Name a stack of blocks by its parent, or by its own name if the parents are the same."""
     owners = [name.split(".")[-2] if "." in name else "" for name in stacks]
     owner = owners[stacks.index(stack)]
     return owner if owner and owners.count(owner) == 1 else stack.replace(".", "_")
 
 
 def _swap(model: nn.Module, mlps: Sequence[MlpLayers]) -> None:
-    """ReLU in place of each activation, and in every field of the configuration that names it."""
+    """Replace each activation by ReLU, also in every field of the configuration that names it."""
     old = type(model.get_submodule(mlps[0].activation))
     config: Any = model.config
     for key, value in config.to_dict().items():
@@ -178,11 +181,11 @@ def _swap(model: nn.Module, mlps: Sequence[MlpLayers]) -> None:
 
 
 def _check_swap(model: nn.Module, mlp: MlpLayers) -> None:
-    """A model built from the configuration has to have ReLU there, or an export would be another function."""
+    """Check that a model built from the configuration uses ReLU; otherwise an export would differ."""
     kind, config = type(model), cast("Any", model.config)
     with torch.device("meta"):
         rebuilt: nn.Module = kind(type(config).from_dict(config.to_dict()))
     if not isinstance(rebuilt.get_submodule(mlp.activation), nn.ReLU):
         raise ModelError(
-            f"the configuration of {type(model).__name__} cannot say ReLU; leave deft's replace_with_relu out"
+            f"the configuration of {type(model).__name__} cannot describe ReLU; unset deft's replace_with_relu"
         )

@@ -1,29 +1,29 @@
-"""Dynamic pruning: sparse weights whose mask moves, the same on every client; nothing dense is ever sent.
+"""Dynamic pruning: train sparse weights under a mask that changes and is the same on all clients; send nothing dense.
 
-What: every convolution and linear layer keeps a fixed number of active weights, the rest is zero. Every
-``update_every`` rounds, up to round ``last_update_round``, the server drops in each layer the k smallest of the merged
-weights and wakes the k inactive ones of largest gradient, which start at zero; k = drop_fraction / 2 (1 + cos(pi t /
-last_update_round)) times the active ones. Clients take the gradient of one batch after their training, layer by layer,
-and send the k largest at inactive places. ``extrusion`` (budget-aware extrusion) makes the drop cheap: in such a round
-the k smallest active weights get the loss strength * |theta_S|^2, and the learning rate is raised to beta = p (2
-sigmoid(|theta_S|) - 1) lr_0 while that is more than the schedule's, with p = (2 T - 2 t) / (2 T - t) over the T steps
-of the round.
-Saves: the wire and, on a device with sparse kernels, weights, gradients and moments. PyTorch holds them dense here;
-join ``activation-pruning`` for what a step keeps.
-Sends: the active values both ways, 4 bytes each; the masks down, a bit per weight or less; k places of a byte (and one
-per 255 weights) and k gradients of two up when the mask moves.
-Use when: a model is trained from scratch or all of it, and the uplink or the device's store is small. Add
-``batch-norm-statistics`` for a net with batch norms from scratch, or ``activation-pruning`` with
+What: every convolution and linear layer has a fixed number of active weights; all others are zero. Every
+``update_every`` rounds, up to round ``last_update_round``, the server changes the mask of each layer. It drops the k
+smallest merged weights and activates the k inactive weights with the largest gradient, which start at zero. k =
+drop_fraction / 2 (1 + cos(pi t / last_update_round)) times the number of active weights. After training, clients
+compute the gradient of one batch, layer by layer, and send its k largest entries at inactive positions. ``extrusion``
+(budget-aware extrusion) reduces the loss from a drop. In a round with a mask update, the k smallest active weights get
+the loss strength * |theta_S|^2. Their learning rate is raised to beta = p (2 sigmoid(|theta_S|) - 1) lr_0 while this
+exceeds the schedule's rate, with p = (2 T - 2 t) / (2 T - t) over the T steps of the round.
+Saves: communication and, on a device with sparse kernels, the memory of weights, gradients and optimiser moments.
+PyTorch stores them dense here. Add ``activation-pruning`` to save activation memory.
+Sends: the active values in both directions, 4 bytes each. The masks go down, with at most one bit per weight. When the
+mask changes, clients also send k positions of one byte (plus one byte per 255 weights) and k gradients of two bytes.
+Use when: you train a model from scratch, or all of its weights, and the uplink or the device's storage is small. For a
+net with batch norms trained from scratch, add ``batch-norm-statistics``, or ``activation-pruning`` with
 ``standardise_weights``.
-Avoid when: an adapter does: it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
-Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as a reading of abstract, reviews, released
-code and a port gives them; the paper's body could not be read. The released code marks masked zeros, never uses
-lambda and does not mask gradients; this follows the paper. Layer densities: Evci et al. (arXiv 1911.11134).
-Deviations: the mask goes down in every round, so that a client needs to remember nothing; clients send only the k
-largest gradients, as the paper says and the code does not, in bfloat16. Baselines: ``update_every: null`` is the fixed
-random mask, ``extrusion: null`` dynamic pruning alone, and ``updated_by: clients`` FedDST (arXiv 2112.09824), where
-each client moves its mask midway through a round and the server averages each weight over its holders and keeps the
-largest.
+Avoid when: an adapter is enough; it sends less. Embeddings, norms and biases stay dense and count towards ``density``.
+Source: Huang et al., "FedMef" (CVPR 2024), equations 2 to 5 for extrusion, as read from the abstract, the reviews, the
+released code and a port; the body of the paper was not available. The released code marks masked zeros, never uses
+lambda and does not mask gradients; this implementation follows the paper. Layer densities: Evci et al. (arXiv
+1911.11134). Deviations: the mask is sent in every round, so clients store nothing. Clients send only the k largest
+gradients, as the paper says and the code does not, in bfloat16. Baselines: ``update_every: null`` is a fixed random
+mask. ``extrusion: null`` is dynamic pruning alone. ``updated_by: clients`` is FedDST (arXiv 2112.09824): each client
+changes its mask in the middle of a round, and the server averages each weight over the clients that hold it and keeps
+the largest ones.
 """
 
 import math
@@ -34,9 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.contribution import TensorSpec
-from fedtune.recipe import TaskName
-from fedtune.sparse import find_masks, mask_name
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._extrusion import Extrusion, MaskableLayer, add_extrusion_gradient, compute_extrusion_lr
 from fedtune.techniques._layer_density import count_active_weights
 from fedtune.techniques._mask_moves import average_gradients, mask_largest, mask_smallest_active, update_mask
@@ -49,27 +47,31 @@ from fedtune.techniques._own_moves import (
 )
 from fedtune.techniques._places import declare_positions, pack_positions
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique, unfreeze_parameters
+from fedtune.wire.client_update import TensorSpec
+from fedtune.wire.masked_weights import find_masks, mask_name
 
 __all__ = ["DynamicPruning"]
 
 
 class DynamicPruning(Technique):
-    """Train all weights under a mask that moves."""
+    """Train all weights under a mask that changes."""
 
     name: ClassVar[str] = "dynamic-pruning"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "it trains everything under its masks",
-        "head-only": "it trains everything under its masks",
-        "full": "it trains everything under its masks",
-        "lora": "a mask is for weights that are trained, and lora freezes them",
-        "meft": "a mask is for weights that are trained, and meft freezes them",
-        "qlora": "a mask is for weights that are trained, and qlora freezes them",
+        "bias": "all weights are trained under masks",
+        "head-only": "all weights are trained under masks",
+        "full": "all weights are trained under masks",
+        "lora": "a mask needs trained weights, and lora freezes them",
+        "meft": "a mask needs trained weights, and meft freezes them",
+        "qlora": "a mask needs trained weights, and qlora freezes them",
     }
 
-    density: float = Field(0.1, gt=0, le=1, description="active share of the whole model, dense tensors included")
-    update_every: int | None = Field(10, ge=1, description="rounds between moves of the mask; null never moves it")
-    last_update_round: int = Field(300, ge=1, description="the last round in which it may move")
-    drop_fraction: float = Field(0.2, gt=0, le=1, description="alpha, of a layer's active weights, in the first move")
+    density: float = Field(0.1, gt=0, le=1, description="active fraction of the whole model, including dense tensors")
+    update_every: int | None = Field(10, ge=1, description="rounds between mask updates; null: no updates")
+    last_update_round: int = Field(300, ge=1, description="last round with a mask update")
+    drop_fraction: float = Field(
+        0.2, gt=0, le=1, description="alpha: fraction of a layer's active weights that the first update drops"
+    )
     initial_mask: Literal["random", "magnitude"] = Field(
         "random", description="magnitude: the largest pretrained weights"
     )
@@ -80,12 +82,12 @@ class DynamicPruning(Technique):
     def _extrusion_is_for_the_servers_drop(self) -> Self:
         if self.updated_by == "clients" and self.extrusion is not None:
             raise ValueError(
-                "extrusion readies weights for the server's drop; with updated_by: clients say extrusion: null"
+                "extrusion prepares weights that the server will prune; set extrusion: null when updated_by is clients"
             )
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Draw the masks from ``seed``, zero what is inactive, train everything."""
+        """Draw the masks from ``seed``, set inactive weights to zero, and train everything."""
         layers = dict(_layers(model))
         weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
         dense = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in weights.values())
@@ -104,7 +106,7 @@ class DynamicPruning(Technique):
         return [f"{name}.mask" for name, _, _ in _list_masked_layers(model)]
 
     def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
-        """Mask the gradients; press the weights that are about to be dropped, or drop them here."""
+        """Mask the gradients. Shrink the weights that will be dropped, or drop them here."""
         if self.updated_by == "clients" and self._moves(moment.round) and moment.step == moment.local_steps // 2:
             self._move(model, moment.round)
         for _, layer, mask in _list_masked_layers(model):
@@ -120,7 +122,7 @@ class DynamicPruning(Technique):
         return max(moment.lr, compute_extrusion_lr(moment, math.sqrt(square)))
 
     def declare_extra_payload(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
-        """In a round after which the mask moves: of each layer, places and gradients of what might wake."""
+        """Return positions and gradients of the weights to activate, in a round before a mask update."""
         asked: dict[str, TensorSpec] = {}
         for name, _, mask in _list_masked_layers(model) if self._moves(number) else ():
             count = self._count(mask, number)
@@ -132,7 +134,7 @@ class DynamicPruning(Technique):
         return asked
 
     def compute_extra_payload(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
-        """The largest gradients at inactive places; ``backward`` may add them up over parts of its batch."""
+        """Return the largest gradients at inactive positions; ``backward`` may sum them over micro-batches."""
         if not self._moves(number):
             return {}
         if self.updated_by == "clients":
@@ -150,7 +152,7 @@ class DynamicPruning(Technique):
     def after_aggregation(
         self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
     ) -> dict[str, Tensor]:
-        """Move each mask: k of the smallest weights out, as many of the largest gradients in, at zero; or FedDST."""
+        """Update each mask: drop k smallest weights, activate k with the largest gradients at zero; or FedDST."""
         revised = dict(state)
         for name, mask in find_masks(state).items() if self._moves(number) else ():
             owner = name.removesuffix(".weight")
@@ -164,15 +166,15 @@ class DynamicPruning(Technique):
         return revised
 
     def has_weight_masks(self) -> bool:
-        """Even fixed ones."""
+        """Return True, even for fixed masks."""
         return True
 
     def has_unchanged_base(self) -> bool:
-        """Weights are zeroed."""
+        """Return False: weights are set to zero."""
         return False
 
     def _fold(self, model: nn.Module) -> None:
-        """Take the masks off; the weights are zero where they were. Normalised weights need theirs to be folded."""
+        """Remove the masks; inactive weights stay zero. Normalised weights need theirs to be merged."""
         for _, layer, _ in list(_list_masked_layers(model)):
             if not is_standardised(layer):
                 del layer.mask
@@ -181,25 +183,25 @@ class DynamicPruning(Technique):
         return self.update_every is not None and number % self.update_every == 0 and number <= self.last_update_round
 
     def _count(self, mask: Tensor, number: int) -> int:
-        """How many entries of a layer change places after a round: no more than are inactive."""
+        """Return how many entries of a layer a mask update swaps: at most the number of inactive ones."""
         active = int(mask.sum())
         wanted = math.floor(self.drop_fraction / 2 * (1 + math.cos(math.pi * number / self.last_update_round)) * active)
         return min(wanted, mask.numel() - active)
 
     def _move(self, model: nn.Module, number: int) -> None:
-        """A client's own move, by the gradients of the step."""
+        """Update the mask on the client, from the gradients of the step."""
         for _, layer, mask in _list_masked_layers(model):
             gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
             vars(layer)["received"] = update_client_mask(layer.weight.data, gradient, mask, self._count(mask, number))
 
     def _mark(self, model: nn.Module, number: int) -> None:
-        """Remember the smallest active weights at the start of a round."""
+        """Store the smallest active weights at the start of a round."""
         for _, layer, mask in _list_masked_layers(model):
             vars(layer)["marked"] = mask_smallest_active(layer.weight.detach(), mask, self._count(mask, number)).bool()
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, MaskableLayer]]:
-    """Convolutions and linear layers whose weight is nobody else's too."""
+    """Return the convolutions and linear layers that do not share their weight."""
     owners = [id(p) for layer in model.modules() for p in layer.parameters(recurse=False)]
     for name, layer in model.named_modules():
         if isinstance(layer, MaskableLayer) and owners.count(id(layer.weight)) == 1:
@@ -214,7 +216,7 @@ def _list_masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskableLayer, 
 
 
 def _pack_mask_updates(model: nn.Module) -> dict[str, Tensor]:
-    """What a client tells of its own moves."""
+    """Return what a client reports about its own mask updates."""
     found: dict[str, Tensor] = {}
     for name, layer, mask in _list_masked_layers(model):
         found |= pack_mask_update(name, layer.weight.detach(), vars(layer)["received"], mask)
@@ -222,7 +224,7 @@ def _pack_mask_updates(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _largest_inactive(name: str, weight: Tensor, mask: Tensor, count: int) -> dict[str, Tensor]:
-    """The largest inactive entries of a gradient, of which the rest is let go; zeros where none arrived."""
+    """Return the largest inactive entries of a gradient and free the rest; zeros if there is no gradient."""
     gradient = torch.zeros(weight.numel(), dtype=weight.dtype) if weight.grad is None else weight.grad.flatten()
     weight.grad = None
     places = gradient.abs().masked_fill(mask.flatten() == 1, -1.0).topk(count).indices.sort().values

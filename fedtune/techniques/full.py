@@ -1,12 +1,12 @@
-"""Full fine-tuning: every parameter is trained.
+"""Full fine-tuning: train every parameter.
 
-What: all weights and biases follow the gradient; batch-norm statistics stay those of the pretrained model.
-Saves: nothing. It is the yardstick the others are measured against.
-Sends: every parameter, both ways, every round.
-Use when: the model is small or the device is large, and quality is all that counts.
-Avoid when: memory or uplink is short; a low-rank or bias-only technique then comes close for a fraction of both.
+What: all weights and biases are trained. Batch-norm statistics stay those of the pretrained model.
+Saves: nothing. It is the baseline for the other techniques.
+Sends: every parameter, in both directions, every round.
+Use when: the model is small or the device is large, and only quality matters.
+Avoid when: memory or uplink is limited. A low-rank or bias-only technique comes close at a fraction of the cost.
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (arXiv 1602.05629),
-Algorithm 1, where whole models are averaged.
+Algorithm 1, which averages whole models.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 
 __all__ = ["Full"]
@@ -32,5 +32,5 @@ class Full(Technique):
     }
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on every gradient."""
+        """Unfreeze every parameter."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])

@@ -1,20 +1,21 @@
-"""Fused head: a language model's loss is taken piece by piece, so that its logits never exist all at once.
+"""Fused cross-entropy: compute a language model's loss in chunks, so that its logits never exist all at once.
 
-What: in a training step the output layer and the cross-entropy run as one, ``chunk_size`` tokens at a time, and each
-piece's gradient is computed there and then; scoring and generation see plain logits.
-Saves: logits, probabilities and their gradient, tokens x vocabulary numbers each: for a small model with 49 thousand
-words more than all its blocks keep. What stays is one chunk's logits, the gradient by the hidden states and, where the
-output layer itself is trained, its gradient.
-Exactness: the loss and gradients of the plain step up to the rounding of sums; padding costs no product at all.
-Sends: what the technique beside it sends.
-Use when: a language model is trained; together with ``gradient-checkpointing`` or ``meft``, whose peak the head else
-sets.
+What: in a training step, the output layer and the cross-entropy run together on ``chunk_size`` tokens at a time. The
+gradient of each chunk is computed immediately. Scoring and generation use ordinary logits.
+Saves: logits, probabilities and their gradient, each with tokens x vocabulary entries. For a small model with a
+vocabulary of 49 thousand, these need more memory than all its blocks. What remains is the logits of one chunk, the
+gradient of the hidden states and, if the output layer is trained, its gradient.
+Exactness: loss and gradients equal those of the ordinary step up to the rounding of sums. Padding costs no matrix
+product.
+Sends: what the other technique sends.
+Use when: you train a language model. With ``gradient-checkpointing`` or ``meft``, the head would otherwise set the peak
+memory.
 Avoid when: another technique needs the logits of a training step (distillation), or the vocabulary is tiny.
-Fits: causal language models whose loss takes the output layer's result as it is; others are refused.
-Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, whose logits are
-recomputed in the backward pass. Deviations: gradients are made in the forward pass, one product with the vocabulary
-less; no token is dropped when the chunk does not divide their number; a batch in which no label counts gives 0, not
-nan.
+Fits: causal language models whose loss uses the result of the output layer unchanged. Others are refused.
+Source: Luo et al., "Mini-Sequence Transformer" (arXiv 2407.15892), the part on the output layer, which recomputes its
+logits in the backward pass. Deviations: gradients are computed in the forward pass, which saves one product with the
+vocabulary. No token is dropped if the chunk size does not divide the number of tokens. A batch without any valid label
+has loss 0, not nan.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._fused_loss import fused_cross_entropy
 from fedtune.techniques._technique import Technique
 
@@ -39,15 +40,15 @@ __all__ = ["DeferredHead", "FusedCrossEntropy"]
 
 
 class FusedCrossEntropy(Technique):
-    """Output layer and cross-entropy in one, a chunk of tokens at a time."""
+    """Compute output layer and cross-entropy together, one chunk of tokens at a time."""
 
     name: ClassVar[str] = "fused-cross-entropy"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at one time")
+    chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Let the loss do the output layer's work, and try it on two tokens; ModelError if the model does not fit."""
+        """Move the output layer into the loss and test it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
         late = DeferredHead(plain, self.chunk_size)
         model.set_submodule(name, late)
@@ -59,10 +60,10 @@ class FusedCrossEntropy(Technique):
         _try_step(model)
 
     def make_reference(self) -> None:
-        """The plain head gives the same gradients."""
+        """Return the technique without fusing, which has the same gradients."""
 
     def _fold(self, model: nn.Module) -> None:
-        """Put the plain output layer back."""
+        """Restore the plain output layer."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, DeferredHead):
                 layer.remove_hooks()
@@ -71,7 +72,7 @@ class FusedCrossEntropy(Technique):
 
 
 class DeferredHead(nn.Module):
-    """An output layer that in a training step with labels passes the hidden states on to the loss."""
+    """An output layer that passes the hidden states to the loss in a training step with labels."""
 
     handles: tuple[RemovableHandle, ...] = ()
 
@@ -96,7 +97,7 @@ class DeferredHead(nn.Module):
         return layer
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
@@ -106,7 +107,7 @@ def _plain_head(model: nn.Module) -> tuple[str, nn.Linear]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is None:
         raise ModelError(
-            f"{type(model).__name__} has no head over a vocabulary; leave the technique fused-cross-entropy out"
+            f"{type(model).__name__} has no head over a vocabulary; remove the technique fused-cross-entropy"
         )
     if type(head) is not nn.Linear:
         raise ModelError(
@@ -173,6 +174,6 @@ def _loss(
 
 def _misfit(model: nn.Module) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} does more with its logits than take their cross-entropy; "
-        "leave the technique fused-cross-entropy out"
+        f"{type(model).__name__} uses its logits for more than their cross-entropy; "
+        "remove the technique fused-cross-entropy"
     )

@@ -1,10 +1,12 @@
-"""Gradient checkpointing: blocks keep their input only and run a second time in the backward pass.
+"""Gradient checkpointing: store only the input of each block and run the block again in the backward pass.
 
-What: each transformer block's forward pass is repeated when its gradient is due; gradients stay the same to the bit.
-Saves: all activations inside the blocks; one block input each, and the activations of one block at a time, remain.
-Costs: one more forward pass, about a third more time. Sends: what the technique beside it sends.
-Use when: activations, not weights, fill the device: long texts, large batches.
-Avoid when: time is short and the step fits; or what lies behind the blocks dominates (a large vocabulary's head).
+What: the forward pass of each transformer block is repeated when its gradient is computed. Gradients stay bit-equal.
+Saves: all activations inside the blocks. The input of each block remains, and the activations of one block at a time.
+Costs: one more forward pass, which takes about a third more time.
+Sends: what the other technique sends.
+Use when: activations, not weights, fill the device's memory, for example with long texts or large batches.
+Avoid when: the step fits and time is short, or the layers after the blocks need most memory (the head of a large
+vocabulary).
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3.
 """
 
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique
 
 __all__ = ["GradientCheckpointing"]
@@ -27,13 +29,13 @@ class GradientCheckpointing(Technique):
     selects_trainable_tensors: ClassVar[bool] = False
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the model's own non-reentrant checkpointing."""
+        """Enable the model's own non-reentrant checkpointing."""
         if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; leave the technique out")
+            raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; remove the technique")
         able: Any = model
         able.activation_checkpointing_enable({"use_reentrant": False})
         if isinstance(model, PreTrainedModel):
             model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def make_reference(self) -> None:
-        """Blocks that keep everything give the same gradients."""
+        """Return the technique without checkpointing, which has the same gradients."""

@@ -1,10 +1,10 @@
-"""Classifier only: the pretrained backbone is frozen and just the new head is trained (a linear probe).
+"""Classifier only: freeze the pretrained backbone and train just the new head (a linear probe).
 
-What: the head behind the backbone follows the gradient; everything below runs without a graph.
-Saves: all activations of the backbone; only the head's input is kept.
+What: only the head after the backbone is trained. The backbone runs without an autograd graph.
+Saves: all activations of the backbone. Only the input of the head is stored.
 Sends: the head, a few kilobytes.
-Use when: the pretrained features already separate the classes, or as the floor any other technique has to beat.
-Avoid when: the task is far from what the backbone saw; and for language models, which bring no new head.
+Use when: the pretrained features already separate the classes, or as a baseline that other techniques must beat.
+Avoid when: the task differs much from the pretraining data. Language models have no new head and are refused.
 Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (arXiv 1610.01644).
 """
 
@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["HeadOnly"]
@@ -25,14 +25,14 @@ class HeadOnly(Technique):
 
     name: ClassVar[str] = "head-only"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "bias": "the head is trained beside biases anyway",
+        "bias": "the head is already trained with the biases",
         "full": "full trains the head among all the rest",
-        "lora": "the head is trained beside a low-rank pair anyway",
-        "qlora": "the head is trained beside a low-rank pair anyway",
+        "lora": "the head is already trained with the low-rank pairs",
+        "qlora": "the head is already trained with the low-rank pairs",
     }
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the head's gradients."""
+        """Unfreeze the head."""
         if task == "text-generation":
-            raise ModelError("the technique head-only trains a new head, which text-generation has not")
+            raise ModelError("the technique classifier trains a new head, but text-generation has none")
         unfreeze_parameters(model, list_head_parameters(model))

@@ -1,16 +1,17 @@
-"""Last blocks: the top of a mobile net is trained as PyTorch trains it, all below is frozen.
+"""Last blocks: train the top of a mobile net with ordinary PyTorch layers and freeze everything below.
 
-What: the last ``num_blocks`` inverted residual blocks with their norms and the norms' statistics (or not:
-``norm_statistics``), the convolution behind them (or not: ``head_convolution``), and a classifier's new head.
-Saves: what the frozen blocks below would keep; they run without a graph, and with ``micro_batch_size`` some examples at
-a time, which lowers the peak. The trained ones keep everything.
+What: trains the last ``num_blocks`` inverted residual blocks with their norms, the convolution after them, and a
+classifier's new head. ``norm_statistics`` selects whether the statistics of the norms are trained, and
+``head_convolution`` whether that convolution is.
+Saves: the activations of the frozen blocks, which run without an autograd graph. With ``micro_batch_size`` they process
+a few examples at a time, which lowers the peak. The trained blocks store all their activations.
 Sends: the weights and statistics of those blocks.
-Use when: it is the yardstick for ``mobiletl``, which trains nearly the same for a third of the memory; or where a net's
-activations are neither ReLU nor ReLU6 and gradients must be exact.
-Avoid when: memory is what is short.
-Source: Chiang et al., "MobileTL" (AAAI 2023), who compare with this; Yosinski et al., "How transferable are features in
-deep neural networks?" (arXiv 1411.1792), section 4, where upper layers are retrained. Reconstructed: that statistics of
-all trained norms follow the data.
+Use when: you need a baseline for ``mobiletl``, which trains nearly the same for a third of the memory. Also use it when
+the activations are neither ReLU nor ReLU6 and gradients must be exact.
+Avoid when: memory is limited.
+Source: Chiang et al., "MobileTL" (AAAI 2023), who compare with this method; Yosinski et al., "How transferable are
+features in deep neural networks?" (arXiv 1411.1792), section 4, who retrain upper layers. Reconstructed: the statistics
+of all trained norms follow the data.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix
 from fedtune.techniques._recast import replace_layer, restore_plain_layers
@@ -35,25 +36,25 @@ class LastBlocks(Technique):
     name: ClassVar[str] = "last-blocks"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "it trains biases below the last blocks too",
-        "gradient-checkpointing": "statistics would follow each batch twice",
-        "head-only": "the head is trained beside the blocks anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "gradient-checkpointing": "statistics would count each batch twice",
+        "head-only": "the head is already trained with the blocks",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "full trains the last blocks among all the rest",
-        "lora": "low-rank pairs hide the convolutions that blocks are told by",
+        "lora": "low-rank pairs hide the convolutions that identify blocks",
         "batch-norm": "it trains norms below the last blocks too",
-        "qlora": "low-rank pairs hide the convolutions that blocks are told by",
+        "qlora": "low-rank pairs hide the convolutions that identify blocks",
         "tinytl": "it trains branches below the last blocks too",
     }
 
-    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    num_blocks: int = Field(3, ge=1, description="number of trained blocks, counted from the last")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution after the blocks")
     norm_statistics: Literal["update", "frozen"] = Field("update", description="statistics of the trained norms")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="examples at a time through the frozen part; null: all"
+        None, ge=1, description="examples per micro-batch of the frozen part; null: all"
     )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on the gradients of the last blocks and the head."""
+        """Unfreeze the last blocks and the head."""
         found = split_before_last_blocks(model, self.num_blocks)
         tail = found.tail if self.head_convolution == "train" else None
         whole = [block.name for block in found.blocks] + ([*tail.convolutions, *tail.norms] if tail else [])
@@ -67,7 +68,7 @@ class LastBlocks(Technique):
             run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=False)
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain norms back around what was learned."""
+        """Restore plain norms with the trained weights."""
         restore_plain_layers(model)
 
 

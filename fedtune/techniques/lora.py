@@ -1,20 +1,21 @@
-"""LoRA: a trained low-rank pair B A beside each frozen linear layer, aggregated exactly.
+"""LoRA: train a low-rank pair B A beside each frozen linear layer, with exact aggregation.
 
-What: y = W x + (alpha / rank) B A x with W frozen, B zero at the start; a classifier's new head is trained too.
-Saves: gradients and optimiser state of W, and the inputs of W that only its own gradient needs.
-Sends: rank (in + out) numbers per layer down, and up only the factor trained in that round, about half.
-Exactness: by default clients train B in odd rounds and A in even ones, the other factor being common, so the weighted
-mean of what they send is the weighted mean of their products. Each round moves one factor alone, and wants about three
-times the learning rate that LoRA with both factors takes. ``trained_factors: b-only`` never trains A: cheaper, less
-capacity. ``trained_factors: both`` trains both, for merges of pairs: ``fedit``, ``flexlora``, ``hetlora``.
-``trained_factors: both-and-base`` also shares the base weights, for merges that write into them:
-``fedex-lora``, ``flora``; what is added to these weights goes down as low-rank increments.
-Use when: the model is worth adapting throughout and the uplink is narrow: the default choice.
-Avoid when: activations are the problem: add ``gradient-checkpointing``; or weights are: take ``qlora``. Pairs stand
-beside linear layers and point-wise convolutions: experts that are one tensor, other convolutions and Mamba's
-``out_proj`` stay frozen, which is said where they are more than a twentieth of the weights.
-Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3; alternation: Chen et al., "Robust Federated Finetuning of LLMs
-via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755); freezing A: Sun et al., "Improving LoRA in
+What: y = W x + (alpha / rank) B A x, where W is frozen and B is zero at the start. A classifier's new head is trained
+too.
+Saves: the gradients and optimiser state of W, and the inputs of W that only its own gradient needs.
+Sends: rank (in + out) numbers per layer down. Up, only the factor trained in that round is sent, about half.
+Exactness: by default, clients train B in odd rounds and A in even rounds, while the other factor is the same on all
+clients. The weighted mean of their updates then equals the weighted mean of their products. Each round changes one
+factor only, and needs about three times the learning rate of LoRA with both factors. ``trained_factors: b-only`` never
+trains A: cheaper, but with less capacity. ``trained_factors: both`` trains both factors, for merges of pairs:
+``fedit``, ``flexlora``, ``hetlora``. ``trained_factors: both-and-base`` also shares the base weights, for merges that
+change them: ``fedex-lora``, ``flora``. The server sends these changes as low-rank increments.
+Use when: all of the model should adapt and the uplink is slow. This is the default choice.
+Avoid when: activations need too much memory (add ``gradient-checkpointing``), or weights do (use ``qlora``). Linear
+layers and point-wise convolutions get pairs. Experts stored as one tensor, other convolutions and Mamba's ``out_proj``
+stay frozen. fedtune prints a notice if these are more than a twentieth of the weights.
+Source: Hu et al., "LoRA" (arXiv 2106.09685), equation 3. Alternation: Chen et al., "Robust Federated Finetuning of LLMs
+via Alternating Optimization of LoRA" (RoLoRA, arXiv 2502.01755). Freezing A: Sun et al., "Improving LoRA in
 Privacy-preserving Federated Learning" (FFA-LoRA, arXiv 2403.12313).
 """
 
@@ -31,7 +32,7 @@ class Lora(LowRankTechnique):
 
     name: ClassVar[str] = "lora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "head-only": "the head is trained beside a low-rank pair anyway",
+        "head-only": "the head is already trained with the low-rank pairs",
         "full": "full trains the weights that lora freezes",
-        "qlora": "both put a low-rank pair beside the same layers",
+        "qlora": "both add a low-rank pair to the same layers",
     }

@@ -1,28 +1,32 @@
-"""MEFT: blocks coupled as a reversible network keep none of their activations; small adapters are trained.
+"""MEFT: train small adapters in reversible blocks, which store no activations for the backward pass.
 
-What: two streams pass the blocks so that a block's inputs follow from its outputs; two bottleneck adapters per block
-and a classifier's new head are trained, the pretrained weights stay frozen. ``variant`` is the coupling: ``meft1``,
-``meft2`` and ``meft3`` as published, and ``diff``, the default for every model, an extension: meft1 with y1 = factor
-(x1 - x2) + layer(x2), which starts next to the pretrained model, while meft1 adds a share of the whole residual in each
-block.
-Saves: the activations of all blocks. Two double-precision streams are kept per stretch of blocks, however long. The
-backward pass holds the graph of half a block at a time, or with ``num_chunks`` of a share of it: attention takes some
-rows of the batch after the other, the feed-forward part some tokens.
-Costs: one more forward pass, as checkpointing does, and attention once more; and the pretrained function: the factor
-stays in the network, which is exported with its own code and never folds back into the base.
+What: MEFT turns the transformer blocks into a reversible network with two streams. The backward pass recomputes the
+inputs of a block from its outputs. Each block gets two bottleneck adapters. The adapters and a classifier's new head
+are trained; the pretrained weights stay frozen. ``variant`` selects how the streams are coupled. ``meft1``, ``meft2``
+and ``meft3`` are the published couplings. ``diff`` is our extension and the default for every model: it is meft1 with
+y1 = factor (x1 - x2) + layer(x2). It starts close to the pretrained model, whereas meft1 adds a fraction of the whole
+residual in every block. The factor is set by ``scaling_factor``.
+Saves: the activations of all blocks. A segment of blocks stores two double-precision streams, however long it is. The
+backward pass holds the autograd graph of half a block. With ``num_chunks`` it holds a fraction of that graph: attention
+then processes the batch in groups of rows, and the feed-forward part processes the tokens in groups.
+Costs: one more forward pass, as with gradient checkpointing, and one more attention pass. MEFT also changes the
+function of the pretrained model, because the factor stays in the network. The exported model therefore includes its own
+code and cannot be merged back into the base.
 Sends: 2 (2 rank width + rank + width) numbers per block, and the head.
-Exactness: by default gradients are bit-equal to those of the same network with every activation stored. Streams are
-doubles, what blocks add to them is rounded to a grid, the factor is a power of two, and a stretch ends where a double's
-53 bits run out; a bitwise guard ends it earlier if streams outgrow the range measured at the start. ``arithmetic:
-float`` is the published arithmetic; its reconstruction fails in deep models without a sign, so it says aloud how wrong
-it is.
-Use when: activations fill the device, and the model is deep.
-Avoid when: checkpointing fits already, or the head fills the memory and not the blocks (``fused-cross-entropy``
-helps there).
-Source: Liao, Tan and Monz, "Make Pre-trained Model Reversible" (arXiv 2306.00477): MEFT1 to MEFT3, adapters, their
-initialisation, factors and dropout as in the published code. Deviations: ``diff``; exact mode with a factor of 1/8 for
-0.1; ``output_stream: main`` by default where the published encoders take the mean, and the last block's adapter that
-feeds the stream nobody then reads left out; rank 8 for every model; dropout's seeds follow from the step's own.
+Exactness: by default, gradients are bit-equal to those of the same network with stored activations. Four rules ensure
+this. Streams are double precision. The outputs that blocks add to them are rounded to a grid. The factor is a power of
+two. A segment ends before the 53 bits of a double are used up. If the streams outgrow the range measured at the start,
+a bitwise check ends the segment earlier. ``arithmetic: float`` uses the published floating-point arithmetic. In deep
+models it cannot reconstruct activations exactly, and gradients become wrong; fedtune then warns and prints the relative
+error.
+Use when: activations fill the device's memory and the model is deep.
+Avoid when: gradient checkpointing already fits, or the head needs more memory than the blocks (``fused-cross-entropy``
+helps).
+Source: Liao, Tan and Monz, "Make Pre-trained Model Reversible" (arXiv 2306.00477). The couplings MEFT1 to MEFT3, the
+adapters, their initialisation, the factors and dropout follow the published code. Deviations: ``diff`` is new. Exact
+arithmetic uses a factor of 1/8 instead of 0.1. The default is ``output_stream: main``; the published encoders use the
+mean. The last block has no adapter for the stream that nothing reads afterwards. The rank is 8 for every model. Dropout
+seeds are derived from the seed of the step.
 """
 
 import math
@@ -35,7 +39,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._blocks import (
     UNRUN,
     BlockInputs,
@@ -61,35 +65,36 @@ class Meft(Technique):
 
     name: ClassVar[str] = "meft"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "gradient-checkpointing": "reversible blocks keep nothing already",
-        "selective-checkpointing": "reversible blocks keep nothing that could be recomputed",
+        "gradient-checkpointing": "reversible blocks already store no activations",
+        "selective-checkpointing": "reversible blocks store no activations that could be recomputed",
     }
 
     variant: Literal["diff", "meft1", "meft2", "meft3"] = "diff"
-    scaling_factor: float = Field(0.125, gt=0, le=1, description="lambda, beta or both; smaller starts nearer the base")
+    scaling_factor: float = Field(
+        0.125, gt=0, le=1, description="lambda, beta or both; a smaller value starts closer to the base"
+    )
     rank: int = Field(8, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1, description="inside the adapters")
     output_stream: Literal["main", "mean"] = Field(
-        "main", description="main: the stream that carries the base's states"
+        "main", description="main: the stream with the hidden states of the base"
     )
     arithmetic: Literal["exact", "float"] = "exact"
-    value_bits: int = Field(28, ge=12, le=48, description="from grid to largest value; couplings get the rest of 53")
-    num_chunks: int = Field(1, ge=1, description="shares of the batch that run one after the other: a lower peak")
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    value_bits: int = Field(28, ge=12, le=48, description="bits of a value; couplings use the rest of 53")
+    num_chunks: int = Field(1, ge=1, description="chunks of the batch that run one after another; lowers the peak")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     @model_validator(mode="after")
     def _exact_factors_are_powers_of_two(self) -> Self:
         if self.arithmetic == "exact" and math.frexp(self.scaling_factor)[0] != 0.5:
             raise ValueError(
-                f"scaling_factor {self.scaling_factor} is no power of two, which exact needs; take 0.125 or "
-                "arithmetic: float"
+                f"scaling_factor {self.scaling_factor} is not a power of two; set it to 0.125, or set arithmetic: float"
             )
         return self
 
     def find_conflict(self, other: Technique) -> str | None:
-        """``deft`` reads whole activations, which ``num_chunks`` above 1 never makes."""
+        """``deft`` reads all activations of a layer at once, and ``num_chunks`` splits them."""
         if other.name == "deft" and self.num_chunks > 1:
-            return "deft measures a layer's activations whole, which only num_chunks: 1 makes"
+            return "deft measures all activations of a layer at once; set num_chunks: 1"
         return super().find_conflict(other)
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
@@ -118,7 +123,7 @@ class Meft(Technique):
             unfreeze_parameters(model, list_head_parameters(model))
 
     def has_unchanged_base(self) -> bool:
-        """The factor stays in the network."""
+        """Return False: the factor stays in the network."""
         return False
 
     def _fold(self, model: nn.Module) -> None:
@@ -131,7 +136,7 @@ class Meft(Technique):
         export_with_code(model, stack.plan)
 
     def make_reference(self) -> "Meft":
-        """The same network, every activation stored."""
+        """Return the same network with stored activations."""
         return self.model_copy(update={"store_activations": True})
 
     def _cuts(self, blocks: int) -> tuple[int, ...]:

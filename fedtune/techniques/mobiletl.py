@@ -1,25 +1,26 @@
-"""MobileTL: the last inverted residual blocks are trained, with shifts and one-bit masks in place of kept activations.
+"""MobileTL: train the last inverted residual blocks, with one-bit masks instead of stored activations.
 
-What: of the last ``num_blocks`` blocks all convolutions, the shifts of the norms inside, and the last norm with its
-statistics; the convolution behind them (or not: ``head_convolution``), and a classifier's new head. All below is
-frozen.
-Saves: norms inside keep nothing, their scale and statistics being frozen; activations keep one bit per element where
-PyTorch keeps 32; padding is not kept. In a block that widens t-fold 2 + 6 t maps become 2 + 2 t + t / 16. The frozen
-part runs without a graph and, since its large maps set the resident memory, ``micro_batch_size`` examples at a time.
+What: in the last ``num_blocks`` blocks, trains all convolutions, the shifts of the inner norms, and the last norm with
+its statistics. ``head_convolution`` selects whether the convolution after the blocks is trained. A classifier's new
+head is trained too. Everything below is frozen.
+Saves: inner norms store nothing, because their scale and statistics are frozen. Activation functions store one bit per
+element instead of 32. Padding is not stored. In a block that expands t-fold, 2 + 6 t maps become 2 + 2 t + t / 16. The
+frozen part runs without an autograd graph. Its large maps determine the resident memory, so it processes
+``micro_batch_size`` examples at a time.
 Sends: the weights of those blocks, and the statistics of their last norms.
-Exactness: gradients of ReLU and ReLU6 nets are those of the same network by ordinary means; ``relu6_gradient: paper``
-takes 1[x >= 0] for ReLU6 as published. Hard-swish has no exact mask; 1[x >= 0] is the published one,
-``hard_swish_gradient: exact`` keeps its input. Squeeze-excite is trained as usual; what it gives is made again for the
-convolution behind it, which else would keep it too. In micro-batches the frozen part gives what it gives on the whole
-batch, up to rounding.
-Use when: pictures are classified by a mobile net on a device whose memory is filled by activations.
-Avoid when: the net has no such blocks (it is refused), or all of it must be trained: use ``full``.
+Exactness: for nets with ReLU and ReLU6, gradients equal those of the same network with stored activations.
+``relu6_gradient: paper`` uses the published mask 1[x >= 0] for ReLU6. Hard-swish has no exact one-bit mask; 1[x >= 0]
+is the published one, and ``hard_swish_gradient: exact`` stores its input. Squeeze-excite is trained as usual. Its
+output is recomputed for the next convolution, which would otherwise store it too. With micro-batches, the output of the
+frozen part equals that of the whole batch up to rounding.
+Use when: a mobile net classifies images on a device whose memory is filled by activations.
+Avoid when: the net has no such blocks (it is refused), or all of it must be trained (use ``full``).
 Source: Chiang, Frumkin, Liang and Marculescu, "MobileTL: On-device Transfer Learning with Inverted Residual Blocks"
-(AAAI 2023). Read: the authors' page with its formulas and charts, and the abstract; not the body, and no code was
-published. Reconstructed: how the head convolution is treated, and the mask of ReLU6. Headline: 46.3 % less memory in a
-MobileNetV2 block and 53.3 % in one of V3, by the paper's accounting, in which a plain ReLU6 keeps two bits.
-Deviations: the exact mask for ReLU6 by default; batch statistics of 32 values per channel and more only; swish and
-others keep their input. ``cache_outputs``, which stores what the frozen part gives on disk by the pixels, is an
+(AAAI 2023). We read the authors' page with its formulas and charts, and the abstract, but not the body; no code was
+published. Reconstructed: the treatment of the head convolution, and the mask of ReLU6. Headline: 46.3 % less memory in
+a MobileNetV2 block and 53.3 % in one of V3, counted as in the paper, where a plain ReLU6 stores two bits. Deviations:
+the exact mask for ReLU6 is the default. Batch statistics need at least 32 values per channel. Swish and other functions
+store their input. ``cache_outputs``, which stores the output of the frozen part on disk, indexed by the pixels, is an
 extension.
 """
 
@@ -30,7 +31,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._behind_gate import make_product_input_conv2d
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._masked import EXACT_GRADIENTS, SIGN_GRADIENTS, GradientRule
@@ -44,14 +45,14 @@ __all__ = ["Mobiletl"]
 
 
 class Mobiletl(Technique):
-    """Train the last blocks of a mobile net, and keep little for it."""
+    """Train the last blocks of a mobile net with little activation memory."""
 
     name: ClassVar[str] = "mobiletl"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "bias": "its frozen part has no gradients",
-        "gradient-checkpointing": "statistics would follow each batch twice",
-        "head-only": "the head is trained beside the blocks anyway",
-        "dynamic-pruning": "it trains everything under its masks",
+        "gradient-checkpointing": "statistics would count each batch twice",
+        "head-only": "the head is already trained with the blocks",
+        "dynamic-pruning": "all weights are trained under masks",
         "full": "its frozen part has no gradients",
         "last-blocks": "both train the last blocks",
         "batch-norm-statistics": "its frozen part keeps its statistics",
@@ -61,25 +62,25 @@ class Mobiletl(Technique):
         "tinytl": "its frozen part has no gradients",
     }
 
-    num_blocks: int = Field(3, ge=1, description="how many, from the last one down")
-    relu6_gradient: Literal["exact", "paper"] = Field("exact", description="where ReLU6 lets the gradient through")
-    hard_swish_gradient: Literal["paper", "exact"] = Field("paper", description="exact: its input is kept")
-    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution behind the blocks")
+    num_blocks: int = Field(3, ge=1, description="number of trained blocks, counted from the last")
+    relu6_gradient: Literal["exact", "paper"] = Field("exact", description="where ReLU6 passes the gradient")
+    hard_swish_gradient: Literal["paper", "exact"] = Field("paper", description="exact: its input is stored")
+    head_convolution: Literal["train", "freeze"] = Field("train", description="the convolution after the blocks")
     last_norm_statistics: Literal["update", "frozen"] = Field(
         "update", description="statistics of each block's last norm"
     )
-    micro_batch_size: int = Field(1, ge=1, description="examples at a time through the frozen part")
-    cache_outputs: bool = Field(False, description="keep what the frozen part gives, on disk")
-    store_activations: bool = Field(False, description="the same network by ordinary means, for comparison")
+    micro_batch_size: int = Field(1, ge=1, description="examples per micro-batch of the frozen part")
+    cache_outputs: bool = Field(False, description="store the outputs of the frozen part on disk")
+    store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
     @model_validator(mode="after")
     def _cached_one_by_one(self) -> Self:
         if self.cache_outputs and self.micro_batch_size > 1:
-            raise ValueError("cache_outputs keeps what examples give one by one; leave micro_batch_size at 1")
+            raise ValueError("cache_outputs stores one example at a time; leave micro_batch_size at 1")
         return self
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Train the last blocks and the head; everything above the frozen part keeps what it must."""
+        """Train the last blocks and the head; the frozen part stores nothing."""
         found = split_before_last_blocks(model, self.num_blocks)
         if self.last_norm_statistics == "update":
             for block in found.blocks:
@@ -90,11 +91,11 @@ class Mobiletl(Technique):
             run_frozen_prefix(model, found.frozen_modules, self.micro_batch_size, cache_outputs=self.cache_outputs)
 
     def make_reference(self) -> "Mobiletl":
-        """The same network, every activation stored and no gradient approximated."""
+        """Return the same network with stored activations and exact gradients."""
         return self.model_copy(update={"store_activations": True})
 
     def _fold(self, model: nn.Module) -> None:
-        """Put plain layers back around what was learned."""
+        """Replace the special layers by plain ones with the same weights."""
         restore_plain_layers(model)
 
     def _trained(self, model: nn.Module, found: NetworkSplit) -> list[str]:

@@ -1,11 +1,12 @@
-"""QLoRA: LoRA beside layers whose frozen weights rest in four-bit NormalFloat.
+"""QLoRA: LoRA on a frozen base whose weights are stored in four-bit NormalFloat.
 
-What: the base's linear layers are stored as NF4 blocks with doubly quantised scales and expanded while they are used;
-the low-rank pair, and a classifier's new head, are trained in full precision.
-Saves: about three quarters of the weights' memory on top of what LoRA saves; activations stay as they are.
-Sends: what LoRA sends. The base never travels. The learning rate is LoRA's: by default about three times the usual one.
+What: the base's linear layers are stored as NF4 blocks with doubly quantised scales, and are dequantised while they are
+used. The low-rank pair and a classifier's new head are trained in full precision.
+Saves: about three quarters of the weights' memory, in addition to what LoRA saves. Activations stay as they are.
+Sends: what LoRA sends. The base is never sent. The learning rate is that of LoRA: by default about three times the
+usual one.
 Use when: the weights themselves do not fit the device.
-Avoid when: they fit: expanding four-bit weights costs time on a processor, and the base carries a rounding error.
+Avoid when: they fit. Dequantisation costs time on a processor, and the base has a rounding error.
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels by bitsandbytes.
 """
 
@@ -26,21 +27,21 @@ class Qlora(LowRankTechnique):
 
     name: ClassVar[str] = "qlora"
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "head-only": "the head is trained beside a low-rank pair anyway",
+        "head-only": "the head is already trained with the low-rank pairs",
         "full": "full trains the weights that qlora freezes",
-        "lora": "both put a low-rank pair beside the same layers",
+        "lora": "both add a low-rank pair to the same layers",
     }
 
     @model_validator(mode="after")
     def _base_is_not_writable(self) -> Self:
         if self.trained_factors == "both-and-base":
             raise ValueError(
-                "trained_factors: both-and-base writes into the base's weights, but four-bit ones are fixed; take lora"
+                "trained_factors: both-and-base changes the base weights, but four-bit weights are fixed; use lora"
             )
         return self
 
     def make_quantisation_config(self) -> Any:
-        """NF4 with double quantisation, computing in single precision."""
+        """NF4 with double quantisation; computes in single precision."""
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -1,20 +1,21 @@
-"""Selective recomputation: blocks keep the results of their matrix products and make the cheap rest a second time.
+"""Selective recomputation: blocks store the results of their matrix products and recompute the cheap operations.
 
-What: linear layers' outputs and the fused attention kernel's are kept; norms, activation functions, element-wise
-products, dropout and position factors run again in the backward pass, as do products over few terms (low-rank factors)
-and the unfused attention core with its scores, tokens x tokens a head. Gradients stay the same to the bit.
-Saves: what those cheap operations keep. Costs: next to no products, so most of the time that
-``gradient-checkpointing`` costs.
-Sends: what the technique beside it sends.
-Use when: the step almost fits, and time matters; most is gained where attention is unfused, as dropout inside it makes
-it on a processor, or where all weights are trained.
-Avoid when: it is far from fitting (``gradient-checkpointing`` and ``meft`` keep far less); or weights are frozen,
-attention is fused and the activation function is a plain one, as in a ViT with ``lora``: an ordinary step then keeps
-fewer bytes than all products come to, since some of them no gradient needs.
-Fits: transformers models with checkpointing of their own; convolutions inside blocks are made again.
+What: the outputs of linear layers and of the fused attention kernel are stored. The backward pass recomputes norms,
+activation functions, element-wise products, dropout and position factors. It also recomputes products with a small
+inner dimension (low-rank factors) and the unfused attention core with its scores, tokens x tokens per head. Gradients
+stay bit-equal.
+Saves: the activations that those cheap operations store.
+Costs: almost no matrix products are repeated, so most of the extra time of ``gradient-checkpointing`` is avoided.
+Sends: what the other technique sends.
+Use when: the step almost fits and time matters. It saves most if attention is unfused, which dropout inside attention
+causes on a processor, or if all weights are trained.
+Avoid when: the step is far from fitting (``gradient-checkpointing`` and ``meft`` store far less). Also avoid it if
+weights are frozen, attention is fused and the activation function is a plain one, as in a ViT with ``lora``. An
+ordinary step then stores less than the outputs of all products, because no gradient needs some of them.
+Fits: transformers models that support gradient checkpointing. Convolutions inside blocks are recomputed.
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section
-5, which recomputes the attention core. Deviation: a fused attention core keeps nothing quadratic and is left alone;
-what is recomputed in its place are the operations around the products.
+5, which recomputes the attention core. Deviation: a fused attention core stores nothing quadratic and is not
+recomputed. The operations around the products are recomputed instead.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe import TaskName
+from fedtune.recipe.schema import TaskName
 from fedtune.techniques._technique import Technique
 
 __all__ = ["SelectiveCheckpointing"]
@@ -50,29 +51,29 @@ _HOOKS = {_RESPECT: False} if _RESPECT in signature(checkpoint).parameters else 
 
 
 class SelectiveCheckpointing(Technique):
-    """Keep products, recompute what lies between them."""
+    """Store matrix products and recompute the operations between them."""
 
     name: ClassVar[str] = "selective-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
     conflicts_with: ClassVar[Mapping[str, str]] = {
-        "gradient-checkpointing": "both decide what the same blocks keep",
-        "meft": "reversible blocks keep nothing that could be recomputed",
+        "gradient-checkpointing": "both decide which activations the same blocks store",
+        "meft": "reversible blocks store no activations that could be recomputed",
     }
 
     max_recomputed_inner_dim: int = Field(
-        64, ge=0, description="products that sum at most so many terms are recomputed"
+        64, ge=0, description="products with at most this inner dimension are recomputed"
     )
 
     def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
-        """Switch on transformers' non-reentrant checkpointing with a choice of what is kept."""
+        """Enable transformers' non-reentrant checkpointing with a policy of what is stored."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-            raise ModelError(f"{type(model).__name__} has no blocks to recompute; leave selective-checkpointing out")
+            raise ModelError(f"{type(model).__name__} has no blocks to recompute; remove selective-checkpointing")
         contexts = partial(create_selective_checkpoint_contexts, partial(_policy, terms=self.max_recomputed_inner_dim))
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts, **_HOOKS})
         model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
 
     def make_reference(self) -> None:
-        """Stored activations give the same gradients."""
+        """Return the technique with stored activations, which has the same gradients."""
 
 
 def _policy(_: Any, operation: Any, *args: Any, terms: int, **__: Any) -> CheckpointPolicy:

@@ -1,8 +1,7 @@
 """The run store: what every run did, in tables any SQL database keeps."""
 
-from fedtune.tracking.access import Access
+from fedtune.tracking.access_control import Access
 from fedtune.tracking.database import default_url, file_url
-from fedtune.tracking.lock import claim_run, is_run_active
 from fedtune.tracking.records import (
     Assignment,
     AuditRecord,
@@ -16,6 +15,7 @@ from fedtune.tracking.records import (
     RunRecord,
     TokenRecord,
 )
+from fedtune.tracking.run_lock import claim_run, is_run_active
 from fedtune.tracking.store import Store, new_run_id
 
 __all__ = [

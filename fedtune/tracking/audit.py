@@ -23,7 +23,7 @@ class AuditLog:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def note(self, kind: str, who: str, what: str, source: str = "") -> int:
+    def write_line(self, kind: str, who: str, what: str, source: str = "") -> int:
         """Write a line; its number. ``source`` is the address or the device a refusal is blamed on."""
         row = {"at": datetime.now(UTC), "kind": kind, "who": clean_text(who, _WHO), "what": clean_text(what, _WHAT)}
         with writer(self._engine) as connection:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from fedtune import home
+from fedtune import paths
 from fedtune.errors import StoreError
 
 __all__ = ["default_url", "file_url", "get_sqlite_path", "make_engine", "reader", "translate_database_errors", "writer"]
@@ -31,7 +31,7 @@ _MEANING = {
 
 def default_url() -> str:
     """The SQLAlchemy URL of the default store: ``$FEDTUNE_STORE``, or a file in fedtune's home."""
-    return os.environ.get("FEDTUNE_STORE") or file_url(home.get_home_folder() / "store.sqlite")
+    return os.environ.get("FEDTUNE_STORE") or file_url(paths.get_home_folder() / "store.sqlite")
 
 
 def file_url(path: Path) -> str:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from fedtune import home
+from fedtune import paths
 from fedtune.errors import StoreError
-from fedtune.keeping import Keep
+from fedtune.recipe.checkpoint_settings import Keep
 from fedtune.tracking.records import RoundRecord
 from fedtune.tracking.store import Store
 
@@ -29,7 +29,7 @@ def prune(store: Store, run_id: str, keep: Keep) -> list[int]:
     gone = to_prune(unpruned, keep)
     for path in store.checkpoints.mark_pruned(run_id, gone):
         with suppress(OSError):
-            (home.get_runs_folder() / path).unlink(missing_ok=True)
+            (paths.get_runs_folder() / path).unlink(missing_ok=True)
     return gone
 
 
@@ -60,7 +60,7 @@ def remove_pruned(rounds: Sequence[RoundRecord]) -> None:
     for record in rounds:
         if record.checkpoint is not None and record.checkpoint.pruned:
             with suppress(OSError):
-                (home.get_runs_folder() / record.checkpoint.path).unlink(missing_ok=True)
+                (paths.get_runs_folder() / record.checkpoint.path).unlink(missing_ok=True)
 
 
 def kept_rounds(rounds: Sequence[RoundRecord]) -> list[int]:

@@ -3,11 +3,11 @@
 import json
 from contextlib import suppress
 
-from fedtune import checkpoint, home
+from fedtune import checkpoint, paths
 from fedtune.errors import StoreError
-from fedtune.tracking.lock import claim_run
 from fedtune.tracking.pruning import with_checkpoint
 from fedtune.tracking.records import RoundRecord
+from fedtune.tracking.run_lock import claim_run
 from fedtune.tracking.store import Store
 
 __all__ = ["rollback"]
@@ -35,7 +35,7 @@ def rollback(store: Store, reference: str, number: int) -> int:
         rounds = store.rounds(run.id)
         target = with_checkpoint(run.id, rounds, number).checkpoint
         assert target is not None
-        checkpoint.read_checkpoint(home.get_runs_folder() / target.path, target.sha256)
+        checkpoint.read_checkpoint(paths.get_runs_folder() / target.path, target.sha256)
         later = [record for record in rounds if record.number > number]
         if later:
             store.forget_rounds(run.id, number, f"rolled back to round {number}; {len(later)} rounds removed")
@@ -48,4 +48,4 @@ def _remove_checkpoints(records: list[RoundRecord]) -> None:
     for record in records:
         if record.checkpoint is not None:
             with suppress(OSError):
-                (home.get_runs_folder() / record.checkpoint.path).unlink()
+                (paths.get_runs_folder() / record.checkpoint.path).unlink()

@@ -10,13 +10,13 @@ from typing import Self
 from sqlalchemy import Connection, Engine, Select, delete, func, insert, select, update
 
 from fedtune.errors import StoreError
-from fedtune.tracking import rows, schema, tables
-from fedtune.tracking.access import Access
+from fedtune.tracking import rows, schema_version, tables
+from fedtune.tracking.access_control import Access
 from fedtune.tracking.checkpoint_rows import CheckpointRows
 from fedtune.tracking.compaction import shrink
 from fedtune.tracking.database import default_url, get_sqlite_path, make_engine, reader, writer
-from fedtune.tracking.lock import is_run_active
 from fedtune.tracking.records import MetricRecord, RoundRecord, RunRecord
+from fedtune.tracking.run_lock import is_run_active
 
 __all__ = ["Store", "new_run_id"]
 
@@ -41,7 +41,7 @@ class Store:
         """The store at a SQLAlchemy URL, by default ``default_url()``; created or upgraded when needed."""
         store = cls(make_engine(url or default_url()))
         try:
-            schema.prepare_schema(store._engine)
+            schema_version.prepare_schema(store._engine)
         except BaseException:
             store.close()
             raise

@@ -17,6 +17,7 @@ from fedtune.tracking.column_types import Flag, Measured, Utc, Words
 
 __all__ = [
     "ROUND_CHILD_TABLES",
+    "assignments",
     "audit",
     "checkpoints",
     "client_scores",
@@ -27,7 +28,6 @@ __all__ = [
     "operators",
     "rounds",
     "runs",
-    "seats",
     "tokens",
 ]
 
@@ -128,7 +128,7 @@ client_scores = Table(
 
 ROUND_CHILD_TABLES = (contributions, metrics, checkpoints, client_scores)
 
-seats = Table(
+assignments = Table(
     "seats",
     metadata,
     Column("run_id", String(64), primary_key=True),

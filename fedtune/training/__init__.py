@@ -1,19 +1,19 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
-from fedtune.training.evaluate import Metric, evaluate_model
-from fedtune.training.loop import (
+from fedtune.training.batches import total_steps
+from fedtune.training.cpu_threads import use_cpu_threads
+from fedtune.training.device_classes import get_received_shapes, list_tensors_of_round
+from fedtune.training.evaluation import Metric, evaluate_model
+from fedtune.training.local_training import (
     LocalTrainingResult,
     apply_optimiser_step,
     compute_step_loss,
     set_train_mode,
     train_local_model,
 )
-from fedtune.training.order import total_steps
-from fedtune.training.parts import get_received_shapes, list_tensors_of_round
+from fedtune.training.model_state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
 from fedtune.training.received_state import score_received
-from fedtune.training.state import get_model_state, get_tensor_shapes, named_tensors, precise, set_model_state
-from fedtune.training.threads import use_cpu_threads
-from fedtune.training.workshop import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
+from fedtune.training.run_context import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
 
 __all__ = [
     "LocalTrainingResult",

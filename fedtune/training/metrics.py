@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import RecipeError
-from fedtune.explain import suggest_nearest
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.validation_errors import suggest_nearest
 
-__all__ = ["Metric", "check_metrics", "known", "load_metrics", "measure", "register"]
+__all__ = ["Metric", "check_metrics", "list_metric_names", "load_metrics", "measure", "register"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -32,7 +32,7 @@ def register(name: str, metric: Metric) -> None:
     _registered[name] = metric
 
 
-def known() -> list[str]:
+def list_metric_names() -> list[str]:
     """The names of all metrics, in order."""
     return sorted({*_BUILT_IN, *_registered, *_published()})
 
@@ -65,7 +65,8 @@ def _find(name: str) -> Metric:
         return _built_in(name)
     if name not in _published():
         raise RecipeError(
-            f"evaluation.metrics: there is no {name!r}; {suggest_nearest(name, known())}", code="metric-unavailable"
+            f"evaluation.metrics: there is no {name!r}; {suggest_nearest(name, list_metric_names())}",
+            code="metric-unavailable",
         )
     found: Metric = _published()[name]()
     return found

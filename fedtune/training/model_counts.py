@@ -2,7 +2,7 @@
 
 from fedtune import merging
 from fedtune.errors import RecipeError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["check_model_counts"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, ModelError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 
 __all__ = ["require_readable"]
 

@@ -7,17 +7,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.contribution import HoldoutMetrics
 from fedtune.data import EncodedDataset
 from fedtune.errors import ClientUpdateError
-from fedtune.recipe import Recipe
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique, begin_round
 from fedtune.techniques import list_local_tensors as own_names
-from fedtune.training.evaluate import score_held_out
-from fedtune.training.held_out import split_holdout
-from fedtune.training.state import set_model_state
-from fedtune.training.threads import use_cpu_threads
+from fedtune.training.cpu_threads import use_cpu_threads
+from fedtune.training.evaluation import score_held_out
+from fedtune.training.holdout_split import split_holdout
+from fedtune.training.model_state import set_model_state
+from fedtune.wire.client_update import HoldoutMetrics
 
 __all__ = ["receive_state", "score_received"]
 

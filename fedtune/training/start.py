@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedtune.training.state import get_model_state, named_tensors, precise
+from fedtune.training.model_state import get_model_state, named_tensors, precise
 
 __all__ = ["Start"]
 

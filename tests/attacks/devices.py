@@ -13,11 +13,11 @@ from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequ
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.cli.connection import connect_to_server
-from fedtune.device import records
-from fedtune.device.fleet import make_signed_headers
+from fedtune.cli.operator_client import connect_to_server
 from fedtune.errors import ServerError
-from fedtune.server.operators import write_operator_file
+from fedtune.flower import train_messages
+from fedtune.flower.fleet_client import make_signed_headers
+from fedtune.server.operator_files import write_operator_file
 from fedtune.tracking import Store
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
@@ -127,7 +127,7 @@ def _push(scene: Scene, name: str, content: bytes) -> httpx.Response:
 
 def _bomb(scene: Scene) -> str:
     """5 MB on the wire that stand for 600."""
-    content = records.make_update_record(b"\0" * (120 * (5 << 20)), {"examples": 3})
+    content = train_messages.make_update_record(b"\0" * (120 * (5 << 20)), {"examples": 3})
     _announce(scene, content)
     objects = {name: one.deflate() for name, one in get_all_nested_objects(content).items()}
     told = ""

@@ -14,10 +14,10 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.contribution import ClientReport, decode_tensors, pack
-from fedtune.device import records
-from fedtune.device.fleet import FleetClient, _reply_metadata
 from fedtune.errors import ServerError
+from fedtune.flower import train_messages
+from fedtune.flower.fleet_client import FleetClient, make_reply_metadata
+from fedtune.wire.client_update import ClientReport, decode_tensors, pack
 from tests.attacks.scene import Attack, Scene
 from tests.federations import trivial
 from tests.servers import ended
@@ -56,7 +56,9 @@ def _large_answer(scene: Scene) -> str:
     """6 MB for an order that asks for some kilobytes."""
     [asked] = [message_from_proto(one) for one in _order(scene).messages_list]
     reply = make_message(
-        _reply_metadata(asked.metadata), records.make_update_record(bytes(range(250)) * (_LARGE // 250), {}), None
+        make_reply_metadata(asked.metadata),
+        train_messages.make_update_record(bytes(range(250)) * (_LARGE // 250), {}),
+        None,
     )
     reply.metadata.__dict__["_message_id"] = reply.object_id
     announced = PushMessagesRequest(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from fedtune.device.channel import Frame
-from fedtune.device.keeper import TrainerSupervisor
+from fedtune.device.trainer_channel import Frame
+from fedtune.device.trainer_supervisor import TrainerSupervisor
 from tests.attacks.scene import Attack, Scene
 
 __all__ = ["ATTACKS"]

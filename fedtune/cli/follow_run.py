@@ -1,0 +1,69 @@
+"""A run on a server, followed to its end: one line per round, and one if it waits."""
+
+import time
+from typing import Any
+
+import click
+
+from fedtune.cli.operator_client import OperatorClient
+from fedtune.errors import RunError
+from fedtune.untrusted import clean_text
+
+__all__ = ["follow_run"]
+
+_LOOK_SECONDS = 0.5
+_LONGEST_LINE = 2000
+_WORKING = ("queued", "running")
+
+
+def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Print what happens until a run ends, and return its newest state; RunError when it failed."""
+    show = (lambda _: None) if quiet else _show
+    last, said = -1, ""
+    while True:
+        found: dict[str, Any] = connection.request_json("GET", f"runs/{run}?after={last}")
+        run = found["id"]  # another may be the latest by the next look
+        for record in found["rounds"]:
+            show(f"round {record['number']}/{found['rounds_planned']}  {_summary(record, found)}")
+            last = record["number"]
+        if found["status"] not in _WORKING:
+            break
+        if found["reason"] and found["reason"] != said:
+            show(f"{found['status']}: {found['reason']}")
+        said = found["reason"]
+        time.sleep(_LOOK_SECONDS)
+    if found["status"] == "failed":
+        raise RunError(f"run {run} failed: {found['reason']}")
+    show(f"run {run} is {found['status']}" + (f": {found['reason']}" if found["reason"] else ""))
+    return found
+
+
+def _show(line: str) -> None:
+    """A line that may quote what a device said."""
+    click.echo(clean_text(line, _LONGEST_LINE))
+
+
+def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:
+    """A round in one line, from its document."""
+    sent = record["contributions"]
+    merged = sum(contribution["status"] == "merged" for contribution in sent)
+    words = [f"{merged}/{len(sent)} devices"] if sent else ["before training"]
+    absent = [f"{one['device']} {one['status']}" for one in sent if one["status"] != "merged"]
+    words += [f"({', '.join(absent)})"] if absent else []
+    words += [
+        f"{metric['part']} {metric['name']} {metric['value']:.4f}"
+        for metric in run["metrics"]
+        if _shown(metric, record)
+    ]
+    words.append(f"{record['seconds']:.1f} s")
+    return "  ".join(words) + (f"  FAILED: {record['reason']}" if record["status"] == "failed" else "")
+
+
+def _shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
+    newest = metric["round"] == record["number"] and metric["domain"] == "all"
+    return (
+        newest
+        and metric["part"] in ("validation", "own")
+        and metric["name"] in ("accuracy", "perplexity")
+        and metric["value"] is not None
+    )

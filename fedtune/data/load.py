@@ -1,0 +1,138 @@
+"""The examples of a recipe in canonical columns and three parts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.data.columns import rename_columns
+from fedtune.data.decode import readable
+from fedtune.data.labels import encode_known_labels, encode_labels
+from fedtune.data.sources import read_data_source
+from fedtune.data.splits import number_groups, split_dataset
+from fedtune.data.table import Pictures, Table, concatenate
+from fedtune.errors import DataError
+from fedtune.recipe.schema import Recipe
+from fedtune.seeds import derive_seed
+
+__all__ = ["DataSplits", "load_all_examples", "load_data", "load_trainable_examples"]
+
+RESERVED_DOMAINS = frozenset({"all", "mean"})
+"""What scores over several domains are called."""
+LONGEST_DOMAIN = 255
+"""Characters of a domain's name that every database keeps."""
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
+
+    A natural split by a further column keeps that column under its own name. ``labels`` is empty for causal language
+    modelling. ``notes`` are sentences about what was guessed, left out or will tell nothing.
+    """
+
+    train: Table
+    validation: Table
+    test: Table
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load_data(recipe: Recipe, known: Sequence[str] = ()) -> DataSplits:
+    """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
+
+    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    """
+    source = recipe.data.source
+    found, notes = _found(recipe)
+    labels: tuple[str, ...] = ()
+    if recipe.task != "text-generation":
+        found, labels = encode_labels(found, source, known)
+    divided = split_dataset(recipe.data, found)
+    for part, table in divided.items():
+        _check(source, part, table)
+    train = (
+        divided["train"]
+        if recipe.data.max_train_examples is None
+        else _limited(recipe, divided["train"], recipe.data.max_train_examples)
+    )
+    told = (*notes, *_absent(source, divided, labels))
+    return DataSplits(train, divided["validation"], divided["test"], labels, told)
+
+
+def load_all_examples(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
+    """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
+    found = _labelled(recipe, labels)
+    whole = concatenate(list(found.values())) if part == "all" else split_dataset(recipe.data, found)[part]
+    _check(recipe.data.source, part, whole)
+    return whole
+
+
+def load_trainable_examples(recipe: Recipe, labels: Sequence[str]) -> Table:
+    """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
+    return _labelled(recipe, labels)["train"]
+
+
+def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Table]:
+    found, _ = _found(recipe)
+    if not labels:
+        return found
+    return {name: encode_known_labels(table, labels, recipe.data.source) for name, table in found.items()}
+
+
+def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
+    source = read_data_source(recipe.data)
+    found = {part: rename_columns(recipe, table) for part, table in source.parts.items()}
+    if not isinstance(found["train"].kinds.get("image"), Pictures):
+        return found, source.notes
+    lost: list[str] = []
+    for part, table in found.items():
+        found[part], names = readable(table, skip=recipe.data.skip_unreadable)
+        lost += names
+    if not lost:
+        return found, source.notes
+    note = f"{recipe.data.source}: {len(lost)} pictures cannot be read and are left out, among them {lost[0]}"
+    return found, (*source.notes, note)
+
+
+def _check(source: str, part: str, table: Table) -> None:
+    if not len(table):
+        raise DataError(f"{source}: the {part} part is empty; change data.splits or bring more data")
+    if "domain" in table.column_names:
+        _check_domains(source, table.unique("domain"))
+
+
+def _check_domains(source: str, domains: Sequence[str]) -> None:
+    """Scores are told by them."""
+    if taken := RESERVED_DOMAINS.intersection(domains):
+        raise DataError(f"{source}: a domain is called {min(taken)!r}, as summaries are; rename it")
+    if len(longest := max(domains, key=len)) > LONGEST_DOMAIN:
+        raise DataError(
+            f"{source}: the name of domain {longest[:40]!r}... has {len(longest)} characters, and {LONGEST_DOMAIN} are "
+            "kept; shorten it, or name another column"
+        )
+
+
+def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:
+    """A note for each part in which a class has no example."""
+    for part in ("train", "test") if labels else ():
+        counts = np.bincount(divided[part]["label"][:], minlength=len(labels))
+        absent = [label for label, count in zip(labels, counts, strict=True) if not count]
+        if absent:
+            several = f" and of {len(absent) - 1} more classes" if len(absent) > 1 else ""
+            means = "nothing is learned of it" if part == "train" else "its score tells nothing of it"
+            yield f"{source}: the {part} part has no example of class {absent[0]!r}{several}; {means}"
+
+
+def _limited(recipe: Recipe, train: Table, limit: int) -> Table:
+    """Whole groups in an order drawn from the seed, as many as fit."""
+    group = number_groups(train)
+    sizes = np.bincount(group)
+    order = np.random.default_rng(derive_seed(recipe.seed, "limit")).permutation(len(sizes))
+    kept = order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]
+    if not len(kept):
+        raise DataError(
+            f"data.max_train_examples is {limit}, but a group of {recipe.data.source} has {sizes[order[0]]} examples"
+        )
+    return train.select(np.flatnonzero(np.isin(group, kept)))

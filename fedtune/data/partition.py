@@ -1,0 +1,150 @@
+"""Training examples over clients: a partition that never cuts a group.
+
+Each kind of split maps groups to the client that owns them: [groups] -> [groups].
+"""
+
+import heapq
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from fedtune.data.by_class import by_class
+from fedtune.data.columns import get_canonical_column_name
+from fedtune.data.splits import number_groups
+from fedtune.data.table import Table
+from fedtune.errors import DataError
+from fedtune.recipe.schema import Dirichlet, EqualDirichlet, Iid, Natural, Recipe, Shards, Size
+from fedtune.seeds import derive_seed
+
+__all__ = ["partition_examples"]
+
+IntArray = NDArray[np.int64]
+
+
+def partition_examples(recipe: Recipe, train: Table) -> list[IntArray]:
+    """The sorted row numbers of each client; DataError when a client would have none."""
+    group = number_groups(train)
+    rng = np.random.default_rng(derive_seed(recipe.seed, "split"))
+    owner = _owners(recipe, train, group, rng)[group]
+    counts = np.bincount(owner, minlength=recipe.num_clients)
+    _check(recipe, counts)
+    return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts)[:-1])
+
+
+def _owners(recipe: Recipe, train: Table, group: IntArray, rng: Generator) -> IntArray:
+    kind, clients, sizes = recipe.data.partition, recipe.num_clients, np.bincount(group)
+    match kind:
+        case Iid():
+            return _deal(rng.permutation(len(sizes)), sizes, clients)
+        case Natural():
+            column = get_canonical_column_name(recipe, kind.column)
+            values = np.unique(np.asarray(train[column][:]), return_inverse=True)[1]
+            return _natural(_majority(group, values), sizes, clients, rng)
+        case Size():
+            labels = train["label"][:] if "label" in train.column_names else np.zeros(len(train), np.int64)
+            return _by_size(_majority(group, np.asarray(labels)), kind.exponent, clients, rng)
+        case Dirichlet():
+            return by_class(_majority(group, _labels(train, kind.kind)), sizes, kind, clients, rng)
+        case EqualDirichlet():
+            return _equal_dirichlet(_majority(group, _labels(train, kind.kind)), sizes, kind.alpha, clients, rng)
+        case Shards():
+            return _shards(_majority(group, _labels(train, kind.kind)), kind.shards_per_client, clients, rng)
+
+
+def _check(recipe: Recipe, counts: IntArray) -> None:
+    kind = recipe.data.partition
+    least = kind.min_examples if isinstance(kind, EqualDirichlet) else 1
+    short = np.flatnonzero(counts < least)
+    if len(short):
+        having = "no example" if least == 1 else f"fewer than {least} examples"
+        raise DataError(
+            f"client {short[0]} of {len(counts)} has {having} under the split {kind.kind!r}; "
+            "use fewer devices, more data or another data.partition"
+        )
+
+
+def _labels(train: Table, kind: str) -> IntArray:
+    if "label" not in train.column_names:
+        raise DataError(f"the split {kind!r} goes by labels, but these examples have none; use iid, size or natural")
+    return np.asarray(train["label"][:])
+
+
+def _majority(group: IntArray, values: IntArray) -> IntArray:
+    """The most frequent value in each group; the highest of several that are equally frequent."""
+    pairs, counts = np.unique(np.stack([group, values]), axis=1, return_counts=True)
+    order = np.argsort(counts, kind="stable")
+    common = np.zeros(group.max() + 1, np.int64)
+    common[pairs[0][order]] = pairs[1][order]  # later, more frequent ones overwrite earlier ones
+    return common
+
+
+def _deal(order: IntArray, sizes: IntArray, clients: int) -> IntArray:
+    """Each next group of ``order`` goes to the client with the fewest examples; -1 for groups not in ``order``."""
+    owner = np.full(len(sizes), -1, np.int64)
+    loads = [(0, client) for client in range(clients)]
+    for group in order:
+        load, client = loads[0]
+        owner[group] = client
+        heapq.heapreplace(loads, (load + int(sizes[group]), client))
+    return owner
+
+
+def _natural(values: IntArray, sizes: IntArray, clients: int, rng: Generator) -> IntArray:
+    """Values from large to small go to clients in turn; a value with several clients is dealt over them evenly."""
+    totals = np.bincount(values, weights=sizes)
+    owner = np.full(len(values), -1, np.int64)
+    for rank, value in enumerate(np.argsort(-totals, kind="stable")):
+        own = np.arange(rank, clients, len(totals)) if rank < clients else np.array([rank % clients])
+        members = np.flatnonzero(values == value)
+        owner[members] = own[_deal(rng.permutation(len(members)), sizes[members], len(own))]
+    return owner
+
+
+def _by_size(labels: IntArray, exponent: float, clients: int, rng: Generator) -> IntArray:
+    """Each label's groups in proportion to rank ** -exponent; what rounding owes a client carries to the next label."""
+    weights = np.arange(1, clients + 1) ** -exponent
+    weights /= weights.sum()
+    owner, owed = np.full(len(labels), -1, np.int64), np.zeros(clients)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        owed += weights * len(members)
+        counts = _round(owed, len(members))
+        owner[members] = np.repeat(np.arange(clients), counts)
+        owed -= counts
+    return owner
+
+
+def _round(shares: NDArray[np.float64], total: int) -> IntArray:
+    """Whole numbers >= 0 near the shares that add up to total: largest remainders first."""
+    counts = np.maximum(np.floor(shares), 0).astype(np.int64)
+    while (missing := total - counts.sum()) != 0:
+        rest = shares - counts
+        nearest = np.argsort(-rest if missing > 0 else np.where(counts > 0, rest, np.inf), kind="stable")
+        counts[nearest[: abs(missing)]] += np.sign(missing)
+    return counts
+
+
+def _equal_dirichlet(labels: IntArray, sizes: IntArray, alpha: float, clients: int, rng: Generator) -> IntArray:
+    """The client with the fewest examples takes a group of a label drawn from its own proportions, and so on."""
+    wishes = rng.dirichlet(np.full(labels.max() + 1, alpha), size=clients)
+    left = [list(rng.permutation(np.flatnonzero(labels == label))) for label in range(labels.max() + 1)]
+    owner, loads = np.full(len(labels), -1, np.int64), [(0, client) for client in range(clients)]
+    for _ in range(len(labels)):
+        load, client = loads[0]
+        open_labels = np.array([bool(groups) for groups in left])
+        wish = np.where(open_labels, wishes[client] + np.finfo(float).tiny, 0)
+        group = left[rng.choice(len(wish), p=wish / wish.sum())].pop()
+        owner[group] = client
+        heapq.heapreplace(loads, (load + int(sizes[group]), client))
+    return owner
+
+
+def _shards(labels: IntArray, per_client: int, clients: int, rng: Generator) -> IntArray:
+    """Groups sorted by label, shuffled within one, cut into equal shards; each client draws ``per_client`` of them."""
+    order = np.lexsort((rng.permutation(len(labels)), labels))
+    owner = np.full(len(labels), -1, np.int64)
+    drawn = np.repeat(np.arange(clients), per_client)[rng.permutation(clients * per_client)]
+    for client, shard in zip(drawn, np.array_split(order, len(drawn)), strict=True):
+        owner[shard] = client
+    return owner

@@ -1,0 +1,56 @@
+"""Train, validation and test: the source's own parts, or a stable hash of the group; the seed of a run has no say."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.table import Pictures, Table
+from fedtune.recipe.schema import DataSettings
+
+__all__ = ["number_groups", "split_dataset"]
+
+
+def split_dataset(data: DataSettings, found: Mapping[str, Table]) -> dict[str, Table]:
+    """The three parts; those the source lacks are cut from its training part, a whole group at a time."""
+    divided, start = dict(found), 0.0
+    shares = {"test": data.splits.test, "validation": data.splits.validation}
+    lacking = [part for part in shares if part not in found]
+    if not lacking:
+        return divided
+    places = _places(found["train"])
+    for part in lacking:
+        inside = (start <= places) & (places < start + shares[part])
+        divided[part] = found["train"].select(np.flatnonzero(inside))
+        start += shares[part]
+    divided["train"] = found["train"].select(np.flatnonzero(places >= start))
+    return divided
+
+
+def number_groups(table: Table) -> NDArray[np.int64]:
+    """The group of each row, numbered from 0; a row is its own group where the data has none."""
+    if "group" not in table.column_names:
+        return np.arange(len(table))
+    return np.unique(np.asarray(table["group"][:]), return_inverse=True)[1].astype(np.int64)
+
+
+def _places(table: Table) -> NDArray[np.float64]:
+    """A number in [0, 1) per row from its group, or else from its content, so that copies of a row stay together."""
+    contents = (group.encode() for group in table["group"]) if "group" in table.column_names else _contents(table)
+    return np.array([_place(content) for content in contents])
+
+
+def _place(content: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
+
+
+def _contents(table: Table) -> Iterator[bytes]:
+    if "text" in table.column_names:
+        yield from (text.encode() for text in table["text"])
+    elif isinstance(table.kinds["image"], Pictures):
+        for stored in table.pictures():
+            yield stored["bytes"] or Path(stored["path"]).read_bytes()
+    else:
+        yield from (image.tobytes() for image in table.greys().astype(np.uint8))

@@ -1,0 +1,84 @@
+"""What a device trains with: the recipe's model and its own examples, built for a recipe once and kept warm."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune import data
+from fedtune.errors import DataError
+from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
+from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
+from fedtune.training.metrics import load_metrics
+from fedtune.wire.client_update import FEWEST, TrainRequest
+
+__all__ = ["LocalData", "summarise_local_data"]
+
+Rows = NDArray[np.int64]
+
+
+class LocalData:
+    """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or part:I of the recipe's own split."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._key: tuple[str, str] | None = None
+        self._held: tuple[RunContext, Rows] | None = None
+
+    def get_context(self, order: TrainRequest) -> tuple[RunContext, Rows]:
+        """The workshop for an order and the rows of its training part that are this device's."""
+        recipe = Recipe.model_validate_json(order.recipe).get_client_recipe(order.client)
+        key = (recipe.model_dump_json(), order.labels)
+        if self._held is None or self._key != key:
+            self._held = None  # the last model is let go of before the next is loaded
+            clear_run_context()
+            if recipe.evaluation.local_holdout:
+                load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
+            if self._source.startswith("part:"):
+                self._held = _part(recipe, self._source)
+            else:
+                self._held = _own(recipe, tuple(json.loads(order.labels)), self._source)
+            self._key = key
+        return self._held
+
+
+def summarise_local_data(shop: RunContext, rows: Rows) -> dict[str, int | dict[str, int]]:
+    """What the operator may know of a device's data: how many examples, and how many of each class.
+
+    Classes with fewer than :data:`fedtune.wire.client_update.FEWEST` examples are left out: a count of one or two
+    points at single examples. Nothing where the device adds noise to what it sends, since it does not trust the
+    operator with counts either.
+    """
+    if shop.recipe.privacy is not None and shop.recipe.privacy.noise_added_by == "clients":
+        return {}
+    return {"examples": len(rows), "labels": _counts(shop.corpus.train, shop.corpus.label_names, rows)}
+
+
+def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str, int]:
+    if not labels:
+        return {}
+    counted: Mapping[int, int] = Counter(np.asarray(train["label"][:])[rows].tolist())
+    return {name: counted[number] for number, name in enumerate(labels) if counted[number] >= FEWEST}
+
+
+def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
+    shop = get_run_context(recipe.model_dump_json())
+    number = source.removeprefix("part:")
+    if not number.isdecimal() or int(number) >= len(shop.client_rows):
+        raise DataError(f"--data {source} is none of the recipe's {len(shop.client_rows)} parts; count from part:0")
+    return shop, shop.client_rows[int(number)]
+
+
+def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
+    """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
+    columns = recipe.data.columns.model_dump(include={"text", "image", "label", "split"})
+    skip = recipe.data.skip_unreadable
+    chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
+    recipe = recipe.model_copy(update={"data": chosen})
+    examples = data.load_trainable_examples(recipe, labels)
+    nothing = examples.select([])
+    corpus = data.DataSplits(examples, nothing, nothing, labels)
+    model, techniques, shared = prepare_model(recipe, labels)
+    return RunContext(recipe, corpus, model, techniques, shared), np.arange(len(examples))

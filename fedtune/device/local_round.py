@@ -1,0 +1,98 @@
+"""One client's round as a function of what it is sent: in a simulation and on a device alike."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune.data import EncodedDataset
+from fedtune.device import local_state
+from fedtune.device.held_base import with_base
+from fedtune.device.private_update import make_update_private, redact_report
+from fedtune.memory import peak_rss, reset_peak_rss
+from fedtune.training import RunContext, get_tensor_shapes, score_received, train_local_model
+from fedtune.training.holdout_split import count_held_out
+from fedtune.wire.client_update import FEWEST, ClientReport, HoldoutMetrics, TrainRequest, decode_tensors, pack
+from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
+from fedtune.wire.stored_state import StoredState
+
+__all__ = ["read_payload", "run_local_round"]
+
+
+def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
+    """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
+    sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
+    return decode_masked_state(sent, get_tensor_shapes(shop.for_client(client).model))
+
+
+def run_local_round(
+    order: TrainRequest,
+    state: Mapping[str, Tensor],
+    shop: RunContext,
+    rows: NDArray[np.int64],
+    folder: Path,
+    micro: int | None = None,
+) -> tuple[bytes, ClientReport]:
+    """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
+
+    An order to score brings no deltas, and a report of scores alone.
+
+    What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
+    through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
+    """
+    part = shop.for_client(order.client)
+    if order.scoring:
+        return pack({}), _scored(order, state, part, shop.train, rows, folder)
+    state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
+    outcome = train_local_model(
+        part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
+    )
+    if outcome.local_tensors:
+        local_state.save_local_state(folder, order.round, outcome.local_tensors)
+    held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
+    loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
+    scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
+    cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
+    report = ClientReport(*cost, micro_batch=micro or 0, **scores)
+    deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
+    if privacy is None:
+        return pack({**deltas, **outcome.extra_payload}), report
+    sent = make_update_private(deltas, outcome.extra_payload, privacy, order, folder)
+    return pack(sent), redact_report(report) if privacy.noise_added_by == "clients" else report
+
+
+def _scored(
+    order: TrainRequest,
+    state: Mapping[str, Tensor],
+    part: RunContext,
+    data: EncodedDataset,
+    rows: NDArray[np.int64],
+    folder: Path,
+) -> ClientReport:
+    """The report of a client that scores the state after a round; with privacy no score leaves it."""
+    started, recipe = time.perf_counter(), part.recipe
+    reset_peak_rss()
+    own = _own(part, folder, order.round + 1)
+    score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
+    tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
+    figures = _told(score) if tells else {}
+    return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
+
+
+def _own(part: RunContext, folder: Path, before: int) -> dict[str, Tensor]:
+    """What the client keeps for itself, as it is before a round."""
+    return {**part.local_tensors, **local_state.load_local_state(folder, before)} if part.local_tensors else {}
+
+
+def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[str, Any]:
+    """Fields of a report; with nothing held out there is nothing to tell."""
+    if not before.num_predictions:
+        return {}
+    first = {"own_predictions": before.num_predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
+    trained = {} if after is None else {"own_after": [after.loss, after.accuracy, *after.more]}
+    return {**first, "own_more": list(before.more), **trained}

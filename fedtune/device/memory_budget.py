@@ -1,0 +1,114 @@
+"""How a round fits the memory a device allows, told before it trains."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedtune.errors import MemoryBudgetError
+from fedtune.memory import StorageMeter
+from fedtune.recipe.schema import Train
+from fedtune.techniques import begin_round, begin_step, list_trainable_tensors
+from fedtune.training import RunContext, compute_step_loss, get_tensor_shapes, set_train_mode, use_cpu_threads
+from fedtune.training.micro_batches import can_split_batch
+
+__all__ = ["MemoryEstimate", "choose_micro_batch_size", "estimate_memory"]
+
+_MOMENTS = {"sgd": 0.0, "adamw": 2.0}
+_MOMENTS_8BIT = 0.5
+"""Values an optimiser keeps for each trained one."""
+_AFTERWARDS = 2.0
+"""Values for each trained one when training is over: the delta, and the payload made of it."""
+_ALLOCATOR = 0.5
+"""Values for each trained one that the allocator holds on to, as seen with models of many layers."""
+
+
+class MemoryEstimate(NamedTuple):
+    """Resident bytes a round will reach: whatever the batch, and for each example that goes through the model."""
+
+    fixed_bytes: float
+    bytes_per_example: float
+
+    def estimate_total_bytes(self, examples: int) -> int:
+        """With so many examples at a time."""
+        return math.ceil(self.fixed_bytes + self.bytes_per_example * examples)
+
+
+def choose_micro_batch_size(
+    shop: RunContext, rows: NDArray[np.int64], number: int, budget: int, halvings: int = 0
+) -> int | None:
+    """The most examples at a time with which round ``number`` fits ``budget`` bytes; None for the batch as it is.
+
+    The batch is halved until it fits, and ``halvings`` times at least, as far as it can be. BudgetError when one
+    example is too many.
+    """
+    batch = min(shop.recipe.train.batch_size, len(rows))
+    needed = estimate_memory(shop, rows, number)
+    may_cut = can_split_batch(shop.model)
+    sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
+    for size in sizes[min(halvings, len(sizes) - 1) :]:
+        if needed.estimate_total_bytes(size) <= budget:
+            return None if size == batch else size
+    whole = "even one example at a time" if may_cut else "as its batch norms need whole batches"
+    raise MemoryBudgetError(
+        f"a step needs about {_megabytes(needed.estimate_total_bytes(sizes[-1]))} MB of memory, {whole}, "
+        f"and this device allows {_megabytes(budget)} MB",
+        code="memory-step",
+        counts={"needed_mb": _megabytes(needed.estimate_total_bytes(sizes[-1])), "allowed_mb": _megabytes(budget)},
+    )
+
+
+def estimate_memory(shop: RunContext, rows: NDArray[np.int64], number: int) -> MemoryEstimate:
+    """What is held now, what training adds, and what an example keeps.
+
+    A batch is extrapolated from what one and two of the longest examples keep, so that looking needs little itself.
+    """
+    model, settings = shop.model, shop.recipe.train
+    begin_round(shop.techniques, model, number)
+    count = sum(
+        math.prod(shape)
+        for name, shape in get_tensor_shapes(model).items()
+        if name in set(list_trainable_tensors(model))
+    )
+    added = 4 * (count * _per_trained(settings) + _mastered(model))
+    one, two = (_kept(shop, _longest(shop, rows, count), number) for count in (1, 2))
+    return MemoryEstimate(psutil.Process().memory_info().rss + added + 2 * one - two, two - one)
+
+
+def _per_trained(settings: Train) -> float:
+    """Values of four bytes for each trained one, beside itself: while it trains its gradient and moments."""
+    moments = _MOMENTS.get(settings.optimiser, _MOMENTS_8BIT) + (settings.momentum > 0)
+    return max(1 + moments, _AFTERWARDS) + _ALLOCATOR
+
+
+def _mastered(model: nn.Module) -> int:
+    """Trained values that have an fp32 master beside them."""
+    trained_ones = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(one.numel() for one in trained_ones if one.dtype in (torch.bfloat16, torch.float16))
+
+
+def _longest(shop: RunContext, rows: NDArray[np.int64], count: int) -> list[int]:
+    """The longest example, ``count`` times."""
+    lengths = shop.train.lengths
+    first = int(rows[0]) if lengths is None else int(rows[int(lengths[torch.from_numpy(rows)].argmax())])
+    return [first] * count
+
+
+def _kept(shop: RunContext, chosen: list[int], number: int) -> int:
+    """Bytes a step over some examples holds at its peak, beside gradients."""
+    batch = shop.train.make_batch(chosen)
+    set_train_mode(shop.model)
+    with use_cpu_threads(shop.recipe.train.threads), torch.random.fork_rng(devices=[]):
+        begin_step(shop.techniques, shop.model, batch, number / shop.recipe.federation.rounds)
+        with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
+            compute_step_loss(shop.model, batch).backward()
+    shop.model.zero_grad()
+    return meter.peak_bytes
+
+
+def _megabytes(count: int) -> int:
+    return round(count / 1e6)

@@ -1,0 +1,82 @@
+"""Calls that are made until they succeed: whatever happens to the server or the line, a device tries again."""
+
+import ssl
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import httpx
+
+from fedtune.device.backoff import Backoff
+from fedtune.errors import UnexpectedReplyError
+from fedtune.untrusted import clean_text
+
+__all__ = ["RECOVERED_MESSAGE", "RetryLoop", "unreachable"]
+
+Result = TypeVar("Result")
+RECOVERED_MESSAGE = "the server answers again"
+_STRANGER = 401
+
+
+class RetryLoop:
+    """``say`` hears of a trouble once, and of its end; ``reset_clock`` is called when the server knows us not."""
+
+    def __init__(self, say: Callable[[str], None], reset_clock: Callable[[], None]) -> None:
+        self._say, self._reset_clock = say, reset_clock
+        self.last_error = ""
+
+    def call_until_success(self, call: Callable[[], Result]) -> Result:
+        """What the call gives once it succeeds; only what is not about the server or the line comes through."""
+        backoff = Backoff()
+        while True:
+            try:
+                result = call()
+            except httpx.HTTPStatusError as error:
+                self._have(_refusal(error.response))
+                if error.response.status_code == _STRANGER:
+                    self._try_clock()
+            except httpx.RequestError as error:
+                self._have(unreachable(error))
+            except UnexpectedReplyError:
+                self._have("the server answers something else than fedtune; check its address and both versions")
+            else:
+                self._be_rid()
+                return result
+            time.sleep(backoff.choose_delay())
+
+    def _try_clock(self) -> None:
+        try:
+            self._reset_clock()
+        except (httpx.HTTPError, UnexpectedReplyError):
+            return
+
+    def _have(self, trouble: str) -> None:
+        if trouble != self.last_error:
+            self._say(f"{trouble}; trying again until it works")
+        self.last_error = trouble
+
+    def _be_rid(self) -> None:
+        if self.last_error:
+            self._say(RECOVERED_MESSAGE)
+        self.last_error = ""
+
+
+def unreachable(error: BaseException) -> str:
+    """Why there is no connection, where trying again will not help by itself: a certificate that does not hold."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return "the server cannot be reached"
+    return (
+        f"the server's certificate does not hold ({clean_text(cause.verify_message, 120)}); on the server: fedtune "
+        "server init --name NAME, then fedtune server up again"
+    )
+
+
+def _refusal(response: httpx.Response) -> str:
+    if response.status_code == _STRANGER:
+        return "the server does not know this device: it was removed, or another server is there now"
+    if response.is_server_error:
+        return f"the server has trouble of its own (HTTP {response.status_code})"
+    return f"the server refuses (HTTP {response.status_code}): {clean_text(response.text)}"

@@ -1,0 +1,1 @@
+"""Every use of Flower: its processes, its protocols and what it keeps private."""

@@ -1,0 +1,46 @@
+"""One run's process: Flower's ServerApp or simulation, through the SuperLink's socket.
+
+``python -P -m fedtune.flower.app_child KIND``, KIND as Flower's task types are called, with the run's token on
+standard input.
+"""
+
+import os
+import sys
+from pathlib import Path
+from queue import Queue
+
+from flwr.supercore.constant import TaskType
+from flwr.supercore.logger import mirror_output_to_queue, restore_output
+
+from fedtune.flower.unix_socket import ADDRESS, VARIABLE, reroute_all
+
+__all__: list[str] = []
+
+
+def main(kind: str, token: str, socket: Path) -> None:
+    """Carry the run out."""
+    reroute_all(socket)
+    output: Queue[str | None] = Queue()
+    mirror_output_to_queue(output)
+    if kind == TaskType.SIMULATION:
+        from flwr.simulation.app import run_simulation_process as run
+
+        from fedtune.flower.ray_working_folder import keep_working_folder_out
+
+        keep_working_folder_out()
+    else:
+        from flwr.superlink.runtime import run_serverapp as run
+    run(
+        ADDRESS,
+        output,
+        token,
+        insecure=True,
+        certificates=None,
+        parent_pid=os.getppid(),
+        runtime_dependency_install=False,
+    )
+    restore_output()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.stdin.read(), Path(os.environ[VARIABLE]))

@@ -1,0 +1,119 @@
+"""The part of Flower's Control API a server uses, through Flower's own client, which is private (flwr 1.41 and 1.42).
+
+It asks nobody for a key, so the SuperLink that serves it listens on a socket that only its owner can open.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.federation_config_pb2 import SimulationConfig
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClientInterceptor, ProtobufRequestContext
+
+from fedtune.errors import ServerError
+from fedtune.flower import app_bundle
+from fedtune.flower.unix_socket import ADDRESS, reroute
+
+__all__ = ["ControlClient", "FlowerRunStatus", "RetryOnceInterceptor"]
+
+
+@dataclass(frozen=True)
+class FlowerRunStatus:
+    """What the SuperLink says of a run: ``status`` is pending, starting, running or finished."""
+
+    status: str
+    outcome: str
+    details: str
+
+
+class RetryOnceInterceptor:
+    """Makes a call once more when the SuperLink hung up instead of reading it, as it does on lines idle for 5 s."""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """The answer to the first or the second call."""
+        try:
+            return call_next(context)
+        except httpx.RemoteProtocolError:
+            return call_next(context)
+
+
+class ControlClient:
+    """A connection to the SuperLink at a socket; every method raises ServerError when it cannot be reached."""
+
+    def __init__(self, socket: Path) -> None:
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="fedtune"),
+            RetryOnceInterceptor(),
+        ]
+        self._client = ControlHttpClient(f"http://{ADDRESS}", interceptors=interceptors)
+        reroute(self._client, socket)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._client.close()
+
+    def start_run(self, settings: dict[str, str], simulated: SimulationConfig | None = None) -> int:
+        """Start a run of fedtune's app with these settings, on devices or on ``simulated`` ones; its number."""
+        content, _ = build_fab_from_files(app_bundle.make_app_files())
+        fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+        config = user_config_to_proto(dict(settings))
+        request = StartRunRequest(fab=fab, override_config=config, override_federation_config=simulated)
+        with _reached():
+            answer = self._client.StartRun(request)
+        if not answer.HasField("run_id"):
+            raise ServerError("Flower's SuperLink did not take the run; see fedtune server logs")
+        return int(answer.run_id)
+
+    def get_run_status(self, number: int) -> FlowerRunStatus:
+        """How a run stands."""
+        with _reached():
+            found = self._client.ListRuns(ListRunsRequest(run_id=number)).run_dict[number].status
+        return FlowerRunStatus(found.status, found.sub_status, found.details)
+
+    def stop_run(self, number: int) -> None:
+        """End a run, unless it has ended."""
+        if self.get_run_status(number).status != "finished":
+            with _reached():
+                self._client.StopRun(StopRunRequest(run_id=number))
+
+    def register_node(self, public_key: bytes, name: str) -> int:
+        """Let a device in by its public key as PEM; its node number."""
+        with _reached():
+            return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+
+    def unregister_node(self, node: int) -> None:
+        """Shut a device out."""
+        with _reached():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def list_online_nodes(self) -> set[int]:
+        """Node numbers of the devices that are connected now."""
+        with _reached():
+            nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {int(node.node_id) for node in nodes if node.status == "online"}
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise ServerError(f"Flower's SuperLink refuses: {error.response.text.strip()[:300]}") from error
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerError(f"Flower's SuperLink cannot be reached ({error}); it is started again") from error

@@ -1,0 +1,92 @@
+"""One exchange with clients on a Flower grid: messages out, replies as they arrive, until all are in or time is up."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.wire.client_update import TrainRequest
+from fedtune.wire.protocol_codes import LACKS_BASE
+
+__all__ = ["lacks_base", "make_train_messages", "stream_replies"]
+
+
+def make_train_messages(
+    clients: Sequence[int], nodes: Sequence[int], order: TrainRequest, payload: bytes | Path
+) -> dict[int, Message]:
+    """The order to each client; client i lives on the i-th node. All share one copy of the state."""
+    state = _state(payload)
+    return {
+        client: Message(
+            RecordDict({**state, "order": ConfigRecord(_fields(replace(order, client=client)))}),
+            nodes[client],
+            MessageType.TRAIN,
+            group_id=str(order.round),
+        )
+        for client in clients
+    }
+
+
+def _fields(order: TrainRequest) -> dict[str, Any]:
+    """What travels of an order; fields that a device may not know yet, only where they say something."""
+    return {name: value for name, value in asdict(order).items() if name not in _ONLY_IF_WANTED or value}
+
+
+_ONLY_IF_WANTED = {"scoring", "base", "held"}
+
+
+def lacks_base(reply: Message) -> bool:
+    """Whether a device says that it does not hold the base weights that its order counts on."""
+    return reply.has_error() and reply.error.reason == LACKS_BASE
+
+
+def _state(payload: bytes | Path) -> dict[str, ArrayRecord | ConfigRecord]:
+    if isinstance(payload, Path):
+        return {"state_file": ConfigRecord({"path": str(payload)})}
+    return {"state": ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})}
+
+
+def stream_replies(
+    grid: Grid,
+    messages: Mapping[int, Message],
+    deadline: float | None,
+    poll: float,
+    removed: Callable[[int], None] = lambda _: None,
+    again: Callable[[int], Mapping[int, Message]] = lambda _: {},
+) -> Iterator[tuple[int, Message]]:
+    """Send the messages and yield (client, reply) in order of arrival for at most ``deadline`` seconds.
+
+    What is not here by then is late, also where waiting for it is what took the time: clients in turn in this process.
+    Nothing comes from a client whose message could not be sent, since its device has been removed; ``removed`` is told
+    of it. A reply to nothing that was sent is passed over. A device that lacks the base weights its order counts on is
+    sent what ``again`` gives.
+    """
+    end = float("inf") if deadline is None else time.monotonic() + deadline
+    again_asked: set[int] = set()
+    waiting = _push(grid, messages, removed)
+    while waiting and time.monotonic() < end:
+        arrived = list(grid.pull_messages(list(waiting)))
+        if time.monotonic() >= end:
+            return
+        for reply in arrived:
+            if (client := waiting.pop(reply.metadata.reply_to_message_id, -1)) < 0:
+                continue
+            if lacks_base(reply) and client not in again_asked:
+                again_asked.add(client)  # whatever it says next is its answer
+                waiting |= _push(grid, again(client), removed)
+            else:
+                yield client, reply
+        if not arrived:
+            time.sleep(poll)
+
+
+def _push(grid: Grid, messages: Mapping[int, Message], removed: Callable[[int], None]) -> dict[str, int]:
+    """Send messages; whose they are, by the numbers of those that were sent."""
+    sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
+    for client in (client for number, client in sent if not number):
+        removed(client)
+    return {number: client for number, client in sent if number}

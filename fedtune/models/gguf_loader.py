@@ -1,0 +1,44 @@
+"""GGUF files, dequantised once into the cache, under the hash of what they came from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedtune.errors import SourceError
+from fedtune.files import hash_file
+from fedtune.models.transformers_logging import silence_transformers
+from fedtune.paths import get_cache_folder
+from fedtune.sample_packages import make_folder_once
+
+__all__ = ["dequantise_gguf"]
+
+
+def dequantise_gguf(file: Path) -> Path:
+    """The folder with a GGUF model's dequantised float32 weights and its tokenizer."""
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise SourceError(f"{file} is not a GGUF file; check model.source")
+    folder = get_cache_folder() / "gguf" / hash_file(file)
+    make_folder_once(folder, lambda beside: _dequantise(file, beside), f"the weights of {file.name}")
+    return folder
+
+
+def _dequantise(file: Path, into: Path) -> None:
+    try:
+        with silence_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            _forget_quantisation(model)
+            model.save_pretrained(into)
+            tokenizer.save_pretrained(into)
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read as a language model: {error}; use a safetensors release") from error
+
+
+def _forget_quantisation(model: Any) -> None:
+    """The weights are plain tensors by now; with these marks left ``save_pretrained`` refuses."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config

@@ -1,0 +1,1 @@
+"""LoRA adapters are read, merged and written by their products."""

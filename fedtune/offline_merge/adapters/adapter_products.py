@@ -1,0 +1,92 @@
+"""The products of several adapters, module by module: rows as they are asked for, or small cores in common bases.
+
+With Q1 and Q2 orthonormal bases of all adapters' columns and rows, D_i = Q1 M_i Q2: every length and every angle among
+the products D_i is one among the cores M_i, whose sides are no longer than the ranks' sum.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import ModelError
+from fedtune.merging import MergeInput, Shape
+from fedtune.merging._factors import LowRankFactors
+from fedtune.offline_merge.adapters.lora_adapter import LoraAdapterReader
+
+__all__ = ["Products"]
+
+
+class _Bases(NamedTuple):
+    """Q1 [d, R], Q2 [R, k], and the factors of each adapter's core."""
+
+    q1: Tensor
+    q2: Tensor
+    cores: list[LowRankFactors]
+
+
+class _Reader(NamedTuple):
+    """Rows of one adapter's product, or of its core, by module."""
+
+    products: "Products"
+    number: int
+
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        return self.products.read_module(name)[self.number].compute_rows(start, stop).float()
+
+
+class Products:
+    """What merge steps read of adapters; ``small`` gives them the cores. One module is held at a time."""
+
+    def __init__(self, adapters: Sequence[LoraAdapterReader], small: bool) -> None:
+        self._adapters, self._small = adapters, small
+        self._read = lru_cache(1)(self._factors)
+        self._bases = lru_cache(1)(self._between)
+
+    def build_adapter_inputs(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[MergeInput]:
+        """One per adapter."""
+        told = enumerate(zip(weights, knobs, strict=True))
+        return [MergeInput(_Reader(self, number), weight, own) for number, (weight, own) in told]
+
+    def read_module(self, module: str) -> list[LowRankFactors]:
+        """Each adapter's product or core."""
+        return self._bases(module).cores if self._small else self._read(module)
+
+    def shape(self, module: str) -> Shape:
+        """Of the product or the core."""
+        one = self.read_module(module)[0]
+        return len(one.b), one.a.shape[1]
+
+    def scale(self, module: str) -> float:
+        """The first adapter's that has the module."""
+        return next((one.scale for one in self._read(module) if one.rank), 1.0)
+
+    def expand_core(self, module: str, factors: LowRankFactors) -> LowRankFactors:
+        """Factors of a product or core as factors of the product."""
+        if not self._small:
+            return factors
+        q1, q2, _ = self._bases(module)
+        return factors._replace(b=q1 @ factors.b, a=factors.a @ q2)
+
+    def _factors(self, module: str) -> list[LowRankFactors]:
+        """Every adapter's factors; of rank zero where it does not have the module."""
+        found = {number: one.read_factors(module) for number, one in enumerate(self._adapters) if module in one.modules}
+        first = next(iter(found.values()))
+        for number, one in found.items():
+            if (len(one.b), one.a.shape[1]) != (len(first.b), first.a.shape[1]):
+                folder = self._adapters[number].folder
+                raise ModelError(
+                    f"{folder} changes {module} in another shape than the others; give adapters of one base"
+                )
+        nothing = LowRankFactors(first.b[:, :0], first.a[:0])
+        return [found.get(number, nothing) for number in range(len(self._adapters))]
+
+    def _between(self, module: str) -> _Bases:
+        factors = self._read(module)
+        q1 = torch.linalg.qr(torch.cat([one.b.double() for one in factors], 1))[0]
+        q2 = torch.linalg.qr(torch.cat([one.a.double() for one in factors]).T)[0].T
+        return _Bases(
+            q1, q2, [LowRankFactors(q1.T @ one.b.double(), one.a.double() @ q2.T, one.scale) for one in factors]
+        )

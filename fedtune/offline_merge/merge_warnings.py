@@ -1,0 +1,68 @@
+"""Warnings about a merge from its measurements, one sentence each, for the terminal and for the card."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from fedtune.merging import ActivationRelaxStep, ActivationStatistics, RelaxStep, find_dominated_weights
+
+__all__ = ["RESULT_NAME", "warn_of_better_inputs", "warn_of_dominant_channels"]
+
+RESULT_NAME = "merged"
+"""Name of the result among the scored models."""
+_RISES = {"perplexity": False, "accuracy": True, "loss": False}
+"""Metrics that rank models, in order of preference, and whether higher is better."""
+_OVER = ("mean", "all")
+
+
+class _Figure(Protocol):
+    @property
+    def domain(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+
+
+class _Rank(NamedTuple):
+    better: float
+    told: str
+
+
+def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str, ActivationStatistics]) -> list[str]:
+    """Warn of weights with one dominant input channel, where a step that follows activity has almost no effect."""
+    found = []
+    for step in (step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs):
+        medians = find_dominated_weights(activity, step.peak_quantile)
+        if medians:
+            name = min(medians, key=lambda weight: medians[weight])
+            found.append(
+                f"{step.name} has almost no effect on {len(medians)} of {len(activity)} weights, because one input "
+                f"channel is far more active than the others (median relative activity {medians[name]:.1e} in "
+                f"{name}); set peak_quantile below 1"
+            )
+    return found
+
+
+def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
+    """Warn if an input or the base scores better than the result, over all domains if there are several."""
+    ranks = {model: rank for model, figures in scores.items() if (rank := _rank(figures)) is not None}
+    merged = ranks.pop(RESULT_NAME, None)
+    if merged is None or not ranks:
+        return []
+    best = max(ranks, key=lambda model: ranks[model].better)
+    if ranks[best].better <= merged.better:
+        return []
+    return [
+        f"{best} scores better than the merge: {ranks[best].told} against {merged.told}; "
+        "try another method, other weights or a smaller scale"
+    ]
+
+
+def _rank(figures: Sequence[_Figure]) -> _Rank | None:
+    values = {(one.name, one.domain): one.value for one in figures}
+    for name, rises in _RISES.items():
+        for domain in _OVER:
+            if (value := values.get((name, domain))) is not None:
+                told = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
+                return _Rank(value if rises else -value, told)
+    return None

@@ -1,0 +1,60 @@
+"""What tells that a folder's tensors are not the model's numbers, but codes that some scale turns into numbers."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.errors import SourceError
+from fedtune.offline_merge.json_file import read_json
+from fedtune.offline_merge.safetensors_layout import TensorInfo
+
+__all__ = ["check_plain"]
+
+_CONFIGS = ("quantization_config", "compression_config")
+_BESIDE = (
+    "_scale",
+    "_scale_inv",
+    "_scale_2",
+    "_zero_point",
+    "_packed",
+    ".SCB",
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    "_blocks",
+    "_scales",
+)
+"""How the tensors are called that stand beside a quantised weight or in its place."""
+_SMALL = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_MASK = 4
+"""Dimensions of a causal mask that older models keep as bytes."""
+
+
+def check_plain(folder: Path, origin: str, forms: Mapping[str, TensorInfo]) -> None:
+    """SourceError where config.json or the tensors tell of a quantisation."""
+    told = [str(found.get("quant_method", "a method it does not name")) for found in _told(_settings(folder))]
+    if told:
+        raise SourceError(f"{origin} is quantised by {told[0]}, which fedtune cannot undo; take the plain release")
+    small = [name for name, form in forms.items() if form.dtype in _SMALL and 2 <= len(form.shape) < _MASK]
+    beside = [name for name in forms if name.endswith(_BESIDE)]
+    codes = [name for name in small if not forms[name].dtype.is_floating_point]
+    if codes or (small and beside):
+        raise SourceError(
+            f"{origin} seems quantised (it holds {(beside or codes)[0]}), but config.json does not say how; take the "
+            "plain release"
+        )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json")
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every quantisation that the settings, or those of a part, tell of."""
+    for key, value in settings.items():
+        if key in _CONFIGS and value:
+            yield value if isinstance(value, dict) else {}
+        elif isinstance(value, dict):
+            yield from _told(value)

@@ -1,0 +1,82 @@
+"""Are a technique's gradients those of the same network with all activations stored?"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.seeds import derive_seed
+from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import compute_step_loss, prepare_model, set_model_state, set_train_mode
+
+__all__ = ["gradient_error"]
+
+Tensors = Mapping[str, Tensor]
+_ROUNDING = 2.0**-20
+
+
+def gradient_error(
+    recipe: Recipe, labels: Sequence[str], state: Tensors, batch: Tensors, rounds: Sequence[int]
+) -> float:
+    """The largest relative difference of any parameter's gradient in these rounds: max|a - b| / max|b|, 0 bit-equal.
+
+    ``a`` is the recipe's gradient and ``b`` its twin's, both from ``state`` and the same random numbers, with dropout.
+    """
+    model, chosen, _ = prepare_model(recipe, labels)
+    twin, twins, _ = prepare_model(_make_reference_recipe(recipe, chosen), labels)
+    for one in (model, twin):
+        set_model_state(one, state)
+    seed = derive_seed(recipe.seed, "profile")
+    return max(
+        _difference(_gradients(model, chosen, batch, number, seed), _gradients(twin, twins, batch, number, seed))
+        for number in rounds
+    )
+
+
+def _make_reference_recipe(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
+    """The recipe of the twin."""
+    twins = [twin for technique in chosen if (twin := technique.make_reference()) is not None]
+    units = [Unit(name=twin.name, settings=twin.model_dump(mode="json")) for twin in twins]
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
+
+
+def _gradients(
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int, seed: int
+) -> dict[str, Tensor]:
+    """Gradients of what is trained in a round; zeros where none arrived."""
+    begin_round(techniques, model, number)
+    set_train_mode(model)
+    model.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin_step(techniques, model, batch, 0.0)
+        compute_step_loss(model, batch).backward()
+    names = set(list_trainable_tensors(model))
+    found = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in found.items()}
+
+
+def _difference(found: Tensors, wanted: Tensors) -> float:
+    if found.keys() != wanted.keys():
+        odd = min(found.keys() ^ wanted.keys())
+        raise ModelError(f"{odd} is trained by the technique or by its twin with stored activations, but not by both")
+    scale = max(_largest(tensor) for tensor in wanted.values())
+    return max(_relative(name, found[name], wanted[name], scale) for name in wanted)
+
+
+def _relative(name: str, found: Tensor, wanted: Tensor, scale: float) -> float:
+    """Relative to the gradient's own largest entry, but to no less than what rounding leaves of ``scale``.
+
+    A bias that a softmax cancels has gradients that are nothing but rounding.
+    """
+    if torch.equal(found, wanted):
+        return 0.0
+    if not (bool(found.isfinite().all()) and bool(wanted.isfinite().all())):
+        raise ModelError(f"the gradient of {name} is not finite; lower train.lr")
+    return _largest(found.double() - wanted.double()) / (max(_largest(wanted), _ROUNDING * scale) or 1.0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -1,0 +1,58 @@
+"""Profile each case in a fresh process.
+
+Peak resident memory never falls, so a second case in the same process would report the peak of the first.
+"""
+
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
+
+from fedtune.errors import FedtuneError
+from fedtune.profiling.measure_step import profile_step
+from fedtune.profiling.profile_cases import ProfileCase
+from fedtune.profiling.profile_results import FailedProfile, ProfileResult
+
+__all__ = ["profile_in_subprocess", "try_profile"]
+
+
+def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
+    """Measure in a fresh process; whatever goes wrong in it ends as one sentence."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sending, case), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it leaves Ctrl-C to this process
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    sending.close()
+    try:
+        row: ProfileResult = receiving.recv()
+    except EOFError:
+        row = FailedProfile(case.technique, "its process was killed, perhaps for want of memory; try a smaller batch")
+    finally:
+        process.kill()
+        process.join()
+    return row
+
+
+def _send_result(sending: Connection, case: ProfileCase) -> None:
+    sending.send(try_profile(case))
+
+
+def try_profile(case: ProfileCase) -> ProfileResult:
+    """Measure in this process: the figures, or why there are none."""
+    try:
+        return profile_step(case)
+    except FedtuneError as error:
+        return FailedProfile(case.technique, str(error))
+    except Exception as error:
+        return FailedProfile(case.technique, _describe_error(error))
+
+
+def _describe_error(error: Exception) -> str:
+    """A fault nobody foresaw, with what torch says when memory is short put plainly."""
+    first = str(error).partition("\n")[0].strip()
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:
+        return "a step needs more memory than this machine has; try a smaller batch"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,128 @@
+"""Measuring one case in this process; only the first case a process measures has a true peak of resident memory."""
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
+from fedtune.profiling.gradient_check import gradient_error
+from fedtune.profiling.profile_cases import ProfileCase
+from fedtune.profiling.profile_results import StepProfile
+from fedtune.profiling.step_inputs import make_random_batch
+from fedtune.recipe.schema import Recipe, Train
+from fedtune.seeds import derive_seed
+from fedtune.techniques import StepInfo, Technique, begin_round, begin_step, list_trainable_tensors
+from fedtune.training import (
+    apply_optimiser_step,
+    compute_step_loss,
+    get_model_state,
+    prepare_model,
+    set_train_mode,
+    use_cpu_threads,
+)
+from fedtune.training.master_weights import make_stepper, masters_of
+from fedtune.training.start import Start
+from fedtune.wire.client_update import decode_tensors, pack
+from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
+
+__all__ = ["profile_step"]
+
+_TIMED = 3
+"""Steps whose median is told, after one that warms up."""
+
+Tensors = Mapping[str, Tensor]
+
+
+def profile_step(case: ProfileCase) -> StepProfile:
+    """Train a few steps, meter one, and compare gradients if the case asks for it; FedtuneError where it misfits."""
+    recipe = Recipe.model_validate_json(case.recipe)
+    with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "profile"))
+        figures, state, batch, rounds = _measure_case(case, recipe)
+        if not case.check_gradients:
+            return figures
+        return replace(figures, gradient_error=gradient_error(recipe, case.labels, state, batch, rounds))
+
+
+def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tensors, Tensors, list[int]]:
+    """The figures; then the state the steps led to, their batch, and the rounds that differ."""
+    model, chosen, shared = prepare_model(recipe, case.labels)
+    batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
+    rounds = _rounds(model, chosen)
+    gc.collect()
+    reset_peak_rss()
+    loaded = peak_rss()
+    seconds = [_measure_seconds(model, chosen, batch, recipe.train, number) for number in rounds]
+    rss = peak_rss()
+    held = [_measure_memory(model, chosen, batch, number) for number in rounds]
+    sent = [_measure_payload(model, chosen, number) for number in rounds]
+    state = get_model_state(model, shared)
+    figures = StepProfile(
+        technique=case.technique,
+        kept_bytes=max(kept for kept, _ in held),
+        peak_bytes=max(peak for _, peak in held),
+        rss_bytes=rss,
+        loaded_bytes=loaded,
+        seconds=max(seconds),
+        trainable=max(count for count, _ in sent),
+        wire_bytes=max(up for _, up in sent),
+        down_bytes=len(pack(encode_masked_state(state))),
+    )
+    return figures, state, batch, rounds
+
+
+def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
+    """Round 1, and round 2 if something else is trained in it."""
+    trained_in = []
+    for number in (1, 2):
+        begin_round(techniques, model, number)
+        trained_in.append(list_trainable_tensors(model))
+    return [1] if trained_in[0] == trained_in[1] else [1, 2]
+
+
+def _measure_seconds(
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, settings: Train, number: int
+) -> float:
+    """Median seconds of a whole step in a round, as a device takes it."""
+    begin_round(techniques, model, number)
+    set_train_mode(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
+    seconds = []
+    for _ in range(1 + _TIMED):
+        started = time.perf_counter()
+        begin_step(techniques, model, batch, 0.0)
+        compute_step_loss(model, batch).backward()
+        apply_optimiser_step(
+            model, techniques, optimiser, parameters, settings, StepInfo(number, 0, 1, settings.lr, settings.lr)
+        )
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _measure_memory(model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int) -> tuple[int, int]:
+    """Bytes kept when the forward pass ends, and the most held in the forward and backward pass."""
+    begin_round(techniques, model, number)
+    set_train_mode(model)
+    with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
+        begin_step(techniques, model, batch, 0.0)
+        loss = compute_step_loss(model, batch)
+        kept = meter.current_bytes
+        loss.backward()
+    model.zero_grad()
+    return kept, meter.peak_bytes
+
+
+def _measure_payload(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
+    """Parameters trained in a round, and bytes of the payload that goes up after it."""
+    begin_round(techniques, model, number)
+    names = list_trainable_tensors(model)
+    held = [name for technique in techniques for name in technique.list_server_held_tensors(model)]
+    found = find_masks(get_model_state(model, [*names, *held]))
+    deltas = select_active_values(get_model_state(model, names), found)
+    return sum(delta.numel() for delta in deltas.values()), len(pack(deltas))

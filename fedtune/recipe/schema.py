@@ -1,0 +1,240 @@
+"""What a run is: one frozen pydantic model, stored whole with the run."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ByteSize, Field, field_validator, model_validator
+
+from fedtune.recipe.checkpoint_settings import Checkpoints, Keep
+from fedtune.recipe.data_settings import (
+    ColumnSettings,
+    DataSettings,
+    Dirichlet,
+    EqualDirichlet,
+    Iid,
+    Natural,
+    PartitionSettings,
+    Shards,
+    Size,
+    SplitFractions,
+)
+from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
+from fedtune.recipe.preprocessor_settings import Preprocessor
+from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.train_settings import Optimiser, Train, Unit, split_joined
+from fedtune.recipe.versions import needs_translation, translate_recipe
+
+__all__ = [
+    "Asynchronous",
+    "Checkpoints",
+    "ClientSelection",
+    "ColumnSettings",
+    "DataSettings",
+    "DeviceClass",
+    "Dirichlet",
+    "EqualDirichlet",
+    "EvaluationSettings",
+    "Federation",
+    "Iid",
+    "Keep",
+    "ModelSettings",
+    "Natural",
+    "Optimiser",
+    "PartitionSettings",
+    "Preprocessor",
+    "PrivacySettings",
+    "Recipe",
+    "SettingsModel",
+    "Shards",
+    "Size",
+    "SplitFractions",
+    "Tag",
+    "TaskName",
+    "Train",
+    "Unit",
+    "split_joined",
+]
+
+Dtype = Literal["float32", "bfloat16"]
+TaskName = Literal["text-classification", "text-generation", "image-classification"]
+
+
+class ModelSettings(SettingsModel):
+    """The pretrained model everything is a delta to."""
+
+    source: str = Field(description="hub:ID, path:FOLDER, gguf:FILE, sample:NAME or run:ID[@ROUND]")
+    dtype: Dtype = "float32"
+    preprocessor: Preprocessor | None = Field(None, description="how pictures are read; by default as its folder says")
+
+
+_OWN = ("techniques", "batch_size", "dtype")
+
+
+class DeviceClass(SettingsModel):
+    """Devices of one kind: how many, the memory each allows a training step, and what they do otherwise than ``train``.
+
+    What they train must be a part of what ``train.techniques`` shares; low-rank pairs may be narrower.
+    """
+
+    name: str = "device"
+    count: int = Field(ge=1)
+    memory: ByteSize = Field(ByteSize(1_000_000_000), description="e.g. 512MB or 2GiB")
+    techniques: list[Unit] | None = Field(None, min_length=1, description="in place of train.techniques")
+    batch_size: int | None = Field(None, ge=1, description="in place of train.batch_size")
+    dtype: Dtype | None = Field(None, description="in place of model.dtype")
+    tags: list[Tag] = Field([], description="what federation.selection goes by in a simulation")
+    examples_per_second: float | None = Field(
+        None, gt=0, description="examples a second in a simulation's time; without it a deadline is never missed"
+    )
+    spread: float = Field(0.25, ge=0, le=2, description="standard deviation of the logarithm of a simulated duration")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a simulated client never answers a round")
+
+    @field_validator("techniques", mode="before")
+    @classmethod
+    def _split_joined_techniques(cls, value: Any) -> Any:
+        return split_joined(value)
+
+    @property
+    def overridden_settings(self) -> tuple[str, ...]:
+        """Names of the settings it has of its own."""
+        return tuple(name for name in _OWN if getattr(self, name) is not None)
+
+
+class EvaluationSettings(SettingsModel):
+    """Validation after every so many rounds; the test part is scored once, at the end."""
+
+    every_n_rounds: int = Field(1, ge=1)
+    max_examples: int | None = Field(
+        None, ge=1, description="validation examples scored before the last round, drawn by seed; without it all"
+    )
+    batch_size: int = Field(64, ge=1)
+    local_holdout: float = Field(
+        0.0, ge=0, le=0.5, description="share of its examples each client keeps to score the model on"
+    )
+    metrics: list[str] = Field([], max_length=16, description="beside accuracy and loss: f1, auc, balanced-accuracy")
+    clients: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="so many clients, or all, score each evaluated round's result on what they hold out"
+    )
+
+    @model_validator(mode="after")
+    def _clients_have_examples(self) -> Self:
+        if self.clients is not None and not self.local_holdout:
+            raise ValueError(
+                "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2"
+            )
+        return self
+
+
+class PrivacySettings(SettingsModel):
+    """What the weights may tell of any one client: bounded contributions, all of equal weight, and Gaussian noise."""
+
+    clipping_norm: float = Field(gt=0, description="L2 norm each client's whole contribution is scaled down to")
+    noise_multiplier: float = Field(
+        gt=0, description="standard deviation over clipping_norm: of the sum, or of each with noise_added_by: clients"
+    )
+    noise_added_by: Literal["server", "clients"] = Field("server", description="who adds the noise, and is trusted to")
+    target_delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
+
+
+class Recipe(SettingsModel):
+    """What to do: the whole of a run, apart from where it is executed.
+
+    Keys and values of version 1 are translated, see ``fedtune.recipe.versions``.
+    """
+
+    version: Literal[2] = 2
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    task: TaskName
+    model: ModelSettings
+    data: DataSettings
+    devices: list[DeviceClass] = Field(min_length=1)
+    train: Train
+    federation: Federation
+    merge: list[Unit] = Field([Unit(name="mean")], min_length=1)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoints: Checkpoints = Checkpoints()
+    privacy: PrivacySettings | None = None
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_version_1(cls, value: Any) -> Any:
+        return translate_recipe(value) if needs_translation(value) else value
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients in the federation."""
+        return sum(device.count for device in self.devices)
+
+    @property
+    def cohort_size(self) -> int:
+        """Number of clients sampled each round."""
+        return self.federation.clients_per_round or max(1, round(self.num_clients * self.federation.fraction_train))
+
+    def get_device_class(self, client: int) -> DeviceClass:
+        """The device class of client 0, 1, ..., in the order the recipe lists them."""
+        for device in self.devices:
+            if client < device.count:
+                return device
+            client -= device.count
+        raise IndexError("more clients than devices")
+
+    def get_client_recipe(self, client: int) -> Self:
+        """What one client carries out: its device class's own settings in place of the recipe's."""
+        return self.apply_device_class(self.get_device_class(client))
+
+    def apply_device_class(self, device: DeviceClass) -> Self:
+        """The recipe as one device class carries it out; no class has settings of its own any more."""
+        none = dict.fromkeys(_OWN)
+        train = {
+            "techniques": device.techniques or self.train.techniques,
+            "batch_size": device.batch_size or self.train.batch_size,
+        }
+        return self.model_copy(
+            update={
+                "devices": [each.model_copy(update=none) for each in self.devices],
+                "train": self.train.model_copy(update=train),
+                "model": self.model.model_copy(update={"dtype": device.dtype or self.model.dtype}),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _device_classes_differ_by_name(self) -> Self:
+        names = [device.name for device in self.devices]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice and any(device.overridden_settings for device in self.devices):
+            raise ValueError(
+                f"devices: two classes are called {twice[0]}; name them apart to give one its own settings"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_ends(self) -> Self:
+        dropping = [device.name for device in self.devices if device.dropout]
+        if dropping and self.federation.deadline is None:
+            raise ValueError(
+                f"devices: {dropping[0]} has a dropout, and without federation.deadline a round would wait for ever"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if self.cohort_size > self.num_clients:
+            raise ValueError(
+                f"federation.clients_per_round is {self.cohort_size}, but devices has only {self.num_clients}"
+            )
+        if self.federation.quorum > self.cohort_size:
+            raise ValueError(f"federation.quorum is above the {self.cohort_size} clients sampled each round")
+        scorers = self.evaluation.clients
+        if isinstance(scorers, int) and scorers > self.num_clients:
+            raise ValueError(f"evaluation.clients is {scorers}, but devices has only {self.num_clients}")
+        if self.federation.take_first is not None and self.federation.take_first > self.cohort_size:
+            raise ValueError(
+                f"federation.take_first is {self.federation.take_first}, above the {self.cohort_size} clients "
+                "sampled each round"
+            )
+        if self.federation.asynchronous is not None and self.federation.asynchronous.buffer_size > self.num_clients:
+            raise ValueError(
+                f"federation.asynchronous.buffer_size is {self.federation.asynchronous.buffer_size}, above the "
+                f"{self.num_clients} clients"
+            )
+        return self

@@ -1,0 +1,99 @@
+"""The part of a recipe that says how one client trains in one round, with which techniques."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.versions import translate_unit
+
+__all__ = ["Optimiser", "Train", "Unit", "split_joined"]
+
+
+class Unit(SettingsModel):
+    """A technique or a merge step by name, with its settings: ``lora`` or ``lora: {rank: 8}``."""
+
+    name: str
+    settings: dict[str, Any] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        value = translate_unit(value)
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and len(value) == 1 and "name" not in value:
+            [(name, settings)] = value.items()
+            return {"name": name, "settings": settings or {}}
+        return value
+
+    @model_serializer
+    def _to_yaml(self) -> dict[str, Any]:
+        return {self.name: self.settings}
+
+
+def split_joined(value: Any) -> Any:
+    """Names joined by ``+`` as a list; anything else as it is."""
+    return value.split("+") if isinstance(value, str) else value
+
+
+Optimiser = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
+
+
+def _accept_optimizer(value: Any) -> Any:
+    """The optimiser may be spelt with a z; a key under both names is left, so that one of them is refused."""
+    if not isinstance(value, Mapping) or "optimizer" not in value or "optimiser" in value:
+        return value
+    return {"optimiser" if key == "optimizer" else key: entry for key, entry in value.items()}
+
+
+class Train(SettingsModel):
+    """The local loop one client runs in one round."""
+
+    techniques: list[Unit] = Field([Unit(name="full")], min_length=1)
+    optimiser: Optimiser = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="over all rounds of the run")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd; it begins at nothing in every round")
+    nesterov: bool = Field(False, description="sgd with Nesterov's momentum")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="largest gradient norm; not with sgd, where nothing is clipped unless this is given"
+    )
+    batch_size: int = Field(16, ge=1)
+    max_length: int = Field(128, ge=2, description="tokens a text is cut to")
+    group_by_length: bool = Field(False, description="batches of texts of like length: less padding, less time")
+    image_size: int | None = Field(
+        None, ge=8, description="side in pixels an image is scaled to; by default the model's"
+    )
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1, description="processor threads per client; part of what makes bits repeat")
+
+    @field_validator("techniques", mode="before")
+    @classmethod
+    def _split_joined_techniques(cls, value: Any) -> Any:
+        return split_joined(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_sgd_is_not_clipped(cls, value: Any) -> Any:
+        value = _accept_optimizer(value)
+        plain = isinstance(value, Mapping) and value.get("optimiser") == "sgd" and "max_grad_norm" not in value
+        return {**value, "max_grad_norm": None} if plain else value
+
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> Self:
+        if self.optimiser != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov are settings of sgd, but optimiser is {self.optimiser}; drop them")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum, e.g. momentum: 0.9")
+        return self
+
+    @model_validator(mode="after")
+    def _one_measure_of_work(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("say either local_steps or local_epochs, exactly one of them")
+        return self

@@ -1,0 +1,66 @@
+"""Published units by name: one file in a folder is one unit, found by listing the folder, never by import order."""
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fedtune.errors import RecipeError
+from fedtune.recipe.schema import SettingsModel, Unit
+from fedtune.recipe.validation_errors import explain_validation_error, suggest_nearest
+
+__all__ = ["NamedUnit", "build_unit", "describe_unit_settings", "list_unit_names", "read_unit_card"]
+
+
+class NamedUnit(SettingsModel):
+    """A unit that is its own settings; ``name`` is what recipes call it."""
+
+    name: ClassVar[str]
+
+
+def list_unit_names(package: str) -> list[str]:
+    """The published names in a package: its modules' file names with dashes; private modules are not units."""
+    folder = importlib.import_module(package).__path__
+    return sorted(found.name.replace("_", "-") for found in pkgutil.iter_modules(folder) if found.name[0] != "_")
+
+
+def build_unit(package: str, unit: Unit, where: str) -> Any:
+    """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
+    chosen = _class(package, unit.name, where)
+    try:
+        return chosen.model_validate(unit.settings)
+    except ValidationError as error:
+        raise RecipeError(explain_validation_error(error, chosen, f"{where}, {unit.name}")) from error
+
+
+def read_unit_card(package: str, name: str) -> str:
+    """The docstring of the module that publishes a unit."""
+    _class(package, name, package.rsplit(".", 1)[-1])
+    return importlib.import_module(f"{package}.{name.replace('-', '_')}").__doc__ or ""
+
+
+def _class(package: str, name: str, where: str) -> type[NamedUnit]:
+    known = list_unit_names(package)
+    if name not in known:
+        raise RecipeError(f"{where}: there is no {name!r}; {suggest_nearest(name, known)}")
+    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    [found] = [item for item in vars(module).values() if _publishes(item, module.__name__)]
+    return found  # type: ignore[no-any-return]
+
+
+def _publishes(item: object, module: str) -> bool:
+    return isinstance(item, type) and issubclass(item, NamedUnit) and item.__module__ == module
+
+
+def describe_unit_settings(package: str, name: str) -> list[str]:
+    """A unit's knobs, one line each: name, type, default and what it means."""
+    fields = _class(package, name, package.rsplit(".", 1)[-1]).model_fields
+    return [_line(key, field) for key, field in fields.items()]
+
+
+def _line(key: str, field: FieldInfo) -> str:
+    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
+    text = kind or str(field.annotation).replace("typing.", "")
+    return f"{key}: {text} = {field.default}" + (f"   {field.description}" if field.description else "")

@@ -1,0 +1,104 @@
+"""YAML read within bounds: a few hundred bytes of aliases can stand for more values than any memory holds."""
+
+from typing import Any
+
+import yaml
+
+from fedtune.recipe.validation_errors import Location
+
+__all__ = ["YamlError", "documents", "load", "load_with_lines"]
+
+_LONGEST = 1 << 18
+"""Characters of a document: PyYAML reads about 100,000 a second."""
+_MOST_VALUES = 20_000
+"""Values of a document once every alias is written out; the longest recipes and merge documents have a few hundred."""
+
+
+class YamlError(ValueError):
+    """A text that is no YAML, or more of it than settings need; the message says which, without naming the text."""
+
+
+def load(text: str) -> Any:
+    """The value of a document of one value; YamlError otherwise."""
+    return load_with_lines(text)[0]
+
+
+def load_with_lines(text: str) -> tuple[Any, dict[Location, int]]:
+    """The value, and the line (from 1) of every key and list item; YamlError for no YAML, or too much of it."""
+    _check_length(text)
+    try:
+        return _read(yaml.SafeLoader(text))
+    except YamlError:
+        raise
+    except RecursionError as error:
+        raise YamlError("is not YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also a date that is none
+        raise YamlError(f"is not YAML: {' '.join(str(error).split())}") from error
+
+
+def documents(text: str) -> list[str]:
+    """The documents in a text that are not empty, each where it stood, so that its lines keep their numbers.
+
+    A text without one is itself the only one; YamlError for no YAML, or too much of it.
+    """
+    _check_length(text)
+    found: list[str] = []
+    first, lines, filled = 0, 0, False
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.DocumentStartEvent) and event.start_mark is not None:
+                begin, filled = event.start_mark, False
+                first, lines = begin.index - begin.column, begin.line
+            elif isinstance(event, yaml.DocumentEndEvent) and event.end_mark is not None:
+                found += ["\n" * lines + text[first : event.end_mark.index]] if filled else []
+            elif not (isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0]):
+                filled = True
+    except yaml.YAMLError as error:
+        raise YamlError(f"is not YAML: {' '.join(str(error).split())}") from error
+    return found or [text]
+
+
+def _check_length(text: str) -> None:
+    if len(text) > _LONGEST:
+        raise YamlError(f"holds {len(text)} characters, and {_LONGEST} are allowed; write less")
+
+
+def _read(loader: yaml.SafeLoader) -> tuple[Any, dict[Location, int]]:
+    node = loader.get_single_node()
+    if node is None:
+        return None, {}
+    if _values(node, {}) > _MOST_VALUES:
+        raise YamlError(f"stands for more than {_MOST_VALUES} values once its aliases are written out; use fewer")
+    lines = _lines(node)  # first, since constructing works merge keys into the nodes
+    return loader.construct_document(node), lines
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; each node is counted once, however often an alias names it."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        children = [child for pair in _pairs(node) for child in pair]
+        known[id(node)] = 1 + sum(_values(child, known) for child in children)
+    elif not known[id(node)]:
+        raise YamlError("is not YAML: an alias stands inside itself")
+    return known[id(node)]
+
+
+def _pairs(node: yaml.Node) -> list[tuple[yaml.Node, ...]]:
+    if isinstance(node, yaml.MappingNode):
+        return list(node.value)
+    return [(child,) for child in node.value] if isinstance(node, yaml.SequenceNode) else []
+
+
+def _lines(node: yaml.Node, at: Location = ()) -> dict[Location, int]:
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key.value, key, child) for key, child in node.value if isinstance(key, yaml.ScalarNode)]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(index, child, child) for index, child in enumerate(node.value)]
+    else:
+        return {}
+    found: dict[Location, int] = {}
+    for key, marked, child in pairs:
+        found[(*at, key)] = marked.start_mark.line + 1
+        found |= _lines(child, (*at, key))
+    return found

@@ -1,0 +1,102 @@
+"""What each device class is sent and asked for in a round, and how what it sends comes to fit the shared state."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedtune import merging, techniques
+from fedtune.files import write_bytes_atomically
+from fedtune.training import RunContext, get_received_shapes, get_tensor_shapes, list_tensors_of_round
+from fedtune.training.uploaded_statistics import declare_uploaded_statistics
+from fedtune.wire.client_update import ClientUpdate, LowRankPair, TensorSpec, decode_tensors, pack
+from fedtune.wire.masked_weights import encode_masked_state
+
+__all__ = [
+    "ClassPayload",
+    "RoundPayloads",
+    "State",
+    "list_trainable_tensors",
+    "make_class_payload",
+    "pad_update_to_shared_rank",
+]
+
+State = Mapping[str, Tensor]
+_BYTES = {"F32": 4, "I32": 4, "I64": 8, "U8": 1, "F16": 2, "BF16": 2, "F64": 8}
+_HEADER, _HEADER_ENTRY = 1024, 256
+"""Bytes of a safetensors header: once, and per tensor beside its name, each letter of which may be an escape."""
+
+
+@dataclass(frozen=True)
+class ClassPayload:
+    """One class's state as it goes down, and the shapes and forms of what must come up."""
+
+    wire: State
+    expected_shapes: Mapping[str, tuple[int, ...]]
+    extra_payload_specs: Mapping[str, TensorSpec]
+
+    @property
+    def values(self) -> int:
+        """How many values the deltas of an update have together."""
+        return sum(math.prod(shape) for shape in self.expected_shapes.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """The size that no update of this round exceeds: its tensors, and a generous header that names them."""
+        forms = {name: TensorSpec(shape) for name, shape in self.expected_shapes.items()} | dict(
+            self.extra_payload_specs
+        )
+        values = sum(math.prod(form.shape) * _BYTES[form.dtype] for form in forms.values())
+        return values + _HEADER + sum(_HEADER_ENTRY + 6 * len(name) for name in forms)
+
+
+def make_class_payload(shop: RunContext, part: RunContext, state: State, number: int) -> ClassPayload:
+    """Of round ``number``, for clients that train with ``part``, which may be the whole workshop itself."""
+    wire = encode_masked_state(state if part is shop else _narrowed(shop, part, state))
+    expected = {name: tuple(wire[name].shape) for name in list_tensors_of_round(part, number)}
+    extras = techniques.declare_extra_payload(part.techniques, part.model, number)
+    return ClassPayload(wire, expected, extras | declare_uploaded_statistics(part.model, part.recipe, expected))
+
+
+class RoundPayloads:
+    """What each client is sent and asked for in round ``number``; clients of one device class share it."""
+
+    def __init__(self, shop: RunContext, state: State, number: int) -> None:
+        self.number, self.state = number, state
+        self._shop = shop
+        self._made: dict[int, ClassPayload] = {}
+
+    def get_for_client(self, client: int) -> ClassPayload:
+        """A client's, made when the first of its class is asked for."""
+        part = self._shop.for_client(client)
+        if id(part) not in self._made:
+            self._made[id(part)] = make_class_payload(self._shop, part, self.state, self.number)
+        return self._made[id(part)]
+
+
+def list_trainable_tensors(shop: RunContext, number: int) -> list[str]:
+    """Names of the tensors that any class trains, and so sends back, in a round."""
+    named = dict.fromkeys(list_tensors_of_round(shop, number))
+    for part in shop.by_device_class.values():
+        named |= dict.fromkeys(list_tensors_of_round(part, number))
+    return list(named)
+
+
+def pad_update_to_shared_rank(shop: RunContext, part: RunContext, sent: ClientUpdate) -> None:
+    """Bring the low-rank pairs of a contribution to the shared rank, in its file."""
+    if part is not shop:
+        deltas = decode_tensors(sent.path.read_bytes())
+        write_bytes_atomically(
+            sent.path, pack(merging.pad_to_rank(deltas, get_tensor_shapes(shop.model), *_pairs(shop, part)))
+        )
+
+
+def _narrowed(shop: RunContext, part: RunContext, state: State) -> dict[str, Tensor]:
+    return merging.truncate_to_rank(state, get_received_shapes(shop, part), *_pairs(shop, part))
+
+
+def _pairs(shop: RunContext, part: RunContext) -> tuple[list[LowRankPair], list[LowRankPair]]:
+    return techniques.list_low_rank_pairs(shop.techniques, shop.model), techniques.list_low_rank_pairs(
+        part.techniques, part.model
+    )

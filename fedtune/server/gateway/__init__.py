@@ -1,0 +1,1 @@
+"""The gateway serves devices and operators over HTTPS and refuses all other requests."""

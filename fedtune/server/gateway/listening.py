@@ -1,0 +1,89 @@
+"""Where the door listens: its socket, its protocol, and how many files and connections there may be."""
+
+import asyncio
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+
+from fedtune.errors import ServerError
+from fedtune.server.gateway.connections import AT_A_TIME, Connections, Listener, peer
+from fedtune.server.gateway.http_line import make_watched_protocol
+from fedtune.server.gateway.refusal import AuditLog
+from fedtune.server.gateway.tls_errors import make_reporting_ssl_class
+from fedtune.server.server_home import ServerHome
+
+__all__ = ["config_of", "connections_of", "open_listening_socket"]
+
+_MOST_FILES, _OWN_FILES = 1 << 16, 256
+"""Open files that are asked for, and those that are not connections."""
+_MOST_CONNECTIONS = 2048
+"""A TLS connection holds about 100 kB."""
+_REST_SECONDS = 75
+
+
+@contextmanager
+def open_listening_socket(place: ServerHome) -> Iterator[Listener]:
+    """The socket; ServerError where nobody can listen."""
+    host, port = place.settings.address
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.create_server((host, port), family=family)
+        listener = Listener(made.family, made.type, made.proto, fileno=made.detach())
+    except OSError as error:
+        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}; change listen in server.yaml") from error
+    with listener:
+        yield listener
+
+
+def connections_of(place: ServerHome, audit: AuditLog) -> Connections:
+    """As many connections as the settings and the system allow; each has a line to the SuperLink beside it."""
+    total = min(_MOST_CONNECTIONS, (_raise_file_limit() - _OWN_FILES) // 2)
+    return Connections(place.settings.connections, total, _in_background(audit))
+
+
+def config_of(app: Starlette, place: ServerHome, audit: AuditLog, connections: Connections) -> uvicorn.Config:
+    """How uvicorn serves the door; failed TLS connections are told to the audit with their address."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",  # its transports close the sockets they are given, which are counted
+        http=make_watched_protocol(connections),
+        backlog=AT_A_TIME,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=_REST_SECONDS,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(place.certificate_file),
+        ssl_keyfile=str(place.key_file),
+    )
+    config.load()
+    assert config.ssl is not None
+    tell = _in_background(audit)
+    config.ssl.sslobject_class = make_reporting_ssl_class(
+        lambda error: tell(peer.get(), f"no TLS connection came about: {error.reason or error}")
+    )
+    return config
+
+
+def _in_background(audit: AuditLog) -> Callable[[str, str], None]:
+    """Connections are made and cut in the event loop, which must not wait for the store."""
+
+    def tell(address: str, sentence: str) -> None:
+        asyncio.get_running_loop().run_in_executor(None, audit.record_refusal, address, sentence)
+
+    return tell
+
+
+def _raise_file_limit() -> int:
+    """Let this process and its children have as many files open as the system allows them; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most

@@ -1,0 +1,143 @@
+"""What operators ask: runs submitted, listed, followed, stopped, resumed; devices seen, tagged, removed."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from fedtune.flower.control_client import ControlClient
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.validation_errors import explain_validation_error
+from fedtune.server.gateway.access_api import read_tags
+from fedtune.server.gateway.authentication import Authenticator
+from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
+from fedtune.server.presence import Presence
+from fedtune.server.privacy_accounting import require_privacy_accountant
+from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.run_manager import RunManager
+from fedtune.tracking import DeviceRecord, RunRecord, Store
+from fedtune.tracking.run_json import make_run_document
+
+__all__ = ["OperatorApi", "device_to_json"]
+
+
+@dataclass(frozen=True)
+class OperatorApi:
+    """The operator's side of the door; ``who`` is the name of an operator that was let in."""
+
+    store: Store
+    manager: RunManager
+    presence: Presence
+    guard: Authenticator
+    audit: AuditLog
+    control: Callable[[], ControlClient]
+    check: RecipeCheck
+
+    def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
+        """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
+        try:
+            recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
+        except ValidationError as error:
+            raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
+        require_privacy_accountant(recipe)
+        run = self.manager.submit_run(self.check.whole(recipe))
+        self.audit.record_action(who, f"run {run} submitted")
+        return {"run": run}
+
+    def list_runs(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
+        """All runs, newest first, without their rounds."""
+        return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
+
+    def get_run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
+        """One run with its rounds after number ``after``, and who is which client."""
+        run = self.store.run(request.path_params["run"])
+        after = _number(request.query_params.get("after", "-1"))
+        rounds = self.store.rounds(run.id, after)
+        seats = [asdict(seat) for seat in self.store.access.list_assignments(run.id)]
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
+
+    def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """End a run that is queued or running."""
+        run = self.manager.stop_run(request.path_params["run"])
+        self.audit.record_action(who, f"run {run} stopped")
+        return {"run": run}
+
+    def rollback(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
+        """Take a run back to one of its rounds."""
+        number = sent.get("round") if isinstance(sent, dict) else None
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise RequestRefusedError(400, "a rollback needs the number of a round, 0 or more", who)
+        run, removed = self.manager.rollback(request.path_params["run"], number)
+        self.audit.record_action(who, f"run {run} rolled back to round {number}; {removed} rounds removed")
+        return {"run": run, "round": number, "removed": removed}
+
+    def resume_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """Queue a run again that was stopped or failed."""
+        run = self.manager.resume_run(request.path_params["run"])
+        self.audit.record_action(who, f"run {run} resumed")
+        return {"run": run}
+
+    def list_devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
+        """Enrolled devices, and whether they are connected."""
+        devices = self.store.access.devices()
+        there = {found.name for found in self.presence.list_connected_devices(devices)}
+        return {"devices": [device_to_json(found, found.name in there) for found in devices]}
+
+    def change_device_tags(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
+        """Give a device tags and take others from it."""
+        name, given = request.path_params["device"], sent if isinstance(sent, dict) else {}
+        tags = self.store.access.change_device_tags(
+            name, read_tags(given.get("add", [])), read_tags(given.get("remove", []))
+        )
+        self.audit.record_action(who, f"device {name} is tagged {', '.join(tags) or 'with nothing'}")
+        return {"device": name, "tags": tags}
+
+    def release(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """End a device's quarantine."""
+        name = request.path_params["device"]
+        released = self.store.access.release_device(name)
+        if released:
+            self.audit.record_action(who, f"device {name} released from quarantine")
+        return {"device": name, "released": released}
+
+    def remove_device(self, who: str, request: Request, _: Any) -> dict[str, Any]:
+        """Shut a device out for good; its key is worthless from now on."""
+        found = self.store.access.device(request.path_params["device"])
+        if found is None:
+            raise RequestRefusedError(
+                404, f"there is no device {request.path_params['device']!r}; list them first", who
+            )
+        self.control().unregister_node(int(found.node))
+        self.store.access.remove_device(found.name)
+        self.guard.clear_device_cache()
+        self.audit.record_action(who, f"device {found.name} removed")
+        return {"device": found.name}
+
+    def _as_planned(self, run: RunRecord) -> RunRecord:
+        """A run between two attempts is not interrupted: this server carries it on."""
+        return self.manager.get_recorded_run(run)
+
+
+def device_to_json(found: DeviceRecord, online: bool) -> dict[str, Any]:
+    """A device as JSON, without its key."""
+    return {
+        "name": found.name,
+        "online": online,
+        "enrolled": found.enrolled.isoformat(),
+        "seen": found.seen.isoformat() if found.seen else None,
+        "profile": json.loads(found.profile),
+        "tags": found.tags,
+        "quarantined": found.quarantined,
+    }
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        raise RequestRefusedError(
+            400, f"after={text[:40]} is not a round's number; leave it out, or give a whole number"
+        )
+    return int(text)

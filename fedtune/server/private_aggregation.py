@@ -1,0 +1,65 @@
+"""What a server does where the recipe asks for privacy: believe no norm, weigh all alike, add noise to the mean."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtune import paths
+from fedtune.files import hash_file
+from fedtune.merging import MergeContext, MergePipeline, RelaxStep
+from fedtune.privacy import NormalStream, compute_max_update_norm, compute_mean_noise_std, load_or_create_noise_key
+from fedtune.recipe.schema import Recipe
+from fedtune.wire.client_update import ClientUpdate
+
+__all__ = ["append_noise_step", "get_norm_limit", "weight_clients_equally"]
+
+
+def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> tuple[float | None, str]:
+    """The norm above which a contribution is refused, and the recipe's key that says so."""
+    if recipe.privacy is None:
+        return recipe.federation.max_update_norm, "federation.max_update_norm"
+    return compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes)), "privacy.clipping_norm"
+
+
+def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """With privacy every contribution counts the same: weights by examples would tell, and would not be bounded."""
+    if recipe.privacy is None:
+        return list(contributions)
+    return [replace(one, num_examples=1) for one in contributions]
+
+
+class NoiseStep(RelaxStep):
+    """The last step of a merge: noise on the merged delta, before any rounding to the weights it is added to."""
+
+    name: ClassVar[str] = "noise"
+    noise_std: float
+    secret: bytes = Field(repr=False)
+    purpose: tuple[int | str, ...]
+
+    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
+        """The rows with noise of their own."""
+        width = delta[0].numel() if delta.dim() else 1
+        return NormalStream(self.secret, *self.purpose, name).add_noise(delta, start * width, self.noise_std)
+
+
+def append_noise_step(
+    recipe: Recipe, pipeline: MergePipeline, run: str, number: int, contributions: Sequence[ClientUpdate]
+) -> MergePipeline:
+    """The merge, with noise for the mean of these contributions at its end where the server is to add it.
+
+    It comes from the run's secret, which stays in the run's folder, and from what is merged: a resumed round has the
+    same bits, and no two different sums ever have the same noise.
+    """
+    if recipe.privacy is None or recipe.privacy.noise_added_by == "clients":
+        return pipeline
+    content = hashlib.sha256("".join(hash_file(one.path) for one in contributions).encode()).hexdigest()
+    each = compute_mean_noise_std(recipe.privacy, len(contributions))
+    noise = NoiseStep(
+        noise_std=each, secret=load_or_create_noise_key(paths.get_runs_folder() / run), purpose=(run, number, content)
+    )
+    return pipeline._replace(relax=(*pipeline.relax, noise))

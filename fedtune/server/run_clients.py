@@ -1,0 +1,92 @@
+"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedtune.errors import RunError
+from fedtune.flower.guarded_grid import GuardedGrid
+from fedtune.recipe.schema import Recipe
+from fedtune.server.scheduling.round_scheduler import DEVICE_REMOVED
+from fedtune.server.selection import list_eligible_clients
+from fedtune.tracking import Assignment
+
+__all__ = ["RunClients", "wait_for_clients"]
+
+_PATIENCE = 120.0
+"""Seconds until too few devices for a round are given up."""
+_PATIENCE_FOR_ALL = 30.0
+"""Seconds until a round may begin without devices that are away."""
+_LOOK_SECONDS = 0.2
+_REMOTE_POLL_SECONDS = 0.2
+
+
+def _any_size(most: int) -> None:
+    """A grid inside this process holds replies in memory already; they are measured when they are received."""
+
+
+@dataclass(frozen=True)
+class RunClients:
+    """Node and name of each client, by its number, and seconds between two looks for replies.
+
+    With ``shares_disk`` clients read the server's files: they are processes of one simulation. ``deployed`` ones are
+    devices. ``expect`` is told the most bytes that a reply may have.
+    """
+
+    node_ids: Sequence[int]
+    device_names: Sequence[str]
+    poll: float = 0.01
+    shares_disk: bool = False
+    removed: Callable[[], Collection[int]] = tuple
+    """Clients whose device is shut out now; asked where a round misses answers."""
+    deployed: bool = False
+    eligible: Sequence[int] = ()
+    """Clients that may be asked: a simulation's that the recipe selects, devices that are neither removed nor
+    quarantined.
+    """
+    expect: Callable[[int], None] = _any_size
+
+    def explain_missing_clients(self, silent: Mapping[int, str]) -> dict[int, str]:
+        """Why clients are missing, by client: a device that was removed meanwhile is not merely late."""
+        gone = set(self.removed()) if silent else set()
+        return {client: DEVICE_REMOVED if client in gone else reason for client, reason in silent.items()}
+
+
+def wait_for_clients(
+    grid: Grid,
+    recipe: Recipe,
+    seats: Sequence[Assignment],
+    patience: float = _PATIENCE,
+    removed: Callable[[], Collection[int]] = tuple,
+) -> RunClients:
+    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+
+    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
+    those of the clients ``removed`` tells are not waited for.
+    """
+    if not seats:
+        nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
+        names = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
+        shares_disk = bool(getattr(grid, "shares_disk", False))
+        return RunClients(nodes, names, shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
+    gone = set(removed())
+    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
+    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
+    expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
+    return RunClients(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
+
+
+def _wait(grid: Grid, among: set[int] | None, wanted: int, enough: int, patience: float) -> list[int]:
+    """Node numbers, sorted: ``wanted`` of them, or after a while ``enough``."""
+    begun = time.monotonic()
+    while True:
+        found = sorted(node for node in grid.get_node_ids() if among is None or node in among)
+        waited = time.monotonic() - begun
+        if len(found) >= (enough if waited > min(_PATIENCE_FOR_ALL, patience) else wanted):
+            return found
+        if waited > patience:
+            raise RunError(f"only {len(found)} of {enough} devices connected within {patience:.0f} s; start the others")
+        time.sleep(_LOOK_SECONDS)

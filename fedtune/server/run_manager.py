@@ -1,0 +1,202 @@
+"""Carries submitted runs to their end, one at a time: started when devices are there, started again when they die."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtune.errors import StoreError
+from fedtune.flower.superlink import SuperLink
+from fedtune.recipe.schema import Recipe
+from fedtune.server.assignment import assign_devices
+from fedtune.server.presence import Presence
+from fedtune.server.selection import check_enough_enrolled_devices, is_device_eligible
+from fedtune.tracking import RunRecord, Store, is_run_active, new_run_id
+from fedtune.tracking.rollback import rollback
+
+__all__ = ["DEVICE_ENGINE", "RunManager"]
+
+DEVICE_ENGINE = "devices"
+_PENDING_SECONDS = 30.0
+"""A run that is pending for longer will stay so: the process that would start it is there and does not."""
+_ATTEMPTS = 8
+"""So many starts without a new round, and a run has failed."""
+_LONGEST_REST = 60.0
+
+
+@dataclass
+class _Attempt:
+    """A run as it is carried out now: its number on the SuperLink, and of which start of the SuperLink."""
+
+    run: str
+    number: int
+    generation: int
+    begun: float = field(default_factory=time.monotonic)
+    seen: bool = False
+
+
+@dataclass
+class _Trouble:
+    """Starts of a run since its last new round, and when the next one may be made."""
+
+    rounds: int
+    starts: int = 0
+    rest_until: float = 0.0
+
+
+class RunManager:
+    """Runs of the store on a SuperLink; the store alone knows what is to be done, so nothing is lost by a crash."""
+
+    def __init__(self, store: Store, superlink: SuperLink, presence: Presence, home: Path, deadline: float) -> None:
+        self._store, self._superlink, self._presence = store, superlink, presence
+        self._home, self._deadline = home, deadline
+        self._attempt: _Attempt | None = None
+        self._trouble: dict[str, _Trouble] = {}
+
+    def submit_run(self, recipe: Recipe) -> str:
+        """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
+        check_enough_enrolled_devices(recipe, self._store.access.devices())
+        federation = recipe.federation
+        bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
+        run = new_run_id(recipe.name)
+        self._store.create_run(
+            id=run,
+            name=recipe.name,
+            recipe=recipe.model_copy(update={"federation": bounded}).model_dump_json(),
+            seed=recipe.seed,
+            engine=DEVICE_ENGINE,
+            rounds_planned=federation.rounds,
+            status="queued",
+        )
+        return run
+
+    def stop_run(self, reference: str) -> str:
+        """End a run for now; its committed rounds stay."""
+        run = self._own(reference)
+        if run.status not in ("queued", "running"):
+            raise StoreError(f"run {run.id} is {run.status}; there is nothing to stop")
+        self._store.finish(run.id, "interrupted", "stopped by an operator")
+        return run.id
+
+    def resume_run(self, reference: str) -> str:
+        """Queue a run again that did not complete."""
+        run = self._own(reference)
+        if run.status in ("queued", "running"):
+            raise StoreError(f"run {run.id} is {run.status} already; follow it with fedtune runs watch {run.id}")
+        self._store.reopen(run.id, "queued")  # the next tick sees it; what it counts is its own
+        return run.id
+
+    def rollback(self, reference: str, number: int) -> tuple[str, int]:
+        """Take a run back to a round; its id, and how many rounds are gone. StoreError while it is carried on."""
+        run = self._own(reference)
+        if run.status in ("queued", "running"):
+            raise StoreError(f"run {run.id} is {run.status}; stop it first: fedtune runs stop {run.id}")
+        removed = rollback(self._store, run.id, number)
+        self._trouble.pop(run.id, None)
+        return run.id, removed
+
+    def get_recorded_run(self, run: RunRecord) -> RunRecord:
+        """A run as it is recorded: one between two starts is running, not interrupted."""
+        return next((found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == run.id), run)
+
+    def run_of(self, number: int) -> str | None:
+        """The run that is carried out now under a number of the SuperLink's."""
+        attempt = self._attempt
+        return attempt.run if attempt is not None and attempt.number == number else None
+
+    def tick(self) -> None:
+        """Look after the run that is carried out, or begin the next; to be called every moment."""
+        if self._attempt is None and not self._superlink.is_superexec_alive():
+            self._superlink.stop()  # whoever keeps it starts it again
+            return
+        self._attempt = self._begin() if self._attempt is None else self._follow(self._attempt)
+
+    def _own(self, reference: str) -> RunRecord:
+        run = self._store.run(reference)
+        if run.engine != DEVICE_ENGINE:
+            raise StoreError(f"run {run.id} is a simulation of this machine; only submitted runs can be asked for here")
+        return self.get_recorded_run(run)
+
+    def _begin(self) -> _Attempt | None:
+        for run in self._store.list_unfinished_runs(DEVICE_ENGINE):
+            if is_run_active(run.id) or self._resting(run):
+                continue
+            lacking = self._seat(run)
+            if not lacking:
+                return self._start(run)
+            if run.reason != lacking:
+                self._store.set_run_reason(run.id, lacking)
+        return None
+
+    def _resting(self, run: RunRecord) -> bool:
+        waits = run.status == "running" and run.id in self._trouble  # an operator who queues it again waits no longer
+        return waits and time.monotonic() < self._trouble[run.id].rest_until
+
+    def _seat(self, run: RunRecord) -> str:
+        """Give devices their places in a run; what is lacking, or nothing."""
+        if self._store.access.list_assignments(run.id):
+            return ""
+        recipe = Recipe.model_validate_json(run.recipe)
+        needed, select = recipe.num_clients, recipe.federation.selection
+        fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
+        there = self._presence.list_connected_devices(fit)
+        if len(there) < needed:
+            return f"waits for devices: {len(there)} of {needed} are connected"
+        self._store.access.assign_clients(run.id, assign_devices(recipe, there))
+        return ""
+
+    def _start(self, run: RunRecord) -> _Attempt:
+        if run.status == "queued":
+            self._begin_anew(run)
+        number = self._superlink.get_control_client().start_run({"run": run.id, "store": "", "home": str(self._home)})
+        return _Attempt(run.id, number, self._superlink.start_count)
+
+    def _begin_anew(self, run: RunRecord) -> None:
+        """A queued run is a running one from now on, and its earlier failures are forgotten."""
+        self._store.reopen(run.id)
+        self._trouble.pop(run.id, None)
+
+    def _follow(self, attempt: _Attempt) -> _Attempt | None:
+        working = is_run_active(attempt.run)  # before the store is asked: an end is recorded before the lock is let go
+        run = next(
+            (found for found in self._store.list_unfinished_runs(DEVICE_ENGINE) if found.id == attempt.run), None
+        )
+        if run is None:
+            if self._store.run(attempt.run).status == "interrupted":
+                self._superlink.get_control_client().stop_run(attempt.number)
+            self._trouble.pop(attempt.run, None)
+            return None
+        if (
+            run.status == "queued"
+        ):  # stopped and resumed since the last tick: its process never heard of it, and goes on
+            self._begin_anew(run)
+        cause = self._loss(attempt, working)
+        if not cause:
+            attempt.seen |= working
+            return attempt
+        self._give_up_attempt(attempt, run, cause)
+        return None
+
+    def _loss(self, attempt: _Attempt, working: bool) -> str:
+        """Why an attempt will come to nothing, or nothing."""
+        if attempt.generation != self._superlink.start_count:
+            return "the SuperLink died"
+        found = self._superlink.get_control_client().get_run_status(attempt.number)
+        if found.status == "finished":
+            return found.details or f"the server's process {found.outcome}"
+        late = time.monotonic() - attempt.begun > _PENDING_SECONDS
+        if found.status == "pending" and (late or not self._superlink.is_superexec_alive()):
+            self._superlink.stop()
+            return "the SuperLink did not start the run"
+        return "the server's process was killed" if attempt.seen and not working else ""
+
+    def _give_up_attempt(self, attempt: _Attempt, run: RunRecord, cause: str) -> None:
+        if attempt.generation == self._superlink.start_count:
+            self._superlink.get_control_client().stop_run(attempt.number)
+        trouble = self._trouble.get(run.id, _Trouble(run.rounds_completed))
+        starts = 1 if run.rounds_completed > trouble.rounds else trouble.starts + 1
+        if starts >= _ATTEMPTS:
+            self._store.finish(run.id, "failed", f"{cause}; no round came of {_ATTEMPTS} starts")
+        else:
+            self._store.set_run_reason(run.id, f"{cause}; goes on at round {run.rounds_completed + 1}")
+        rest = min(_LONGEST_REST, 2.0 ** (starts - 1))  # counted last: a store that cannot be written is asked again
+        self._trouble[run.id] = _Trouble(run.rounds_completed, starts, time.monotonic() + rest)

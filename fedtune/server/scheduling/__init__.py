@@ -1,0 +1,1 @@
+"""Round schedulers decide which clients train and when a round ends."""

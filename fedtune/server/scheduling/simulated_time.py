@@ -1,0 +1,135 @@
+"""Simulated time: how long a client takes, and who drops out, drawn from the seed and never read from a clock.
+
+A simulation repeats bit for bit because everything that depends on time is a function of the recipe: a deadline, a
+dropout and "ask 12, take the first 10" mean the same on a fast machine and on a busy one.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.flower.exchange import stream_replies
+from fedtune.recipe.schema import Recipe
+from fedtune.seeds import derive_seed
+from fedtune.server.scheduling.round_scheduler import (
+    DROPPED_OUT,
+    NO_REPLY_BEFORE_DEADLINE,
+    NOT_NEEDED,
+    MessageFactory,
+    RoundScheduler,
+)
+from fedtune.server.selection import sample_cohort
+
+__all__ = ["RoundPlan", "Simulated", "drops_out", "duration", "plan_round"]
+
+
+def duration(recipe: Recipe, size: int, client: int, number: int) -> float:
+    """Simulated seconds a client with ``size`` examples trains for round ``number``.
+
+    Examples over the class's ``speed`` (one a second where it names none), times a log-normal draw of its ``spread``.
+    """
+    train, device = recipe.train, recipe.get_device_class(client)
+    examples = (
+        train.local_steps * (device.batch_size or train.batch_size)
+        if train.local_steps
+        else size * (train.local_epochs or 1)
+    )
+    random = np.random.default_rng(derive_seed(recipe.seed, number, client, "duration"))
+    return float(examples / (device.examples_per_second or 1.0) * np.exp(random.normal(0.0, device.spread)))
+
+
+def drops_out(recipe: Recipe, client: int, number: int) -> bool:
+    """Whether a client asked in round ``number`` never answers: a draw of its class's ``dropout``."""
+    chance = recipe.get_device_class(client).dropout
+    return bool(chance) and bool(
+        np.random.default_rng(derive_seed(recipe.seed, number, client, "dropout")).random() < chance
+    )
+
+
+class RoundPlan(NamedTuple):
+    """A synchronous round: seconds of the clients whose answers come in time, earliest first; the others and why."""
+
+    in_time: Mapping[int, float]
+    absent: Mapping[int, str]
+
+
+def plan_round(recipe: Recipe, clients: Sequence[int], sizes: Sequence[int], number: int) -> RoundPlan:
+    """What time does to ``clients`` in round ``number``; ``sizes`` are the examples of every client of the run.
+
+    A class that names no ``speed`` is never late; in the race to be among the first it does one example a second.
+    """
+    deadline = recipe.federation.deadline
+    seconds = {client: duration(recipe, sizes[client], client, number) for client in clients}
+    absent: dict[int, str] = {}
+    for client in clients:
+        if drops_out(recipe, client, number):
+            absent[client] = DROPPED_OUT
+        elif (
+            deadline is not None
+            and recipe.get_device_class(client).examples_per_second is not None
+            and seconds[client] > deadline
+        ):
+            absent[client] = NO_REPLY_BEFORE_DEADLINE
+    there = sorted((client for client in clients if client not in absent), key=lambda one: (seconds[one], one))
+    return RoundPlan({client: seconds[client] for client in there}, absent)
+
+
+class Simulated(RoundScheduler):
+    """Rounds whose clients all begin together, in simulated time. Only those whose answer counts are trained.
+
+    ``among`` are the clients that may be asked, ``sizes`` the examples of every client of the run; ``last`` gives the
+    last round each was asked in.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        recipe: Recipe,
+        among: Sequence[int],
+        sizes: Sequence[int],
+        poll: float,
+        last: Callable[[], Mapping[int, int]],
+    ) -> None:
+        self._grid, self._recipe, self._among, self._sizes = grid, recipe, among, sizes
+        self._poll, self._last = poll, last
+        self._number, self._plan = 0, RoundPlan({}, {})
+        self._asked: list[int] = []
+        self._enough = False
+
+    def begin_round(self, number: int) -> int:
+        """Sample the round's clients, and draw what time does to them."""
+        last = self._last() if self._recipe.federation.selection.sampling == "least-recent" else {}
+        clients = sample_cohort(self._recipe, number, self._among, last)
+        self._number, self._plan = number, plan_round(self._recipe, clients, self._sizes, number)
+        self._asked, self._enough = [], False
+        return min(self._wanted, len(self._plan.in_time))
+
+    @property
+    def _wanted(self) -> int:
+        return self._recipe.federation.take_first or self._recipe.num_clients
+
+    def stream_replies(self, send: MessageFactory, usable: Callable[[], int]) -> Iterator[tuple[int, Message]]:
+        """The earliest answers; where one of them is of no use, the next is asked for in its place."""
+        queue = list(self._plan.in_time)
+        while queue and usable() < self._wanted:
+            missing = self._wanted - usable()
+            asked, queue = queue[:missing], queue[missing:]
+            self._asked += asked
+            yield from stream_replies(self._grid, send(sorted(asked), self._number), None, self._poll)
+        self._enough = usable() >= self._wanted
+
+    def list_missing_clients(self, answered: Collection[int]) -> dict[int, str]:
+        """Clients that dropped out, were too late, or were not needed any more."""
+        unneeded = [client for client in self._plan.in_time if client not in answered]
+        return {**self._plan.absent, **dict.fromkeys(unneeded, NOT_NEEDED)}
+
+    def seconds(self) -> float | None:
+        """Until the last answer that was waited for, or the deadline; None where a class names no speed."""
+        if any(device.examples_per_second is None for device in self._recipe.devices):
+            return None
+        if self._plan.absent and not self._enough and self._recipe.federation.deadline is not None:
+            return self._recipe.federation.deadline
+        return max((self._plan.in_time[client] for client in self._asked), default=0.0)

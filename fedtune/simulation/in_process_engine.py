@@ -1,0 +1,40 @@
+"""The local engine: one run from its last committed round to its end, inside this process."""
+
+import os
+
+from flwr.app import Context, RecordDict
+
+from fedtune import paths
+from fedtune.device.client_app import app as client_app
+from fedtune.server.server_app import app as server_app
+from fedtune.simulation.in_process_grid import InProcessGrid
+from fedtune.simulation.workers import ClientWorkers, ProcessPoolWorkers, SequentialWorkers
+from fedtune.training import RunContext
+
+__all__ = ["choose_worker_count", "run_in_process"]
+
+_WORTH_A_POOL = 1_000_000
+"""Parameters of a model from which on starting worker processes pays."""
+
+
+def run_in_process(shop: RunContext, run: str, store: str, workers: int) -> None:
+    """Execute a run that the store holds: clients in turn in this process, or in a pool of ``workers`` processes."""
+    crew: ClientWorkers = ProcessPoolWorkers(shop, workers) if workers > 1 else SequentialWorkers(client_app)
+    try:
+        config: dict[str, bool | float | int | str] = {
+            "run": run,
+            "store": store,
+            "home": str(paths.get_home_folder()),
+            "recipe": "",
+        }
+        server_app(InProcessGrid(shop.recipe.num_clients, crew), Context(1, 1, {}, RecordDict(), config))
+    finally:
+        crew.close()
+
+
+def choose_worker_count(shop: RunContext) -> int:
+    """As many processes as there are cores and clients for; one where clients are done before a pool would start."""
+    recipe = shop.recipe
+    if sum(parameter.numel() for parameter in shop.model.parameters()) < _WORTH_A_POOL:
+        return 1
+    return max(1, min(recipe.cohort_size, (os.cpu_count() or 1) // recipe.train.threads))

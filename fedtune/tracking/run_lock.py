@@ -1,0 +1,56 @@
+"""Whether a run is being worked on: its owner holds a lock that the system releases even when the owner is killed."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedtune import paths
+from fedtune.errors import StoreError
+
+__all__ = ["claim_run", "hold_file_lock", "is_run_active"]
+
+_INSTANT = 0.5  # seconds; not zero, for `alive` in another process shares the lock for an instant
+
+
+@contextmanager
+def hold_file_lock(path: Path, patience: float, refusal: str) -> Iterator[None]:
+    """Hold a lock file while the block lasts; StoreError when another process keeps it longer than ``patience`` s."""
+    lock = FileLock(path, timeout=patience, poll_interval=0.01)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(refusal) from error
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}; make the folder writable") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def claim_run(run_id: str) -> Iterator[None]:
+    """Own a run while the block lasts; StoreError when another process does."""
+    refusal = f"run {run_id} is being executed by another process; wait for it or stop it"
+    with hold_file_lock(_path(run_id), _INSTANT, refusal):
+        yield
+
+
+def is_run_active(run_id: str) -> bool:
+    """Whether some process owns the run now; looking changes nothing on disk and shuts no owner out."""
+    try:
+        with _path(run_id).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):  # of another user, whose word in the store is all there is
+        return True
+    return False
+
+
+def _path(run_id: str) -> Path:
+    return paths.get_runs_folder() / run_id / "lock"

@@ -1,0 +1,150 @@
+"""What a reader asks of a run first: its main metric, before and after per domain, what was sent, what peaked."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.recipe.versions import read_stored_recipe
+from fedtune.tracking.records import ClientRecord, MetricRecord, RoundRecord, RunRecord
+
+__all__ = [
+    "RoundMetric",
+    "Totals",
+    "compare_before_and_after",
+    "compute_train_loss",
+    "diff_recipes",
+    "find_main_metric_name",
+    "get_headline_metric",
+    "get_metric_series",
+    "get_privacy_spent",
+    "get_progress_series",
+    "list_domains",
+    "list_metrics",
+    "totals",
+]
+
+RoundMetric = tuple[int, MetricRecord]
+
+_MAIN = ("accuracy", "perplexity", "loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over all rounds, in bytes and seconds; the two peaks are the largest of any client and round."""
+
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    saved_bytes: int
+    peak_rss: int
+    merged: int
+    requested: int
+
+
+def totals(rounds: Sequence[RoundRecord]) -> Totals:
+    """What a run cost."""
+    every = [contribution for record in rounds for contribution in record.contributions]
+    return Totals(
+        bytes_down=sum(one.bytes_down for one in every),
+        bytes_up=sum(one.bytes_up for one in every),
+        seconds=sum(record.seconds for record in rounds),
+        saved_bytes=max((one.saved_bytes for one in every), default=0),
+        peak_rss=max((one.peak_rss for one in every), default=0),
+        merged=sum(one.status == "merged" for one in every),
+        requested=len(every),
+    )
+
+
+def list_metrics(rounds: Sequence[RoundRecord]) -> list[RoundMetric]:
+    """Every metric with the number of its round."""
+    return [(record.number, metric) for record in rounds for metric in record.metrics]
+
+
+def find_main_metric_name(scored: Iterable[RoundMetric]) -> str | None:
+    """The first of accuracy, perplexity and loss that was measured on held-out examples."""
+    found = {metric.name for _, metric in scored if metric.part != "train"}
+    return next((name for name in _MAIN if name in found), None)
+
+
+def get_metric_series(rounds: Sequence[RoundRecord], part: str, domain: str, name: str) -> dict[int, float]:
+    """One metric by round number."""
+    wanted = (part, domain, name)
+    return {number: one.value for number, one in list_metrics(rounds) if (one.part, one.domain, one.name) == wanted}
+
+
+def get_progress_series(rounds: Sequence[RoundRecord], name: str) -> tuple[str, dict[int, float]]:
+    """The held-out part that tells how a run went on, and its values by round: what clients held out comes second."""
+    found = {part: get_metric_series(rounds, part, "all", name) for part in ("validation", "own", "test")}
+    part = next((part for part, values in found.items() if values), "validation")
+    return part, found[part]
+
+
+def list_domains(rounds: Sequence[RoundRecord], part: str, name: str) -> list[str]:
+    """The domains a metric was reported for, their ``mean`` and ``all`` last."""
+    found = {metric.domain for _, metric in list_metrics(rounds) if (metric.part, metric.name) == (part, name)}
+    return sorted(found, key=lambda domain: (domain == "all", domain == "mean", domain))
+
+
+def compare_before_and_after(rounds: Sequence[RoundRecord], part: str, name: str) -> dict[str, tuple[float, float]]:
+    """Per domain, the metric before any training and the last one after some; NaN where it was not scored.
+
+    The test part is scored at the end only, for the start as well: that figure is in the part ``test-before``.
+    """
+    found = {domain: get_metric_series(rounds, part, domain, name) for domain in list_domains(rounds, part, name)}
+    start = {domain: _last(get_metric_series(rounds, f"{part}-before", domain, name)) for domain in found}
+    return {domain: (values.pop(0, start[domain]), _last(values)) for domain, values in found.items()}
+
+
+def get_privacy_spent(run: RunRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any] | None:
+    """What the weights after these rounds may tell of any one client: epsilon, at which delta, and who added the noise.
+
+    Epsilon is None before the first round, and the whole None for a run without privacy.
+    """
+    asked = read_stored_recipe(run.recipe).get("privacy")
+    if asked is None:
+        return None
+    values = get_metric_series(rounds, "privacy", "all", "epsilon")
+    return {
+        "epsilon": values[max(values)] if values else None,
+        "delta": asked["target_delta"],
+        "noise_by": asked["noise_added_by"],
+    }
+
+
+def _last(values: Mapping[int, float]) -> float:
+    return values[max(values)] if values else math.nan
+
+
+def get_headline_metric(scored: Sequence[RoundMetric]) -> tuple[str, str, float] | None:
+    """A run's headline: part, metric and value, from the test part once it was scored after training."""
+    name = find_main_metric_name(scored)
+    of_part: dict[str, dict[int, float]] = {"validation": {}, "own": {}, "test": {}}
+    for number, metric in scored:
+        if (metric.domain, metric.name) == ("all", name) and metric.part in of_part:
+            of_part[metric.part][number] = metric.value
+    tested = max(of_part["test"], default=0) > 0
+    part = "test" if tested else next((part for part, values in of_part.items() if values), "test")
+    return (part, name, _last(of_part[part])) if name and of_part[part] else None
+
+
+def compute_train_loss(contributions: Sequence[ClientRecord]) -> float:
+    """Mean loss of the merged contributions by examples; NaN without any, or where all clients withhold theirs."""
+    merged = [one for one in contributions if one.status == "merged" and one.tells_loss]
+    examples = sum(one.examples for one in merged)
+    return sum(one.loss * one.examples for one in merged) / examples if examples else math.nan
+
+
+def diff_recipes(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The dotted settings in which recipes differ, with each recipe's value (None where it has none)."""
+    flat = [_flat(recipe) for recipe in recipes]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = {key: [settings.get(key) for settings in flat] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {at: value}
+    pairs = [(f"{at}.{key}" if at else str(key), child) for key, child in value.items()]
+    return {key: leaf for name, child in pairs for key, leaf in _flat(child, name).items()}

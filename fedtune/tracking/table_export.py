@@ -1,0 +1,106 @@
+"""Runs for other programs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from fedtune import files
+from fedtune.errors import StoreError
+from fedtune.tracking import run_json
+from fedtune.tracking.records import (
+    CheckpointRecord,
+    ClientRecord,
+    ClientScore,
+    MetricRecord,
+    RoundRecord,
+    RunRecord,
+)
+
+__all__ = ["FORMATS", "export_runs"]
+
+Recorded = Sequence[tuple[RunRecord, Sequence[RoundRecord]]]
+
+FORMATS = ("csv", "parquet", "json")
+_WRITERS: Mapping[str, Callable[[pa.Table, Path], None]] = {
+    "csv": pa.csv.write_csv,
+    "parquet": pa.parquet.write_table,
+}
+_TYPES: Mapping[Any, pa.DataType] = {
+    int: pa.int64(),
+    int | None: pa.int64(),
+    float: pa.float64(),
+    str: pa.string(),
+    bool: pa.bool_(),
+    datetime: pa.timestamp("us", tz="UTC"),
+    datetime | None: pa.timestamp("us", tz="UTC"),
+}
+_RUN = {"run_id": pa.string()}
+_ROUND = {"run_id": pa.string(), "round": pa.int64()}
+
+
+def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # noqa: A002
+    """Write runs and return the files.
+
+    ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
+    rounds, contributions, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
+    the folder is there already or cannot be written; nothing is left half-written.
+    """
+    if format == "json":
+        documents = [run_json.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]
+        files.write_bytes_atomically(path, f"{run_json.text(documents)}\n".encode())
+        return [path]
+    if path.exists():
+        raise StoreError(f"{path} is there already; choose a new folder for the tables with -o")
+    try:
+        return _write_folder(make_arrow_tables(recorded), format, path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}; free or choose another place") from error
+
+
+def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> list[Path]:  # noqa: A002
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        whole = Path(beside) / path.name
+        whole.mkdir()
+        for name, table in written.items():
+            _WRITERS[format](table, whole / f"{name}.{format}")
+        os.rename(whole, path)
+    return sorted(path.iterdir())
+
+
+def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
+    """The six tables, each row with the keys that join it."""
+    every = [(run.id, record) for run, rounds in recorded for record in rounds]
+    return {
+        "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
+        "rounds": _table(_RUN, RoundRecord, [{"run_id": run_id, **_own(record)} for run_id, record in every]),
+        "contributions": _table(_ROUND, ClientRecord, _children(every, lambda record: record.contributions)),
+        "metrics": _table(_ROUND, MetricRecord, _children(every, lambda record: record.metrics)),
+        "client_scores": _table(_ROUND, ClientScore, _children(every, lambda record: record.client_scores)),
+        "checkpoints": _table(
+            _ROUND, CheckpointRecord, _children(every, lambda record: filter(None, [record.checkpoint]))
+        ),
+    }
+
+
+def _own(record: RoundRecord) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.type in _TYPES}
+
+
+def _children(every: Sequence[tuple[str, RoundRecord]], of: Callable[[RoundRecord], Any]) -> list[dict[str, Any]]:
+    return [
+        {"run_id": run_id, "round": record.number, **asdict(child)} for run_id, record in every for child in of(record)
+    ]
+
+
+def _table(key: Mapping[str, pa.DataType], record: type[Any], rows: list[dict[str, Any]]) -> pa.Table:
+    columns = {field.name: _TYPES[field.type] for field in fields(record) if field.type in _TYPES}
+    return pa.Table.from_pylist(rows, schema=pa.schema({**key, **columns}))

@@ -1,0 +1,93 @@
+"""Device classes with settings of their own: the shared model their own way, a part of what is shared to train.
+
+All of the shared state must have its place in each class's model, or that model would be another function; low-rank
+pairs may be cut to a smaller rank. What a class trains must be shared, and of each pair it trains the same factors.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedtune import merging, techniques
+from fedtune.errors import RecipeError
+from fedtune.training.model_state import get_tensor_shapes
+from fedtune.wire.client_update import LowRankPair
+
+if TYPE_CHECKING:
+    from fedtune.training.run_context import RunContext
+
+__all__ = ["check_device_class", "get_received_shapes", "list_tensors_of_round"]
+
+_ROUNDS = (1, 2)
+"""Techniques that alternate do so from one round to the next."""
+
+
+def list_tensors_of_round(shop: "RunContext", number: int) -> list[str]:
+    """Names of the tensors that a workshop's clients train in a round."""
+    techniques.begin_round(shop.techniques, shop.model, number)
+    return techniques.list_trainable_tensors(shop.model)
+
+
+def get_received_shapes(shop: "RunContext", part: "RunContext") -> dict[str, tuple[int, ...]]:
+    """What a class is sent of the shared state: its own shapes, by name."""
+    own = get_tensor_shapes(part.model)
+    return {name: own[name] for name in shop.shared_names if name in own}
+
+
+def check_device_class(shop: "RunContext", part: "RunContext", device: str) -> None:
+    """RecipeError unless a device class trains a part of the shared state on the model that all have."""
+    start = f"devices: the techniques of {device}"
+    mend = "give the class and train.techniques such as differ in how much they train"
+    own = get_received_shapes(shop, part)
+    if lacking := sorted(set(shop.shared_names) - own.keys()):
+        raise RecipeError(f"{start} leave no place for {lacking[0]}, which train.techniques shares; {mend}")
+    if beside := sorted({name for number in _ROUNDS for name in list_tensors_of_round(part, number)} - own.keys()):
+        raise RecipeError(f"{start} train {beside[0]}, which train.techniques does not share; {mend}")
+    pairs = techniques.list_low_rank_pairs(shop.techniques, shop.model)
+    whole = get_tensor_shapes(shop.model)
+    if unfit := [name for name in own if not _fits(own[name], whole[name], name in _factors(pairs))]:
+        raise RecipeError(
+            f"{start} make {unfit[0]} {list(own[unfit[0]])}, which is no part of {list(whole[unfit[0]])} as "
+            f"train.techniques has it; raise the rank there"
+        )
+    _check_factors(shop, part, pairs, start)
+    if any(set(list_tensors_of_round(shop, number)) != set(list_tensors_of_round(part, number)) for number in _ROUNDS):
+        _check_merge(merging.build_pipeline(shop.recipe.merge), device)
+
+
+def _factors(pairs: Sequence[LowRankPair]) -> set[str]:
+    return {name for pair in pairs for name in (pair.left, pair.right)}
+
+
+def _fits(own: tuple[int, ...], whole: tuple[int, ...], is_factor: bool) -> bool:
+    if not is_factor:
+        return own == whole
+    return len(own) == len(whole) and all(a <= b for a, b in zip(own, whole, strict=True))
+
+
+def _check_factors(shop: "RunContext", part: "RunContext", pairs: Sequence[LowRankPair], start: str) -> None:
+    """A mean of factors is one of products only while all train the same one."""
+    for number in _ROUNDS:
+        one, other = (_factors(pairs) & set(list_tensors_of_round(each, number)) for each in (shop, part))
+        if one != other:
+            raise RecipeError(
+                f"{start} and train.techniques train different factors of low-rank pairs in round {number}; set "
+                "lora: {trained_factors: ...} to the same in both"
+            )
+
+
+def _check_merge(pipeline: merging.MergePipeline, device: str) -> None:
+    """Where classes train different tensors, a step sees of each tensor only the models that have it."""
+    asked = merging.build_calibration_request(pipeline.steps)
+    combine = pipeline.combine
+    needy = [step.name for step in (*pipeline.align, *pipeline.renormalise)]
+    needy += [combine.name] if combine.min_models > 1 or combine.max_models is not None or combine.needs else []
+    needy += (
+        [step.name for step in pipeline.relax if step.needs]
+        if asked is not None and asked.calibrate_on == "clients"
+        else []
+    )
+    if needy:
+        raise RecipeError(
+            f"merge: {needy[0]} needs all of every model, but {device} trains only a part; drop the step, or let "
+            "device classes differ in rank, batch or dtype alone"
+        )

@@ -1,0 +1,238 @@
+"""The local loop a device runs in one round: from the shared state to a delta of what it trained."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune.data import EncodedDataset
+from fedtune.errors import DataError, FedtuneWarning
+from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
+from fedtune.recipe.schema import Recipe, Train
+from fedtune.seeds import derive_seed
+from fedtune.techniques import (
+    StepInfo,
+    Technique,
+    UnfrozenBatchNorm2d,
+    before_optimiser_step,
+    begin_step,
+    collect_loss_terms,
+    compute_extra_payload,
+    list_trainable_tensors,
+)
+from fedtune.training.batches import batches, total_steps
+from fedtune.training.cpu_threads import use_cpu_threads
+from fedtune.training.evaluation import score_held_out
+from fedtune.training.holdout_split import split_holdout
+from fedtune.training.master_weights import make_stepper, masters_of
+from fedtune.training.micro_batches import compute_loss_weights, split_into_micro_batches
+from fedtune.training.model_state import get_model_state, named_tensors
+from fedtune.training.optimisers import LocalOptimiser, compute_lr_factor
+from fedtune.training.received_state import receive_state
+from fedtune.training.start import Start
+from fedtune.training.uploaded_statistics import compute_uploaded_statistics
+from fedtune.wire.client_update import HoldoutMetrics
+
+IntArray = NDArray[np.int64]
+
+__all__ = ["LocalTrainingResult", "apply_optimiser_step", "compute_step_loss", "set_train_mode", "train_local_model"]
+
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LocalTrainingResult:
+    """What one client's round gave: ``delta`` (trained minus received, fp32), what else is asked for, what it cost.
+
+    ``own`` stays on the device; ``own_score`` is that of the model as received, on what the client holds out, and
+    ``trained_score`` that of the model it trained.
+    """
+
+    delta: dict[str, Tensor]
+    extra_payload: dict[str, Tensor]
+    local_tensors: dict[str, Tensor]
+    holdout_metrics: HoldoutMetrics
+    trained_score: HoldoutMetrics
+    num_examples: int
+    train_loss: float
+    seconds: float
+    activation_bytes: int
+    peak_rss: int
+
+
+def train_local_model(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    state: Mapping[str, Tensor],
+    data: EncodedDataset,
+    indices: IntArray,
+    recipe: Recipe,
+    number: int,
+    client_id: int,
+    local_tensors: Mapping[str, Tensor] = _NOTHING,
+    micro_batch_size: int | None = None,
+) -> LocalTrainingResult:
+    """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
+
+    ``micro_batch_size`` is the most examples that go through the model at a time, the batch staying what it is.
+    ``local_tensors`` holds all tensors the device keeps for itself. Every random number comes from (seed, round,
+    client), so the outcome does not depend on what ran before.
+    """
+    started = time.perf_counter()
+    reset_peak_rss()
+    indices, held = split_holdout(indices, recipe.evaluation.local_holdout, derive_seed(recipe.seed, client_id, "own"))
+    receive_state(model, techniques, state, local_tensors, number)
+    names = list_trainable_tensors(model)
+    start = Start(model, names, local_tensors, state)
+    masters = masters_of(model, start)
+    with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
+        own_score = score_held_out(model, data, held, recipe, techniques)
+        seed = derive_seed(recipe.seed, number, client_id, "activity")
+        told = compute_uploaded_statistics(model, techniques, data, indices, recipe, names, seed)
+        torch.manual_seed(derive_seed(recipe.seed, number, client_id, "dropout"))
+        release_freed()
+        loss, saved_bytes, examples = _run_steps(
+            model, techniques, data, indices, recipe, number, client_id, micro_batch_size, masters
+        )
+        release_freed()
+        kept = {
+            name: masters[name].detach() if name in masters else one
+            for name, one in get_model_state(model, local_tensors).items()
+        }
+        delta = start.deltas({**named_tensors(model), **masters}, names)
+        _say_if_nothing_moved(
+            [*delta.values(), *(kept[name] - local_tensors[name] for name in local_tensors)], number, client_id
+        )
+        backward = partial(_run_extra_backward, model, techniques, data, indices, recipe, number, micro_batch_size)
+        extras = {**told, **compute_extra_payload(techniques, model, number, backward)}
+        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
+    seconds = time.perf_counter() - started
+    scores = own_score, trained_score
+    return LocalTrainingResult(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
+
+
+def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> None:
+    if not any(bool(move.any()) for move in moves):
+        warnings.warn(
+            f"client {client} moved nothing in round {number}: no gradient arrives, or train.lr is lost in rounding",
+            FedtuneWarning,
+            stacklevel=3,
+        )
+
+
+def _run_extra_backward(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    data: EncodedDataset,
+    indices: IntArray,
+    recipe: Recipe,
+    number: int,
+    micro: int | None,
+) -> None:
+    """Gradients of the loss on the client's first examples, at most ``micro`` of them at a time."""
+    chosen = indices[: recipe.train.batch_size].tolist()
+    parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
+    model.eval()
+    _run_step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
+
+
+def _run_steps(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    data: EncodedDataset,
+    indices: IntArray,
+    recipe: Recipe,
+    number: int,
+    client: int,
+    micro: int | None,
+    masters: Mapping[str, nn.Parameter],
+) -> tuple[float, int, int]:
+    """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
+    settings = recipe.train
+    steps = total_steps(len(indices), recipe)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()  # a client that failed midway may have left gradients
+    optimiser = make_stepper(settings, model, masters)
+    set_train_mode(model)
+    losses, saved_bytes, examples = [], 0, 0
+    lengths = data.lengths if settings.group_by_length else None
+    order = batches(indices, settings.batch_size, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
+    for step, chosen in enumerate(order):
+        progress = ((number - 1) + step / steps) / recipe.federation.rounds
+        parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
+        loss, kept = _run_step(model, techniques, parts, progress, metered=step == 0)
+        saved_bytes = max(saved_bytes, kept)
+        moment = StepInfo(number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
+        if loss is not None:
+            apply_optimiser_step(model, techniques, optimiser, parameters, settings, moment)
+            losses.append(loss)
+        examples += len(chosen)
+    if not losses:
+        raise DataError(
+            "no example of the client has a second token, so there is nothing to predict; bring longer texts"
+        )
+    return float(np.mean(losses)), saved_bytes, examples
+
+
+def apply_optimiser_step(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    optimiser: LocalOptimiser,
+    parameters: Sequence[nn.Parameter],
+    settings: Train,
+    moment: StepInfo,
+) -> None:
+    """Follow the gradients of a step and let go of them."""
+    lr = before_optimiser_step(techniques, model, moment)
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    optimiser.step(lr)
+    model.zero_grad()
+
+
+def _run_step(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    parts: Sequence[Mapping[str, Tensor]],
+    progress: float,
+    *,
+    metered: bool,
+) -> tuple[float | None, int]:
+    """Gradients of a batch's loss, part by part; the loss, and if ``metered`` the most bytes a part kept for them.
+
+    Parts without a prediction, such as texts of one token, have no loss; neither has a batch of nothing else.
+    """
+    excluded = [*model.parameters(), *model.buffers()]
+    total, kept = 0.0, 0
+    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(parts), strict=True) if share]
+    for part, share in predicting:
+        begin_step(techniques, model, part, progress)
+        with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
+            loss = compute_step_loss(model, part)
+            kept = max(kept, meter.current_bytes if meter is not None else 0)
+        (loss if len(parts) == 1 else loss * share).backward()
+        total += share * float(loss.detach())
+    return total if predicting else None, kept
+
+
+def compute_step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss a step follows: the task's, and the terms that techniques add inside the model."""
+    with collect_loss_terms() as terms:
+        loss: Tensor = model(**batch).loss
+    return torch.stack([loss, *terms]).sum() if terms else loss
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Dropout on; batch-norm statistics stay those of the pretrained model, except where a technique trains them."""
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, UnfrozenBatchNorm2d):
+            layer.eval()

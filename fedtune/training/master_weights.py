@@ -1,0 +1,56 @@
+"""fp32 master weights for what is trained in a lower precision.
+
+An update of bfloat16 weights is lost where it is smaller than half the distance to the next number, 1/256 of the weight
+at most. The optimiser therefore moves fp32 copies, and the model gets them rounded after each step (Micikevicius et
+al. 2018, section 3.1). They live for one round: what travels and rests is fp32 already.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fedtune.recipe.schema import Train
+from fedtune.training.optimisers import LocalOptimiser, make_optimiser
+from fedtune.training.start import Start
+
+__all__ = ["make_stepper", "masters_of"]
+
+
+def masters_of(model: nn.Module, start: Start) -> dict[str, nn.Parameter]:
+    """An fp32 copy of every trained parameter that is less precise, by name; it begins where ``start`` does."""
+    coarse = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+    return {
+        name: nn.Parameter(start[name].clone() if name in start else parameter.detach().float())
+        for name, parameter in coarse.items()
+    }
+
+
+def make_stepper(settings: Train, model: nn.Module, masters: Mapping[str, nn.Parameter]) -> LocalOptimiser:
+    """A fresh optimiser over the trained parameters, which moves those of ``masters`` in their stead."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inner = make_optimiser(settings, [masters.get(name, parameter) for name, parameter in named.items()])
+    pairs = [(named[name], master) for name, master in masters.items()]
+    return _Mastered(inner, pairs) if pairs else inner
+
+
+class _Mastered:
+    """Steps masters by the gradients of their parameters, and rounds them into these."""
+
+    def __init__(self, inner: LocalOptimiser, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self._inner, self._pairs = inner, pairs
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step at the given learning rate."""
+        for parameter, master in self._pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self._inner.step(lr)
+        for parameter, master in self._pairs:
+            master.grad = None
+            parameter.copy_(master)

@@ -1,0 +1,101 @@
+"""What merges that weigh by data need of each model, measured on its own data: for Fisher and for RegMean.
+
+Both give tensors by the names of the model's; saved as safetensors they are what ``statistics:`` of a merge names.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import DataError
+from fedtune.merging.fisher import square_gradient
+from fedtune.merging.regmean import accumulate_gram
+from fedtune.training.input_hooks import Batch, hook_layer_inputs
+from fedtune.training.local_training import compute_step_loss
+
+__all__ = ["compute_fisher_information", "compute_input_grams"]
+
+
+def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Mean over examples of each one's squared gradient of the loss, fp32 in the shape of each parameter.
+
+    The diagonal of the empirical Fisher information (of the true labels) when the loss is a negative log-likelihood;
+    one backward pass per example. The model is left in evaluation mode.
+    """
+    parameters = {name: one for name, one in model.named_parameters() if one.is_floating_point()}
+    sums = {name: torch.zeros(one.shape) for name, one in parameters.items()}
+    count = 0
+    model.eval()
+    with _require_gradients(parameters.values()):
+        for example in (example for batch in batches for example in _examples(batch)):
+            gradients = torch.autograd.grad(
+                compute_step_loss(model, example), list(parameters.values()), allow_unused=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += square_gradient(gradient)
+            count += 1
+    return {name: total / _require_examples(count) for name, total in sums.items()}
+
+
+def _examples(batch: Batch) -> Iterator[Batch]:
+    """One-example batches."""
+    for index in range(len(next(iter(batch.values())))):
+        yield {name: tensor[index : index + 1] for name, tensor in batch.items()}
+
+
+@contextmanager
+def _require_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """All of them ask for gradients inside the block, whatever is frozen."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
+
+
+@torch.no_grad()
+def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Mean x x^T [in, in] over the inputs of each linear layer, fp32, by the name of its weight; padding left out.
+
+    Summed in double: 16 bytes per entry and layer at work. Weights tied to an embedding are left out, as are layers
+    that no batch reaches. The model is left in evaluation mode.
+    """
+    layers = _linear_layers(model)
+    sums = {name: torch.zeros(layer.in_features, layer.in_features).double() for name, layer in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+    model.eval()
+
+    def add(name: str, rows: Tensor) -> None:
+        accumulate_gram(sums[name], rows)
+        counts[name] += len(rows)
+
+    with hook_layer_inputs({name: (layer, -1) for name, layer in layers.items()}, add) as begin:
+        for batch in batches:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            begin(inputs)
+            model(**inputs)
+    _require_examples(sum(counts.values()))
+    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    linear = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: linear[id(parameter)]
+        for name, parameter in model.named_parameters()
+        if id(parameter) in linear and id(parameter) not in embeddings
+    }
+
+
+def _require_examples(count: int) -> int:
+    """The count; DataError when it is zero."""
+    if not count:
+        raise DataError("statistics need at least one batch of examples; give some data")
+    return count

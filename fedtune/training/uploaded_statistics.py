@@ -1,0 +1,72 @@
+"""Activation statistics that clients send: sums of |x| and counts, which add up over clients and say nothing else."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune import merging
+from fedtune.data import EncodedDataset
+from fedtune.merging import ActivationStatistics, CalibrationRequest
+from fedtune.recipe.schema import Recipe
+from fedtune.techniques import Technique
+from fedtune.training.activation_statistics import (
+    ActivationSums,
+    average_activations,
+    find_input_channels,
+    sum_activations,
+)
+from fedtune.training.calibration_inputs import iter_inputs, sample_rows
+from fedtune.wire.client_update import TensorSpec
+
+__all__ = ["compute_uploaded_statistics", "declare_uploaded_statistics", "sum_uploaded_statistics"]
+
+_SUMS, _COUNTS = "activity.sums", "activity.counts"
+
+
+def declare_uploaded_statistics(model: nn.Module, recipe: Recipe, names: Collection[str]) -> dict[str, TensorSpec]:
+    """What each client adds to its contribution in a round that trains ``names``; nothing unless the merge asks."""
+    if _client_measurement(recipe) is None or not (places := find_input_channels(model, set(names))):
+        return {}
+    sums = TensorSpec((sum(place.size for place in places.values()),), negative=False)
+    return {_SUMS: sums, _COUNTS: TensorSpec((len(places),), negative=False)}
+
+
+def compute_uploaded_statistics(
+    model: nn.Module,
+    techniques: Sequence[Technique],
+    data: EncodedDataset,
+    indices: NDArray[np.int64],
+    recipe: Recipe,
+    names: Collection[str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """On a client, before it trains: the sums over all channels of all weights end to end, and a count per weight."""
+    asked = _client_measurement(recipe)
+    if asked is None or not (places := find_input_channels(model, set(names))):
+        return {}
+    chosen = sample_rows(indices, asked.calibration_examples, seed)
+    found = sum_activations(model, places, iter_inputs(data, chosen, recipe.evaluation.batch_size), techniques).values()
+    counts = torch.tensor([float(total.count) for total in found])
+    return {_SUMS: torch.cat([total.sums for total in found]).float(), _COUNTS: counts}
+
+
+def sum_uploaded_statistics(
+    model: nn.Module, names: Collection[str], told: Sequence[Mapping[str, Tensor]]
+) -> dict[str, ActivationStatistics]:
+    """On the server: what several clients told as one statistic, added in the order given."""
+    places = find_input_channels(model, set(names))
+    if not places or not told:
+        return {}
+    sums = sum((one[_SUMS].double() for one in told), torch.zeros(()))
+    counts = sum((one[_COUNTS].double() for one in told), torch.zeros(()))
+    parts = sums.split([place.size for place in places.values()])
+    found = {name: ActivationSums(part, int(count)) for name, part, count in zip(places, parts, counts, strict=True)}
+    return average_activations(places, found)
+
+
+def _client_measurement(recipe: Recipe) -> CalibrationRequest | None:
+    asked = merging.build_calibration_request(merging.build_pipeline(recipe.merge).steps)
+    return asked if asked is not None and asked.calibrate_on == "clients" else None
