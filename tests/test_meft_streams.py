@@ -206,10 +206,10 @@ def record_kept(stack: ReversibleStack, batch: dict[str, Tensor], model: nn.Modu
         seen.update([] if whole else [index])
         return y, whole
 
-    stack.__dict__["push"] = watched
+    stack.__dict__["forward_block"] = watched
     with torch.no_grad():
         model(**batch)
-    del stack.__dict__["push"]
+    del stack.__dict__["forward_block"]
     return seen
 
 

@@ -15,9 +15,9 @@ from tests.federations import TRIVIAL
 
 SUBMIT = """
 import sys
-from fedtune.cli import connection
+from fedtune.cli import operator_client
 asked = []
-connection.Connection.ask = lambda self, *call: asked.append(call) or {"run": "run-1"}
+operator_client.OperatorClient.request_json = lambda self, *call: asked.append(call) or {"run": "run-1"}
 from fedtune.cli.main import cli
 cli(["submit", "recipe.yaml", "--server", "operator.json", "--set", "train.techniques=lora"], standalone_mode=False)
 [(method, path, sent)] = asked
