@@ -104,7 +104,12 @@ def _half_a_spooled_contribution() -> None:
 
 
 def _after_spooling() -> None:
-    _wrap(replies, "write", lambda path, _: path.parent.stem == _ROUND and path.stem == "client-000003", after=True)
+    _wrap(
+        replies,
+        "write_bytes_atomically",
+        lambda path, _: path.parent.stem == _ROUND and path.stem == "client-000003",
+        after=True,
+    )
 
 
 def _in_the_transaction() -> None:

@@ -12,7 +12,7 @@ EXACT = [
     ("t5", "full"),
     ("bart", "lora"),
     ("gpt2", "qlora"),
-    ("opt", "fused-cross-entropy"),
+    ("opt", "fused-head"),
     ("mixtral", "meft"),
     ("phi3", "meft"),
     ("mamba", "qlora"),
