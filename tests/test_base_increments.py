@@ -346,7 +346,9 @@ def test_a_full_disk_costs_the_device_the_next_orders_increments_only(
 ) -> None:
     made, sent = recipe(tmp_path, "flora", "federation.rounds=3"), Sent()
     alone = execute(made, run="simulated")
-    monkeypatch.setattr("fedtune.device.held_base.checkpoint.save", _full_in_own(checkpoint.write_checkpoint))
+    monkeypatch.setattr(
+        "fedtune.device.held_base.checkpoint.write_checkpoint", _full_in_own(checkpoint.write_checkpoint)
+    )
     assert deployed(made, sent).hashes == alone.hashes
     lacking = {(number, client) for number in (2, 3) for client in (1, 2)}
     assert wholes(sent) == lacking, "the first one's model still holds the base; here all devices share one model"

@@ -126,7 +126,10 @@ def test_the_clients_drawn_are_the_same_as_long_as_they_are_there() -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("{clients: all}", "clients score on what they hold out, which is nothing; set own too, e.g. own: 0.2"),
+        (
+            "{clients: all}",
+            "clients score on what they hold out, which is nothing; set local_holdout too, e.g. local_holdout: 0.2",
+        ),
         ("{own: 0.2, clients: 5}", "evaluation.clients is 5, but devices has only 4"),
         ("{own: 0.2, clients: 0}", "evaluation.clients"),
         ("{own: 0.2, clients: some}", "evaluation.clients"),

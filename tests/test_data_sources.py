@@ -347,5 +347,5 @@ def test_unreadable_pictures_are_left_out_when_that_is_asked_for(tmp_path: Path)
 def test_a_part_that_is_empty_is_refused_wherever_it_is_asked_for(tmp_path: Path) -> None:
     recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,group", *[f"t{r},{r % 2},x" for r in range(9)]))
     recipe = a_recipe(f"data.source={recipe.data.source}", "data.columns.group=group")
-    with pytest.raises(DataError, match=r"the validation part is empty; change data\.parts or bring more data"):
+    with pytest.raises(DataError, match=r"the validation part is empty; change data\.splits or bring more data"):
         data.load_all_examples(recipe, ("0", "1"), "validation")

@@ -154,7 +154,7 @@ def test_documents_keep_their_lines() -> None:
 def test_several_merges_are_neither_looked_at_nor_made_an_adapter(more: tuple[str, ...]) -> None:
     result = written(STAGES, *more)
     assert result.exit_code == 2
-    assert "holds 2" in " ".join(result.output.replace("│", " ").split())
+    assert "contains 2" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("option", ["--seed", "--random-seed"])

@@ -114,7 +114,8 @@ def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, reque
 
 def test_scikit_learn_is_imported_only_where_a_metric_is_asked_for() -> None:
     script = (
-        "import sys; import numpy as np; from fedtune.training.metrics import known, measure; known()\n"
+        "import sys; import numpy as np; from fedtune.training.metrics import list_metric_names, measure\n"
+        "list_metric_names()\n"
         "measure([], np.eye(2), np.arange(2)); assert 'sklearn' not in sys.modules\n"
         "measure(['f1'], np.eye(2), np.arange(2)); assert 'sklearn' in sys.modules"
     )
@@ -152,7 +153,8 @@ def test_a_package_publishes_a_metric_as_an_entry_point(tmp_path: Path) -> None:
         "[fedtune.metrics]\nsureness = cautious:sureness\n"
     )
     script = (
-        "import numpy as np; from fedtune.training.metrics import known, measure; assert 'sureness' in known()\n"
+        "import numpy as np; from fedtune.training.metrics import list_metric_names, measure\n"
+        "assert 'sureness' in list_metric_names()\n"
         "print(measure(['sureness'], np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([0, 1])))"
     )
     done = subprocess.run(

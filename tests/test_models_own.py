@@ -185,7 +185,7 @@ def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
         "import sys\n"
         "from fedtune import models\n"
         "from fedtune.recipe.schema import ModelSettings\n"
-        f"models.load(Model(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
+        f"models.load_model(ModelSettings(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
         "assert 'transformers' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -78,7 +78,7 @@ def test_nobody_finds_the_same_weights_without_the_secret(
 
 def test_a_run_killed_between_checkpoint_and_commit_makes_the_same_checkpoint_again(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"{TRIVIAL}privacy: {{clip: {CLIP}, noise: {NOISE}}}\n", encoding="utf-8")
+    path.write_text(f"{TRIVIAL}privacy: {{clipping_norm: {CLIP}, noise_multiplier: {NOISE}}}\n", encoding="utf-8")
     process = start(home, "simulate", str(path), "--json", plant="before the commit")
     process.join()
     assert process.exitcode == -signal.SIGKILL, (home / "printed").read_text()

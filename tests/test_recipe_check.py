@@ -73,7 +73,8 @@ def test_a_check_that_does_not_work_is_told_and_leaves_no_process(script: str) -
 
 def test_what_a_library_prints_is_no_answer() -> None:
     script = (
-        "import fedtune.simulation.recipe_check as c; c.answer = lambda told: print('hello') or {'n': told}; c.main()"
+        "import fedtune.simulation.recipe_check as c\n"
+        "c.check_recipe = lambda told: print('hello') or {'n': told}; c.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], input="1\n2\n", capture_output=True, text=True, check=True)
     assert done.stdout == '{"n": 1}\n{"n": 2}\n'

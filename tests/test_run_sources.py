@@ -159,13 +159,16 @@ def test_a_schedule_that_counts_rounds_is_said_to_begin_again(home: Path) -> Non
     execute(trivial(), run="short")
     done = CliRunner().invoke(cli, ["simulate", "--extend", "short", "--rounds", "4", "--json"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "the linear schedule is that of 4 rounds now: round 3 begins at 0.5 of train.lr" in done.stderr
+    assert "the linear schedule now covers 4 rounds: round 3 starts at 0.5 of train.lr" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--extend", "short", "--rounds", "2"], "has 2 rounds; --rounds counts them too, so name more"),
+        (
+            ["--extend", "short", "--rounds", "2"],
+            "already has 2 rounds; --rounds is the total, so give a larger number",
+        ),
         (["--extend", "remote", "--rounds", "3"], "belongs to a server; submit a recipe"),
         (["--extend", "short"], "--extend RUN and --rounds N go together"),
         (["--resume", "short", "--rounds", "3"], "--extend RUN and --rounds N go together"),

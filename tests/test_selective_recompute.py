@@ -182,6 +182,6 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_it_does_not_go_with_full_checkpointing() -> None:
     with pytest.raises(
-        RecipeError, match="with checkpointing: both decide which activations the same blocks store; drop one"
+        RecipeError, match="with gradient-checkpointing: both decide which activations the same blocks store; drop one"
     ):
         chosen("lora+gradient-checkpointing+selective-checkpointing")

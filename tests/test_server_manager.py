@@ -26,23 +26,23 @@ class Hopeless:
     def __init__(self) -> None:
         self.started = 0
 
-    def executes(self) -> bool:
+    def is_superexec_alive(self) -> bool:
         return True
 
-    def control(self) -> ControlClient:
+    def get_control_client(self) -> ControlClient:
         return cast("ControlClient", self)
 
-    def online(self) -> set[int]:
+    def list_online_nodes(self) -> set[int]:
         return {1, 2, 3, 4}
 
-    def start(self, _: dict[str, str]) -> int:
+    def start_run(self, _: dict[str, str]) -> int:
         self.started += 1
         return self.started
 
-    def run(self, _: int) -> FlowerRunStatus:
+    def get_run_status(self, _: int) -> FlowerRunStatus:
         return FlowerRunStatus("finished", "failed", "it fell over")
 
-    def stop(self, _: int) -> None:
+    def stop_run(self, _: int) -> None:
         """It has ended."""
 
 
@@ -173,13 +173,13 @@ class Bereft(Hopeless):
         super().__init__()
         self.whole, self.ended = True, 0
 
-    def executes(self) -> bool:
+    def is_superexec_alive(self) -> bool:
         return self.whole
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.ended += 1
 
-    def run(self, _: int) -> FlowerRunStatus:
+    def get_run_status(self, _: int) -> FlowerRunStatus:
         return FlowerRunStatus("pending", "", "")
 
 
@@ -217,12 +217,12 @@ class Working(Hopeless):
         super().__init__()
         self.works, self.stopped = True, 0
 
-    def run(self, _: int) -> FlowerRunStatus:
+    def get_run_status(self, _: int) -> FlowerRunStatus:
         return (
             FlowerRunStatus("running", "", "") if self.works else FlowerRunStatus("finished", "failed", "it fell over")
         )
 
-    def stop(self, _: int) -> None:
+    def stop_run(self, _: int) -> None:
         self.stopped += 1
 
 

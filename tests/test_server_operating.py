@@ -17,7 +17,7 @@ class Audit:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def done(self, who: str, what: str) -> None:
+    def record_action(self, who: str, what: str) -> None:
         self.lines.append(f"{who}: {what}")
 
 

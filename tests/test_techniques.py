@@ -99,12 +99,12 @@ def test_frozen_parameters_get_no_gradient_and_trained_ones_do() -> None:
         ("lora+qlora", "lora cannot be combined with qlora: both add a low-rank pair to the same layers; drop one"),
         (
             "head-only+bias",
-            "classifier cannot be combined with bias: the head is already trained with the biases; drop one",
+            "head-only cannot be combined with bias: the head is already trained with the biases; drop one",
         ),
         ("bias+full", "bias cannot be combined with full: full trains biases among all the rest; drop one"),
         (
             "gradient-checkpointing+qlora+head-only",
-            "qlora cannot be combined with classifier: the head is already trained with the low-rank pairs; drop one",
+            "qlora cannot be combined with head-only: the head is already trained with the low-rank pairs; drop one",
         ),
         ("lora+lora", "lora+lora names one technique twice; drop one"),
         (

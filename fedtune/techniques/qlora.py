@@ -3,8 +3,7 @@
 What: the base's linear layers are stored as NF4 blocks with doubly quantised scales, and are dequantised while they are
 used. The low-rank pair and a classifier's new head are trained in full precision.
 Saves: about three quarters of the weights' memory, in addition to what LoRA saves. Activations stay as they are.
-Sends: what LoRA sends. The base is never sent. The learning rate is that of LoRA: by default about three times the
-usual one.
+Sends: what LoRA sends. The base is never sent. Search the learning rate as for LoRA.
 Use when: the weights themselves do not fit the device.
 Avoid when: they fit. Dequantisation costs time on a processor, and the base has a rounding error.
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6; kernels by bitsandbytes.
