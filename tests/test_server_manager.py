@@ -21,7 +21,7 @@ from tests.federations import trivial
 class Hopeless:
     """A SuperLink whose runs end at once: the one part of the manager's work that a real one does too slowly."""
 
-    generation = 1
+    start_count = 1
 
     def __init__(self) -> None:
         self.started = 0
@@ -53,7 +53,7 @@ def store(home: Path) -> Iterator[Store]:
 
 
 def managed(store: Store, superlink: Any, home: Path) -> RunManager:
-    presence = Presence(superlink.online, lambda: 0.0)
+    presence = Presence(superlink.list_online_nodes, lambda: 0.0)
     for number in range(10):
         presence.record_contact(f"dev-{number}")
     return RunManager(store, cast("SuperLink", superlink), presence, home, deadline=77.0)
