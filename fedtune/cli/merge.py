@@ -111,7 +111,7 @@ def _merge_adapters(asked: MergeOptions) -> None:
 
     *more, (config, _, _) = _stages(asked)
     if more:
-        raise click.UsageError(f"--as adapter makes one merge, but {asked.sources[0]} holds {len(more) + 1}")
+        raise click.UsageError(f"--as adapter makes one merge, but {asked.sources[0]} contains {len(more) + 1}")
     if asked.output is None or config.relax or config.align or config.renormalise or config.slices:
         raise click.UsageError("--as adapter writes at once (-o) and takes no align, relax, renormalise or slices")
     chosen = build_merge_method(config.merge_method)
