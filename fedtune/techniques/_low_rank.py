@@ -40,8 +40,8 @@ class LowRankTechnique(Technique):
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="or endings of layer names")
     trained_factors: Literal["alternate", "b-only", "both", "both-and-base"] = Field(
         "alternate",
-        description="alternate: B in odd rounds, A in even ones (RoLoRA), with about 3x the usual rate; b-only: "
-        "B only (FFA-LoRA); both: for merge: fedit, flexlora, hetlora; both-and-base: the base shared, for "
+        description="alternate: B in odd rounds, A in even ones (RoLoRA), at one to three times the usual rate; b-only "
+        "(FFA-LoRA): B alone; both: for merge: fedit, flexlora, hetlora; both-and-base: the base shared, for "
         "merge: fedex-lora, flora",
     )
 
