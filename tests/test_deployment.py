@@ -146,7 +146,7 @@ def kill(server: Server, words: str) -> None:
     raise AssertionError(f"there is no {words}")
 
 
-@pytest.mark.parametrize("victim", ["flower_app_child", "superexec_child", "superlink_child"])
+@pytest.mark.parametrize("victim", ["flower.app_child", "superexec_child", "superlink_child"])
 @pytest.mark.deployed
 def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path, tmp_path: Path, victim: str) -> None:
     recipe = trivial(TWO, LONG)
