@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeInput
-from fedtune.merging._select import between, count_entries_to_keep, find_threshold, keep_largest
+from fedtune.merging._select import count_entries_to_keep, find_threshold, keep_largest, keep_magnitude_band
 from fedtune.merging._task_vectors import sum_with_elected_sign
 from fedtune.wire import client_update
 from fedtune.wire.client_update import iter_row_chunks
@@ -74,7 +74,7 @@ def test_the_largest_are_those_of_a_stable_sort(name: str, keep: int, way: None)
 @pytest.mark.parametrize("name", hard_values())
 def test_a_band_is_the_middle_of_a_stable_sort(name: str, way: None) -> None:
     values = hard_values()[name]
-    found = torch.cat(list(between(lambda: stream(values, 11), 40, 300, len(values))()))[:, 0]
+    found = torch.cat(list(keep_magnitude_band(lambda: stream(values, 11), 40, 300, len(values))()))[:, 0]
     order = values.abs().argsort(descending=True, stable=True)
     wanted = torch.zeros(500).scatter_(0, order[40:300], values[order[40:300]])
     assert torch.equal(found, wanted)

@@ -85,7 +85,7 @@ def _write(
     from fedtune.cli.merge_view import show_byte_progress
     from fedtune.files import write_bytes_atomically
     from fedtune.offline_merge.merge_warnings import RESULT_NAME, warn_of_better_inputs, warn_of_dominant_channels
-    from fedtune.offline_merge.model_card import CardContents, build_model_card, hashes
+    from fedtune.offline_merge.model_card import CardContents, build_model_card, hash_model_files
     from fedtune.offline_merge.write_model import CARD
 
     assert asked.output is not None
@@ -95,7 +95,7 @@ def _write(
         scores[name] = _score(asked, name, named)
     evidence = _evidence(asked, prepared, named)
     warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
-    card = CardContents(asked.output.name, prepared, text, hashes(prepared), found, scores, warned)
+    card = CardContents(asked.output.name, prepared, text, hash_model_files(prepared), found, scores, warned)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
         offline_merge.write_merged_model(
             prepared,

@@ -5,7 +5,7 @@ from math import floor
 
 from pydantic import Field
 
-from fedtune.merging._select import Stream, between, count_entries_to_keep
+from fedtune.merging._select import Stream, count_entries_to_keep, keep_magnitude_band
 from fedtune.merging._task_vectors import Density, Trimmed
 
 __all__ = ["BreadcrumbsCombineStep"]
@@ -21,4 +21,4 @@ class BreadcrumbsCombineStep(Trimmed, ABC):
         """floor(density * n) entries below the floor(gamma * n) largest, fewer of which go where both do not fit."""
         keep = count_entries_to_keep(self.density, size)
         top = min(floor(self.gamma * size), size - keep)
-        return between(stream, top, top + keep, size)
+        return keep_magnitude_band(stream, top, top + keep, size)

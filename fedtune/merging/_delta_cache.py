@@ -8,7 +8,7 @@ from torch import Tensor
 from fedtune.merging._step import MergeInput, Shape
 from fedtune.wire.client_update import iter_row_chunks
 
-__all__ = ["held"]
+__all__ = ["cache_small_deltas"]
 
 _BUDGET = 1 << 24
 """Bytes of all models' deltas of one tensor, in fp32."""
@@ -25,7 +25,7 @@ class _Pieces:
         return self.by_start[start]
 
 
-def held(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Sequence[MergeInput]:
+def cache_small_deltas(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Sequence[MergeInput]:
     """The operands with the deltas of one tensor in memory, cut by ``iter_row_chunks``, where they fit the budget.
 
     Each piece is read of all models before the next one, so that a base that keeps its last rows is read once.

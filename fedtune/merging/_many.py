@@ -9,7 +9,7 @@ from fedtune.merging._matching import TensorReader
 from fedtune.merging._symmetry import Permutations, PermutationSpec
 from fedtune.seeds import derive_seed
 
-__all__ = ["MatchFunction", "cycle", "match_to_first"]
+__all__ = ["MatchFunction", "match_in_cycles", "match_to_first"]
 
 MatchFunction = Callable[[TensorReader, TensorReader, Permutations], Permutations]
 """From a reference, a model and its orders so far: its orders, the same ones unless others are better."""
@@ -23,7 +23,7 @@ def match_to_first(
     return [still, *(match(models[0], model, still) for model in models[1:])]
 
 
-def cycle(
+def match_in_cycles(
     match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader], rounds: int
 ) -> list[Permutations]:
     """MergeMany, Ainsworth et al., algorithm 3: until a round over all models, in random order, moves none."""

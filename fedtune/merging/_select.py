@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MagnitudeThreshold", "Stream", "between", "count_entries_to_keep", "find_threshold", "keep_largest"]
+__all__ = [
+    "MagnitudeThreshold",
+    "Stream",
+    "count_entries_to_keep",
+    "find_threshold",
+    "keep_largest",
+    "keep_magnitude_band",
+]
 
 Stream = Callable[[], Iterable[Tensor]]
 """What begins a tensor's pieces again."""
@@ -90,7 +97,7 @@ def keep_largest(stream: Stream, keep: int, size: int) -> Stream:
     return lambda: map(found.keep(), stream())
 
 
-def between(stream: Stream, first: int, last: int, size: int) -> Stream:
+def keep_magnitude_band(stream: Stream, first: int, last: int, size: int) -> Stream:
     """The stream with only its entries number ``first`` to ``last`` (exclusive) from the largest down."""
     found = keep_largest(stream, last, size)
     if not first:

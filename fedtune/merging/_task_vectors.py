@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._delta_cache import held
+from fedtune.merging._delta_cache import cache_small_deltas
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._select import Stream
 from fedtune.merging._span import Normalise, Scale
@@ -54,7 +54,7 @@ class TaskVectorCombineStep(CombineStep, ABC):
         """The merged delta of each piece."""
         add = sum_with_elected_sign if self.elects_sign else plain_sum
         weights = [operand.weight for operand in operands]
-        operands = held(name, shape, operands) if self.rereads else operands
+        operands = cache_small_deltas(name, shape, operands) if self.rereads else operands
         streams = [self.with_overrides(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
         for start, stop in iter_row_chunks(shape):
             total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)

@@ -28,7 +28,7 @@ from fedtune.merging._activations import match_activations
 from fedtune.merging._aligned import PermutedDelta, make_tensor_reader
 from fedtune.merging._declared import build_spec_from_tables, has_architecture_table
 from fedtune.merging._graph import trace_permutation_spec
-from fedtune.merging._many import MatchFunction, cycle, match_to_first
+from fedtune.merging._many import MatchFunction, match_in_cycles, match_to_first
 from fedtune.merging._matching import TensorReader, match_weights
 from fedtune.merging._step import AlignStep, MergeContext, MergeInput
 from fedtune.merging._symmetry import Permutations, PermutationSpec
@@ -71,7 +71,7 @@ class Rebasin(AlignStep):
         orders = (
             match_to_first(match, symmetry, models)
             if self.reference == "first"
-            else cycle(match, symmetry, models, self.max_sweeps)
+            else match_in_cycles(match, symmetry, models, self.max_sweeps)
         )
         return [
             operand if _stays(symmetry, order) else _aligned(symmetry, order, base, operand)

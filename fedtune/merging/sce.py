@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtune.merging._delta_cache import held
+from fedtune.merging._delta_cache import cache_small_deltas
 from fedtune.merging._gram import add_rows_in_order, compute_row_dots
 from fedtune.merging._select import MagnitudeThreshold, count_entries_to_keep, find_threshold
 from fedtune.merging._step import CombineStep, MergeInput, Shape
@@ -50,7 +50,7 @@ class Sce(CombineStep):
 
     def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
-        select = self._selection(partial(_stacks, name, shape, held(name, shape, operands)))
+        select = self._selection(partial(_stacks, name, shape, cache_small_deltas(name, shape, operands)))
         coefficients = _coefficients(select(), len(operands))
         chosen = select()
         for start, stop in iter_row_chunks(shape):

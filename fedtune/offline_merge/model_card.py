@@ -14,7 +14,7 @@ from fedtune.offline_merge.run_merge import PreparedMerge
 if TYPE_CHECKING:
     from fedtune.training import Metric
 
-__all__ = ["CardContents", "Hashes", "ModelMetrics", "build_model_card", "hashes"]
+__all__ = ["CardContents", "Hashes", "ModelMetrics", "build_model_card", "hash_model_files"]
 
 Hashes = Mapping[str, Mapping[str, str]]
 """SHA-256 by file name, by model."""
@@ -22,7 +22,7 @@ ModelMetrics = Mapping[str, "Sequence[Metric]"]
 """Figures by model."""
 
 
-def hashes(merge: PreparedMerge) -> dict[str, dict[str, str]]:
+def hash_model_files(merge: PreparedMerge) -> dict[str, dict[str, str]]:
     """What the inputs were, byte for byte; a file that several models share is read once."""
     known: dict[Path, str] = {}
     for model in merge.models.by_name.values():

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-__all__ = ["METRICS", "auc", "balanced_accuracy", "f1"]
+__all__ = ["METRICS", "balanced_accuracy", "compute_auc", "f1"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,7 +23,7 @@ def balanced_accuracy(probabilities: Floats, labels: Ints) -> float:
     return float(recall_score(labels, probabilities.argmax(1), labels=occurring, average="macro", zero_division=0))
 
 
-def auc(probabilities: Floats, labels: Ints) -> float:
+def compute_auc(probabilities: Floats, labels: Ints) -> float:
     """The area under the ROC curve: of two classes that of the second, of more the mean of each against the rest.
 
     Classes that do not occur are left out of the mean. NaN when all examples are of one class.
@@ -35,4 +35,8 @@ def auc(probabilities: Floats, labels: Ints) -> float:
     return float(np.mean([roc_auc_score(labels == one, probabilities[:, one]) for one in chosen]))
 
 
-METRICS: Mapping[str, Callable[[Floats, Ints], float]] = {"auc": auc, "balanced-accuracy": balanced_accuracy, "f1": f1}
+METRICS: Mapping[str, Callable[[Floats, Ints], float]] = {
+    "auc": compute_auc,
+    "balanced-accuracy": balanced_accuracy,
+    "f1": f1,
+}
