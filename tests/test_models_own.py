@@ -186,9 +186,10 @@ def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
     image_model_files.save_image_model(LogisticRegression(2), tmp_path)
     script = (
         "import sys\n"
-        "from fedtune import models\n"
+        "from fedtune import models, tasks\n"
         "from fedtune.recipe.schema import ModelSettings\n"
-        f"models.load_model(ModelSettings(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
+        "task = tasks.get_task('image-classification')\n"
+        f"models.load_model(ModelSettings(source='path:{tmp_path}'), task, ('a', 'b'), seed=0)\n"
         "assert 'transformers' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,8 +1,7 @@
 """One client's round as a value: what it trains or scores, on which examples, and by which recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,6 @@ from fedtune.techniques import Technique
 from fedtune.training.holdout_split import split_holdout
 
 __all__ = ["ClientRound"]
-
-_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class ClientRound:
     rows: NDArray[np.int64]
     number: int
     client: int
-    local_tensors: Mapping[str, Tensor] = _NOTHING
+    local_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     micro_batch_size: int | None = None
 
     def split_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
