@@ -25,15 +25,20 @@ class TextClassification(TextTask):
     """Predict the class of a text."""
 
     name: ClassVar[str] = "text-classification"
-    columns: ClassVar[tuple[str, ...]] = ("text", "label")
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    problem_type: ClassVar[str | None] = "single_label_classification"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts and their classes."""
+        return ("text", "label")
 
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
         """Token ids and a class number for each text."""
         return encode_texts(examples, reader, recipe.train.max_length)
 
-    def score_batch(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """One prediction for each text; logits [n, classes], labels [n]."""
         return score_classes(logits, labels)
 

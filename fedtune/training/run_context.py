@@ -87,11 +87,15 @@ class RunContext:
         return self._encode(self.corpus.test)
 
     @property
+    def task(self) -> tasks.Task:
+        """The recipe's task."""
+        return tasks.get_task(self.recipe.task)
+
+    @property
     def evaluated_model(self) -> EvaluatedModel:
         """The model as the server scores it."""
         settings = self.recipe.evaluation
-        task = tasks.get_task(self.recipe.task)
-        return EvaluatedModel(self.model, task, settings.batch_size, self.techniques, settings.metrics)
+        return EvaluatedModel(self.model, self.task, settings.batch_size, self.techniques, settings.metrics)
 
     @cached_property
     def client_domains(self) -> dict[int, str]:
