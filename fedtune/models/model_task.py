@@ -22,7 +22,7 @@ class ModelTask(Protocol):
         """Whether the model gets a head for the labels of the data."""
 
     @property
-    def problem_type(self) -> str | None:
+    def head_problem(self) -> str | None:
         """The ``problem_type`` of the model's configuration."""
 
     def make_head_settings(self, labels: Sequence[str]) -> dict[str, Any]:

@@ -170,9 +170,9 @@ def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig)
     if not task.has_new_head:
         return
     made_for = _find_problem_type(config)
-    if made_for not in (None, task.problem_type):
+    if made_for not in (None, task.head_problem):
         raise ModelError(
-            f"{model.source} is made for {_PROBLEMS[made_for]}, but {task.name} trains {_PROBLEMS[task.problem_type]}; "
+            f"{model.source} is made for {_PROBLEMS[made_for]}, but {task.name} trains {_PROBLEMS[task.head_problem]}; "
             "choose another model, or take problem_type, id2label and label2id out of its config.json to give it a new "
             "head"
         )

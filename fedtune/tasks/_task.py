@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import models
-from fedtune.data import EncodedDataset, Table, Values
+from fedtune.data import EncodedDataset, Table
+from fedtune.data.label_encoders import add_blank_labels, find_label_column
 from fedtune.data.sampling import iter_inputs, sample_rows
 from fedtune.recipe.schema import ModelSettings, Recipe, Train
 from fedtune.recipe.unit_registry import NamedUnit
@@ -27,19 +28,20 @@ class Task(NamedUnit):
     """The transformers class that loads a model with the task's head."""
     reads_text: ClassVar[bool] = True
     """Whether the model reads tokens, so that it needs a tokenizer and a padding id."""
-    problem_type: ClassVar[str | None] = None
-    """The ``problem_type`` of the model's configuration."""
     peft_type: ClassVar[str | None] = None
     """PEFT's ``task_type``; None where PEFT has none."""
     can_split_batch: ClassVar[bool] = True
     """Whether the loss of a batch is the mean over its predictions, so that it can be computed part by part."""
-    keeps_outputs: ClassVar[bool] = False
-    """Whether its metrics need the output of each example."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Canonical names of the columns that it takes; the model reads the first. See ``fedtune.data.columns``."""
         raise NotImplementedError
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether its metrics need the output of each example."""
+        return False
 
     @property
     def main_metric(self) -> str:
@@ -57,6 +59,11 @@ class Task(NamedUnit):
         return "label" in self.columns
 
     @property
+    def head_problem(self) -> str | None:
+        """The ``problem_type`` of the model's configuration; None where the head needs none."""
+        return None
+
+    @property
     def has_new_head(self) -> bool:
         """Whether the model gets a head for the labels of the data, which is drawn where the checkpoint has none."""
         return self.has_classes
@@ -68,7 +75,7 @@ class Task(NamedUnit):
         return {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
-            "problem_type": self.problem_type,
+            "problem_type": self.head_problem,
         }
 
     def load_class_names(self, model: ModelSettings) -> tuple[str, ...]:
@@ -100,8 +107,8 @@ class Task(NamedUnit):
         """The number of predictions that the loss of a batch is the mean over."""
         return len(labels)
 
-    def score_batch(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[ExampleScore]:
-        """A score for each example of a batch."""
+    def score_batch(self, model: nn.Module, batch: Mapping[str, Tensor], reader: Any) -> list[ExampleScore]:
+        """A score for each example of a batch; ``reader`` is what ``load_reader`` returned."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return self.score_logits(model(**inputs).logits.float(), batch["labels"])
 
@@ -115,7 +122,8 @@ class Task(NamedUnit):
 
     def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Inputs of up to 256 examples, which need no labels; texts are cut to ``train.max_length`` tokens."""
-        blank = examples.with_column("label", Values(np.zeros(len(examples), np.int64)))
+        column = find_label_column(self.columns)
+        blank = examples if column is None else add_blank_labels(examples, column)
         encoded = self.encode_examples(blank, recipe, self.load_reader(recipe))
         chosen = sample_rows(np.arange(len(encoded)), _CALIBRATION_EXAMPLES, _CALIBRATION_SEED)
         return iter_inputs(encoded, chosen, batch_size)

@@ -30,13 +30,17 @@ class ImageClassification(Task):
 
     name: ClassVar[str] = "image-classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-    problem_type: ClassVar[str | None] = "single_label_classification"
     reads_text: ClassVar[bool] = False
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Pictures and their classes."""
         return ("image", "label")
+
+    @property
+    def head_problem(self) -> str | None:
+        """One class per picture."""
+        return "single_label_classification"
 
     def load_reader(self, recipe: Recipe) -> Preprocessor:
         """The model's preprocessor, at ``train.image_size`` pixels."""

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,17 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name."""
+    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name.
+
+    ``reader`` turns examples into inputs; only tasks that write texts need it.
+    """
 
     model: nn.Module
     task: Task
     batch_size: int
     techniques: Sequence[Technique] = ()
     metrics: Sequence[str] = ()
+    reader: Any = None
 
     @property
     def keeps_outputs(self) -> bool:
@@ -105,7 +109,7 @@ def _iter_scores(
         chosen = rows[start : start + evaluated.batch_size]
         batch = examples.make_batch(chosen)
         begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
-        yield from zip(chosen, evaluated.task.score_batch(evaluated.model, batch), strict=True)
+        yield from zip(chosen, evaluated.task.score_batch(evaluated.model, batch, evaluated.reader), strict=True)
 
 
 def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
