@@ -10,7 +10,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.yaml_file import parse_recipe
@@ -82,31 +88,37 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     ),
     "text-classification, number": ("{text-classification: {problem_type: regression}}", _number),
     "token-classification": ("token-classification", _tags),
+    "text2text-generation": (
+        "{text2text-generation: {max_new_tokens: 6}}",
+        lambda row: {"text": _text(row), "target": f"{_pick(_COLOURS, row)} sits"},
+    ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
 """The task as a recipe writes it, and the row with a number."""
 
 
-def save_encoder(folder: Path) -> None:
-    """A BERT of random weights with the head of its pretraining, and its tokenizer."""
+def _save_tokenizer(folder: Path, **templates: str) -> int:
+    """A tokenizer of the known words; returns their number."""
     known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS))}
     core = Tokenizer(WordPiece(known, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
-    core.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(name, known[name]) for name in ("[CLS]", "[SEP]")],
-    )
+    marks = [(name, known[name]) for name in ("[CLS]", "[SEP]")]
+    core.post_processor = TemplateProcessing(**templates, special_tokens=marks)
     names = {f"{name.strip('[]').lower()}_token": name for name in _SPECIAL}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **names,
+        tokenizer_object=core, model_input_names=inputs, eos_token="[SEP]", **names
     ).save_pretrained(folder)
+    return len(known)
+
+
+def save_encoder(folder: Path) -> None:
+    """A BERT of random weights with the head of its pretraining, and its tokenizer."""
+    count = _save_tokenizer(folder, single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=len(known),
+            vocab_size=count,
             hidden_size=32,
             intermediate_size=64,
             num_attention_heads=2,
@@ -116,10 +128,32 @@ def save_encoder(folder: Path) -> None:
         BertForMaskedLM(config).save_pretrained(folder)
 
 
+def _save_encoder_decoder(folder: Path) -> None:
+    """A T5 of random weights, and its tokenizer."""
+    count = _save_tokenizer(folder, single="$A [SEP]", pair="$A [SEP] $B [SEP]")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=count,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=3,
+        )
+        config.decoder_start_token_id = 0
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
 def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Recipe:
     """The recipe of a case; model and data are written to ``folder``."""
     task, make = CASES[case]
-    save_encoder(folder / "model")
+    if case.startswith("text2text"):
+        _save_encoder_decoder(folder / "model")
+    else:
+        save_encoder(folder / "model")
     lines = [json.dumps(make(row)) for row in range(rows)]
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return resolve_recipe(parse_recipe(_RECIPE.format(task=task, folder=folder), "case", overrides))

@@ -114,7 +114,9 @@ def test_the_result_loads_in_plain_transformers(case: str, home: Path, tmp_path:
     tensors = state(execute(recipe))
     shop = get_run_context(recipe.model_dump_json())
     set_model_state(shop.model, tensors)
-    inputs = {name: one for name, one in shop.test.make_batch(range(5)).items() if name not in ("labels", "mask_token")}
+    batch = shop.test.make_batch(range(5))
+    unread = ("mask_token",) if case.startswith("text2text") else ("labels", "mask_token")
+    inputs = {name: one for name, one in batch.items() if name not in unread}
     with torch.no_grad():
         expected = shop.model.eval()(**inputs).logits
     export_model(recipe, tensors, tmp_path / "out", None, "card\n")
@@ -179,6 +181,19 @@ def test_entities_are_counted_whole() -> None:
     assert found == {"f1": 0.5, "precision": 0.5, "recall": 0.5, "accuracy": 0.75, "loss": 0.25}
     nothing = task.compute_metrics(tasks.ScoreSums(1, 1, 0.0, [(["O"], ["O"])]))
     assert math.isnan(nothing["f1"])
+
+
+def test_written_texts_are_compared_with_the_targets(home: Path, tmp_path: Path) -> None:
+    """rouge-l of a text with itself is 1; of two of three words in order, 2/3."""
+    task = tasks.get_task("text2text-generation")
+    found = task.compute_metrics(tasks.ScoreSums(4, 2, 4.0, [("a red cat", "a red cat"), ("a dog red", "a red dog")]))
+    assert found["rouge-l"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["rouge-1"] == 1.0
+    assert found["perplexity"] == pytest.approx(math.e)
+    shop = context("text2text-generation", tmp_path)
+    scores = shop.task.score_batch(shop.model.eval(), shop.validation.make_batch(range(3)), shop.reader)
+    assert [score.output[1] for score in scores] == shop.corpus.validation["target"][:3]
+    assert by_name(evaluate_model(shop.evaluated_model, shop.validation)).keys() >= {"rouge-l", "rouge-1", "rouge-2"}
 
 
 def test_numbers_are_scored_by_correlation_and_squared_error() -> None:

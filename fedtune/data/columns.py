@@ -1,8 +1,8 @@
 """From a source's own columns to the canonical ones.
 
-``text`` and ``text_pair`` are texts, ``image`` is a picture, ``words`` a list of words. ``label`` is one class,
-``labels`` are several, ``number`` is a real number, and ``tags`` has a class for each word. ``group`` and ``domain``
-say what belongs together.
+``text``, ``text_pair`` and ``target`` are texts, ``image`` is a picture, ``words`` a list of words. ``label`` is one
+class, ``labels`` are several, ``number`` is a real number, and ``tags`` has a class for each word. Rows of a ``group``
+stay together, and results are reported per ``domain``.
 """
 
 from collections.abc import Sequence

@@ -69,7 +69,15 @@ class TokenClassification(TextTask):
         config: Any = model.config
         logits = model(**inputs).logits.float()
         pairs = zip(logits.argmax(-1), labels, strict=True)
-        return score_places(logits, labels, [_name_tags(*pair, config.id2label) for pair in pairs])
+        outputs = [_name_tags(*pair, config.id2label) for pair in pairs]
+        return [
+            score._replace(output=output)
+            for score, output in zip(self.score_logits(logits, labels), outputs, strict=True)
+        ]
+
+    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+        """One prediction for each tagged token; logits [n, tokens, tags], labels [n, tokens]."""
+        return score_places(logits, labels)
 
     def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
         """Entity-level precision, recall and F1, and accuracy and loss per word."""
