@@ -24,7 +24,7 @@ def weighed(step: CombineStep, deltas: list[Tensor], statistics: list[Tensor], w
         for delta, measured, weight in zip(deltas, statistics, weights, strict=True)
     ]
     settled = bind_combine(step, {"w": shape}, given, MergeContext())
-    return whole(settled.combine, "w", shape, settled.operands)
+    return whole(settled.combine, "w", shape, settled.merge_inputs)
 
 
 def test_the_trimmed_mean_leaves_out_both_ends_entry_by_entry() -> None:

@@ -173,4 +173,4 @@ def test_distances_of_whole_models_give_one_set_of_coefficients() -> None:
 def test_a_median_of_whole_models_cannot_be_taken_one_tensor_at_a_time_by_mistake() -> None:
     settled = bind_combine(GeometricMedian(), SHAPES, operands(GeometricMedian(), models(3), WEIGHTS), MergeContext())
     assert settled.combine.name == "linear"
-    assert sum(one.weight for one in settled.operands) == pytest.approx(1.0)
+    assert sum(one.weight for one in settled.merge_inputs) == pytest.approx(1.0)

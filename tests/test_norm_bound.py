@@ -237,8 +237,8 @@ def test_what_trimmed_mean_needs_is_the_least_count_of_which_it_can_cut_one(shar
     from fedtune.merging.trimmed_mean import TrimmedMean
 
     step: Any = TrimmedMean(trim_fraction=share)
-    assert step._cut(step.needed) >= 1
-    assert step._cut(step.needed - 1) == 0
+    assert step._cut(step.required_models) >= 1
+    assert step._cut(step.required_models - 1) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])

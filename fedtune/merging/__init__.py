@@ -1,4 +1,4 @@
-"""How results come together: one file is one published merge step; they work on deltas, tensor by tensor."""
+"""Merge steps turn the deltas of several models into one delta. Each step is one file in a folder of its family."""
 
 from fedtune.merging._by_activity import (
     ActivationRelaxStep,

@@ -1,12 +1,13 @@
-"""Activation matching: the orders under which one model's units are active together with another's.
+"""Activation matching: find the orders of units whose activations agree best between two models.
 
-Li et al. (arXiv 1511.07543): Pearson correlation of units over data; each layer's assignment is independent of the
-others', so one pass will do. Units are seen where the next layer reads them, after the nonlinearity and any pooling;
-queries and keys, which no layer reads, where they are made. Every position of a map or a text is a sample.
+Li et al. (arXiv 1511.07543): Pearson correlation of units over data. The assignment of one layer does not depend on the
+others, so one pass over the data is enough. Units are measured where the next layer reads them, after the nonlinearity
+and any pooling. No layer reads queries and keys, so these are measured at the output of their own layer. Every position
+of a feature map or a text is a sample.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,22 @@ from fedtune.merging._hooks import hook_layers, use_state_dict
 from fedtune.merging._matching import TensorReader
 from fedtune.merging._symmetry import Permutations, PermutationSpec, PermutedAxis
 
-__all__ = ["compute_similarities", "match_activations"]
+__all__ = ["ActivationComparison", "compute_similarities", "match_activations"]
 
-Batches = Sequence[Mapping[str, Tensor]]
+
+class ActivationComparison(NamedTuple):
+    """The network and the data on which activations of two models are compared, and the measure of similarity.
+
+    The network runs with the weights of each model in turn; its own are restored afterwards.
+    """
+
+    net: nn.Module
+    batches: Sequence[Mapping[str, Tensor]]
+    similarity: Literal["pearson", "inner"]
 
 
 class _Site(NamedTuple):
-    """What a layer reads or makes, and which axis of its weight lists those units."""
+    """The input or output of a layer, and the axis of its weight that lists these units."""
 
     layer: str
     reads: bool
@@ -46,17 +56,17 @@ class _PairMoments:
         self.squares += torch.stack([ours.square().sum(0), theirs.square().sum(0)])
         self.products.addmm_(ours.T, theirs)
 
-    def inner(self) -> Tensor:
+    def compute_inner_products(self) -> Tensor:
         """E[a b^T] [n, n]."""
         return self.products / self.count
 
-    def pearson(self) -> Tensor:
+    def compute_correlations(self) -> Tensor:
         """Correlations [n, n]; those of units that do not vary are 0."""
         mean = self.sums / self.count
         deviation = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
         dead = deviation <= 1e-7 * (self.squares / self.count).sqrt()
         scale = torch.where(dead, torch.zeros(()), 1 / deviation)
-        return (self.inner() - torch.outer(mean[0], mean[1])) * torch.outer(scale[0], scale[1])
+        return (self.compute_inner_products() - torch.outer(mean[0], mean[1])) * torch.outer(scale[0], scale[1])
 
 
 def match_activations(
@@ -64,37 +74,31 @@ def match_activations(
     reference: TensorReader,
     model: TensorReader,
     start: Permutations,
-    net: nn.Module,
-    batches: Batches,
-    similarity: str,
+    comparison: ActivationComparison,
 ) -> tuple[Permutations, float, float]:
-    """The best orders by ``similarity``, and its sum over all units before and after."""
-    found = compute_similarities(symmetry, reference, model, net, batches, similarity)
+    """The best orders, and the similarity of all units together before and after."""
+    found = compute_similarities(symmetry, reference, model, comparison)
     orders = {name: solve_assignment(kind, found[name]) for name, kind in symmetry.kinds.items()}
     before, after = (sum(compute_total_gain(one[name], found[name]) for name in found) for one in (start, orders))
     return orders, before, after
 
 
 def compute_similarities(
-    symmetry: PermutationSpec,
-    reference: TensorReader,
-    model: TensorReader,
-    net: nn.Module,
-    batches: Batches,
-    similarity: str,
+    symmetry: PermutationSpec, reference: TensorReader, model: TensorReader, comparison: ActivationComparison
 ) -> dict[str, GainMatrices]:
-    """For each permutation and part, ``similarity`` (pearson or inner) of all pairs of units, summed over sites."""
-    sites = _sites(symmetry, net)
+    """The similarity of all pairs of units for each permutation and part, summed over sites."""
+    net, batches, similarity = comparison
+    sites = _list_sites(symmetry, net)
     moments = {site: _PairMoments(symmetry.kinds[site.axis.permutation].parts[site.part]) for site in sites}
     states = [{name: read(name) for name in symmetry.axes} for read in (reference, model)]
     for batch in batches:
         ours, theirs = (_collect_units(net, state, batch, sites, symmetry) for state in states)
         for site in sites:
             moments[site].add(ours[site], theirs[site])
-    return {name: _summed(symmetry, name, moments, similarity) for name in symmetry.kinds}
+    return {name: _sum_over_sites(symmetry, name, moments, similarity) for name in symmetry.kinds}
 
 
-def _summed(
+def _sum_over_sites(
     symmetry: PermutationSpec, permutation: str, moments: Mapping[_Site, _PairMoments], similarity: str
 ) -> GainMatrices:
     found = {
@@ -102,12 +106,14 @@ def _summed(
     }
     for site, seen in moments.items():
         if site.axis.permutation == permutation:
-            found[site.part] += seen.pearson() if similarity == "pearson" else seen.inner()
+            found[site.part] += (
+                seen.compute_correlations() if similarity == "pearson" else seen.compute_inner_products()
+            )
     return found
 
 
-def _sites(symmetry: PermutationSpec, net: nn.Module) -> list[_Site]:
-    """Where each part of each permutation is read, or else where it is made."""
+def _list_sites(symmetry: PermutationSpec, net: nn.Module) -> list[_Site]:
+    """The inputs of layers that read each part of each permutation; the outputs of layers where none reads it."""
     reading, making = [], []
     for name, axes in symmetry.axes.items():
         layer = net.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -124,7 +130,7 @@ def _make_sites(axis: PermutedAxis | None, name: str, *, reads: bool) -> list[_S
 
 
 def _directions(layer: nn.Module) -> tuple[int, int]:
-    """The axes of a weight that count inputs and outputs: transformers' Conv1D has them the other way round."""
+    """The axes of a weight that count inputs and outputs; they are swapped in Conv1D of transformers."""
     if type(layer).__name__ == "Conv1D":
         return 0, 1
     depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1

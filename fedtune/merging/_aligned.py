@@ -14,14 +14,14 @@ __all__ = ["PermutedDelta", "make_tensor_reader"]
 
 
 class PermutedDelta:
-    """The rows of a permuted model's delta; the tensor read last is kept whole, so that its pieces cost one read."""
+    """The rows of a permuted model's delta. The last tensor is cached, so that its chunks cost one read."""
 
     def __init__(
-        self, symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], operand: MergeInput
+        self, symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], merge_input: MergeInput
     ) -> None:
-        self._symmetry, self._orders, self._base, self._operand = symmetry, orders, base, operand
+        self._symmetry, self._orders, self._base, self._operand = symmetry, orders, base, merge_input
         self._moved = frozenset(symmetry.list_permuted_tensors())
-        self._model = make_tensor_reader(base, operand, self._moved)
+        self._model = make_tensor_reader(base, merge_input, self._moved)
         self._held: tuple[str, Tensor] | None = None
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
@@ -35,15 +35,15 @@ class PermutedDelta:
         return self._held[1][start:stop]
 
 
-def make_tensor_reader(base: Mapping[str, Tensor], operand: MergeInput, moved: Set[str]) -> TensorReader:
-    """Reads a model's tensors, fp32: the base and its delta, or the base alone where neither was sent nor is moved."""
+def make_tensor_reader(base: Mapping[str, Tensor], merge_input: MergeInput, moved: Set[str]) -> TensorReader:
+    """Reads a model's tensors, fp32: base plus delta; the base alone for tensors that were not sent and do not move."""
 
     def read(name: str) -> Tensor:
         before = base[name]
         if not before.is_floating_point():
             return before
         try:
-            delta = operand.read_rows(name, 0, len(before) if before.dim() else 1)
+            delta = merge_input.read_rows(name, 0, len(before) if before.dim() else 1)
         except (KeyError, SafetensorError) as error:
             if name in moved:
                 raise ModelError(

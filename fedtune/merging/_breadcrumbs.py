@@ -1,4 +1,4 @@
-"""What the two breadcrumbs merges share: neither the largest nor the smallest entries count."""
+"""The base class of the breadcrumbs steps, which remove the largest and the smallest entries."""
 
 from abc import ABC
 from math import floor

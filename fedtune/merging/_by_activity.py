@@ -32,14 +32,14 @@ _ON_DATA = frozenset({"activity", "batches", "model"})
 
 
 class CalibrationRequest(NamedTuple):
-    """Where activation statistics are taken, and on how many examples at each place."""
+    """Who measures activation statistics, and on how many examples each."""
 
     calibrate_on: Literal["server", "clients"]
     calibration_examples: int | None
 
 
 class ActivationRelaxStep(RelaxStep, ABC):
-    """Settings of the steps that follow the activity of input channels."""
+    """Settings of the steps that scale a delta by the activity of its input channels."""
 
     omega: float = Field(0.4, ge=0, le=1, description="share of its update the most active channel keeps; 1 keeps all")
     include_norms: bool = Field(True, description="also the weights of normalisation layers, as published")
@@ -49,9 +49,9 @@ class ActivationRelaxStep(RelaxStep, ABC):
     measured_by: Literal["server", "clients"] = Field("server", description="who measures in a federation")
     max_examples: int | None = Field(_EXAMPLES, ge=1, description="so many at each place; null: all")
 
-    def compute_scale(self, name: str, delta: Tensor, evidence: MergeContext) -> tuple[Tensor, int] | None:
-        """c and the axis it belongs to, fp64; None for a tensor that is left as merged."""
-        activity = evidence.activation_statistics.get(name)
+    def compute_scale(self, name: str, delta: Tensor, context: MergeContext) -> tuple[Tensor, int] | None:
+        """c and its axis, fp64; None for a tensor that is not scaled."""
+        activity = context.activation_statistics.get(name)
         if activity is None or (delta.dim() == 1 and not self.include_norms):
             return None
         return compute_channel_scale(activity, self.omega, self.peak_quantile), activity.axis
@@ -80,7 +80,7 @@ def broadcast_scale_to_rows(scale: Tensor, axis: int, start: int, delta: Tensor)
 
 
 def find_dominated_weights(activity: Mapping[str, ActivationStatistics], quantile: float = 1.0) -> dict[str, float]:
-    """Median s of the weights where one channel outshines the rest, so that AIM leaves nearly all else as merged."""
+    """Median s of the weights in which one channel is far more active than the rest, so that AIM has little effect."""
     medians = {name: float(compute_relative_activity(one, quantile).median()) for name, one in activity.items()}
     return {name: median for name, median in medians.items() if median < _DOMINATED_MEDIAN}
 
@@ -88,11 +88,11 @@ def find_dominated_weights(activity: Mapping[str, ActivationStatistics], quantil
 def build_calibration_request(
     steps: Sequence[AlignStep | CombineStep | RelaxStep | RenormaliseStep],
 ) -> CalibrationRequest | None:
-    """What a merge's steps need measured in a federation; RecipeError when they do not agree on it."""
+    """The measurement that the steps of a merge need in a federation; RecipeError if they need different ones."""
     by_activity = [step for step in steps if isinstance(step, ActivationRelaxStep) and step.needs]
-    asked = {CalibrationRequest(step.measured_by, step.max_examples) for step in by_activity}
-    if len(asked) > 1:
+    requests = {CalibrationRequest(step.measured_by, step.max_examples) for step in by_activity}
+    if len(requests) > 1:
         raise RecipeError("merge: steps differ in statistics or examples, but one measurement serves all; align them")
-    if asked:
-        return asked.pop()
+    if requests:
+        return requests.pop()
     return CalibrationRequest("server", _EXAMPLES) if any(step.needs & _ON_DATA for step in steps) else None

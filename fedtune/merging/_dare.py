@@ -1,4 +1,4 @@
-"""What the two DARE merges share: entries dropped at random, the rest made larger so that the mean stays."""
+"""The base class of the DARE steps, which drop entries at random and rescale the rest."""
 
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,19 +14,21 @@ __all__ = ["DareCombineStep"]
 
 
 class DareCombineStep(TaskVectorCombineStep, ABC):
-    """Drop and rescale."""
+    """Drops entries and rescales the rest."""
 
     density: Density = 0.5
     rescale: bool = True
     seed: int = Field(0, ge=0)
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
         """The step with the masks of this merge."""
-        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
+        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, context)}), merge_inputs)
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
-        """Kept with probability density and, rescaled, divided by it."""
+    def iter_sparse_chunks(self, index: int, name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
+        """Entries are kept with probability ``density`` and, with ``rescale``, divided by it."""
         kept = drop_at_random(
-            iter_delta_chunks(name, shape, operand), self.density, make_generator(self.seed, index, name)
+            iter_delta_chunks(name, shape, merge_input), self.density, make_generator(self.seed, index, name)
         )
         return (piece.div_(self.density) for piece in kept) if self.rescale else kept

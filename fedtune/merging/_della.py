@@ -1,4 +1,4 @@
-"""What the two DELLA merges share: entries dropped at random, larger ones of a row less often."""
+"""The base class of the DELLA steps, which drop entries at random, larger ones of a row less often."""
 
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ __all__ = ["DellaCombineStep"]
 
 
 class DellaCombineStep(TaskVectorCombineStep, ABC):
-    """Drop by rank and rescale."""
+    """Drops entries by rank and rescales the rest."""
 
     density: Density = 0.5
     epsilon: float = Field(0.15, ge=0, lt=0.5, description="probabilities reach from density - epsilon to + epsilon")
@@ -30,19 +30,21 @@ class DellaCombineStep(TaskVectorCombineStep, ABC):
             raise ValueError("density - epsilon and density + epsilon must both lie between 0 and 1; lower epsilon")
         return self
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
         """The step with the masks of this merge."""
-        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, evidence)}), operands)
+        return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, context)}), merge_inputs)
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
+    def iter_sparse_chunks(self, index: int, name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
         """Kept with a probability by rank and, rescaled, divided by it; a tensor of one dimension is one row.
 
         A density of 1 drops nothing.
         """
         if self.density == 1:
-            return iter_delta_chunks(name, shape, operand)
+            return iter_delta_chunks(name, shape, merge_input)
         random = make_generator(self.seed, index, name)
-        stream = iter_delta_chunks(name, shape, operand)
+        stream = iter_delta_chunks(name, shape, merge_input)
         if len(shape) > 1:
             return drop_by_rank(stream, self.density, self.epsilon, random, rescale=self.rescale)
         row = torch.cat([torch.empty(0, 1), *stream]).reshape(1, -1)

@@ -1,4 +1,4 @@
-"""Deltas that are read more than once: those of a tensor that fits a budget are read once and held."""
+"""Cache the deltas of a tensor that are read more than once, if they fit a budget."""
 
 import math
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ class _Pieces:
         return self.by_start[start]
 
 
-def cache_small_deltas(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Sequence[MergeInput]:
-    """The operands with the deltas of one tensor in memory, cut by ``iter_row_chunks``, where they fit the budget.
+def cache_small_deltas(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Sequence[MergeInput]:
+    """The merge_inputs with the deltas of one tensor in memory, cut by ``iter_row_chunks``, where they fit the budget.
 
     Each piece is read of all models before the next one, so that a base that keeps its last rows is read once.
     """
-    if 4 * math.prod(shape) * len(operands) > _BUDGET:
-        return operands
-    found = [_Pieces() for _ in operands]
+    if 4 * math.prod(shape) * len(merge_inputs) > _BUDGET:
+        return merge_inputs
+    found = [_Pieces() for _ in merge_inputs]
     for start, stop in iter_row_chunks(shape):
-        for own, operand in zip(found, operands, strict=True):
-            own.by_start[start] = operand.read_rows(name, start, stop)
-    return [operand._replace(read_rows=own) for own, operand in zip(found, operands, strict=True)]
+        for own, merge_input in zip(found, merge_inputs, strict=True):
+            own.by_start[start] = merge_input.read_rows(name, start, stop)
+    return [merge_input._replace(read_rows=own) for own, merge_input in zip(found, merge_inputs, strict=True)]

@@ -1,4 +1,4 @@
-"""How the models of a merge differ, as figures of their deltas and of the deltas' inner products alone."""
+"""Comparisons of the models of a merge by their deltas, or by the inner products of the deltas."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def count_opposing_signs(parts: Sequence[Tensor]) -> int:
 def compute_norm_preserving_scale(gram: Tensor, weights: Tensor) -> float | None:
     """mean_i |x_i| / |sum_i w_i x_i| from inner products [K, K]; None where the sum vanishes.
 
-    A rule of thumb, not from a paper: times it the weighted sum is as long as a delta is on average.
+    A rule of thumb, not from a paper: with this scale the weighted sum has the average norm of a delta.
     """
     length = float(weights @ gram @ weights)
     return float(gram.diagonal().sqrt().mean()) / math.sqrt(length) if length > 0 else None

@@ -1,4 +1,4 @@
-"""Random and ranked masks of task vectors; one generator per (seed, model, tensor), so that pieces do not matter."""
+"""Random masks of deltas. Each (seed, model, tensor) has a generator, so that bits do not depend on the chunks."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,12 +12,12 @@ __all__ = ["derive_merge_seed", "drop_at_random", "drop_by_rank", "make_generato
 
 
 def make_generator(seed: int, model: int, name: str) -> torch.Generator:
-    """The random numbers of one model's tensor."""
+    """The generator for one tensor of one model."""
     return torch.Generator().manual_seed(derive_seed(seed, model, name, "merge"))
 
 
 def drop_at_random(stream: Iterable[Tensor], density: float, random: torch.Generator) -> Iterator[Tensor]:
-    """Each entry kept with probability ``density``; no piece is held between two."""
+    """Keep each entry with probability ``density``."""
 
     def drop(piece: Tensor) -> Tensor:
         return piece * (torch.rand(piece.shape, generator=random) < density)
@@ -45,6 +45,6 @@ def drop_by_rank(
     return map(drop, stream)
 
 
-def derive_merge_seed(seed: int, evidence: MergeContext) -> int:
-    """The seed of one merge of a run; the first is as given."""
-    return derive_seed(seed, evidence.round_number, "merge") if evidence.round_number else seed
+def derive_merge_seed(seed: int, context: MergeContext) -> int:
+    """The seed of the merge in one round of a run; the given seed outside a run."""
+    return derive_seed(seed, context.round_number, "merge") if context.round_number else seed

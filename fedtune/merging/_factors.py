@@ -1,4 +1,4 @@
-"""Low-rank matrices by their factors: what holds of sums, means and inner products without ever forming one out.
+"""Sums, means and inner products of low-rank matrices, computed from their factors without forming a product.
 
 D_i = s_i B_i A_i is what client i adds to a weight. The mean of the products is D = sum_i w_i D_i; the product of the
 means of the factors is another matrix, and the difference is the factors' covariance over the clients.
@@ -19,8 +19,8 @@ __all__ = [
     "compute_averaging_residual",
     "compute_inner_product",
     "compute_product_norm",
+    "compute_relative_error",
     "pad_factors",
-    "relative",
     "stack_factors",
 ]
 
@@ -94,15 +94,15 @@ def compute_averaging_residual(factors: Sequence[LowRankFactors], weights: Seque
 
 
 def compute_averaging_error(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> float:
-    """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, see ``relative``."""
-    return relative(
+    """||D - Bbar Abar|| / ||D|| by the covariance identity; zero where one factor is common, see below."""
+    return compute_relative_error(
         compute_product_norm(compute_averaging_residual(factors, weights)),
         compute_product_norm(stack_factors(factors, weights)),
     )
 
 
-def relative(missed: float, whole: float) -> float:
-    """Norm of an error over that of what was wanted: zero of nothing missed, infinite where products cancel to zero."""
+def compute_relative_error(missed: float, whole: float) -> float:
+    """The norm of an error relative to that of the exact result: infinite where the exact result is zero."""
     if not missed:
         return 0.0
     return missed / whole if whole else math.inf

@@ -1,4 +1,4 @@
-"""Inner products of deltas, piece by piece; rows add up in order, so that bits depend on no piece or thread."""
+"""Inner products of deltas, chunk by chunk. Rows are added in order, so that bits do not depend on the chunks."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,45 +23,55 @@ def flatten_rows(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1) if rows.dim() else rows.reshape(1, 1)
 
 
-def compute_model_gram(shapes: Mapping[str, Shape], operands: Sequence[MergeInput]) -> Tensor:
+def compute_model_gram(shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput]) -> Tensor:
     """Inner products [K, K, 1] of whole models."""
-    total = torch.zeros(len(operands), len(operands), 1, dtype=torch.float64)
+    total = torch.zeros(len(merge_inputs), len(merge_inputs), 1, dtype=torch.float64)
     for name, shape in shapes.items():
-        total += compute_gram(name, shape, operands)
+        total += compute_gram(name, shape, merge_inputs)
     return total
 
 
-def compute_gram(name: str, shape: Shape, operands: Sequence[MergeInput], over: Granularity = "tensor") -> Tensor:
+def compute_gram(name: str, shape: Shape, merge_inputs: Sequence[MergeInput], over: Granularity = "tensor") -> Tensor:
     """Inner products [K, K, groups] of one tensor's deltas, double; a group is the tensor, a row or a column."""
-    return _by_row(name, shape, operands) if over == "row" else _summed(name, shape, operands, over)
+    return (
+        _compute_per_row(name, shape, merge_inputs)
+        if over == "row"
+        else _compute_summed(name, shape, merge_inputs, over)
+    )
 
 
-def _by_row(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Tensor:
-    found = torch.empty(len(operands), len(operands), shape[0], dtype=torch.float64)
-    for start, stop, parts in _parts(name, shape, operands):
-        for i, j in _pairs(operands):
+def _compute_per_row(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Tensor:
+    found = torch.empty(len(merge_inputs), len(merge_inputs), shape[0], dtype=torch.float64)
+    for start, stop, parts in _iter_chunks(name, shape, merge_inputs):
+        for i, j in _list_pairs(merge_inputs):
             found[i, j, start:stop] = found[j, i, start:stop] = compute_row_dots(parts[i], parts[j])
     return found
 
 
-def _summed(name: str, shape: Shape, operands: Sequence[MergeInput], over: Granularity) -> Tensor:
+def _compute_summed(name: str, shape: Shape, merge_inputs: Sequence[MergeInput], over: Granularity) -> Tensor:
     groups = math.prod(shape[1:]) if over == "column" else 1
-    total = torch.zeros(len(operands), len(operands), groups, dtype=torch.float64)
-    for _, _, parts in _parts(name, shape, operands):
-        for i, j in _pairs(operands):
+    total = torch.zeros(len(merge_inputs), len(merge_inputs), groups, dtype=torch.float64)
+    for _, _, parts in _iter_chunks(name, shape, merge_inputs):
+        for i, j in _list_pairs(merge_inputs):
             terms = parts[i] * parts[j] if over == "column" else compute_row_dots(parts[i], parts[j])[:, None]
             total[i, j] = total[j, i] = add_rows_in_order(total[i, j], terms)
     return total
 
 
-def _parts(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[tuple[int, int, list[Tensor]]]:
+def _iter_chunks(
+    name: str, shape: Shape, merge_inputs: Sequence[MergeInput]
+) -> Iterator[tuple[int, int, list[Tensor]]]:
     """First row, last row (exclusive) and the rows of each model as matrices, double."""
     for start, stop in iter_row_chunks(shape):
-        yield start, stop, [flatten_rows(operand.read_rows(name, start, stop)).double() for operand in operands]
+        yield (
+            start,
+            stop,
+            [flatten_rows(merge_input.read_rows(name, start, stop)).double() for merge_input in merge_inputs],
+        )
 
 
-def _pairs(operands: Sequence[MergeInput]) -> Iterator[tuple[int, int]]:
-    return combinations_with_replacement(range(len(operands)), 2)
+def _list_pairs(merge_inputs: Sequence[MergeInput]) -> Iterator[tuple[int, int]]:
+    return combinations_with_replacement(range(len(merge_inputs)), 2)
 
 
 def add_rows_in_order(total: Tensor, terms: Tensor) -> Tensor:

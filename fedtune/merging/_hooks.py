@@ -1,4 +1,4 @@
-"""Running a net with weights of choice, and looking at what its layers take and give."""
+"""Context managers that load temporary weights into a network and record inputs and outputs of its layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ __all__ = ["hook_layers", "use_state_dict"]
 
 @contextmanager
 def hook_layers(net: nn.Module, layers: Set[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``note`` with a layer's name, input and output whenever one of them has run."""
+    """Call ``note`` with the name, input and output of each of these layers after it has run."""
     handles = [net.get_submodule(layer).register_forward_hook(_hook(layer, note)) for layer in sorted(layers)]
     try:
         yield
@@ -31,7 +31,7 @@ def _hook(layer: str, note: Callable[[str, Tensor, Tensor], None]) -> Callable[[
 
 @contextmanager
 def use_state_dict(net: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """The net in evaluation mode with these weights, and with its own again afterwards."""
+    """Run the block with these weights, in evaluation mode; the network's own weights are restored afterwards."""
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     unknown = net.load_state_dict(state, strict=False).unexpected_keys
     if unknown:

@@ -1,4 +1,4 @@
-"""What each kind of layer does to the channels that pass through it."""
+"""One rule per layer type: how channels pass through the layer."""
 
 from collections.abc import Callable
 from typing import Any

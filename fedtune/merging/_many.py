@@ -1,4 +1,4 @@
-"""Matching more than two models: all to the first, or each in turn to the mean of the others."""
+"""Match several models: all to the first one, or each in turn to the mean of the others."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ def match_to_first(
 def match_in_cycles(
     match: MatchFunction, symmetry: PermutationSpec, models: Sequence[TensorReader], rounds: int
 ) -> list[Permutations]:
-    """MergeMany, Ainsworth et al., algorithm 3: until a round over all models, in random order, moves none."""
+    """MergeMany, Ainsworth et al., algorithm 3: visits all models in random order until none of them changes."""
     orders = [symmetry.build_identity() for _ in models]
     random = torch.Generator().manual_seed(derive_seed(0, "rebasin", "cycle"))
     for _ in range(rounds):

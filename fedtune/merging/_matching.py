@@ -1,7 +1,7 @@
-"""Weight matching: the orders under which one model's weights agree most with another's.
+"""Weight matching: find the orders of units under which the weights of two models agree best.
 
 Ainsworth et al. (arXiv 2209.04836), algorithm 1 and section 3.2: coordinate descent over permutations, each a linear
-assignment. Maximising sum <A, pi(B)> minimises ||A - pi(B)||. Running statistics are permuted but have no say.
+assignment. Maximising sum <A, pi(B)> minimises ||A - pi(B)||. Running statistics are permuted, but do not count.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ def match_weights(
     visits: int,
     sweeps: int,
 ) -> tuple[Permutations, float, float]:
-    """The best orders of ``visits`` climbs that visit permutations in other orders, and the agreement at both ends."""
+    """The best orders of ``visits`` ascents, each with a random order of layers, and the agreement before and after."""
     before = compute_agreement(symmetry, reference, model, start)
     best, most = start, before
     for visit in range(visits):

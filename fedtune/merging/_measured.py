@@ -1,4 +1,4 @@
-"""Statistics of single models, which some merges weigh by: read from a file each, checked before the first tensor."""
+"""Statistics of single models, each read from a file and checked before the first tensor is merged."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,27 +36,27 @@ class StatisticsFile:
         return rows.float()
 
 
-def require_statistics(operand: MergeInput) -> StatisticsReader:
-    """A model's statistics, where the merge was settled with them."""
-    assert operand.statistics is not None
-    return operand.statistics
+def require_statistics(merge_input: MergeInput) -> StatisticsReader:
+    """A model's statistics, after ``check_statistics``."""
+    assert merge_input.statistics is not None
+    return merge_input.statistics
 
 
-def check_statistics(step: str, names: Iterable[str], operands: Sequence[MergeInput]) -> None:
-    """RecipeError when a model has no statistics; ModelError when they are of no tensor, or not of the same ones."""
+def check_statistics(step: str, names: Iterable[str], merge_inputs: Sequence[MergeInput]) -> None:
+    """Raises RecipeError if a model has no statistics, and ModelError if they name no tensor or different ones."""
     wanted = list(names)
-    for number, operand in enumerate(operands):
-        if operand.statistics is None:
+    for number, merge_input in enumerate(merge_inputs):
+        if merge_input.statistics is None:
             raise RecipeError(
                 f"merge: {step} needs statistics of every model, but model {number + 1} has none; give a file of them "
                 "for each, or choose a step that needs none, e.g. mean"
             )
     for name in wanted:
-        having = [name in require_statistics(operand) for operand in operands]
+        having = [name in require_statistics(merge_input) for merge_input in merge_inputs]
         if any(having) and not all(having):
             raise ModelError(
                 f"merge: the statistics of model {having.index(False) + 1} lack {name}, which others have; "
                 "measure all models alike"
             )
-    if not any(name in require_statistics(operands[0]) for name in wanted):
+    if not any(name in require_statistics(merge_inputs[0]) for name in wanted):
         raise ModelError("merge: the statistics name no tensor of the models; measure these models")

@@ -1,4 +1,4 @@
-"""Means and standard deviations of layers' channels over data: batches, rows and all positions of a map."""
+"""Measure the mean and standard deviation of each channel over batches, rows and positions."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class _Pool:
 
 
 class _StopForwardError(Exception):
-    """Everything asked for has been seen; the rest of the forward pass may be spared."""
+    """Raised when all layers have been measured, to skip the rest of the forward pass."""
 
 
 def measure_channel_moments(net: nn.Module, batches: Batches, layers: Set[str]) -> dict[str, ChannelMoments]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.merging._hooks import use_state_dict
 from fedtune.merging._moments import Batches, ChannelMoments, measure_channel_moments
-from fedtune.merging._sites import ChannelAffine, merge_affine_into_layer, sites
+from fedtune.merging._sites import ChannelAffine, find_correctable_layers, merge_affine_into_layer
 from fedtune.merging._step import MergeContext, RenormaliseStep
 
 __all__ = ["MomentRenormaliseStep", "require_model_and_batches"]
@@ -31,20 +31,20 @@ Tensors = Mapping[str, Tensor]
 
 
 class MomentRenormaliseStep(RenormaliseStep, ABC):
-    """Layer by layer; a subclass says what is mended."""
+    """Corrects one layer after the other; a subclass chooses which moments are matched."""
 
     matches_std: ClassVar[bool]
-    """Whether deviations become those of the goal."""
+    """Whether deviations are matched."""
     matches_mean: ClassVar[bool]
-    """Whether means do."""
+    """Whether means are matched."""
 
     def renormalise(
-        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], evidence: MergeContext
+        self, merged: Tensors, ends: Sequence[tuple[float, Tensors]], context: MergeContext
     ) -> dict[str, Tensor]:
         """The weights and biases of all layers but that of the logits."""
-        net, batches = require_model_and_batches(self.name, evidence)
+        net, batches = require_model_and_batches(self.name, context)
         with use_state_dict(net, merged):
-            layers = sites(net, batches[0], shifts=self.matches_mean)
+            layers = find_correctable_layers(net, batches[0], shifts=self.matches_mean)
         goals = _compute_target_moments(net, batches, layers, ends)
         changed: dict[str, Tensor] = {}
         with use_state_dict(net, merged):
@@ -61,17 +61,17 @@ class MomentRenormaliseStep(RenormaliseStep, ABC):
         return ChannelAffine(gain, goal.mean - gain * now.mean if self.matches_mean else torch.zeros_like(gain))
 
 
-def require_model_and_batches(step: str, evidence: MergeContext) -> tuple[nn.Module, Batches]:
+def require_model_and_batches(step: str, context: MergeContext) -> tuple[nn.Module, Batches]:
     """The architecture and the data, or ModelError."""
-    if evidence.model is None or not evidence.calibration_batches:
+    if context.model is None or not context.calibration_batches:
         raise ModelError(f"{step}: it needs the model and calibration data; give some, or leave {step} out")
-    return evidence.model, evidence.calibration_batches
+    return context.model, context.calibration_batches
 
 
 def _compute_target_moments(
     net: nn.Module, batches: Batches, layers: Sequence[str], ends: Sequence[tuple[float, Tensors]]
 ) -> dict[str, ChannelMoments]:
-    """Weighted means of the ends' means and deviations."""
+    """Weighted means of the input models' means and deviations."""
     zero = torch.zeros((), dtype=torch.float64)
     goals = dict.fromkeys(layers, ChannelMoments(zero, zero))
     for weight, end in ends:

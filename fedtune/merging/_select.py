@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Stream = Callable[[], Iterable[Tensor]]
-"""What begins a tensor's pieces again."""
+"""Starts reading the chunks of a tensor again."""
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 _SHORT = 1 << 20
 """Entries whose magnitudes are held: four megabytes."""
@@ -40,7 +40,10 @@ class MagnitudeThreshold(NamedTuple):
     whole: bool
 
     def make_mask_function(self) -> Callable[[Tensor], Tensor]:
-        """What tells of each next piece of a stream which entries are in; it counts the ties it has passed."""
+        """A function from each next chunk to a mask of the selected entries.
+
+        The function counts the ties it has passed, so call it once per chunk and in order.
+        """
         tied = self._next_ties()
 
         def mask(piece: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class MagnitudeThreshold(NamedTuple):
         return mask
 
     def keep(self) -> Callable[[Tensor], Tensor]:
-        """What makes of each next piece of a stream a copy with zeros where ``inside`` is false."""
+        """A function from each next chunk to a copy with zeros for the entries that are not selected."""
         tied = self._next_ties()
         below = float(torch.nextafter(torch.tensor(self.threshold), torch.zeros(())))
 
@@ -68,7 +71,7 @@ class MagnitudeThreshold(NamedTuple):
         return kept
 
     def _next_ties(self) -> Callable[[Tensor], Tensor]:
-        """What finds those entries of each next piece that equal the threshold and are in; int64 [n]."""
+        """A function from each next chunk to the places of selected entries that equal the threshold, int64 [n]."""
         left = self.ties
 
         def tied(piece: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def keep_largest(stream: Stream, keep: int, size: int) -> Stream:
 
 
 def keep_magnitude_band(stream: Stream, first: int, last: int, size: int) -> Stream:
-    """The stream with only its entries number ``first`` to ``last`` (exclusive) from the largest down."""
+    """The stream with zeros for all entries but those ranked ``first`` to ``last`` (exclusive) by magnitude."""
     found = keep_largest(stream, last, size)
     if not first:
         return found
@@ -107,7 +110,7 @@ def keep_magnitude_band(stream: Stream, first: int, last: int, size: int) -> Str
 
 
 def _outside(found: MagnitudeThreshold) -> Callable[[Tensor], Tensor]:
-    """What sets to zero, in each next piece of a stream, what is inside."""
+    """A function that sets the selected entries of each next chunk to zero."""
     inside = found.make_mask_function()
     return lambda piece: piece * ~inside(piece)
 

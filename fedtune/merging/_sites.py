@@ -1,4 +1,4 @@
-"""Where activations are mended: the pre-activations of a net's layers, in the order they run, but never the logits."""
+"""Find the layers whose pre-activations can be corrected, in the order they run; the logits are never among them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.merging._hooks import hook_layers
 
-__all__ = ["ChannelAffine", "list_weight_layers", "merge_affine_into_layer", "sites"]
+__all__ = ["ChannelAffine", "find_correctable_layers", "list_weight_layers", "merge_affine_into_layer"]
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -35,10 +35,10 @@ def list_weight_layers(net: nn.Module) -> list[str]:
     return [name for name, layer in net.named_modules() if isinstance(layer, kinds)]
 
 
-def sites(net: nn.Module, batch: Mapping[str, Tensor], *, shifts: bool) -> list[str]:
+def find_correctable_layers(net: nn.Module, batch: Mapping[str, Tensor], *, shifts: bool) -> list[str]:
     """Convolutions and linear layers, or the batch norm right after one, in the order of a forward pass.
 
-    ModelError where there are none, or where one cannot take what is folded into it.
+    ModelError if there are none, or if a layer cannot take the correction into its weights.
     """
     weighted = list_weight_layers(net)
     runs = _runs(net, batch, weighted)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging._factors import LowRankFactors, relative
+from fedtune.merging._factors import LowRankFactors, compute_relative_error
 
 __all__ = [
     "FactorCore",
@@ -39,7 +39,7 @@ class TruncatedProduct(NamedTuple):
     @property
     def relative_error(self) -> float:
         """Relative; zero for a matrix of zeros."""
-        return relative(self.dropped_norm, self.total_norm)
+        return compute_relative_error(self.dropped_norm, self.total_norm)
 
 
 def compute_core(factors: LowRankFactors) -> FactorCore:

@@ -1,27 +1,21 @@
-"""Merges inside the span of their deltas: sum_i c_i x_i, with c from the weights and the inner products <x_i, x_j>.
+"""Linear combinations of deltas: sum_i c_i x_i, with c from the weights and the inner products <x_i, x_j>.
 
-One pass measures the inner products, a second one sums; both hold one piece per model. Formulas work on coefficients
-alone, so that iterating costs nothing.
+One pass computes the inner products, a second one the sum; both hold one chunk per model. Formulas work on coefficients
+alone, so that iterations cost nothing.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
 
-import torch
-from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from fedtune.errors import RecipeError
 from fedtune.merging._gram import Granularity, compute_gram, flatten_rows
 from fedtune.merging._step import CombineStep, MergeInput, Shape
 from fedtune.merging._sums import sum_weighted
+from fedtune.merging._weights import stack_weights
 from fedtune.wire.client_update import iter_row_chunks
 
-__all__ = ["GramCombineStep", "Normalise", "Scale", "normalise_weights", "stack_weights"]
-
-Normalise = Annotated[bool, Field(validation_alias=AliasChoices("normalise", "normalize"))]
-Scale = Annotated[float, Field(validation_alias=AliasChoices("scale", "lambda"))]
+__all__ = ["GramCombineStep"]
 
 
 class GramCombineStep(CombineStep, ABC):
@@ -36,12 +30,14 @@ class GramCombineStep(CombineStep, ABC):
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
         """c [K, groups] from weights [K, 1] and ``gram()`` [K, K, groups], which reads all deltas once; double."""
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The sum of each piece."""
         over = self.coefficient_scope if len(shape) > 1 else "tensor"
-        c = self.compute_coefficients(stack_weights(operands), lambda: compute_gram(name, shape, operands, over))
+        c = self.compute_coefficients(
+            stack_weights(merge_inputs), lambda: compute_gram(name, shape, merge_inputs, over)
+        )
         for start, stop in iter_row_chunks(shape):
-            total = _sum(name, start, stop, operands, _shares_of(c, over, start, stop))
+            total = _sum(name, start, stop, merge_inputs, _shares_of(c, over, start, stop))
             yield total.float().reshape(stop - start, *shape[1:])
 
 
@@ -53,23 +49,14 @@ def _shares_of(c: Tensor, over: Granularity, start: int, stop: int) -> list[floa
     return list(c[:, start:stop, None] if over == "row" else c[:, None, :])
 
 
-def stack_weights(operands: Sequence[MergeInput]) -> Tensor:
-    """The weights [K, 1], double."""
-    return torch.tensor([[operand.weight] for operand in operands], dtype=torch.float64)
-
-
-def normalise_weights(weights: Tensor) -> Tensor:
-    """Weights [K, ...] that sum to one over the models; RecipeError when their sum is zero."""
-    total = weights.sum(0)
-    if bool((total == 0).any()):
-        raise RecipeError("merge: the weights sum to zero, so they are no shares of anything; change one of them")
-    return weights / total
-
-
-def _sum(name: str, start: int, stop: int, operands: Sequence[MergeInput], share: Sequence[float | Tensor]) -> Tensor:
+def _sum(
+    name: str, start: int, stop: int, merge_inputs: Sequence[MergeInput], share: Sequence[float | Tensor]
+) -> Tensor:
     """sum_i share_i x_i of some rows; a model that counts nothing is not read."""
-    counted = [pair for pair in zip(operands, share, strict=True) if _counts(pair[1])] or [(operands[0], share[0])]
-    rows = (flatten_rows(operand.read_rows(name, start, stop)) for operand, _ in counted)
+    counted = [pair for pair in zip(merge_inputs, share, strict=True) if _counts(pair[1])] or [
+        (merge_inputs[0], share[0])
+    ]
+    rows = (flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input, _ in counted)
     return sum_weighted(rows, [c for _, c in counted])
 
 

@@ -1,4 +1,4 @@
-"""Points on a sphere as coefficients [K, G] over K vectors, from the vectors' inner products [K, K, G] alone."""
+"""Coefficients [K, G] of points on a sphere, from the inner products [K, K, G] of K vectors."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of several clients: the variance of all their examples holds the spread of their means too."""
+"""Batch-norm statistics of several clients: the variance of all examples includes the spread between their means."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ __all__ = ["compute_variance_of_means"]
 
 
 def compute_variance_of_means(weights: Sequence[float], means: Sequence[Tensor]) -> Tensor:
-    """sum_i w_i (m_i - m)^2 with m = sum_i w_i m_i: what pooling adds to the mean of the variances [c], fp32.
+    """sum_i w_i (m_i - m)^2 with m = sum_i w_i m_i, to be added to the mean of the variances [c], fp32.
 
-    The law of total variance; ``means`` may be deltas to a common one, which the differences do not see.
+    This is the law of total variance. ``means`` may be deltas to a common value, which cancels in the differences.
     """
     stacked = torch.stack(list(means)).double()
     weight = torch.tensor(weights, dtype=torch.float64)[:, None]

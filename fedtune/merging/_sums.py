@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["precision_for", "sum_terms", "sum_weighted"]
+__all__ = ["choose_precision", "sum_terms", "sum_weighted"]
 
 _FEW = 8
 _ONE = 1e-9
 """How far from one the sum of a mean's weights may be."""
 
 
-def precision_for(count: int) -> torch.dtype:
-    """The precision in which so many terms are added."""
+def choose_precision(count: int) -> torch.dtype:
+    """The precision for a sum of so many terms."""
     return torch.float32 if count <= _FEW else torch.float64
 
 
 def sum_weighted(parts: Iterable[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
-    """sum_i w_i x_i of rows that are taken one at a time, in ``precision_for`` their number.
+    """sum_i w_i x_i of rows that are read one at a time.
 
     A weight is a number, or broadcasts to the rows.
     """
-    dtype = precision_for(len(weights))
+    dtype = choose_precision(len(weights))
     terms = zip(parts, weights, strict=True)
     return _mean(terms) if dtype == torch.float32 and _are_shares(weights) else sum_terms(terms, dtype)
 

@@ -1,6 +1,6 @@
-"""Permutations of a model's units under which it computes the same function, and what they do to its tensors.
+"""Permutations of a model's units that do not change its function, and their effect on its tensors.
 
-A symmetry names, for every axis of every tensor, the permutation its entries follow, or none. Tables 2 of Ainsworth et
+A specification names the permutation that each axis of each tensor follows, or none. Tables 2 of Ainsworth et
 al. (arXiv 2209.04836) and the symmetries of attention by Verma & Elbayad (arXiv 2403.00986).
 """
 
@@ -83,7 +83,7 @@ class PermutedAxis(NamedTuple):
     block: int = 1
 
     def compute_indices(self, order: Permutation, kind: PermutationKind) -> Tensor:
-        """Which entry comes to each place."""
+        """The index of the entry that moves to each place."""
         sizes, start, found = kind.parts, 0, []
         for part in self.parts:
             found.append(order[part] + start)
@@ -91,8 +91,8 @@ class PermutedAxis(NamedTuple):
         units = torch.cat(found)
         return (units[:, None] * self.block + torch.arange(self.block)).flatten()
 
-    def length(self, kind: PermutationKind) -> int:
-        """How many entries the axis has."""
+    def count_entries(self, kind: PermutationKind) -> int:
+        """The number of entries of the axis."""
         return self.block * sum(kind.parts[part] for part in self.parts)
 
     def split_into_rows(self, tensor: Tensor, at: int, kind: PermutationKind) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +104,7 @@ class PermutedAxis(NamedTuple):
 
 
 class AxisLocation(NamedTuple):
-    """Where a permutation acts."""
+    """An axis of a tensor that a permutation acts on."""
 
     tensor: str
     at: int
@@ -118,7 +118,7 @@ class PermutationSpec(NamedTuple):
     kinds: Mapping[str, PermutationKind]
 
     def build_identity(self) -> Permutations:
-        """Everything stays where it is."""
+        """The permutations that move nothing."""
         return {
             name: {part: torch.arange(size) for part, size in kind.parts.items()} for name, kind in self.kinds.items()
         }
@@ -128,7 +128,7 @@ class PermutationSpec(NamedTuple):
         return [name for name, axes in self.axes.items() if any(axes)]
 
     def list_locations(self, permutation: str) -> list[AxisLocation]:
-        """Where a permutation acts."""
+        """All axes that a permutation acts on."""
         return [
             AxisLocation(name, at, axis)
             for name, axes in self.axes.items()
@@ -145,11 +145,11 @@ class PermutationSpec(NamedTuple):
         return tensor
 
     def restrict_to(self, names: Set[str]) -> "PermutationSpec":
-        """The part of a symmetry that concerns some tensors."""
+        """The specification of these tensors alone."""
         return self._replace(axes={name: axes for name, axes in self.axes.items() if name in names})
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
-        """ModelError unless it covers these tensors, each with its shape, and is linear in each permutation."""
+        """Raises ModelError unless all tensors are covered, with their shapes, and none has one permutation twice."""
         for name, shape in shapes.items():
             if name not in self.axes:
                 raise ModelError(f"rebasin: nothing is known of {name!r}, which the model lacks; leave rebasin out")
@@ -157,7 +157,7 @@ class PermutationSpec(NamedTuple):
 
     def _check_one(self, name: str, shape: Shape) -> None:
         axes = self.axes[name]
-        lengths = [axis.length(self.kinds[axis.permutation]) if axis else None for axis in axes]
+        lengths = [axis.count_entries(self.kinds[axis.permutation]) if axis else None for axis in axes]
         if len(axes) != len(shape) or any(n not in (None, m) for n, m in zip(lengths, shape, strict=False)):
             wanted = [n or "any" for n in lengths]
             raise ModelError(f"rebasin: {name!r} has shape {list(shape)} in place of {wanted}; align like models only")

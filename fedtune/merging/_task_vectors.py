@@ -1,6 +1,6 @@
-"""Merges of task vectors: thin out each, then add them up, with or without an election of signs.
+"""The base classes of steps that sparsify each delta and add them up, with or without an election of signs.
 
-Each published name is a row of switches: how a model's delta is thinned, whether signs are elected, and the settings.
+The published names differ in how a delta is sparsified, whether signs are elected, and in their settings.
 
 Low-rank pairs: with A common to all models, sum_i c_i (B_i A) = (sum_i c_i B_i) A, so a sum may act on B alone, and so
 may one of entries dropped at random and rescaled, in the mean. What elects signs or keeps the largest may not: for any
@@ -20,12 +20,12 @@ from torch import Tensor
 from fedtune.merging._delta_cache import cache_small_deltas
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._select import Stream
-from fedtune.merging._span import Normalise, Scale
 from fedtune.merging._step import CombineStep, MergeInput, Shape
-from fedtune.merging._sums import precision_for, sum_terms, sum_weighted
+from fedtune.merging._sums import choose_precision, sum_terms, sum_weighted
+from fedtune.merging._weights import Normalise, Scale
 from fedtune.wire.client_update import iter_row_chunks
 
-__all__ = ["Density", "TaskVectorCombineStep", "Trimmed", "iter_delta_chunks", "plain_sum", "sum_with_elected_sign"]
+__all__ = ["Density", "TaskVectorCombineStep", "Trimmed", "iter_delta_chunks", "sum_deltas", "sum_with_elected_sign"]
 
 Density = Annotated[float, Field(gt=0, le=1)]
 _MIN_DIVISOR = 1e-8
@@ -37,32 +37,35 @@ _CACHE_ENTRIES = 1 << 15
 
 
 class TaskVectorCombineStep(CombineStep, ABC):
-    """scale * the sum of thinned task vectors, over the sum of the weights that took part with ``normalise``."""
+    """scale * the sum of sparsified deltas; with ``normalise`` divided by the sum of the weights that took part."""
 
     sparsifies: ClassVar[bool] = True
     elects_sign: ClassVar[bool]
     rereads: ClassVar[bool] = False
-    """Whether deltas are read more than once; those of a small tensor are held then."""
+    """Whether deltas are read more than once; the deltas of a small tensor are then cached."""
     scale: Scale = 1.0
     normalise: Normalise = False
 
     @abstractmethod
-    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
-        """One tensor's delta of model number ``index`` with most entries at zero, as matrices [rows, width]."""
+    def iter_sparse_chunks(self, index: int, name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
+        """The sparsified delta of one tensor of model ``index``, in chunks [rows, width]."""
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each piece."""
-        add = sum_with_elected_sign if self.elects_sign else plain_sum
-        weights = [operand.weight for operand in operands]
-        operands = cache_small_deltas(name, shape, operands) if self.rereads else operands
-        streams = [self.with_overrides(one).thinned(index, name, shape, one) for index, one in enumerate(operands)]
+        add = sum_with_elected_sign if self.elects_sign else sum_deltas
+        weights = [merge_input.weight for merge_input in merge_inputs]
+        merge_inputs = cache_small_deltas(name, shape, merge_inputs) if self.rereads else merge_inputs
+        streams = [
+            self.with_overrides(one).iter_sparse_chunks(index, name, shape, one)
+            for index, one in enumerate(merge_inputs)
+        ]
         for start, stop in iter_row_chunks(shape):
             total = add([next(stream) for stream in streams], weights, self.normalise).mul_(self.scale)
             yield total.float().reshape(stop - start, *shape[1:])
 
 
 class Trimmed(TaskVectorCombineStep, ABC):
-    """Task vectors of which entries of some magnitudes are kept; with ``rescale`` |x| sums up to what it did."""
+    """Keeps entries by magnitude; with ``rescale`` the sum of |x| stays the same."""
 
     selects_entries: ClassVar[bool] = True
     rereads: ClassVar[bool] = True
@@ -70,11 +73,11 @@ class Trimmed(TaskVectorCombineStep, ABC):
 
     @abstractmethod
     def select_entries(self, stream: Stream, size: int) -> Stream:
-        """The stream of ``size`` entries with those at zero that are not kept."""
+        """The stream of ``size`` entries with zeros for those that are not kept."""
 
-    def thinned(self, index: int, name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
-        """What is kept of each tensor, times the ratio of its sums of magnitudes before and after."""
-        stream = partial(iter_delta_chunks, name, shape, operand)
+    def iter_sparse_chunks(self, index: int, name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
+        """The kept entries, times the ratio of the sums of magnitudes before and after."""
+        stream = partial(iter_delta_chunks, name, shape, merge_input)
         kept = self.select_entries(stream, math.prod(shape))
         ratio = _stretch(_magnitude(stream()), _magnitude(kept())) if self.rescale and kept is not stream else 1.0
         return iter(kept()) if ratio == 1 else (piece.mul_(ratio) for piece in kept())
@@ -89,14 +92,14 @@ def _stretch(before: float, after: float) -> float:
     return before / after if min(before, after) >= _FAINT else 1.0
 
 
-def iter_delta_chunks(name: str, shape: Shape, operand: MergeInput) -> Iterator[Tensor]:
+def iter_delta_chunks(name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
     """One model's delta of a tensor, piece by piece, as matrices [rows, width]."""
     for start, stop in iter_row_chunks(shape):
-        yield flatten_rows(operand.read_rows(name, start, stop))
+        yield flatten_rows(merge_input.read_rows(name, start, stop))
 
 
-def plain_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
-    """sum_i w_i x_i, over sum_i w_i with ``normalise``; in ``precision_for`` the number of models."""
+def sum_deltas(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
+    """sum_i w_i x_i, with ``normalise`` divided by sum_i w_i; ``choose_precision`` says in which precision."""
     total, divisor = sum_weighted(parts, weights), sum(weights)
     return total.div_(divisor) if normalise and abs(divisor) > _MIN_DIVISOR else total
 
@@ -104,10 +107,10 @@ def plain_sum(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool
 def sum_with_elected_sign(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """The sum of the entries w_i x_i that have the sign of their whole sum, a tie being positive.
 
-    With ``normalise`` over the sum of these entries' weights. In ``precision_for`` the number of models. Votes w_i x_i
-    are counted in double precision; where all models weigh the same x_i are, so that ties stay ties.
+    With ``normalise`` divided by the sum of these entries' weights. ``choose_precision`` says in which precision. Votes
+    w_i x_i are counted in double precision; with equal weights x_i are counted, so that ties stay ties.
     """
-    whole = torch.empty(parts[0].shape, dtype=precision_for(len(parts)))
+    whole = torch.empty(parts[0].shape, dtype=choose_precision(len(parts)))
     factor = 1.0
     if min(weights) == max(weights) > 0:
         factor, weights = 1.0 if normalise else weights[0], [1.0] * len(weights)
@@ -119,7 +122,7 @@ def sum_with_elected_sign(parts: Sequence[Tensor], weights: Sequence[float], nor
 
 def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """As ``sum_with_elected_sign``: with e = +1 or -1 for the sign that won, an entry counts where e w_i x_i > 0."""
-    kind = precision_for(len(parts))
+    kind = choose_precision(len(parts))
     votes = kind if weights[0] == 1 and len(set(weights)) == 1 else torch.float64  # x_i alone lose nothing in fp32
     elected = sum_terms(zip(parts, weights, strict=True), votes).sign_().to(kind).add_(0.5).sign_()
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)

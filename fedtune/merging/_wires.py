@@ -1,4 +1,4 @@
-"""What flows through a net's graph: channels that follow a permutation, and which of those are one."""
+"""Collects the permutations of channels and the axes of tensors while a network is traced."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def make_unsupported_error(where: str, why: str) -> ModelError:
 
 
 class PermutationSpecBuilder:
-    """What has been found so far: axes of tensors, and which permutations are one."""
+    """The axes of tensors and the joined permutations that have been found so far."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -39,12 +39,12 @@ class PermutationSpecBuilder:
         return self._root(wire.permutation) == _FIXED
 
     def add_permutation(self, where: str, channels: int, *, spatial: bool) -> TracedChannels:
-        """A layer makes channels of its own."""
+        """Add a permutation for the output channels of a layer."""
         self._units.setdefault(where, UnitLayout(channels))
         return TracedChannels(where, channels, spatial)
 
     def join_permutations(self, one: TracedChannels, other: TracedChannels, where: str) -> TracedChannels:
-        """One wire from two that are added or multiplied; the fixed one wins."""
+        """Join the permutations of two tensors that are added or multiplied; a fixed one wins."""
         kept, dropped = self._root(one.permutation), self._root(other.permutation)
         if _FIXED not in (kept, dropped) and (one.channels, one.is_spatial) != (other.channels, other.is_spatial):
             raise make_unsupported_error(where, "joins channels of different layout")
@@ -79,7 +79,7 @@ class PermutationSpecBuilder:
             self.axes[f"{where}.{name}"] = tuple(whole[: tensor.dim()])
 
     def build_spec(self) -> PermutationSpec:
-        """All that was found, each permutation under the name of the layer that founded it."""
+        """The specification; each permutation has the name of the layer that it began at."""
         axes = {name: tuple(self._resolved(axis) for axis in of) for name, of in self.axes.items()}
         kinds: dict[str, PermutationKind] = {
             name: kind for name, kind in self._units.items() if self._root(name) == name

@@ -42,18 +42,18 @@ __all__ = ["Aim", "scale_adapter_columns"]
 
 @final
 class Aim(ActivationRelaxStep):
-    """Scale columns by the activity of their input channel."""
+    """Scales columns by the activity of their input channels."""
 
     name: ClassVar[str] = "aim"
 
     @property
     def needs(self) -> frozenset[str]:
-        """The activity of input channels."""
+        """The activation statistics."""
         return frozenset({"activity"})
 
-    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, context: MergeContext) -> Tensor:
         """The rows with each column multiplied by c."""
-        found = self.compute_scale(name, delta, evidence)
+        found = self.compute_scale(name, delta, context)
         return delta if found is None else delta * broadcast_scale_to_rows(*found, start, delta)
 
 

@@ -26,23 +26,23 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 
 class BiasCalibration(RenormaliseStep):
-    """Powers of the weights, by depth."""
+    """Scales biases by powers of the weights, by depth."""
 
     name: ClassVar[str] = "bias-calibration"
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def renormalise(
-        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: MergeContext
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], context: MergeContext
     ) -> dict[str, Tensor]:
-        """The biases of linear and convolutional layers."""
-        if evidence.model is None:
+        """The corrected biases of linear layers and convolutions."""
+        if context.model is None:
             raise ModelError("bias-calibration: it needs the model for the order of its layers; provide it")
-        norm = next((name for name, layer in evidence.model.named_modules() if isinstance(layer, _NORMS)), None)
+        norm = next((name for name, layer in context.model.named_modules() if isinstance(layer, _NORMS)), None)
         if norm is not None:
             raise ModelError(
                 f"bias-calibration: {norm!r} normalises the values that it would shrink; use reset or repair"
             )
-        biases = [f"{layer}.bias" for layer in list_weight_layers(evidence.model)]
+        biases = [f"{layer}.bias" for layer in list_weight_layers(context.model)]
         return {
             bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)
             for depth, bias in enumerate(biases, start=1)

@@ -21,7 +21,7 @@ __all__ = ["PlainBreadcrumbs"]
 
 
 class PlainBreadcrumbs(BreadcrumbsCombineStep):
-    """Cut both ends, add."""
+    """Removes the largest and the smallest entries, and adds the deltas."""
 
     name: ClassVar[str] = "breadcrumbs"
     elects_sign: ClassVar[bool] = False

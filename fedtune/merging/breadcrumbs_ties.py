@@ -20,7 +20,7 @@ __all__ = ["BreadcrumbsTies"]
 
 
 class BreadcrumbsTies(BreadcrumbsCombineStep):
-    """Cut both ends, elect, add."""
+    """Removes the largest and the smallest entries, elects signs and adds the deltas."""
 
     name: ClassVar[str] = "breadcrumbs-ties"
     elects_sign: ClassVar[bool] = True

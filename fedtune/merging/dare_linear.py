@@ -18,7 +18,7 @@ __all__ = ["DareLinear"]
 
 
 class DareLinear(DareCombineStep):
-    """Drop, rescale, add."""
+    """Drops entries at random, rescales the rest and adds the deltas."""
 
     name: ClassVar[str] = "dare-linear"
     elects_sign: ClassVar[bool] = False

@@ -21,7 +21,7 @@ __all__ = ["DareTies"]
 
 
 class DareTies(DareCombineStep):
-    """Drop, rescale, elect, add."""
+    """Drops entries at random, rescales the rest, elects signs and adds the deltas."""
 
     name: ClassVar[str] = "dare-ties"
     elects_sign: ClassVar[bool] = True

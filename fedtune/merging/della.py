@@ -17,13 +17,13 @@ Without a density, `fedtune merge` drops nothing, as mergekit.
 from typing import ClassVar
 
 from fedtune.merging._della import DellaCombineStep
-from fedtune.merging._span import Normalise
+from fedtune.merging._weights import Normalise
 
 __all__ = ["DellaTies"]
 
 
 class DellaTies(DellaCombineStep):
-    """Drop by rank, rescale, elect, add."""
+    """Drops entries by rank, rescales the rest, elects signs and adds the deltas."""
 
     name: ClassVar[str] = "della"
     elects_sign: ClassVar[bool] = True

@@ -20,7 +20,7 @@ __all__ = ["DellaLinear"]
 
 
 class DellaLinear(DellaCombineStep):
-    """Drop by rank, rescale, add."""
+    """Drops entries by rank, rescales the rest and adds the deltas."""
 
     name: ClassVar[str] = "della-linear"
     elects_sign: ClassVar[bool] = False

@@ -31,7 +31,7 @@ __all__ = ["FedexLora"]
 
 @final
 class FedexLora(LowRankPairCombineStep):
-    """The means of the factors, and the remainder in the base."""
+    """Averages the factors and adds the residual to the base weight."""
 
     name: ClassVar[str] = "fedex-lora"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
@@ -42,11 +42,11 @@ class FedexLora(LowRankPairCombineStep):
         state: Mapping[str, Tensor],
         factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: MergeContext,
+        context: MergeContext,
     ) -> dict[str, Tensor]:
         """Mean B and mean A."""
         return write_factors(pair, average_factors(factors, weights), state)
 
-    def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
-        """The covariance of the factors."""
+    def compute_base_increment(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
+        """The covariance of the factors, which is the residual of averaging."""
         return compute_averaging_residual(factors, weights)

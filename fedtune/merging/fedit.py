@@ -24,7 +24,7 @@ __all__ = ["Fedit"]
 
 @final
 class Fedit(LowRankPairCombineStep):
-    """The means of the factors."""
+    """Averages the factors."""
 
     name: ClassVar[str] = "fedit"
 
@@ -34,7 +34,7 @@ class Fedit(LowRankPairCombineStep):
         state: Mapping[str, Tensor],
         factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: MergeContext,
+        context: MergeContext,
     ) -> dict[str, Tensor]:
         """Mean B and mean A."""
         return write_factors(pair, average_factors(factors, weights), state)

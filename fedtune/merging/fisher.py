@@ -19,44 +19,46 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._measured import check_statistics, require_statistics
-from fedtune.merging._span import normalise_weights, stack_weights
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
-from fedtune.merging._task_vectors import plain_sum
+from fedtune.merging._task_vectors import sum_deltas
+from fedtune.merging._weights import normalise_weights, stack_weights
 from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["Fisher", "square_gradient"]
 
 
 class Fisher(CombineStep):
-    """The mean by Fisher information."""
+    """The mean, weighted by Fisher information."""
 
     name: ClassVar[str] = "fisher"
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
-        """Itself, with statistics there for every model."""
-        check_statistics(self.name, shapes, operands)
-        return BoundCombine(self, operands)
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
+        """The step itself, after checking that every model has statistics."""
+        check_statistics(self.name, shapes, merge_inputs)
+        return BoundCombine(self, merge_inputs)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The weighted mean of each piece."""
-        share = normalise_weights(stack_weights(operands))[:, 0].tolist()
+        share = normalise_weights(stack_weights(merge_inputs))[:, 0].tolist()
         for start, stop in iter_row_chunks(shape):
-            parts = [flatten_rows(operand.read_rows(name, start, stop)) for operand in operands]
-            total = plain_sum(parts, share, normalise=False)
-            if name in require_statistics(operands[0]):
-                information = [_information(name, shape, start, stop, operand) for operand in operands]
+            parts = [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
+            total = sum_deltas(parts, share, normalise=False)
+            if name in require_statistics(merge_inputs[0]):
+                information = [_information(name, shape, start, stop, merge_input) for merge_input in merge_inputs]
                 weights = [w * one for w, one in zip(share, information, strict=True)]
                 total = _mean(parts, weights, total.double())
             yield total.float().reshape(stop - start, *shape[1:])
 
 
 def square_gradient(gradient: Tensor) -> Tensor:
-    """One example's part in the diagonal of the empirical Fisher information: its squared gradient, fp32."""
+    """The squared gradient of one example, which is its part of the empirical Fisher information, fp32."""
     return gradient.float().square()
 
 
-def _information(name: str, shape: Shape, start: int, stop: int, operand: MergeInput) -> Tensor:
-    found = require_statistics(operand)(name, start, stop)
+def _information(name: str, shape: Shape, start: int, stop: int, merge_input: MergeInput) -> Tensor:
+    found = require_statistics(merge_input)(name, start, stop)
     if found.shape[1:] != shape[1:] or len(flatten_rows(found)) != stop - start:
         raise ModelError(f"merge: fisher needs statistics of shape {list(shape)} for {name}; measure these models")
     return flatten_rows(found).double()

@@ -27,7 +27,7 @@ __all__ = ["Flexlora"]
 
 @final
 class Flexlora(LowRankPairCombineStep):
-    """The mean product at the pair's rank."""
+    """Truncates the mean product to the pair's rank."""
 
     name: ClassVar[str] = "flexlora"
 
@@ -37,15 +37,15 @@ class Flexlora(LowRankPairCombineStep):
         state: Mapping[str, Tensor],
         factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: MergeContext,
+        context: MergeContext,
     ) -> dict[str, Tensor]:
-        """The leading singular triples, evenly shared."""
+        """The largest singular values, split evenly over both factors."""
         rank = len(state[pair.right])
         return write_factors(
             pair, truncate_product(stack_factors(factors, weights), rank, scale=pair.scale).factors, state
         )
 
     def measure_errors(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> dict[str, float]:
-        """Also the singular values past the shared rank, which is that of the factors as they are shared."""
+        """Also the norm of the singular values that are cut off."""
         cut = truncate_product(stack_factors(factors, weights), factors[0].rank).dropped_norm
         return {**super().measure_errors(factors, weights), "rank_error": cut}

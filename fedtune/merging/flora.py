@@ -35,7 +35,7 @@ __all__ = ["Flora"]
 
 @final
 class Flora(LowRankPairCombineStep):
-    """The stack in the base, and pairs that begin again."""
+    """Adds the stacked product to the base weight and restarts the pairs."""
 
     name: ClassVar[str] = "flora"
     update_kind: ClassVar[UpdateKind] = "pairs and base"
@@ -47,18 +47,18 @@ class Flora(LowRankPairCombineStep):
         state: Mapping[str, Tensor],
         factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: MergeContext,
+        context: MergeContext,
     ) -> dict[str, Tensor]:
-        """B of zeros and a new A."""
-        drawn = _draw_factor(state[pair.right], derive_seed(self.seed, evidence.round_number, pair.right))
+        """B set to zero and a new A."""
+        drawn = _draw_factor(state[pair.right], derive_seed(self.seed, context.round_number, pair.right))
         return {pair.left: torch.zeros_like(state[pair.left]), pair.right: drawn}
 
-    def into_base(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
-        """All that was learned."""
+    def compute_base_increment(self, factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
+        """The stacked product of all clients."""
         return stack_factors(factors, weights)
 
 
 def _draw_factor(a: Tensor, seed: int) -> Tensor:
-    """Another A [r, k, ...] as PEFT begins it: uniform within one over the root of its inputs."""
+    """A new A [r, k, ...], initialised as by PEFT: uniform within 1 / sqrt(number of inputs)."""
     bound = 1 / math.sqrt(a[0].numel())
     return torch.empty(a.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))

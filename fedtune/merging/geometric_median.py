@@ -17,8 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtune.merging._gram import compute_model_gram
-from fedtune.merging._span import GramCombineStep, normalise_weights, stack_weights
+from fedtune.merging._span import GramCombineStep
 from fedtune.merging._step import BoundCombine, MergeContext, MergeInput, Shape
+from fedtune.merging._weights import normalise_weights, stack_weights
 from fedtune.merging.linear import Linear
 
 __all__ = ["GeometricMedian"]
@@ -34,16 +35,18 @@ class GeometricMedian(GramCombineStep):
     max_iterations: int = Field(1000, ge=1)
     tolerance: float = Field(1e-9, ge=0, description="stop when the coefficients change by less")
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
-        """With distances of whole models, their median's coefficients in place of the weights."""
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
+        """With distances of whole models, a linear merge with the coefficients of their median."""
         if self.granularity == "tensor":
-            return BoundCombine(self, operands)
-        c = self.compute_coefficients(stack_weights(operands), lambda: compute_model_gram(shapes, operands))
-        settled = [one._replace(weight=float(weight)) for one, weight in zip(operands, c, strict=True)]
+            return BoundCombine(self, merge_inputs)
+        c = self.compute_coefficients(stack_weights(merge_inputs), lambda: compute_model_gram(shapes, merge_inputs))
+        settled = [one._replace(weight=float(weight)) for one, weight in zip(merge_inputs, c, strict=True)]
         return BoundCombine(Linear(normalise=False), settled)
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """Weiszfeld's, from the weighted mean."""
+        """The coefficients of Weiszfeld's algorithm, started at the weighted mean."""
         share, products = normalise_weights(weights), gram()
         c = share
         for _ in range(self.max_iterations):

@@ -26,7 +26,7 @@ __all__ = ["Hetlora", "weigh_by_product_norm"]
 
 @final
 class Hetlora(LowRankPairCombineStep):
-    """The means of padded factors, by the norms of the products."""
+    """Averages padded factors, weighted by the norms of the products."""
 
     name: ClassVar[str] = "hetlora"
 
@@ -36,14 +36,14 @@ class Hetlora(LowRankPairCombineStep):
         state: Mapping[str, Tensor],
         factors: Sequence[LowRankFactors],
         weights: Sequence[float],
-        evidence: MergeContext,
+        context: MergeContext,
     ) -> dict[str, Tensor]:
-        """Means by the products' norms; a client of weight zero is left out."""
+        """Means weighted by the products' norms; clients of weight zero are left out."""
         return write_factors(pair, average_factors(factors, weigh_by_product_norm(factors, weights)), state)
 
 
 def weigh_by_product_norm(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> list[float]:
-    """Each product's norm over the sum of those that count; the weights where all are zero."""
+    """Each product's norm divided by the sum of norms; the weights if all norms are zero."""
     norms = [compute_product_norm(one) if weight else 0.0 for one, weight in zip(factors, weights, strict=True)]
     total = sum(norms)
     return [one / total for one in norms] if total else list(weights)

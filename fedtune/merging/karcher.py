@@ -16,8 +16,9 @@ from typing import ClassVar
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._span import GramCombineStep
 from fedtune.merging._sphere import compute_karcher_coefficients
+from fedtune.merging._weights import normalise_weights
 
 __all__ = ["Karcher"]
 
@@ -35,5 +36,5 @@ class Karcher(GramCombineStep):
     )
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """Those of the mean direction, over each model's norm."""
+        """The coefficients of the mean direction."""
         return compute_karcher_coefficients(gram(), normalise_weights(weights), self.max_iterations, self.tolerance)

@@ -13,13 +13,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import GramCombineStep, Normalise, normalise_weights
+from fedtune.merging._span import GramCombineStep
+from fedtune.merging._weights import Normalise, normalise_weights
 
 __all__ = ["Linear"]
 
 
 class Linear(GramCombineStep):
-    """The weighted sum."""
+    """The weighted sum of the deltas."""
 
     name: ClassVar[str] = "linear"
     averages: ClassVar[bool] = True

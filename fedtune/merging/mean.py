@@ -26,15 +26,15 @@ class Mean(CombineStep):
     averages: ClassVar[bool] = True
     weighting: Literal["examples", "equal"] = "examples"
 
-    def weights(self, examples: Sequence[int]) -> list[float]:
-        """Shares of the examples, or equal shares."""
-        counts = examples if self.weighting == "examples" else [1] * len(examples)
+    def compute_client_weights(self, num_examples: Sequence[int]) -> list[float]:
+        """Weights by the number of examples, or equal weights."""
+        counts = num_examples if self.weighting == "examples" else [1] * len(num_examples)
         return [count / sum(counts) for count in counts]
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The weighted sum of each piece."""
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """The weighted sum of each chunk."""
         for start, stop in iter_row_chunks(shape):
-            total = operands[0].read_rows(name, start, stop).double() * operands[0].weight
-            for operand in operands[1:]:
-                total.add_(operand.read_rows(name, start, stop).double(), alpha=operand.weight)
+            total = merge_inputs[0].read_rows(name, start, stop).double() * merge_inputs[0].weight
+            for merge_input in merge_inputs[1:]:
+                total.add_(merge_input.read_rows(name, start, stop).double(), alpha=merge_input.weight)
             yield total.to(torch.float32)

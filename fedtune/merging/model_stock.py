@@ -24,7 +24,7 @@ __all__ = ["ModelStock"]
 
 
 class ModelStock(GramCombineStep):
-    """The mean times t."""
+    """The mean, scaled by t."""
 
     name: ClassVar[str] = "model-stock"
     min_models: ClassVar[int] = 2
@@ -32,15 +32,15 @@ class ModelStock(GramCombineStep):
 
     @property
     def coefficient_scope(self) -> Granularity:
-        """As set."""
+        """As ``granularity`` says."""
         return self.granularity
 
-    def weights(self, examples: Sequence[int]) -> list[float]:
-        """Equal shares."""
-        return [1 / len(examples)] * len(examples)
+    def compute_client_weights(self, num_examples: Sequence[int]) -> list[float]:
+        """Equal weights."""
+        return [1 / len(num_examples)] * len(num_examples)
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """T / N for all."""
+        """t / N for every model."""
         count = len(weights)
         cosine = compute_cosines(gram())
         c = (cosine.sum((0, 1)) - torch.einsum("iig->g", cosine)) / (count * (count - 1))

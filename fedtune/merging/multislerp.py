@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._span import GramCombineStep
 from fedtune.merging._sphere import compute_karcher_coefficients
+from fedtune.merging._weights import normalise_weights
 
 __all__ = ["MultiSlerp"]
 
@@ -25,5 +26,5 @@ class MultiSlerp(GramCombineStep):
     name: ClassVar[str] = "multislerp"
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """Those of the barycentre, over each model's norm."""
+        """The coefficients after one step towards the barycentre."""
         return compute_karcher_coefficients(gram(), normalise_weights(weights), 1, 0.0)

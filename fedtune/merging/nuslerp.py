@@ -16,8 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtune.merging._gram import Granularity
-from fedtune.merging._span import GramCombineStep, normalise_weights
+from fedtune.merging._span import GramCombineStep
 from fedtune.merging._sphere import compute_slerp_coefficients
+from fedtune.merging._weights import normalise_weights
 
 __all__ = ["NuSlerp"]
 
@@ -25,7 +26,7 @@ _NEAR = 1 - 1e-14
 
 
 class NuSlerp(GramCombineStep):
-    """The point of the arc that the weights choose."""
+    """The point of the arc at the share of the second weight."""
 
     name: ClassVar[str] = "nuslerp"
     min_models: ClassVar[int] = 2
@@ -34,9 +35,9 @@ class NuSlerp(GramCombineStep):
 
     @property
     def coefficient_scope(self) -> Granularity:
-        """As set."""
+        """As ``granularity`` says."""
         return self.granularity
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """SLERP's, at the second model's share."""
+        """The coefficients of SLERP at the second model's share."""
         return compute_slerp_coefficients(gram(), normalise_weights(weights)[1], _NEAR)

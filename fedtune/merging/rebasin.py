@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.merging._activations import match_activations
+from fedtune.merging._activations import ActivationComparison, match_activations
 from fedtune.merging._aligned import PermutedDelta, make_tensor_reader
 from fedtune.merging._declared import build_spec_from_tables, has_architecture_table
 from fedtune.merging._graph import trace_permutation_spec
@@ -39,7 +39,7 @@ _LEAST_GAIN = 0.01
 
 
 class Rebasin(AlignStep):
-    """Permutations by weights or by activations."""
+    """Permutes the units by weight matching or activation matching."""
 
     name: ClassVar[str] = "rebasin"
     method: Literal["weight", "activation"] = "weight"
@@ -50,44 +50,44 @@ class Rebasin(AlignStep):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The architecture, and data for activations."""
+        """The model, and data for ``method: activation``."""
         return frozenset({"model"} if self.method == "weight" else {"model", "batches"})
 
     def align(
-        self, base: Mapping[str, Tensor], operands: Sequence[MergeInput], evidence: MergeContext
+        self, base: Mapping[str, Tensor], merge_inputs: Sequence[MergeInput], context: MergeContext
     ) -> list[MergeInput]:
-        """Operands whose deltas lead from the base to the permuted models."""
-        if evidence.model is None or (self.method == "activation" and not evidence.calibration_batches):
+        """Inputs with the deltas between the base and the permuted models."""
+        if context.model is None or (self.method == "activation" and not context.calibration_batches):
             raise ModelError(f"rebasin: method {self.method} needs {' and '.join(sorted(self.needs))}; give them")
-        if len(operands) < 2:
-            return list(operands)
-        net = evidence.model.eval()
+        if len(merge_inputs) < 2:
+            return list(merge_inputs)
+        net = context.model.eval()
         symmetry = build_spec_from_tables(net) if has_architecture_table(net) else trace_permutation_spec(net)
         symmetry.check_shapes({name: tuple(tensor.shape) for name, tensor in base.items()})
         symmetry = symmetry.restrict_to(base.keys())
         moved = frozenset(symmetry.list_permuted_tensors())
-        models = [make_tensor_reader(base, operand, moved) for operand in operands]
-        match = self._match(symmetry, evidence)
+        models = [make_tensor_reader(base, merge_input, moved) for merge_input in merge_inputs]
+        match = self._match(symmetry, context)
         orders = (
             match_to_first(match, symmetry, models)
             if self.reference == "first"
             else match_in_cycles(match, symmetry, models, self.max_sweeps)
         )
         return [
-            operand if _stays(symmetry, order) else _aligned(symmetry, order, base, operand)
-            for operand, order in zip(operands, orders, strict=True)
+            merge_input if _stays(symmetry, order) else _aligned(symmetry, order, base, merge_input)
+            for merge_input, order in zip(merge_inputs, orders, strict=True)
         ]
 
-    def _match(self, symmetry: PermutationSpec, evidence: MergeContext) -> MatchFunction:
-        """Matches one model to another; the orders it started from stay unless the gain is worth it."""
+    def _match(self, symmetry: PermutationSpec, context: MergeContext) -> MatchFunction:
+        """A function that matches one model to another; it returns the orders it started from if the gain is small."""
 
         def match(reference: TensorReader, model: TensorReader, start: Permutations) -> Permutations:
             if self.method == "weight":
                 found = match_weights(symmetry, reference, model, start, visits=self.restarts, sweeps=self.max_sweeps)
             else:
-                net, batches = evidence.model, evidence.calibration_batches
-                assert net is not None
-                found = match_activations(symmetry, reference, model, start, net, batches, self.similarity)
+                assert context.model is not None
+                comparison = ActivationComparison(context.model, context.calibration_batches, self.similarity)
+                found = match_activations(symmetry, reference, model, start, comparison)
             orders, before, after = found
             return orders if after - before >= _LEAST_GAIN * abs(before) else start
 
@@ -95,13 +95,13 @@ class Rebasin(AlignStep):
 
 
 def _aligned(
-    symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], operand: MergeInput
+    symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], merge_input: MergeInput
 ) -> MergeInput:
-    if operand.statistics is not None:
+    if merge_input.statistics is not None:
         raise ModelError(
             "rebasin: what was measured on a model no longer fits once it is permuted; leave one of them out"
         )
-    return operand._replace(read_rows=PermutedDelta(symmetry, orders, base, operand))
+    return merge_input._replace(read_rows=PermutedDelta(symmetry, orders, base, merge_input))
 
 
 def _stays(symmetry: PermutationSpec, orders: Permutations) -> bool:

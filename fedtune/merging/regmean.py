@@ -21,16 +21,16 @@ from torch import Tensor
 from fedtune.errors import ModelError
 from fedtune.merging._gram import flatten_rows
 from fedtune.merging._measured import check_statistics, require_statistics
-from fedtune.merging._span import normalise_weights, stack_weights
 from fedtune.merging._step import BoundCombine, CombineStep, MergeContext, MergeInput, Shape
-from fedtune.merging._task_vectors import plain_sum
+from fedtune.merging._task_vectors import sum_deltas
+from fedtune.merging._weights import normalise_weights, stack_weights
 from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = ["RegMean", "accumulate_gram"]
 
 
 class RegMean(CombineStep):
-    """Regression to the models' own outputs."""
+    """Fits layers to the outputs of all models by linear regression."""
 
     name: ClassVar[str] = "regmean"
     off_diagonal_scale: float = Field(
@@ -38,24 +38,28 @@ class RegMean(CombineStep):
     )
     ridge: float = Field(1e-9, gt=0)
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
-        """Itself, with statistics there for every model."""
-        check_statistics(self.name, shapes, operands)
-        return BoundCombine(self, operands)
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
+        """The step itself, after checking that every model has statistics."""
+        check_statistics(self.name, shapes, merge_inputs)
+        return BoundCombine(self, merge_inputs)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The regression where the layer's inputs were measured, else the mean."""
-        share = normalise_weights(stack_weights(operands))[:, 0].tolist()
-        measured = name in require_statistics(operands[0])
-        mixing = self._mixing(name, shape, share, operands) if measured else None
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """The regression for layers with measured inputs, otherwise the mean."""
+        share = normalise_weights(stack_weights(merge_inputs))[:, 0].tolist()
+        measured = name in require_statistics(merge_inputs[0])
+        mixing = self._mixing(name, shape, share, merge_inputs) if measured else None
         for start, stop in iter_row_chunks(shape):
-            parts = [flatten_rows(operand.read_rows(name, start, stop)) for operand in operands]
-            total = plain_sum(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
+            parts = [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
+            total = sum_deltas(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
             yield total.float().reshape(stop - start, *shape[1:])
 
-    def _mixing(self, name: str, shape: Shape, share: Sequence[float], operands: Sequence[MergeInput]) -> list[Tensor]:
+    def _mixing(
+        self, name: str, shape: Shape, share: Sequence[float], merge_inputs: Sequence[MergeInput]
+    ) -> list[Tensor]:
         """M_i = w_i G_i (sum_j w_j G_j)^-1, one [in, in] per model; they sum to the identity."""
-        grams = [w * self._gram(name, shape, operand) for w, operand in zip(share, operands, strict=True)]
+        grams = [w * self._gram(name, shape, merge_input) for w, merge_input in zip(share, merge_inputs, strict=True)]
         total = torch.stack(grams).sum(0)
         ridge = self.ridge * total.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         for w, found in zip(share, grams, strict=True):
@@ -63,9 +67,9 @@ class RegMean(CombineStep):
         total.diagonal().add_(ridge)
         return [torch.linalg.solve(total, found, left=False) for found in grams]
 
-    def _gram(self, name: str, shape: Shape, operand: MergeInput) -> Tensor:
+    def _gram(self, name: str, shape: Shape, merge_input: MergeInput) -> Tensor:
         width = shape[-1]
-        found = require_statistics(operand)(name, 0, width).double()
+        found = require_statistics(merge_input)(name, 0, width).double()
         if len(shape) != 2 or found.shape != (width, width):
             raise ModelError(
                 f"merge: regmean needs a Gram matrix of {width} x {width} for {name}, but its statistics have shape "

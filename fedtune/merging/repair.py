@@ -22,7 +22,7 @@ __all__ = ["Repair"]
 
 
 class Repair(MomentRenormaliseStep):
-    """Both."""
+    """Matches means and deviations."""
 
     name: ClassVar[str] = "repair"
     matches_std: ClassVar[bool] = True

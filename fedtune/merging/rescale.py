@@ -15,7 +15,7 @@ __all__ = ["Rescale"]
 
 
 class Rescale(MomentRenormaliseStep):
-    """Deviations."""
+    """Matches deviations."""
 
     name: ClassVar[str] = "rescale"
     matches_std: ClassVar[bool] = True

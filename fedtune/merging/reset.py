@@ -31,15 +31,15 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Reset(RenormaliseStep):
-    """Statistics of the merged net."""
+    """Recomputes the statistics of batch norms on the merged network."""
 
     name: ClassVar[str] = "reset"
 
     def renormalise(
-        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], evidence: MergeContext
+        self, merged: Mapping[str, Tensor], ends: Sequence[tuple[float, Mapping[str, Tensor]]], context: MergeContext
     ) -> dict[str, Tensor]:
-        """Running means and variances."""
-        net, batches = require_model_and_batches(self.name, evidence)
+        """The new running means and variances."""
+        net, batches = require_model_and_batches(self.name, context)
         norms = {name: norm for name, norm in net.named_modules() if _collects(norm)}
         if not norms:
             raise ModelError(f"reset: {type(net).__name__} has no batch norm with running statistics; use repair")
@@ -56,7 +56,7 @@ def _collects(layer: nn.Module) -> bool:
 
 @contextmanager
 def _collecting(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Batch norms in training mode and from nothing, with a momentum of None: the cumulative average."""
+    """Batch norms in training mode with empty statistics and the cumulative average (a momentum of None)."""
     momenta = []
     for norm in norms:
         assert isinstance(norm, _BatchNorm)

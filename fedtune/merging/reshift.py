@@ -16,7 +16,7 @@ __all__ = ["Reshift"]
 
 
 class Reshift(MomentRenormaliseStep):
-    """Means."""
+    """Matches means."""
 
     name: ClassVar[str] = "reshift"
     matches_std: ClassVar[bool] = False

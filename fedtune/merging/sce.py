@@ -36,7 +36,7 @@ Stacks = Callable[[], Iterator[Tensor]]
 
 
 class Sce(CombineStep):
-    """Select, calculate, erase."""
+    """Selects entries, calculates coefficients and erases minority signs."""
 
     name: ClassVar[str] = "sce"
     min_models: ClassVar[int] = 2
@@ -44,21 +44,21 @@ class Sce(CombineStep):
     selects_entries: ClassVar[bool] = True
     select_topk: float = Field(1.0, gt=0, le=1, description="fraction of entries selected by variance")
 
-    def weights(self, examples: Sequence[int]) -> list[float]:
-        """Equal shares."""
-        return [1 / len(examples)] * len(examples)
+    def compute_client_weights(self, num_examples: Sequence[int]) -> list[float]:
+        """Equal weights."""
+        return [1 / len(num_examples)] * len(num_examples)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The merged delta of each piece."""
-        select = self._selection(partial(_stacks, name, shape, cache_small_deltas(name, shape, operands)))
-        coefficients = _coefficients(select(), len(operands))
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """The merged delta of each chunk."""
+        select = self._selection(partial(_stacks, name, shape, cache_small_deltas(name, shape, merge_inputs)))
+        coefficients = _coefficients(select(), len(merge_inputs))
         chosen = select()
         for start, stop in iter_row_chunks(shape):
             total = _erased(next(chosen), coefficients)
             yield total.float().reshape(stop - start, *shape[1:])
 
     def _selection(self, stacks: Stacks) -> Stacks:
-        """The stacks with entries of small variance at zero."""
+        """The stacks with zeros for entries of small variance."""
         if self.select_topk == 1:
             return stacks
         sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_variance, stacks())]
@@ -67,15 +67,15 @@ class Sce(CombineStep):
         return partial(_chosen, find_threshold(lambda: map(_variance, stacks()), keep, size), stacks)
 
 
-def _stacks(name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-    """All models' deltas of each piece [K, rows, width]."""
-    streams = [iter_delta_chunks(name, shape, operand) for operand in operands]
+def _stacks(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+    """The deltas of all models in each chunk [K, rows, width]."""
+    streams = [iter_delta_chunks(name, shape, merge_input) for merge_input in merge_inputs]
     for _ in iter_row_chunks(shape):
         yield torch.stack([next(stream) for stream in streams])
 
 
 def _variance(stack: Tensor) -> Tensor:
-    """Over the models, of a stack [K, rows, width]; model by model, so that no second stack is held."""
+    """The variance over the models of a stack [K, rows, width], computed model by model to save memory."""
     mean = stack.sum(0, dtype=torch.float64) / len(stack)
     total = torch.zeros_like(mean)
     for part in stack:
@@ -104,7 +104,7 @@ def _erased(stack: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _coefficients(stacks: Iterable[Tensor], count: int) -> Tensor:
-    """Each model's share of the summed squares; equal shares of nothing."""
+    """Each model's share of the summed squares; equal shares if all are zero."""
     total = torch.zeros(count, dtype=torch.float64)
     for stack in stacks:
         total = add_rows_in_order(

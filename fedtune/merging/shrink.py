@@ -23,7 +23,7 @@ __all__ = ["Shrink"]
 
 @final
 class Shrink(ActivationRelaxStep):
-    """One factor per tensor."""
+    """Scales each tensor by one factor."""
 
     name: ClassVar[str] = "shrink"
     factor: Annotated[float, Field(ge=0, le=1)] | Literal["aim"] = Field("aim", description="a number, or AIM's mean")
@@ -33,9 +33,9 @@ class Shrink(ActivationRelaxStep):
         """The activity of input channels, for AIM's mean."""
         return frozenset({"activity"}) if self.factor == "aim" else frozenset()
 
-    def relax(self, name: str, start: int, delta: Tensor, evidence: MergeContext) -> Tensor:
+    def relax(self, name: str, start: int, delta: Tensor, context: MergeContext) -> Tensor:
         """The rows times the factor."""
         if self.factor != "aim":
             return delta * self.factor
-        found = self.compute_scale(name, delta, evidence)
+        found = self.compute_scale(name, delta, context)
         return delta if found is None else delta * float(found[0].mean())

@@ -23,7 +23,7 @@ _NEAR = 0.9995
 
 
 class Slerp(GramCombineStep):
-    """The point at t of the arc."""
+    """The point of the arc at t."""
 
     name: ClassVar[str] = "slerp"
     min_models: ClassVar[int] = 2
@@ -31,5 +31,5 @@ class Slerp(GramCombineStep):
     t: float = Field(0.5, ge=0, le=1, description="0 is the first model, 1 the second")
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """The two sines, over that of the whole angle."""
+        """The sines of both partial angles, divided by the sine of the whole angle."""
         return compute_slerp_coefficients(gram(), self.t, _NEAR)

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedtune.merging._span import GramCombineStep, Normalise, Scale, normalise_weights
+from fedtune.merging._span import GramCombineStep
+from fedtune.merging._weights import Normalise, Scale, normalise_weights
 
 __all__ = ["TaskArithmetic"]
 
@@ -25,5 +26,5 @@ class TaskArithmetic(GramCombineStep):
     normalise: Normalise = False
 
     def compute_coefficients(self, weights: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-        """Scale times w_i, or times w_i / sum w."""
+        """The scale times w_i, or times w_i / sum w."""
         return self.scale * (normalise_weights(weights) if self.normalise else weights)

@@ -19,14 +19,14 @@ uses the paper's 0.2.
 from typing import ClassVar
 
 from fedtune.merging._select import Stream, count_entries_to_keep, keep_largest
-from fedtune.merging._span import Normalise
 from fedtune.merging._task_vectors import Density, Trimmed
+from fedtune.merging._weights import Normalise
 
 __all__ = ["Ties"]
 
 
 class Ties(Trimmed):
-    """Trim, elect, average."""
+    """Trims small entries, elects signs and averages the rest."""
 
     name: ClassVar[str] = "ties"
     elects_sign: ClassVar[bool] = True

@@ -27,37 +27,42 @@ __all__ = ["TrimmedMean"]
 
 
 class TrimmedMean(CombineStep):
-    """The mean of the middle."""
+    """The mean without the extreme values of each entry."""
 
     name: ClassVar[str] = "trimmed-mean"
     adds_variance_of_means: ClassVar[bool] = False
     trim_fraction: float = Field(0.2, gt=0, lt=0.5, description="fraction of the models removed at each end")
 
     @property
-    def needed(self) -> int:
-        """The fewest models of which one can be cut at each end."""
+    def required_models(self) -> int:
+        """The smallest number of models of which one can be removed at each end."""
         return next(count for count in count_from(floor(1 / self.trim_fraction)) if self._cut(count))
 
-    def weights(self, examples: Sequence[int]) -> list[float]:
-        """Equal shares."""
-        return [1 / len(examples)] * len(examples)
+    def compute_client_weights(self, num_examples: Sequence[int]) -> list[float]:
+        """Equal weights."""
+        return [1 / len(num_examples)] * len(num_examples)
 
-    def bind(self, shapes: Mapping[str, Shape], operands: Sequence[MergeInput], evidence: MergeContext) -> BoundCombine:
-        """Itself; RecipeError when there are too few models to cut one at each end."""
-        if not self._cut(len(operands)):
+    def bind(
+        self, shapes: Mapping[str, Shape], merge_inputs: Sequence[MergeInput], context: MergeContext
+    ) -> BoundCombine:
+        """The step itself; RecipeError if there are too few models to remove one at each end."""
+        if not self._cut(len(merge_inputs)):
             raise RecipeError(
-                f"merge: trimmed-mean with trim_fraction {self.trim_fraction:g} needs at least {self.needed} models to "
-                f"remove one at each end, but {len(operands)} were given; raise trim_fraction or add models"
+                f"merge: trimmed-mean with trim_fraction {self.trim_fraction:g} needs at least {self.required_models} "
+                f"models to remove one at each end, but {len(merge_inputs)} were given; raise trim_fraction or "
+                "add models"
             )
-        return BoundCombine(self, operands)
+        return BoundCombine(self, merge_inputs)
 
     def _cut(self, count: int) -> int:
         return floor(self.trim_fraction * count)
 
-    def combine(self, name: str, shape: Shape, operands: Sequence[MergeInput]) -> Iterator[Tensor]:
-        """The mean of what is left of each piece."""
-        cut = self._cut(len(operands))
+    def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+        """The mean of the remaining values in each chunk."""
+        cut = self._cut(len(merge_inputs))
         for start, stop in iter_row_chunks(shape):
-            stack = torch.stack([flatten_rows(operand.read_rows(name, start, stop)) for operand in operands])
-            middle = stack.sort(dim=0).values[cut : len(operands) - cut]
+            stack = torch.stack(
+                [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
+            )
+            middle = stack.sort(dim=0).values[cut : len(merge_inputs) - cut]
             yield middle.double().mean(0).float().reshape(stop - start, *shape[1:])

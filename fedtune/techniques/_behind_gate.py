@@ -1,4 +1,4 @@
-"""A convolution that reads a product, a map times its gate, keeps the two factors and makes the product again.
+"""A convolution whose input is the product of a tensor and its gate: stores the factors and recomputes the product.
 
 The product's own backward pass keeps both factors anyway, so that a squeeze-excite block holds one wide map less.
 """
@@ -18,7 +18,7 @@ _PRODUCT = "MulBackward0"
 
 
 class ProductInputConv2d(nn.Conv2d, ReplacementLayer):
-    """A convolution whose input is a product of two maps that both have gradients; with any other it is plain."""
+    """A convolution whose input is a product of two tensors with gradients; for other inputs it is plain."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
         """[n, c, h, w] -> [n, c', h', w'], bit-equal to the plain layer, gradients too."""
@@ -36,7 +36,7 @@ class ProductInputConv2d(nn.Conv2d, ReplacementLayer):
 
 
 def make_product_input_conv2d(convolution: nn.Module) -> nn.Module:
-    """A plain convolution as one that keeps factors; others as they are."""
+    """The convolution that stores factors; other layers are returned as they are."""
     known = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
     return (
         convert_layer_class(convolution, ProductInputConv2d)
@@ -46,7 +46,7 @@ def make_product_input_conv2d(convolution: nn.Module) -> nn.Module:
 
 
 def _factors(product: Tensor) -> tuple[Tensor, ...]:
-    """The two tensors that were multiplied, where autograd keeps both; nothing otherwise."""
+    """The two factors of a product if autograd stores both; otherwise an empty tuple."""
     made: Any = product.grad_fn
     if made is None or made.name() != _PRODUCT or not torch.is_grad_enabled():
         return ()
@@ -55,7 +55,7 @@ def _factors(product: Tensor) -> tuple[Tensor, ...]:
 
 
 class _OfProduct(torch.autograd.Function):
-    """Keeps the weight, which the layer holds anyway, and the factors, which the product keeps."""
+    """Stores the weight, which the layer holds anyway, and the factors, which the product stores anyway."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Masks at one bit per element: the lowest bit of a byte is the first of its eight elements."""
+"""Packs boolean masks into one bit per element; the lowest bit of a byte is the first of its eight elements."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Finding a model's stack of transformer blocks, and the parts of each block, by structure.
+"""Find a model's stack of transformer blocks and the parts of each block, by structure.
 
 A block is watched while it runs once: two normalisations of the stream's width cut what it runs into an attention and a
 feed-forward part. Parts put together again must give what the block gives, dropout included, or the block is refused.
@@ -28,8 +28,8 @@ __all__ = [
     "BlockInputs",
     "find_block_list",
     "record_block_inputs",
-    "said",
     "split_block",
+    "summarise_error",
     "use_seeded_train_mode",
 ]
 
@@ -41,7 +41,7 @@ BlockInputs = tuple[Tensor, list[BlockArguments]]
 
 
 def find_block_list(model: nn.Module) -> str:
-    """The name of the list of like blocks that holds most of the model's parameters."""
+    """The name of the list of equal blocks that has most of the model's parameters."""
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
@@ -54,7 +54,7 @@ def find_block_list(model: nn.Module) -> str:
 
 
 def record_block_inputs(model: nn.Module, stack: str) -> BlockInputs:
-    """Run the backbone on drawn inputs and note what its blocks are given; ModelError where it cannot be run so."""
+    """Run the backbone on random inputs and record the inputs of its blocks; ModelError if it cannot run."""
     blocks = list(model.get_submodule(stack).children())
     seen: list[tuple[Tensor, BlockArguments, Tensor]] = []
     hooks = [block.register_forward_hook(partial(_record_call, seen), with_kwargs=True) for block in blocks]
@@ -64,7 +64,7 @@ def record_block_inputs(model: nn.Module, stack: str) -> BlockInputs:
             getattr(model, "base_model", model)(**_inputs(model))
     except UNRUN as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be tried out by meft ({said(error)}); leave meft out"
+            f"{type(model).__name__} cannot be tried out by meft ({summarise_error(error)}); leave meft out"
         ) from error
     finally:
         for hook in hooks:
@@ -95,7 +95,7 @@ def _refuse_random_depth(model: nn.Module) -> None:
 
 
 def _inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Two texts of sixteen drawn tokens, or two drawn pictures."""
+    """Two random texts of sixteen tokens, or two random images."""
     able: Any = model
     random = torch.Generator().manual_seed(0)
     if able.main_input_name == "pixel_values":
@@ -108,7 +108,7 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def split_block(name: str, block: nn.Module, hidden: Tensor, call: BlockArguments) -> BlockParts:
-    """How a block computes; ModelError names it and says what does not fit. It is run on ``hidden`` and ``call``."""
+    """The parts of a block, which is run on ``hidden`` and ``call``; ModelError if the block does not fit."""
     try:
         ran, wanted = _trace_block(block, list(_list_block_modules(block, hidden.shape[-1])), hidden, call)
         parts = _parse_block(block, ran, hidden.shape[-1])
@@ -117,7 +117,7 @@ def split_block(name: str, block: nn.Module, hidden: Tensor, call: BlockArgument
         with use_seeded_train_mode(block):
             found = run_feed_forward_half(block, parts, run_attention_half(block, parts, hidden, call))
     except UNRUN as error:
-        raise _unsupported_block(name, block, f"cannot be run half by half ({said(error)})") from error
+        raise _unsupported_block(name, block, f"cannot be run half by half ({summarise_error(error)})") from error
     if not _is_close(found, wanted):
         raise _unsupported_block(name, block, "combines attention and feed-forward part in another way")
     return parts
@@ -127,8 +127,8 @@ def _unsupported_block(name: str, block: nn.Module, why: str) -> ModelError:
     return ModelError(f"meft does not fit: {name} ({type(block).__name__}) {why}; take gradient-checkpointing instead")
 
 
-def said(error: BaseException) -> str:
-    """An error of a model in a few words."""
+def summarise_error(error: BaseException) -> str:
+    """The first line of an error message."""
     return " ".join(str(error).split("\n")[0].split()).rstrip(".:") or type(error).__name__
 
 
@@ -179,7 +179,7 @@ def use_seeded_train_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _parse_block(block: nn.Module, ran: list[str], width: int) -> BlockParts | str:
-    """Parts from the order of the pieces, or what is wrong with it."""
+    """The parts, from the order of the modules, or the reason why the block does not fit."""
     norms = [at for at, name in enumerate(ran) if _is_norm(block.get_submodule(name), width)]
     if len(norms) != 2:
         return f"normalises its stream in {len(norms)} places, not in two"
@@ -195,7 +195,7 @@ def _parse_block(block: nn.Module, ran: list[str], width: int) -> BlockParts | s
 
 
 def _is_close(found: Any, wanted: Any) -> bool:
-    """Equal but for the order of additions."""
+    """Whether two tensors are equal up to the order of additions."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
         return False
     return float((found - wanted).abs().max()) <= 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())

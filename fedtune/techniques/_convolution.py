@@ -1,4 +1,4 @@
-"""A convolution and its backward pass as functions, for layers that choose what is kept between the two."""
+"""A convolution and its backward pass as functions, for layers that choose what they store in between."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The published couplings as rows of a table, and the plan that makes a model's blocks two-stream.
+"""A table of the published couplings, and the plan that makes the blocks of a model two-stream.
 
 Nothing of fedtune is imported: the file travels with an exported model.
 """

@@ -1,4 +1,4 @@
-"""The smooth count of non-zero activations, its gradient, and the true counts.
+"""The smooth count of non-zero activations, its gradient, and the exact counts.
 
 Runwal et al. (arXiv 2402.01911) replace the number of non-zeros by the sum of s(a) = a^2 / (a^2 + eps). Here D is its
 mean over the units of all counted tokens. Nothing but a scalar leaves the forward pass: what the gradient needs, the

@@ -1,4 +1,4 @@
-"""Budget-aware extrusion: weights about to be dropped are pressed towards zero first, within a round's steps.
+"""Budget-aware extrusion: shrinks weights that the server will drop, during the steps of a round.
 
 Huang et al., "FedMef" (CVPR 2024), equations 2 to 5.
 """
@@ -17,7 +17,7 @@ MaskableLayer = nn.Conv2d | nn.Linear
 
 
 class Extrusion(SettingsModel):
-    """How hard."""
+    """The strength of the extrusion."""
 
     strength: float = Field(0.01, ge=0, description="lambda, on the squared norm of the weights about to be dropped")
 
@@ -31,7 +31,7 @@ def add_extrusion_gradient(layer: MaskableLayer, strength: float) -> float:
     return float((theta.double() ** 2).sum())
 
 
-def compute_extrusion_lr(moment: StepInfo, norm: float) -> float:
+def compute_extrusion_lr(step_info: StepInfo, norm: float) -> float:
     """beta: equations 3 to 5."""
-    p = (2 * moment.local_steps - 2 * moment.step) / (2 * moment.local_steps - moment.step)
-    return p * (2 / (1 + math.exp(-norm)) - 1) * moment.base_lr
+    p = (2 * step_info.local_steps - 2 * step_info.step) / (2 * step_info.local_steps - step_info.step)
+    return p * (2 / (1 + math.exp(-norm)) - 1) * step_info.base_lr

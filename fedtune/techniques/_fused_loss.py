@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states: logits exist a few tokens at a time, gradients are made with the loss.
+"""Cross-entropy from hidden states, chunk by chunk; the gradients are computed with the loss.
 
 With p = softmax(W h + b) and y the label, the loss of a token is -log p_y and its gradient by the logits p - onehot(y).
 Every term divides by the number of counted tokens, so each token's share of all gradients is known as soon as its
@@ -40,7 +40,7 @@ def fused_cross_entropy(
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps the gradient by the hidden states [n, h], and those by W and b where these are trained; nothing else."""
+    """Stores the gradients of the hidden states [n, h], and those of W and b if these are trained."""
 
     @staticmethod
     def forward(
@@ -103,5 +103,5 @@ def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 
 
 def _scaled(gradient: Tensor | None, upstream: Tensor) -> Tensor | None:
-    """The usual factor, 1, costs no copy of a gradient as large as the vocabulary's weights."""
+    """Does not copy the gradient for the usual factor of 1: it is as large as the output embeddings."""
     return gradient if gradient is None or upstream == 1 else gradient * upstream

@@ -1,4 +1,4 @@
-"""The two halves of a transformer block, composed from its own modules, and the adapters MEFT puts beside them.
+"""The two halves of a transformer block, composed of its own modules, and the adapters of MEFT.
 
 Nothing of fedtune is imported: the file travels with an exported model.
 """

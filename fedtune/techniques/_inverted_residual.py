@@ -1,4 +1,4 @@
-"""Finding a net's inverted residual blocks, and what lies before and behind them, by what it runs.
+"""Find a network's inverted residual blocks, and the layers before and after them.
 
 A block widens its channels with a convolution of one pixel (or not), filters each channel by itself, may weigh the
 channels by a gate (squeeze-excite), and narrows them without an activation. Sandler et al., "MobileNetV2".
@@ -44,7 +44,7 @@ class InvertedResidualLayers:
 
 @dataclass(frozen=True)
 class TailLayers:
-    """Names of what runs behind the last block: up to the pooling, as a rule one of each; dropouts to the end."""
+    """Names of the layers after the last block: up to the pooling, usually one of each; dropouts to the end."""
 
     convolutions: tuple[str, ...]
     norms: tuple[str, ...]
@@ -54,7 +54,7 @@ class TailLayers:
 
 @dataclass(frozen=True)
 class NetworkSplit:
-    """The last blocks of a net, the modules that run one after the other before them, and the tail behind."""
+    """The last blocks of a network, the modules that run before them, and the tail after them."""
 
     frozen_modules: tuple[str, ...]
     blocks: tuple[InvertedResidualLayers, ...]
@@ -62,12 +62,12 @@ class NetworkSplit:
 
 
 def find_inverted_residuals(model: nn.Module) -> list[InvertedResidualLayers]:
-    """A net's inverted residual blocks in the order they run; ModelError where there is none."""
+    """A network's inverted residual blocks in the order they run; ModelError if there are none."""
     return [block for _, block in _find_blocks(model, _trace_network(model))]
 
 
 def split_before_last_blocks(model: nn.Module, count: int) -> NetworkSplit:
-    """A net cut below its last ``count`` blocks; ModelError where it has not as many or cannot be cut there."""
+    """The network, split before its last ``count`` blocks; ModelError if that is impossible."""
     calls = _trace_network(model)
     found = _find_blocks(model, calls)
     if count > len(found):
@@ -78,7 +78,7 @@ def split_before_last_blocks(model: nn.Module, count: int) -> NetworkSplit:
 
 
 def _trace_network(model: nn.Module) -> list[ModuleCall]:
-    """What the model runs; a model that filters no channel by itself is not even tried."""
+    """The modules that the model runs. A model without depthwise convolutions is refused before it runs."""
     if not any(_letter(module) == "D" for module in model.modules()):
         raise ModelError(
             f"{_describe_missing_blocks(model)}: no convolution filters each channel by itself; choose full or lora"

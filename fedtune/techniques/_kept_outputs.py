@@ -1,4 +1,4 @@
-"""Outputs of a frozen net on the device's disk, one file per example, found by the example's pixels."""
+"""Cache the outputs of frozen modules on disk, one file per example, found by the example's pixels."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,30 +17,30 @@ __all__ = ["OutputCache"]
 
 
 class OutputCache:
-    """A folder for one net in one arithmetic; a file that is damaged counts as none."""
+    """A folder for one network in one precision. A damaged file is ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def for_modules(cls, modules: Sequence[nn.Module]) -> Self:
-        """The place for what these modules give, by their make and their weights."""
+        """The cache for these modules, found by their structure and their weights."""
         tensors = (tensor for module in modules for tensor in module.state_dict().values())
         return cls(get_cache_folder() / "outputs" / _digest(tensors, repr(modules)))
 
     def read_output(self, x: Tensor) -> Tensor | None:
-        """What was kept for one example's pixels [1, c, h, w]."""
+        """The cached output for one example's pixels [1, c, h, w], or None."""
         try:
             return safetensors.torch.load(self._path(x).read_bytes())["output"]
         except (OSError, SafetensorError):
             return None
 
     def write_output(self, x: Tensor, output: Tensor) -> None:
-        """Keep an example's output; StoreError when the disk is full."""
+        """Store an example's output; StoreError if the disk is full."""
         write_bytes_atomically(self._path(x), safetensors.torch.save({"output": output.contiguous()}))
 
     def _path(self, x: Tensor) -> Path:
-        """The number of threads may change the order of sums, and so the last bit."""
+        """The name contains the number of threads, which may change the order of sums and so the last bit."""
         return self.folder / f"{_digest([x], f'{tuple(x.shape)} {torch.get_num_threads()}')}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Which entries of a tensor are the largest in size, found a piece at a time: next to no memory beside the answer.
+"""Find the largest entries of a tensor by magnitude, chunk by chunk, with little extra memory.
 
 Sizes are compared as whole numbers, which order floating-point numbers without sign, NaN above all.
 """
@@ -21,7 +21,7 @@ _DIGIT = 16
 
 
 def mask_largest_per_row(rows: Tensor, keep: int) -> Tensor:
-    """A mask [n, width] of the ``keep`` entries of largest size in each row; of equals those with the lowest index."""
+    """A mask [n, width] of the ``keep`` largest entries of each row; of equal ones those with the lowest index."""
     width = rows.shape[1]
     if width > _PIECE:
         return torch.stack([_of_long_row(row, keep) for row in rows])

@@ -1,4 +1,4 @@
-"""How dense each layer is for a whole model of a given density: Erdos-Renyi-Kernel (Evci et al., arXiv 1911.11134)."""
+"""The density of each layer for a given density of the model: Erdos-Renyi-Kernel (Evci et al., arXiv 1911.11134)."""
 
 from collections.abc import Mapping
 

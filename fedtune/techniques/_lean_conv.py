@@ -1,4 +1,4 @@
-"""Convolutions that keep their input only for the gradient of their own weight, and then without its padding.
+"""Convolutions that store their input only if their weight is trained, and then without padding.
 
 PyTorch's own keeps the input whenever the gradient passes through it, though a frozen weight needs none of it; and
 where rows of zeros are put around the map beforehand, it keeps the larger map: 7 x 7 for 3 x 3.
@@ -18,7 +18,7 @@ __all__ = ["MemoryEfficientConv2d", "MemoryEfficientSameConv2d", "make_efficient
 
 
 class MemoryEfficientConv2d(nn.Conv2d, ReplacementLayer):
-    """A convolution of zero padding on both sides alike."""
+    """A convolution with the same zero padding on both sides."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
         """[n, c, h, w] -> [n, c', h', w'], bit-equal to the plain layer, gradients too."""
@@ -30,7 +30,7 @@ class MemoryEfficientConv2d(nn.Conv2d, ReplacementLayer):
 
 
 class MemoryEfficientSameConv2d(SameConv2d, ReplacementLayer):
-    """A convolution padded as TensorFlow's "same"."""
+    """A convolution with TensorFlow's "same" padding."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gives it
         """[n, c, h, w] -> [n, c', ceil(h / stride), ceil(w / stride)], bit-equal to the plain layer."""
@@ -42,7 +42,7 @@ class MemoryEfficientSameConv2d(SameConv2d, ReplacementLayer):
 
 
 def make_efficient_conv2d(convolution: nn.Module) -> nn.Module:
-    """A convolution that keeps what it must; as it is where it does so already, or is none that is known."""
+    """The memory-efficient convolution; unknown layers are returned as they are."""
     if type(convolution) is SameConv2d:
         keeps_more = convolution.stride != (1, 1) or not convolution.weight.requires_grad
         return convert_layer_class(convolution, MemoryEfficientSameConv2d) if keeps_more else convolution
@@ -60,7 +60,7 @@ def _convolve(layer: nn.Conv2d, x: Tensor, margins: tuple[int, int, int, int]) -
 
 
 class _Convolution(torch.autograd.Function):
-    """Keeps the weight, which the layer holds anyway, and x where the weight's gradient is wanted."""
+    """Stores the weight, which the layer holds anyway, and x if the weight has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

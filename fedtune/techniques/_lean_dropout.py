@@ -1,4 +1,4 @@
-"""Dropout that keeps one bit per element, where PyTorch keeps a factor of 0 or 1 / (1 - p)."""
+"""Dropout that stores one bit per element; PyTorch stores a factor of 0 or 1 / (1 - p)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["MemoryEfficientDropout", "make_efficient_dropout"]
 
 
 class MemoryEfficientDropout(nn.Dropout, ReplacementLayer):
-    """It draws the same numbers, so that nothing else changes; never in place."""
+    """Draws the same random numbers as PyTorch; never in place."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Dropout gives it
         """Of any shape."""
@@ -22,12 +22,12 @@ class MemoryEfficientDropout(nn.Dropout, ReplacementLayer):
         return out
 
     def to_plain_layer(self) -> nn.Dropout:
-        """The dropout it was."""
+        """The plain dropout."""
         return convert_layer_class(self, nn.Dropout)
 
 
 def make_efficient_dropout(layer: nn.Module) -> nn.Module:
-    """Dropout of that kind; other layers as they are."""
+    """The memory-efficient dropout; other layers are returned as they are."""
     return convert_layer_class(layer, MemoryEfficientDropout) if type(layer) is nn.Dropout else layer
 
 

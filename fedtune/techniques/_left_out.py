@@ -1,24 +1,24 @@
-"""Layers that no low-rank pair is put beside, which is told."""
+"""Describe the matrices that no low-rank pair is attached to."""
 
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
-__all__ = ["asks_for_shapes", "left_out"]
+__all__ = ["describe_untargeted_matrices", "needs_conv_shapes"]
 
 _WORTH_TELLING = 0.05
 
 
-def asks_for_shapes(model: nn.Module) -> bool:
-    """Whether layers ask a convolution for its stride, to pad as TensorFlow does."""
+def needs_conv_shapes(model: nn.Module) -> bool:
+    """Whether layers read the stride of a convolution, to pad as TensorFlow does."""
     return any(getattr(getattr(layer, "config", None), "tf_padding", False) for layer in model.modules())
 
 
-def left_out(model: nn.Module, targets: Collection[str], head: Collection[str]) -> str:
-    """What is frozen without a pair, as the rest of a sentence; nothing where it is next to nothing.
+def describe_untargeted_matrices(model: nn.Module, targets: Collection[str], head: Collection[str]) -> str:
+    """The frozen matrices without a pair, as the end of a sentence; an empty text if they are few.
 
-    Matrices count, embeddings and the head do not.
+    Embeddings and the head do not count.
     """
     matrices = {name: size for name, size in _matrices(model) if name not in head}
     without = {name: size for name, size in matrices.items() if name.rpartition(".")[0] not in targets}

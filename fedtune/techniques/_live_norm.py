@@ -1,4 +1,4 @@
-"""A batch norm that learns its statistics: they follow the data, and are shared like parameters unless it is local."""
+"""A batch norm whose statistics follow the data; they are shared like parameters, unless they are local."""
 
 from collections.abc import Iterator
 from typing import Self

@@ -1,8 +1,8 @@
-"""What LoRA and QLoRA share: where the low-rank pair is attached, and which half is trained in which round.
+"""The base class of LoRA and QLoRA: attaches low-rank pairs, and chooses which factor is trained in which round.
 
 Averaging both factors of several clients is wrong: mean(B) mean(A) is not mean(B A). Exact schemes train one factor
 at a time while the other is common to all clients, so that the mean of the trained factor gives the mean of the
-products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. Where both are trained, a merge of pairs has to see to it.
+products: sum_i w_i (B_i A) = (sum_i w_i B_i) A. If both are trained, use a step that merges pairs.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
 from fedtune.recipe.schema import TaskName
-from fedtune.techniques._left_out import asks_for_shapes, left_out
+from fedtune.techniques._left_out import describe_untargeted_matrices, needs_conv_shapes
 from fedtune.techniques._pair_sum import sum_in_fewer_passes
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 from fedtune.wire.client_update import LowRankPair, UpdateKind
@@ -32,7 +32,7 @@ __all__ = ["LowRankTechnique", "dequantise_linear", "find_target_modules"]
 
 
 class LowRankTechnique(Technique):
-    """Settings and behaviour of a low-rank pair beside frozen linear layers."""
+    """Low-rank pairs beside frozen linear layers."""
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0, description="the product is scaled by alpha / rank")
@@ -56,7 +56,7 @@ class LowRankTechnique(Technique):
             target_modules=targets,
             fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         )
-        if self.target_modules == "all-linear" and (left := left_out(model, targets, head)):
+        if self.target_modules == "all-linear" and (left := describe_untargeted_matrices(model, targets, head)):
             warnings.warn(f"{self.name} {left}", FedtuneWarning, stacklevel=2)
         _keep_four_bit_layout(model)
         with _keep_gradients_on(model), torch.random.fork_rng(devices=[]):
@@ -68,22 +68,22 @@ class LowRankTechnique(Technique):
         unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
         self._freeze(model, "A", self.trained_factors == "b-only")
 
-    def begin_round(self, model: nn.Module, number: int) -> None:
+    def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Train B in odd rounds and A in even ones when alternating."""
         if self.trained_factors == "alternate":
-            self._freeze(model, "A", number % 2 == 1)
-            self._freeze(model, "B", number % 2 == 0)
+            self._freeze(model, "A", round_number % 2 == 1)
+            self._freeze(model, "B", round_number % 2 == 0)
 
     def list_server_held_tensors(self, model: nn.Module) -> list[str]:
-        """The weights beside the pairs, where the merge writes into them."""
+        """The base weights, if the merge changes them."""
         return [pair.base for pair in self.list_low_rank_pairs(model) if pair.base is not None]
 
     def changes_per_round(self) -> bool:
-        """One factor follows the other."""
+        """Rounds differ if the factors alternate."""
         return self.trained_factors == "alternate"
 
     def get_update_kind(self) -> UpdateKind:
-        """Both factors, unless one of them is common to all clients in each round."""
+        """One factor, if the other one is common to all clients in each round; otherwise pairs."""
         both: UpdateKind = "pairs and base" if self.trained_factors == "both-and-base" else "pairs"
         return "one factor" if self.trained_factors in ("alternate", "b-only") else both
 
@@ -92,15 +92,15 @@ class LowRankTechnique(Technique):
         return [_pair(name, layer, self.trained_factors == "both-and-base") for name, layer in _list_lora_layers(model)]
 
     def has_unchanged_base(self) -> bool:
-        """The weights beside the pairs change when they are shared."""
+        """Base weights change if they are shared."""
         return self.trained_factors != "both-and-base"
 
     def make_peft_config(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
-        """The configuration the layers were made with, and the head as a module saved whole.
+        """The configuration of the layers, with the head as a module that is saved whole.
 
-        None for a model that asks a layer for its shape, which PEFT's own layers do not tell.
+        None for a model that reads the shape of a convolution, because PEFT's layers do not have it.
         """
-        if asks_for_shapes(model):
+        if needs_conv_shapes(model):
             return None
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
         config = configurations["default"]
@@ -109,10 +109,10 @@ class LowRankTechnique(Technique):
         config.inference_mode = True
         return config
 
-    def beside(self, model: nn.Module, drawn: Sequence[str]) -> dict[str, Tensor]:
-        """Weights with the products added."""
+    def compute_merged_weights(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weights plus products."""
         found = {}
-        for name in drawn:
+        for name in names:
             owner, _, last = name.rpartition(".")
             layer: Any = model.get_submodule(owner)
             base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer

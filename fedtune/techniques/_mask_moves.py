@@ -1,4 +1,4 @@
-"""Masks over weights, uint8 with 1 where active: which entries are largest, and how a mask moves."""
+"""Compute weight masks (uint8, 1 where active) from the largest entries, and update them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -24,18 +24,18 @@ def mask_smallest_active(weight: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def update_mask(weight: Tensor, mask: Tensor, gradient: Tensor, count: int) -> Tensor:
-    """The next mask: the smallest active weights leave, as many inactive ones of largest gradient come.
+    """The next mask: the smallest active weights are dropped, as many with the largest gradients are activated.
 
-    What was active before is no candidate, so that nothing that leaves comes back at once.
+    Only weights that were inactive before are activated, so that no weight is dropped and activated at once.
     """
-    leaving = mask_smallest_active(weight, mask, count)
-    coming = mask_largest(gradient.abs().masked_fill(mask == 1, -1.0), count)
-    return mask - leaving + coming
+    dropped = mask_smallest_active(weight, mask, count)
+    activated = mask_largest(gradient.abs().masked_fill(mask == 1, -1.0), count)
+    return mask - dropped + activated
 
 
-def average_gradients(mask: Tensor, answers: Iterable[tuple[float, Mapping[str, Tensor]]], owner: str) -> Tensor:
+def average_gradients(mask: Tensor, extra_payloads: Iterable[tuple[float, Mapping[str, Tensor]]], owner: str) -> Tensor:
     """The weighted mean of the clients' gradients, zero where none was sent; like ``mask``, double."""
     total = torch.zeros(mask.numel(), dtype=torch.float64)
-    for weight, tensors in answers:
+    for weight, tensors in extra_payloads:
         total += weight * scatter_positions(f"{owner}.wake", tensors, tensors[f"{owner}.wake_gradient"], mask.numel())
     return total.view(mask.shape)

@@ -1,4 +1,4 @@
-"""A two-stream model in plain transformers: ``from_pretrained(folder, trust_remote_code=True)`` builds it.
+"""Lets transformers load an exported MEFT model: ``from_pretrained(folder, trust_remote_code=True)``.
 
 No configuration of transformers can say what the blocks compute here, so this file and those it imports travel with the
 weights. The model type is one of its own: without that flag loading is refused rather than done wrong.

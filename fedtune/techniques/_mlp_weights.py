@@ -1,4 +1,4 @@
-"""ADA-DEFT-style weights: one trained number per MLP, by which its output is multiplied, and the MLPs that fall out.
+"""ADA-DEFT-style weights: a trained factor for the output of each MLP; MLPs with a small factor are skipped.
 
 Our own definition, for the paper's abstract names the idea only: w = sigmoid(SPEED theta), w_0 = sigmoid(4);
 loss = task + alpha sum_l w_l D_l / sum_l w_l + gamma mean_l w_l. Below a bound w is 0 whenever the model is scored.
@@ -68,7 +68,7 @@ class MlpWeightLoss:
             probe.weight = self.alpha * float(share.detach())
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """Emit both terms once the layers have seen their densities."""
+        """Add both loss terms after the layers have measured their densities."""
         if not model.training:
             return
         shares = torch.cat(self._shares())
@@ -96,7 +96,7 @@ def register_mlp_weights(model: nn.Module, mlps: Sequence[MlpLayers]) -> list[st
 def attach_mlp_weights(
     model: nn.Module, probes: list[DensityProbe], alpha: float, gamma: float, below: float
 ) -> MlpWeightLoss:
-    """Weigh each MLP's output, and emit the terms after each forward pass."""
+    """Multiply each MLP's output by its weight, and add the loss terms after each forward pass."""
     weights = [MlpWeight(model.get_parameter(f"{probe.mlp.parent}.{_THETA}"), below) for probe in probes]
     for probe, weight in zip(probes, weights, strict=True):
         model.get_submodule(probe.mlp.down_projection).register_forward_hook(weight)
@@ -124,7 +124,7 @@ def merge_mlp_weights(model: nn.Module, terms: MlpWeightLoss) -> None:
 
 
 def _multiply(layer: nn.Module, factor: float) -> None:
-    """Multiply what a linear layer gives, for good; a low-rank pair beside it is multiplied too."""
+    """Multiply the output of a linear layer permanently, and that of a low-rank pair beside it."""
     if isinstance(layer, LoraLayer):
         layer.base_layer = dequantise_linear(layer.get_base_layer())
         ups = [up for up in layer.lora_B.values() if isinstance(up, nn.Linear)]
@@ -136,7 +136,7 @@ def _multiply(layer: nn.Module, factor: float) -> None:
 
 
 def _auto_class(model: nn.Module) -> str:
-    """Which of transformers' automatic classes loads a model of this kind."""
+    """The auto class of transformers that loads a model of this kind."""
     kinds = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForImageClassification)
     config: Any = model.config
     loads: dict[str, Any] = {kind.__name__: kind._model_mapping.get(type(config), None) for kind in kinds}

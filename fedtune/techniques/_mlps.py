@@ -1,4 +1,4 @@
-"""Finding the MLP of each transformer block by its structure: an activation between a widening and a narrowing layer.
+"""Find the MLP of each transformer block by structure: an activation between a widening and a narrowing layer.
 
 Plain: ``second(f(first(x)))``. Gated: ``second(f(gate(x)) * up(x))``, with two widening layers of equal shape.
 """
@@ -30,7 +30,7 @@ class MlpLayers:
 
     @property
     def is_gated(self) -> bool:
-        """Whether a second widening layer is multiplied in."""
+        """Whether the MLP has a gate."""
         return len(self.up_projections) == 2
 
 
@@ -65,7 +65,7 @@ def _in_stack(model: nn.Module, stack: str) -> Iterator[MlpLayers]:
 
 
 def _find_mlp_around(model: nn.Module, stack: str, block: str, activation: str) -> MlpLayers | None:
-    """The MLP an activation belongs to; None for an adapter's own activation, whose layers narrow first."""
+    """The MLP of an activation; None for the activation of an adapter, whose layers narrow first."""
     scope = activation
     while scope != block:
         scope = scope.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""A convolution that normalises its weights in place of the outputs: no batch statistics, nothing stored for them.
+"""A convolution that standardises its weights instead of its outputs, so that it needs no batch statistics.
 
 Per output channel, over the n weights that are active (m = 1):
     w_hat = g c m (w - mu) / sqrt(n s^2 + eps),   mu and s^2 the mean and variance of those weights,
@@ -62,7 +62,7 @@ def standardise_weight(weight: Tensor, gain: Tensor, mask: Tensor | None, scale:
 
 
 def find_conv_norm_pairs(model: nn.Module) -> list[ConvNormPair]:
-    """Batch norms that read a convolution directly, in the order they run; ModelError where there is none."""
+    """Convolutions directly followed by a batch norm, in the order they run; ModelError if there are none."""
     calls = trace_modules(model)
     givers = {
         id(call.output): call
@@ -110,20 +110,20 @@ def standardise_convolutions(model: nn.Module, pairs: list[ConvNormPair], keepin
 
 
 def iter_standardised_conv2d(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """Convolutions that normalise their weights, by name."""
+    """Convolutions that standardise their weights, by name."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d) and is_standardised(layer):
             yield name, layer
 
 
 def is_standardised(layer: nn.Module) -> bool:
-    """Whether it normalises its weights."""
+    """Whether the layer standardises its weights."""
     return getattr(vars(layer).get("forward"), "func", None) is _forward
 
 
 @torch.no_grad()
 def restore_batch_norms(model: nn.Module) -> None:
-    """Write w_hat into plain convolutions and put the norms back, which then add the bias and nothing else."""
+    """Write w_hat into plain convolutions and restore the norms, which then only add the bias."""
     for name, gone in list(model.named_modules()):
         if not isinstance(gone, _RemovedNorm):
             continue
@@ -142,7 +142,7 @@ def restore_batch_norms(model: nn.Module) -> None:
 
 
 class _RemovedNorm(nn.Identity):
-    """In place of a norm that the convolution before it has made needless."""
+    """Replaces a norm that is not needed after a standardised convolution."""
 
     def __init__(self, norm: nn.BatchNorm2d, convolution: str, *, bare: bool) -> None:
         super().__init__()

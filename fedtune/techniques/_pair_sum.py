@@ -1,4 +1,4 @@
-"""A linear layer plus its low-rank pair in fewer passes over the output, to the same bits as PEFT computes it.
+"""A linear layer plus its low-rank pair, in fewer passes over the output; bit-equal to PEFT's result.
 
 PEFT multiplies B A x, which is as large as the output, by alpha / rank, and its gradient again. Where the scale is a
 power of two, multiplying the ``rank`` numbers A x in its place is exact, forwards and backwards. Where no gradient is
@@ -17,7 +17,7 @@ __all__ = ["sum_in_fewer_passes"]
 
 
 def sum_in_fewer_passes(layer: LoraLayer) -> None:
-    """Let a layer of PEFT's plain kind compute its sum this way; other kinds stay as they are."""
+    """Let a plain layer of PEFT compute its sum this way; other layers stay as they are."""
     if type(layer) is Linear and not layer.lora_variant:
         layer.lora_variant = dict.fromkeys(layer.lora_A, _PairSum())
 
@@ -37,6 +37,6 @@ class _PairSum(LoraVariant):  # type: ignore[misc]
 
 
 def _commutes(up: nn.Module, scale: float) -> bool:
-    """Whether scaling what enters B is exact, and nobody watches it enter."""
+    """Whether scaling the input of B is exact, and B has no hooks."""
     watched = up._forward_pre_hooks or up._forward_hooks
     return type(up) is nn.Linear and up.bias is None and not watched and math.frexp(scale)[0] == 0.5

@@ -1,4 +1,4 @@
-"""Ascending places in a flat tensor at a byte each: where in its block a place lies, and how many each block holds.
+"""Packs sorted positions in a flat tensor at one byte each: the offset in a block, and the count of each block.
 
 A block is as long as what a byte can count, so that neither number ever needs a second one: n places among m entries
 take n + ceil(m / 255) bytes in place of 4 n.
@@ -17,13 +17,13 @@ _BLOCK = 255
 
 
 def pack_positions(name: str, places: Tensor, entries: int) -> dict[str, Tensor]:
-    """Ascending places [n] below ``entries`` as two uint8 tensors: offsets [n] and counts [blocks]."""
+    """Pack sorted positions [n] below ``entries`` as two uint8 tensors: offsets [n] and counts [blocks]."""
     counts = torch.bincount(places // _BLOCK, minlength=_blocks(entries))
     return {f"{name}_offset": (places % _BLOCK).to(torch.uint8), f"{name}_count": counts.to(torch.uint8)}
 
 
 def declare_positions(name: str, places: int, entries: int) -> dict[str, TensorSpec]:
-    """What ``pack_positions`` gives for as many places, as a contribution must hold it."""
+    """The tensors that ``pack_positions`` returns for so many positions."""
     counts = TensorSpec((_blocks(entries),), "U8", _BLOCK + 1, required_sum=places)
     return {f"{name}_offset": TensorSpec((places,), "U8", _BLOCK), f"{name}_count": counts}
 

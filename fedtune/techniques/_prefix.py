@@ -1,4 +1,4 @@
-"""The frozen lower part of a net, run without a graph and a few examples at a time: its large maps never pile up."""
+"""Run the frozen first part of a network without a graph, in micro-batches, so that few large maps exist at a time."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def run_frozen_prefix(model: nn.Module, names: Sequence[str], micro_batch_size: 
 
 
 class _Prefix(ForwardOverride):
-    """The modules one after the other, each by its own function or by what stood in for it before."""
+    """Runs the modules one after the other, with the ``forward`` that each of them had."""
 
     def __init__(self, modules: Sequence[nn.Module], rows: int, kept: OutputCache | None) -> None:
         self.modules, self.rows, self.kept = modules, rows, kept
@@ -38,7 +38,7 @@ class _Prefix(ForwardOverride):
         return torch.cat([run(piece) for piece in x.split(self.rows)])
 
     def _run(self, x: Tensor) -> Tensor:
-        """In evaluation mode whatever the model's own is: no dropout, no batch statistics."""
+        """Always in evaluation mode: no dropout, no batch statistics."""
         for module, other in zip(self.modules, self.others, strict=True):
             module.eval()
             x = type(module).forward(module, x) if other is None else other(x)
@@ -54,7 +54,7 @@ class _Prefix(ForwardOverride):
 
 
 class _PassThrough(ForwardOverride):
-    """A module that another one ran already."""
+    """A module that the prefix has run already."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Its input."""

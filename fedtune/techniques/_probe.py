@@ -1,4 +1,4 @@
-"""What deft hangs on each MLP: hooks that emit its density while training, and threshold and count while scoring."""
+"""Hooks on each MLP: they add density terms in training, and apply thresholds and count in evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(eq=False)
 class DensityStep:
-    """What all probes of a model share: the step's epsilon, and which of its tokens [tokens] count (None: all)."""
+    """Values that all probes of a model share: the step's epsilon, and the mask of counted tokens (None: all)."""
 
     eps: float
     counted: Tensor | None = None
@@ -127,7 +127,7 @@ class DensityProbe:
         return product, *args[1:]
 
     def _factors(self) -> tuple[Tensor, ...]:
-        """The gate, and the widening layer's output that went past it; nothing is held on to."""
+        """The gate and the output of the up projection; they are not stored."""
         gate, wide = self._gate, self._wide
         self._gate, self._wide = (), []
         past = [out for out in wide if gate and out is not gate[0]]
@@ -157,7 +157,7 @@ _SAMPLE = 2**16
 
 
 def attach_probes(model: nn.Module, weight: float, threshold: float) -> list[DensityProbe]:
-    """Hang a probe on every MLP; ``weight`` is shared by those of one stack."""
+    """Attach a probe to every MLP; the MLPs of one stack share ``weight``."""
     step = DensityStep(eps=1.0)
     mlps = find_mlps(model)
     sizes = {mlp.block_list: sum(other.block_list == mlp.block_list for other in mlps) for mlp in mlps}
@@ -179,7 +179,7 @@ def _attach_hooks(model: nn.Module, probe: DensityProbe) -> None:
 
 
 def detach_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
-    """Take away every hook that belongs to an object of these classes."""
+    """Remove all hooks that belong to objects of these classes."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), owners)]:
@@ -188,7 +188,7 @@ def detach_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
 
 @contextmanager
 def count_activations(probes: Sequence[DensityProbe]) -> Iterator[list[ActivationCounts]]:
-    """Count what is scored inside the block: one tally per MLP."""
+    """Count the activations of each MLP that are evaluated inside the block."""
     tallies = [ActivationCounts() for _ in probes]
     for probe, tally in zip(probes, tallies, strict=True):
         probe.tally = tally
@@ -203,7 +203,7 @@ def count_activations(probes: Sequence[DensityProbe]) -> Iterator[list[Activatio
 def calibrate_thresholds(
     model: nn.Module, probes: Sequence[DensityProbe], batches: Sequence[Mapping[str, Tensor]], kept: float
 ) -> None:
-    """The training-free control: set each MLP's threshold so that a share ``kept`` of its activations is above it."""
+    """The control without training: set each threshold so that a share ``kept`` of activations is above it."""
     for probe in probes:
         probe.threshold, probe.sample = 0.0, []
     model.eval()

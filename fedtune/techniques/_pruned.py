@@ -1,4 +1,4 @@
-"""A tensor of which only the entries of largest size are stored, with their places at the cheapest price.
+"""A tensor of which only the largest entries are stored, with their positions in the smallest form.
 
 Of each row of w entries floor((1 - prune) w) are kept, at least one; of equals the first. With r the share kept, an
 entry costs r times the value's size, and 1/8 byte for a bitmap or r times an index's size for a list: what is less.
@@ -35,7 +35,7 @@ class PruningRule:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """What it takes, beside the stored tensors, to make the dense one again; ``width`` is the length of a row."""
+    """The values needed to restore the dense tensor from the stored ones; ``width`` is the length of a row."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class PackedLayout:
 
 
 class PackedTensor(NamedTuple):
-    """Stored tensors: values, then their places unless all are stored, then the means if they were taken out."""
+    """Stored tensors: values, their places unless all are stored, and the means if they were subtracted."""
 
     tensors: tuple[Tensor, ...]
     layout: PackedLayout
@@ -58,7 +58,7 @@ def count_kept_entries(width: int, prune: float) -> int:
 
 @torch.no_grad()
 def pack_pruned(x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
-    """Prune a tensor whose number of entries is a multiple of ``width``; one that is kept whole is only referred to."""
+    """Prune a tensor whose number of entries is a multiple of ``width``; a tensor that is kept whole is not copied."""
     keep = count_kept_entries(width, rule.pruned_fraction)
     centred = rule.centre_features and (keep < width or rule.half_precision)
     means = [x.reshape(-1, x.shape[-1]).mean(0)] if centred else []
@@ -74,14 +74,14 @@ def pack_pruned(x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
 
 @torch.no_grad()
 def unpack_pruned(tensors: Sequence[Tensor], layout: PackedLayout) -> Tensor:
-    """The dense tensor, zero where nothing was stored, with its means put back."""
+    """The dense tensor, with zeros where nothing was stored, plus its means."""
     values = tensors[0].to(layout.dtype)
     dense = values if layout.position_format == "all" else _spread(values, tensors[1], layout)
     return dense + tensors[-1] if layout.centred else dense
 
 
 def _narrow(values: Tensor, rule: PruningRule) -> Tensor:
-    """Values in half precision where that is asked for, saves something and holds them all."""
+    """Values in half precision if the rule asks for it, it saves memory and all values fit its range."""
     fits = rule.half_precision and values.element_size() > 2 and bool((values.abs() <= _HALF_MAX).all())
     return values.half() if fits else values
 

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions that store their input pruned; outputs are those of the dense layer to the bit.
+"""Linear layers and convolutions that store their input pruned; outputs are bit-equal to those of the dense layer.
 
 With x_hat the pruned input, a linear layer's weight gradient is g^T x_hat; those by the input and by the bias need W
 and g alone and stay exact. A frozen layer stores nothing. Layers stay what they are but for the function they call.
@@ -29,14 +29,14 @@ __all__ = [
 
 @runtime_checkable
 class PaddedConvolution(Protocol):
-    """A convolution that puts other margins around its input than ``padding``."""
+    """A convolution with other margins around its input than ``padding``."""
 
     def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Zeros at the left, right, top and bottom."""
+        """The rows and columns of zeros: left, right, top, bottom."""
 
 
 class _Entry(NamedTuple):
-    """What is stored of a tensor; ``key`` tells its state and how it was pruned."""
+    """The stored form of a tensor; ``key`` contains its state and how it was pruned."""
 
     tensor: weakref.ref[Tensor]
     key: tuple[int, PruningRule, int]
@@ -57,7 +57,7 @@ class RecentInputs:
         return RecentInputs, ()
 
     def clear(self) -> None:
-        """Let go of them."""
+        """Forget all stored inputs."""
         self._entries.clear()
 
     def pack(self, x: Tensor, rule: PruningRule, width: int) -> PackedTensor:
@@ -75,7 +75,7 @@ class RecentInputs:
 
 @dataclass(frozen=True)
 class InputStorage:
-    """How a model's layers store their inputs; ``rows`` are tokens of linear layers and pictures of convolutions."""
+    """How layers store their inputs; rows are tokens for linear layers and images for convolutions."""
 
     rule: PruningRule
     per_row: bool
@@ -87,7 +87,7 @@ class InputStorage:
 
 
 def attach_input_pruning(model: nn.Module, linear: InputStorage, convolution: InputStorage) -> int:
-    """Let layers store their inputs pruned, and say how many; a low-rank pair's second half reads next to nothing."""
+    """Let layers store their inputs pruned, and return how many do; the B of a low-rank pair reads too little."""
     detach_input_pruning(model)  # a layer that was made over carries what was bound to the one before
     count = 0
     for name, layer in model.named_modules():
@@ -101,7 +101,7 @@ def attach_input_pruning(model: nn.Module, linear: InputStorage, convolution: In
 
 
 def detach_input_pruning(model: nn.Module) -> None:
-    """Let layers call what their class defines again."""
+    """Restore the layers' own ``forward``."""
     for layer in model.modules():
         if _is_ours(layer):
             del vars(layer)["forward"]
@@ -112,7 +112,7 @@ def _is_ours(layer: nn.Module) -> bool:
 
 
 def is_supported_conv2d(layer: nn.Conv2d) -> bool:
-    """Whether the layer convolves as its fields say: zeros around the input, then a plain convolution."""
+    """Whether the layer is a plain convolution with zero padding, as its fields say."""
     known = type(layer).forward is nn.Conv2d.forward or isinstance(layer, PaddedConvolution)
     return known and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 

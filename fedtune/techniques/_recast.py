@@ -1,4 +1,4 @@
-"""A layer made over as another class around the same parameters and buffers, put in its place and taken out again."""
+"""Replace layers by layers of another class with the same parameters and buffers, and restore them."""
 
 from collections.abc import Callable
 from copy import copy
@@ -14,34 +14,34 @@ _Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class ReplacementLayer(nn.Module):
-    """Mixed into a layer that took a plain one's place under its name."""
+    """A layer that replaces a plain one under its name."""
 
     def to_plain_layer(self) -> nn.Module:
-        """The plain layer again, around the same parameters and buffers."""
+        """The plain layer, with the same parameters and buffers."""
         raise NotImplementedError
 
 
 class ForwardOverride:
-    """What is called in place of a module's own ``forward``: an object, so that the module still pickles."""
+    """Replaces the ``forward`` of a module. It is an object, so that the module can be pickled."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the module gives."""
+        """The module's output."""
         raise NotImplementedError
 
     def install(self, module: nn.Module) -> None:
-        """Take the place."""
+        """Replace the ``forward`` of a module."""
         vars(module)["forward"] = self
 
 
 def convert_layer_class(layer: nn.Module, kind: type[_Kind]) -> _Kind:
-    """What ``layer`` holds as a module of another class, which needs no attributes but those."""
+    """A module of another class with the attributes of ``layer``."""
     made = kind.__new__(kind)
     vars(made).update({name: copy(held) if isinstance(held, dict) else held for name, held in vars(layer).items()})
     return made
 
 
 def replace_layer(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Put what ``make`` gives for the named layer in its place, in the same mode."""
+    """Replace the named layer by the result of ``make``, in the same mode."""
     layer = model.get_submodule(name)
     made = make(layer)
     if made is not layer:
@@ -49,7 +49,7 @@ def replace_layer(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Mo
 
 
 def restore_plain_layers(model: nn.Module) -> None:
-    """Put plain layers back wherever one was replaced, and modules' own functions."""
+    """Restore all plain layers and the modules' own ``forward``."""
     for name, layer in list(model.named_modules()):
         if isinstance(vars(layer).get("forward"), ForwardOverride):
             del vars(layer)["forward"]

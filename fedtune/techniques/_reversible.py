@@ -1,4 +1,4 @@
-"""Running a two-stream stack without keeping what is inside it: its gradients come from the streams behind it.
+"""Run a two-stream stack without storing its activations: the backward pass recomputes them from the outputs.
 
 The backward pass undoes one block after the other and runs the half whose gradient is due once more, so that one half's
 graph exists at a time. Bit-equal gradients need bit-equal halves: the dropout's seed, the precision and what the model
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ __all__ = ["run_reversible"]
 
 
 def run_reversible(stack: ReversibleStack, hidden: Tensor, calls: Sequence[BlockArguments]) -> Tensor:
-    """The stack's output, with gradients for its input and for every parameter inside that is trained."""
+    """The stack's output, with gradients for its input and for all trained parameters."""
     if not torch.is_grad_enabled():
         return run_with_autograd(stack, hidden, calls)
     parameters = [one for block in stack.blocks for one in block.parameters() if one.requires_grad]
@@ -45,7 +45,7 @@ def run_reversible(stack: ReversibleStack, hidden: Tensor, calls: Sequence[Block
 
 @dataclass(eq=False)
 class _ReversiblePass:
-    """What both directions of one pass share."""
+    """Values that the forward and the backward pass share."""
 
     stack: ReversibleStack
     calls: Sequence[BlockArguments]
@@ -56,7 +56,7 @@ class _ReversiblePass:
     emitted: bool = False
 
     def use_forward_autocast(self) -> AbstractContextManager[Any]:
-        """The precision of the forward pass, for forward passes alone; no casts are kept, as some had no graph."""
+        """The autocast of the forward pass. Casts are not cached, because some are made without a graph."""
         enabled, dtype = self.autocast
         return torch.autocast("cpu", dtype, enabled, cache_enabled=False)
 
@@ -97,6 +97,16 @@ class _Reversible(torch.autograd.Function):
         return None, None if d_hidden is None else d_hidden.to(walk.dtype), *found
 
 
+class _Chunk(NamedTuple):
+    """One of the pieces of its input that a stage of a block processes one after the other."""
+
+    stage: Stage
+    block: int
+    position: int
+    x: Tensor
+    call: BlockArguments
+
+
 @dataclass(eq=False)
 class _BackwardPass:
     """The way back: the streams ``y`` behind the block that is undone next, their gradients, and those found so far.
@@ -111,7 +121,7 @@ class _BackwardPass:
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def reverse_block(self, index: int, kept: Streams | None, needs_input_grad: bool) -> None:
-        """Step below a block, whose inputs may be ``kept``; ``needs_input_grad``: of its inputs too."""
+        """Reverse one block. ``kept`` are its inputs if stored; ``needs_input_grad`` asks for their gradients too."""
         stack, walk = self.walk.stack, self.walk
         self.y, self.d = stack.swap_streams(self.y), stack.swap_streams(self.d)
         if kept is not None:
@@ -139,38 +149,38 @@ class _BackwardPass:
         for stage in half[:-1]:
             with self.walk.use_forward_autocast(), collect_loss_terms():  # these terms come again, with their graph
                 last = self.walk.stack.run_stage(stage, index, last, self.walk.calls[index], self.walk.seed)
-        out, d = self.stage(half[-1], index, last, d, inner or len(half) > 1)
+        out, d = self.rerun_stage(half[-1], index, last, d, inner or len(half) > 1)
         del last
         for stage in half[:-1]:
-            _, d = self.stage(stage, index, x.to(self.walk.dtype, copy=True), d, inner)
+            _, d = self.rerun_stage(stage, index, x.to(self.walk.dtype, copy=True), d, inner)
         return self.walk.stack.round_to_grid(out), None if d is None else d.to(x.dtype)
 
-    def stage(self, stage: Stage, index: int, x: Tensor, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
-        """A stage's output and the gradient of its input, piece by piece and last piece first, as autograd would."""
+    def rerun_stage(
+        self, stage: Stage, index: int, x: Tensor, d: Tensor | None, inner: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A stage's output and the gradient of its input, chunk by chunk; the last chunk first, as autograd would."""
         stack, call = self.walk.stack, self.walk.calls[index]
         inputs = stack.chunk_input(stage, x)
         calls = stack.chunk_arguments(stage, inputs, call)
         by = [None] * len(inputs) if d is None else stack.chunk_input(stage, d)
         last_first = [
-            self.piece(stage, index, at, inputs[at], calls[at], by[at], inner) for at in reversed(range(len(inputs)))
+            self.rerun_chunk(_Chunk(stage, index, at, inputs[at], calls[at]), by[at], inner)
+            for at in reversed(range(len(inputs)))
         ]
+        outs = [out for out, _ in reversed(last_first)]
         dx = [one for _, one in reversed(last_first) if one is not None]
-        return stack.join_chunks(stage, [out for out, _ in reversed(last_first)]), stack.join_chunks(
-            stage, dx
-        ) if dx else None
+        return stack.join_chunks(stage, outs), stack.join_chunks(stage, dx) if dx else None
 
-    def piece(
-        self, stage: Stage, index: int, at: int, x: Tensor, call: BlockArguments, d: Tensor | None, inner: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same for one piece; gradients of the block's parameters are noted."""
-        walk, x = self.walk, x.detach().requires_grad_(inner)
+    def rerun_chunk(self, chunk: _Chunk, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
+        """The same for one chunk; adds to the gradients of the block's parameters."""
+        walk, x = self.walk, chunk.x.detach().requires_grad_(inner)
         with torch.enable_grad(), walk.use_forward_autocast(), collect_loss_terms() as terms:
-            out = walk.stack.run_chunk(stage, index, at, x, call, walk.seed)
+            out = walk.stack.run_chunk(chunk.stage, chunk.block, chunk.position, x, chunk.call, walk.seed)
         pairs = [(out, d), *((term, self.d_term) for term in terms)]
         outs = [(one, by.to(one.dtype)) for one, by in pairs if by is not None and one.requires_grad]
         if not outs:
             return out.detach(), None
-        trained = [one for one in walk.stack.blocks[index].parameters() if one.requires_grad]
+        trained = [one for one in walk.stack.blocks[chunk.block].parameters() if one.requires_grad]
         wanted = [*trained, *([x] if inner else [])]
         found = torch.autograd.grad([one for one, _ in outs], wanted, [by for _, by in outs], allow_unused=True)
         self.add_gradients(trained, found)
@@ -191,14 +201,14 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _fingerprint(x: Streams) -> tuple[int, ...]:
-    """A number of each stream's bits; adding zero makes one of the two zeros."""
+    """A checksum of each stream's bits. Adding zero turns -0.0 into 0.0."""
     return tuple(int((stream + 0.0).view(torch.int64).sum()) for stream in x)
 
 
 def _check_reconstruction(
     stack: ReversibleStack, start: Streams, proof: tuple[int, ...] | None, original: Tensor | None
 ) -> None:
-    """The streams below the first block must be those the stack began with."""
+    """Check that the streams before the first block are those that the stack began with."""
     if proof is not None and proof != _fingerprint(start):
         raise ModelError(
             "meft's blocks gave other bits when they ran again, so their gradients would be wrong; "
@@ -214,6 +224,6 @@ def _check_reconstruction(
 
 
 def _error(start: Streams, original: Tensor) -> float:
-    """The larger of the streams' relative errors; infinite where there is no number any more."""
+    """The larger of the streams' relative errors; infinite if it is not a number."""
     errors = [float((stream - original).norm() / original.norm()) for stream in start]
     return max(errors) if all(math.isfinite(error) for error in errors) else math.inf

@@ -1,4 +1,4 @@
-"""A batch norm of frozen statistics and scale, which keeps nothing for the backward pass.
+"""A batch norm with frozen statistics and scale, which stores nothing for the backward pass.
 
 With a = scale / sqrt(variance + eps) it is y = a x + (shift - a mean): the gradient of the shift is the sum of g over
 examples and pixels, that of x is a g, and neither needs x. PyTorch's own norm keeps x all the same.
@@ -17,7 +17,7 @@ __all__ = ["FrozenBatchNorm2d", "make_frozen_batch_norm"]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d, ReplacementLayer):
-    """Its statistics stay in training too; a scale that is trained needs the input, which is then kept."""
+    """Its statistics stay fixed in training. If its scale is trained, it stores its input."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.BatchNorm2d gives it
         """[n, c, h, w] -> [n, c, h, w], bit-equal to the norm in evaluation mode, gradients too."""
@@ -27,18 +27,18 @@ class FrozenBatchNorm2d(nn.BatchNorm2d, ReplacementLayer):
         return out
 
     def to_plain_layer(self) -> nn.BatchNorm2d:
-        """The batch norm it was."""
+        """The plain batch norm."""
         return convert_layer_class(self, nn.BatchNorm2d)
 
 
 def make_frozen_batch_norm(norm: nn.Module) -> nn.Module:
-    """A norm as ShiftNorm; one without parameters or statistics, or of another kind, as it is."""
+    """The frozen batch norm; norms without parameters or statistics, and other layers, are returned as they are."""
     able = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
     return convert_layer_class(norm, FrozenBatchNorm2d) if able and type(norm) is nn.BatchNorm2d else norm
 
 
 class _Shift(torch.autograd.Function):
-    """Keeps its parameters and statistics, which the layer holds anyway."""
+    """Stores its parameters and statistics, which the layer holds anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:

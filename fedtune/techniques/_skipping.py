@@ -1,4 +1,4 @@
-"""A model of transformers without some of its MLPs: their layers are neither saved nor loaded nor computed.
+"""Lets transformers load an exported model without some of its MLPs, which are neither saved nor computed.
 
 No configuration of transformers can say so. This file therefore travels with the weights, and
 ``AutoModel....from_pretrained(folder, trust_remote_code=True)`` builds the classes it names; without that flag loading

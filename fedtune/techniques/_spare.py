@@ -1,4 +1,4 @@
-"""Layers of a frozen net that keep nothing for the backward pass which no trained parameter needs."""
+"""Choose the memory-efficient replacement of each layer in a partly frozen network."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ __all__ = ["has_batch_norms", "make_layer_efficient", "make_model_efficient", "u
 
 
 def has_batch_norms(model: nn.Module) -> bool:
-    """Whether it is a net of the kind this is for."""
+    """Whether the network has batch norms, as mobile networks do."""
     return any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
@@ -28,12 +28,12 @@ def unfreeze_batch_norm(norm: nn.Module) -> nn.Module:
 def make_layer_efficient(
     layer: nn.Module, rules: Mapping[type[nn.Module], GradientRule] = EXACT_GRADIENTS
 ) -> nn.Module:
-    """A convolution, norm, activation or dropout that keeps less, once it is known what is trained; others as is."""
+    """The replacement of a convolution, norm, activation or dropout; call it after trained parameters are chosen."""
     return make_one_bit_activation(make_efficient_dropout(make_frozen_batch_norm(make_efficient_conv2d(layer))), rules)
 
 
 def make_model_efficient(model: nn.Module) -> None:
-    """All layers of a net whose trained parameters have been chosen; gradients stay the same to the bit."""
+    """Replace all layers, after trained parameters are chosen; gradients stay bit-equal."""
     move_padding_into_conv2d(model)
     for name, layer in list(model.named_modules()):
         if not any(True for _ in layer.children()):

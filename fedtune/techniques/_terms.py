@@ -1,4 +1,4 @@
-"""Terms of the loss that arise inside the model: layers emit them, the training step adds them to the task's loss.
+"""Loss terms that arise inside the model: layers add them, and the training step adds them to the task's loss.
 
 A layer may run several times for one step (checkpointing, reversible blocks). Whoever runs it again collects what it
 emits there; what nobody collects is dropped.
@@ -17,7 +17,7 @@ _terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)
 
 @contextmanager
 def collect_loss_terms() -> Iterator[list[Tensor]]:
-    """Scalars emitted inside the block, in order; blocks nest, and the innermost one collects."""
+    """Collects the terms that are added inside the block, in order; of nested blocks, the innermost one collects."""
     collected: list[Tensor] = []
     token = _terms.set(collected)
     try:
@@ -27,7 +27,7 @@ def collect_loss_terms() -> Iterator[list[Tensor]]:
 
 
 def add_loss_term(term: Tensor) -> None:
-    """Add a scalar, already weighted, to the loss of the step that is running, if there is one."""
+    """Add a weighted scalar to the loss of the current step, if there is one."""
     collected = _terms.get()
     if collected is not None:
         collected.append(term)

@@ -1,5 +1,7 @@
-"""MobileNets of transformers put TensorFlow's padding around a map before each convolution; here the convolution does
-it itself, and so need not keep the larger map."""
+"""Move TensorFlow's padding into the convolutions of MobileNets, so that the padded input is not stored.
+
+MobileNets of transformers pad the input before each convolution.
+"""
 
 from torch import Tensor, nn
 
@@ -10,21 +12,21 @@ __all__ = ["TensorFlowConv2d", "move_padding_into_conv2d"]
 
 
 class TensorFlowConv2d(MemoryEfficientSameConv2d):
-    """A convolution that was given a padded map."""
+    """A convolution whose input was padded outside."""
 
     def compute_same_padding(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Rows and columns of zeros: left, right, top, bottom."""
+        """The rows and columns of zeros: left, right, top, bottom."""
         (left, right), (top, bottom) = self._missing(width), self._missing(height)
         down, across = self.dilation
         return left * across, right * across, top * down, bottom * down
 
     def to_plain_layer(self) -> nn.Conv2d:  # type: ignore[override]
-        """The convolution for maps that are padded before."""
+        """The plain convolution, for inputs that are padded outside."""
         return convert_layer_class(self, nn.Conv2d)
 
 
 class _UnpaddedForward(ForwardOverride):
-    """A convolution, its norm and its activation, without the padding in between."""
+    """Runs a convolution, its norm and its activation, without padding."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -37,7 +39,7 @@ class _UnpaddedForward(ForwardOverride):
 
 
 def move_padding_into_conv2d(model: nn.Module) -> None:
-    """Let the convolutions of such layers pad."""
+    """Let the convolutions of such layers pad their input."""
     for layer in list(model.modules()):
         convolution = getattr(layer, "convolution", None)
         if getattr(getattr(layer, "config", None), "tf_padding", False) and type(convolution) is nn.Conv2d:

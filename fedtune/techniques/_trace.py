@@ -1,4 +1,4 @@
-"""What a net runs, in order: its modules that turn one tensor into another, seen on a blank picture."""
+"""Record the modules that a network runs on a blank image, in order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from fedtune.errors import ModelError
 __all__ = ["ModuleCall", "trace_modules"]
 
 _SIDE = 64
-"""Pixels of the picture's side."""
+"""The side of the image in pixels."""
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """A module that ran from one moment to another."""
+    """A call of a module, with the times it began and ended."""
 
     name: str
     module: nn.Module
@@ -30,7 +30,7 @@ class ModuleCall:
     ended_at: int
 
     def is_inside(self, other: "ModuleCall") -> bool:
-        """Whether the other was running when it ran."""
+        """Whether it ran during the other call."""
         return other.started_at < self.started_at and self.ended_at < other.ended_at
 
 
@@ -50,7 +50,7 @@ class _Recorder:
 
 
 def trace_modules(model: nn.Module) -> list[ModuleCall]:
-    """Calls of the model's modules on a picture, in the order they began; ModelError where it takes none."""
+    """The calls of the model's modules, in the order they began; ModelError if the model takes no image."""
     recorder = _Recorder()
     hooks = [
         hook
@@ -74,7 +74,7 @@ def trace_modules(model: nn.Module) -> list[ModuleCall]:
 
 @contextmanager
 def _use_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module gets its own mode back."""
+    """Evaluation mode inside the block; the mode of each module is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A stack of transformer blocks as a network of two coupled streams: what it computes, forwards and backwards.
+"""A stack of transformer blocks as two coupled streams: forward pass, inverse and gradients.
 
 Streams x1, x2 [batch, tokens, width] pass a block as
     y1 = lambda x1 + F(x2),   y2 = beta x2 + G(y1)

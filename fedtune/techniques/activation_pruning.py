@@ -92,7 +92,7 @@ class ActivationPruning(Technique):
                 model, standardise_convolutions(model, find_conv_norm_pairs(model), self._convolutions(model))
             )
 
-    def begin_round(self, model: nn.Module, number: int) -> None:
+    def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Configure the layers after all techniques have rewritten the model."""
         frozen = next((name for name, layer in iter_standardised_conv2d(model) if not layer.weight.requires_grad), None)
         if frozen is not None:

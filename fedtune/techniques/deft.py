@@ -88,7 +88,7 @@ class Deft(Technique):
         if self.skip_mlps is not None:
             unfreeze_parameters(model, register_mlp_weights(model, mlps))
 
-    def begin_round(self, model: nn.Module, number: int) -> None:
+    def begin_round(self, model: nn.Module, round_number: int) -> None:
         """Add hooks to the layers after all techniques have rewritten the model."""
         if "deft" in vars(model):
             return

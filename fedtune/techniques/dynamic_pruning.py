@@ -105,27 +105,31 @@ class DynamicPruning(Technique):
         """The masks."""
         return [f"{name}.mask" for name, _, _ in _list_masked_layers(model)]
 
-    def before_optimiser_step(self, model: nn.Module, moment: StepInfo) -> float:
+    def before_optimiser_step(self, model: nn.Module, step_info: StepInfo) -> float:
         """Mask the gradients. Shrink the weights that will be dropped, or drop them here."""
-        if self.updated_by == "clients" and self._moves(moment.round) and moment.step == moment.local_steps // 2:
-            self._move(model, moment.round)
+        if (
+            self.updated_by == "clients"
+            and self._is_update_round(step_info.round)
+            and step_info.step == step_info.local_steps // 2
+        ):
+            self._update_client_masks(model, step_info.round)
         for _, layer, mask in _list_masked_layers(model):
             if layer.weight.grad is not None:
                 layer.weight.grad *= mask
-        if self.extrusion is None or not self._moves(moment.round):
-            return moment.lr
-        if moment.step == 0:
-            self._mark(model, moment.round)
+        if self.extrusion is None or not self._is_update_round(step_info.round):
+            return step_info.lr
+        if step_info.step == 0:
+            self._mark_smallest_weights(model, step_info.round)
         square = sum(
             add_extrusion_gradient(layer, self.extrusion.strength) for _, layer, _ in _list_masked_layers(model)
         )
-        return max(moment.lr, compute_extrusion_lr(moment, math.sqrt(square)))
+        return max(step_info.lr, compute_extrusion_lr(step_info, math.sqrt(square)))
 
-    def declare_extra_payload(self, model: nn.Module, number: int) -> dict[str, TensorSpec]:
+    def declare_extra_payload(self, model: nn.Module, round_number: int) -> dict[str, TensorSpec]:
         """Return positions and gradients of the weights to activate, in a round before a mask update."""
         asked: dict[str, TensorSpec] = {}
-        for name, _, mask in _list_masked_layers(model) if self._moves(number) else ():
-            count = self._count(mask, number)
+        for name, _, mask in _list_masked_layers(model) if self._is_update_round(round_number) else ():
+            count = self._count_swaps(mask, round_number)
             if self.updated_by == "clients":
                 asked |= declare_mask_update(name, mask.numel(), count)
             else:
@@ -133,34 +137,39 @@ class DynamicPruning(Technique):
                 asked |= {f"{name}.wake_gradient": TensorSpec((count,), "BF16")}
         return asked
 
-    def compute_extra_payload(self, model: nn.Module, number: int, backward: Callable[[], None]) -> dict[str, Tensor]:
-        """Return the largest gradients at inactive positions; ``backward`` may sum them over micro-batches."""
-        if not self._moves(number):
+    def compute_extra_payload(
+        self, model: nn.Module, round_number: int, run_backward: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        """Return the largest gradients at inactive positions; ``run_backward`` may sum them over micro-batches."""
+        if not self._is_update_round(round_number):
             return {}
         if self.updated_by == "clients":
             return _pack_mask_updates(model)
         found: dict[str, Tensor] = {}
         model.zero_grad()
         try:
-            backward()
+            run_backward()
             for name, layer, mask in _list_masked_layers(model):
-                found |= _largest_inactive(name, layer.weight, mask, self._count(mask, number))
+                found |= _largest_inactive(name, layer.weight, mask, self._count_swaps(mask, round_number))
         finally:
             model.zero_grad()
         return found
 
     def after_aggregation(
-        self, state: Mapping[str, Tensor], number: int, answers: Sequence[ExtraPayload]
+        self, state: Mapping[str, Tensor], round_number: int, extra_payloads: Sequence[ExtraPayload]
     ) -> dict[str, Tensor]:
         """Update each mask: drop k smallest weights, activate k with the largest gradients at zero; or FedDST."""
         revised = dict(state)
-        for name, mask in find_masks(state).items() if self._moves(number) else ():
+        for name, mask in find_masks(state).items() if self._is_update_round(round_number) else ():
             owner = name.removesuffix(".weight")
             if self.updated_by == "clients":
-                revised[name], revised[mask_name(name)] = average_over_holders(owner, state[name], mask, answers)
+                revised[name], revised[mask_name(name)] = average_over_holders(owner, state[name], mask, extra_payloads)
             else:
                 after = update_mask(
-                    state[name], mask, average_gradients(mask, answers, owner), self._count(mask, number)
+                    state[name],
+                    mask,
+                    average_gradients(mask, extra_payloads, owner),
+                    self._count_swaps(mask, round_number),
                 )
                 revised[name], revised[mask_name(name)] = state[name] * (mask & after), after
         return revised
@@ -179,25 +188,35 @@ class DynamicPruning(Technique):
             if not is_standardised(layer):
                 del layer.mask
 
-    def _moves(self, number: int) -> bool:
-        return self.update_every is not None and number % self.update_every == 0 and number <= self.last_update_round
+    def _is_update_round(self, round_number: int) -> bool:
+        return (
+            self.update_every is not None
+            and round_number % self.update_every == 0
+            and round_number <= self.last_update_round
+        )
 
-    def _count(self, mask: Tensor, number: int) -> int:
+    def _count_swaps(self, mask: Tensor, round_number: int) -> int:
         """Return how many entries of a layer a mask update swaps: at most the number of inactive ones."""
         active = int(mask.sum())
-        wanted = math.floor(self.drop_fraction / 2 * (1 + math.cos(math.pi * number / self.last_update_round)) * active)
+        wanted = math.floor(
+            self.drop_fraction / 2 * (1 + math.cos(math.pi * round_number / self.last_update_round)) * active
+        )
         return min(wanted, mask.numel() - active)
 
-    def _move(self, model: nn.Module, number: int) -> None:
+    def _update_client_masks(self, model: nn.Module, round_number: int) -> None:
         """Update the mask on the client, from the gradients of the step."""
         for _, layer, mask in _list_masked_layers(model):
             gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
-            vars(layer)["received"] = update_client_mask(layer.weight.data, gradient, mask, self._count(mask, number))
+            vars(layer)["received"] = update_client_mask(
+                layer.weight.data, gradient, mask, self._count_swaps(mask, round_number)
+            )
 
-    def _mark(self, model: nn.Module, number: int) -> None:
+    def _mark_smallest_weights(self, model: nn.Module, round_number: int) -> None:
         """Store the smallest active weights at the start of a round."""
         for _, layer, mask in _list_masked_layers(model):
-            vars(layer)["marked"] = mask_smallest_active(layer.weight.detach(), mask, self._count(mask, number)).bool()
+            vars(layer)["marked"] = mask_smallest_active(
+                layer.weight.detach(), mask, self._count_swaps(mask, round_number)
+            ).bool()
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, MaskableLayer]]:

@@ -45,8 +45,8 @@ from fedtune.techniques._blocks import (
     BlockInputs,
     find_block_list,
     record_block_inputs,
-    said,
     split_block,
+    summarise_error,
     use_seeded_train_mode,
 )
 from fedtune.techniques._couplings import COUPLINGS, CouplingPlan
@@ -171,7 +171,7 @@ def _measured(model: nn.Module, stack: ReversibleStack, run: BlockInputs) -> int
         return _count_range_bits(model, stack, run)
     except UNRUN as error:
         name = type(model).__name__
-        raise ModelError(f"{name} does not run as two streams ({said(error)}); leave meft out") from error
+        raise ModelError(f"{name} does not run as two streams ({summarise_error(error)}); leave meft out") from error
 
 
 def _count_range_bits(model: nn.Module, stack: ReversibleStack, run: BlockInputs) -> int:
