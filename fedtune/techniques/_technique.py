@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
 from fedtune.recipe.unit_registry import NamedUnit
+from fedtune.tasks import Task
 from fedtune.techniques._saving import allow_saving
 from fedtune.wire.client_update import LowRankPair, TensorSpec, UpdateKind
 
@@ -51,7 +51,7 @@ class Technique(NamedUnit):
         """The quantisation configuration of transformers for loading the frozen base; None for no quantisation."""
         return None
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Rewrite the model and unfreeze what is trained; ModelError if the model does not fit."""
 
     def begin_round(self, model: nn.Module, round_number: int) -> None:
@@ -120,7 +120,7 @@ class Technique(NamedUnit):
         """Whether pretrained layers still compute the same, so that an adapter contains all that was trained."""
         return True
 
-    def make_peft_config(self, model: nn.Module, task: TaskName) -> "PeftConfig | None":
+    def make_peft_config(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """The PEFT configuration of what was trained; None if a PEFT adapter cannot contain it."""
         return None
 
