@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, SourceError
 from fedtune.merging import CombineStep, MergeContext, MergeInput, StatisticsFile, bind_combine
-from fedtune.merging.fisher import Fisher
-from fedtune.merging.regmean import RegMean
-from fedtune.merging.trimmed_mean import TrimmedMean
+from fedtune.merging.combine.fisher import Fisher
+from fedtune.merging.combine.regmean import RegMean
+from fedtune.merging.combine.trimmed_mean import TrimmedMean
 from tests.merge_examples import Held, a_model, merged, models, whole
 
 WEIGHTS = [0.5, 0.3, 0.2]

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from fedtune.merging import MergeContext, bind_combine
-from fedtune.merging.geometric_median import GeometricMedian
-from fedtune.merging.karcher import Karcher
-from fedtune.merging.model_stock import ModelStock
-from fedtune.merging.multislerp import MultiSlerp
-from fedtune.merging.nuslerp import NuSlerp
-from fedtune.merging.slerp import Slerp
+from fedtune.merging.combine.linear_combinations.geometric_median import GeometricMedian
+from fedtune.merging.combine.linear_combinations.karcher import Karcher
+from fedtune.merging.combine.linear_combinations.model_stock import ModelStock
+from fedtune.merging.combine.linear_combinations.multislerp import MultiSlerp
+from fedtune.merging.combine.linear_combinations.nuslerp import NuSlerp
+from fedtune.merging.combine.linear_combinations.slerp import Slerp
 from tests.merge_examples import SHAPES, a_model, merged, models, operands
 
 WEIGHTS = [0.4, 0.35, 0.25]

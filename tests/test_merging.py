@@ -9,7 +9,7 @@ from torch import Tensor
 from fedtune.errors import RecipeError
 from fedtune.memory import StorageMeter
 from fedtune.merging import CombineStep, MergeInput, MergePipeline, Shape, build_pipeline, merge_client_updates
-from fedtune.merging.mean import Mean
+from fedtune.merging.combine.mean import Mean
 from fedtune.recipe.schema import Unit
 from fedtune.wire import client_update
 from fedtune.wire.client_update import ClientUpdate, pack

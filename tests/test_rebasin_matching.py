@@ -5,10 +5,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtune.merging._activations import ActivationComparison, compute_similarities, match_activations
-from fedtune.merging._assignment import compute_total_gain, solve_assignment
-from fedtune.merging._matching import compute_agreement, compute_gain_matrices, match_weights, run_coordinate_ascent
-from fedtune.merging._symmetry import HeadLayout, PermutationKind, Permutations, PermutationSpec, UnitLayout
+from fedtune.merging.align.rebasin._activation_matching import (
+    ActivationComparison,
+    compute_similarities,
+    match_activations,
+)
+from fedtune.merging.align.rebasin._assignment import compute_total_gain, solve_assignment
+from fedtune.merging.align.rebasin._permutations import (
+    HeadLayout,
+    PermutationKind,
+    Permutations,
+    PermutationSpec,
+    UnitLayout,
+)
+from fedtune.merging.align.rebasin._weight_matching import (
+    compute_agreement,
+    compute_gain_matrices,
+    match_weights,
+    run_coordinate_ascent,
+)
 from tests.rebasin_models import (
     NETS,
     TEXT,

@@ -122,12 +122,15 @@ def test_settings_are_one_line_each_with_a_default(room: str, name: str) -> None
     lines = describe_unit_settings(room, name)
     assert [line.split(":")[0] for line in lines] == list(fields)
     assert all(" = " in line and "\n" not in line and "Undefined" not in line for line in lines)
+    assert not any(module in line.split(" = ")[0] for line in lines for module in ("fedtune.", "typing."))
 
 
 def test_a_settings_line_shows_type_default_and_meaning() -> None:
     lines = describe_unit_settings("fedtune.techniques", "lora")
     assert "rank: int = 8" in lines
     assert "alpha: float = 16.0   the product is scaled by alpha / rank" in lines
+    [line] = [one for one in describe_unit_settings("fedtune.techniques", "deft") if one.startswith("skip_mlps")]
+    assert line == "skip_mlps: SkipMlps | None = None"
 
 
 @pytest.mark.parametrize(("room", "name"), UNITS)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtune.merging._factors import LowRankFactors
-from fedtune.merging._small_svd import compute_core
+from fedtune.merging._factor_svd import compute_core
+from fedtune.merging._low_rank_factors import LowRankFactors
 from fedtune.wire.client_update import iter_row_chunks
 
 __all__ = [

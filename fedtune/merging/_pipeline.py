@@ -8,9 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedtune.errors import RecipeError
+from fedtune.merging._batch_norm_statistics import compute_variance_of_means
 from fedtune.merging._increments import Increment
-from fedtune.merging._pairs import LowRankPairCombineStep, measure_pair_errors, merge_low_rank_pairs
-from fedtune.merging._statistics import compute_variance_of_means
 from fedtune.merging._step import (
     AlignStep,
     BoundCombine,
@@ -21,7 +20,12 @@ from fedtune.merging._step import (
     RenormaliseStep,
     Shape,
 )
-from fedtune.merging.linear import Linear
+from fedtune.merging.combine.linear_combinations.linear import Linear
+from fedtune.merging.combine.low_rank._low_rank_pair_step import (
+    LowRankPairCombineStep,
+    measure_pair_errors,
+    merge_low_rank_pairs,
+)
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.wire.client_update import ClientUpdate, iter_row_chunks

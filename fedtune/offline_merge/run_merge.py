@@ -18,7 +18,7 @@ from fedtune.merging import (
     bind_combine,
     merge_row_chunks,
 )
-from fedtune.merging.mean import Mean
+from fedtune.merging.combine.mean import Mean
 from fedtune.offline_merge.chat_templates import resolve_chat_template
 from fedtune.offline_merge.merge_config import MergeConfig
 from fedtune.offline_merge.model_inputs import BaseReader, OfflineSteps, align_inputs, build_model_inputs, build_steps

@@ -6,6 +6,7 @@ a leading underscore do not count: they help units.
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,9 @@ __all__ = [
     "list_unit_names",
     "read_unit_card",
 ]
+
+_QUALIFIER = re.compile(r"\b(\w+\.)+(?=[A-Z])")
+"""The module in front of the name of a class."""
 
 
 class NamedUnit(SettingsModel):
@@ -94,5 +98,5 @@ def _is_unit_of(item: object, module: str) -> bool:
 
 def _describe_setting(key: str, field: FieldInfo) -> str:
     kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
-    text = kind or str(field.annotation).replace("typing.", "")
+    text = kind or _QUALIFIER.sub("", str(field.annotation))
     return f"{key}: {text} = {field.default}" + (f"   {field.description}" if field.description else "")

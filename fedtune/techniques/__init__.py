@@ -13,10 +13,14 @@ from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
 from fedtune.tasks import Task
-from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
+from fedtune.techniques._layers.unfrozen_batch_norm import (
+    UnfrozenBatchNorm2d,
+    list_local_tensors,
+    list_running_statistics,
+)
+from fedtune.techniques._loss_terms import collect_loss_terms
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
-from fedtune.techniques._terms import collect_loss_terms
 from fedtune.wire.client_update import LowRankPair, TensorSpec
 
 __all__ = [
