@@ -75,7 +75,7 @@ def average_factors(factors: Sequence[LowRankFactors], weights: Sequence[float])
 
     Smaller ranks are padded with zeros; scales other than the first's are folded into B.
     """
-    b, a, _ = _side_by_side(factors, weights)
+    b, a, _ = _stack_padded(factors, weights)
     weight = torch.tensor(weights, dtype=torch.float64)
     return LowRankFactors(torch.tensordot(weight, b, 1), torch.tensordot(weight, a, 1), factors[0].scale)
 
@@ -85,7 +85,7 @@ def compute_averaging_residual(factors: Sequence[LowRankFactors], weights: Seque
 
     As the centred A_i sum to zero, B_K may stand in for Bbar, so that K - 1 of the K blocks are left.
     """
-    b, a, used = _side_by_side(factors, weights)
+    b, a, used = _stack_padded(factors, weights)
     weight = torch.tensor(weights, dtype=torch.float64)[:, None, None]
     left, right = b - b[used[-1]], a - a[used[-1]]
     left, right = left[used[:-1]], (weight * (right - (weight * right).sum(0)))[used[:-1]]
@@ -108,7 +108,7 @@ def compute_relative_error(missed: float, whole: float) -> float:
     return missed / whole if whole else math.inf
 
 
-def _side_by_side(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
+def _stack_padded(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor, list[int]]:
     """All B [K, d, r] and A [K, r, k] at the first's scale and the largest rank, and whose weight is not zero."""
     rank, scale = max(one.rank for one in factors), factors[0].scale
     wide = [pad_factors(one, rank) for one in factors]

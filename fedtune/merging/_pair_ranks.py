@@ -25,7 +25,7 @@ def truncate_to_rank(
 ) -> dict[str, Tensor]:
     """The tensors a client has, in its ``shapes``; ``own`` are its pairs, ``pairs`` those of the state."""
     factors = _left_factors(pairs, own)
-    return {name: _cut(state[name], shape) * factors.get(name, 1) for name, shape in shapes.items()}
+    return {name: _truncate(state[name], shape) * factors.get(name, 1) for name, shape in shapes.items()}
 
 
 def pad_to_rank(
@@ -33,7 +33,7 @@ def pad_to_rank(
 ) -> dict[str, Tensor]:
     """A client's deltas in the ``shapes`` of the shared state; what belongs to no pair as it is."""
     factors = _left_factors(pairs, own)
-    return {name: _filled(delta / factors.get(name, 1), shapes[name]) for name, delta in deltas.items()}
+    return {name: _pad(delta / factors.get(name, 1), shapes[name]) for name, delta in deltas.items()}
 
 
 def _left_factors(pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]) -> dict[str, float]:
@@ -42,11 +42,11 @@ def _left_factors(pairs: Sequence[LowRankPair], own: Sequence[LowRankPair]) -> d
     return {pair.left: scales[pair.left] / pair.scale for pair in own}
 
 
-def _cut(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _truncate(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor[tuple(slice(size) for size in shape)]
 
 
-def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) == shape:
         return tensor
     whole = torch.zeros(shape, dtype=tensor.dtype)

@@ -32,7 +32,7 @@ def sum_weighted(parts: Iterable[Tensor], weights: Sequence[float | Tensor]) -> 
     """
     dtype = choose_precision(len(weights))
     terms = zip(parts, weights, strict=True)
-    return _mean(terms) if dtype == torch.float32 and _are_shares(weights) else sum_terms(terms, dtype)
+    return _compute_running_mean(terms) if dtype == torch.float32 and _are_shares(weights) else sum_terms(terms, dtype)
 
 
 def _are_shares(weights: Sequence[float | Tensor]) -> bool:
@@ -40,7 +40,7 @@ def _are_shares(weights: Sequence[float | Tensor]) -> bool:
     return len(numbers) == len(weights) and math.isclose(sum(numbers), 1.0, abs_tol=_ONE)
 
 
-def _mean(terms: Iterable[tuple[Tensor, Any]]) -> Tensor:
+def _compute_running_mean(terms: Iterable[tuple[Tensor, Any]]) -> Tensor:
     """m_k = m_(k-1) + w_k / (w_1 + .. + w_k) (x_k - m_(k-1)) for positive numbers w_k that sum to one."""
     counted = ((rows, weight) for rows, weight in terms if weight)
     first, so_far = next(counted)

@@ -46,9 +46,9 @@ class Fisher(CombineStep):
             parts = [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
             total = sum_deltas(parts, share, normalise=False)
             if name in require_statistics(merge_inputs[0]):
-                information = [_information(name, shape, start, stop, merge_input) for merge_input in merge_inputs]
+                information = [_read_information(name, shape, start, stop, merge_input) for merge_input in merge_inputs]
                 weights = [w * one for w, one in zip(share, information, strict=True)]
-                total = _mean(parts, weights, total.double())
+                total = _compute_weighted_mean(parts, weights, total.double())
             yield total.float().reshape(stop - start, *shape[1:])
 
 
@@ -57,14 +57,14 @@ def square_gradient(gradient: Tensor) -> Tensor:
     return gradient.float().square()
 
 
-def _information(name: str, shape: Shape, start: int, stop: int, merge_input: MergeInput) -> Tensor:
+def _read_information(name: str, shape: Shape, start: int, stop: int, merge_input: MergeInput) -> Tensor:
     found = require_statistics(merge_input)(name, start, stop)
     if found.shape[1:] != shape[1:] or len(flatten_rows(found)) != stop - start:
         raise ModelError(f"merge: fisher needs statistics of shape {list(shape)} for {name}; measure these models")
     return flatten_rows(found).double()
 
 
-def _mean(parts: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:
+def _compute_weighted_mean(parts: Sequence[Tensor], weights: Sequence[Tensor], otherwise: Tensor) -> Tensor:
     """sum w x / sum w, entry by entry; ``otherwise`` where the weights sum to zero."""
     total, over = torch.zeros_like(otherwise), torch.zeros_like(otherwise)
     for part, weight in zip(parts, weights, strict=True):

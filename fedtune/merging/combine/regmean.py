@@ -49,17 +49,19 @@ class RegMean(CombineStep):
         """The regression for layers with measured inputs, otherwise the mean."""
         share = normalise_weights(stack_weights(merge_inputs))[:, 0].tolist()
         measured = name in require_statistics(merge_inputs[0])
-        mixing = self._mixing(name, shape, share, merge_inputs) if measured else None
+        mixing = self._compute_mixing(name, shape, share, merge_inputs) if measured else None
         for start, stop in iter_row_chunks(shape):
             parts = [flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input in merge_inputs]
             total = sum_deltas(parts, share, normalise=False) if mixing is None else _apply_mixing(parts, mixing)
             yield total.float().reshape(stop - start, *shape[1:])
 
-    def _mixing(
+    def _compute_mixing(
         self, name: str, shape: Shape, share: Sequence[float], merge_inputs: Sequence[MergeInput]
     ) -> list[Tensor]:
         """M_i = w_i G_i (sum_j w_j G_j)^-1, one [in, in] per model; they sum to the identity."""
-        grams = [w * self._gram(name, shape, merge_input) for w, merge_input in zip(share, merge_inputs, strict=True)]
+        grams = [
+            w * self._read_gram(name, shape, merge_input) for w, merge_input in zip(share, merge_inputs, strict=True)
+        ]
         total = torch.stack(grams).sum(0)
         ridge = self.ridge * total.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         for w, found in zip(share, grams, strict=True):
@@ -67,7 +69,7 @@ class RegMean(CombineStep):
         total.diagonal().add_(ridge)
         return [torch.linalg.solve(total, found, left=False) for found in grams]
 
-    def _gram(self, name: str, shape: Shape, merge_input: MergeInput) -> Tensor:
+    def _read_gram(self, name: str, shape: Shape, merge_input: MergeInput) -> Tensor:
         width = shape[-1]
         found = require_statistics(merge_input)(name, 0, width).double()
         if len(shape) != 2 or found.shape != (width, width):

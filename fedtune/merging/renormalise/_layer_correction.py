@@ -41,7 +41,7 @@ def find_correctable_layers(net: nn.Module, batch: Mapping[str, Tensor], *, shif
     ModelError if there are none, or if a layer cannot take the correction into its weights.
     """
     weighted = list_weight_layers(net)
-    runs = _runs(net, batch, weighted)
+    runs = _record_runs(net, batch, weighted)
     normed = {id(run.inputs) for run in runs if run.layer not in weighted}
     found = list(dict.fromkeys(run.layer for run in runs if id(run.output) not in normed))
     logits = [layer for layer in found if layer in weighted][-1:]
@@ -51,11 +51,11 @@ def find_correctable_layers(net: nn.Module, batch: Mapping[str, Tensor], *, shif
             f"renormalise: {type(net).__name__} has no layer to mend before its logits; leave the step out"
         )
     for layer in mended:
-        _check(layer, net.get_submodule(layer), shifts=shifts)
+        _check_layer(layer, net.get_submodule(layer), shifts=shifts)
     return mended
 
 
-def _runs(net: nn.Module, batch: Mapping[str, Tensor], weighted: list[str]) -> list[_Run]:
+def _record_runs(net: nn.Module, batch: Mapping[str, Tensor], weighted: list[str]) -> list[_Run]:
     norms = [name for name, layer in net.named_modules() if isinstance(layer, _BATCH_NORM)]
     runs: list[_Run] = []
 
@@ -67,7 +67,7 @@ def _runs(net: nn.Module, batch: Mapping[str, Tensor], weighted: list[str]) -> l
     return runs
 
 
-def _check(name: str, layer: Any, *, shifts: bool) -> None:
+def _check_layer(name: str, layer: Any, *, shifts: bool) -> None:
     if layer.weight is None or getattr(layer, "transposed", False):
         raise ModelError(f"renormalise: nothing can be folded into {name!r}; leave the step out")
     if shifts and layer.bias is None:

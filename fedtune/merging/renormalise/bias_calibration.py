@@ -44,12 +44,12 @@ class BiasCalibration(RenormaliseStep):
             )
         biases = [f"{layer}.bias" for layer in list_weight_layers(context.model)]
         return {
-            bias: _calibrated(bias, depth, ends).to(merged[bias].dtype)
+            bias: _calibrate_bias(bias, depth, ends).to(merged[bias].dtype)
             for depth, bias in enumerate(biases, start=1)
             if bias in merged
         }
 
 
-def _calibrated(bias: str, depth: int, ends: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Tensor:
+def _calibrate_bias(bias: str, depth: int, ends: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Tensor:
     """sum_i w_i^h b_i."""
     return torch.stack([weight**depth * end[bias].double() for weight, end in ends]).sum(0)

@@ -23,9 +23,11 @@ class Geometry(NamedTuple):
     memory_format: torch.memory_format = torch.contiguous_format
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """[n, c, h, w] -> [n, c', h', w']."""
-    return F.conv2d(_padded(x, how), weight, bias, how.stride, how.padding, how.dilation, how.groups)
+    return F.conv2d(
+        _padded(x, geometry), weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    )
 
 
 def convolve_backward(
@@ -59,11 +61,11 @@ def convolve_backward(
     return by_x, by_weight, by_bias
 
 
-def _padded(x: Tensor, how: Geometry) -> Tensor:
-    return F.pad(x, how.zero_padding) if any(how.zero_padding) else x
+def _padded(x: Tensor, geometry: Geometry) -> Tensor:
+    return F.pad(x, geometry.zero_padding) if any(geometry.zero_padding) else x
 
 
-def _wide(shape: torch.Size, how: Geometry) -> tuple[int, ...]:
+def _wide(shape: torch.Size, geometry: Geometry) -> tuple[int, ...]:
     n, c, h, w = shape
-    left, right, top, bottom = how.zero_padding or (0, 0, 0, 0)
+    left, right, top, bottom = geometry.zero_padding or (0, 0, 0, 0)
     return n, c, top + h + bottom, left + w + right

@@ -68,13 +68,13 @@ class _Fused(torch.autograd.Function):
             if by_bias is not None:
                 by_bias += z.sum(0)
             del z  # or two chunks' logits would exist while the next one's are made
-        ctx.save_for_backward(by_hidden, _like(by_weight, weight), _like(by_bias, bias))
+        ctx.save_for_backward(by_hidden, _match_gradient(by_weight, weight), _match_gradient(by_bias, bias))
         return loss / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(_scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors), None, None, None, None)
+        return (*(_scale_gradient(gradient, upstream[0]) for gradient in ctx.saved_tensors), None, None, None, None)
 
 
 def _loss_and_gradient_in_place(z: Tensor, label: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ def _zeros(
     ]
 
 
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+def _match_gradient(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
-def _scaled(gradient: Tensor | None, upstream: Tensor) -> Tensor | None:
+def _scale_gradient(gradient: Tensor | None, upstream: Tensor) -> Tensor | None:
     """Does not copy the gradient for the usual factor of 1: it is as large as the output embeddings."""
     return gradient if gradient is None or upstream == 1 else gradient * upstream

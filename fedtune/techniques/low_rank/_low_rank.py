@@ -63,7 +63,7 @@ class LowRankTechnique(Technique):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
         for _, layer in _list_lora_layers(model):
-            _show_shape(layer)
+            _copy_conv_shape(layer)
             sum_in_fewer_passes(layer)
         unfreeze_parameters(model, [*_factors(model, "A"), *_factors(model, "B"), *head])
         self._freeze(model, "A", self.trained_factors == "b-only")
@@ -128,10 +128,10 @@ class LowRankTechnique(Technique):
             plain = dequantise_linear(base)
             with torch.no_grad():
                 plain.weight += layer.get_delta_weight("default").to(plain.weight.dtype)
-            model.set_submodule(name, _as_it_was(plain, base))
+            model.set_submodule(name, _restore_class(plain, base))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, Linear4bit):
-                model.set_submodule(name, _as_it_was(dequantise_linear(layer), layer))
+                model.set_submodule(name, _restore_class(dequantise_linear(layer), layer))
 
     def _freeze(self, model: nn.Module, factor: str, frozen: bool) -> None:
         parameters = dict(model.named_parameters())
@@ -161,7 +161,7 @@ def dequantise_linear(layer: nn.Module) -> nn.Module:
     return plain
 
 
-def _as_it_was(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
+def _restore_class(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
     """A layer of the class that was quantised: GPT-2's hold their weights transposed."""
     if not isinstance(plain, nn.Linear) or getattr(four_bit, "source_cls", None) is not Conv1D:
         return plain
@@ -172,7 +172,7 @@ def _as_it_was(plain: nn.Module, four_bit: nn.Module) -> nn.Module:
     return made
 
 
-def _show_shape(layer: LoraLayer) -> None:
+def _copy_conv_shape(layer: LoraLayer) -> None:
     """Some models ask a convolution for its shape before they run it, to pad its input."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Conv2d):

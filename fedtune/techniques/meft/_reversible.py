@@ -35,10 +35,10 @@ def run_reversible(stack: ReversibleStack, hidden: Tensor, calls: Sequence[Block
     calls = [drop_cache_arguments(call) for call in calls]
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls)):
         raise ModelError("meft cannot give gradients to what is passed to its blocks beside the hidden states; drop it")
-    walk = _ReversiblePass(stack, calls, draw_dropout_seed(stack), hidden.dtype, _autocast(), parameters)
+    forward_pass = _ReversiblePass(stack, calls, draw_dropout_seed(stack), hidden.dtype, _get_autocast(), parameters)
     out: Tensor
-    out, term = _Reversible.apply(walk, hidden, *parameters)
-    if walk.emitted:
+    out, term = _Reversible.apply(forward_pass, hidden, *parameters)
+    if forward_pass.emitted:
         add_loss_term(term)
     return out
 
@@ -61,40 +61,44 @@ class _ReversiblePass:
         return torch.autocast("cpu", dtype, enabled, cache_enabled=False)
 
 
-def _autocast() -> tuple[bool, torch.dtype]:
+def _get_autocast() -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, walk: _ReversiblePass, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
-        stack, kept = walk.stack, dict[int, Streams]()
+    def forward(ctx: Any, forward_pass: _ReversiblePass, hidden: Tensor, *_: Parameter) -> tuple[Tensor, Tensor]:
+        stack, kept = forward_pass.stack, dict[int, Streams]()
         start = stack.make_streams(hidden)
-        with torch.random.fork_rng(devices=[]), walk.use_forward_autocast(), collect_loss_terms() as terms:
-            ends = stack.forward_blocks(start, walk.calls, walk.seed, walk.dtype, kept)
-        walk.emitted = bool(terms)
-        ctx.walk, ctx.kept = walk, list(kept)
-        ctx.proof = None if stack.plan.grid is None else _fingerprint(start)
+        with torch.random.fork_rng(devices=[]), forward_pass.use_forward_autocast(), collect_loss_terms() as terms:
+            ends = stack.forward_blocks(start, forward_pass.calls, forward_pass.seed, forward_pass.dtype, kept)
+        forward_pass.emitted = bool(terms)
+        ctx.forward_pass, ctx.kept = forward_pass, list(kept)
+        ctx.checksums = None if stack.plan.grid is None else _compute_checksums(start)
         original = () if stack.plan.grid is not None else (hidden,)
         ctx.save_for_backward(*ends, *(stream for pair in kept.values() for stream in pair), *original)
-        return stack.compute_output(ends, walk.dtype), torch.stack(terms).sum() if terms else hidden.new_zeros(())
+        return stack.compute_output(ends, forward_pass.dtype), torch.stack(terms).sum() if terms else hidden.new_zeros(
+            ()
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_term: Tensor) -> tuple[Tensor | None, ...]:
-        walk: _ReversiblePass = ctx.walk
+        forward_pass: _ReversiblePass = ctx.forward_pass
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # from here on a pair of streams goes as soon as it was used
-        original = saved.pop() if ctx.proof is None else None
-        descent = _BackwardPass(walk, (saved.pop(0), saved.pop(0)), walk.stack.compute_stream_gradients(d_out), d_term)
+        original = saved.pop() if ctx.checksums is None else None
+        backward_pass = _BackwardPass(
+            forward_pass, (saved.pop(0), saved.pop(0)), forward_pass.stack.compute_stream_gradients(d_out), d_term
+        )
         with torch.random.fork_rng(devices=[]):
-            for index in reversed(range(len(walk.calls))):
+            for index in reversed(range(len(forward_pass.calls))):
                 kept = (saved.pop(-2), saved.pop(-1)) if index in ctx.kept else None
-                descent.reverse_block(index, kept, index > 0 or ctx.needs_input_grad[1])
-        _check_reconstruction(walk.stack, descent.y, ctx.proof, original)
-        d_hidden = _sum(*descent.d) if ctx.needs_input_grad[1] else None
-        found = [descent.gradients.get(id(one)) for one in walk.parameters]
-        return None, None if d_hidden is None else d_hidden.to(walk.dtype), *found
+                backward_pass.reverse_block(index, kept, index > 0 or ctx.needs_input_grad[1])
+        _check_reconstruction(forward_pass.stack, backward_pass.y, ctx.checksums, original)
+        d_hidden = _sum(*backward_pass.d) if ctx.needs_input_grad[1] else None
+        found = [backward_pass.gradients.get(id(one)) for one in forward_pass.parameters]
+        return None, None if d_hidden is None else d_hidden.to(forward_pass.dtype), *found
 
 
 class _Chunk(NamedTuple):
@@ -114,7 +118,7 @@ class _BackwardPass:
     Streams and gradients are replaced one by one: a name that outlives its use is memory at the peak.
     """
 
-    walk: _ReversiblePass
+    forward_pass: _ReversiblePass
     y: Streams
     d: tuple[Tensor | None, Tensor | None]
     d_term: Tensor
@@ -122,12 +126,16 @@ class _BackwardPass:
 
     def reverse_block(self, index: int, kept: Streams | None, needs_input_grad: bool) -> None:
         """Reverse one block. ``kept`` are its inputs if stored; ``needs_input_grad`` asks for their gradients too."""
-        stack, walk = self.walk.stack, self.walk
+        stack, forward_pass = self.forward_pass.stack, self.forward_pass
         self.y, self.d = stack.swap_streams(self.y), stack.swap_streams(self.d)
         if kept is not None:
-            with walk.use_forward_autocast(), collect_loss_terms():
+            with forward_pass.use_forward_autocast(), collect_loss_terms():
                 f = stack.run_half(
-                    stack.f_stages(index), index, kept[1].to(walk.dtype, copy=True), walk.calls[index], walk.seed
+                    stack.f_stages(index),
+                    index,
+                    kept[1].to(forward_pass.dtype, copy=True),
+                    forward_pass.calls[index],
+                    forward_pass.seed,
                 )
             self.y = stack.compute_y1(kept, f), kept[1]
             del f
@@ -145,21 +153,26 @@ class _BackwardPass:
         self, half: Stages, index: int, x: Tensor, d: Tensor | None, inner: bool
     ) -> tuple[Tensor, Tensor | None]:
         """F or G of ``x`` once more, and the gradient of ``x`` from that of the result; one stage's graph at a time."""
-        last = x.to(self.walk.dtype, copy=True)
+        last = x.to(self.forward_pass.dtype, copy=True)
         for stage in half[:-1]:
-            with self.walk.use_forward_autocast(), collect_loss_terms():  # these terms come again, with their graph
-                last = self.walk.stack.run_stage(stage, index, last, self.walk.calls[index], self.walk.seed)
+            with (
+                self.forward_pass.use_forward_autocast(),
+                collect_loss_terms(),
+            ):  # these terms come again, with their graph
+                last = self.forward_pass.stack.run_stage(
+                    stage, index, last, self.forward_pass.calls[index], self.forward_pass.seed
+                )
         out, d = self.rerun_stage(half[-1], index, last, d, inner or len(half) > 1)
         del last
         for stage in half[:-1]:
-            _, d = self.rerun_stage(stage, index, x.to(self.walk.dtype, copy=True), d, inner)
-        return self.walk.stack.round_to_grid(out), None if d is None else d.to(x.dtype)
+            _, d = self.rerun_stage(stage, index, x.to(self.forward_pass.dtype, copy=True), d, inner)
+        return self.forward_pass.stack.round_to_grid(out), None if d is None else d.to(x.dtype)
 
     def rerun_stage(
         self, stage: Stage, index: int, x: Tensor, d: Tensor | None, inner: bool
     ) -> tuple[Tensor, Tensor | None]:
         """A stage's output and the gradient of its input, chunk by chunk; the last chunk first, as autograd would."""
-        stack, call = self.walk.stack, self.walk.calls[index]
+        stack, call = self.forward_pass.stack, self.forward_pass.calls[index]
         inputs = stack.chunk_input(stage, x)
         calls = stack.chunk_arguments(stage, inputs, call)
         by = [None] * len(inputs) if d is None else stack.chunk_input(stage, d)
@@ -173,14 +186,16 @@ class _BackwardPass:
 
     def rerun_chunk(self, chunk: _Chunk, d: Tensor | None, inner: bool) -> tuple[Tensor, Tensor | None]:
         """The same for one chunk; adds to the gradients of the block's parameters."""
-        walk, x = self.walk, chunk.x.detach().requires_grad_(inner)
-        with torch.enable_grad(), walk.use_forward_autocast(), collect_loss_terms() as terms:
-            out = walk.stack.run_chunk(chunk.stage, chunk.block, chunk.position, x, chunk.call, walk.seed)
+        forward_pass, x = self.forward_pass, chunk.x.detach().requires_grad_(inner)
+        with torch.enable_grad(), forward_pass.use_forward_autocast(), collect_loss_terms() as terms:
+            out = forward_pass.stack.run_chunk(
+                chunk.stage, chunk.block, chunk.position, x, chunk.call, forward_pass.seed
+            )
         pairs = [(out, d), *((term, self.d_term) for term in terms)]
         outs = [(one, by.to(one.dtype)) for one, by in pairs if by is not None and one.requires_grad]
         if not outs:
             return out.detach(), None
-        trained = [one for one in walk.stack.blocks[chunk.block].parameters() if one.requires_grad]
+        trained = [one for one in forward_pass.stack.blocks[chunk.block].parameters() if one.requires_grad]
         wanted = [*trained, *([x] if inner else [])]
         found = torch.autograd.grad([one for one, _ in outs], wanted, [by for _, by in outs], allow_unused=True)
         self.add_gradients(trained, found)
@@ -200,21 +215,21 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _fingerprint(x: Streams) -> tuple[int, ...]:
+def _compute_checksums(x: Streams) -> tuple[int, ...]:
     """A checksum of each stream's bits. Adding zero turns -0.0 into 0.0."""
     return tuple(int((stream + 0.0).view(torch.int64).sum()) for stream in x)
 
 
 def _check_reconstruction(
-    stack: ReversibleStack, start: Streams, proof: tuple[int, ...] | None, original: Tensor | None
+    stack: ReversibleStack, start: Streams, checksums: tuple[int, ...] | None, original: Tensor | None
 ) -> None:
     """Check that the streams before the first block are those that the stack began with."""
-    if proof is not None and proof != _fingerprint(start):
+    if checksums is not None and checksums != _compute_checksums(start):
         raise ModelError(
             "meft's blocks gave other bits when they ran again, so their gradients would be wrong; "
             "leave the number of threads and the parameters alone between the forward and the backward pass"
         )
-    if original is not None and not stack.warned and (error := _error(start, original)) > 0:
+    if original is not None and not stack.warned and (error := _compute_error(start, original)) > 0:
         stack.warned = True
         warnings.warn(
             f"meft in float mode rebuilt the input of its first block with a relative error of {error:.1e}, and the "
@@ -223,7 +238,7 @@ def _check_reconstruction(
         )
 
 
-def _error(start: Streams, original: Tensor) -> float:
+def _compute_error(start: Streams, original: Tensor) -> float:
     """The larger of the streams' relative errors; infinite if it is not a number."""
     errors = [float((stream - original).norm() / original.norm()) for stream in start]
     return max(errors) if all(math.isfinite(error) for error in errors) else math.inf

@@ -26,7 +26,7 @@ class OutputCache:
     def for_modules(cls, modules: Sequence[nn.Module]) -> Self:
         """The cache for these modules, found by their structure and their weights."""
         tensors = (tensor for module in modules for tensor in module.state_dict().values())
-        return cls(get_cache_folder() / "outputs" / _digest(tensors, repr(modules)))
+        return cls(get_cache_folder() / "outputs" / _hash_tensors(tensors, repr(modules)))
 
     def read_output(self, x: Tensor) -> Tensor | None:
         """The cached output for one example's pixels [1, c, h, w], or None."""
@@ -41,10 +41,10 @@ class OutputCache:
 
     def _path(self, x: Tensor) -> Path:
         """The name contains the number of threads, which may change the order of sums and so the last bit."""
-        return self.folder / f"{_digest([x], f'{tuple(x.shape)} {torch.get_num_threads()}')}.safetensors"
+        return self.folder / f"{_hash_tensors([x], f'{tuple(x.shape)} {torch.get_num_threads()}')}.safetensors"
 
 
-def _digest(tensors: Iterable[Tensor], text: str) -> str:
+def _hash_tensors(tensors: Iterable[Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -102,18 +102,18 @@ def attach_input_pruning(model: nn.Module, linear: InputStorage, convolution: In
                 vars(layer)["forward"] = partial(_linear, layer, linear)
             elif isinstance(layer, nn.Conv2d) and is_supported_conv2d(layer):
                 vars(layer)["forward"] = partial(_convolution, layer, convolution)
-        count += _is_ours(layer)
+        count += _prunes_input(layer)
     return count
 
 
 def detach_input_pruning(model: nn.Module) -> None:
     """Restore the layers' own ``forward``."""
     for layer in model.modules():
-        if _is_ours(layer):
+        if _prunes_input(layer):
             del vars(layer)["forward"]
 
 
-def _is_ours(layer: nn.Module) -> bool:
+def _prunes_input(layer: nn.Module) -> bool:
     return getattr(vars(layer).get("forward"), "func", None) in (_linear, _convolution)
 
 
@@ -187,13 +187,13 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        how: Geometry,
+        geometry: Geometry,
         layout: PackedLayout | None,
         *kept: Tensor,
     ) -> Tensor:
-        ctx.how, ctx.layout, ctx.shape = how, layout, x.shape
+        ctx.geometry, ctx.layout, ctx.shape = geometry, layout, x.shape
         ctx.save_for_backward(weight, *kept)
-        return convolve(x, weight, bias, how)
+        return convolve(x, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable
@@ -203,7 +203,7 @@ class _Convolution(torch.autograd.Function):
         x_hat = (
             None
             if ctx.layout is None
-            else unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.memory_format)
+            else unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.geometry.memory_format)
         )
-        found = convolve_backward(grad, x_hat, ctx.shape, weight, ctx.how, ctx.needs_input_grad[:3])
+        found = convolve_backward(grad, x_hat, ctx.shape, weight, ctx.geometry, ctx.needs_input_grad[:3])
         return (*found, *(None,) * (2 + len(kept)))

@@ -158,11 +158,11 @@ class _RemovedNorm(nn.Identity):
 
 def _forward(layer: Any, scale: float, keeping: InputStorage, x: Tensor) -> Tensor:
     """[n, c, h, w] -> [n, c', h', w']."""
-    how = get_geometry(layer, x)
+    geometry = get_geometry(layer, x)
     if not (layer.training and torch.is_grad_enabled()):
-        return convolve(x, standardise_weight(layer.weight, layer.gain, layer.mask, scale), layer.bias, how)
+        return convolve(x, standardise_weight(layer.weight, layer.gain, layer.mask, scale), layer.bias, geometry)
     kept, layout = keeping.pack(x, x[0].numel())
-    out: Tensor = _Normalised.apply(x, layer.weight, layer.gain, layer.bias, layer.mask, scale, how, layout, *kept)
+    out: Tensor = _Normalised.apply(x, layer.weight, layer.gain, layer.bias, layer.mask, scale, geometry, layout, *kept)
     return out
 
 
@@ -178,13 +178,13 @@ class _Normalised(torch.autograd.Function):
         bias: Tensor,
         mask: Tensor | None,
         scale: float,
-        how: Geometry,
+        geometry: Geometry,
         layout: PackedLayout,
         *kept: Tensor,
     ) -> Tensor:
-        ctx.scale, ctx.how, ctx.layout = scale, how, layout
+        ctx.scale, ctx.geometry, ctx.layout = scale, geometry, layout
         ctx.save_for_backward(weight, gain, mask, *kept)
-        return convolve(x, standardise_weight(weight, gain, mask, scale), bias, how)
+        return convolve(x, standardise_weight(weight, gain, mask, scale), bias, geometry)
 
     @staticmethod
     @once_differentiable
@@ -194,7 +194,9 @@ class _Normalised(torch.autograd.Function):
         with torch.enable_grad():
             w_hat = standardise_weight(*parameters, mask, ctx.scale)
         wanted = ctx.needs_input_grad[0], True, ctx.needs_input_grad[3]
-        x_hat = unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.how.memory_format)
-        by_x, by_w_hat, by_bias = convolve_backward(gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.how, wanted)
+        x_hat = unpack_pruned(kept, ctx.layout).contiguous(memory_format=ctx.geometry.memory_format)
+        by_x, by_w_hat, by_bias = convolve_backward(
+            gradients[0], x_hat, x_hat.shape, w_hat.detach(), ctx.geometry, wanted
+        )
         by_weight, by_gain = torch.autograd.grad(w_hat, parameters, by_w_hat)
         return by_x, by_weight, by_gain, by_bias, *(None,) * (4 + len(kept))

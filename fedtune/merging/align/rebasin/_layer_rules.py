@@ -26,7 +26,7 @@ def apply_layer_rule(
 def _linear(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if wire.is_spatial:
         raise make_unsupported_error(where, "is a linear layer on the columns of maps")
-    return _made(reading, where, layer, (layer.out_features, layer.in_features), wire, spatial=False)
+    return _apply_new_channels(reading, where, layer, (layer.out_features, layer.in_features), wire, spatial=False)
 
 
 def _convolution(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
@@ -36,16 +36,16 @@ def _convolution(reading: PermutationSpecBuilder, where: str, layer: Any, wire: 
         raise make_unsupported_error(
             where, f"is a convolution that rebasin does not know where {wire.channels} channels arrive"
         )
-    return _made(reading, where, layer, (layer.out_channels, layer.in_channels), wire, spatial=True)
+    return _apply_new_channels(reading, where, layer, (layer.out_channels, layer.in_channels), wire, spatial=True)
 
 
 def _depthwise(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if not layer.groups == layer.in_channels == layer.out_channels:
         raise make_unsupported_error(where, "is a grouped convolution that is not depthwise")
-    return _kept(reading, where, layer, layer.in_channels, wire)
+    return _apply_per_channel(reading, where, layer, layer.in_channels, wire)
 
 
-def _made(
+def _apply_new_channels(
     reading: PermutationSpecBuilder,
     where: str,
     layer: nn.Module,
@@ -62,7 +62,7 @@ def _made(
     return out
 
 
-def _kept(
+def _apply_per_channel(
     reading: PermutationSpecBuilder, where: str, layer: nn.Module, size: int, wire: TracedChannels
 ) -> TracedChannels:
     """A layer that treats each channel alone."""
@@ -71,19 +71,19 @@ def _kept(
 
 
 def _batch_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
-    return _kept(reading, where, layer, layer.num_features, wire)
+    return _apply_per_channel(reading, where, layer, layer.num_features, wire)
 
 
 def _group_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if layer.num_groups not in (1, layer.num_channels):
         reading.require_groups(wire, layer.num_groups, where)
-    return _kept(reading, where, layer, layer.num_channels, wire)
+    return _apply_per_channel(reading, where, layer, layer.num_channels, wire)
 
 
 def _layer_norm(reading: PermutationSpecBuilder, where: str, layer: Any, wire: TracedChannels) -> TracedChannels:
     if wire.is_spatial and len(layer.normalized_shape) == 1:
         raise make_unsupported_error(where, "is a layer norm over the columns of maps")
-    return _kept(reading, where, layer, layer.normalized_shape[0], wire)
+    return _apply_per_channel(reading, where, layer, layer.normalized_shape[0], wire)
 
 
 _RULES: list[tuple[Any, Callable[[PermutationSpecBuilder, str, Any, TracedChannels], TracedChannels]]] = [

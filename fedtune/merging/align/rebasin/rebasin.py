@@ -67,18 +67,18 @@ class Rebasin(AlignStep):
         symmetry = symmetry.restrict_to(base.keys())
         moved = frozenset(symmetry.list_permuted_tensors())
         models = [make_tensor_reader(base, merge_input, moved) for merge_input in merge_inputs]
-        match = self._match(symmetry, context)
+        match = self._make_match_function(symmetry, context)
         orders = (
             match_to_first(match, symmetry, models)
             if self.reference == "first"
             else match_in_cycles(match, symmetry, models, self.max_sweeps)
         )
         return [
-            merge_input if _stays(symmetry, order) else _aligned(symmetry, order, base, merge_input)
+            merge_input if _is_identity(symmetry, order) else _permute_input(symmetry, order, base, merge_input)
             for merge_input, order in zip(merge_inputs, orders, strict=True)
         ]
 
-    def _match(self, symmetry: PermutationSpec, context: MergeContext) -> MatchFunction:
+    def _make_match_function(self, symmetry: PermutationSpec, context: MergeContext) -> MatchFunction:
         """A function that matches one model to another; it returns the orders it started from if the gain is small."""
 
         def match(reference: TensorReader, model: TensorReader, start: Permutations) -> Permutations:
@@ -94,7 +94,7 @@ class Rebasin(AlignStep):
         return match
 
 
-def _aligned(
+def _permute_input(
     symmetry: PermutationSpec, orders: Permutations, base: Mapping[str, Tensor], merge_input: MergeInput
 ) -> MergeInput:
     if merge_input.statistics is not None:
@@ -104,6 +104,6 @@ def _aligned(
     return merge_input._replace(read_rows=PermutedDelta(symmetry, orders, base, merge_input))
 
 
-def _stays(symmetry: PermutationSpec, orders: Permutations) -> bool:
+def _is_identity(symmetry: PermutationSpec, orders: Permutations) -> bool:
     still = symmetry.build_identity()
     return all(bool((orders[name][part] == at).all()) for name, parts in still.items() for part, at in parts.items())

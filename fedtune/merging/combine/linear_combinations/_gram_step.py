@@ -37,11 +37,11 @@ class GramCombineStep(CombineStep, ABC):
             stack_weights(merge_inputs), lambda: compute_gram(name, shape, merge_inputs, over)
         )
         for start, stop in iter_row_chunks(shape):
-            total = _sum(name, start, stop, merge_inputs, _shares_of(c, over, start, stop))
+            total = _sum_rows(name, start, stop, merge_inputs, _select_coefficients(c, over, start, stop))
             yield total.float().reshape(stop - start, *shape[1:])
 
 
-def _shares_of(c: Tensor, over: Granularity, start: int, stop: int) -> list[float] | list[Tensor]:
+def _select_coefficients(c: Tensor, over: Granularity, start: int, stop: int) -> list[float] | list[Tensor]:
     """The models' coefficients for some rows: numbers, or what broadcasts to the rows."""
     if over == "tensor":
         numbers: list[float] = c[:, 0].tolist()
@@ -49,16 +49,16 @@ def _shares_of(c: Tensor, over: Granularity, start: int, stop: int) -> list[floa
     return list(c[:, start:stop, None] if over == "row" else c[:, None, :])
 
 
-def _sum(
+def _sum_rows(
     name: str, start: int, stop: int, merge_inputs: Sequence[MergeInput], share: Sequence[float | Tensor]
 ) -> Tensor:
     """sum_i share_i x_i of some rows; a model that counts nothing is not read."""
-    counted = [pair for pair in zip(merge_inputs, share, strict=True) if _counts(pair[1])] or [
+    counted = [pair for pair in zip(merge_inputs, share, strict=True) if _is_nonzero(pair[1])] or [
         (merge_inputs[0], share[0])
     ]
     rows = (flatten_rows(merge_input.read_rows(name, start, stop)) for merge_input, _ in counted)
     return sum_weighted(rows, [c for _, c in counted])
 
 
-def _counts(share: float | Tensor) -> bool:
+def _is_nonzero(share: float | Tensor) -> bool:
     return bool(share.any()) if isinstance(share, Tensor) else share != 0

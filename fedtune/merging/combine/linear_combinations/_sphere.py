@@ -21,7 +21,7 @@ def compute_slerp_coefficients(gram: Tensor, t: float | Tensor, near: float) -> 
 
 def compute_cosines(gram: Tensor) -> Tensor:
     """Cosines of the angles between vectors [K, K, G]; those with a zero vector are zero."""
-    norms = _norms(gram)
+    norms = _compute_norms(gram)
     return (gram / (norms[:, None] * norms[None])).nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -30,33 +30,33 @@ def compute_karcher_coefficients(gram: Tensor, share: Tensor, iterations: int, t
 
     u <- exp_u(sum_i w_i log_u(x_i / |x_i|)) from the normalised mean, until a step is shorter than ``tolerance``.
     """
-    unit, norms = compute_cosines(gram), _norms(gram)
+    unit, norms = compute_cosines(gram), _compute_norms(gram)
     counted = torch.where(norms > 0, share, 0.0)
     w = counted / counted.sum(0)
-    length = _length(w, unit)
+    length = _compute_length(w, unit)
     u = w / length
     for _ in range(iterations):
-        u, step = _nearer(u, w, unit)
+        u, step = _step_towards_mean(u, w, unit)
         if not bool((step > tolerance).any()):
             break
     found = (share * norms).sum(0) * (u / norms).nan_to_num(0.0, 0.0, 0.0)
     return torch.where(length > _TINY, found, share.expand_as(found))
 
 
-def _nearer(u: Tensor, w: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _step_towards_mean(u: Tensor, w: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """exp_u of the mean of the logarithms, and that mean's length [G]."""
     cosine = torch.einsum("ijg,jg->ig", unit, u).clamp(-1, 1)
     angle = cosine.acos()
     stretch = torch.where(angle.sin() > _TINY, angle / angle.sin(), (cosine > 0).double())
     tangent = w * stretch - (w * stretch * cosine).sum(0) * u
-    length = _length(tangent, unit)
+    length = _compute_length(tangent, unit)
     return length.cos() * u + torch.sinc(length / torch.pi) * tangent, length
 
 
-def _norms(gram: Tensor) -> Tensor:
+def _compute_norms(gram: Tensor) -> Tensor:
     return torch.einsum("iig->ig", gram).sqrt()
 
 
-def _length(c: Tensor, gram: Tensor) -> Tensor:
+def _compute_length(c: Tensor, gram: Tensor) -> Tensor:
     """|sum_i c_i x_i| [G]."""
     return torch.einsum("ig,ijg,jg->g", c, gram, c).clamp_min(0).sqrt()

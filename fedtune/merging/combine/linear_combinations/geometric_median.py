@@ -50,14 +50,14 @@ class GeometricMedian(GramCombineStep):
         share, products = normalise_weights(weights), gram()
         c = share
         for _ in range(self.max_iterations):
-            pulled = normalise_weights(share / _distances(c, products).clamp_min(self.eps))
+            pulled = normalise_weights(share / _compute_distances(c, products).clamp_min(self.eps))
             moved, c = float((pulled - c).abs().max()), pulled
             if moved <= self.tolerance:
                 break
         return c
 
 
-def _distances(c: Tensor, gram: Tensor) -> Tensor:
+def _compute_distances(c: Tensor, gram: Tensor) -> Tensor:
     """|x_i - sum_j c_j x_j| [K, G]."""
     products = torch.einsum("ijg,jg->ig", gram, c)
     square = torch.einsum("iig->ig", gram) - 2 * products + (c * products).sum(0)

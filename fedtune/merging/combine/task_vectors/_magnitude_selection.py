@@ -44,7 +44,7 @@ class MagnitudeThreshold(NamedTuple):
 
         The function counts the ties it has passed, so call it once per chunk and in order.
         """
-        tied = self._next_ties()
+        tied = self._make_tie_finder()
 
         def mask(piece: Tensor) -> Tensor:
             if self.whole:
@@ -57,7 +57,7 @@ class MagnitudeThreshold(NamedTuple):
 
     def keep(self) -> Callable[[Tensor], Tensor]:
         """A function from each next chunk to a copy with zeros for the entries that are not selected."""
-        tied = self._next_ties()
+        tied = self._make_tie_finder()
         below = float(torch.nextafter(torch.tensor(self.threshold), torch.zeros(())))
 
         def kept(piece: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class MagnitudeThreshold(NamedTuple):
 
         return kept
 
-    def _next_ties(self) -> Callable[[Tensor], Tensor]:
+    def _make_tie_finder(self) -> Callable[[Tensor], Tensor]:
         """A function from each next chunk to the places of selected entries that equal the threshold, int64 [n]."""
         left = self.ties
 
@@ -106,10 +106,10 @@ def keep_magnitude_band(stream: Stream, first: int, last: int, size: int) -> Str
     if not first:
         return found
     top = find_threshold(stream, first, size)
-    return lambda: map(_outside(top), found())
+    return lambda: map(_make_outside_filter(top), found())
 
 
-def _outside(found: MagnitudeThreshold) -> Callable[[Tensor], Tensor]:
+def _make_outside_filter(found: MagnitudeThreshold) -> Callable[[Tensor], Tensor]:
     """A function that sets the selected entries of each next chunk to zero."""
     inside = found.make_mask_function()
     return lambda piece: piece * ~inside(piece)
@@ -119,10 +119,14 @@ def find_threshold(stream: Stream, keep: int, size: int) -> MagnitudeThreshold:
     """Where the ``keep`` largest of a stream of ``size`` entries end; none of it is above a cut at infinity."""
     if keep == 0:
         return MagnitudeThreshold(math.inf, 0, whole=False)
-    return _partitioned(stream(), keep, size) if size <= _SHORT else _counted(stream, keep)
+    return (
+        _find_threshold_by_partition(stream(), keep, size)
+        if size <= _SHORT
+        else _find_threshold_by_counting(stream, keep)
+    )
 
 
-def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> MagnitudeThreshold:
+def _find_threshold_by_partition(pieces: Iterable[Tensor], keep: int, size: int) -> MagnitudeThreshold:
     magnitudes, done = np.empty(size, dtype=np.float32), 0
     for piece in pieces:
         np.abs(piece.view(-1).numpy(), out=magnitudes[done : done + piece.numel()])
@@ -133,32 +137,34 @@ def _partitioned(pieces: Iterable[Tensor], keep: int, size: int) -> MagnitudeThr
     return MagnitudeThreshold(float(smallest), ties, whole=int(np.count_nonzero(magnitudes == smallest)) == ties)
 
 
-def _counted(stream: Stream, keep: int) -> MagnitudeThreshold:
-    upper, above, _ = _bin(_counts((_upper(piece) for piece in stream()), _UPPER_MASK + 1), keep)
-    lower, beyond, equal = _bin(_counts((_lower(piece, upper) for piece in stream()), _LOWER_MASK + 1), keep - above)
+def _find_threshold_by_counting(stream: Stream, keep: int) -> MagnitudeThreshold:
+    upper, above, _ = _find_bin(_count_values((_get_upper_bits(piece) for piece in stream()), _UPPER_MASK + 1), keep)
+    lower, beyond, equal = _find_bin(
+        _count_values((_get_lower_bits(piece, upper) for piece in stream()), _LOWER_MASK + 1), keep - above
+    )
     bits, ties = torch.tensor((upper << _LOWER) | lower, dtype=torch.int32), keep - above - beyond
     return MagnitudeThreshold(float(bits.view(torch.float32)), ties, whole=ties == equal)
 
 
-def _upper(piece: Tensor) -> Tensor:
+def _get_upper_bits(piece: Tensor) -> Tensor:
     """The upper 16 bits of each magnitude; the sign is shifted past them."""
     return (piece.view(-1).view(torch.int32) >> _LOWER).bitwise_and_(_UPPER_MASK)
 
 
-def _lower(piece: Tensor, upper: int) -> Tensor:
+def _get_lower_bits(piece: Tensor, upper: int) -> Tensor:
     """The lower 15 bits of those magnitudes whose upper ones are as given."""
-    found = torch.from_numpy(np.flatnonzero(_upper(piece).numpy() == upper))
+    found = torch.from_numpy(np.flatnonzero(_get_upper_bits(piece).numpy() == upper))
     return piece.view(-1).view(torch.int32)[found] & _LOWER_MASK
 
 
-def _counts(numbers: Iterable[Tensor], bins: int) -> Counts:
+def _count_values(numbers: Iterable[Tensor], bins: int) -> Counts:
     total = torch.zeros(bins, dtype=torch.int64)
     for some in numbers:
         total += torch.bincount(some, minlength=bins)
     return total.numpy()
 
 
-def _bin(counts: Counts, keep: int) -> tuple[int, int, int]:
+def _find_bin(counts: Counts, keep: int) -> tuple[int, int, int]:
     """The bin that holds the ``keep``-th from the top, how many lie above it, and how many in it."""
     down = np.cumsum(counts[::-1])
     place = int(np.searchsorted(down, keep))

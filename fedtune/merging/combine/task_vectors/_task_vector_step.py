@@ -79,16 +79,20 @@ class Trimmed(TaskVectorCombineStep, ABC):
         """The kept entries, times the ratio of the sums of magnitudes before and after."""
         stream = partial(iter_delta_chunks, name, shape, merge_input)
         kept = self.select_entries(stream, math.prod(shape))
-        ratio = _stretch(_magnitude(stream()), _magnitude(kept())) if self.rescale and kept is not stream else 1.0
+        ratio = (
+            _compute_ratio(_sum_magnitudes(stream()), _sum_magnitudes(kept()))
+            if self.rescale and kept is not stream
+            else 1.0
+        )
         return iter(kept()) if ratio == 1 else (piece.mul_(ratio) for piece in kept())
 
 
-def _magnitude(stream: Iterable[Tensor]) -> float:
+def _sum_magnitudes(stream: Iterable[Tensor]) -> float:
     """sum |x|."""
     return sum(float(piece.abs().sum(dtype=torch.float64)) for piece in stream)
 
 
-def _stretch(before: float, after: float) -> float:
+def _compute_ratio(before: float, after: float) -> float:
     return before / after if min(before, after) >= _FAINT else 1.0
 
 
@@ -116,11 +120,11 @@ def sum_with_elected_sign(parts: Sequence[Tensor], weights: Sequence[float], nor
         factor, weights = 1.0 if normalise else weights[0], [1.0] * len(weights)
     rows = max(1, _CACHE_ENTRIES // max(1, parts[0].shape[1]))
     for found, *block in zip(whole.split(rows), *(part.split(rows) for part in parts), strict=True):
-        torch.mul(_elected(block, weights, normalise), factor, out=found)
+        torch.mul(_sum_elected(block, weights, normalise), factor, out=found)
     return whole
 
 
-def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
+def _sum_elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
     """As ``sum_with_elected_sign``: with e = +1 or -1 for the sign that won, an entry counts where e w_i x_i > 0."""
     kind = choose_precision(len(parts))
     votes = kind if weights[0] == 1 and len(set(weights)) == 1 else torch.float64  # x_i alone lose nothing in fp32
@@ -132,10 +136,10 @@ def _elected(parts: Sequence[Tensor], weights: Sequence[float], normalise: bool)
         if normalise:
             divisor.add_(taken.sign_(), alpha=weight)
     total.mul_(elected)
-    return total.div_(_without_zeros(divisor, weights)) if normalise else total
+    return total.div_(_replace_zeros(divisor, weights)) if normalise else total
 
 
-def _without_zeros(divisor: Tensor, weights: Sequence[float]) -> Tensor:
+def _replace_zeros(divisor: Tensor, weights: Sequence[float]) -> Tensor:
     """The divisor, itself changed, with something else where it is nothing; the dividend is zero where all count."""
     if min(weights) > _MIN_DIVISOR:
         return divisor.clamp_min_(min(weights))  # none is smaller but zero; a mask takes ten times as long

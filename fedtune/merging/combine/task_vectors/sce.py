@@ -54,31 +54,31 @@ class Sce(CombineStep):
 
     def combine(self, name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
         """The merged delta of each chunk."""
-        select = self._selection(partial(_stacks, name, shape, cache_small_deltas(name, shape, merge_inputs)))
-        coefficients = _coefficients(select(), len(merge_inputs))
+        select = self._select_entries(partial(_iter_stacks, name, shape, cache_small_deltas(name, shape, merge_inputs)))
+        coefficients = _compute_coefficients(select(), len(merge_inputs))
         chosen = select()
         for start, stop in iter_row_chunks(shape):
-            total = _erased(next(chosen), coefficients)
+            total = _erase_minority_signs(next(chosen), coefficients)
             yield total.float().reshape(stop - start, *shape[1:])
 
-    def _selection(self, stacks: Stacks) -> Stacks:
+    def _select_entries(self, stacks: Stacks) -> Stacks:
         """The stacks with zeros for entries of small variance."""
         if self.select_topk == 1:
             return stacks
-        sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_variance, stacks())]
+        sizes = [(int(found.count_nonzero()), found.numel()) for found in map(_compute_variance, stacks())]
         differing, size = (sum(numbers) for numbers in zip(*sizes, strict=True)) if sizes else (0, 0)
         keep = count_entries_to_keep(self.select_topk, differing)
-        return partial(_chosen, find_threshold(lambda: map(_variance, stacks()), keep, size), stacks)
+        return partial(_keep_selected, find_threshold(lambda: map(_compute_variance, stacks()), keep, size), stacks)
 
 
-def _stacks(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
+def _iter_stacks(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Iterator[Tensor]:
     """The deltas of all models in each chunk [K, rows, width]."""
     streams = [iter_delta_chunks(name, shape, merge_input) for merge_input in merge_inputs]
     for _ in iter_row_chunks(shape):
         yield torch.stack([next(stream) for stream in streams])
 
 
-def _variance(stack: Tensor) -> Tensor:
+def _compute_variance(stack: Tensor) -> Tensor:
     """The variance over the models of a stack [K, rows, width], computed model by model to save memory."""
     mean = stack.sum(0, dtype=torch.float64) / len(stack)
     total = torch.zeros_like(mean)
@@ -87,16 +87,16 @@ def _variance(stack: Tensor) -> Tensor:
     return (total / len(stack)).float()
 
 
-def _chosen(cut: MagnitudeThreshold, stacks: Stacks) -> Iterator[Tensor]:
+def _keep_selected(cut: MagnitudeThreshold, stacks: Stacks) -> Iterator[Tensor]:
     inside = cut.make_mask_function()
 
     def keep_inside(stack: Tensor) -> Tensor:
-        return stack.mul_(inside(_variance(stack)))
+        return stack.mul_(inside(_compute_variance(stack)))
 
     return map(keep_inside, stacks())
 
 
-def _erased(stack: Tensor, coefficients: Tensor) -> Tensor:
+def _erase_minority_signs(stack: Tensor, coefficients: Tensor) -> Tensor:
     """The mean by coefficient [K] of the entries that have the sign of their sum, a tie being positive; double."""
     positive = stack.sum(0, dtype=torch.float64) >= 0
     total, over = (torch.zeros(positive.shape, dtype=torch.float64) for _ in range(2))
@@ -107,7 +107,7 @@ def _erased(stack: Tensor, coefficients: Tensor) -> Tensor:
     return total / torch.where(over > 0, over, 1.0)
 
 
-def _coefficients(stacks: Iterable[Tensor], count: int) -> Tensor:
+def _compute_coefficients(stacks: Iterable[Tensor], count: int) -> Tensor:
     """Each model's share of the summed squares; equal shares if all are zero."""
     total = torch.zeros(count, dtype=torch.float64)
     for stack in stacks:
