@@ -45,7 +45,7 @@ class LowRankFactors(NamedTuple):
 def stack_factors(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
     """sum_i w_i s_i B_i A_i exactly: B = [B_1 B_2 ..], A = [w_i s_i A_i] one upon the other; fp64, ranks add up.
 
-    Wang et al., "FLoRA" (arXiv 2409.05976); what weighs nothing is left out.
+    Wang et al., "FLoRA" (arXiv 2409.05976). Factors of weight zero are left out.
     """
     used = [(one, weight) for one, weight in zip(factors, weights, strict=True) if weight] or [(factors[0], 0.0)]
     b = torch.cat([one.b.double() for one, _ in used], 1)
@@ -81,7 +81,7 @@ def average_factors(factors: Sequence[LowRankFactors], weights: Sequence[float])
 
 
 def compute_averaging_residual(factors: Sequence[LowRankFactors], weights: Sequence[float]) -> LowRankFactors:
-    """What ``average_factors`` misses: sum_i w_i (B_i - Bbar)(A_i - Abar) = D - Bbar Abar; weights sum to one; fp64.
+    """The residual of ``average_factors``: sum_i w_i (B_i - Bbar)(A_i - Abar) = D - Bbar Abar; sum_i w_i = 1; fp64.
 
     As the centred A_i sum to zero, B_K may stand in for Bbar, so that K - 1 of the K blocks are left.
     """

@@ -1,7 +1,7 @@
 """Loss terms that arise inside the model: layers add them, and the training step adds them to the task's loss.
 
-A layer may run several times for one step (checkpointing, reversible blocks). Whoever runs it again collects what it
-emits there; what nobody collects is dropped.
+A layer may run several times in one step (checkpointing, reversible blocks). The code that reruns a layer collects the
+terms of that run. Terms that are not collected are dropped.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """Weighted sums of several models' rows, entry by entry.
 
-Up to ``_FEW`` terms are added in single precision, each with one rounding where the processor has fused
-multiply-adds: the sum is off by a unit or two in its last place, measured by its largest model, in a quarter of the
-time. Rounding adds up with the number of terms, so more of them are added in double precision. A mean of few runs
-from model to model by their distances, so that what is the same in all of them stays as it is, to the bit.
+Up to ``_FEW`` terms are added in single precision, with one rounding each if the processor has fused multiply-adds. The
+error is one or two units in the last place of the largest model, and the sum takes a quarter of the time. Rounding
+errors grow with the number of terms, so more terms are added in double precision. A mean of few terms is updated by
+differences, so that entries that are equal in all models stay bit-equal.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Convolutions that store their input only if their weight is trained, and then without padding.
 
-PyTorch's own keeps the input whenever the gradient passes through it, though a frozen weight needs none of it; and
-where rows of zeros are put around the map beforehand, it keeps the larger map: 7 x 7 for 3 x 3.
+PyTorch stores the input whenever a gradient passes through the layer, although a frozen weight does not need it. If the
+input is padded outside, PyTorch stores the padded one, such as 7 x 7 for 3 x 3.
 """
 
 from typing import Any

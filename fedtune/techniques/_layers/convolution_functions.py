@@ -10,9 +10,9 @@ __all__ = ["Geometry", "convolve", "convolve_backward"]
 
 
 class Geometry(NamedTuple):
-    """How a convolution walks over its input, ``margins`` of zeros (left, right, top, bottom) around it first.
+    """The settings of a convolution; ``zero_padding`` (left, right, top, bottom) is added to the input first.
 
-    ``order`` is how that lies in memory; what is made again is put in it.
+    ``memory_format`` is that of the input; a recomputed input gets the same.
     """
 
     zero_padding: tuple[int, ...]
@@ -38,9 +38,9 @@ def convolve_backward(
     geometry: Geometry,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, weight and bias as far as ``needs_grad``: PyTorch's own.
+    """PyTorch's gradients of input, weight and bias, as far as ``needs_grad`` asks for them.
 
-    Only the weight's reads ``x``; where that is not wanted its ``shape`` [n, c, h, w] will do.
+    Only the gradient of the weight reads ``x``; without it, the ``shape`` [n, c, h, w] is enough.
     """
     seen = grad.new_empty(1).expand(_wide(shape, geometry)) if x is None else _padded(x, geometry)
     by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(

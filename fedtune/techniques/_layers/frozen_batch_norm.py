@@ -1,7 +1,7 @@
 """A batch norm with frozen statistics and scale, which stores nothing for the backward pass.
 
-With a = scale / sqrt(variance + eps) it is y = a x + (shift - a mean): the gradient of the shift is the sum of g over
-examples and pixels, that of x is a g, and neither needs x. PyTorch's own norm keeps x all the same.
+With a = scale / sqrt(variance + eps), y = a x + (shift - a mean). The gradient of the shift is the sum of g over
+examples and pixels, and that of x is a g. Neither needs x, but PyTorch stores it.
 """
 
 from typing import Any
@@ -49,9 +49,9 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """PyTorch's own backward pass, for its very bits: with the scale's gradient masked out x has no say in them.
+        """PyTorch's own backward pass, so that bits are equal. Without a gradient of the scale, x does not matter.
 
-        The order in which it sums g is another one where x lies in memory as g does, so what stands for x must too.
+        The memory layout of x decides the order in which g is summed, so the placeholder for x has the same layout.
         """
         [g] = gradients
         like_x = g if g.stride() == ctx.strides else g.new_empty_strided(g.shape, ctx.strides)

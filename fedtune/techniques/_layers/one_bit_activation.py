@@ -1,7 +1,7 @@
 """Activation functions that store one bit per element for the backward pass; PyTorch stores their input.
 
-The gradient of ReLU and ReLU6 is g or 0, so one bit says all of it. That of hard-swish is not; MobileTL takes
-g * 1[x >= 0] in its place and, as published, for ReLU6 too.
+The gradient of ReLU and ReLU6 is g or 0, so one bit is enough. That of hard-swish is not; MobileTL uses
+g * 1[x >= 0] instead and, as published, for ReLU6 too.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,8 @@
 """The smooth count of non-zero activations, its gradient, and the exact counts.
 
 Runwal et al. (arXiv 2402.01911) replace the number of non-zeros by the sum of s(a) = a^2 / (a^2 + eps). Here D is its
-mean over the units of all counted tokens. Nothing but a scalar leaves the forward pass: what the gradient needs, the
-layers around keep anyway.
+mean over the units of all counted tokens. The forward pass stores nothing more: the layers around it store all that the
+gradient needs.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ Recompute = Callable[..., Tensor]
 def compute_density(
     a: Tensor, eps: float, token_mask: Tensor | None, remake: Recompute | None = None, kept: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """``a`` [..., units] as it is, and D in [0, 1], in fp32 (fp64 for fp64).
+    """``a`` [..., units] unchanged, and D in [0, 1], in fp32 (fp64 for fp64).
 
-    ``token_mask`` [tokens] is true where a token counts, None if all do. Kept for the gradient is ``a``, or ``kept``
-    where ``remake(*kept)`` gives it again.
+    ``token_mask`` [tokens] is true for tokens that count, None if all do. The gradient stores ``a``, or ``kept`` if
+    ``remake(*kept)`` recomputes it.
     """
     out: tuple[Tensor, Tensor] = _WithDensity.apply(a, eps, token_mask, remake, *(kept or (a.detach(),)))
     return out

@@ -80,10 +80,10 @@ class ActivationCounts:
 
 @dataclass(eq=False)
 class DensityProbe:
-    """Follows one MLP; ``weight`` scales what it emits, 0 for nothing, and ``density`` is what it saw last.
+    """The hooks of one MLP. ``weight`` scales its loss term; ``density`` is the last density it measured.
 
-    A gated MLP's product is made again from its two factors, which that product keeps anyway; ``remade`` says whether
-    the first one could be.
+    The product of a gated MLP is recomputed from its two factors, which the product stores anyway; ``remade`` says
+    whether this was possible.
     """
 
     mlp: MlpLayers

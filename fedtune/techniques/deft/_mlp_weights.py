@@ -1,7 +1,7 @@
 """ADA-DEFT-style weights: a trained factor for the output of each MLP; MLPs with a small factor are skipped.
 
 Our own definition, for the paper's abstract names the idea only: w = sigmoid(SPEED theta), w_0 = sigmoid(4);
-loss = task + alpha sum_l w_l D_l / sum_l w_l + gamma mean_l w_l. Below a bound w is 0 whenever the model is scored.
+loss = task + alpha sum_l w_l D_l / sum_l w_l + gamma mean_l w_l. In evaluation, w is 0 below a bound.
 """
 
 from collections.abc import Sequence
@@ -51,10 +51,10 @@ class MlpWeight:
 
 @dataclass(eq=False)
 class MlpWeightLoss:
-    """Forward hook of the whole model: the terms that move the weights.
+    """Forward hook of the whole model: adds the loss terms that train the weights.
 
-    Layers emit alpha w_l / (sum w) D_l with a constant factor, which is right for D_l and lets a block be run alone;
-    the derivative by the weights is emitted here, with D_l constant and value 0.
+    Layers add alpha w_l / (sum w) D_l with a constant factor, which gives the gradient of D_l and lets a block run
+    alone. This hook adds the derivative by the weights, with D_l constant and value 0.
     """
 
     probes: list[DensityProbe]
@@ -109,7 +109,7 @@ def attach_mlp_weights(
 def merge_mlp_weights(model: nn.Module, terms: MlpWeightLoss) -> None:
     """Write the weights into the narrowing layers, and drop the MLPs that are skipped.
 
-    A model that brings code of its own already cannot bring that for dropped MLPs too: there they stay, as zeros.
+    A model that is exported with code already cannot have the code for dropped MLPs too; its MLPs stay, as zeros.
     """
     skipped, droppable = [], type(model).__module__.startswith("transformers.")
     for probe, weight in zip(terms.probes, terms.weights, strict=True):

@@ -1,8 +1,8 @@
 """Lets transformers load an exported model without some of its MLPs, which are neither saved nor computed.
 
-No configuration of transformers can say so. This file therefore travels with the weights, and
-``AutoModel....from_pretrained(folder, trust_remote_code=True)`` builds the classes it names; without that flag loading
-is refused. It needs nothing but torch and transformers.
+No configuration of transformers can describe that, so the exported folder contains this file.
+``AutoModel....from_pretrained(folder, trust_remote_code=True)`` builds its classes; without that flag, transformers
+refuses to load them. The file needs only torch and transformers.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _PREFIX = "Skipping"
 
 
 class ZeroOutput(nn.Module):
-    """In place of an MLP's last layer: what the block adds to its residual stream is zero."""
+    """Replaces the last layer of an MLP, so that the block adds zero to its residual stream."""
 
     weight = None
 
@@ -29,7 +29,7 @@ class ZeroOutput(nn.Module):
 
 
 def remove_mlps(model: Any, skipped: Sequence[Sequence[str]]) -> None:
-    """Drop MLPs, each given by the names of its linear layers, the last one last."""
+    """Drop MLPs, each given by the names of its linear layers in order."""
     for *firsts, second in skipped:
         for first in firsts:
             model.set_submodule(first, nn.Identity())
@@ -37,7 +37,7 @@ def remove_mlps(model: Any, skipped: Sequence[Sequence[str]]) -> None:
 
 
 def remove_mlps_for_export(model: Any, auto_class: str, skipped: Sequence[Sequence[str]]) -> None:
-    """Drop MLPs of a transformers model and make it save itself with this file."""
+    """Drop MLPs of a transformers model and let it save itself with this file."""
     remove_mlps(model, skipped)
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
     model.config.skipped_mlps = [list(names) for names in skipped]

@@ -28,9 +28,8 @@ def fused_cross_entropy(
 ) -> Tensor:
     """The summed loss of hidden states [n, h] under a head W [v, h], b [v], over the number of labels [n] that count.
 
-    Labels equal to ``ignore_index`` do not count; where none counts the loss and all gradients are 0. ``num_items``
-    takes the place of the number. At most ``chunk_size`` rows of logits [chunk, v] exist at a time, in fp32 or what
-    is finer.
+    Labels equal to ``ignore_index`` do not count; if none counts, the loss and all gradients are 0. ``num_items``
+    replaces the number. At most ``chunk_size`` rows of logits [chunk, v] exist at a time, in fp32 or fp64.
     """
     counted = (labels != ignore_index).nonzero()[:, 0]
     loss: Tensor = _Fused.apply(

@@ -204,9 +204,9 @@ _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forwa
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether it multiplies by its weight, no more: some kinds standardise the weight first, others are never run.
+    """Whether a layer only multiplies by its weight: some kinds standardise the weight first, others never run.
 
-    Layers of fedtune's own keep less for the backward pass, but compute what plain ones do.
+    Layers of fedtune store less for the backward pass, but compute the same as plain ones.
     """
     plain = type(layer).forward in _PLAIN or type(layer).__module__.startswith("fedtune.")
     if not plain or isinstance(layer, NonDynamicallyQuantizableLinear):

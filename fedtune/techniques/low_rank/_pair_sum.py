@@ -1,8 +1,8 @@
 """A linear layer plus its low-rank pair, in fewer passes over the output; bit-equal to PEFT's result.
 
-PEFT multiplies B A x, which is as large as the output, by alpha / rank, and its gradient again. Where the scale is a
-power of two, multiplying the ``rank`` numbers A x in its place is exact, forwards and backwards. Where no gradient is
-wanted, the sum is written over the product.
+PEFT multiplies B A x, which is as large as the output, by alpha / rank, and its gradient too. If the scale is a power
+of two, multiplying the ``rank`` numbers A x instead is exact in both directions. Without gradients, the sum is written
+over the product.
 """
 
 import math

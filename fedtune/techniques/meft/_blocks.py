@@ -1,7 +1,8 @@
 """Find a model's stack of transformer blocks and the parts of each block, by structure.
 
-A block is watched while it runs once: two normalisations of the stream's width cut what it runs into an attention and a
-feed-forward part. Parts put together again must give what the block gives, dropout included, or the block is refused.
+A block is recorded while it runs once. Two normalisations of the width of the stream separate the attention part from
+the feed-forward part. Both parts together must compute the same as the block, dropout included; otherwise the block is
+refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -164,9 +165,9 @@ def _append(ran: list[str], name: str, *_: Any) -> None:
 
 @contextmanager
 def use_seeded_train_mode(module: nn.Module) -> Iterator[None]:
-    """Without gradients and with dropout, the same in every such block.
+    """Run the block without gradients and with dropout, always with the same seed.
 
-    Not in scoring mode, in which four-bit layers pack their weights beyond the reach of gradients.
+    In evaluation mode, four-bit layers would repack their weights, which no gradient can pass afterwards.
     """
     before = module.training
     module.train()

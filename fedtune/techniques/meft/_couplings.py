@@ -1,6 +1,6 @@
 """A table of the published couplings, and the plan that makes the blocks of a model two-stream.
 
-Nothing of fedtune is imported: the file travels with an exported model.
+Exported models include a copy of this file, so it imports nothing else of fedtune.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """The two halves of a transformer block, composed of its own modules, and the adapters of MEFT.
 
-Nothing of fedtune is imported: the file travels with an exported model.
+Exported models include a copy of this file, so it imports nothing else of fedtune.
 """
 
 import inspect
@@ -49,7 +49,7 @@ class BlockParts:
 class BottleneckAdapter(nn.Module):
     """A bottleneck beside the frozen layers: down, the block's own activation, dropout, up; no residual inside.
 
-    Its matrices are bare parameters, so that nobody takes them for layers of the block.
+    Its matrices are plain parameters, so that no other code takes them for layers of the block.
     """
 
     def __init__(self, width: int, rank: int, dropout: float, dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class BottleneckAdapter(nn.Module):
 def bind_block_arguments(
     block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, BlockArguments]:
-    """The hidden states a block was called with, and all else by name."""
+    """The hidden states that a block was called with, and all other arguments by name."""
     signature = inspect.signature(type(block).forward)
     (_, _), (_, hidden), *others = signature.bind(block, *args, **kwargs).arguments.items()
     call: dict[str, Any] = {}
@@ -85,12 +85,12 @@ _CACHE = ("past_key_values", "cache", "use_cache")
 
 
 def drop_cache_arguments(call: BlockArguments) -> BlockArguments:
-    """A call without keys and values to remember: a block that runs twice must not add them twice."""
+    """The arguments without a cache of keys and values, because a block that runs twice must not add them twice."""
     return {**call, **{name: None for name in _CACHE if name in call}}
 
 
 def select_batch_rows(call: BlockArguments, rows: int, start: int, count: int) -> BlockArguments:
-    """A call for some of the batch's rows; what has no dimension of them goes to all."""
+    """The arguments for some rows of the batch; arguments without a batch dimension stay as they are."""
     narrow = partial(_narrow, rows=rows, start=start, count=count)
     narrowed: BlockArguments = tree_map_only(Tensor, narrow, dict(call))
     return narrowed

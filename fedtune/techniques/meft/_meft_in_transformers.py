@@ -1,7 +1,7 @@
 """Lets transformers load an exported MEFT model: ``from_pretrained(folder, trust_remote_code=True)``.
 
-No configuration of transformers can say what the blocks compute here, so this file and those it imports travel with the
-weights. The model type is one of its own: without that flag loading is refused rather than done wrong.
+No configuration of transformers can describe these blocks, so the exported folder contains this file and those that it
+imports. The model has its own model type, so that transformers refuses to load it without that flag.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _AUTO = {
 
 
 def export_with_code(model: Any, plan: CouplingPlan) -> None:
-    """Make a model of transformers whose blocks are coupled already save itself with this code."""
+    """Let a transformers model with coupled blocks save itself with this code."""
     [auto_class] = [auto for ending, auto in _AUTO.items() if type(model).__name__.endswith(ending)]
     model.config.__class__ = _class(_PREFIX + type(model.config).__name__)
     model.config.meft = asdict(plan)
@@ -51,7 +51,7 @@ def _class(name: str) -> type[Any]:
 
 
 def _initialiser(base: type[Any]) -> Callable[..., None]:
-    """The plain model, which looks its parts up by the configuration's class, then its blocks coupled."""
+    """Builds the plain model with the plain configuration class, then couples its blocks."""
 
     def initialise(self: Any, config: Any, *others: Any, **settings: Any) -> None:
         held = copy(config)

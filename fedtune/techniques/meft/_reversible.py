@@ -1,8 +1,8 @@
 """Run a two-stream stack without storing its activations: the backward pass recomputes them from the outputs.
 
-The backward pass undoes one block after the other and runs the half whose gradient is due once more, so that one half's
-graph exists at a time. Bit-equal gradients need bit-equal halves: the dropout's seed, the precision and what the model
-passed to each block are those of the forward pass.
+The backward pass reverses one block after the other and reruns each half to get its gradient, so that the graph of one
+half exists at a time. Bit-equal gradients need bit-equal halves: the seed of dropout, the precision and the arguments
+of each block are those of the forward pass.
 """
 
 import math
@@ -113,9 +113,9 @@ class _Chunk(NamedTuple):
 
 @dataclass(eq=False)
 class _BackwardPass:
-    """The way back: the streams ``y`` behind the block that is undone next, their gradients, and those found so far.
+    """The streams ``y`` after the next block to reverse, their gradients, and the gradients of parameters so far.
 
-    Streams and gradients are replaced one by one: a name that outlives its use is memory at the peak.
+    Streams and gradients are replaced one by one, because each variable that lives too long adds to the peak memory.
     """
 
     forward_pass: _ReversiblePass
@@ -152,7 +152,7 @@ class _BackwardPass:
     def rerun_half(
         self, half: Stages, index: int, x: Tensor, d: Tensor | None, inner: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """F or G of ``x`` once more, and the gradient of ``x`` from that of the result; one stage's graph at a time."""
+        """F or G of ``x`` again, and the gradient of ``x`` from that of the result; one graph of a stage at a time."""
         last = x.to(self.forward_pass.dtype, copy=True)
         for stage in half[:-1]:
             with (

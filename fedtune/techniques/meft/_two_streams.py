@@ -9,7 +9,7 @@ A damped coupling has y1 = lambda (x1 - x2) + F(x2). Exact mode: the streams are
 to a grid of 2 ** -grid (so is x2 where it damps), lambda and beta are powers of two. Every sum then fits the 53 bits of
 a double as long as the streams stay in range, and the inverse gives back the very bits.
 
-Nothing of fedtune is imported: the file travels with an exported model.
+Exported models include a copy of this file, so it imports nothing else of fedtune.
 """
 
 from collections.abc import Callable, Sequence
@@ -173,9 +173,9 @@ class ReversibleStack:
         dtype: torch.dtype,
         keep: dict[int, Streams] | None = None,
     ) -> Streams:
-        """All blocks forwards, F and G in ``dtype``; returns the streams behind them.
+        """Run all blocks forwards, with F and G in ``dtype``; returns the last streams.
 
-        Where a block cannot be undone, its outputs go back to the grid and its inputs into ``keep``.
+        If a block cannot be reversed, its outputs are rounded to the grid and its inputs are stored in ``keep``.
         """
         for index, call in enumerate(calls):
             y, whole = self.forward_block(index, x, call, seed, dtype)
@@ -244,9 +244,9 @@ def couple_blocks(model: nn.Module, plan: CouplingPlan, run: StackRunner) -> Rev
 
 
 def _run_block(stack: ReversibleStack, index: int, run: StackRunner, *args: Any, **kwargs: Any) -> Tensor:
-    """Note a block's call; the last one runs them all.
+    """Store a block's arguments; the last block runs all of them.
 
-    So each block keeps its place and its name, and gets what the model's own loop passes to it alone, such as a mask.
+    Each block thus keeps its name, and gets the arguments that the model passes to this block alone, such as a mask.
     """
     hidden, call = bind_block_arguments(stack.blocks[index], args, kwargs)
     stack.calls = [*stack.calls[:index], call]

@@ -12,9 +12,9 @@ __all__ = ["run_frozen_prefix"]
 
 
 def run_frozen_prefix(model: nn.Module, names: Sequence[str], micro_batch_size: int, *, cache_outputs: bool) -> None:
-    """Let the first of the named modules run all of them, ``micro_batch_size`` examples at a time; the others pass on.
+    """Let the first of the named modules run all of them, ``micro_batch_size`` examples at a time.
 
-    With ``cache_outputs`` what comes out is stored on disk, example by example, and never computed twice.
+    The other modules return their input. With ``cache_outputs``, outputs are stored on disk and never computed twice.
     """
     modules = [model.get_submodule(name) for name in names]
     if modules:

@@ -17,7 +17,8 @@ _PER_GROUP = 8
 class LiteResidual(nn.Module):
     """Pool 2 x 2, filter in groups, norm, ReLU, mix pixel by pixel, norm; drawn from the global generator.
 
-    Weights as He et al. 2015 draw them, by fan-out; the last norm's scale starts at 0, so that the net is as it was.
+    Weights are initialised as in He et al. 2015, by fan-out. The scale of the last norm starts at 0, so that the
+    network initially computes the same.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, groups: int) -> None:

@@ -1,6 +1,6 @@
 """A convolution whose input is the product of a tensor and its gate: stores the factors and recomputes the product.
 
-The product's own backward pass keeps both factors anyway, so that a squeeze-excite block holds one wide map less.
+The backward pass of the product stores both factors anyway, so a squeeze-excite block stores one wide tensor less.
 """
 
 from typing import Any

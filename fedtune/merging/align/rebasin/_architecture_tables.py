@@ -1,6 +1,6 @@
-"""Symmetries of published transformers, declared by tensor name: BERT and RoBERTa, GPT-2, Llama and its kin.
+"""Tables of the permutable axes of published transformers by tensor name: BERT, RoBERTa, GPT-2 and Llama.
 
-Exact ones only. One permutation for the residual stream through all layers; the hidden units of each MLP; the heads of
+All are exact. One permutation for the residual stream through all layers; the hidden units of each MLP; the heads of
 each attention layer (see ``HeadLayout``). The vocabulary stays. Words in the tables, one per axis: ``stream``,
 ``hidden``, ``pooled``, parts of heads, ``qkv`` for the three in a row, ``-`` for none.
 """

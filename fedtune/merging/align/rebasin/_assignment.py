@@ -1,7 +1,7 @@
-"""The best order of one permutation's units, others held fixed: assignments, for heads nested in each other.
+"""The best order of the units of one permutation while all others stay: linear assignments, nested for heads.
 
-``gains`` hold per part C [n, n]: what it is worth to put unit j at place i. Verma & Elbayad (arXiv 2403.00986), sec. 3:
-an inner assignment for every pair of heads, and an outer one on what those are worth.
+``gains`` contain the gain C [n, n] of unit j at place i for each part. Verma & Elbayad (arXiv 2403.00986), section 3:
+an inner assignment for each pair of heads, and an outer one on the gains of the pairs.
 """
 
 from collections.abc import Callable, Mapping

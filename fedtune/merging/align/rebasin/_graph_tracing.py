@@ -1,8 +1,8 @@
-"""Symmetries read off a net's graph: multi-layer perceptrons and convolutional nets, plain or residual, any norm.
+"""Find the permutations of a network by tracing it: perceptrons and convolutional networks, plain or residual.
 
-torch.fx traces the net without an input: what a layer does to the channels follows from its kind alone, and a layer or
-function that is not known is named in the error. Every layer that makes channels founds a permutation; what is added
-or multiplied shares one, and what meets the net's input or output cannot be permuted.
+torch.fx traces the network without an input. The type of a layer says how channels pass through it; an unknown layer or
+function is named in the error. Each layer with new output channels begins a permutation. Tensors that are added or
+multiplied share one permutation. Channels of the input and output of the network cannot be permuted.
 """
 
 import operator

@@ -37,7 +37,7 @@ class DellaCombineStep(TaskVectorCombineStep, ABC):
         return BoundCombine(self.model_copy(update={"seed": derive_merge_seed(self.seed, context)}), merge_inputs)
 
     def iter_sparse_chunks(self, index: int, name: str, shape: Shape, merge_input: MergeInput) -> Iterator[Tensor]:
-        """Kept with a probability by rank and, rescaled, divided by it; a tensor of one dimension is one row.
+        """Entries are kept with a probability by rank and, if rescaled, divided by it; a vector is one row.
 
         A density of 1 drops nothing.
         """

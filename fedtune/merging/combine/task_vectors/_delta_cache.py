@@ -26,9 +26,9 @@ class _Pieces:
 
 
 def cache_small_deltas(name: str, shape: Shape, merge_inputs: Sequence[MergeInput]) -> Sequence[MergeInput]:
-    """The merge_inputs with the deltas of one tensor in memory, cut by ``iter_row_chunks``, where they fit the budget.
+    """The merge inputs with the deltas of one tensor in memory, in the chunks of ``iter_row_chunks``, if they fit.
 
-    Each piece is read of all models before the next one, so that a base that keeps its last rows is read once.
+    Each chunk is read from all models before the next one, so that a base that caches its last rows is read once.
     """
     if 4 * math.prod(shape) * len(merge_inputs) > _BUDGET:
         return merge_inputs

@@ -1,8 +1,8 @@
-"""The k largest of a stream by magnitude, ties in order of appearance, without sorting or holding it.
+"""Select the k largest entries of a stream by magnitude, ties in order of appearance, without storing the stream.
 
-Magnitudes of fp32 order like their bits. One pass counts the upper 16 of the 31 bits, a second one the lower 15 of
-those in the one bin where the k-th falls: the threshold is exact, with 2^16 counters whatever the length. A short
-stream's magnitudes are held instead, and partitioned: one pass, and less than half of the time.
+Magnitudes in fp32 have the order of their bits. One pass counts the upper 16 of the 31 bits, a second one the lower 15
+bits in the bin that contains the k-th largest. The threshold is exact and needs 2^16 counters for any length. The
+magnitudes of a short stream are stored and partitioned instead, which takes one pass and less than half of the time.
 """
 
 import math

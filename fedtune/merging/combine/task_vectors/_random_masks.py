@@ -28,10 +28,9 @@ def drop_at_random(stream: Iterable[Tensor], density: float, random: torch.Gener
 def drop_by_rank(
     stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator, *, rescale: bool = True
 ) -> Iterator[Tensor]:
-    """Each entry of a row [rows, width] kept with a probability p by its magnitude's rank and, rescaled, divided by it.
+    """Keep each entry of a row [rows, width] with a probability p by the rank of its magnitude, and rescale by p.
 
-    p rises evenly from density - epsilon for the smallest to density + epsilon for the largest. No piece is held
-    between two.
+    p rises linearly from density - epsilon for the smallest entry to density + epsilon for the largest.
     """
 
     def drop(piece: Tensor) -> Tensor:

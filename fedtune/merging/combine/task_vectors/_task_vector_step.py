@@ -2,9 +2,10 @@
 
 The published names differ in how a delta is sparsified, whether signs are elected, and in their settings.
 
-Low-rank pairs: with A common to all models, sum_i c_i (B_i A) = (sum_i c_i B_i) A, so a sum may act on B alone, and so
-may one of entries dropped at random and rescaled, in the mean. What elects signs or keeps the largest may not: for any
-invertible M the pairs (B_i M)(M^-1 A) are the same products, but other entries of B_i M win. It is refused there.
+Low-rank pairs: if A is common to all models, sum_i c_i (B_i A) = (sum_i c_i B_i) A. A sum can therefore act on B alone,
+and so can, on average, a sum of entries that are dropped at random and rescaled. Steps that elect signs or keep the
+largest entries cannot: for any invertible M, the pairs (B_i M)(M^-1 A) have the same products, but other entries of
+B_i M win. Such steps are refused for one factor.
 """
 
 import math
