@@ -28,7 +28,7 @@ def drop_at_random(stream: Iterable[Tensor], density: float, random: torch.Gener
 def drop_by_rank(
     stream: Iterable[Tensor], density: float, epsilon: float, random: torch.Generator, *, rescale: bool = True
 ) -> Iterator[Tensor]:
-    """Keep each entry of a row [rows, width] with a probability p by the rank of its magnitude, and rescale by p.
+    """Keep each entry of a row [rows, width] with a probability p by its rank; divide it by p if ``rescale``.
 
     p rises linearly from density - epsilon for the smallest entry to density + epsilon for the largest.
     """
