@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedtune.errors import ClientUpdateError
-from fedtune.techniques._places import declare_positions, pack_positions, scatter_positions
+from fedtune.techniques.pruning._packed_positions import declare_positions, pack_positions, scatter_positions
 from fedtune.wire.client_update import pack
 from fedtune.wire.update_checks import check
 

@@ -157,7 +157,7 @@ def _merged(
     figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged, increments = merging.merge_round(pipeline, select_active_values(state, found), names, contributions, told)
     extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
-    weights = pipeline.combine.weights([one.num_examples for one in contributions])
+    weights = pipeline.combine.compute_client_weights([one.num_examples for one in contributions])
     answers = [
         techniques.ExtraPayload(weight, one.read_tensors(extras))
         for weight, one in zip(weights, contributions, strict=True)
