@@ -13,6 +13,7 @@ from fedtune.seeds import derive_seed
 from fedtune.tracking import DeviceRecord
 
 __all__ = [
+    "check_base_for_devices",
     "check_enough_eligible_clients",
     "check_enough_enrolled_devices",
     "count_cohort",
@@ -67,13 +68,17 @@ def check_enough_eligible_clients(recipe: Recipe) -> None:
         )
 
 
-def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
-    """RecipeError for a base devices cannot have, or when a recipe selects and too few devices are enrolled for it."""
+def check_base_for_devices(recipe: Recipe) -> None:
+    """Raise RecipeError for a base model that devices cannot load: they have no run store."""
     if recipe.model.source.startswith("run:"):
         raise RecipeError(
             f"model.source is {recipe.model.source}, and devices have no run store; export it, put the folder on every "
             "device and name it: path:FOLDER"
         )
+
+
+def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> None:
+    """Raise RecipeError if a recipe selects devices and too few of those that are enrolled qualify."""
     select = recipe.federation.selection
     found = sum(is_device_eligible(select, device) for device in devices)
     if select.has_criteria and found < recipe.num_clients:

@@ -28,7 +28,7 @@ from fedtune.server.gateway.tls_errors import small_buffers
 from fedtune.server.gateway.uploads import Uploads
 from fedtune.server.keeping import Health, ServerMaintenance, Telling, kept_going
 from fedtune.server.presence import Presence
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from fedtune.server.run_manager import RunManager
 from fedtune.server.server_home import ServerHome
 from fedtune.tracking import Store
@@ -60,7 +60,7 @@ def _serve(place: ServerHome, say: Telling) -> None:
         open_listening_socket(place) as listener,
         Store.open() as store,
         _superlink(place) as superlink,
-        closing(RecipeCheck()) as check,
+        closing(RecipeCheckProcess()) as check,
     ):
         presence = Presence(lambda: superlink.get_control_client().list_online_nodes())
         manager = RunManager(store, superlink, presence, paths.get_home_folder(), place.settings.deadline)
@@ -97,7 +97,7 @@ def _door(
     presence: Presence,
     audit: AuditLog,
     health: Health,
-    check: RecipeCheck,
+    check: RecipeCheckProcess,
     connections: Connections,
 ) -> Starlette:
     guard, ca = Authenticator(store.access), place.ca_file.read_text()

@@ -16,9 +16,9 @@ from fedtune.server.gateway.access_api import read_tags
 from fedtune.server.gateway.authentication import Authenticator
 from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.server.presence import Presence
-from fedtune.server.privacy_accounting import require_privacy_accountant
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from fedtune.server.run_manager import RunManager
+from fedtune.server.selection import check_base_for_devices
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.run_json import make_run_document
 
@@ -35,7 +35,7 @@ class OperatorApi:
     guard: Authenticator
     audit: AuditLog
     control: Callable[[], ControlClient]
-    check: RecipeCheck
+    check: RecipeCheckProcess
 
     def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -43,8 +43,9 @@ class OperatorApi:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
             raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
-        require_privacy_accountant(recipe)
-        run = self.manager.submit_run(self.check.whole(recipe))
+        check_base_for_devices(recipe)
+        checked = self.check.check_recipe(recipe)
+        run = self.manager.submit_run(checked)
         self.audit.record_action(who, f"run {run} submitted")
         return {"run": run}
 
