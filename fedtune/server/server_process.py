@@ -63,7 +63,7 @@ def _serve(place: ServerHome, say: Telling) -> None:
         closing(RecipeCheckProcess()) as check,
     ):
         presence = Presence(lambda: superlink.get_control_client().list_online_nodes())
-        manager = RunManager(store, superlink, presence, paths.get_home_folder(), place.settings.deadline)
+        manager = RunManager(store, superlink, presence, paths.get_home_folder(), place.settings.default_deadline)
         audit, health = AuditLog(store.access), Health()
         store.compact()
         listener.connections = connections_of(place, audit)
