@@ -24,7 +24,7 @@ from fedtune.flower.message_identity import set_node_identity
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe.schema import Unit
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.wire.client_update import ClientReport, pack
 
 COUNTS = (1, 4, 16, 64)
@@ -54,9 +54,8 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        _, sent = receive_update(
-            reply(client, folder / "sent"), client, "phone", ClassPayload({}, SHAPES, {}), None, folder
-        )
+        expected = ExpectedReply(client, "phone", ClassPayload({}, SHAPES, {}))
+        _, sent = receive_update(reply(client, folder / "sent"), expected, folder)
         assert sent is not None
         contributions.append(sent)
     merged = merging.merge_client_updates(merging.build_pipeline([Unit(name="mean")]), state, SHAPES, contributions)

@@ -21,7 +21,7 @@ from fedtune.recipe.schema import PrivacySettings, Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.seeds import derive_seed
 from fedtune.server.bases import Bases
-from fedtune.server.client_scoring import draw_scorers, score_by_clients
+from fedtune.server.client_scoring import ClientScoring, draw_scorers
 from fedtune.server.events import Unscored, describe_unscored_clients
 from fedtune.server.reports import read_score
 from fedtune.server.run_clients import RunClients
@@ -192,7 +192,8 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
     with silent() as events:
         state = get_model_state(shop.model, shop.shared_names)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))
-        found = score_by_clients(Unreliable(6, SequentialWorkers(app)), shop, "run", sending, crew, state, 1, 0.0)
+        asking = ClientScoring(Unreliable(6, SequentialWorkers(app)), shop, "run", sending)
+        found = asking.score_by_clients(crew, state, 1, 0.0)
     assert {one.client for one in found} == {3}
     [told] = [event for event in events if isinstance(event, Unscored)]
     assert told.asked == 5

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fedtune.errors import ClientUpdateError
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.reports import read_report
 from fedtune.tracking import ClientRecord
 from fedtune.tracking.run_summary import compute_train_loss
@@ -77,7 +77,7 @@ def receive_from(tmp_path: Path, payload: bytes, part: ClassPayload) -> ClientRe
     set_message_id(message, "1")
     deltas = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     reply = Message(RecordDict({"delta": deltas, "report": MetricRecord(GOOD)}), reply_to=message)
-    return receive_update(reply, 0, "phone", part, None, tmp_path)[0]
+    return receive_update(reply, ExpectedReply(0, "phone", part), tmp_path)[0]
 
 
 def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written(

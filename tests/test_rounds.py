@@ -21,7 +21,7 @@ from fedtune.errors import RunError
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.recipe.schema import Recipe
 from fedtune.server.class_payloads import ClassPayload
-from fedtune.server.replies import receive_update
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation.workers import ClientResult, SequentialWorkers
 from fedtune.wire.client_update import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
@@ -279,7 +279,9 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     set_message_id(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99)
+    record, sent = receive_update(
+        reply, ExpectedReply(7, "phone", ClassPayload({}, shapes, {}), bytes_down=99), tmp_path
+    )
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.read_rows("weight", 1, 4), deltas["weight"][1:4])
@@ -300,6 +302,6 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
     reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
-    record, _ = receive_update(reply, 7, "phone", ClassPayload({}, shapes, {}), None, tmp_path)
+    record, _ = receive_update(reply, ExpectedReply(7, "phone", ClassPayload({}, shapes, {})), tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

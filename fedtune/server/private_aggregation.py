@@ -15,15 +15,17 @@ from fedtune.merging import MergeContext, MergePipeline, RelaxStep
 from fedtune.privacy import NormalStream, compute_max_update_norm, compute_mean_noise_std, load_or_create_noise_key
 from fedtune.recipe.schema import Recipe
 from fedtune.wire.client_update import ClientUpdate
+from fedtune.wire.update_checks import NormLimit
 
 __all__ = ["append_noise_step", "get_norm_limit", "weight_clients_equally"]
 
 
-def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> tuple[float | None, str]:
-    """The norm above which a contribution is refused, and the recipe's key that says so."""
+def get_norm_limit(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> NormLimit:
+    """The norm above which an update of these shapes is refused."""
     if recipe.privacy is None:
-        return recipe.federation.max_update_norm, "federation.max_update_norm"
-    return compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes)), "privacy.clipping_norm"
+        return NormLimit(recipe.federation.max_update_norm, "federation.max_update_norm")
+    largest = compute_max_update_norm(recipe.privacy, sum(math.prod(shape) for shape in shapes))
+    return NormLimit(largest, "privacy.clipping_norm")
 
 
 def weight_clients_equally(recipe: Recipe, contributions: Sequence[ClientUpdate]) -> list[ClientUpdate]:

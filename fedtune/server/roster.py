@@ -28,14 +28,14 @@ class Roster:
     def __init__(self, store: Store, run: str, recipe: Recipe, grid: Grid) -> None:
         self._store, self._run, self._recipe, self._grid = store, run, recipe, grid
         self._quorum = recipe.federation.quorum
-        self.seated = bool(store.access.list_assignments(run))
+        self.has_devices = bool(store.access.list_assignments(run))
 
     def assemble(self) -> RunClients:
         """The crew, as soon as enough of it are enrolled and connected."""
-        if self.seated:
+        if self.has_devices:
             self.wait()
         return wait_for_clients(
-            self._grid, self._recipe, self._seats(), removed=self.list_removed_clients if self.seated else tuple
+            self._grid, self._recipe, self._seats(), removed=self.list_removed_clients if self.has_devices else tuple
         )
 
     def list_removed_clients(self) -> list[int]:
@@ -65,7 +65,7 @@ class Roster:
 
     def refresh_devices(self, crew: RunClients, asking: RoundScheduler) -> RunClients:
         """The crew with the devices as they are enrolled now; ``asking`` hears whom the next round may ask."""
-        if not self.seated:
+        if not self.has_devices:
             return crew
         there = self.wait()
         nodes = [int(seat.node) for seat in self._seats()]
