@@ -27,10 +27,10 @@ class LocalData:
         self._key: tuple[str, str] | None = None
         self._held: tuple[RunContext, Rows] | None = None
 
-    def get_context(self, order: TrainRequest) -> tuple[RunContext, Rows]:
-        """The workshop for an order and the rows of its training part that are this device's."""
-        recipe = Recipe.model_validate_json(order.recipe).get_client_recipe(order.client)
-        key = (recipe.model_dump_json(), order.labels)
+    def get_context(self, request: TrainRequest) -> tuple[RunContext, Rows]:
+        """The workshop for an request and the rows of its training part that are this device's."""
+        recipe = Recipe.model_validate_json(request.recipe).get_client_recipe(request.client)
+        key = (recipe.model_dump_json(), request.label_names)
         if self._held is None or self._key != key:
             self._held = None  # the last model is let go of before the next is loaded
             clear_run_context()
@@ -39,7 +39,7 @@ class LocalData:
             if self._source.startswith("part:"):
                 self._held = _part(recipe, self._source)
             else:
-                self._held = _own(recipe, tuple(json.loads(order.labels)), self._source)
+                self._held = _own(recipe, tuple(json.loads(request.label_names)), self._source)
             self._key = key
         return self._held
 

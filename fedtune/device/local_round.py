@@ -31,7 +31,7 @@ def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mappin
 
 
 def run_local_round(
-    order: TrainRequest,
+    request: TrainRequest,
     state: Mapping[str, Tensor],
     shop: RunContext,
     rows: NDArray[np.int64],
@@ -40,34 +40,34 @@ def run_local_round(
 ) -> tuple[bytes, ClientReport]:
     """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
 
-    An order to score brings no deltas, and a report of scores alone.
+    A request to score brings no deltas, and a report of scores alone.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
-    part = shop.for_client(order.client)
-    if order.scoring:
-        return pack({}), _scored(order, state, part, shop.train, rows, folder)
-    state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
+    part = shop.for_client(request.client)
+    if request.scoring:
+        return pack({}), _scored(request, state, part, shop.train, rows, folder)
+    state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
     outcome = train_local_model(
-        part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
+        part.model, part.techniques, state, shop.train, rows, part.recipe, request.round, request.client, own, micro
     )
     if outcome.local_tensors:
-        local_state.save_local_state(folder, order.round, outcome.local_tensors)
+        local_state.save_local_state(folder, request.round, outcome.local_tensors)
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
     loss = outcome.train_loss if len(rows) - held_out >= FEWEST else math.nan
     scores = _told(outcome.holdout_metrics, outcome.trained_score) if held_out >= FEWEST else {}
     cost = outcome.num_examples, loss, outcome.seconds, outcome.activation_bytes, outcome.peak_rss
-    report = ClientReport(*cost, micro_batch=micro or 0, **scores)
+    report = ClientReport(*cost, micro_batch_size=micro, **scores)
     deltas, privacy = select_active_values(outcome.delta, find_masks(state)), part.recipe.privacy
     if privacy is None:
         return pack({**deltas, **outcome.extra_payload}), report
-    sent = make_update_private(deltas, outcome.extra_payload, privacy, order, folder)
+    sent = make_update_private(deltas, outcome.extra_payload, privacy, request, folder)
     return pack(sent), redact_report(report) if privacy.noise_added_by == "clients" else report
 
 
 def _scored(
-    order: TrainRequest,
+    request: TrainRequest,
     state: Mapping[str, Tensor],
     part: RunContext,
     data: EncodedDataset,
@@ -77,8 +77,8 @@ def _scored(
     """The report of a client that scores the state after a round; with privacy no score leaves it."""
     started, recipe = time.perf_counter(), part.recipe
     reset_peak_rss()
-    own = _own(part, folder, order.round + 1)
-    score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
+    own = _own(part, folder, request.round + 1)
+    score = score_received(part.model, part.techniques, state, data, rows, recipe, request.round, request.client, own)
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)
@@ -93,6 +93,10 @@ def _told(before: HoldoutMetrics, after: HoldoutMetrics | None = None) -> dict[s
     """Fields of a report; with nothing held out there is nothing to tell."""
     if not before.num_predictions:
         return {}
-    first = {"own_predictions": before.num_predictions, "own_loss": before.loss, "own_accuracy": before.accuracy}
-    trained = {} if after is None else {"own_after": [after.loss, after.accuracy, *after.more]}
-    return {**first, "own_more": list(before.more), **trained}
+    first = {
+        "num_holdout_predictions": before.num_predictions,
+        "holdout_loss": before.loss,
+        "holdout_accuracy": before.accuracy,
+    }
+    trained = {} if after is None else {"trained_holdout_metrics": [after.loss, after.accuracy, *after.more]}
+    return {**first, "extra_holdout_metrics": list(before.more), **trained}

@@ -19,7 +19,7 @@ from fedtune.device.retry import RECOVERED_MESSAGE, RetryLoop
 from fedtune.device.server_clock import ServerClock
 from fedtune.device.trainer_channel import STATE, Frame
 from fedtune.device.trainer_supervisor import TrainerSupervisor
-from fedtune.errors import StoreError, UnexpectedReplyError
+from fedtune.errors import DeviceError, StoreError, UnexpectedReplyError
 from fedtune.flower.fleet_client import FleetClient, ObsoleteRequestError
 from fedtune.wire import error_codes
 from fedtune.wire.protocol_codes import Problem, parse_problem
@@ -129,9 +129,11 @@ class DeviceNode:
         try:
             frame = self._until_done(partial(self._fetch, order))
             number = int(frame.header["round"])
+        except DeviceError as error:  # another version of the protocol
+            self._say(str(error))
+            return _without_update(Problem(error.code, error.counts), str(error))
         except (KeyError, TypeError, ValueError) as error:
-            problem = Problem("order-unreadable")
-            return Frame({"kind": "failed", "problem": problem.text, "detail": repr(error)})
+            return _without_update(Problem("order-unreadable"), repr(error))
         self._note("scoring" if frame.header.get("scoring") else "training", round=number)
         answer = self._keeper.run_request(frame)
         self._home.drop_state()
@@ -155,7 +157,9 @@ class DeviceNode:
     def _report(self, number: int, answer: Frame) -> None:
         kind, said = answer.header["kind"], answer.header
         if kind == "trained":
-            done = f"trained {count} examples" if (count := said["report"]["examples"]) else "scored the shared model"
+            done = (
+                f"trained {count} examples" if (count := said["report"]["num_examples"]) else "scored the shared model"
+            )
             self._say(f"round {number}: {done} in {said['seconds']:.1f} s")
             self._introduce(said["holding"])
         else:
@@ -216,3 +220,7 @@ class DeviceNode:
         while not over.wait(_BEAT_SECONDS):
             with suppress(httpx.HTTPError, UnexpectedReplyError):
                 self._fleet.send_heartbeat()
+
+
+def _without_update(problem: Problem, detail: str) -> Frame:
+    return Frame({"kind": "failed", "problem": problem.text, "detail": detail})

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -61,21 +60,23 @@ class Trainer:
             detail = str(error) if isinstance(error, FedtuneError) else repr(error)
             return Frame({"kind": kind, "problem": problem_of(error).text, "detail": detail})
 
-    def _train(self, order: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
-        shop, rows = self._supply.get_context(order)
-        state = _state(payload, shop, order.client)  # before it is looked what is held
+    def _train(self, request: TrainRequest, payload: bytes | Path, fits: Callable[[], None]) -> Frame:
+        shop, rows = self._supply.get_context(request)
+        state = _state(payload, shop, request.client)  # before it is looked what is held
         if self._looked is not shop:
-            self._micro = choose_micro_batch_size(shop, rows, order.round, self._budget, self._halvings)
+            self._micro = choose_micro_batch_size(shop, rows, request.round, self._budget, self._halvings)
             self._looked = shop
         fits()
-        folder = DeviceHome().get_local_state_folder(order.run)
+        folder = DeviceHome().get_local_state_folder(request.run_id)
         leave_others(folder)
-        deltas, report = run_local_round(order, state, shop, rows, folder, self._micro)
-        return Frame({"kind": "trained", "report": asdict(report), "holding": summarise_local_data(shop, rows)}, deltas)
+        deltas, report = run_local_round(request, state, shop, rows, folder, self._micro)
+        return Frame(
+            {"kind": "trained", "report": report.to_fields(), "holding": summarise_local_data(shop, rows)}, deltas
+        )
 
 
 def _state(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
-    """The state an order begins with; ContributionError when what came is none of this model's."""
+    """The state a request begins with; ContributionError when what came is none of this model's."""
     try:
         return read_payload(payload, shop, client)
     except (ClientUpdateError, StoreError) as error:

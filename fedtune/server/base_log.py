@@ -69,9 +69,9 @@ class BaseLog:
                 return
             total += self._logged[place].path.stat().st_size
 
-    def get_digest_before(self, number: int) -> str:
-        """The digest of the base that round ``number`` began with; "" where its file is not there."""
-        return next((one.before for one in self._logged if one.number == number), "")
+    def get_digest_before(self, number: int) -> str | None:
+        """The digest of the base that round ``number`` began with; None where its file is not there."""
+        return next((one.before for one in self._logged if one.number == number), None)
 
     def list_rounds_between(self, before: str, after: str) -> list[Logged] | None:
         """The newest rounds, in order, if they lead from one base to another; None when they do not."""

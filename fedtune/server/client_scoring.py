@@ -125,4 +125,4 @@ def _read(reply: Message) -> HoldoutMetrics | str:
         score = read_score(reply.content.metric_records.get("report"))
     except ClientUpdateError as error:
         return f"refused: {clean_text(error)}"
-    return score if score.num_predictions else f"it holds out fewer than {FEWEST} examples"
+    return score or f"it holds out fewer than {FEWEST} examples"

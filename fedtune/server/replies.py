@@ -61,17 +61,19 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         client=expected.client,
         device=expected.device,
         status="merged",
-        reason=f"in micro-batches of {report.micro_batch}, to fit its memory" if report.micro_batch else "",
-        examples=report.examples,
+        reason=f"in micro-batches of {report.micro_batch_size}, to fit its memory" if report.micro_batch_size else "",
+        examples=report.num_examples,
         bytes_down=expected.bytes_down,
         bytes_up=path.stat().st_size,
         seconds=report.seconds,
-        saved_bytes=report.saved_bytes,
-        peak_rss=report.peak_rss,
+        saved_bytes=report.activation_memory,
+        peak_rss=report.peak_memory,
         norm=norm,
         loss=report.loss,
     )
-    return record, ClientUpdate(expected.client, report.examples, path, report.local_metrics, report.trained)
+    return record, ClientUpdate(
+        expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics
+    )
 
 
 def scale_by_staleness(
