@@ -41,15 +41,9 @@ MANY_PARAMETERS = {
     "make_conv_norm": "the arguments of torch's convolution",
     "__init__": "an inverted residual block: the columns of the table in the MobileNetV3 paper",
     # The rest waits for values that travel together: a client's round, a run's context, a merge's settings.
-    "_run_extra_backward": "to be grouped",
-    "_run_steps": "to be grouped",
-    "compute_uploaded_statistics": "to be grouped",
-    "evaluate_model": "to be grouped",
     "match_activations": "to be grouped",
     "merge_adapters": "to be grouped",
     "piece": "to be grouped",
-    "score_received": "to be grouped",
-    "train_local_model": "to be grouped",
     "write_merged_adapter": "to be grouped",
 }
 BARE_NAMES = split_words(
