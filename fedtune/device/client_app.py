@@ -27,11 +27,11 @@ deployed = ClientApp()
 def train_round(message: Message, _: Context) -> Message:
     """Train from the state in the message and reply with the deltas and a report."""
     request = TrainRequest(**train_messages.read_train_request(message.content))  # type: ignore[arg-type]
-    shop = get_run_context(request.recipe)
+    run_context = get_run_context(request.recipe)
     own = paths.get_runs_folder() / request.run_id / "own" / f"client-{request.client:06d}"
     payload = train_messages.state_file(message.content) or train_messages.read_shared_state(message.content)
-    state = read_payload(payload, shop, request.client)
-    deltas, report = run_local_round(request, state, shop, shop.client_rows[request.client], own)
+    state = read_payload(payload, run_context, request.client)
+    deltas, report = run_local_round(request, state, run_context, run_context.client_rows[request.client], own)
     return Message(train_messages.make_update_record(deltas, report.to_fields()), reply_to=message)
 
 

@@ -25,7 +25,7 @@ __all__ = ["leave_others", "with_base"]
 State = Mapping[str, Tensor]
 
 
-def with_base(request: TrainRequest, sent: State, part: RunContext, folder: Path) -> State:
+def with_base(request: TrainRequest, sent: State, context: RunContext, folder: Path) -> State:
     """The state of an request with its base weights whole, which are kept in ``folder`` for the next one.
 
     DeviceError with the code ``base-lacking`` where the device does not hold what the request counts on.
@@ -33,13 +33,15 @@ def with_base(request: TrainRequest, sent: State, part: RunContext, folder: Path
     if request.base_digest is None:
         return sent
     transposed = {
-        pair.base: pair.transposed for pair in techniques.list_low_rank_pairs(part.techniques, part.model) if pair.base
+        pair.base: pair.transposed
+        for pair in techniques.list_low_rank_pairs(context.techniques, context.model)
+        if pair.base
     }
     rest, steps = split_increments(sent)
     if request.held_digest is None:
         base = {name: rest.pop(name) for name in transposed}
     else:
-        held = _held(request.held_digest, list(transposed), part, folder)
+        held = _held(request.held_digest, list(transposed), context, folder)
         base = {name: add_increments(held[name], name, steps, turned) for name, turned in transposed.items()}
         if checkpoint.hash_tensors(base) != request.base_digest:
             raise _lacking()
@@ -55,14 +57,14 @@ def leave_others(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _held(digest: str, names: Sequence[str], part: RunContext, folder: Path) -> State:
+def _held(digest: str, names: Sequence[str], context: RunContext, folder: Path) -> State:
     """The base with this digest, from its file or, before the first round, from the model as it was built.
 
     What the model holds is kept too: once it has trained it is another one.
     """
     with suppress(StoreError):
         return StoredState(_path(folder, digest))
-    tensors = named_tensors(part.model)
+    tensors = named_tensors(context.model)
     built = {name: precise(tensors[name].detach()) for name in names}
     if checkpoint.hash_tensors(built) != digest:
         raise _lacking()

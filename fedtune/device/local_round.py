@@ -24,33 +24,33 @@ from fedtune.wire.stored_state import StoredState
 __all__ = ["read_payload", "run_local_round"]
 
 
-def read_payload(payload: bytes | Path, shop: RunContext, client: int) -> Mapping[str, Tensor]:
+def read_payload(payload: bytes | Path, context: RunContext, client: int) -> Mapping[str, Tensor]:
     """The state that a client is sent; one in a file is read tensor by tensor, so that no copy of it is held."""
     sent = StoredState(payload) if isinstance(payload, Path) else decode_tensors(payload)
-    return decode_masked_state(sent, get_tensor_shapes(shop.for_client(client).model))
+    return decode_masked_state(sent, get_tensor_shapes(context.for_client(client).model))
 
 
 def run_local_round(
     request: TrainRequest,
     state: Mapping[str, Tensor],
-    shop: RunContext,
+    context: RunContext,
     rows: NDArray[np.int64],
     folder: Path,
     micro: int | None = None,
 ) -> tuple[bytes, ClientReport]:
-    """Train from ``state`` on ``rows`` of the workshop's training part: the deltas and a report.
+    """Train from ``state`` on ``rows`` of the run context's training part: the deltas and a report.
 
     A request to score brings no deltas, and a report of scores alone.
 
     What the client keeps for itself rests in ``folder``, which is its own in this run. At most ``micro`` examples go
     through the model at a time. A loss or a score over fewer than ``FEWEST`` examples is not told.
     """
-    part = shop.for_client(request.client)
+    part = context.for_client(request.client)
     if request.scoring:
-        return pack({}), _scored(request, state, part, shop.train, rows, folder)
+        return pack({}), _scored(request, state, part, context.train, rows, folder)
     state, own = with_base(request, state, part, folder), _own(part, folder, request.round)
     client = ClientRound(
-        part.model, part.techniques, part.recipe, shop.train, rows, request.round, request.client, own, micro
+        part.model, part.techniques, part.recipe, context.train, rows, request.round, request.client, own, micro
     )
     outcome = train_local_model(client, state)
     if outcome.local_tensors:

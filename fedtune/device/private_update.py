@@ -26,7 +26,7 @@ def make_update_private(
     """The deltas, clipped and, with ``where: client``, noised by the secret in ``folder``, which is the client's own.
 
     The noise also depends on what it is added to: the same round begun again sends the same bits, and another
-    contribution in its place never has the same noise. ContributionError when more than deltas would be sent.
+    contribution in its place never has the same noise. ClientUpdateError when more than deltas would be sent.
     """
     if extras:
         raise ClientUpdateError(f"it would send {min(extras)}, which is neither clipped nor noised; update the recipe")

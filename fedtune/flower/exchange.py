@@ -84,6 +84,6 @@ def stream_replies(
 def _push(grid: Grid, messages: Mapping[int, Message], removed: Callable[[int], None]) -> dict[str, int]:
     """Send messages; whose they are, by the numbers of those that were sent."""
     sent = list(zip(grid.push_messages(messages.values()), messages, strict=True))
-    for client in (client for number, client in sent if not number):
+    for client in (client for message_id, client in sent if not message_id):
         removed(client)
-    return {number: client for number, client in sent if number}
+    return {message_id: client for message_id, client in sent if message_id}

@@ -78,7 +78,7 @@ class ClientScoring:
         def note_removed(client: int) -> None:
             found[client] = DEVICE_REMOVED
 
-        with open_spool(self.run_id, payloads.number) as spool:
+        with open_spool(self.run_id, payloads.round_number) as spool:
             folder = spool if clients.shares_disk else None
             downloads = Downloads(payloads, self.sending.bases, folder, deployed=False)
             messages = self.sending.scoring_messages(scorers, clients, downloads)

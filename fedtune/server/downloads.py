@@ -37,7 +37,7 @@ class Downloads:
     """
 
     def __init__(self, parts: RoundPayloads, bases: Bases, folder: Path | None, deployed: bool) -> None:
-        self.parts, self.number = parts, parts.number
+        self.parts, self.round_number = parts, parts.round_number
         self._bases, self._folder, self._deployed = bases, folder, deployed
         self._made: dict[tuple[int, str | None], Download] = {}
 
@@ -70,7 +70,7 @@ class Downloads:
         return Download(pack(tensors), size, self._base(), held)
 
     def _base(self) -> str | None:
-        return self._bases.digest(self.number, self.parts.state)
+        return self._bases.digest(self.round_number, self.parts.state)
 
 
 def _file(wire: State, folder: Path) -> Path:

@@ -50,7 +50,7 @@ class NoiseStep(RelaxStep):
 
 
 def append_noise_step(
-    recipe: Recipe, pipeline: MergePipeline, run: str, number: int, contributions: Sequence[ClientUpdate]
+    recipe: Recipe, pipeline: MergePipeline, run: str, round_number: int, contributions: Sequence[ClientUpdate]
 ) -> MergePipeline:
     """The merge, with noise for the mean of these contributions at its end where the server is to add it.
 
@@ -62,6 +62,8 @@ def append_noise_step(
     content = hashlib.sha256("".join(hash_file(one.path) for one in contributions).encode()).hexdigest()
     each = compute_mean_noise_std(recipe.privacy, len(contributions))
     noise = NoiseStep(
-        noise_std=each, secret=load_or_create_noise_key(paths.get_runs_folder() / run), purpose=(run, number, content)
+        noise_std=each,
+        secret=load_or_create_noise_key(paths.get_runs_folder() / run),
+        purpose=(run, round_number, content),
     )
     return pipeline._replace(relax=(*pipeline.relax, noise))

@@ -17,7 +17,7 @@ MERGE_ERRORS = (ArithmeticError, ClientUpdateError, RecipeError, torch.linalg.Li
 
 
 def require_finite(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state; ContributionError when a value of it is not finite."""
+    """The state; ClientUpdateError when a value of it is not finite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ClientUpdateError(f"it gave values in {name} that are not finite; the state stays as it was")

@@ -31,9 +31,9 @@ def is_eligible(select: ClientSelection, name: str, tags: Collection[str], memor
 
 
 def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
-    """Whether an enrolled device may; of its own word only the memory counts, and none is told before it joins.
+    """Whether an enrolled device meets the selection criteria and is not quarantined.
 
-    One that is quarantined may not.
+    Operators set the tags. The device itself reports only its memory, which counts as 0 until it joins.
     """
     if device.quarantined:
         return False
@@ -90,12 +90,12 @@ def check_enough_enrolled_devices(recipe: Recipe, devices: Sequence[DeviceRecord
 
 def sample_cohort(
     recipe: Recipe,
-    number: int,
+    round_number: int,
     among: Sequence[int] | None = None,
     last: Mapping[int, int] = {},
     asked: int | None = None,
 ) -> list[int]:
-    """The clients of round ``number`` in ascending order, ``among`` those that qualify, by default all.
+    """The clients of round ``round_number`` in ascending order, ``among`` those that qualify, by default all.
 
     ``last`` says for each client which round last asked it; only ``sampling: least-recent`` looks at it. ``asked`` is
     how many, by default as the recipe says.
@@ -103,14 +103,14 @@ def sample_cohort(
     there = range(recipe.num_clients) if among is None else among
     count = count_cohort(recipe, there) if asked is None else asked
     if recipe.federation.selection.sampling == "least-recent":
-        return sorted(rank_clients(recipe, number, there, last)[:count])
-    random = np.random.default_rng(derive_seed(recipe.seed, number, "sample"))
+        return sorted(rank_clients(recipe, round_number, there, last)[:count])
+    random = np.random.default_rng(derive_seed(recipe.seed, round_number, "sample"))
     return sorted(there[place] for place in random.choice(len(there), count, replace=False))
 
 
-def rank_clients(recipe: Recipe, number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
-    """All clients ``among`` in the order in which round ``number`` would rather have them."""
-    random = np.random.default_rng(derive_seed(recipe.seed, number, "order"))
+def rank_clients(recipe: Recipe, round_number: int, among: Sequence[int], last: Mapping[int, int]) -> list[int]:
+    """All clients ``among`` in the order in which round ``round_number`` would rather have them."""
+    random = np.random.default_rng(derive_seed(recipe.seed, round_number, "order"))
     drawn = [among[place] for place in random.permutation(len(among))]
     if recipe.federation.selection.sampling == "random":
         return drawn

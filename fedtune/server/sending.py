@@ -38,7 +38,7 @@ class Sending:
         for client in clients:
             download = self._download(client, downloads)
             shared.setdefault(id(download), (download, []))[1].append(client)
-        return _made(self._request, run_clients, shared.values(), downloads.number)
+        return _made(self._request, run_clients, shared.values(), downloads.round_number)
 
     def scoring_messages(
         self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads
@@ -49,14 +49,14 @@ class Sending:
         for client in clients:
             download = replace(downloads.get_for_client(client, whole=True), base_digest=None)
             shared.setdefault(id(download.payload), (download, []))[1].append(client)
-        return _made(replace(self._request, scoring=True), run_clients, shared.values(), downloads.number)
+        return _made(replace(self._request, scoring=True), run_clients, shared.values(), downloads.round_number)
 
     def _download(self, client: int, downloads: Downloads) -> Download:
         """What a client is sent now, whose bytes count from here on."""
         begun, before = self._asked.get(client, (0, 0))
-        again = begun == downloads.number
+        again = begun == downloads.round_number
         download = downloads.get_for_client(client, whole=again)
-        self._asked[client] = downloads.number, download.size + (before if again else 0)
+        self._asked[client] = downloads.round_number, download.size + (before if again else 0)
         return download
 
     def _expect(self, clients: Sequence[int], run_clients: RunClients, downloads: Downloads) -> None:
@@ -73,11 +73,11 @@ class Sending:
 
 
 def _made(
-    request: TrainRequest, run_clients: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], number: int
+    request: TrainRequest, run_clients: RunClients, shared: Iterable[tuple[Download, Sequence[int]]], round_number: int
 ) -> dict[int, Message]:
-    """The request of round ``number`` to each client, with the download it shares."""
+    """The request of round ``round_number`` to each client, with the download it shares."""
     found: dict[int, Message] = {}
     for download, own in shared:
-        one = replace(request, round=number, base_digest=download.base_digest, held_digest=download.held_digest)
+        one = replace(request, round=round_number, base_digest=download.base_digest, held_digest=download.held_digest)
         found |= make_train_messages(own, run_clients.node_ids, one, download.payload)
     return dict(sorted(found.items()))

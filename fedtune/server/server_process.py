@@ -131,7 +131,7 @@ def _make_services(parts: _ServerParts) -> GatewayServices:
     )
 
 
-def _reply_limit(manager: RunManager, otherwise: int, number: int) -> int:
+def _reply_limit(manager: RunManager, otherwise: int, flower_run_id: int) -> int:
     """Bytes a reply may have in the run that has a number on the SuperLink."""
-    run = manager.run_of(number)
+    run = manager.run_of(flower_run_id)
     return (read_reply_limit(paths.get_runs_folder() / run) if run else None) or otherwise

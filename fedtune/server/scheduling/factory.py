@@ -1,4 +1,4 @@
-"""How a run's clients are asked: all at once, or as they come, on real devices or in a simulation."""
+"""The recipe and the place decide the scheduler: synchronous or asynchronous, real devices or a simulation."""
 
 from collections.abc import Callable, Mapping
 
