@@ -48,7 +48,7 @@ def choose_micro_batch_size(
     """
     batch = min(context.recipe.train.batch_size, len(rows))
     needed = estimate_memory(context, rows, round_number)
-    may_cut = can_split_batch(context.model)
+    may_cut = can_split_batch(context.task, context.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
     for size in sizes[min(halvings, len(sizes) - 1) :]:
         if needed.estimate_total_bytes(size) <= budget:
@@ -105,7 +105,7 @@ def _kept(context: RunContext, chosen: list[int], round_number: int) -> int:
     with use_cpu_threads(context.recipe.train.threads), torch.random.fork_rng(devices=[]):
         begin_step(context.techniques, context.model, batch, round_number / context.recipe.federation.rounds)
         with StorageMeter(excluded=[*context.model.parameters(), *context.model.buffers()]) as meter:
-            compute_step_loss(context.model, batch).backward()
+            compute_step_loss(context.task, context.model, batch).backward()
     context.model.zero_grad()
     return meter.peak_bytes
 
