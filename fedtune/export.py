@@ -134,6 +134,7 @@ def _save_full(
 ) -> None:
     techniques.merge_into_weights(chosen, model)
     models.save_model(model, labels, folder)
+    tasks.get_task(recipe.task).save_model_extras(model, recipe, folder)
     _save_reader(recipe, folder)
 
 
