@@ -28,7 +28,11 @@ class Quarantine:
     def judge(self, records: Sequence[ClientRecord]) -> None:
         """Quarantine the devices for which a committed round made the last drop."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
-        devices = {seat.client: seat.device for seat in self._access.list_assignments(self._run)} if faulty else {}
+        devices = (
+            {assignment.client: assignment.device for assignment in self._access.list_assignments(self._run)}
+            if faulty
+            else {}
+        )
         for record in faulty:
             if record.client in devices:
                 self._access.quarantine(devices[record.client], f"{REFUSALS} refused in a row: {record.reason}")

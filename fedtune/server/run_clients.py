@@ -1,4 +1,4 @@
-"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+"""The clients of a run are all nodes of a simulation, or the devices that were assigned when it began."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,24 +57,27 @@ class RunClients:
 def wait_for_clients(
     grid: Grid,
     recipe: Recipe,
-    seats: Sequence[Assignment],
+    assignments: Sequence[Assignment],
     patience: float = _PATIENCE,
     removed: Callable[[], Collection[int]] = tuple,
 ) -> RunClients:
-    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+    """Return the clients once they are connected; raise RunError if too few are after ``patience`` seconds.
 
-    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
-    those of the clients ``removed`` tells are not waited for.
+    Without assignments, every node of the grid is a client. With them, devices that are away join when they come back.
+    Devices of the clients that ``removed`` returns are not waited for.
     """
-    if not seats:
+    if not assignments:
         nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
         names = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
         shares_disk = bool(getattr(grid, "shares_disk", False))
         return RunClients(nodes, names, shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
     gone = set(removed())
-    wanted = {int(seat.node) for seat in seats if seat.client not in gone}
+    wanted = {int(assignment.node) for assignment in assignments if assignment.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
-    nodes, names = [int(seat.node) for seat in seats], [seat.device for seat in seats]
+    nodes, names = (
+        [int(assignment.node) for assignment in assignments],
+        [assignment.device for assignment in assignments],
+    )
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
     return RunClients(nodes, names, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 
