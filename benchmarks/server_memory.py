@@ -24,6 +24,7 @@ from fedtune.flower.message_identity import set_node_identity
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe.schema import Unit
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.replies import receive_update
 from fedtune.wire.client_update import ClientReport, pack
 
@@ -55,7 +56,7 @@ def receive_and_merge(count: int, folder: Path) -> int:
     contributions = []
     for client in range(count):
         _, sent = receive_update(
-            reply(client, folder / "sent"), client, "phone", ClassPayload({}, SHAPES, {}), None, folder
+            reply(client, folder / "sent"), client, ClientDevice("phone"), ClassPayload({}, SHAPES, {}), None, folder
         )
         assert sent is not None
         contributions.append(sent)

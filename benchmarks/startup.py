@@ -39,7 +39,7 @@ def fill(url: str) -> None:
 
 def empty_round(number: int) -> RoundRecord:
     return RoundRecord(
-        number=number, status="completed", reason="", seconds=1.0, contributions=(), metrics=(), checkpoint=None
+        number=number, status="completed", reason="", seconds=1.0, client_records=(), metrics=(), checkpoint=None
     )
 
 

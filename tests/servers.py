@@ -67,7 +67,7 @@ class Server:
         """Whether the audit tells, within a moment, of a refusal with these words."""
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            if any(line.kind == "refused" and words in line.what for line in self.audit()):
+            if any(line.outcome == "refused" and words in line.message for line in self.audit()):
                 return True
             time.sleep(0.1)
         return False

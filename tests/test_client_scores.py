@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_model_as_it_came_and_as_the_client_trained_it(h
                 assert found[client, moment, "f1"].value == pytest.approx(
                     count_f1(logits.argmax(-1).tolist(), labels.tolist())
                 )
-                assert found[client, moment, "loss"].predictions == len(held)
+                assert found[client, moment, "loss"].num_predictions == len(held)
 
 
 def test_scoring_changes_no_bit_of_what_is_learned(home: Path) -> None:
@@ -76,7 +76,7 @@ def test_without_examples_held_out_no_client_is_scored(home: Path) -> None:
 
 
 def a_score(client: int, value: float, moment: str = "after", name: str = "accuracy") -> ClientScore:
-    return ClientScore(client=client, moment=moment, name=name, value=value, predictions=9)
+    return ClientScore(client=client, moment=moment, name=name, value=value, num_predictions=9)
 
 
 def scored(number: int, values: list[float], **of: str) -> RoundRecord:
@@ -139,7 +139,7 @@ def test_show_and_export_tell_the_spread_and_each_client(recorded: list[RoundRec
     CliRunner().invoke(runs, ["export", "latest", "-o", str(tmp_path / "out")], catch_exceptions=False)
     rows = (tmp_path / "out" / "client_scores.csv").read_text().splitlines()
     assert len(rows) == 1 + 48
-    assert rows[0] == '"run_id","round","client","moment","name","value","predictions"'
+    assert rows[0] == '"run_id","round","client","moment","name","value","num_predictions"'
 
 
 def test_the_picture_has_a_row_more_where_clients_scored(recorded: list[RoundRecord], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_pool_ends_in_the_same_weights_and_metrics_as_clients_in_turn(home: Pa
     assert in_turn.hashes == pool.hashes
     assert len(set(pool.hashes)) == 3
     assert [record.metrics for record in in_turn.rounds] == [record.metrics for record in pool.rounds]
-    assert {found.status for record in pool.rounds for found in record.contributions} == {"merged"}
+    assert {found.status for record in pool.rounds for found in record.client_records} == {"merged"}
 
 
 @pytest.mark.slow
@@ -98,12 +98,12 @@ def test_a_killed_worker_costs_what_it_was_doing_and_the_pool_recovers(home: Pat
     recipe = trivial()
     ended = execute(recipe, ProcessPoolWorkers(shop(recipe), 2, fatal))
     first, second = ended.rounds[1:]
-    lost = [found for found in first.contributions if found.status == "error"]
+    lost = [found for found in first.client_records if found.status == "error"]
     assert 1 in {found.client for found in lost}
     assert {found.reason for found in lost} == {
         "code 2: RuntimeError('a worker process was killed, perhaps for want of memory')"
     }
-    assert [found.status for found in second.contributions] == ["merged"] * 4
+    assert [found.status for found in second.client_records] == ["merged"] * 4
     assert ended.run.status == "completed"
     assert not _workers()
 

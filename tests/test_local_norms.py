@@ -49,7 +49,7 @@ def everything(run: str) -> dict[str, str]:
 
 
 def figures(ended: Ended) -> list[tuple[int, str, str, float]]:
-    return [(record.number, m.part, m.name, m.value) for record in ended.rounds for m in record.metrics]
+    return [(record.number, m.split, m.name, m.value) for record in ended.rounds for m in record.metrics]
 
 
 def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_no_norm_travels_and_clients_share_the_body_but_not_the_norms(home: Path
 def test_only_clients_score_a_model_whose_norms_they_keep(home: Path, tmp_path: Path) -> None:
     ended = execute(local_norms(tmp_path))
     assert [(number, part, name) for number, part, name, _ in figures(ended) if part != "updates"] == [
-        (number, "own", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
+        (number, "local", name) for number in (1, 2, 3) for name in ("accuracy", "loss")
     ]
 
 
@@ -177,9 +177,9 @@ def test_what_a_device_keeps_is_of_the_two_latest_rounds_and_read_from_an_earlie
 def test_scores_of_clients_are_weighed_by_predictions(tmp_path: Path) -> None:
     told = [HoldoutMetrics(3, 1.0, 0.0), HoldoutMetrics(), HoldoutMetrics(1, 3.0, 1.0)]
     got = average_holdout_metrics([ClientUpdate(client, 5, tmp_path, score) for client, score in enumerate(told)])
-    assert {(m.part, m.domain, m.name): m.value for m in got} == {
-        ("own", "all", "accuracy"): 0.25,
-        ("own", "all", "loss"): 1.5,
+    assert {(m.split, m.domain, m.name): m.value for m in got} == {
+        ("local", "all", "accuracy"): 0.25,
+        ("local", "all", "loss"): 1.5,
     }
     assert average_holdout_metrics([ClientUpdate(0, 5, tmp_path)]) == ()
 

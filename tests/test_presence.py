@@ -12,7 +12,7 @@ from fedtune.tracking import DeviceRecord, Store
 def devices(home: Path) -> list[DeviceRecord]:
     with Store.open() as store:
         for node in (1, 2, 3):
-            store.access.add_device(name=f"dev-{node}", node=str(node), public_key=f"pem {node}")
+            store.access.add_device(name=f"dev-{node}", node_id=str(node), public_key=f"pem {node}")
         return store.access.devices()
 
 

@@ -54,7 +54,7 @@ def test_of_losses_the_least_is_the_best_and_of_equals_the_first(name: str) -> N
 
 
 def test_the_best_is_told_by_validation_and_else_by_what_clients_hold_out() -> None:
-    of = scores({1: 0.2, 2: 0.9, 3: 0.1, 4: 0.1, 5: 0.1}, part="own")
+    of = scores({1: 0.2, 2: 0.9, 3: 0.1, 4: 0.1, 5: 0.1}, part="local")
     assert stay(of) == [2, 4, 5]
     of[3]["validation", "accuracy"] = 0.3
     assert stay(of) == [3, 4, 5]

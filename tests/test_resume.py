@@ -26,7 +26,7 @@ Bits = tuple[list[str], list[tuple[int, str, str, str, float]]]
 
 def bits(ended: Ended) -> Bits:
     """Digests of all checkpoints, and all metrics rows."""
-    rows = [(r.number, m.part, m.domain, m.name, m.value) for r in ended.rounds for m in r.metrics]
+    rows = [(r.number, m.split, m.domain, m.name, m.value) for r in ended.rounds for m in r.metrics]
     return ended.hashes, rows
 
 

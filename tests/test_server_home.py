@@ -145,8 +145,8 @@ def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: A
 def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
     with Store.open() as store:
         store.create_run(id="r", name="r", recipe="{}", seed=0, engine="devices", rounds_planned=1, status="queued")
-        store.access.add_device(name="dev", node="18446744073709551615", public_key="pem")
-        seats = [Assignment(client=0, device="dev", node="18446744073709551615")]
+        store.access.add_device(name="dev", node_id="18446744073709551615", public_key="pem")
+        seats = [Assignment(client=0, device_name="dev", node_id="18446744073709551615")]
         store.access.assign_clients("r", seats)
         assert store.access.list_assignments("r") == seats
         assert store.run("r").status == "queued"
@@ -155,7 +155,7 @@ def test_seats_leave_with_their_run_and_devices_stay(home: Path) -> None:
         assert store.access.list_assignments("r") == []
         assert [device.name for device in store.access.devices()] == ["dev"]
         with pytest.raises(StoreError, match="there is a device 'dev' already"):
-            store.access.add_device(name="dev", node="1", public_key="pem")
+            store.access.add_device(name="dev", node_id="1", public_key="pem")
 
 
 def test_one_address_cannot_fill_the_audit(access: Access) -> None:
@@ -164,8 +164,8 @@ def test_one_address_cannot_fill_the_audit(access: Access) -> None:
         audit.record_refusal("10.0.0.1", "knocked")
     audit.record_refusal("10.0.0.2", "knocked too")
     lines = access.audit.lines(1000)
-    assert len([line for line in lines if line.who == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
-    assert lines[0].who == "10.0.0.2"
+    assert len([line for line in lines if line.actor == "10.0.0.1"]) <= 61  # a minute may turn meanwhile, and is told
+    assert lines[0].actor == "10.0.0.2"
 
 
 def test_secrets_are_long_and_never_the_same() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, create_engine
 from fedtune.errors import StoreError
 from fedtune.tracking import Store
 from fedtune.tracking.tables import metadata
-from tests.store_examples import a_contribution, a_metric, a_round, fill, start
+from tests.store_examples import a_client_record, a_metric, a_round, fill, start
 
 ROOT = Path(__file__).parents[1]
 SERVER_USER = "postgres"  # a PostgreSQL server refuses to run as the superuser
@@ -79,13 +79,13 @@ def url(server: str, connection: Connection, tmp_path: Path, monkeypatch: pytest
 def test_rounds_come_back_as_they_were_committed(url: str) -> None:
     with Store.open(url) as store:
         recorded = fill(store)
-        odd = a_round(9, metrics=(a_metric(float("inf")),), contributions=(a_contribution(0, loss=float("nan")),))
+        odd = a_round(9, metrics=(a_metric(float("inf")),), client_records=(a_client_record(0, train_loss=float("nan")),))
         store.commit_round("film-1a2b", odd)
     with Store.open(url) as store:
         assert store.rounds("film-1a2b")[:-1] == recorded
         assert repr(store.rounds("film-1a2b")[-1]) == repr(odd)
         run = store.run("latest")
-        assert (run.status, run.rounds_completed, run.created.utcoffset()) == ("completed", 4, run.created.utcoffset())
+        assert (run.status, run.rounds_completed, run.created_at.utcoffset()) == ("completed", 4, run.created_at.utcoffset())
         store.delete("film-1a2b")
         assert store.runs() == []
         start(store)

@@ -142,7 +142,7 @@ def test_a_database_of_the_first_schema_opens_with_its_rows_and_takes_a_servers(
     engine.dispose()
     with Store.open() as store:
         assert store.run("old").status == "completed"
-        store.access.add_device(name="dev", node="1", public_key="pem")
+        store.access.add_device(name="dev", node_id="1", public_key="pem")
         assert [device.name for device in store.access.devices()] == ["dev"]
 
 

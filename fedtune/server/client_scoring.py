@@ -50,7 +50,7 @@ def score_by_clients(
         return ()
     answers = _ask(grid, shop, run, sending, crew, clients, state, number, took)
     reasons = {
-        f"client {one} ({crew.device_names[one]})": said for one, said in answers.items() if isinstance(said, str)
+        f"client {one} ({crew.devices[one].label})": said for one, said in answers.items() if isinstance(said, str)
     }
     if reasons:
         emit_event(Unscored(number, len(clients), reasons))

@@ -10,6 +10,7 @@ from fedtune.files import write_bytes_atomically
 from fedtune.merging import compute_staleness_weight
 from fedtune.recipe.federation import Asynchronous
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
 from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
@@ -27,7 +28,7 @@ __all__ = ["make_missing_record", "read_error", "receive_update", "scale_by_stal
 def receive_update(
     reply: Message,
     client: int,
-    device: str,
+    device: ClientDevice,
     part: ClassPayload,
     max_norm: float | None,
     spool: Path,
@@ -50,20 +51,21 @@ def receive_update(
         norm = check(path, part.expected_shapes, part.extra_payload_specs, max_norm, limit)
     except ClientUpdateError as error:
         path.unlink(missing_ok=True)
-        return _absent(client, device, "refused", clean_text(error, _LONGEST_REASON), bytes_down), None
+        return _absent(client, device, "rejected", clean_text(error, _LONGEST_REASON), bytes_down), None
     record = ClientRecord(
         client=client,
-        device=device,
+        device_class=device.device_class,
+        device_name=device.device_name,
         status="merged",
         reason=f"in micro-batches of {report.micro_batch}, to fit its memory" if report.micro_batch else "",
-        examples=report.examples,
+        num_examples=report.examples,
         bytes_down=bytes_down,
         bytes_up=path.stat().st_size,
         seconds=report.seconds,
-        saved_bytes=report.saved_bytes,
-        peak_rss=report.peak_rss,
-        norm=norm,
-        loss=report.loss,
+        activation_memory=report.saved_bytes,
+        peak_memory=report.peak_rss,
+        update_norm=norm,
+        train_loss=report.loss,
     )
     return record, ClientUpdate(client, report.examples, path, report.local_metrics, report.trained)
 
@@ -82,7 +84,7 @@ def read_error(error: Error) -> tuple[str, str]:
     """Status and reason; a device declines before it trains when its budget cannot hold what it is asked."""
     told = error.reason or ""
     if error.code == REFUSED:
-        return "refused", clean_text(told)
+        return "rejected", clean_text(told)
     status = "declined" if told.startswith(DECLINED_PREFIX) else "error"
     reason = told.removeprefix(DECLINED_PREFIX)
     if problem := parse_problem(reason):
@@ -91,25 +93,26 @@ def read_error(error: Error) -> tuple[str, str]:
     return status, shown if status == "declined" else f"code {error.code}: {shown}"
 
 
-def make_missing_record(client: int, device: str, bytes_down: int, reason: str) -> ClientRecord:
+def make_missing_record(client: int, device: ClientDevice, bytes_down: int, reason: str) -> ClientRecord:
     """The record of a client that did not answer in time."""
     return _absent(client, device, "missing", reason, bytes_down)
 
 
-def _absent(client: int, device: str, status: str, reason: str, bytes_down: int) -> ClientRecord:
+def _absent(client: int, device: ClientDevice, status: str, reason: str, bytes_down: int) -> ClientRecord:
     return ClientRecord(
         client=client,
-        device=device,
+        device_class=device.device_class,
+        device_name=device.device_name,
         status=status,
         reason=reason,
-        examples=0,
+        num_examples=0,
         bytes_down=bytes_down,
         bytes_up=0,
         seconds=0.0,
-        saved_bytes=0,
-        peak_rss=0,
-        norm=0.0,
-        loss=0.0,
+        activation_memory=0,
+        peak_memory=0,
+        update_norm=0.0,
+        train_loss=0.0,
     )
 
 

@@ -40,13 +40,13 @@ class Roster:
 
     def list_removed_clients(self) -> list[int]:
         """The clients whose device is not enrolled now."""
-        there = {(device.name, device.node) for device in self._store.access.devices()}
-        return [seat.client for seat in self._seats() if (seat.device, seat.node) not in there]
+        there = {(device.name, device.node_id) for device in self._store.access.devices()}
+        return [seat.client for seat in self._seats() if (seat.device_name, seat.node_id) not in there]
 
     def _quarantined(self) -> set[int]:
         """The clients whose device gets no orders until an operator releases it."""
-        out = {device.name for device in self._store.access.devices() if device.quarantined}
-        return {seat.client for seat in self._seats() if seat.device in out}
+        out = {device.name for device in self._store.access.devices() if device.quarantine_reason}
+        return {seat.client for seat in self._seats() if seat.device_name in out}
 
     def wait(self) -> list[Assignment]:
         """All seats whose device may be asked, as soon as enough of those are connected for a round."""
@@ -68,7 +68,7 @@ class Roster:
         if not self.seated:
             return crew
         there = self.wait()
-        nodes = [int(seat.node) for seat in self._seats()]
+        nodes = [int(seat.node_id) for seat in self._seats()]
         moved = {client for client, node in enumerate(nodes) if node != crew.node_ids[client]}
         eligible = [seat.client for seat in there]
         asking.admit(eligible, moved)
@@ -85,16 +85,16 @@ class Roster:
             return (
                 f"waits: {_names(quarantined, 'is', 'are')} quarantined, and too few devices are left for "
                 f"federation.quorum {self._quorum}; see fedtune server devices, mend it, then fedtune server release "
-                f"{quarantined[0].device}"
+                f"{quarantined[0].device_name}"
             )
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "
-                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device}), or stop the "
+                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device_name}), or stop the "
                 "run and submit it with a lower quorum"
             )
         connected = set(self._grid.get_node_ids())
-        away = [seat for seat in there if int(seat.node) not in connected]
+        away = [seat for seat in there if int(seat.node_id) not in connected]
         if len(there) - len(away) < self._quorum:
             return f"waits for devices: {_names(away, 'is', 'are')} away, and federation.quorum is {self._quorum}"
         return ""
@@ -102,5 +102,5 @@ class Roster:
 
 def _names(seats: Sequence[Assignment], one: str, many: str) -> str:
     """Some of the devices and the verb for one of them or for many."""
-    names = ", ".join(seat.device for seat in seats[:_NAMED]) + (", ..." if len(seats) > _NAMED else "")
+    names = ", ".join(seat.device_name for seat in seats[:_NAMED]) + (", ..." if len(seats) > _NAMED else "")
     return f"{names} {one if len(seats) == 1 else many}"

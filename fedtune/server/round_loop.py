@@ -142,7 +142,7 @@ def _round(
 
 
 def _simulated(seconds: float | None) -> tuple[MetricRecord, ...]:
-    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
+    return () if seconds is None else (MetricRecord(split="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
@@ -154,7 +154,7 @@ def _merged(
     told = make_merge_context(shop, pipeline, state, number, names, contributions)
     told = told._replace(low_rank_pairs=techniques.list_low_rank_pairs(shop.techniques, shop.model))
     errors = merging.measure_averaging_errors(pipeline, select_active_values(state, found), names, contributions, told)
-    figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
+    figures = (MetricRecord(split="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged, increments = merging.merge_round(pipeline, select_active_values(state, found), names, contributions, told)
     extras = techniques.declare_extra_payload(shop.techniques, shop.model, number)
     weights = pipeline.combine.weights([one.num_examples for one in contributions])
@@ -193,7 +193,7 @@ def _gather(
 
     emit_event(RoundStarted(number, asking.begin_round(number)))
     for client, reply in asking.stream_replies(send, partial(len, contributions)):
-        device, part = crew.device_names[client], parts.get_for_client(client)
+        device, part = crew.devices[client], parts.get_for_client(client)
         most, limit = get_norm_limit(shop.recipe, part.expected_shapes.values())
         examples, down = guards.examples(client), sending.count_bytes_sent(client, downloads)
         received = receive_update(reply, client, device, part, most, spool, limit, examples, down)
@@ -204,7 +204,7 @@ def _gather(
         emit_event(ReplyReceived(number, records[client]))
     for client, reason in crew.explain_missing_clients(asking.list_missing_clients(records)).items():
         records[client] = make_missing_record(
-            client, crew.device_names[client], sending.count_bytes_sent(client, downloads), reason
+            client, crew.devices[client], sending.count_bytes_sent(client, downloads), reason
         )
         emit_event(ReplyReceived(number, records[client]))
     ordered = sorted(weight_clients_equally(shop.recipe, contributions), key=lambda sent: sent.client)
@@ -250,7 +250,7 @@ def _commit(
         status="failed" if failure else "completed",
         reason=failure,
         seconds=time.perf_counter() - started,
-        contributions=tuple(records),
+        client_records=tuple(records),
         metrics=metrics,
         checkpoint=saved,
         client_scores=told,

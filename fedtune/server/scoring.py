@@ -65,4 +65,4 @@ def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[i
     scores = evaluate_model(
         shop.model, examples, settings.batch_size, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
     )
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+    return tuple(MetricRecord(split=called, domain=domain, name=name, value=value) for domain, name, value in scores)

@@ -34,7 +34,7 @@ def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
 
     One that is quarantined may not.
     """
-    if device.quarantined:
+    if device.quarantine_reason:
         return False
     told = json.loads(device.profile).get("memory")
     return is_eligible(select, device.name, device.tags, told if isinstance(told, int) else 0)

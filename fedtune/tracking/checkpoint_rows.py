@@ -17,7 +17,7 @@ class CheckpointRows:
         self._engine = engine
 
     def scores(self, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
-        """Rounds whose checkpoint was not pruned, each with its held-out figures by part and name."""
+        """Rounds whose checkpoint was not pruned, each with its held-out figures by split and name."""
         with reader(self._engine) as connection:
             return rows.read_checkpoint_scores(connection, run_id)
 

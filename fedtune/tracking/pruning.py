@@ -14,10 +14,10 @@ __all__ = ["kept_rounds", "prune", "remove_pruned", "to_prune", "with_checkpoint
 
 _METRICS = (("accuracy", 1.0), ("perplexity", -1.0), ("loss", -1.0))
 """What tells the best round, the first that is there, and its sign."""
-_PARTS = ("validation", "own")
+_SPLITS = ("validation", "local")
 
 Scores = Mapping[tuple[str, str], float]
-"""Figures of one round over all domains, by part and name."""
+"""Figures of one round over all domains, by split and name."""
 
 
 def prune(store: Store, run_id: str, keep: Keep) -> list[int]:
@@ -46,9 +46,9 @@ def to_prune(scores: Mapping[int, Scores], keep: Keep) -> list[int]:
 
 def _best(scores: Mapping[int, Scores]) -> int | None:
     """The first of the rounds that scored best; round 0 stays anyway and does not count."""
-    for part in _PARTS:
+    for split in _SPLITS:
         for name, sign in _METRICS:
-            found = {number: sign * of[part, name] for number, of in scores.items() if number and (part, name) in of}
+            found = {number: sign * of[split, name] for number, of in scores.items() if number and (split, name) in of}
             sound = {number: value for number, value in found.items() if not math.isnan(value)}
             if sound:
                 return max(sorted(sound), key=lambda number: sound[number])

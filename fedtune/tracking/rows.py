@@ -35,7 +35,7 @@ def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(
-        tables.ROUND_CHILD_TABLES, (record.contributions, record.metrics, checkpoint, record.client_scores), strict=True
+        tables.ROUND_CHILD_TABLES, (record.client_records, record.metrics, checkpoint, record.client_scores), strict=True
     )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 
@@ -50,9 +50,9 @@ def delete_rounds(connection: Connection, run_id: str, after: int) -> None:
 def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1) -> dict[str, list[RoundRecord]]:
     """The rounds of several runs in order, from the one behind ``after`` on.
 
-    Contributions are by client, metrics by part, domain and name.
+    Client records are sorted by client, metrics by split, domain and name.
     """
-    contributions = _below(connection, tables.contributions, ClientRecord, run_ids, after)
+    client_records = _below(connection, tables.client_records, ClientRecord, run_ids, after)
     metrics = _below(connection, tables.metrics, MetricRecord, run_ids, after)
     checkpoints = _below(connection, tables.checkpoints, CheckpointRecord, run_ids, after)
     client_scores = _below(connection, tables.client_scores, ClientScore, run_ids, after)
@@ -64,7 +64,7 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
         found[run_id].append(
             RoundRecord(
                 **row,
-                contributions=tuple(contributions[key]),
+                client_records=tuple(client_records[key]),
                 metrics=tuple(metrics[key]),
                 checkpoint=checkpoint,
                 client_scores=tuple(client_scores[key]),
@@ -76,9 +76,9 @@ def read_rounds(connection: Connection, run_ids: Sequence[str], after: int = -1)
 def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, MetricRecord]]]:
     """Per run, the newest value of each held-out metric over all domains, with its round."""
     table = tables.metrics.c
-    own = (table.run_id, table.part, table.domain, table.name)
+    own = (table.run_id, table.split, table.domain, table.name)
     newest = select(*own, func.max(table.round).label("round")).group_by(*own)
-    last = newest.where(table.domain == "all", table.part != "train").subquery()
+    last = newest.where(table.domain == "all", table.split != "train").subquery()
     key = [table[column.name] == column for column in last.c]
     found: dict[str, list[tuple[int, MetricRecord]]] = defaultdict(list)
     for row in connection.execute(select(tables.metrics).join(last, and_(*key))).mappings():
@@ -87,15 +87,15 @@ def read_latest_metrics(connection: Connection) -> dict[str, list[tuple[int, Met
 
 
 def read_checkpoint_scores(connection: Connection, run_id: str) -> dict[int, dict[tuple[str, str], float]]:
-    """By round whose checkpoint is on disk: its held-out figures over all domains, by part and name."""
+    """By round whose checkpoint is on disk: its held-out figures over all domains, by split and name."""
     table, metric = tables.checkpoints.c, tables.metrics.c
     there = select(table.round).where(table.run_id == run_id, table.pruned.isnot(True))
     found: dict[int, dict[tuple[str, str], float]] = {number: {} for number in connection.execute(there).scalars()}
-    scored = select(metric.round, metric.part, metric.name, metric.value).where(
-        metric.run_id == run_id, metric.domain == "all", metric.part != "train", metric.round.in_(there)
+    scored = select(metric.round, metric.split, metric.name, metric.value).where(
+        metric.run_id == run_id, metric.domain == "all", metric.split != "train", metric.round.in_(there)
     )
     for row in connection.execute(scored).mappings():
-        found[row["round"]][row["part"], row["name"]] = row["value"]
+        found[row["round"]][row["split"], row["name"]] = row["value"]
     return found
 
 

@@ -99,33 +99,33 @@ def _draw_quality(axes: Axes, runs: Recorded) -> None:
     if name is None:
         _say(axes, "Held-out metric", "none recorded")
         return
-    part = next(
+    split = next(
         (
-            part
-            for part in ("validation", "own")
-            if any(get_progress_series(rounds, name)[0] == part for _, rounds in runs)
+            split
+            for split in ("validation", "local")
+            if any(get_progress_series(rounds, name)[0] == split for _, rounds in runs)
         ),
         "test",
     )
-    axes.set_title(f"{name.capitalize()} on {part}")
+    axes.set_title(f"{name.capitalize()} on {split}")
     if name == "accuracy":
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     if len(runs) == 1:
-        _draw_domains(axes, runs[0][1], part, name)
+        _draw_domains(axes, runs[0][1], split, name)
     else:
         for label, rounds, colour in _coloured(runs):
-            _line(axes, get_metric_series(rounds, part, "all", name), color=colour, label=label)
+            _line(axes, get_metric_series(rounds, split, "all", name), color=colour, label=label)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_domains(axes: Axes, rounds: Rounds, part: str, name: str) -> None:
-    single = [domain for domain in list_domains(rounds, part, name) if domain != "all"]
+def _draw_domains(axes: Axes, rounds: Rounds, split: str, name: str) -> None:
+    single = [domain for domain in list_domains(rounds, split, name) if domain != "all"]
     for domain, colour in zip(single, cycle(_COLOURS), strict=False):
         _line(
-            axes, get_metric_series(rounds, part, domain, name), color=colour, label=domain, linewidth=1, markersize=2.5
+            axes, get_metric_series(rounds, split, domain, name), color=colour, label=domain, linewidth=1, markersize=2.5
         )
-    _line(axes, get_metric_series(rounds, part, "all", name), color="black", label="all", linewidth=2.4)
-    test = get_metric_series(rounds, "test", "all", name) if part != "test" else {}
+    _line(axes, get_metric_series(rounds, split, "all", name), color="black", label="all", linewidth=2.4)
+    test = get_metric_series(rounds, "test", "all", name) if split != "test" else {}
     if test:
         axes.plot(
             list(test),
@@ -149,9 +149,9 @@ def _line(
 def _draw_learning(axes: Axes, runs: Recorded) -> None:
     axes.set_title("Training loss, mean over examples")
     for label, rounds, colour in _coloured(runs):
-        told = {record.number: [one.loss for one in record.contributions if _told(one)] for record in rounds}
+        told = {record.number: [one.train_loss for one in record.client_records if _told(one)] for record in rounds}
         trained = [record for record in rounds if told[record.number]]
-        means = {record.number: compute_train_loss(record.contributions) for record in trained}
+        means = {record.number: compute_train_loss(record.client_records) for record in trained}
         _line(axes, means, color=colour, label=label if len(runs) > 1 else "mean of clients")
         if len(runs) == 1:
             losses = [told[record.number] for record in trained]
@@ -170,8 +170,8 @@ def _draw_traffic(axes: Axes, runs: Recorded) -> None:
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
     for label, rounds, colour in _coloured(runs):
         numbers = [record.number for record in rounds]
-        down = accumulate(sum(one.bytes_down for one in record.contributions) for record in rounds)
-        up = accumulate(sum(one.bytes_up for one in record.contributions) for record in rounds)
+        down = accumulate(sum(one.bytes_down for one in record.client_records) for record in rounds)
+        up = accumulate(sum(one.bytes_up for one in record.client_records) for record in rounds)
         one = len(runs) == 1
         axes.plot(numbers, list(up), "-", color=colour, linewidth=1.8, label="from clients" if one else label)
         axes.plot(numbers, list(down), "--", color=colour, linewidth=1.6, label="to clients" if one else None)
@@ -181,14 +181,14 @@ def _draw_traffic(axes: Axes, runs: Recorded) -> None:
 
 def _draw_memory(axes: Axes, runs: Recorded) -> None:
     title = "Peak activation memory kept for backward"
-    if not any(totals(rounds).saved_bytes for _, rounds in runs):
+    if not any(totals(rounds).activation_memory for _, rounds in runs):
         _say(axes, title, "not measured")
         return
     axes.set_title(title)
     axes.yaxis.set_major_formatter(EngFormatter(unit="B"))
     if len(runs) > 1:
         labels, _, colours = zip(*_coloured(runs), strict=True)
-        axes.bar(labels, [totals(rounds).saved_bytes for _, rounds in runs], color=colours, width=0.6)
+        axes.bar(labels, [totals(rounds).activation_memory for _, rounds in runs], color=colours, width=0.6)
         axes.tick_params(axis="x", labelrotation=20 if len(runs) > 3 else 0)
     else:
         _draw_clients(axes, runs[0][1])
@@ -196,12 +196,12 @@ def _draw_memory(axes: Axes, runs: Recorded) -> None:
 
 def _draw_clients(axes: Axes, rounds: Rounds) -> None:
     """One bar per client, coloured by device class, or one per class when there are many clients."""
-    every = [one for record in rounds for one in record.contributions]
+    every = [one for record in rounds for one in record.client_records]
     many = len({one.client for one in every}) > _BARS
     peaks: dict[tuple[str, str], int] = {}
     for one in sorted(every, key=lambda one: one.client):
         key = (one.device, one.device if many else str(one.client))
-        peaks[key] = max(peaks.get(key, 0), one.saved_bytes)
+        peaks[key] = max(peaks.get(key, 0), one.activation_memory)
     for device, colour in zip(dict.fromkeys(device for device, _ in peaks), cycle(_COLOURS), strict=False):
         bars = {label: peak for (of, label), peak in peaks.items() if of == device}
         axes.bar(list(bars), list(bars.values()), color=colour, label=device, width=0.7)

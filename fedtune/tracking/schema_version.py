@@ -23,7 +23,7 @@ from fedtune.tracking.tables import metadata
 
 __all__ = ["HEAD_REVISION", "prepare_schema", "read_revision"]
 
-HEAD_REVISION = "0007"
+HEAD_REVISION = "0008"
 
 _PATIENCE = 60.0  # seconds
 _ADVISORY_LOCK = 0x66656474756E65  # "fedtune" in ASCII: the number by which PostgreSQL sessions take turns

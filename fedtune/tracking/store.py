@@ -75,7 +75,7 @@ class Store:
                 raise StoreError(f"there is a run {id} already; choose another id")
             if len(id) > _LONGEST_ID:
                 raise StoreError(f"the run id {id} has {len(id)} characters; choose one of at most {_LONGEST_ID}")
-            state = {"status": status, "reason": "", "created": datetime.now(UTC), "rounds_planned": rounds_planned}
+            state = {"status": status, "reason": "", "created_at": datetime.now(UTC), "rounds_planned": rounds_planned}
             connection.execute(insert(tables.runs), row | state)
 
     def commit_round(self, run_id: str, record: RoundRecord) -> None:
@@ -90,7 +90,7 @@ class Store:
 
     def finish(self, run_id: str, status: str, reason: str = "") -> None:
         """Record how a run ended: completed, failed or interrupted."""
-        change = {"status": status, "reason": reason, "finished": datetime.now(UTC)}
+        change = {"status": status, "reason": reason, "finished_at": datetime.now(UTC)}
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
@@ -100,19 +100,19 @@ class Store:
         with writer(self._engine) as connection:
             if _expect(connection, run_id) == "completed":
                 raise StoreError(f"run {run_id} is completed; there is nothing to resume")
-            change = {"status": status, "reason": "", "finished": None}
+            change = {"status": status, "reason": "", "finished_at": None}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def forget_rounds(self, run_id: str, after: int, reason: str) -> None:
         """Remove the rounds of a run after number ``after`` with all they brought; it is interrupted for ``reason``."""
         with writer(self._engine) as connection:
             rows.delete_rounds(connection, run_id, after)
-            change = {"status": "interrupted", "reason": reason, "finished": datetime.now(UTC)}
+            change = {"status": "interrupted", "reason": reason, "finished_at": datetime.now(UTC)}
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
 
     def extend(self, run_id: str, recipe: str, rounds: int) -> None:
         """Make a run that has ended a running one with more rounds to do, which ``recipe`` (JSON text) counts too."""
-        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished": None}
+        change = {"recipe": recipe, "rounds_planned": rounds, "status": "running", "reason": "", "finished_at": None}
         with writer(self._engine) as connection:
             _expect(connection, run_id)
             connection.execute(update(tables.runs).where(tables.runs.c.id == run_id), change)
@@ -158,7 +158,7 @@ class Store:
 
     def get_last_requested_rounds(self, run_id: str) -> dict[int, int]:
         """By client, the last committed round it was asked in; clients that were never asked are left out."""
-        table = tables.contributions.c
+        table = tables.client_records.c
         last = func.max(table.round).label("round")
         wanted = select(table.client, last).where(table.run_id == run_id).group_by(table.client)
         with reader(self._engine) as connection:
@@ -194,7 +194,7 @@ _completed = (
 
 
 def _newest_first() -> Select[tuple[object, ...]]:
-    return select(tables.runs, _completed).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+    return select(tables.runs, _completed).order_by(tables.runs.c.created_at.desc(), tables.runs.c.id.desc())
 
 
 def _find(connection: Connection, run_id: str) -> RunRecord:
@@ -238,7 +238,7 @@ def _resolve(connection: Connection, reference: str) -> str:
 
 
 def _ids(connection: Connection) -> Sequence[str]:
-    order = select(tables.runs.c.id).order_by(tables.runs.c.created.desc(), tables.runs.c.id.desc())
+    order = select(tables.runs.c.id).order_by(tables.runs.c.created_at.desc(), tables.runs.c.id.desc())
     return connection.execute(order).scalars().all()
 
 

@@ -38,6 +38,7 @@ _TYPES: Mapping[Any, pa.DataType] = {
     int | None: pa.int64(),
     float: pa.float64(),
     str: pa.string(),
+    str | None: pa.string(),
     bool: pa.bool_(),
     datetime: pa.timestamp("us", tz="UTC"),
     datetime | None: pa.timestamp("us", tz="UTC"),
@@ -50,7 +51,7 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """Write runs and return the files.
 
     ``json``: ``path`` is one file. ``csv`` and ``parquet``: ``path`` becomes a folder with one file each for runs,
-    rounds, contributions, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
+    rounds, client records, metrics, client scores and checkpoints, joined by ``run_id`` and ``round``. StoreError when
     the folder is there already or cannot be written; nothing is left half-written.
     """
     if format == "json":
@@ -82,7 +83,7 @@ def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),
         "rounds": _table(_RUN, RoundRecord, [{"run_id": run_id, **_own(record)} for run_id, record in every]),
-        "contributions": _table(_ROUND, ClientRecord, _children(every, lambda record: record.contributions)),
+        "client_records": _table(_ROUND, ClientRecord, _children(every, lambda record: record.client_records)),
         "metrics": _table(_ROUND, MetricRecord, _children(every, lambda record: record.metrics)),
         "client_scores": _table(_ROUND, ClientScore, _children(every, lambda record: record.client_scores)),
         "checkpoints": _table(

@@ -36,7 +36,7 @@ class Authenticator:
         """The name of the operator whose key a request shows; RefusedError otherwise, or when their role is less."""
         header = request.headers.get("authorization", "")
         shown = hash_secret(header.removeprefix(_BEARER)) if header.startswith(_BEARER) else ""
-        found = [one for one in self._access.operators() if hmac.compare_digest(one.sha256, shown)]
+        found = [one for one in self._access.operators() if hmac.compare_digest(one.key_sha256, shown)]
         if not found:
             claim = "a key that is not known" if shown else "no operator key"
             raise RequestRefusedError(

@@ -62,7 +62,7 @@ class DeviceApi:
                 409, f"there is a device {name!r} already; choose another name or have it removed"
             )
         node = self.control().register_node(key.encode(), name)
-        self.access.add_device(name=name, node=str(node), public_key=key, tags=tags)
+        self.access.add_device(name=name, node_id=str(node), public_key=key, tags=tags)
         self.guard.clear_device_cache()
         return node
 

@@ -53,12 +53,12 @@ class OperatorApi:
         return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
 
     def get_run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
-        """One run with its rounds after number ``after``, and who is which client."""
+        """One run with its rounds after number ``after``, and which device is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
-        seats = [asdict(seat) for seat in self.store.access.list_assignments(run.id)]
-        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": seats}
+        assigned = [asdict(one) for one in self.store.access.list_assignments(run.id)]
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assigned}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """End a run that is queued or running."""
@@ -111,7 +111,7 @@ class OperatorApi:
             raise RequestRefusedError(
                 404, f"there is no device {request.path_params['device']!r}; list them first", who
             )
-        self.control().unregister_node(int(found.node))
+        self.control().unregister_node(int(found.node_id))
         self.store.access.remove_device(found.name)
         self.guard.clear_device_cache()
         self.audit.record_action(who, f"device {found.name} removed")
@@ -127,11 +127,11 @@ def device_to_json(found: DeviceRecord, online: bool) -> dict[str, Any]:
     return {
         "name": found.name,
         "online": online,
-        "enrolled": found.enrolled.isoformat(),
-        "seen": found.seen.isoformat() if found.seen else None,
+        "enrolled_at": found.enrolled_at.isoformat(),
+        "last_seen_at": found.last_seen_at.isoformat() if found.last_seen_at else None,
         "profile": json.loads(found.profile),
         "tags": found.tags,
-        "quarantined": found.quarantined,
+        "quarantine_reason": found.quarantine_reason,
     }
 
 
