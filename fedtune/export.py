@@ -13,9 +13,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune import data, models, techniques
+from fedtune import models, tasks, techniques
 from fedtune.errors import ModelError, StoreError
-from fedtune.models.preprocessor import save as save_preprocessor
 from fedtune.models.sources import resolve_model_source
 from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique
@@ -34,7 +33,7 @@ def export_model(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form
     """
     return write(
         recipe,
-        data.load_data(recipe, models.class_names(recipe.model, recipe.task)).label_names,
+        tasks.load_data(recipe, tasks.load_class_names(recipe)).label_names,
         state,
         folder,
         form,
@@ -81,7 +80,7 @@ def _carried(
     trains = [technique for technique in chosen if technique.selects_trainable_tensors]
     kept = all(technique.has_unchanged_base() for technique in chosen)
     carried = len(trains) == 1 and kept and isinstance(model, PreTrainedModel)
-    adapter = trains[0].make_peft_config(model, recipe.task) if carried else None
+    adapter = trains[0].make_peft_config(model, tasks.get_task(recipe.task)) if carried else None
     if adapter is None:
         return None
     drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])
@@ -109,7 +108,7 @@ def _save_adapter(
     adapter.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if recipe.task != "text-generation":
+    if tasks.get_task(recipe.task).has_classes:
         models.save_config(model, folder)
         _save_reader(recipe, folder)
 
@@ -118,7 +117,7 @@ def _adapter_remark(recipe: Recipe, labels: Sequence[str]) -> str:
     """How a classifier's adapter is loaded: class names and padding id are those of the configuration beside it."""
     if not labels:
         return ""
-    kind = "AutoModelForImageClassification" if recipe.task == "image-classification" else _TEXT_CLASS
+    kind = tasks.get_task(recipe.task).auto_class
     return (
         f"\nClasses: {', '.join(labels)}. Load the base with the configuration in this folder, then the adapter:\n\n"
         "```python\n"
@@ -128,9 +127,6 @@ def _adapter_remark(recipe: Recipe, labels: Sequence[str]) -> str:
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n'
         "```\n"
     )
-
-
-_TEXT_CLASS = "AutoModelForSequenceClassification"
 
 
 def _save_full(
@@ -143,11 +139,8 @@ def _save_full(
 
 def _save_reader(recipe: Recipe, folder: Path) -> None:
     """What turns texts or pictures into the model's inputs, as the recipe has it."""
-    reader = models.reader(recipe)
-    if recipe.task == "image-classification":
-        save_preprocessor(reader, folder)
-    else:
-        reader.save_pretrained(folder)
+    task = tasks.get_task(recipe.task)
+    task.save_reader(task.load_reader(recipe), folder)
 
 
 def _joined(chosen: tuple[Technique, ...]) -> str:

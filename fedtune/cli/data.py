@@ -33,12 +33,13 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
+    from fedtune import tasks
     from fedtune.data.partition_plot import draw_partition as draw
     from fedtune.paths import get_home_folder
     from fedtune.recipe.yaml_file import read_recipe
 
     wanted = read_recipe(recipe, overrides)
-    corpus = library.load_data(wanted)
+    corpus = tasks.load_data(wanted)
     summary = library.summarise_partition(wanted, corpus, library.partition_examples(wanted, corpus.train))
     path = picture or get_home_folder() / "pictures" / f"{wanted.name}-split.png"
     draw(summary, path)

@@ -61,10 +61,7 @@ def evaluate(
     examples = getattr(shop, part or "validation") if source is None else shop.encode_source(source, _columns(columns))
     told = source or part or "validation"
     set_model_state(shop.model, state)
-    settings = recipe.evaluation
-    scores = evaluate_model(
-        shop.model, examples, settings.batch_size, recipe.task, shop.techniques, metrics=settings.metrics
-    )
+    scores = evaluate_model(shop.evaluated_model, examples)
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json_text({"run": run, "round": at, "data": told, "metrics": figures}))

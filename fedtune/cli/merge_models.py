@@ -119,19 +119,22 @@ def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str,
 
         return MergeContext()
     from fedtune.offline_merge.evaluate_models import collect_merge_context
+    from fedtune.tasks import get_task
 
-    kind = "image" if asked.task == "image-classification" else "text"
-    return collect_merge_context(prepared, asked.task, asked.calibrate, columns.get(kind), asked.export)
+    task = None if asked.task is None else get_task(asked.task)
+    column = None if task is None else columns.get(task.input_column)
+    return collect_merge_context(prepared, task, asked.calibrate, column, asked.export)
 
 
 def _score(asked: MergeOptions, source: str, columns: dict[str, str]) -> Any:
     from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
+    from fedtune.tasks import get_task
 
     if asked.task is None:
         raise click.UsageError("--evaluate needs --task, e.g. --task text-classification")
     assert asked.evaluate is not None
     with materialise_model(source, asked.export) as folder:
-        return evaluate_folder(folder, asked.task, asked.evaluate, columns, asked.part)
+        return evaluate_folder(folder, get_task(asked.task), asked.evaluate, columns, asked.part)
 
 
 def _tell(

@@ -2,12 +2,9 @@
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
-
-if TYPE_CHECKING:
-    from fedtune.recipe.schema import TaskName
 
 __all__ = ["Command", "MergeOptions", "columns", "numbers", "size", "unit"]
 
@@ -49,7 +46,7 @@ class MergeOptions(NamedTuple):
     evaluate: str | None
     part: str
     columns: str | None
-    task: "TaskName | None"
+    task: str | None
     shard_size: str
     report: bool
     trust_base: bool
