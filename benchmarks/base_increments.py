@@ -132,7 +132,9 @@ def contributions(shop: RunContext, state: State, number: int, folder: Path) -> 
 
 def records(clients: int) -> list[ClientRecord]:
     """That so many were merged."""
-    return [replace(make_missing_record(client, ClientDevice("phone"), 0, ""), status="merged") for client in range(clients)]
+    return [
+        replace(make_missing_record(client, ClientDevice("phone"), 0, ""), status="merged") for client in range(clients)
+    ]
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
             shop.client_rows[5] = shop.client_rows[5][:10]
         return train_round(message, context)
 
-    crew = RunClients(range(2, 8), [ClientDevice("toy", f"dev-{client}") for client in range(6)], deployed=True, eligible=range(6))
+    crew = RunClients(
+        range(2, 8), [ClientDevice("toy", f"dev-{client}") for client in range(6)], deployed=True, eligible=range(6)
+    )
     with silent() as events:
         state = get_model_state(shop.model, shop.shared_names)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))

@@ -280,7 +280,9 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     set_message_id(message, "1")
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
-    record, sent = receive_update(reply, 7, ClientDevice("phone"), ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99)
+    record, sent = receive_update(
+        reply, 7, ClientDevice("phone"), ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99
+    )
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
     assert torch.equal(sent.read_rows("weight", 1, 4), deltas["weight"][1:4])

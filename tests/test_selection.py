@@ -60,7 +60,9 @@ def test_a_simulation_asks_the_classes_for_which_all_of_it_holds(select: dict[st
 def device(name: str, profile: dict[str, Any], *tags: str) -> DeviceRecord:
     moment = datetime.now(UTC)
     text = json.dumps(profile)
-    return DeviceRecord(name=name, node_id="1", public_key="", enrolled_at=moment, last_seen_at=moment, profile=text, tags=tags)
+    return DeviceRecord(
+        name=name, node_id="1", public_key="", enrolled_at=moment, last_seen_at=moment, profile=text, tags=tags
+    )
 
 
 def test_what_a_device_says_of_itself_gives_it_memory_but_no_tags() -> None:

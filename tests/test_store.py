@@ -61,7 +61,9 @@ def test_a_run_comes_back_with_its_moments_in_utc(store: Store) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2])
 def test_every_float_survives(store: Store, value: float) -> None:
     start(store)
-    odd = a_round(1, metrics=(a_metric(value),), client_records=(a_client_record(0, train_loss=value, update_norm=value),))
+    odd = a_round(
+        1, metrics=(a_metric(value),), client_records=(a_client_record(0, train_loss=value, update_norm=value),)
+    )
     store.commit_round("film-1a2b", odd)
     [found] = store.rounds("film-1a2b")
     assert [repr(found.metrics[0].value), repr(found.client_records[0].train_loss)] == [repr(value)] * 2

@@ -53,7 +53,13 @@ def test_several_runs_are_drawn_together(recorded: Recorded, tmp_path: Path) -> 
     [
         [a_round(0)],
         [a_round(0, metrics=()), a_round(1, metrics=(), client_records=())],
-        [a_round(1, metrics=(a_metric(math.nan),), client_records=(a_client_record(0, train_loss=math.nan, activation_memory=0),))],
+        [
+            a_round(
+                1,
+                metrics=(a_metric(math.nan),),
+                client_records=(a_client_record(0, train_loss=math.nan, activation_memory=0),),
+            )
+        ],
         [a_round(1, metrics=(a_metric(31.5, "test", "all", "perplexity"),))],
         [a_round(1, client_records=tuple(a_client_record(client) for client in range(500)))],
     ],

@@ -79,13 +79,19 @@ def url(server: str, connection: Connection, tmp_path: Path, monkeypatch: pytest
 def test_rounds_come_back_as_they_were_committed(url: str) -> None:
     with Store.open(url) as store:
         recorded = fill(store)
-        odd = a_round(9, metrics=(a_metric(float("inf")),), client_records=(a_client_record(0, train_loss=float("nan")),))
+        odd = a_round(
+            9, metrics=(a_metric(float("inf")),), client_records=(a_client_record(0, train_loss=float("nan")),)
+        )
         store.commit_round("film-1a2b", odd)
     with Store.open(url) as store:
         assert store.rounds("film-1a2b")[:-1] == recorded
         assert repr(store.rounds("film-1a2b")[-1]) == repr(odd)
         run = store.run("latest")
-        assert (run.status, run.rounds_completed, run.created_at.utcoffset()) == ("completed", 4, run.created_at.utcoffset())
+        assert (run.status, run.rounds_completed, run.created_at.utcoffset()) == (
+            "completed",
+            4,
+            run.created_at.utcoffset(),
+        )
         store.delete("film-1a2b")
         assert store.runs() == []
         start(store)

@@ -119,7 +119,13 @@ def test_a_document_has_the_promised_keys_and_the_newest_checkpoint(recorded: Re
         "bytes": 10**10 + 3,
         "pruned": False,
     }
-    assert found["metrics"][0] == {"round": 0, "split": "validation", "domain": "all", "name": "accuracy", "value": 0.55}
+    assert found["metrics"][0] == {
+        "round": 0,
+        "split": "validation",
+        "domain": "all",
+        "name": "accuracy",
+        "value": 0.55,
+    }
     assert len(found["metrics"]) == 4 * 3
 
 

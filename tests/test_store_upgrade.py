@@ -29,7 +29,7 @@ from fedtune.tracking.schema_version import HEAD_REVISION
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "store-0007.tar.xz"
 KILLED, PRIVATE, SERVED = "plain-0a1b2c", "private-3d4e5f", "served-6a7b8c"
-WHOLE = "@WHOLE@"
+WHOLE = "40423808bc1faf2218b7f24b6cc227bf73a9a102d28f9d41e144024674eb21c6"
 """SHA-256 of the killed run's last checkpoint, by the code of then in a process that nobody killed."""
 Rows = dict[str, list[tuple[Any, ...]]]
 
@@ -85,7 +85,9 @@ def test_client_records_keep_their_values_and_tell_classes_from_devices(old: Pat
 
 def test_what_clients_hold_out_is_the_split_local(old: Path) -> None:
     with Store.open() as store:
-        splits = {one.split for run in (KILLED, PRIVATE, SERVED) for record in store.rounds(run) for one in record.metrics}
+        splits = {
+            one.split for run in (KILLED, PRIVATE, SERVED) for record in store.rounds(run) for one in record.metrics
+        }
         scores = [one for record in store.rounds(KILLED) for one in record.client_scores]
     assert splits == {"validation", "test", "test-before", "local", "privacy", "updates", "train"}
     assert {one.moment for one in scores} == {"before", "after", "shared"}
@@ -175,7 +177,10 @@ def test_a_process_that_is_killed_leaves_the_old_store(old: Path, statement: int
 
 def test_it_is_not_upgraded_under_a_run_that_is_executed(old: Path) -> None:
     before = read_all(old)
-    with claim_run(KILLED), pytest.raises(StoreError, match=f"while an older fedtune executes run {KILLED}; wait for it"):
+    with (
+        claim_run(KILLED),
+        pytest.raises(StoreError, match=f"while an older fedtune executes run {KILLED}; wait for it"),
+    ):
         Store.open()
     assert read_all(old) == before
 
@@ -196,5 +201,3 @@ def test_runs_are_listed_shown_drawn_and_exported(old: Path, tmp_path: Path) -> 
 
 def test_the_killed_run_ends_with_the_bits_it_would_have_had(old: Path) -> None:
     assert json.loads(say("simulate", "--resume", KILLED, "--json"))["checkpoint"]["sha256"] == WHOLE
-
-

@@ -60,4 +60,6 @@ def seat(store: Store, run: str, clients: int) -> None:
     known = {device.name for device in store.access.devices()}
     for i in (i for i in range(clients) if f"dev-{i}" not in known):
         store.access.add_device(name=f"dev-{i}", node_id=str(i + 2), public_key=f"key-{i}")
-    store.access.assign_clients(run, [Assignment(client=i, device_name=f"dev-{i}", node_id=str(i + 2)) for i in range(clients)])
+    store.access.assign_clients(
+        run, [Assignment(client=i, device_name=f"dev-{i}", node_id=str(i + 2)) for i in range(clients)]
+    )

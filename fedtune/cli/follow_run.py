@@ -48,7 +48,9 @@ def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:
     sent = record["client_records"]
     merged = sum(one["status"] == "merged" for one in sent)
     words = [f"{merged}/{len(sent)} devices"] if sent else ["before training"]
-    absent = [f"{one['device_name'] or one['device_class']} {one['status']}" for one in sent if one["status"] != "merged"]
+    absent = [
+        f"{one['device_name'] or one['device_class']} {one['status']}" for one in sent if one["status"] != "merged"
+    ]
     words += [f"({', '.join(absent)})"] if absent else []
     words += [
         f"{metric['split']} {metric['name']} {metric['value']:.4f}"

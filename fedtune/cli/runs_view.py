@@ -45,7 +45,11 @@ def show_list(runs: Sequence[RunRecord], newest: Mapping[str, Sequence[RoundMetr
     for run in runs:
         done = f"{run.rounds_completed}/{run.rounds_planned}"
         table.add_row(
-            run.id, _status(run.status), done, _headline(newest.get(run.id, ())), f"{_local(run.created_at):%d %b %H:%M}"
+            run.id,
+            _status(run.status),
+            done,
+            _headline(newest.get(run.id, ())),
+            f"{_local(run.created_at):%d %b %H:%M}",
         )
     _console().print(table)
 

@@ -110,7 +110,9 @@ def describe_unscored_clients(event: Unscored) -> str:
 
 def _shown(split: str, domain: str, name: str) -> bool:
     return (
-        split in ("validation", "local", "privacy") and domain == "all" and name in ("accuracy", "perplexity", "epsilon")
+        split in ("validation", "local", "privacy")
+        and domain == "all"
+        and name in ("accuracy", "perplexity", "epsilon")
     )
 
 

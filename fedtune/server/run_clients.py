@@ -71,7 +71,12 @@ def wait_for_clients(
     if not seats:
         nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
         shares_disk = bool(getattr(grid, "shares_disk", False))
-        return RunClients(nodes, [ClientDevice(name) for name in classes], shares_disk=shares_disk, eligible=list_eligible_clients(recipe))
+        return RunClients(
+            nodes,
+            [ClientDevice(name) for name in classes],
+            shares_disk=shares_disk,
+            eligible=list_eligible_clients(recipe),
+        )
     gone = set(removed())
     wanted = {int(seat.node_id) for seat in seats if seat.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)

@@ -23,7 +23,7 @@ class Access:
         self.audit = AuditLog(engine)
 
     def add_device(self, *, name: str, node_id: str, public_key: str, tags: Sequence[str] = ()) -> None:
-        """Enrol a device. It takes over the assignments of a removed one with its name; StoreError when one is enrolled."""
+        """Enrol a device. It gets the assignments of a removed one of that name; StoreError when one is there."""
         row = {"name": name, "node_id": node_id, "public_key": public_key, "profile": "{}"}
         row |= {"enrolled_at": datetime.now(UTC), "tags": _sort_tags(tags)}
         with writer(self._engine) as connection:
@@ -61,7 +61,9 @@ class Access:
     def quarantine(self, name: str, reason: str) -> None:
         """Send a device no train requests until it is released. A device that was removed is left alone."""
         with writer(self._engine) as connection:
-            connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"quarantine_reason": reason})
+            connection.execute(
+                update(tables.devices).where(tables.devices.c.name == name), {"quarantine_reason": reason}
+            )
 
     def release_device(self, name: str) -> bool:
         """End a device's quarantine, and return whether there was one; StoreError when there is no such device."""
@@ -127,7 +129,7 @@ class Access:
             return [TokenRecord(**row) for row in connection.execute(wanted).mappings()]
 
     def remove_token(self, beginning: str) -> TokenRecord:
-        """Remove the unused token whose hash begins so, and return its record; StoreError unless there is exactly one."""
+        """Remove the unused token whose hash begins so, and return its record; StoreError unless exactly one does."""
         found = [token for token in self.unspent_tokens() if beginning and token.sha256.startswith(beginning)]
         if len(found) != 1:
             what = "no" if not found else "more than one"

@@ -40,7 +40,7 @@ class ClientRecord:
 
     ``status`` is merged, rejected, declined, error, missing or unused. ``device_name`` is None in a simulation, and
     ``device_class`` in runs on real devices that were recorded before it was. ``train_loss`` is NaN if the client does
-    not report it. ``staleness`` counts the rounds since the state the client began with; it is None in synchronous runs.
+    not report it. ``staleness`` counts the rounds since the state the client began with, None in synchronous runs.
     """
 
     client: int

@@ -35,7 +35,9 @@ def make_child_rows(run_id: str, record: RoundRecord) -> list[tuple[Table, list[
     key = {"run_id": run_id, "round": record.number}
     checkpoint = (record.checkpoint,) if record.checkpoint else ()
     groups = zip(
-        tables.ROUND_CHILD_TABLES, (record.client_records, record.metrics, checkpoint, record.client_scores), strict=True
+        tables.ROUND_CHILD_TABLES,
+        (record.client_records, record.metrics, checkpoint, record.client_scores),
+        strict=True,
     )
     return [(table, [key | asdict(child) for child in children]) for table, children in groups if children]
 

@@ -20,13 +20,17 @@ SCHEMA_VERSION = 2
 def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
     """A run with its metrics and newest checkpoint; ``detailed`` adds what it spent of privacy, and every round."""
     checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
-    found = {"schema_version": SCHEMA_VERSION} | asdict(run) | {
-        "recipe": read_stored_recipe(run.recipe),
-        "created_at": run.created_at.isoformat(),
-        "finished_at": run.finished_at.isoformat() if run.finished_at else None,
-        "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],
-        "checkpoint": checkpoints[-1] if checkpoints else None,
-    }
+    found = (
+        {"schema_version": SCHEMA_VERSION}
+        | asdict(run)
+        | {
+            "recipe": read_stored_recipe(run.recipe),
+            "created_at": run.created_at.isoformat(),
+            "finished_at": run.finished_at.isoformat() if run.finished_at else None,
+            "metrics": [{"round": record.number} | asdict(metric) for record in rounds for metric in record.metrics],
+            "checkpoint": checkpoints[-1] if checkpoints else None,
+        }
+    )
     if not detailed:
         return found
     clients = [asdict(one) for one in spreads(rounds)]

@@ -122,7 +122,12 @@ def _draw_domains(axes: Axes, rounds: Rounds, split: str, name: str) -> None:
     single = [domain for domain in list_domains(rounds, split, name) if domain != "all"]
     for domain, colour in zip(single, cycle(_COLOURS), strict=False):
         _line(
-            axes, get_metric_series(rounds, split, domain, name), color=colour, label=domain, linewidth=1, markersize=2.5
+            axes,
+            get_metric_series(rounds, split, domain, name),
+            color=colour,
+            label=domain,
+            linewidth=1,
+            markersize=2.5,
         )
     _line(axes, get_metric_series(rounds, split, "all", name), color="black", label="all", linewidth=2.4)
     test = get_metric_series(rounds, "test", "all", name) if split != "test" else {}
