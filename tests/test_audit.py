@@ -89,7 +89,7 @@ def test_what_comes_again_within_an_hour_is_one_line(watched: Watched) -> None:
     watched.audit.flush()
     [line] = watched.lines()
     assert line.times == 1000
-    assert line.last >= line.at
+    assert line.last_recorded_at >= line.recorded_at
     watched.now += 3600
     watched.audit.record_refusal("10.0.0.1", "knocked")
     assert len(watched.lines()) == 2

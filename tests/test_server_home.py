@@ -53,7 +53,7 @@ def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
     told = json.loads(place.operator_file.read_text())
     assert told["url"] == "https://lab.example:8443"
     with Store.open() as store:
-        assert [(one.name, one.sha256, one.role) for one in store.access.operators()] == [
+        assert [(one.name, one.key_sha256, one.role) for one in store.access.operators()] == [
             ("local", hash_secret(told["key"]), "admin")
         ]
 
@@ -135,7 +135,7 @@ def test_an_operators_new_file_makes_the_old_one_worthless(home: Path, access: A
     write_operator_file(place, access, "ada", tmp_path / "first.json")
     write_operator_file(place, access, "ada", tmp_path / "second.json")
     keys = [json.loads((tmp_path / name).read_text())["key"] for name in ("first.json", "second.json")]
-    assert [(one.name, one.sha256) for one in access.operators()] == [("ada", hash_secret(keys[1]))]
+    assert [(one.name, one.key_sha256) for one in access.operators()] == [("ada", hash_secret(keys[1]))]
     write_operator_file(place, access, "local", tmp_path / "third.json")
     access.remove_operator("ada")
     with pytest.raises(StoreError, match="no operator 'ada'"):

@@ -24,8 +24,8 @@ class Access:
 
     def add_device(self, *, name: str, node_id: str, public_key: str, tags: Sequence[str] = ()) -> None:
         """Enrol a device. It gets the assignments of a removed one of that name; StoreError when one is there."""
-        row = {"name": name, "node_id": node_id, "public_key": public_key, "profile": "{}"}
-        row |= {"enrolled_at": datetime.now(UTC), "tags": _sort_tags(tags)}
+        known = {"name": name, "node_id": node_id, "public_key": public_key, "profile": "{}"}
+        row = known | {"enrolled_at": datetime.now(UTC), "tags": _sort_tags(tags)}
         with writer(self._engine) as connection:
             if _device(connection, name) is not None:
                 raise StoreError(f"there is a device {name!r} already; remove it first or choose another name")

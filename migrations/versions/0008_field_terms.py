@@ -204,7 +204,6 @@ def _round_constraints(table: str) -> list[Any]:
 
 def _move_rows(old: str, new: str, same: tuple[str, ...], changed: Mapping[str, str]) -> None:
     """Fill table ``new`` from ``old`` and drop that: columns named the ``same``, then those from an expression."""
-    values = dict.fromkeys(same) | changed
-    chosen = ", ".join(value or name for name, value in values.items())
-    op.execute(f"INSERT INTO {new} ({', '.join(values)}) SELECT {chosen} FROM {old}")
+    values = {name: name for name in same} | {**changed}
+    op.execute(f"INSERT INTO {new} ({', '.join(values)}) SELECT {', '.join(values.values())} FROM {old}")
     op.drop_table(old)
