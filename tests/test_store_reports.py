@@ -189,7 +189,7 @@ def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_p
         "rounds",
         "runs",
     ]
-    assert "loss" in pyarrow.parquet.read_table(tmp_path / "out" / "contributions.parquet").column_names
+    assert "train_loss" in pyarrow.parquet.read_table(tmp_path / "out" / "client_records.parquet").column_names
 
 
 def test_json_export_is_the_detailed_documents(recorded: Recorded, tmp_path: Path) -> None:
