@@ -61,7 +61,7 @@ class Server:
 
     def audit(self) -> list[AuditRecord]:
         with Store.open() as store:
-            return store.access.audit.lines()
+            return store.access.audit.list_lines()
 
     def refused(self, words: str) -> bool:
         """Whether the audit tells, within a moment, of a refusal with these words."""

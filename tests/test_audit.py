@@ -19,7 +19,7 @@ class Watched:
         self.audit = AuditLog(store.access, lambda: self.now)
 
     def lines(self) -> list[AuditRecord]:
-        return self.log.lines(100_000)
+        return self.log.list_lines(100_000)
 
     def of(self, who: str) -> list[AuditRecord]:
         return [line for line in self.lines() if line.actor == who]
@@ -127,8 +127,8 @@ def test_lines_are_found_by_the_moment_they_were_last_true(watched: Watched) -> 
     number = watched.log.write_line("refused", "10.0.0.1", "knocked")
     watched.log.write_line("done", "ada", "run r submitted")
     later = datetime.now(UTC)
-    watched.log.repeat(number, 3)
-    assert [(line.message, line.times) for line in watched.log.lines(since=later)] == [("knocked", 4)]
-    assert watched.log.lines(since=later + timedelta(minutes=1)) == []
-    assert [line.message for line in watched.log.lines(1)] == ["run r submitted"]
-    assert [line.message for line in watched.log.lines(before=number + 1)] == ["knocked"]
+    watched.log.count_repeats(number, 3)
+    assert [(line.message, line.times) for line in watched.log.list_lines(since=later)] == [("knocked", 4)]
+    assert watched.log.list_lines(since=later + timedelta(minutes=1)) == []
+    assert [line.message for line in watched.log.list_lines(1)] == ["run r submitted"]
+    assert [line.message for line in watched.log.list_lines(before=number + 1)] == ["knocked"]

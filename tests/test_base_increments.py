@@ -23,7 +23,7 @@ from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
-from fedtune.tracking.rollback import rollback
+from fedtune.tracking.rollback import rollback_run
 from fedtune.training import clear_run_context, get_run_context, set_model_state
 from fedtune.wire.client_update import TrainRequest, decode_tensors, pack
 from fedtune.wire.protocol_codes import LACKS_BASE
@@ -309,7 +309,7 @@ def test_a_run_that_was_rolled_back_goes_on_and_devices_that_are_ahead_get_the_b
     made, sent = recipe(tmp_path, "flora", "federation.rounds=4", "checkpoints.keep=all"), Sent()
     first = deployed(made, sent).hashes
     with Store.open() as store:
-        assert rollback(store, "deployed", 2) == 2
+        assert rollback_run(store, "deployed", 2) == 2
     sent.clear()
     assert deployed(made, sent).hashes == first
     assert wholes(sent) == {(3, client) for client in range(3)}

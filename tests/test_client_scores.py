@@ -15,7 +15,7 @@ from fedtune.cli.runs import runs
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
 from fedtune.tracking import ClientScore, RoundRecord, Store
-from fedtune.tracking.client_spread import spreads
+from fedtune.tracking.client_spread import compute_spreads
 from fedtune.training import get_run_context, get_tensor_shapes, set_model_state
 from fedtune.training.holdout_split import split_holdout
 from fedtune.wire.client_update import decode_tensors
@@ -85,7 +85,7 @@ def scored(number: int, values: list[float], **of: str) -> RoundRecord:
 
 def test_the_spread_is_over_clients_and_the_worst_tenth_is_the_low_end() -> None:
     values = np.random.default_rng(0).random(25).tolist()
-    [one] = spreads([scored(3, values)])
+    [one] = compute_spreads([scored(3, values)])
     assert (one.round, one.moment, one.name, one.clients) == (3, "after", "accuracy", 25)
     assert one.mean == pytest.approx(np.mean(values))
     assert one.deviation == pytest.approx(np.std(values))
@@ -94,7 +94,7 @@ def test_the_spread_is_over_clients_and_the_worst_tenth_is_the_low_end() -> None
 
 def test_the_worst_tenth_of_losses_is_the_high_end_and_what_is_no_number_does_not_count() -> None:
     values = [float(value) for value in range(20)]
-    [one] = spreads([scored(1, [*values, math.nan], moment="before", name="loss")])
+    [one] = compute_spreads([scored(1, [*values, math.nan], moment="before", name="loss")])
     assert (one.clients, one.worst_tenth) == (20, 18.5)
 
 

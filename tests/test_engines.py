@@ -17,7 +17,7 @@ from fedtune.device.client_app import train_round
 from fedtune.recipe.schema import Recipe
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
-from fedtune.tracking import Store, default_url
+from fedtune.tracking import Store, get_default_url
 from fedtune.training import RunContext, get_run_context
 from tests.federations import TRIVIAL, begin, execute, order_of, outcome, silent, trivial, words
 
@@ -47,7 +47,7 @@ def test_flowers_own_engine_ends_in_the_same_weights(home: Path) -> None:
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_on_flower_engine(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", get_default_url())
     flower = outcome("flower")
     assert flower.run.status == "completed"
     assert flower.hashes == in_turn.hashes

@@ -23,7 +23,7 @@ from fedtune.server.federated_evaluation import average_holdout_metrics
 from fedtune.simulation.flower_engine import run_on_flower_engine
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.techniques import list_local_tensors
-from fedtune.tracking import Store, default_url
+from fedtune.tracking import Store, get_default_url
 from fedtune.training import get_model_state, get_run_context
 from fedtune.wire.client_update import ClientUpdate, HoldoutMetrics, TrainRequest, decode_tensors, pack
 from fedtune.wire.masked_weights import encode_masked_state
@@ -160,7 +160,7 @@ def test_flowers_own_engine_keeps_the_same_norms(home: Path, tmp_path: Path) -> 
     with Store.open() as store:
         begin(store, recipe, "flower", engine="flower")
     with silent():
-        run_on_flower_engine(recipe, "flower", default_url())
+        run_on_flower_engine(recipe, "flower", get_default_url())
     assert outcome("flower").hashes == alone.hashes
     assert everything("flower") == everything("alone")
 
@@ -207,4 +207,4 @@ def test_commands_say_what_such_a_run_is_not(home: Path, tmp_path: Path) -> None
     refused = CliRunner().invoke(cli, ["evaluate", "latest"])
     assert "kept a part of its model on the devices" in str(refused.exception)
     shown = CliRunner().invoke(cli, ["runs", "show", "latest"])
-    assert "own accuracy" in shown.output
+    assert "local accuracy" in shown.output

@@ -186,7 +186,7 @@ def store(home: Path) -> Iterator[Store]:
 
 def managed(store: Store, home: Path) -> RunManager:
     presence = Presence(Online().list_online_nodes)
-    for device in store.access.devices():
+    for device in store.access.list_devices():
         presence.record_contact(device.name)
     return RunManager(store, cast("Any", Online()), presence, home, deadline=77.0)
 
@@ -217,11 +217,11 @@ def test_a_run_that_too_few_devices_can_serve_is_refused_when_it_is_submitted(st
         work.submit_run(selecting("federation.selection.device_names=[dev-6]"))
     assert store.runs() == []
     store.access.change_device_tags("dev-2", ["mains"], ["lab"])
-    devices = {one.name: one.tags for one in store.access.devices()}
+    devices = {one.name: one.tags for one in store.access.list_devices()}
     assert (devices["dev-1"], devices["dev-2"]) == (("lab", "mains"), ("mains",))
     check_enough_enrolled_devices(
-        trivial("devices=[{count: 4}]", "federation.selection.tags=[mains]"), store.access.devices()
+        trivial("devices=[{count: 4}]", "federation.selection.tags=[mains]"), store.access.list_devices()
     )
     check_enough_enrolled_devices(
-        trivial("devices=[{count: 99}]"), store.access.devices()
+        trivial("devices=[{count: 99}]"), store.access.list_devices()
     )  # without a selection a run may wait

@@ -293,7 +293,7 @@ def test_a_quarantined_device_gets_no_place_in_a_new_run(store: Store, home: Pat
     work = managed(store, Hopeless(), home)
     run = work.submit_run(trivial())
     enrol(store, 1, 2, 3, 4)
-    store.access.quarantine("dev-8", "3 refused in a row")
+    store.access.quarantine_device("dev-8", "3 refused in a row")
     work.tick()
     assert store.run(run).reason == "waits for devices: 3 of 4 are connected"
     store.access.release_device("dev-8")

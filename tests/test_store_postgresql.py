@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, create_engine, insert, select, text
 
 from fedtune.errors import StoreError
-from fedtune.tracking import Store, file_url, schema_upgrade
+from fedtune.tracking import Store, make_file_url, schema_upgrade
 from fedtune.tracking.tables import metadata
 from tests.store_examples import a_client_record, a_metric, a_round, fill, start
 
@@ -110,7 +110,7 @@ def test_migrations_make_the_tables_the_code_reads(url: str, connection: Connect
 def copy_rows(old: Path, connection: Connection) -> None:
     """Fill a database from a SQLite file that has the same tables."""
     connection.execute(text("SET TIME ZONE 'UTC'"))
-    engine, theirs, ours = create_engine(file_url(old)), MetaData(), MetaData()
+    engine, theirs, ours = create_engine(make_file_url(old)), MetaData(), MetaData()
     ours.reflect(connection)
     with engine.connect() as source:
         theirs.reflect(source)
@@ -125,9 +125,14 @@ def copy_rows(old: Path, connection: Connection) -> None:
 def list_everything(store: Store) -> list[str]:
     """What a store holds, as text in which NaN is equal to NaN."""
     access, runs = store.access, store.runs()
-    held = [*runs, *store.rounds_of([run.id for run in runs]).values(), *access.devices(), *access.operators()]
+    held = [
+        *runs,
+        *store.rounds_of([run.id for run in runs]).values(),
+        *access.list_devices(),
+        *access.list_operators(),
+    ]
     seated = [access.list_assignments(run.id) for run in runs]
-    return [repr(one) for one in (*held, *seated, *access.unspent_tokens(), *access.audit.lines())]
+    return [repr(one) for one in (*held, *seated, *access.list_unused_tokens(), *access.audit.list_lines())]
 
 
 def test_a_store_of_revision_0007_is_upgraded_and_downgraded_with_its_rows(
@@ -140,7 +145,7 @@ def test_a_store_of_revision_0007_is_upgraded_and_downgraded_with_its_rows(
     connection.commit()
     copy_rows(old, connection)
     for _ in range(2):
-        with Store.open(url) as store, Store.open(file_url(old)) as same:
+        with Store.open(url) as store, Store.open(make_file_url(old)) as same:
             assert list_everything(store) == list_everything(same)
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, metadata) == []
@@ -169,7 +174,7 @@ def test_a_database_newer_than_the_code_is_refused(url: str, connection: Connect
 
 WRITE = """
 import sys
-from fedtune.tracking import Store, file_url, schema_upgrade
+from fedtune.tracking import Store, make_file_url, schema_upgrade
 from tests.store_examples import fill
 with Store.open(sys.argv[1]) as store:
     fill(store, sys.argv[2], rounds=20)

@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.tracking import RoundRecord, RunRecord, Store
-from fedtune.tracking.run_json import make_run_document, text
+from fedtune.tracking.run_json import json_text, make_run_document
 from fedtune.tracking.run_summary import (
     compare_before_and_after,
     compute_train_loss,
@@ -22,7 +22,7 @@ from fedtune.tracking.run_summary import (
     get_metric_series,
     list_domains,
     list_metrics,
-    totals,
+    sum_costs,
 )
 from fedtune.tracking.table_export import export_runs
 from tests.store_examples import a_client_record, a_metric, a_round, fill
@@ -41,11 +41,13 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record
 
 
 def test_totals_are_sums_and_peaks() -> None:
-    cost = totals([a_round(0), a_round(1, client_records=(a_client_record(0), a_client_record(1, status="rejected")))])
+    cost = sum_costs(
+        [a_round(0), a_round(1, client_records=(a_client_record(0), a_client_record(1, status="rejected")))]
+    )
     assert (cost.bytes_down, cost.bytes_up) == (6_000_000_001, 4_000_000_001)
     assert (cost.activation_memory, cost.peak_memory) == (5_000_000_001, 7_000_000_001)
     assert (cost.seconds, cost.merged, cost.requested) == (6.0, 1, 2)
-    assert totals([]).activation_memory == 0
+    assert sum_costs([]).activation_memory == 0
 
 
 def test_the_main_metric_is_accuracy_then_perplexity_then_loss_of_held_out_examples() -> None:
@@ -145,7 +147,7 @@ def test_every_key_of_a_document_is_documented(recorded: Recorded) -> None:
 
 
 def test_json_has_null_where_a_number_is_not_one() -> None:
-    assert json.loads(text([math.nan, {"a": (math.inf, 1.5)}])) == [None, {"a": [None, 1.5]}]
+    assert json.loads(json_text([math.nan, {"a": (math.inf, 1.5)}])) == [None, {"a": [None, 1.5]}]
 
 
 def test_parquet_tables_hold_every_row_with_its_type(recorded: Recorded, tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_a_run_without_rounds_still_exports_all_tables(recorded: Recorded, tmp_p
 def test_json_export_is_the_detailed_documents(recorded: Recorded, tmp_path: Path) -> None:
     export_runs(recorded, "json", tmp_path / "runs.json")
     found = json.loads((tmp_path / "runs.json").read_text())
-    assert found == [json.loads(text(make_run_document(run, rounds, detailed=True))) for run, rounds in recorded]
+    assert found == [json.loads(json_text(make_run_document(run, rounds, detailed=True))) for run, rounds in recorded]
 
 
 def test_an_export_never_writes_over_or_into_what_is_there(recorded: Recorded, tmp_path: Path) -> None:

@@ -97,19 +97,19 @@ def test_what_clients_hold_out_is_the_split_local(old: Path) -> None:
 def test_a_servers_tables_keep_their_rows(old: Path) -> None:
     with Store.open() as store:
         access = store.access
-        first, second = access.devices()
-        tokens = access.unspent_tokens()
+        first, second = access.list_devices()
+        tokens = access.list_unused_tokens()
         with pytest.raises(StoreError, match="has been used already"):
             access.use_enrolment_token("c" * 64)
         assert [(one.client, one.device_name, one.node_id) for one in access.list_assignments(SERVED)] == [
             (0, "dev-0", "10"),
             (1, "dev-1", "11"),
         ]
-        assert [(one.name, one.key_sha256, one.role) for one in access.operators()] == [
+        assert [(one.name, one.key_sha256, one.role) for one in access.list_operators()] == [
             ("ada", "d" * 64, "admin"),
             ("bob", "e" * 64, "read"),
         ]
-        refused, done = access.audit.lines()
+        refused, done = access.audit.list_lines()
     assert (first.name, first.node_id, first.quarantine_reason) == ("dev-0", "10", None)
     assert first.last_seen_at is not None
     assert first.last_seen_at >= first.enrolled_at

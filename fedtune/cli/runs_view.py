@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedtune.cli.privacy_text import describe_privacy
 from fedtune.tracking import ClientRecord, RoundRecord, RunRecord
-from fedtune.tracking.client_spread import spreads
+from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.run_summary import (
     RoundMetric,
     compare_before_and_after,
@@ -22,7 +22,7 @@ from fedtune.tracking.run_summary import (
     get_headline_metric,
     get_progress_series,
     list_metrics,
-    totals,
+    sum_costs,
 )
 from fedtune.untrusted import clean_text
 
@@ -76,7 +76,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
     table.add_row("status", *(_status(run.status) for run, _ in recorded))
     table.add_row("rounds", *(f"{run.rounds_completed}/{run.rounds_planned}" for run, _ in recorded))
     table.add_row("result", *(_headline(list_metrics(rounds)) for _, rounds in recorded))
-    costs = [totals(rounds) for _, rounds in recorded]
+    costs = [sum_costs(rounds) for _, rounds in recorded]
     table.add_row("sent to clients", *(decimal(cost.bytes_down) for cost in costs))
     table.add_row("sent back", *(decimal(cost.bytes_up) for cost in costs))
     table.add_row("activations", *(decimal(cost.activation_memory) for cost in costs))
@@ -87,7 +87,7 @@ def show_comparison(recorded: Recorded, settings: Mapping[str, Sequence[Any]]) -
 
 
 def _facts(run: RunRecord, rounds: Rounds) -> Table:
-    cost = totals(rounds)
+    cost = sum_costs(rounds)
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", Text(run.id, "bold"))
     grid.add_row("recipe", run.name)
@@ -123,7 +123,7 @@ def _rounds(rounds: Rounds, last: int | None) -> Table:
     for place, record in enumerate([*rounds[:1], *rounds[1 + hidden :]]):
         if hidden and place == 1:
             table.add_row("…", f"{hidden} more: --all")
-        cost = totals([record])
+        cost = sum_costs([record])
         merged = f"{cost.merged}/{cost.requested}" if cost.requested else "-"
         loss, sent = _number(compute_train_loss(record.client_records)), decimal(cost.bytes_down + cost.bytes_up)
         value = _number(values.get(record.number, math.nan))
@@ -143,7 +143,7 @@ def _domains(rounds: Rounds, name: str) -> Table:
 
 def _clients(rounds: Rounds) -> Table:
     """Return how metrics vary between clients in the last round that clients scored."""
-    found = spreads(rounds)
+    found = compute_spreads(rounds)
     last = max(one.round for one in found)
     table = _table("clients' own", f"round {last}", "clients>", "mean>", "deviation>", "worst tenth>")
     for one in (one for one in found if one.round == last):

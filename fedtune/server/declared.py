@@ -29,7 +29,7 @@ def most_examples(shop: RunContext, store: Store, run: str, client: int) -> int:
 
 
 def _declared(store: Store, seats: Sequence[Assignment], client: int) -> int:
-    profiles = {device.name: json.loads(device.profile) for device in store.access.devices()}
+    profiles = {device.name: json.loads(device.profile) for device in store.access.list_devices()}
     told = {seat.client: _count(profiles.get(seat.device_name)) for seat in seats}
     return told[client] or max(told.values()) or MOST_EXAMPLES
 

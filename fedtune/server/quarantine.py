@@ -31,7 +31,7 @@ class Quarantine:
         devices = {one.client: one.device_name for one in self._access.list_assignments(self._run)} if faulty else {}
         for record in faulty:
             if record.client in devices:
-                self._access.quarantine(devices[record.client], f"{REFUSALS} rejected in a row: {record.reason}")
+                self._access.quarantine_device(devices[record.client], f"{REFUSALS} rejected in a row: {record.reason}")
 
     def _count(self, records: Sequence[ClientRecord]) -> list[ClientRecord]:
         """Go on with the rows; the records that lengthen one."""

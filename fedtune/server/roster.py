@@ -40,12 +40,12 @@ class Roster:
 
     def list_removed_clients(self) -> list[int]:
         """The clients whose device is not enrolled now."""
-        there = {(device.name, device.node_id) for device in self._store.access.devices()}
+        there = {(device.name, device.node_id) for device in self._store.access.list_devices()}
         return [seat.client for seat in self._seats() if (seat.device_name, seat.node_id) not in there]
 
     def _quarantined(self) -> set[int]:
         """The clients whose device gets no orders until an operator releases it."""
-        out = {device.name for device in self._store.access.devices() if device.quarantine_reason}
+        out = {device.name for device in self._store.access.list_devices() if device.quarantine_reason}
         return {seat.client for seat in self._seats() if seat.device_name in out}
 
     def wait(self) -> list[Assignment]:

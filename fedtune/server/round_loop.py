@@ -35,7 +35,7 @@ from fedtune.server.scheduling.round_scheduler import RoundScheduler
 from fedtune.server.sending import Sending
 from fedtune.server.spool import open_spool, sweep
 from fedtune.tracking import CheckpointRecord, ClientRecord, ClientScore, MetricRecord, RoundRecord, Store
-from fedtune.tracking.pruning import remove_pruned, with_checkpoint
+from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
@@ -58,7 +58,7 @@ def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
     emit_event(RunStarted(run, first, recipe.federation.rounds, scoring.to_score(shop, first if done else 0)))
     sweep(run)
-    remove_pruned(done)
+    remove_pruned_checkpoints(done)
     state = _resumed(run, done) if done else _start(shop, store, run)
     prune_checkpoints(store, run, recipe)
     roster = Roster(store, run, recipe, grid)
@@ -80,7 +80,7 @@ def run_rounds(grid: Grid, shop: RunContext, store: Store, run: str) -> None:
 
 def _resumed(run: str, done: Sequence[RoundRecord]) -> SharedState:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = with_checkpoint(run, done).checkpoint
+    last = find_checkpointed_round(run, done).checkpoint
     assert last is not None
     checkpoint.read_checkpoint(paths.get_runs_folder() / last.path, last.sha256)
     return StoredState(paths.get_runs_folder() / last.path)

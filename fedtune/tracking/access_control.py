@@ -27,22 +27,22 @@ class Access:
         known = {"name": name, "node_id": node_id, "public_key": public_key, "profile": "{}"}
         row = known | {"enrolled_at": datetime.now(UTC), "tags": _sort_tags(tags)}
         with writer(self._engine) as connection:
-            if _device(connection, name) is not None:
+            if _find_device(connection, name) is not None:
                 raise StoreError(f"there is a device {name!r} already; remove it first or choose another name")
             connection.execute(insert(tables.devices), row)
             taken = update(tables.assignments).where(tables.assignments.c.device_name == name)
             connection.execute(taken, {"node_id": node_id})
 
-    def devices(self) -> list[DeviceRecord]:
+    def list_devices(self) -> list[DeviceRecord]:
         """Return every enrolled device, sorted by name."""
         with reader(self._engine) as connection:
             found = connection.execute(select(tables.devices).order_by(tables.devices.c.name)).mappings()
             return [DeviceRecord(**row) for row in found]
 
-    def device(self, name: str) -> DeviceRecord | None:
+    def find_device(self, name: str) -> DeviceRecord | None:
         """Return the device of this name; None when it is not enrolled."""
         with reader(self._engine) as connection:
-            return _device(connection, name)
+            return _find_device(connection, name)
 
     def save_device_profile(self, name: str, profile: str) -> None:
         """Record what a device reports of itself, and that it was seen now."""
@@ -58,7 +58,7 @@ class Access:
             connection.execute(update(tables.devices).where(tables.devices.c.name == name), {"tags": tags})
         return tags
 
-    def quarantine(self, name: str, reason: str) -> None:
+    def quarantine_device(self, name: str, reason: str) -> None:
         """Send a device no train requests until it is released. A device that was removed is left alone."""
         with writer(self._engine) as connection:
             connection.execute(
@@ -120,7 +120,7 @@ class Access:
         with writer(self._engine) as connection:
             connection.execute(update(table).where(table.c.sha256 == sha256), {"used_at": None})
 
-    def unspent_tokens(self) -> list[TokenRecord]:
+    def list_unused_tokens(self) -> list[TokenRecord]:
         """Return the tokens that were never used, newest first. Expired ones are among them."""
         table = tables.enrolment_tokens.c
         columns = table.sha256, table.device_name, table.created_at, table.expires_at, table.tags
@@ -130,7 +130,7 @@ class Access:
 
     def remove_token(self, beginning: str) -> TokenRecord:
         """Remove the unused token whose hash begins so, and return its record; StoreError unless exactly one does."""
-        found = [token for token in self.unspent_tokens() if beginning and token.sha256.startswith(beginning)]
+        found = [token for token in self.list_unused_tokens() if beginning and token.sha256.startswith(beginning)]
         if len(found) != 1:
             what = "no" if not found else "more than one"
             raise StoreError(f"there is {what} unused token {beginning!r}; see them with fedtune server tokens")
@@ -146,7 +146,7 @@ class Access:
             connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
             connection.execute(insert(tables.operators), row)
 
-    def operators(self) -> list[OperatorRecord]:
+    def list_operators(self) -> list[OperatorRecord]:
         """Return every operator, sorted by name. Those recorded before there were roles are admins."""
         with reader(self._engine) as connection:
             found = connection.execute(select(tables.operators).order_by(tables.operators.c.name)).mappings()
@@ -154,7 +154,7 @@ class Access:
 
     def remove_operator(self, name: str) -> None:
         """Remove an operator and their key; StoreError when there is none of that name, or no other admin is left."""
-        known = {operator.name: operator.role for operator in self.operators()}
+        known = {operator.name: operator.role for operator in self.list_operators()}
         if name not in known:
             raise StoreError(f"there is no operator {name!r}; see them with fedtune server operators")
         if "admin" not in {role for other, role in known.items() if other != name}:
@@ -181,12 +181,12 @@ def _sort_tags(tags: Iterable[str]) -> tuple[str, ...]:
 
 
 def _expected_device(connection: Connection, name: str) -> DeviceRecord:
-    found = _device(connection, name)
+    found = _find_device(connection, name)
     if found is None:
         raise StoreError(f"there is no device {name!r}; see them with fedtune server devices")
     return found
 
 
-def _device(connection: Connection, name: str) -> DeviceRecord | None:
+def _find_device(connection: Connection, name: str) -> DeviceRecord | None:
     row = connection.execute(select(tables.devices).where(tables.devices.c.name == name)).mappings().first()
     return None if row is None else DeviceRecord(**row)

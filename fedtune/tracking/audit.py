@@ -34,14 +34,16 @@ class AuditLog:
                 _prune(connection, source)
         return int(number)
 
-    def repeat(self, number: int, times: int) -> None:
+    def count_repeats(self, number: int, times: int) -> None:
         """Add ``times`` to the count of a line. The last of them was now."""
         counted = func.coalesce(audit.c.times, 1) + times
         with writer(self._engine) as connection:
             repeated = update(audit).where(audit.c.id == number)
             connection.execute(repeated.values(times=counted, last_recorded_at=datetime.now(UTC)))
 
-    def lines(self, limit: int = 100, *, since: datetime | None = None, before: int | None = None) -> list[AuditRecord]:
+    def list_lines(
+        self, limit: int = 100, *, since: datetime | None = None, before: int | None = None
+    ) -> list[AuditRecord]:
         """Return the newest lines, newest first: repeated after ``since``, and numbered below ``before``."""
         table = audit.c
         last = func.coalesce(table.last_recorded_at, table.recorded_at)

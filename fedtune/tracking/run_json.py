@@ -1,24 +1,24 @@
-"""A run as JSON: the stable schema that docs/runs-schema.md describes."""
+"""Runs as JSON documents, with the stable schema that docs/runs-schema.md describes."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fedtune import paths
-from fedtune.json_text import json_text as text
+from fedtune.json_text import json_text
 from fedtune.recipe.versions import read_stored_recipe
-from fedtune.tracking.client_spread import spreads
+from fedtune.tracking.client_spread import compute_spreads
 from fedtune.tracking.records import CheckpointRecord, RoundRecord, RunRecord
 from fedtune.tracking.run_summary import get_privacy_spent
 
-__all__ = ["SCHEMA_VERSION", "make_run_document", "text"]
+__all__ = ["SCHEMA_VERSION", "json_text", "make_run_document"]
 
 SCHEMA_VERSION = 2
 """The major version of the documents. Version 1 had no key for it."""
 
 
 def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed: bool = False) -> dict[str, Any]:
-    """A run with its metrics and newest checkpoint; ``detailed`` adds what it spent of privacy, and every round."""
+    """Describe a run with its metrics and newest checkpoint. ``detailed`` adds spent privacy, clients and rounds."""
     checkpoints = [_checkpoint(record.number, record.checkpoint) for record in rounds if record.checkpoint]
     found = (
         {"schema_version": SCHEMA_VERSION}
@@ -33,7 +33,7 @@ def make_run_document(run: RunRecord, rounds: Sequence[RoundRecord], *, detailed
     )
     if not detailed:
         return found
-    clients = [asdict(one) for one in spreads(rounds)]
+    clients = [asdict(one) for one in compute_spreads(rounds)]
     return found | {
         "privacy": get_privacy_spent(run, rounds),
         "clients": clients,

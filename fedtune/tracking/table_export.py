@@ -1,4 +1,4 @@
-"""Runs for other programs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
+"""Export of runs: a folder of tables as CSV or Parquet, or one JSON file of detailed documents."""
 
 import os
 import tempfile
@@ -56,7 +56,7 @@ def export_runs(recorded: Recorded, format: str, path: Path) -> list[Path]:  # n
     """
     if format == "json":
         documents = [run_json.make_run_document(run, rounds, detailed=True) for run, rounds in recorded]
-        files.write_bytes_atomically(path, f"{run_json.text(documents)}\n".encode())
+        files.write_bytes_atomically(path, f"{run_json.json_text(documents)}\n".encode())
         return [path]
     if path.exists():
         raise StoreError(f"{path} is there already; choose a new folder for the tables with -o")
@@ -78,7 +78,7 @@ def _write_folder(written: Mapping[str, pa.Table], format: str, path: Path) -> l
 
 
 def make_arrow_tables(recorded: Recorded) -> dict[str, pa.Table]:
-    """The six tables, each row with the keys that join it."""
+    """Make the six tables. Each row has the keys that join it to the others."""
     every = [(run.id, record) for run, rounds in recorded for record in rounds]
     return {
         "runs": _table({}, RunRecord, [asdict(run) for run, _ in recorded]),

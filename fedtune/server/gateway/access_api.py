@@ -45,7 +45,7 @@ class LettingIn:
 
     def tokens(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Tokens that were not used, newest first."""
-        return {"tokens": [_token_document(found) for found in self.access.unspent_tokens()]}
+        return {"tokens": [_token_document(found) for found in self.access.list_unused_tokens()]}
 
     def remove_token(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Make a token worthless that was not used."""
@@ -57,7 +57,7 @@ class LettingIn:
 
     def operators(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Operators and their roles."""
-        return {"operators": [_operator_document(found) for found in self.access.operators()]}
+        return {"operators": [_operator_document(found) for found in self.access.list_operators()]}
 
     def remove_operator(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Make an operator's key worthless."""
@@ -71,7 +71,7 @@ class LettingIn:
         self.audit.flush()
         limit = min(_MOST_LINES, _whole(request, "limit", _LINES))
         before = _whole(request, "before", 0) if "before" in request.query_params else None
-        found = self.access.audit.lines(limit + 1, since=_since(request), before=before)
+        found = self.access.audit.list_lines(limit + 1, since=_since(request), before=before)
         return {"audit": [_line_document(line) for line in found[:limit]], "more": len(found) > limit}
 
 

@@ -57,7 +57,7 @@ class DeviceApi:
 
     def _register(self, name: str, key: str, tags: Sequence[str]) -> int:
         check_name(name)
-        if self.access.device(name) is not None:
+        if self.access.find_device(name) is not None:
             raise RequestRefusedError(
                 409, f"there is a device {name!r} already; choose another name or have it removed"
             )

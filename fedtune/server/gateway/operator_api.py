@@ -83,7 +83,7 @@ class OperatorApi:
 
     def list_devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Enrolled devices, and whether they are connected."""
-        devices = self.store.access.devices()
+        devices = self.store.access.list_devices()
         there = {found.name for found in self.presence.list_connected_devices(devices)}
         return {"devices": [device_to_json(found, found.name in there) for found in devices]}
 
@@ -106,7 +106,7 @@ class OperatorApi:
 
     def remove_device(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Shut a device out for good; its key is worthless from now on."""
-        found = self.store.access.device(request.path_params["device"])
+        found = self.store.access.find_device(request.path_params["device"])
         if found is None:
             raise RequestRefusedError(
                 404, f"there is no device {request.path_params['device']!r}; list them first", who
