@@ -168,7 +168,7 @@ def test_sentences_for_runs_without_the_round_or_any_checkpoint() -> None:
         StoreError, match=r"has not recorded a checkpoint of round 1; it has the checkpoints of round 0"
     ):
         find_checkpointed_round("r", rounds, 1)
-    with pytest.raises(StoreError, match=r"has not recorded a checkpoint of round 7; its"):
+    with pytest.raises(StoreError, match=r"has not recorded a checkpoint of round 7; it has the"):
         find_checkpointed_round("r", rounds, 7)
     with pytest.raises(StoreError, match=r"has not recorded a checkpoint; it has no checkpoint at all"):
         find_checkpointed_round("r", rounds[1:])

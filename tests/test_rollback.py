@@ -91,7 +91,7 @@ def test_a_run_that_is_executed_queued_or_kept_by_a_server_must_be_stopped_first
 
 def test_what_a_private_run_told_stays_counted(home: Path) -> None:
     execute(trivial("privacy={clip: 1.0, noise: 1.0}"))
-    with Store.open() as store, pytest.raises(StoreError, match="has privacy: what its rounds told"):
+    with Store.open() as store, pytest.raises(StoreError, match="has privacy, and the epsilon"):
         rollback_run(store, "run-1", 0)
 
 

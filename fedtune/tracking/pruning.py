@@ -81,13 +81,13 @@ def find_checkpointed_round(run_id: str, rounds: Sequence[RoundRecord], number: 
     record = next((record for record in rounds if record.number == wanted), None)
     if record is not None and record.number in kept:
         return record
-    there = f"it has the checkpoints of {_listed(kept)}" if kept else "it has no checkpoint at all"
+    there = f"it has the checkpoints of {_describe_rounds(kept)}" if kept else "it has no checkpoint at all"
     if record is not None and record.checkpoint is not None:
         raise StoreError(f"round {number} of run {run_id} was pruned, as checkpoints.keep says; {there}")
     lacks = "a checkpoint" if number is None else f"a checkpoint of round {number}"
     raise StoreError(f"run {run_id} has not recorded {lacks}; {there}; see: fedtune runs show {run_id}")
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _describe_rounds(numbers: Sequence[int]) -> str:
     shown = [str(number) for number in numbers]
     return "round " + shown[0] if len(shown) == 1 else f"rounds {', '.join(shown[:-1])} and {shown[-1]}"

@@ -26,7 +26,7 @@ def rollback_run(store: Store, reference: str, number: int) -> int:
     run = store.run(reference)
     if json.loads(run.recipe).get("privacy") is not None:
         raise StoreError(
-            f"run {run.id} has privacy: what its rounds told of clients stays told and counted; start a new run instead"
+            f"run {run.id} has privacy, and the epsilon that its rounds spent stays spent; start a new run instead"
         )
     recorded = next((found.status for found in store.list_unfinished_runs(run.engine) if found.id == run.id), "")
     if recorded == "queued" or (recorded and run.engine == _SERVED):
