@@ -44,7 +44,7 @@ def test_a_round_whose_checkpoint_was_pruned_is_refused_and_the_others_are_named
     execute(
         trivial("federation.rounds=5", "train.local_steps=1", "checkpoints={keep: {last: 1, best: false, every: null}}")
     )
-    with Store.open() as store, pytest.raises(StoreError, match=r"was pruned, .* are those of rounds 0 and 5"):
+    with Store.open() as store, pytest.raises(StoreError, match=r"was pruned, .* the checkpoints of rounds 0 and 5"):
         rollback_run(store, "run-1", 3)
 
 
