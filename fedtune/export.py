@@ -108,7 +108,7 @@ def _save_adapter(
     adapter.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if tasks.get_task(recipe.task).has_classes:
+    if tasks.get_task(recipe.task).has_new_head:
         models.save_config(model, folder)
         _save_reader(recipe, folder)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.recipe.task_names import list_task_names
+from fedtune.recipe.task_settings import list_task_names
 
 if TYPE_CHECKING:
     from fedtune.profiling import ProfileCase, ProfileResult
@@ -137,7 +137,7 @@ def _cases(recipe: "Recipe", asked: "list[list[Unit]]", *, random: bool, check: 
     profiling.make_profile_cases(recipe, asked, (), None)
     resolve_model_source(recipe.model.source)
     if random:
-        labels = ("no", "yes") if tasks.get_task(recipe.task).has_classes else ()
+        labels = ("no", "yes") if tasks.get_task(recipe.task).has_new_head else ()
         return profiling.make_profile_cases(recipe, asked, labels, None, check)
     corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
     batch = pack(profiling.encode_first_batch(recipe, corpus))

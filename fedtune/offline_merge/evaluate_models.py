@@ -116,7 +116,7 @@ def _who(prepared: PreparedMerge) -> str:
 
 def _labels(folder: Path, task: Task) -> tuple[str, ...]:
     """Class names in order; those of a head that has none are numbers."""
-    if not task.has_classes:
+    if not task.has_new_head:
         return ()
     named = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(named[key]) for key in sorted(named, key=int))
