@@ -28,6 +28,7 @@ from fedtune.merging import MergeContext
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.bases import Bases
 from fedtune.server.class_payloads import RoundPayloads, list_trainable_tensors
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.downloads import Download, Downloads
 from fedtune.server.replies import make_missing_record
 from fedtune.simulation import resolve_recipe
@@ -136,7 +137,9 @@ def contributions(shop: RunContext, state: State, number: int, folder: Path) -> 
 
 def records(clients: int) -> list[ClientRecord]:
     """That so many were merged."""
-    return [replace(make_missing_record(client, "phone", 0, ""), status="merged") for client in range(clients)]
+    return [
+        replace(make_missing_record(client, ClientDevice("phone"), 0, ""), status="merged") for client in range(clients)
+    ]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from fedtune.flower.message_identity import set_node_identity
 from fedtune.memory import peak_rss, reset_peak_rss
 from fedtune.recipe.schema import Unit
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.wire.client_update import ClientReport, pack
 
@@ -53,7 +54,7 @@ def receive_and_merge(count: int, folder: Path) -> int:
     before = peak_rss()
     contributions = []
     for client in range(count):
-        expected = ExpectedReply(client, "phone", ClassPayload({}, SHAPES, {}))
+        expected = ExpectedReply(client, ClientDevice("phone"), ClassPayload({}, SHAPES, {}))
         _, sent = receive_update(reply(client, folder / "sent"), expected, folder)
         assert sent is not None
         contributions.append(sent)

@@ -21,6 +21,7 @@ from fedtune.recipe.schema import PrivacySettings, Recipe
 from fedtune.recipe.yaml_file import parse_recipe
 from fedtune.seeds import derive_seed
 from fedtune.server.bases import Bases
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.client_scoring import ClientScoring, draw_scorers
 from fedtune.server.events import Unscored, describe_unscored_clients
 from fedtune.server.reports import read_score
@@ -85,7 +86,7 @@ def test_figures_of_a_state_are_those_by_which_its_next_round_begins(home: Path,
     ended = execute(everyone(tmp_path, kind, "evaluation={own: 0.25, clients: all}"), run="scored")
     plain = execute(everyone(tmp_path, kind, "evaluation={own: 0.25}"), run="plain")
     assert ended.hashes == plain.hashes, "who scores changes nothing of what is learned"
-    many = {contribution.client for contribution in ended.rounds[1].contributions}
+    many = {contribution.client for contribution in ended.rounds[1].client_records}
     for number in range(1, len(ended.rounds) - 1):
         shared = figures(ended, number, "shared")
         assert len(shared) == 2 * len(many)
@@ -188,7 +189,9 @@ def test_devices_that_are_away_removed_silent_or_decline_cost_nothing_but_their_
             shop.client_rows[5] = shop.client_rows[5][:10]
         return train_round(message, context)
 
-    crew = RunClients(range(2, 8), [f"dev-{client}" for client in range(6)], deployed=True, eligible=range(6))
+    crew = RunClients(
+        range(2, 8), [ClientDevice("toy", f"dev-{client}") for client in range(6)], deployed=True, eligible=range(6)
+    )
     with silent() as events:
         state = get_model_state(shop.model, shop.shared_names)
         sending = Sending(shop, "run", Bases(shop, home / "runs" / "run", state, []))

@@ -32,7 +32,7 @@ def hashes(found: dict[str, Any]) -> list[str]:
 
 
 def statuses(found: dict[str, Any]) -> set[str]:
-    return {sent["status"] for record in found["rounds"] for sent in record["contributions"]}
+    return {sent["status"] for record in found["rounds"] for sent in record["client_records"]}
 
 
 def command(*argv: str) -> str:
@@ -57,7 +57,7 @@ def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, t
     assert (found["status"], found["reason"]) == ("completed", "")
     assert hashes(found) == simulated
     assert statuses(found) == {"merged"}
-    assert [seat["device"] for seat in found["devices"]] == ["device-0", "device-1"]
+    assert [one["device_name"] for one in found["assignments"]] == ["device-0", "device-1"]
     assert "round 2/2  2/2 devices  validation accuracy" in printed
     assert printed.splitlines()[-1] == f"run {found['id']} is completed"
     assert devices.count("connected") == 2
@@ -95,7 +95,7 @@ def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: 
         found = ended(server, submit(server, recipe))
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated.hashes
-    examples = [sent["examples"] for record in found["rounds"] for sent in record["contributions"]]
+    examples = [sent["examples"] for record in found["rounds"] for sent in record["client_records"]]
     assert examples == [20, 8, 20, 8]
 
 
@@ -116,8 +116,8 @@ def test_devices_are_sent_what_was_added_to_their_base_also_after_their_restart(
         found = ended(server, run)
     assert (found["status"], found["reason"]) == ("completed", "")
     assert hashes(found) == simulated.hashes
-    assert [[sent["bytes_down"] for sent in record["contributions"]] for record in found["rounds"]] == [
-        [sent.bytes_down for sent in record.contributions] for record in simulated.rounds
+    assert [[sent["bytes_down"] for sent in record["client_records"]] for record in found["rounds"]] == [
+        [sent.bytes_down for sent in record.client_records] for record in simulated.rounds
     ]
 
 

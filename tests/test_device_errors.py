@@ -18,6 +18,7 @@ from fedtune.errors import DataError, FedtuneError, MemoryBudgetError, SourceErr
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.recipe.schema import Recipe
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.training import clear_run_context, get_model_state, get_run_context
 from fedtune.wire.client_update import pack
@@ -188,7 +189,9 @@ def reply_with(reason: str) -> tuple[str, str]:
     message = Message(RecordDict(), 2, "train")
     set_message_id(message, "1")
     reply = Message(Error(code=2, reason=reason), reply_to=message)
-    record, sent = receive_update(reply, ExpectedReply(0, "phone", ClassPayload({}, {}, {})), Path("nowhere"))
+    record, sent = receive_update(
+        reply, ExpectedReply(0, ClientDevice("phone"), ClassPayload({}, {}, {})), Path("nowhere")
+    )
     assert sent is None
     return record.status, record.reason
 

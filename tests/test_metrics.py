@@ -129,7 +129,7 @@ def test_a_run_scores_what_its_recipe_asks_for(home: Path, tmp_path: Path) -> No
     recipe = words(tmp_path, "evaluation={metrics: [f1, auc, always-half]}")
     ended = execute(recipe)
     shop = get_run_context(recipe.model_dump_json())
-    last = {(one.part, one.name): one.value for one in ended.rounds[-1].metrics if one.domain == "all"}
+    last = {(one.split, one.name): one.value for one in ended.rounds[-1].metrics if one.domain == "all"}
     assert last["test", "always-half"] == 0.5
     state = ended.rounds[-1].checkpoint
     assert state is not None

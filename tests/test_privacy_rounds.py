@@ -85,10 +85,10 @@ def test_a_client_that_counts_fewer_examples_weighs_no_less(home: Path) -> None:
     mean = sum(flat(sent[1, client]) for client in range(4)) / 4
     gone = flat(state(ended, 1)) - flat(state(ended, 0))
     torch.testing.assert_close(gone, mean, rtol=0, atol=1e-7)
-    assert [one.examples for one in ended.rounds[1].contributions] == [1, 20, 20, 20]
+    assert [one.num_examples for one in ended.rounds[1].client_records] == [1, 20, 20, 20]
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1 + ROUNDING_SLACK / 2, "merged"), (1.01, "refused")])
+@pytest.mark.parametrize(("factor", "status"), [(1 + ROUNDING_SLACK / 2, "merged"), (1.01, "rejected")])
 def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: str) -> None:
     def enlarge(message: Message, reply: Message) -> Message:
         array = reply.content.array_records["delta"]["safetensors"]
@@ -98,9 +98,9 @@ def test_a_norm_above_the_bound_is_refused(home: Path, factor: float, status: st
         return reply
 
     ended = execute(private("server"), spoilt(enlarge, {1}))
-    bad = ended.rounds[1].contributions[1]
+    bad = ended.rounds[1].client_records[1]
     assert bad.status == status
-    assert (f"above privacy.clipping_norm {CLIP}" in bad.reason) == (status == "refused")
+    assert (f"above privacy.clipping_norm {CLIP}" in bad.reason) == (status == "rejected")
 
 
 def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: Path) -> None:
@@ -122,8 +122,8 @@ def test_clients_noise_covers_each_contribution_and_the_server_adds_none(home: P
 def test_a_client_with_its_own_noise_tells_neither_examples_nor_loss_nor_labels(home: Path) -> None:
     recipe = private("client")
     ended = execute(recipe)
-    told = [one for record in ended.rounds[1:] for one in record.contributions]
-    assert all(one.examples == 1 and math.isnan(one.loss) for one in told)
+    told = [one for record in ended.rounds[1:] for one in record.client_records]
+    assert all(one.num_examples == 1 and math.isnan(one.train_loss) for one in told)
     shop = get_run_context(recipe.model_dump_json())
     assert summarise_local_data(shop, shop.client_rows[0]) == {}
     other = get_run_context(private("server").model_dump_json())

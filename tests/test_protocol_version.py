@@ -13,6 +13,7 @@ from fedtune.flower.exchange import make_train_messages
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.flower.train_messages import read_train_request
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.protocol_version import PROTOCOL_VERSION
@@ -71,7 +72,7 @@ def test_a_device_tells_which_side_to_update(tmp_path: Path, content: RecordDict
 
 
 def reason_for(reply: Message, folder: Path) -> str:
-    return receive_update(reply, ExpectedReply(0, "phone", ClassPayload({}, {}, {})), folder)[0].reason
+    return receive_update(reply, ExpectedReply(0, ClientDevice("phone"), ClassPayload({}, {}, {})), folder)[0].reason
 
 
 def test_a_device_of_protocol_1_is_told_to_be_updated(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_init_again_changes_the_address_and_nothing_else(place: ServerHome) -> N
     told = json.loads(moved.operator_file.read_text())
     assert (told["url"], told["key"]) == ("https://new.example:9443", key)
     with Store.open() as store:
-        assert [(one.name, one.sha256) for one in store.access.operators()] == [("local", hash_secret(key))]
+        assert [(one.name, one.key_sha256) for one in store.access.list_operators()] == [("local", hash_secret(key))]
     changed = [line for line in settings(moved).splitlines() if line not in before.splitlines()]
     assert changed == ['listen: "0.0.0.0:9443"', 'hostnames: ["new.example", "10.0.0.7", "old.example"]']
     assert settings(moved).count("#") == before.count("#"), "comments stay"

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fedtune.errors import ClientUpdateError
 from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.reports import read_report
 from fedtune.tracking import ClientRecord
@@ -80,7 +81,7 @@ def receive_from(tmp_path: Path, payload: bytes, part: ClassPayload) -> ClientRe
     set_message_id(message, "1")
     deltas = ArrayRecord({"safetensors": Array("uint8", (len(payload),), "safetensors", payload)})
     reply = Message(RecordDict({"delta": deltas, "report": MetricRecord(GOOD)}), reply_to=message)
-    return receive_update(reply, ExpectedReply(0, "phone", part), tmp_path)[0]
+    return receive_update(reply, ExpectedReply(0, ClientDevice("phone"), part), tmp_path)[0]
 
 
 def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written(
@@ -90,7 +91,7 @@ def test_a_payload_larger_than_the_round_expects_is_refused_before_it_is_written
     monkeypatch.setattr("fedtune.server.replies.write_bytes_atomically", lambda path, content: written.append(path))
     part = ClassPayload({}, {"a": (100,)}, {})
     record = receive_from(tmp_path, bytes(1_000_000), part)
-    assert record.status == "refused"
+    assert record.status == "rejected"
     assert record.reason.startswith("it holds 1000000 bytes, and this round expects ")
     assert not written
 
@@ -123,8 +124,8 @@ def test_a_strange_report_costs_its_client_the_round_and_the_run_goes_on(home: P
     ended = execute(trivial(), spoilt(strange, {1}))
     assert ended.run.status == "completed"
     for record in ended.rounds[1:]:
-        assert [sent.status for sent in record.contributions] == ["merged", "refused", "merged", "merged"]
-        assert record.contributions[1].reason.startswith(f"its report: {next(iter(spoil))}")
+        assert [sent.status for sent in record.client_records] == ["merged", "rejected", "merged", "merged"]
+        assert record.client_records[1].reason.startswith(f"its report: {next(iter(spoil))}")
 
 
 @pytest.mark.parametrize("overrides", [(), ("train.local_steps=null", "train.local_epochs=2")])
@@ -135,14 +136,14 @@ def test_a_simulated_client_cannot_claim_more_examples_than_it_holds(home: Path,
         return answer(message, payload_of(reply), honest | {"num_examples": honest["num_examples"] * 10})
 
     ended = execute(trivial("federation.rounds=1", *overrides), spoilt(claim, {2}))
-    assert [sent.status for sent in ended.rounds[1].contributions] == ["merged", "merged", "refused", "merged"]
-    assert "of what the device declared" in ended.rounds[1].contributions[2].reason
+    assert [sent.status for sent in ended.rounds[1].client_records] == ["merged", "merged", "rejected", "merged"]
+    assert "of what the device declared" in ended.rounds[1].client_records[2].reason
 
 
 def record(examples: int, loss: float) -> ClientRecord:
-    counts = dict.fromkeys(("bytes_down", "bytes_up", "saved_bytes", "peak_rss"), 0)
-    kept = {"client": 0, "device": "", "status": "merged", "reason": "", "seconds": 0.0, "norm": 1.0}
-    return ClientRecord(examples=examples, loss=loss, **kept, **counts)  # type: ignore[arg-type]
+    counts = dict.fromkeys(("bytes_down", "bytes_up", "activation_memory", "peak_memory"), 0)
+    kept = {"client": 0, "device_class": "", "status": "merged", "reason": "", "seconds": 0.0, "update_norm": 1.0}
+    return ClientRecord(num_examples=examples, train_loss=loss, **kept, **counts)  # type: ignore[arg-type]
 
 
 def test_a_true_loss_of_zero_counts_and_a_withheld_one_does_not() -> None:

@@ -36,7 +36,7 @@ def tarrying(message: Message, reply: Message) -> Message:
 
 
 def statuses(record: RoundRecord) -> dict[int, tuple[str, str]]:
-    return {one.client: (one.status, one.reason) for one in record.contributions}
+    return {one.client: (one.status, one.reason) for one in record.client_records}
 
 
 def by_hand(recipe: Recipe, number: int) -> dict[int, tuple[str, str]]:
@@ -73,7 +73,7 @@ def test_a_class_that_names_no_speed_is_never_late(home: Path) -> None:
 
 
 def simulated_seconds(ended: Ended) -> list[float]:
-    return [one.value for record in ended.rounds for one in record.metrics if one.part == "simulation"]
+    return [one.value for record in ended.rounds for one in record.metrics if one.split == "simulation"]
 
 
 def test_a_round_takes_as_long_as_its_slowest_or_its_deadline(home: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_late_answer_waits_for_the_round_after_the_deadline(home: Path) -> Non
         "federation.rounds=3",
     )
     ended = execute(recipe)
-    taken = [{one.client: one.staleness for one in record.contributions} for record in ended.rounds[1:]]
+    taken = [{one.client: one.staleness for one in record.client_records} for record in ended.rounds[1:]]
     assert taken == [{0: 0, 1: 0, 2: 0}, {0: 0, 1: 0, 2: 0}, {0: 0, 1: 0, 2: 0, 3: 2}]
     assert simulated_seconds(ended) == [2.0, 2.0, 1.0]
 

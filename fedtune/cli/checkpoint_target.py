@@ -23,7 +23,7 @@ def load_checkpoint_target(
     from fedtune.cli.cached_export import with_base
     from fedtune.recipe.schema import Recipe
     from fedtune.tracking import Store
-    from fedtune.tracking.pruning import with_checkpoint
+    from fedtune.tracking.pruning import find_checkpointed_round
 
     file = _file(target)
     if file is not None and number is not None:
@@ -32,7 +32,7 @@ def load_checkpoint_target(
     with Store.open(store) as opened:
         run = opened.run(reference)
         rounds = opened.rounds(run.id)
-    there = with_checkpoint if file is None else _recorded  # a file may be a copy of one that was pruned
+    there = find_checkpointed_round if file is None else _recorded  # a file may be a copy of one that was pruned
     record = there(run.id, rounds, number)
     assert record.checkpoint is not None
     state = checkpoint.read_checkpoint(

@@ -56,7 +56,7 @@ def evaluate(
     shop = get_run_context(recipe.model_dump_json())
     if shop.local_tensors:
         raise ModelError(
-            f"run {run} kept a part of its model on the devices; see its part own: fedtune runs show {run}"
+            f"run {run} kept a part of its model on the devices; see the split local: fedtune runs show {run}"
         )
     examples = getattr(shop, part or "validation") if source is None else shop.encode_source(source, _columns(columns))
     told = source or part or "validation"

@@ -45,7 +45,7 @@ def _there(server: Path, run: str, number: int) -> dict[str, object]:
 
 def _here(store: str | None, run: str, number: int) -> dict[str, object]:
     from fedtune.tracking import Store
-    from fedtune.tracking.rollback import rollback as roll
+    from fedtune.tracking.rollback import rollback_run as roll
 
     with Store.open(store) as opened:
         found = opened.run(run)

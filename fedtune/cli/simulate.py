@@ -47,7 +47,7 @@ def simulate(
       fedtune simulate --extend latest --rounds 32
     """
     from fedtune.cli.cached_export import with_base
-    from fedtune.tracking import Store, default_url
+    from fedtune.tracking import Store, get_default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
         raise click.UsageError("name either a RECIPE or a run with --resume or --extend, e.g. recipes/sentiment.yaml")
@@ -56,7 +56,7 @@ def simulate(
     if (extended is None) != (rounds is None):
         raise click.UsageError("--extend RUN and --rounds N go together, e.g. --extend latest --rounds 32")
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
-    url = store or default_url()
+    url = store or get_default_url()
     with Store.open(url) as opened:
         if recipe is not None:
             run, shop = _begin(opened, with_base(_resolved(recipe, added), url, new=True), engine)

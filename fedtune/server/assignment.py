@@ -20,7 +20,8 @@ def assign_devices(recipe: Recipe, devices: Sequence[DeviceRecord]) -> list[Assi
         clients.sort(key=lambda client: -recipe.get_device_class(client).memory)
         chosen.sort(key=lambda device: -_memory(device))
     assignments = [
-        Assignment(client=client, device=one.name, node=one.node) for client, one in zip(clients, chosen, strict=True)
+        Assignment(client=client, device_name=one.name, node_id=one.node_id)
+        for client, one in zip(clients, chosen, strict=True)
     ]
     return sorted(assignments, key=lambda assignment: assignment.client)
 

@@ -33,7 +33,7 @@ class Bases:
         self._digests: dict[int, str | None] = {}
         self._merged: dict[int, int] = {}
         for record in done:
-            self._note(record.number, record.contributions)
+            self._note(record.number, record.client_records)
         self._bytes = sum(start[name].nbytes for name in self.names)
         self._log.trim(self._bytes)
 

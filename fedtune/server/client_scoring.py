@@ -61,7 +61,7 @@ class ClientScoring:
         deadline = _choose_deadline(self.context.recipe, clients, round_seconds)
         found = self._request_scores(clients, scorers, RoundPayloads(self.context, state, round_number), deadline)
         reasons = {
-            f"client {one} ({clients.device_names[one]})": said for one, said in found.items() if isinstance(said, str)
+            f"client {one} ({clients.devices[one].label})": said for one, said in found.items() if isinstance(said, str)
         }
         if reasons:
             emit_event(Unscored(round_number, len(scorers), reasons))

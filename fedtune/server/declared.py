@@ -29,8 +29,8 @@ def most_examples(context: RunContext, store: Store, run: str, client: int) -> i
 
 
 def _declared(store: Store, assignments: Sequence[Assignment], client: int) -> int:
-    profiles = {device.name: json.loads(device.profile) for device in store.access.devices()}
-    declared = {assignment.client: _count(profiles.get(assignment.device)) for assignment in assignments}
+    profiles = {device.name: json.loads(device.profile) for device in store.access.list_devices()}
+    declared = {assignment.client: _count(profiles.get(assignment.device_name)) for assignment in assignments}
     return declared[client] or max(declared.values()) or MOST_EXAMPLES
 
 

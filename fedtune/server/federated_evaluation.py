@@ -18,7 +18,7 @@ def average_holdout_metrics(contributions: Sequence[ClientUpdate]) -> tuple[Metr
         "accuracy": sum(score.num_predictions * score.accuracy for score in scores) / total,
         "loss": sum(score.num_predictions * score.loss for score in scores) / total,
     }
-    return tuple(MetricRecord(part="own", domain="all", name=name, value=value) for name, value in means.items())
+    return tuple(MetricRecord(split="local", domain="all", name=name, value=value) for name, value in means.items())
 
 
 def client_scores(contributions: Sequence[ClientUpdate], metrics: Sequence[str]) -> tuple[ClientScore, ...]:
@@ -39,6 +39,6 @@ def figures_of(client: int, moment: str, score: HoldoutMetrics, metrics: Sequenc
     """A client's figures at one moment."""
     figures = {"loss": score.loss, "accuracy": score.accuracy} | dict(zip(metrics, score.more, strict=False))
     return [
-        ClientScore(client=client, moment=moment, name=name, value=value, predictions=score.num_predictions)
+        ClientScore(client=client, moment=moment, name=name, value=value, num_predictions=score.num_predictions)
         for name, value in figures.items()
     ]

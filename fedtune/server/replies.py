@@ -10,6 +10,7 @@ from fedtune.files import write_bytes_atomically
 from fedtune.merging import compute_staleness_weight
 from fedtune.recipe.federation import Asynchronous
 from fedtune.server.class_payloads import ClassPayload
+from fedtune.server.client_device import ClientDevice
 from fedtune.server.reports import MOST_EXAMPLES, read_report
 from fedtune.tracking import ClientRecord
 from fedtune.untrusted import clean_text
@@ -32,7 +33,7 @@ class ExpectedReply:
     """
 
     client: int
-    device: str
+    device: ClientDevice
     payload: ClassPayload
     norm_limit: NormLimit = NO_NORM_LIMIT
     most_examples: int = MOST_EXAMPLES
@@ -56,20 +57,21 @@ def receive_update(reply: Message, expected: ExpectedReply, spool: Path) -> tupl
         )
     except ClientUpdateError as error:
         path.unlink(missing_ok=True)
-        return _make_absent_record(expected, "refused", clean_text(error, _LONGEST_REASON)), None
+        return _make_absent_record(expected, "rejected", clean_text(error, _LONGEST_REASON)), None
     record = ClientRecord(
         client=expected.client,
-        device=expected.device,
+        device_class=expected.device.device_class,
+        device_name=expected.device.device_name,
         status="merged",
         reason=f"in micro-batches of {report.micro_batch_size}, to fit its memory" if report.micro_batch_size else "",
-        examples=report.num_examples,
+        num_examples=report.num_examples,
         bytes_down=expected.bytes_down,
         bytes_up=path.stat().st_size,
         seconds=report.seconds,
-        saved_bytes=report.activation_memory,
-        peak_rss=report.peak_memory,
-        norm=norm,
-        loss=report.loss,
+        activation_memory=report.activation_memory,
+        peak_memory=report.peak_memory,
+        update_norm=norm,
+        train_loss=report.loss,
     )
     return record, ClientUpdate(
         expected.client, report.num_examples, path, report.holdout_metrics, report.trained_metrics
@@ -91,7 +93,7 @@ def read_error(error: Error) -> tuple[str, str]:
     """Return status and reason. A device declines before it trains if its memory budget is too small."""
     sent = error.reason or ""
     if error.code == REFUSED:
-        return "refused", clean_text(sent)
+        return "rejected", clean_text(sent)
     status = "declined" if sent.startswith(DECLINED_PREFIX) else "error"
     reason = sent.removeprefix(DECLINED_PREFIX)
     if problem := parse_problem(reason):
@@ -100,7 +102,7 @@ def read_error(error: Error) -> tuple[str, str]:
     return status, shown if status == "declined" else f"code {error.code}: {shown}"
 
 
-def make_missing_record(client: int, device: str, bytes_down: int, reason: str) -> ClientRecord:
+def make_missing_record(client: int, device: ClientDevice, bytes_down: int, reason: str) -> ClientRecord:
     """The record of a client that sent no reply in time."""
     return _make_empty_record(client, device, "missing", reason, bytes_down)
 
@@ -109,20 +111,21 @@ def _make_absent_record(expected: ExpectedReply, status: str, reason: str) -> Cl
     return _make_empty_record(expected.client, expected.device, status, reason, expected.bytes_down)
 
 
-def _make_empty_record(client: int, device: str, status: str, reason: str, bytes_down: int) -> ClientRecord:
+def _make_empty_record(client: int, device: ClientDevice, status: str, reason: str, bytes_down: int) -> ClientRecord:
     return ClientRecord(
         client=client,
-        device=device,
+        device_class=device.device_class,
+        device_name=device.device_name,
         status=status,
         reason=reason,
-        examples=0,
+        num_examples=0,
         bytes_down=bytes_down,
         bytes_up=0,
         seconds=0.0,
-        saved_bytes=0,
-        peak_rss=0,
-        norm=0.0,
-        loss=0.0,
+        activation_memory=0,
+        peak_memory=0,
+        update_norm=0.0,
+        train_loss=0.0,
     )
 
 

@@ -43,17 +43,17 @@ class Roster:
 
     def list_removed_clients(self) -> list[int]:
         """The clients whose device is not enrolled now."""
-        there = {(device.name, device.node) for device in self._store.access.devices()}
+        there = {(device.name, device.node_id) for device in self._store.access.list_devices()}
         return [
             assignment.client
             for assignment in self._list_assignments()
-            if (assignment.device, assignment.node) not in there
+            if (assignment.device_name, assignment.node_id) not in there
         ]
 
     def _quarantined(self) -> set[int]:
         """The clients whose device gets no train requests until an operator releases it."""
-        out = {device.name for device in self._store.access.devices() if device.quarantined}
-        return {assignment.client for assignment in self._list_assignments() if assignment.device in out}
+        out = {device.name for device in self._store.access.list_devices() if device.quarantine_reason}
+        return {assignment.client for assignment in self._list_assignments() if assignment.device_name in out}
 
     def wait(self) -> list[Assignment]:
         """Return the assignments of eligible devices, as soon as enough are connected for a round."""
@@ -77,7 +77,7 @@ class Roster:
         if not self.has_devices:
             return clients
         there = self.wait()
-        nodes = [int(assignment.node) for assignment in self._list_assignments()]
+        nodes = [int(assignment.node_id) for assignment in self._list_assignments()]
         moved = {client for client, node in enumerate(nodes) if node != clients.node_ids[client]}
         eligible = [assignment.client for assignment in there]
         scheduler.admit(eligible, moved)
@@ -94,16 +94,16 @@ class Roster:
             return (
                 f"waits: {_names(quarantined, 'is', 'are')} quarantined, and too few devices are left for "
                 f"federation.quorum {self._quorum}; see fedtune server devices, mend it, then fedtune server release "
-                f"{quarantined[0].device}"
+                f"{quarantined[0].device_name}"
             )
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "
-                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device}), or stop the "
-                "run and submit it with a lower quorum"
+                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device_name}), "
+                "or stop the run and submit it with a lower quorum"
             )
         connected = set(self._grid.get_node_ids())
-        away = [assignment for assignment in there if int(assignment.node) not in connected]
+        away = [assignment for assignment in there if int(assignment.node_id) not in connected]
         if len(there) - len(away) < self._quorum:
             return f"waits for devices: {_names(away, 'is', 'are')} away, and federation.quorum is {self._quorum}"
         return None
@@ -111,7 +111,7 @@ class Roster:
 
 def _names(assignments: Sequence[Assignment], one: str, many: str) -> str:
     """Some of the devices and the verb for one of them or for many."""
-    names = ", ".join(assignment.device for assignment in assignments[:_NAMED]) + (
+    names = ", ".join(assignment.device_name for assignment in assignments[:_NAMED]) + (
         ", ..." if len(assignments) > _NAMED else ""
     )
     return f"{names} {one if len(assignments) == 1 else many}"

@@ -33,7 +33,7 @@ def commit_round(store: Store, run_id: str, round_number: int, result: RoundResu
         status="failed" if result.failure else "completed",
         reason=result.failure or "",
         seconds=time.perf_counter() - result.started,
-        contributions=result.records,
+        client_records=result.records,
         metrics=result.metrics,
         checkpoint=CheckpointRecord(path=path, sha256=sha256, bytes=file.stat().st_size),
         client_scores=result.client_scores,

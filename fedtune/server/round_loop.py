@@ -42,7 +42,7 @@ from fedtune.server.sending import Sending
 from fedtune.server.server_run import ServerRun
 from fedtune.server.spool import open_spool, sweep
 from fedtune.tracking import ClientRecord, MetricRecord, RoundRecord, Store
-from fedtune.tracking.pruning import remove_pruned, with_checkpoint
+from fedtune.tracking.pruning import find_checkpointed_round, remove_pruned_checkpoints
 from fedtune.training import RunContext, get_model_state
 from fedtune.training.model_counts import check_model_counts
 from fedtune.untrusted import clean_text
@@ -63,7 +63,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
     check_model_counts(recipe, merging.build_pipeline(recipe.merge))
     emit_event(RunStarted(run_id, first, recipe.federation.rounds, scoring.to_score(context, first if done else 0)))
     sweep(run_id)
-    remove_pruned(done)
+    remove_pruned_checkpoints(done)
     state = _read_last_state(run_id, done) if done else _commit_start(context, store, run_id)
     prune_checkpoints(store, run_id, recipe)
     roster = Roster(store, run_id, recipe, grid)
@@ -89,7 +89,7 @@ def run_rounds(grid: Grid, context: RunContext, store: Store, run_id: str) -> No
 
 def _read_last_state(run_id: str, done: Sequence[RoundRecord]) -> SharedState:
     """The state of the last checkpoint among the committed rounds, verified."""
-    last = with_checkpoint(run_id, done).checkpoint
+    last = find_checkpointed_round(run_id, done).checkpoint
     assert last is not None
     checkpoint.read_checkpoint(paths.get_runs_folder() / last.path, last.sha256)
     return StoredState(paths.get_runs_folder() / last.path)
@@ -144,7 +144,7 @@ def _run_round(run: ServerRun, clients: RunClients, state: SharedState, round_nu
 
 
 def _simulated_seconds(seconds: float | None) -> tuple[MetricRecord, ...]:
-    return () if seconds is None else (MetricRecord(part="simulation", domain="all", name="seconds", value=seconds),)
+    return () if seconds is None else (MetricRecord(split="simulation", domain="all", name="seconds", value=seconds),)
 
 
 def _merged(
@@ -160,7 +160,7 @@ def _merged(
     merge_context = merge_context._replace(low_rank_pairs=pairs)
     active = select_active_values(state, masks)
     errors = merging.measure_averaging_errors(pipeline, active, names, updates, merge_context)
-    figures = (MetricRecord(part="merge", domain="all", name=name, value=value) for name, value in errors.items())
+    figures = (MetricRecord(split="merge", domain="all", name=name, value=value) for name, value in errors.items())
     merged, increments = merging.merge_round(pipeline, active, names, updates, merge_context)
     extras = techniques.declare_extra_payload(context.techniques, context.model, round_number)
     weights = pipeline.combine.compute_client_weights([one.num_examples for one in updates])
@@ -198,7 +198,7 @@ def _gather_updates(
         payload = parts.get_for_client(client)
         expected = ExpectedReply(
             client,
-            clients.device_names[client],
+            clients.devices[client],
             payload,
             get_norm_limit(context.recipe, payload.expected_shapes.values()),
             run.safeguards.examples(client),
@@ -214,7 +214,7 @@ def _gather_updates(
         emit_event(ReplyReceived(round_number, records[client]))
     for client, reason in clients.explain_missing_clients(scheduler.list_missing_clients(records)).items():
         sent_bytes = run.sending.count_bytes_sent(client, downloads)
-        records[client] = make_missing_record(client, clients.device_names[client], sent_bytes, reason)
+        records[client] = make_missing_record(client, clients.devices[client], sent_bytes, reason)
         emit_event(ReplyReceived(round_number, records[client]))
     ordered = sorted(weight_clients_equally(context.recipe, updates), key=lambda one: one.client)
     in_order = [records[client] for client in sorted(records)]

@@ -11,7 +11,7 @@ from fedtune.server.assignment import assign_devices
 from fedtune.server.presence import Presence
 from fedtune.server.selection import check_enough_enrolled_devices, is_device_eligible
 from fedtune.tracking import RunRecord, Store, is_run_active, new_run_id
-from fedtune.tracking.rollback import rollback
+from fedtune.tracking.rollback import rollback_run
 
 __all__ = ["DEVICE_ENGINE", "RunManager"]
 
@@ -54,7 +54,7 @@ class RunManager:
 
     def submit_run(self, recipe: Recipe) -> str:
         """Queue a run of a recipe; every round of it has a deadline. RecipeError when too few devices qualify."""
-        check_enough_enrolled_devices(recipe, self._store.access.devices())
+        check_enough_enrolled_devices(recipe, self._store.access.list_devices())
         federation = recipe.federation
         bounded = federation.model_copy(update={"deadline": federation.deadline or self._deadline})
         run = new_run_id(recipe.name)
@@ -90,7 +90,7 @@ class RunManager:
         run = self._own(reference)
         if run.status in ("queued", "running"):
             raise StoreError(f"run {run.id} is {run.status}; stop it first: fedtune runs stop {run.id}")
-        removed = rollback(self._store, run.id, round_number)
+        removed = rollback_run(self._store, run.id, round_number)
         self._trouble.pop(run.id, None)
         return run.id, removed
 
@@ -137,7 +137,7 @@ class RunManager:
             return None
         recipe = Recipe.model_validate_json(run.recipe)
         needed, select = recipe.num_clients, recipe.federation.selection
-        fit = [device for device in self._store.access.devices() if is_device_eligible(select, device)]
+        fit = [device for device in self._store.access.list_devices() if is_device_eligible(select, device)]
         there = self._presence.list_connected_devices(fit)
         if len(there) < needed:
             return f"waits for devices: {len(there)} of {needed} are connected"

@@ -66,4 +66,4 @@ def _scores(
 
     told(0)
     scores = evaluate_model(context.evaluated_model, examples, rows, told)
-    return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)
+    return tuple(MetricRecord(split=called, domain=domain, name=name, value=value) for domain, name, value in scores)

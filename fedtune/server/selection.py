@@ -35,7 +35,7 @@ def is_device_eligible(select: ClientSelection, device: DeviceRecord) -> bool:
 
     Operators set the tags. The device itself reports only its memory, which counts as 0 until it joins.
     """
-    if device.quarantined:
+    if device.quarantine_reason:
         return False
     told = json.loads(device.profile).get("memory")
     return is_eligible(select, device.name, device.tags, told if isinstance(told, int) else 0)

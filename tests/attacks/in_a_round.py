@@ -99,8 +99,8 @@ def _destructive(scene: Scene) -> str:
         fleet.push_update(claim, pack(deltas), report.to_fields(), 1.0)
     found = ended(scene.server, run, _PATIENCE)
     fleet.close()
-    told = [sent for record in found["rounds"] for sent in record["contributions"]]
-    assert [sent["status"] for sent in told] == ["refused", "refused"], told
+    told = [sent for record in found["rounds"] for sent in record["client_records"]]
+    assert [sent["status"] for sent in told] == ["rejected", "rejected"], told
     assert len({record["checkpoint"]["sha256"] for record in found["rounds"] if record["checkpoint"]}) == 1
     return "; ".join(sent["reason"] for sent in told)
 

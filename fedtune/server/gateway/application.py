@@ -25,7 +25,7 @@ from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.server.gateway.reverse_proxy import ReverseProxy, stream_limited_body
 from fedtune.server.operator_files import Role
 from fedtune.server.sent import read_json
-from fedtune.tracking.run_json import text
+from fedtune.tracking.run_json import json_text
 from fedtune.untrusted import clean_text
 
 __all__ = ["GatewayServices", "make_gateway"]
@@ -176,4 +176,4 @@ def _explain_error(request: Request, error: Exception) -> tuple[int, str]:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(text(content), status, media_type="application/json")
+    return Response(json_text(content), status, media_type="application/json")

@@ -54,12 +54,12 @@ class OperatorApi:
         return {"runs": [make_run_document(self._as_planned(run), ()) for run in self.store.runs()]}
 
     def get_run(self, _: str, request: Request, __: Any) -> dict[str, Any]:
-        """One run with its rounds after number ``after``, and who is which client."""
+        """One run with its rounds after number ``after``, and which device is which client."""
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
         assignments = [asdict(one) for one in self.store.access.list_assignments(run.id)]
-        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"devices": assignments}
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assignments}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """End a run that is queued or running."""
@@ -84,7 +84,7 @@ class OperatorApi:
 
     def list_devices(self, _: str, __: Request, ___: Any) -> dict[str, Any]:
         """Enrolled devices, and whether they are connected."""
-        devices = self.store.access.devices()
+        devices = self.store.access.list_devices()
         there = {found.name for found in self.presence.list_connected_devices(devices)}
         return {"devices": [device_to_json(found, online=found.name in there) for found in devices]}
 
@@ -107,12 +107,12 @@ class OperatorApi:
 
     def remove_device(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Shut a device out for good; its key is worthless from now on."""
-        found = self.store.access.device(request.path_params["device"])
+        found = self.store.access.find_device(request.path_params["device"])
         if found is None:
             raise RequestRefusedError(
                 404, f"there is no device {request.path_params['device']!r}; list them first", who
             )
-        self.control().unregister_node(int(found.node))
+        self.control().unregister_node(int(found.node_id))
         self.store.access.remove_device(found.name)
         self.guard.clear_device_cache()
         self.audit.record_action(who, f"device {found.name} removed")
@@ -128,11 +128,11 @@ def device_to_json(found: DeviceRecord, *, online: bool) -> dict[str, Any]:
     return {
         "name": found.name,
         "online": online,
-        "enrolled": found.enrolled.isoformat(),
-        "seen": found.seen.isoformat() if found.seen else None,
+        "enrolled_at": found.enrolled_at.isoformat(),
+        "last_seen_at": found.last_seen_at.isoformat() if found.last_seen_at else None,
         "profile": json.loads(found.profile),
         "tags": found.tags,
-        "quarantined": found.quarantined,
+        "quarantine_reason": found.quarantine_reason,
     }
 
 
