@@ -69,7 +69,7 @@ def test_show_prints_a_row_per_client_and_the_picture(recipe_file: Path, tmp_pat
 
 
 def test_show_cuts_a_long_table_and_says_so(recipe_file: Path, tmp_path: Path) -> None:
-    overrides = ["--set", "devices=[{name: phone, count: 100}]", "--picture", str(tmp_path / "here.png")]
+    overrides = ["--set", "devices=[{name: phone, count: 100}]", "--output", str(tmp_path / "here.png")]
     result = CliRunner().invoke(command, ["show", str(recipe_file), *overrides], catch_exceptions=False)
     assert sum("phone" in line for line in result.output.splitlines()) == 40
     assert "and 60 more clients" in result.output

@@ -23,9 +23,9 @@ def data() -> None:
 @data.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
-@click.option("--picture", type=click.Path(path_type=Path), help="File for the plot (PNG).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (PNG).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json: bool) -> None:
+def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Show how many examples of each label every client has, as a table and a plot.
 
     \b
@@ -33,15 +33,15 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
-    from fedtune.data.partition_plot import draw_partition as draw
+    from fedtune.data.partition_plot import draw_partition
     from fedtune.paths import get_home_folder
     from fedtune.recipe.yaml_file import read_recipe
 
-    wanted = read_recipe(recipe, overrides)
-    corpus = library.load_data(wanted)
-    summary = library.summarise_partition(wanted, corpus, library.partition_examples(wanted, corpus.train))
-    path = picture or get_home_folder() / "pictures" / f"{wanted.name}-split.png"
-    draw(summary, path)
+    settings = read_recipe(recipe, overrides)
+    corpus = library.load_data(settings)
+    summary = library.summarise_partition(settings, corpus, library.partition_examples(settings, corpus.train))
+    path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
+    draw_partition(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
     _print(summary, path, as_json)

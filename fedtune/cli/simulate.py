@@ -21,7 +21,13 @@ __all__ = ["simulate"]
 @click.option("--resume", "resumed", metavar="RUN", help="Resume a stopped run at its next round.")
 @click.option("--extend", "extended", metavar="RUN", help="Add rounds to a run, up to --rounds in all.")
 @click.option("--rounds", type=click.IntRange(1), help="With --extend: total number of rounds.")
-@click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["in-process", "flower"]),
+    default="in-process",
+    show_default=True,
+    help="Where clients run.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
@@ -46,7 +52,7 @@ def simulate(
       fedtune simulate --resume latest
       fedtune simulate --extend latest --rounds 32
     """
-    from fedtune.cli.cached_export import with_base
+    from fedtune.cli.cached_export import export_base_run
     from fedtune.tracking import Store, default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
@@ -59,7 +65,7 @@ def simulate(
     url = store or default_url()
     with Store.open(url) as opened:
         if recipe is not None:
-            run, shop = _begin(opened, with_base(_resolved(recipe, added), url, new=True), engine)
+            run, shop = _begin(opened, export_base_run(_resolved(recipe, added), url, new=True), engine)
         elif rounds is not None:
             run, shop = _extend(opened, str(extended), rounds, url)
         else:
@@ -98,10 +104,10 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
 
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
-    from fedtune.cli.cached_export import with_base
+    from fedtune.cli.cached_export import export_base_run
 
     found = store.run(reference)
-    shop = _workshop(with_base(_read_recorded(found), url))
+    shop = _workshop(export_base_run(_read_recorded(found), url))
     store.reopen(found.id)
     return found.id, shop
 
@@ -120,14 +126,14 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
     """More rounds for a run of this machine, which go on from its last one."""
-    from fedtune.cli.cached_export import with_base
+    from fedtune.cli.cached_export import export_base_run
     from fedtune.errors import StoreError
     from fedtune.tracking import claim_run
     from fedtune.training.optimisers import compute_lr_factor
 
     found = store.run(reference)
-    recipe = with_base(_read_recorded(found), url)
-    if found.engine not in ("local", "flower"):
+    recipe = export_base_run(_read_recorded(found), url)
+    if found.engine not in ("in-process", "flower"):
         raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:
         raise StoreError(

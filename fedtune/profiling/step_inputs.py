@@ -1,4 +1,4 @@
-"""The inputs of the measured step: the first examples of a recipe, or random ones where there is no data."""
+"""The inputs of the measured step: the first examples of a recipe, or random inputs without data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["encode_first_batch", "make_random_batch"]
 
 
 def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Tensor]:
-    """The first ``train.batch_size`` training examples, texts padded to ``train.max_length``: the longest step."""
+    """Encode the first ``train.batch_size`` training examples. Texts are padded to ``train.max_length``."""
     settings = recipe.train
     if len(corpus.train) < settings.batch_size:
         raise DataError(
@@ -30,7 +30,7 @@ def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Ten
 
 
 def _pad_batch(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[str, Tensor]:
-    """Rows of tokens filled up on the right; a label per text stays as it is."""
+    """Pad the rows of tokens on the right. A label per text stays as it is."""
     fill = {"input_ids": padding, "attention_mask": 0, "labels": -100}
     return {
         name: tensor if tensor.dim() == 1 else F.pad(tensor, (0, length - tensor.shape[1]), value=fill[name])
@@ -39,7 +39,7 @@ def _pad_batch(batch: Mapping[str, Tensor], length: int, padding: int) -> dict[s
 
 
 def make_random_batch(model: nn.Module, recipe: Recipe, labels: int) -> dict[str, Tensor]:
-    """Tokens of the model's vocabulary at full length, or pixels, and labels: drawn from the recipe's seed."""
+    """Draw tokens at full length, or pixels, and labels from the recipe's seed."""
     random = torch.Generator().manual_seed(derive_seed(recipe.seed, "profile"))
     settings = recipe.train
     answers = torch.randint(max(labels, 1), (settings.batch_size,), generator=random)

@@ -90,8 +90,8 @@ class Roster:
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "
-                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device}), or stop the "
-                "run and submit it with a lower quorum"
+                f"{self._quorum}; enrol again under the same name (fedtune server create-token {gone[0].device}), or "
+                "stop the run and submit it with a lower quorum"
             )
         connected = set(self._grid.get_node_ids())
         away = [seat for seat in there if int(seat.node) not in connected]
