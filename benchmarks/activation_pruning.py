@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import save
-from fedtune import data, models, techniques
+from fedtune import models, tasks, techniques
 from fedtune.memory import StorageMeter
 from fedtune.recipe.schema import Recipe, Unit
+from fedtune.tasks import get_task
 from fedtune.techniques import begin_round, begin_step
 from fedtune.techniques._pruned import PruningRule, pack_pruned
 from fedtune.techniques._pruned_layers import RecentInputs
@@ -154,12 +155,12 @@ def a_step(
 ) -> tuple[dict[str, Tensor], int]:
     """Gradients of a step, and the bytes kept for it."""
     units = [*recipe.train.techniques, *(Unit(name="activation-pruning", settings=dict(one)) for one in pruning)]
-    model = models.load_model(recipe.model, recipe.task, [str(label) for label in range(10)], seed=0)
+    model = models.load_model(recipe.model, get_task(recipe.task), [str(label) for label in range(10)], seed=0)
     chosen = techniques.build_techniques(units)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    shake(model, techniques.apply_techniques(chosen, model, recipe.task, 0))
+    shake(model, techniques.apply_techniques(chosen, model, get_task(recipe.task), 0))
     begin_round(chosen, model, number)
     set_train_mode(model)
     begin_step(chosen, model, batch, 0.0)
@@ -202,7 +203,7 @@ def a_recipe(model: str, task: str, source: str, units: Sequence[Unit], **train:
 
 def a_batch(recipe: Recipe) -> Tensors:
     """The first training examples; of texts, those that fill the length."""
-    encoded = data.encode_examples(data.load_data(recipe).train, recipe, models.reader(recipe))
+    encoded = tasks.encode_examples(tasks.load_data(recipe).train, recipe, tasks.load_reader(recipe))
     if encoded.lengths is None:
         return encoded.make_batch(list(range(recipe.train.batch_size)))
     long = (encoded.lengths >= recipe.train.max_length).nonzero()[:, 0].tolist()

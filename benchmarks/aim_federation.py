@@ -30,8 +30,11 @@ from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.merge_context import make_merge_context
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
+from fedtune.tasks import get_task
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
     RunContext,
     clear_run_context,
     evaluate_model,
@@ -106,7 +109,9 @@ def collected(shop: RunContext, state: State, number: int, folder: Path) -> list
     sent = []
     for client in sample_cohort(shop.recipe, number):
         indices = shop.client_rows[client]
-        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(
+            ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, indices, number, client), state
+        )
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack({**got.delta, **got.extra_payload}))
         sent.append(ClientUpdate(client, got.num_examples, path))
@@ -126,7 +131,8 @@ def accuracy(shop: RunContext, state: State, part: str, texts: int) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
     found = evaluate_model(
-        shop.model, some(getattr(shop, part), texts), recipe.evaluation.batch_size, recipe.task, shop.techniques
+        EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size, shop.techniques),
+        some(getattr(shop, part), texts),
     )
     return next(one.value for one in found if (one.domain, one.name) == ("mean", "accuracy"))
 

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from fedtune import merging
 from fedtune.data import EncodedDataset
+from fedtune.data.sampling import iter_inputs, sample_rows
+from fedtune.data.token_blocks import iter_token_blocks
 from fedtune.merging import MergeContext, MergeInput, MergePipeline
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
+from fedtune.tasks import get_task
 from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
     RunContext,
     clear_run_context,
     evaluate_model,
@@ -28,7 +33,6 @@ from fedtune.training import (
     train_local_model,
 )
 from fedtune.training.activation_statistics import measure_activation_statistics
-from fedtune.training.calibration_inputs import iter_inputs, iter_token_blocks, sample_rows
 from fedtune.training.model_state import named_tensors
 from fedtune.wire.client_update import ClientUpdate, pack
 
@@ -55,7 +59,9 @@ def minilm(seed: int, lr: float, steps: int, folder: Path) -> Tuned:
     shop = _shop("aim.yaml", seed, lr, steps, 1, "train.techniques=full", "train.batch_size=16")
     base, operands = get_model_state(shop.model, shop.shared_names), {}
     for client, domain in shop.client_domains.items():
-        got = train_local_model(shop.model, (), base, shop.train, shop.client_rows[client], shop.recipe, 1, client)
+        got = train_local_model(
+            ClientRound(shop.model, (), shop.recipe, shop.train, shop.client_rows[client], 1, client), base
+        )
         path = folder / f"{domain}.safetensors"
         path.write_bytes(pack(got.delta))
         operands[domain] = MergeInput(ClientUpdate(client, got.num_examples, path).read_rows, 1.0)
@@ -97,7 +103,9 @@ def evaluated(tuned: Tuned, state: State, part: str, figure: str, texts: int) ->
     shop = tuned.shop
     set_model_state(shop.model, state)
     examples = some(getattr(shop, part), texts)
-    scores = evaluate_model(shop.model, examples, 64 if figure == "accuracy" else 16, shop.recipe.task)
+    scores = evaluate_model(
+        EvaluatedModel(shop.model, get_task(shop.recipe.task), 64 if figure == "accuracy" else 16), examples
+    )
     return {one.domain: one.value for one in scores if one.name == figure and one.domain not in ("all", "mean")}
 
 
@@ -123,7 +131,8 @@ def _factors(shop: RunContext, start: State, client: int) -> Iterator[tuple[str,
     state = dict(start)
     for number in range(1, shop.recipe.federation.rounds + 1):
         got = train_local_model(
-            shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, number, client
+            ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, shop.client_rows[client], number, client),
+            state,
         )
         state |= {name: state[name] + delta for name, delta in got.delta.items()}
     for name, a in state.items():

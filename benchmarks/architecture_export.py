@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.architecture_bench import Bench
-from benchmarks.architecture_zoo import AUTO
 from fedtune import techniques
 from fedtune.errors import FedtuneError
 from fedtune.export import write_export
@@ -39,7 +38,7 @@ def exported(
         return None
     if form is None and made == "model":
         return None
-    auto = getattr(transformers, AUTO[bench.task])
+    auto = getattr(transformers, bench.task.auto_class)
     if made == "model":
         loaded = auto.from_pretrained(target, trust_remote_code=True)
     else:
@@ -54,7 +53,7 @@ def _base(bench: Bench, recipe: Recipe) -> Any:
     if four_bits != [None]:
         four_bits[0].llm_int8_skip_modules = _head(bench)
         settings |= {"quantization_config": four_bits[0], "device_map": "cpu"}
-    loaded = getattr(transformers, AUTO[bench.task]).from_pretrained(bench.folder, **settings)
+    loaded = getattr(transformers, bench.task.auto_class).from_pretrained(bench.folder, **settings)
     for layer in loaded.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False  # its kernel wants wider layers than these
@@ -62,5 +61,5 @@ def _base(bench: Bench, recipe: Recipe) -> Any:
 
 
 def _head(bench: Bench) -> list[str]:
-    loaded = getattr(transformers, AUTO[bench.task]).from_pretrained(bench.folder)
+    loaded = getattr(transformers, bench.task.auto_class).from_pretrained(bench.folder)
     return [name for name, _ in loaded.named_children() if name != loaded.base_model_prefix] + read_past(loaded)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task, get_task
 
 __all__ = ["ARCHITECTURES", "IMAGES", "LANGUAGE", "PIXELS", "SPECIAL", "TEXT", "WORDS", "Architecture"]
 
-TEXT: TaskName = "text-classification"
-LANGUAGE: TaskName = "text-generation"
-IMAGES: TaskName = "image-classification"
+TEXT = get_task("text-classification")
+LANGUAGE = get_task("text-generation")
+IMAGES = get_task("image-classification")
 WORDS = [f"word{number}" for number in range(44)]
 PIXELS = 32
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -55,7 +55,7 @@ class Architecture(NamedTuple):
     """``kind`` begins the names of transformers' classes; the model is saved as its ``auto`` class makes it."""
 
     kind: str
-    task: TaskName
+    task: Task
     settings: Mapping[str, Any]
 
 

@@ -10,17 +10,12 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.architecture_settings import ARCHITECTURES, IMAGES, LANGUAGE, PIXELS, SPECIAL, TEXT, WORDS
-from fedtune.recipe.schema import TaskName
+from benchmarks.architecture_settings import ARCHITECTURES, PIXELS, SPECIAL, WORDS
+from fedtune.tasks import Task
 
-__all__ = ["AUTO", "LABELS", "text", "tokenizer", "write"]
+__all__ = ["LABELS", "text", "tokenizer", "write"]
 
 LABELS = ("bad", "good", "so-so")
-AUTO: dict[TaskName, str] = {
-    TEXT: "AutoModelForSequenceClassification",
-    LANGUAGE: "AutoModelForCausalLM",
-    IMAGES: "AutoModelForImageClassification",
-}
 
 
 def text(row: int) -> str:
@@ -28,26 +23,26 @@ def text(row: int) -> str:
     return " ".join(WORDS[(row * 7 + place * 3) % len(WORDS)] for place in range(3 + row % 6))
 
 
-def write(name: str, folder: Path) -> TaskName:
+def write(name: str, folder: Path) -> Task:
     """Save an architecture's model, drawn from a seed, with head and tokenizer; returns its task."""
     kind, task, settings = ARCHITECTURES[name]
     labels = (
-        {}
-        if task == LANGUAGE
-        else {
+        {
             "num_labels": len(LABELS),
             "id2label": dict(enumerate(LABELS)),
             "label2id": {label: number for number, label in enumerate(LABELS)},
         }
+        if task.has_classes
+        else {}
     )
-    named = {"architectures": [f"{kind}{AUTO[task].removeprefix('AutoModel')}"]}
+    named = {"architectures": [f"{kind}{task.auto_class.removeprefix('AutoModel')}"]}
     config = getattr(transformers, _config_name(kind))(**settings, **labels, **named)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, AUTO[task]).from_config(config)
+        model = getattr(transformers, task.auto_class).from_config(config)
         _warm(model)
     model.save_pretrained(folder)
-    if task != IMAGES:
+    if task.reads_text:
         tokenizer(kind).save_pretrained(folder)
     return task
 

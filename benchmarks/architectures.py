@@ -33,7 +33,7 @@ from benchmarks.report import save
 from fedtune.errors import FedtuneError
 from fedtune.profiling.gradient_check import gradient_error
 from fedtune.simulation import resolve_recipe
-from fedtune.training import get_model_state, prepare_model, set_model_state, train_local_model
+from fedtune.training import ClientRound, get_model_state, prepare_model, set_model_state, train_local_model
 
 __all__ = ["TECHNIQUES", "Cell", "cell"]
 
@@ -105,7 +105,7 @@ def _tried(bench: Bench, technique: str, folder: Path) -> Cell:
     indices = np.arange(len(bench.examples))
     trained: set[str] = set()
     for number in (1, 2):
-        outcome = train_local_model(model, chosen, state, bench.examples, indices, recipe, number, 0)
+        outcome = train_local_model(ClientRound(model, chosen, recipe, bench.examples, indices, number, 0), state)
         state = {**state, **{name: state[name] + delta for name, delta in outcome.delta.items()}}
         trained |= outcome.delta.keys()
     unmoved = [name for name in trained if torch.equal(state[name], before[name])]

@@ -29,7 +29,8 @@ from benchmarks.bare import bare_loop
 from benchmarks.report import save
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
-from fedtune.training import RunContext, evaluate_model, get_run_context
+from fedtune.tasks import get_task
+from fedtune.training import EvaluatedModel, RunContext, evaluate_model, get_run_context
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 TECHNIQUES = {"same": [], "lora": ["train.techniques=lora"]}
@@ -87,7 +88,9 @@ def train_centrally(seed: int, kind: str, rate: float, way: str) -> dict[str, fl
 
 
 def mean_accuracy(shop: RunContext, part: str) -> float:
-    scores = evaluate_model(shop.model, getattr(shop, part), shop.recipe.evaluation.batch_size, shop.recipe.task)
+    scores = evaluate_model(
+        EvaluatedModel(shop.model, get_task(shop.recipe.task), shop.recipe.evaluation.batch_size), getattr(shop, part)
+    )
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 
 

@@ -29,10 +29,12 @@ from benchmarks.report import save
 from fedtune.memory import StorageMeter
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
+from fedtune.tasks import get_task
 from fedtune.techniques import begin_step
 from fedtune.techniques._probe import calibrate_thresholds
 from fedtune.techniques.deft import get_probes
 from fedtune.training import (
+    EvaluatedModel,
     RunContext,
     clear_run_context,
     compute_step_loss,
@@ -181,7 +183,10 @@ def one_step(shop: RunContext, batch: dict[str, torch.Tensor], progress: float) 
 
 def scored(shop: RunContext, part: str) -> dict[str, float]:
     recipe = shop.recipe
-    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch_size, recipe.task, shop.techniques)
+    found = evaluate_model(
+        EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size, shop.techniques),
+        getattr(shop, part),
+    )
     whole = {one.name: one.value for one in found if one.domain == "all"}
     return {**whole, **{f"mean_{one.name}": one.value for one in found if one.domain == "mean"}}
 

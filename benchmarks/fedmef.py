@@ -37,8 +37,11 @@ from fedtune.recipe.schema import DataSettings, Recipe
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
+from fedtune.tasks import get_task
 from fedtune.techniques import list_trainable_tensors
 from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
     LocalTrainingResult,
     RunContext,
     clear_run_context,
@@ -145,7 +148,8 @@ def collect(
     sent, outcomes = [], []
     for client in sample_cohort(shop.recipe, number):
         outcome = train_local_model(
-            shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, number, client
+            ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, shop.client_rows[client], number, client),
+            state,
         )
         payload = pack({**select_active_values(outcome.delta, find_masks(state)), **outcome.extra_payload})
         path = folder / f"{client}.safetensors"
@@ -181,7 +185,10 @@ def revise(shop: RunContext, merged: State, number: int, sent: Sequence[ClientUp
 def accuracy(shop: RunContext, state: State, part: str) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
-    found = evaluate_model(shop.model, getattr(shop, part), recipe.evaluation.batch_size, recipe.task, shop.techniques)
+    found = evaluate_model(
+        EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size, shop.techniques),
+        getattr(shop, part),
+    )
     return next(one.value for one in found if (one.domain, one.name) == ("all", "accuracy"))
 
 

@@ -35,7 +35,10 @@ from fedtune.merging import MergeContext
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation import resolve_recipe
+from fedtune.tasks import get_task
 from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
     RunContext,
     clear_run_context,
     evaluate_model,
@@ -168,7 +171,9 @@ def collected(shop: RunContext, state: State, number: int, folder: Path) -> list
     sent = []
     for client in sample_cohort(shop.recipe, number):
         indices = shop.client_rows[client]
-        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(
+            ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, indices, number, client), state
+        )
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack(got.delta))
         sent.append(ClientUpdate(client, got.num_examples, path))
@@ -194,7 +199,9 @@ def figure(shop: RunContext, state: State, told: Part, part: str) -> float:
     set_model_state(shop.model, state)
     recipe = shop.recipe
     examples = some(getattr(shop, part), told.texts)
-    found = evaluate_model(shop.model, examples, recipe.evaluation.batch_size, recipe.task, shop.techniques)
+    found = evaluate_model(
+        EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size, shop.techniques), examples
+    )
     return next(one.value for one in found if (one.domain, one.name) == told.figure)
 
 

@@ -29,12 +29,13 @@ from transformers import PreTrainedModel
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe.schema import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.tasks import Task, get_task
 from fedtune.techniques import begin_round
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 BATCHES = {"minilm": (16, 128), "smollm2": (2, 128)}
-TASKS: dict[str, TaskName] = {"minilm": "text-classification", "smollm2": "text-generation"}
+TASKS: dict[str, Task] = {"minilm": get_task("text-classification"), "smollm2": get_task("text-generation")}
 BLOCKS = {"minilm": "bert.encoder.layer", "smollm2": "model.layers"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "meft in one stretch": {"factor": 0.5},

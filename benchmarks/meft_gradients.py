@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.report import save
 from fedtune import models, techniques
-from fedtune.recipe.schema import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.tasks import Task, get_task
 from fedtune.training import set_train_mode, use_cpu_threads
 
 MODELS = {"minilm": ("sample:minilm", 1), "minilm-12": ("sample:minilm", 2), "smollm2": ("sample:smollm2", 1)}
@@ -51,8 +52,8 @@ def main() -> None:
     save("meft_gradients", {"rows": rows, "start": starts})
 
 
-def task_of(name: str) -> TaskName:
-    return "text-generation" if name == "smollm2" else "text-classification"
+def task_of(name: str) -> Task:
+    return get_task("text-generation" if name == "smollm2" else "text-classification")
 
 
 def loaded(name: str, dtype: str) -> PreTrainedModel:

@@ -20,7 +20,8 @@ from benchmarks.bare import bare_loop
 from benchmarks.report import save
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.simulation import resolve_recipe
-from fedtune.training import RunContext, evaluate_model, get_run_context
+from fedtune.tasks import get_task
+from fedtune.training import EvaluatedModel, RunContext, evaluate_model, get_run_context
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 STEPS, BATCH = 400, 16
@@ -57,7 +58,8 @@ def trained(technique: str, rate: float, seed: int) -> RunContext:
 def accuracy(shop: RunContext, part: str) -> float:
     """The mean over domains."""
     scores = evaluate_model(
-        shop.model, getattr(shop, part), shop.recipe.evaluation.batch_size, shop.recipe.task, shop.techniques
+        EvaluatedModel(shop.model, get_task(shop.recipe.task), shop.recipe.evaluation.batch_size, shop.techniques),
+        getattr(shop, part),
     )
     return next(found.value for found in scores if (found.domain, found.name) == ("mean", "accuracy"))
 

@@ -25,7 +25,16 @@ from torch import Tensor
 from benchmarks.report import save
 from fedtune.data import EncodedDataset
 from fedtune.recipe.schema import Recipe
-from fedtune.training import RunContext, evaluate_model, get_model_state, get_run_context, train_local_model
+from fedtune.tasks import get_task
+from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
+    RunContext,
+    evaluate_model,
+    get_model_state,
+    get_run_context,
+    train_local_model,
+)
 
 ARMS: dict[str, dict[str, Any]] = {
     "classifier": {"head-only": {}},
@@ -105,7 +114,9 @@ def trained(arm: str, rate: float, seed: int, epochs: int, limit: int) -> dict[s
     shop = get_run_context(recipe(arm, rate, seed, epochs, limit).model_dump_json())
     start = get_model_state(shop.model, shop.shared_names)
     everything = np.arange(len(shop.train))
-    outcome = train_local_model(shop.model, shop.techniques, start, shop.train, everything, shop.recipe, 1, 0)
+    outcome = train_local_model(
+        ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, everything, 1, 0), start
+    )
     return {
         "validation": accuracy(shop, shop.validation, VALIDATION),
         "test": accuracy(shop, shop.test, TEST),
@@ -158,7 +169,9 @@ class Some:
 
 def accuracy(shop: RunContext, part: EncodedDataset, count: int) -> float:
     chosen = np.random.default_rng(0).permutation(len(part))[:count].tolist()
-    scores = evaluate_model(shop.model, Some(part, chosen), 50, shop.recipe.task, shop.techniques)
+    scores = evaluate_model(
+        EvaluatedModel(shop.model, get_task(shop.recipe.task), 50, shop.techniques), Some(part, chosen)
+    )
     return next(found.value for found in scores if (found.domain, found.name) == ("all", "accuracy"))
 
 

@@ -33,6 +33,7 @@ from fedtune.models.layers import GlobalAveragePool, make_conv_norm
 from fedtune.models.mobilenet_v3 import V3Block
 from fedtune.profiling import ProfileCase, format_techniques, profile_in_subprocess
 from fedtune.recipe.schema import ModelSettings, Recipe, Unit
+from fedtune.tasks import get_task
 from fedtune.training import compute_step_loss, set_train_mode
 
 __all__ = ["accounting", "chart"]
@@ -199,12 +200,12 @@ def step(technique: str, settings: dict[str, Any], optimiser: str, batch: int) -
 
 
 def lite0() -> nn.Module:
-    return models.load_model(ModelSettings(source=LITE0), "image-classification", LABELS, seed=0)
+    return models.load_model(ModelSettings(source=LITE0), get_task("image-classification"), LABELS, seed=0)
 
 
 def apply(model: nn.Module, technique: str, **settings: Any) -> list[str]:
     chosen = techniques.build_techniques([Unit(name=technique, settings=settings)])
-    return techniques.apply_techniques(chosen, model, "image-classification", 0)
+    return techniques.apply_techniques(chosen, model, get_task("image-classification"), 0)
 
 
 def pictures(rows: int, side: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

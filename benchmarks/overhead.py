@@ -21,9 +21,11 @@ from benchmarks.report import save
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.seeds import derive_seed
 from fedtune.simulation import resolve_recipe, run_in_process
+from fedtune.tasks import get_task
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.tracking import Store, file_url
 from fedtune.training import (
+    EvaluatedModel,
     RunContext,
     evaluate_model,
     get_model_state,
@@ -89,7 +91,7 @@ def engine_run(shop: RunContext, run: str) -> None:
 def bare(shop: RunContext) -> None:
     """The same steps and the same scoring, by hand."""
     recipe, settings = shop.recipe, shop.recipe.train
-    evaluate_model(shop.model, shop.validation, recipe.evaluation.batch_size, recipe.task)
+    evaluate_model(EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size), shop.validation)
     for number in range(1, recipe.federation.rounds + 1):
         begin_round(shop.techniques, shop.model, number)
         parameters = dict(shop.model.named_parameters())
@@ -100,7 +102,7 @@ def bare(shop: RunContext) -> None:
                 order = batches(indices, settings.batch_size, settings.local_steps or 1, seed, shop.train.lengths)
                 client_steps(shop, chosen, order)
     for part in (shop.validation, shop.test, shop.test):
-        evaluate_model(shop.model, part, recipe.evaluation.batch_size, recipe.task)
+        evaluate_model(EvaluatedModel(shop.model, get_task(recipe.task), recipe.evaluation.batch_size), part)
 
 
 def client_steps(shop: RunContext, chosen: list[nn.Parameter], order: Iterable[list[int]]) -> None:

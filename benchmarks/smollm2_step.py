@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from benchmarks.report import save
 from fedtune import models, techniques
 from fedtune.memory import StorageMeter, peak_rss, reset_peak_rss
-from fedtune.recipe.schema import ModelSettings, TaskName, Unit
+from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.tasks import get_task
 from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
 from fedtune.training import compute_step_loss, set_train_mode, use_cpu_threads
 
 LENGTH = 1024
-TASK: TaskName = "text-generation"
+TASK = get_task("text-generation")
 CASES = [
     "lora",
     "lora+fused-cross-entropy",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import save
-from fedtune import data
+from fedtune import tasks
 from fedtune.profiling import encode_first_batch, list_profiled_techniques, make_profile_cases, profile_in_subprocess
 from fedtune.recipe.yaml_file import read_recipe
 from fedtune.wire.client_update import pack
@@ -32,7 +32,7 @@ def main() -> None:
 
 def measured(name: str) -> list[dict[str, Any]]:
     recipe = read_recipe(RECIPES / f"{name}.yaml", ["train.threads=1"])
-    corpus = data.load_data(recipe)
+    corpus = tasks.load_data(recipe)
     batch = pack(encode_first_batch(recipe, corpus))
     rows = []
     for case in make_profile_cases(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedtune import techniques
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
 from fedtune.techniques._mlps import find_mlps
 from fedtune.training.local_training import compute_step_loss
@@ -95,14 +96,14 @@ def step_gradients(
     return float(loss.detach()), found
 
 
-def task_of(model: nn.Module) -> TaskName:
-    return "text-classification" if "Sequence" in type(model).__name__ else "text-generation"
+def task_of(model: nn.Module) -> Task:
+    return get_task("text-classification" if "Sequence" in type(model).__name__ else "text-generation")
 
 
 def labelled(model: nn.Module, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     """Texts with classes or, for a language model, themselves as labels."""
     batch = texts(llama(), rows, length)
-    if task_of(model) == "text-classification":
+    if task_of(model).has_classes:
         batch["labels"] = torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(1))
     return batch
 
@@ -116,8 +117,7 @@ def folded(model: PreTrainedModel, chosen: tuple[Technique, ...], folder: Path, 
     for technique in chosen:
         technique.merge_into_weights(model)
     model.save_pretrained(folder)
-    text = task_of(model) == "text-classification"
-    kind = AutoModelForSequenceClassification if text else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if task_of(model).has_classes else AutoModelForCausalLM
     loaded: PreTrainedModel = kind.from_pretrained(folder, **settings)
     loaded.eval()
     return loaded

@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task, get_task
 
 __all__ = ["FAMILIES", "LANGUAGE_FAMILIES", "Family"]
 
@@ -45,7 +45,7 @@ class Family(NamedTuple):
     """How a model is built, and what it is for."""
 
     build: Callable[[], PreTrainedModel]
-    task: TaskName
+    task: Task
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
@@ -55,10 +55,10 @@ class Family(NamedTuple):
         """Texts [rows, length] or pictures [rows, 3, 16, 16], with labels."""
         random = torch.Generator().manual_seed(seed)
         classes = torch.randint(0, 3, (rows,), generator=random)
-        if self.task == "image-classification":
+        if not self.task.reads_text:
             return {"pixel_values": torch.rand(rows, 3, 16, 16, generator=random), "labels": classes}
         ids = torch.randint(1, _WORDS, (rows, length), generator=random)
-        labels = ids if self.task == "text-generation" else classes
+        labels = classes if self.task.has_classes else ids
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -100,12 +100,12 @@ def _vit() -> PreTrainedModel:
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(_bert, "text-classification"),
-    "roberta": Family(_roberta, "text-classification"),
-    "gpt2": Family(_gpt2, "text-generation"),
-    "opt": Family(_opt, "text-generation"),
-    "llama": Family(_llama, "text-generation"),
-    "qwen2": Family(_qwen2, "text-generation"),
-    "vit": Family(_vit, "image-classification"),
+    "bert": Family(_bert, get_task("text-classification")),
+    "roberta": Family(_roberta, get_task("text-classification")),
+    "gpt2": Family(_gpt2, get_task("text-generation")),
+    "opt": Family(_opt, get_task("text-generation")),
+    "llama": Family(_llama, get_task("text-generation")),
+    "qwen2": Family(_qwen2, get_task("text-generation")),
+    "vit": Family(_vit, get_task("image-classification")),
 }
-LANGUAGE_FAMILIES = [name for name, family in FAMILIES.items() if family.task == "text-generation"]
+LANGUAGE_FAMILIES = [name for name, family in FAMILIES.items() if not family.task.has_classes]

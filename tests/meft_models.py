@@ -25,7 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques import apply_techniques
 from fedtune.techniques._two_streams import ReversibleStack
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, shake
@@ -73,7 +73,7 @@ def _sliding() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_DECODER, **sliding))
 
 
-def made(family: str) -> tuple[PreTrainedModel, TaskName]:
+def made(family: str) -> tuple[PreTrainedModel, Task]:
     """A model drawn from a seed, and its task."""
     build, task = {**FAMILIES, "deep-bert": (lambda: bert(num_hidden_layers=12), TEXT)}[family]
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def made(family: str) -> tuple[PreTrainedModel, TaskName]:
     return model, task
 
 
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], TaskName]] = {
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], Task]] = {
     "bert": (lambda: bert(num_hidden_layers=_BLOCKS), TEXT),
     "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**_WIDE, **_LABELS)), TEXT),
     "distilbert": (_distilbert, TEXT),
@@ -98,7 +98,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], TaskName]] = {
 }
 
 
-def a_batch(task: TaskName, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
+def a_batch(task: Task, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     """Texts of several lengths, or images, with labels."""
     random = torch.Generator().manual_seed(1)
     labels = torch.arange(rows) % 3

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from fedtune import techniques
 from fedtune.memory import StorageMeter
 from fedtune.models.resnet import ResNet18
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task
 from fedtune.techniques import begin_round, begin_step
 from fedtune.training import compute_step_loss, set_train_mode
 from tests.technique_steps import shake
@@ -18,7 +19,7 @@ __all__ = ["Pruning", "a_step", "pictures", "prepared", "resnet"]
 Pruning = dict[str, Any]
 
 
-def prepared(model: nn.Module, task: TaskName, joined: str, number: int = 1, **pruning: Any) -> tuple[Any, Any]:
+def prepared(model: nn.Module, task: Task, joined: str, number: int = 1, **pruning: Any) -> tuple[Any, Any]:
     """The model with techniques applied and round ``number`` begun, shaken so that no gradient is zero."""
     settings = {"activation-pruning": pruning, "lora": {"rank": 2}}
     chosen = techniques.build_techniques(

@@ -9,14 +9,15 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
 
 __all__ = ["IMAGES", "LANGUAGE", "TEXT", "chosen", "gradients", "layers", "logits", "shake", "shared"]
 
-TEXT: TaskName = "text-classification"
-LANGUAGE: TaskName = "text-generation"
-IMAGES: TaskName = "image-classification"
+TEXT = get_task("text-classification")
+LANGUAGE = get_task("text-generation")
+IMAGES = get_task("image-classification")
 
 
 def chosen(joined: str, **settings: Any) -> tuple[Technique, ...]:
@@ -25,7 +26,7 @@ def chosen(joined: str, **settings: Any) -> tuple[Technique, ...]:
     return techniques.build_techniques([Unit(name=first, settings=settings), *(Unit(name=name) for name in others)])
 
 
-def shared(joined: str, model: nn.Module, task: TaskName, seed: int = 0, **settings: Any) -> list[str]:
+def shared(joined: str, model: nn.Module, task: Task, seed: int = 0, **settings: Any) -> list[str]:
     return techniques.apply_techniques(chosen(joined, **settings), model, task, seed)
 
 

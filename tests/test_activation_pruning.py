@@ -13,13 +13,14 @@ from torch import nn
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.models.mobilenet_v2 import MobileNetV2
-from fedtune.recipe.schema import TaskName, Unit
-from fedtune.training import get_model_state, train_local_model
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task
+from fedtune.training import ClientRound, get_model_state, train_local_model
 from tests.pruning_steps import Pruning, a_step, pictures, prepared, resnet
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits
 from tests.tiny import a_training_recipe, bert, few_texts, llama, texts
 
-BUILDS: dict[str, tuple[Callable[[], Any], TaskName]] = {"bert": (bert, TEXT), "llama": (llama, LANGUAGE)}
+BUILDS: dict[str, tuple[Callable[[], Any], Task]] = {"bert": (bert, TEXT), "llama": (llama, LANGUAGE)}
 
 
 @pytest.mark.parametrize("base", BUILDS)
@@ -91,7 +92,9 @@ def test_either_order_and_a_pickled_copy_train_to_the_same_bits(base: str, joine
             recipe = a_training_recipe(local_steps=2, batch_size=3)
             data = few_texts(language=base == "llama")
             outcomes.append(
-                train_local_model(one, chosen, get_model_state(one, names), data, np.arange(8), recipe, 1, 1)
+                train_local_model(
+                    ClientRound(one, chosen, recipe, data, np.arange(8), 1, 1), get_model_state(one, names)
+                )
             )
     first = outcomes[0].delta
     assert any(delta.any() for delta in first.values())

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedtune import techniques
+from fedtune.data.sampling import sample_rows
+from fedtune.data.token_blocks import iter_token_blocks
 from fedtune.errors import DataError, RecipeError
 from fedtune.merging import build_pipeline
 from fedtune.models import load_model
 from fedtune.recipe.schema import ModelSettings, Unit
+from fedtune.tasks import get_task
 from fedtune.training.activation_statistics import (
     ActivationSums,
     average_activations,
@@ -21,7 +24,7 @@ from fedtune.training.activation_statistics import (
     measure_activation_statistics,
     sum_activations,
 )
-from fedtune.training.calibration_inputs import iter_token_blocks, load_calibration_inputs, sample_rows
+from fedtune.training.calibration_inputs import load_calibration_inputs
 from tests.tiny import FewTexts, bert, few_texts, llama
 
 Batch = Mapping[str, Tensor]
@@ -184,7 +187,7 @@ def test_experts_count_their_own_tokens_and_an_idle_one_has_no_statistic() -> No
 
 def with_techniques(model: nn.Module, *units: Unit) -> tuple[tuple[techniques.Technique, ...], list[str]]:
     chosen = techniques.build_techniques(units)
-    return chosen, techniques.apply_techniques(chosen, model, "text-generation", 0)
+    return chosen, techniques.apply_techniques(chosen, model, get_task("text-generation"), 0)
 
 
 def test_an_adapters_a_reads_what_its_layer_reads_and_b_has_no_channels() -> None:
@@ -239,7 +242,7 @@ def test_norms_alone_are_something_to_scale_only_where_norms_are_scaled() -> Non
 
 
 def test_masked_weights_are_refused() -> None:
-    model = load_model(ModelSettings(source="sample:logistic"), "image-classification", ["a", "b"], seed=0)
+    model = load_model(ModelSettings(source="sample:logistic"), get_task("image-classification"), ["a", "b"], seed=0)
     _, shared = with_techniques(model, Unit(name="dynamic-pruning"))
     with pytest.raises(RecipeError, match=r"^merge: aim scales whole columns, but masked weights .*; drop one$"):
         check_merge_has_targets(AIM, model, shared)
@@ -266,10 +269,12 @@ def test_a_few_examples_are_drawn_by_the_seed_and_null_takes_all() -> None:
 
 def test_calibration_reads_text_blocks_texts_and_pictures_of_any_source() -> None:
     minilm, smollm2 = ModelSettings(source="sample:minilm"), ModelSettings(source="sample:smollm2")
-    blocks = load_calibration_inputs("sample:films", smollm2, "text-generation", block=64)
+    blocks = load_calibration_inputs("sample:films", smollm2, get_task("text-generation"), block=64)
     assert {one["input_ids"].shape[1] for one in blocks} == {64}
-    texts = load_calibration_inputs("sample:films", minilm, "text-classification", block=32)
+    texts = load_calibration_inputs("sample:films", minilm, get_task("text-classification"), block=32)
     assert sum(len(one["input_ids"]) for one in texts) == 256
     assert "labels" not in texts[0]
-    pictures = load_calibration_inputs("sample:digits", ModelSettings(source="sample:logistic"), "image-classification")
+    pictures = load_calibration_inputs(
+        "sample:digits", ModelSettings(source="sample:logistic"), get_task("image-classification")
+    )
     assert sum(len(one["pixel_values"]) for one in pictures) == 256

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtune import checkpoint
 from fedtune import paths as homes
+from fedtune.data.sampling import iter_inputs
 from fedtune.device.client_app import app
 from fedtune.errors import RecipeError
 from fedtune.merging import MergeContext, build_pipeline
@@ -22,6 +23,7 @@ from fedtune.simulation.workers import ProcessPoolWorkers, SequentialWorkers
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.tracking import Store, claim_run
 from fedtune.training import (
+    ClientRound,
     RunContext,
     clear_run_context,
     get_model_state,
@@ -30,7 +32,6 @@ from fedtune.training import (
     train_local_model,
 )
 from fedtune.training.activation_statistics import find_input_channels, measure_activation_statistics
-from fedtune.training.calibration_inputs import iter_inputs
 from fedtune.training.uploaded_statistics import declare_uploaded_statistics
 from fedtune.wire.client_update import ClientUpdate, decode_tensors, pack
 from tests.federations import Ended, execute, outcome, silent, spoilt, words
@@ -59,7 +60,9 @@ def sent_by(shop: RunContext, folder: Path, number: int = 1) -> tuple[Mapping[st
     """What all clients of a round send, as files, beside the state the round starts from."""
     state, sent = get_model_state(shop.model, shop.shared_names), []
     for client, indices in enumerate(shop.client_rows):
-        got = train_local_model(shop.model, shop.techniques, state, shop.train, indices, shop.recipe, number, client)
+        got = train_local_model(
+            ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, indices, number, client), state
+        )
         path = folder / f"{client}.safetensors"
         path.write_bytes(pack({**got.delta, **got.extra_payload}))
         sent.append(ClientUpdate(client, got.num_examples, path))

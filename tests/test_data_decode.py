@@ -10,7 +10,7 @@ import torch
 from datasets import Array2D, Dataset, Features, Image, Value
 from PIL import Image as Picture
 
-from fedtune import data
+from fedtune import data, tasks
 from fedtune.data.decode import Unreadable, decode
 from fedtune.data.loaded import as_table
 from fedtune.errors import DataError
@@ -78,7 +78,7 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:900])
     found = pictures([str(tmp_path / "good.jpg"), str(tmp_path / "cut.jpg")])
     with pytest.raises(DataError, match=r"cut\.jpg cannot be read as a picture \(.*truncated.*data\.skip_unreadable"):
-        data.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
+        tasks.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
 
 
 def test_a_damaged_picture_without_a_path_is_named_by_its_row() -> None:
@@ -88,11 +88,13 @@ def test_a_damaged_picture_without_a_path_is_named_by_its_row() -> None:
         Dataset.from_dict({"image": [good, {"bytes": b"oops", "path": None}], "label": [0, 0]}, features=features)
     )
     with pytest.raises(DataError, match=r"^the picture in row 2 cannot be read as a picture"):
-        data.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
+        tasks.encode_examples(found, a_recipe("task=image-classification"), Preprocessor())
 
 
 def test_sixteen_bit_arrays_are_scaled_too() -> None:
     features = Features({"image": Array2D((2, 3), "uint16"), "label": Value("int64")})
     found = as_table(Dataset.from_dict({"image": [LEVELS], "label": [0]}, features=features))
-    batch = data.encode_examples(found, a_recipe("task=image-classification"), Preprocessor(side=3, resample="nearest"))
+    batch = tasks.encode_examples(
+        found, a_recipe("task=image-classification"), Preprocessor(side=3, resample="nearest")
+    )
     assert torch.equal(batch.pixels[0, 0], torch.tensor([[0, 3, 200], [0, 1, 255]], dtype=torch.uint8))  # type: ignore[attr-defined]

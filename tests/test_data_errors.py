@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedtune import data
+from fedtune import tasks
 from fedtune.errors import DataError, SourceError
 from tests.data_examples import ROWS, a_recipe, csv_file
 
@@ -45,7 +45,7 @@ def test_data_that_does_not_fit_is_one_sentence(
 ) -> None:
     source = csv_file(tmp_path / "a.csv", "text,label,author", *rows)
     with pytest.raises(DataError, match=sentence):
-        data.load_data(a_recipe(source, *overrides))
+        tasks.load_data(a_recipe(source, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_file_that_cannot_be_read_is_one_silent_sentence(
     if content is not None:
         (tmp_path / "file").write_text(content)
     with pytest.raises(DataError, match=sentence):
-        data.load_data(a_recipe("data.source=" + source.format(tmp_path / "file")))
+        tasks.load_data(a_recipe("data.source=" + source.format(tmp_path / "file")))
     assert capfd.readouterr() == ("", "")
 
 
@@ -75,13 +75,13 @@ def test_labels_of_another_part_that_are_no_classes_are_refused(tmp_path: Path) 
     with pytest.raises(
         DataError, match=r"test part: the label -1 is none of the 2 classes; are these examples labelled"
     ):
-        data.load_data(a_recipe(f"data.source=parquet:{tmp_path}"))
+        tasks.load_data(a_recipe(f"data.source=parquet:{tmp_path}"))
 
 
 def test_a_column_without_pictures_is_refused(tmp_path: Path) -> None:
     table = csv_file(tmp_path / "table.csv", "text,label,author", *ROWS)
     with pytest.raises(DataError, match=r"there is no picture .*author 0; check data\.columns\.image"):
-        data.load_data(a_recipe(table, "task=image-classification", "data.columns.image=author"))
+        tasks.load_data(a_recipe(table, "task=image-classification", "data.columns.image=author"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_column_without_pictures_is_refused(tmp_path: Path) -> None:
 )
 def test_a_source_that_is_none_is_one_sentence(source: str, sentence: str) -> None:
     with pytest.raises(SourceError, match=sentence):
-        data.load_data(a_recipe(f"data.source={source}"))
+        tasks.load_data(a_recipe(f"data.source={source}"))
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
@@ -102,8 +102,8 @@ def test_a_part_of_small_data_that_is_empty_is_refused_also_for_scoring(tmp_path
     source = csv_file(tmp_path / "a.csv", "text,label", *rows)
     recipe = a_recipe(source, "data.splits={validation: 0.001, test: 0.001}")
     with pytest.raises(DataError, match=rf"the {part} part is empty; change data.splits or bring more data"):
-        data.load_all_examples(recipe, ("no", "yes"), part)
-    assert len(data.load_all_examples(recipe, ("no", "yes"))) == 2
+        tasks.load_all_examples(recipe, ("no", "yes"), part)
+    assert len(tasks.load_all_examples(recipe, ("no", "yes"))) == 2
 
 
 @pytest.mark.parametrize("part", ["all", "test"])
@@ -117,4 +117,4 @@ def test_a_domain_that_scores_cannot_tell_is_refused_also_for_scoring(
     rows = [f"text {row},{'no' if row % 2 else 'yes'},{name}" for row in range(60)]
     recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,kind", *rows), "data.columns={domain: kind}")
     with pytest.raises(DataError, match=said):
-        data.load_all_examples(recipe, ("no", "yes"), part)
+        tasks.load_all_examples(recipe, ("no", "yes"), part)

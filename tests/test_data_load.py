@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from fedtune import data, sample_packages
+from fedtune import data, sample_packages, tasks
 from fedtune.data import image_samples, sentiment_samples
 from fedtune.data.decode import decode
 from fedtune.errors import ChecksumError, SourceError
@@ -52,8 +52,8 @@ def test_reviews_and_articles_are_groups() -> None:
 
 def test_a_sample_may_be_taken_by_domain() -> None:
     named = "data.columns={domain: domain}"
-    whole = data.load_data(a_recipe("data.source=sample:sentiment", named))
-    movies = data.load_data(a_recipe("data.source=sample:sentiment:movies", named))
+    whole = tasks.load_data(a_recipe("data.source=sample:sentiment", named))
+    movies = tasks.load_data(a_recipe("data.source=sample:sentiment:movies", named))
     for part in ("train", "validation", "test"):
         rows, kept = getattr(whole, part), getattr(movies, part)
         wanted = [text for text, domain in zip(rows["text"], rows["domain"], strict=True) if domain == "movies"]
@@ -69,7 +69,7 @@ def test_a_sample_may_be_taken_by_domain() -> None:
 )
 def test_a_domain_that_a_sample_has_not_is_refused(source: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        data.load_data(a_recipe(f"data.source={source}"))
+        tasks.load_data(a_recipe(f"data.source={source}"))
 
 
 def test_films_are_all_the_film_sentences() -> None:
@@ -78,7 +78,7 @@ def test_films_are_all_the_film_sentences() -> None:
 
 
 def test_no_review_of_the_sample_is_in_two_parts_though_the_recipe_names_no_group() -> None:
-    corpus = data.load_data(a_recipe())
+    corpus = tasks.load_data(a_recipe())
     train, validation, test = (set(part["group"]) for part in (corpus.train, corpus.validation, corpus.test))
     assert len(train | validation | test) == len(train) + len(validation) + len(test)
     assert corpus.label_names == ("negative", "positive")
@@ -123,7 +123,7 @@ def test_fashion_mnist_keeps_its_published_parts_and_class_names(
     loaded = image_samples.fashion_mnist()
     assert [len(part) for part in loaded.values()] == [40, 20]
     assert (loaded["train"].greys()[1] == np.arange(784, 1568).astype(np.uint8).reshape(28, 28)).all()
-    corpus = data.load_data(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
+    corpus = tasks.load_data(a_recipe("task=image-classification", "data.source=sample:fashion-mnist"))
     assert (corpus.label_names[0], corpus.label_names[9]) == ("T-shirt/top", "Ankle boot")
     assert corpus.test["label"] == [*range(10), *range(10)]
     assert len(corpus.train) + len(corpus.validation) == 40
@@ -162,20 +162,20 @@ def test_the_installed_clothes_are_the_published_ones() -> None:
 
 
 def test_parts_follow_the_hash_of_the_group_and_not_the_seed(table: str) -> None:
-    corpus = data.load_data(a_recipe(table, "data.columns.group=author"))
+    corpus = tasks.load_data(a_recipe(table, "data.columns.group=author"))
 
     def place(group: str) -> float:
         return int(hashlib.sha256(group.encode()).hexdigest()[:12], 16) / 16**12
 
     assert set(corpus.test["group"]) == {g for g in map("author {}".format, range(20)) if place(g) < 0.2}
     assert all(0.2 <= place(group) < 0.3 for group in corpus.validation["group"])
-    other = data.load_data(a_recipe(table, "data.columns.group=author", "seed=5"))
+    other = tasks.load_data(a_recipe(table, "data.columns.group=author", "seed=5"))
     assert texts(other.test) == texts(corpus.test)
 
 
 def test_copies_of_a_text_stay_together_without_a_group(tmp_path: Path) -> None:
     source = csv_file(tmp_path / "a.csv", "text,label", *[f"text {row % 50},{row % 2}" for row in range(400)])
-    corpus = data.load_data(a_recipe(source))
+    corpus = tasks.load_data(a_recipe(source))
     assert not texts(corpus.train) & texts(corpus.test)
     assert not texts(corpus.train) & texts(corpus.validation)
 
@@ -190,7 +190,7 @@ def test_tables_of_each_kind_hold_the_same(tmp_path: Path, suffix: str) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in loaded), encoding="utf-8")
     else:
         loaded.to_pandas().to_parquet(path)
-    corpus = data.load_data(a_recipe(f"data.source={suffix}:{path}"))
+    corpus = tasks.load_data(a_recipe(f"data.source={suffix}:{path}"))
     found = {
         row["text"]: row["label"] for part in (corpus.train, corpus.validation, corpus.test) for row in rows_of(part)
     }
@@ -201,7 +201,7 @@ def test_tables_of_each_kind_hold_the_same(tmp_path: Path, suffix: str) -> None:
 def test_the_files_of_a_folder_are_its_own_parts(tmp_path: Path) -> None:
     for part in ("train", "validation", "test"):
         csv_file(tmp_path / f"{part}.csv", "text,label", *[f"{part} {row},{row % 2}" for row in range(6)])
-    corpus = data.load_data(a_recipe(f"data.source=csv:{tmp_path}"))
+    corpus = tasks.load_data(a_recipe(f"data.source=csv:{tmp_path}"))
     assert texts(corpus.test) == {f"test {row}" for row in range(6)}
     assert texts(corpus.validation) == {f"validation {row}" for row in range(6)}
     assert texts(corpus.train) == {f"train {row}" for row in range(6)}
@@ -212,7 +212,7 @@ def test_a_folder_of_images_has_a_class_per_subfolder(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for index in range(30):
             Image.new("L", (20, 20), grey + index).save(tmp_path / name / f"{index}.png")
-    corpus = data.load_data(a_recipe("task=image-classification", f"data.source=folder:{tmp_path}"))
+    corpus = tasks.load_data(a_recipe("task=image-classification", f"data.source=folder:{tmp_path}"))
     assert corpus.label_names == ("cat", "dog")
     assert sum(map(len, (corpus.train, corpus.validation, corpus.test))) == 60
     assert all((decode(row["image"], "") >= 200).all() == (row["label"] == 1) for row in rows_of(corpus.train))
@@ -222,35 +222,35 @@ def test_class_names_of_a_typed_column_are_kept(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
     rows = {"text": [f"t{row}" for row in range(40)], "label": [row % 2 for row in range(40)]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
-    corpus = data.load_data(a_recipe(f"data.source=parquet:{tmp_path / 'a.parquet'}"))
+    corpus = tasks.load_data(a_recipe(f"data.source=parquet:{tmp_path / 'a.parquet'}"))
     assert corpus.label_names == ("spam", "ham")
     assert all(row["label"] == int(row["text"][1:]) % 2 for row in rows_of(corpus.train))
 
 
 def test_columns_get_their_canonical_names_and_one_may_serve_twice(table: str) -> None:
-    corpus = data.load_data(a_recipe(table, "data.columns={group: author, domain: author}"))
+    corpus = tasks.load_data(a_recipe(table, "data.columns={group: author, domain: author}"))
     assert corpus.train.column_names == ["text", "label", "group", "domain"]
     assert list(corpus.train["group"]) == list(corpus.train["domain"])
 
 
 def test_the_column_of_a_natural_split_is_kept(table: str) -> None:
     recipe = a_recipe(table, "data.partition={kind: natural, by: author}")
-    corpus = data.load_data(recipe)
+    corpus = tasks.load_data(recipe)
     owned = data.partition_examples(recipe, corpus.train)
     authors = [set(corpus.train.select(rows)["author"]) for rows in owned]
     assert sum(map(len, authors)) == len(set.union(*authors)) == 20
 
 
 def test_language_modelling_needs_no_label(table: str) -> None:
-    corpus = data.load_data(a_recipe(table, "task=text-generation"))
+    corpus = tasks.load_data(a_recipe(table, "task=text-generation"))
     assert corpus.train.column_names == ["text"]
     assert corpus.label_names == ()
 
 
 def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> None:
-    whole = data.load_data(a_recipe(table, "data.columns.group=author"))
+    whole = tasks.load_data(a_recipe(table, "data.columns.group=author"))
     limited = [
-        data.load_data(a_recipe(table, "data.columns.group=author", "data.max_train_examples=45", f"seed={seed}"))
+        tasks.load_data(a_recipe(table, "data.columns.group=author", "data.max_train_examples=45", f"seed={seed}"))
         for seed in (0, 0, 1)
     ]
     assert set(Counter(limited[0].train["group"]).values()) == {10}
@@ -263,7 +263,7 @@ def test_a_limit_keeps_whole_groups_of_the_training_part_by_seed(table: str) -> 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_a_part_of_everything_is_what_a_run_on_the_same_source_holds_out(tmp_path: Path, part: str) -> None:
     recipe = a_recipe(csv_file(tmp_path / "rows.csv", "text,label,group", *ROWS), "data.columns.group=group")
-    corpus = data.load_data(recipe)
-    found = data.load_all_examples(recipe, corpus.label_names, part)
+    corpus = tasks.load_data(recipe)
+    found = tasks.load_all_examples(recipe, corpus.label_names, part)
     assert found["text"][:] == getattr(corpus, part)["text"][:]
-    assert 0 < len(found) < len(data.load_all_examples(recipe, corpus.label_names)) == len(ROWS)
+    assert 0 < len(found) < len(tasks.load_all_examples(recipe, corpus.label_names)) == len(ROWS)

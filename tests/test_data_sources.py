@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from fedtune import data
+from fedtune import data, tasks
 from fedtune.data.decode import decode
 from fedtune.errors import DataError, RecipeError
 from tests.data_examples import a_recipe, csv_file, rows_of
@@ -18,7 +18,7 @@ IMAGES = "task=image-classification"
 
 
 def loaded(path: Path, *overrides: str, kind: str = "csv") -> data.DataSplits:
-    return data.load_data(a_recipe(f"data.source={kind}:{path}", *overrides))
+    return tasks.load_data(a_recipe(f"data.source={kind}:{path}", *overrides))
 
 
 def everything(corpus: data.DataSplits, column: str = "text") -> list[Any]:
@@ -162,8 +162,8 @@ def test_a_column_called_split_says_what_is_held_out(tmp_path: Path) -> None:
     assert set(corpus.validation["text"]) == {f"t{row}" for row in range(3, 80, 4)}
     assert len(corpus.train) == 40
     device = a_recipe(f"data.source=csv:{tmp_path / 'a.csv'}")
-    assert set(data.load_trainable_examples(device, corpus.label_names)["text"]) == set(corpus.train["text"])
-    assert len(data.load_all_examples(device, corpus.label_names)) == 80
+    assert set(tasks.load_trainable_examples(device, corpus.label_names)["text"]) == set(corpus.train["text"])
+    assert len(tasks.load_all_examples(device, corpus.label_names)) == 80
 
 
 def test_a_split_column_may_have_another_name_or_none_count(tmp_path: Path) -> None:
@@ -348,4 +348,4 @@ def test_a_part_that_is_empty_is_refused_wherever_it_is_asked_for(tmp_path: Path
     recipe = a_recipe(csv_file(tmp_path / "a.csv", "text,label,group", *[f"t{r},{r % 2},x" for r in range(9)]))
     recipe = a_recipe(f"data.source={recipe.data.source}", "data.columns.group=group")
     with pytest.raises(DataError, match=r"the validation part is empty; change data\.splits or bring more data"):
-        data.load_all_examples(recipe, ("0", "1"), "validation")
+        tasks.load_all_examples(recipe, ("0", "1"), "validation")

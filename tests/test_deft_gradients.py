@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.memory import StorageMeter
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task
 from fedtune.techniques import Technique
 from fedtune.techniques.deft import get_probes
 from fedtune.training.local_training import compute_step_loss
@@ -19,7 +20,7 @@ from tests.technique_steps import LANGUAGE, TEXT, shake
 from tests.tiny import bert, llama, llama_classifier
 
 _EPS = 1e-2
-_CASES: list[tuple[Callable[..., PreTrainedModel], TaskName]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
+_CASES: list[tuple[Callable[..., PreTrainedModel], Task]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
 
 
 def _with(names: Sequence[str], *builds: Any) -> list[tuple[Any, str]]:

@@ -10,7 +10,7 @@ from fedtune.errors import ModelError
 from fedtune.recipe.schema import ModelSettings
 from fedtune.techniques._mlps import find_mlps
 from tests.deft_models import gated_t5, gpt2, mistral, opt, qwen2, qwen3, roberta, t5, vit
-from tests.technique_steps import IMAGES, TEXT, shared
+from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 from tests.tiny import bert, llama, llama_classifier
 
 PLAIN: dict[Any, tuple[str, str, str]] = {
@@ -52,7 +52,7 @@ def test_encoder_and_decoder_are_two_stacks(build: Callable[[], PreTrainedModel]
 def test_low_rank_pairs_change_nothing(build: Callable[[], PreTrainedModel]) -> None:
     model = build()
     before = find_mlps(model)
-    shared("lora", model, TEXT if build is bert else "text-generation", rank=20)
+    shared("lora", model, TEXT if build is bert else LANGUAGE, rank=20)
     assert find_mlps(model) == before
 
 
@@ -79,7 +79,7 @@ def test_the_first_block_that_does_not_fit_is_named() -> None:
     with pytest.raises(
         ModelError, match=r"^model\.layers\.1 \(LlamaDecoderLayer\) has no activation between one or two"
     ):
-        shared("full+deft", model, "text-generation")
+        shared("full+deft", model, LANGUAGE)
 
 
 def test_experts_are_refused() -> None:

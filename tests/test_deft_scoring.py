@@ -12,7 +12,7 @@ from fedtune import techniques
 from fedtune.techniques import Technique
 from fedtune.techniques._probe import calibrate_thresholds
 from fedtune.techniques.deft import get_probes
-from fedtune.training import evaluate_model
+from fedtune.training import EvaluatedModel, evaluate_model
 from tests.deft_models import opt, relu_bert, relu_llama
 from tests.deft_twin import activations, deft
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, logits
@@ -28,7 +28,8 @@ def _applied(model: PreTrainedModel, **settings: Any) -> tuple[Technique, ...]:
 def _scored(model: PreTrainedModel, chosen: tuple[Technique, ...], batch: int) -> dict[str, float]:
     language = "CausalLM" in type(model).__name__
     found = evaluate_model(
-        model, few_texts(language=language, domains=False), batch, LANGUAGE if language else TEXT, chosen
+        EvaluatedModel(model, LANGUAGE if language else TEXT, batch, chosen),
+        few_texts(language=language, domains=False),
     )
     return {one.name: one.value for one in found}
 

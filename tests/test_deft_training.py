@@ -9,9 +9,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from fedtune import techniques
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe.schema import Recipe, TaskName, Unit
+from fedtune.recipe.schema import Recipe, Unit
+from fedtune.tasks import Task
 from fedtune.techniques import Technique
 from fedtune.techniques.deft import get_probes
+from fedtune.training import ClientRound
 from fedtune.training.local_training import train_local_model
 from fedtune.training.model_state import get_model_state
 from tests.deft_models import opt, relu_bert, t5
@@ -20,14 +22,14 @@ from tests.technique_steps import LANGUAGE, TEXT
 from tests.tiny import a_training_recipe, bert, few_texts, llama
 
 _EPS = 1e-2
-_CASES: list[tuple[Callable[..., PreTrainedModel], TaskName]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
+_CASES: list[tuple[Callable[..., PreTrainedModel], Task]] = [(bert, TEXT), (opt, LANGUAGE), (llama, LANGUAGE)]
 
 
 def _train(
     model: PreTrainedModel, chosen: tuple[Technique, ...], names: list[str], recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     return train_local_model(
-        model, chosen, get_model_state(model, names), few_texts(), np.arange(12), recipe, 1, 0
+        ClientRound(model, chosen, recipe, few_texts(), np.arange(12), 1, 0), get_model_state(model, names)
     ).delta
 
 

@@ -14,6 +14,7 @@ from fedtune.merging import pad_to_rank, truncate_to_rank
 from fedtune.recipe.schema import Recipe
 from fedtune.simulation.workers import ProcessPoolWorkers
 from fedtune.training import (
+    ClientRound,
     LocalTrainingResult,
     RunContext,
     clear_run_context,
@@ -82,7 +83,7 @@ def alone(recipe: Recipe, client: int, state: dict[str, Tensor]) -> LocalTrainin
     shop = get_run_context(recipe.get_client_recipe(client).model_dump_json())
     clear_run_context()
     return train_local_model(
-        shop.model, shop.techniques, state, shop.train, shop.client_rows[client], shop.recipe, 1, client
+        ClientRound(shop.model, shop.techniques, shop.recipe, shop.train, shop.client_rows[client], 1, client), state
     )
 
 

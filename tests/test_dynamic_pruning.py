@@ -23,12 +23,13 @@ from fedtune.server.events import Event, RoundStarted, event_handler
 from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
+from fedtune.tasks import get_task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
 from fedtune.techniques._layer_density import count_active_weights
 from fedtune.techniques._mask_moves import update_mask
 from fedtune.techniques._places import scatter_positions
 from fedtune.tracking import Store, claim_run
-from fedtune.training import compute_step_loss, get_model_state, train_local_model
+from fedtune.training import ClientRound, compute_step_loss, get_model_state, train_local_model
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
 from tests.test_rounds import with_deltas
@@ -49,7 +50,7 @@ def applied(model: nn.Module, **settings: Any) -> tuple[tuple[Technique, ...], l
     chosen = techniques.build_techniques(
         [Unit(name="dynamic-pruning", settings={"density": 0.2, "every": 2, **settings})]
     )
-    return chosen, techniques.apply_techniques(chosen, model, "image-classification", 0)
+    return chosen, techniques.apply_techniques(chosen, model, get_task("image-classification"), 0)
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -211,7 +212,7 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
     recipe = a_training_recipe(batch_size=8, local_steps=1, optimiser="sgd")
     state = get_model_state(model, shared)
     extras = train_local_model(
-        model, chosen, state, few_texts(), np.arange(12), recipe, 1, 0, micro_batch_size=micro
+        ClientRound(model, chosen, recipe, few_texts(), np.arange(12), 1, 0, micro_batch_size=micro), state
     ).extra_payload
     assert max(seen) == (micro or 8)
     model.zero_grad()

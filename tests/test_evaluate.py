@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedtune.recipe.schema import TaskName
-from fedtune.training import Metric, evaluate_model
+from fedtune.tasks import Task, get_task
+from fedtune.training import EvaluatedModel, Metric, evaluate_model
 from tests.tiny import VOCABULARY, FewTexts, bert, few_texts, llama
 
-TEXT: TaskName = "text-classification"
-LANGUAGE: TaskName = "text-generation"
+TEXT = get_task("text-classification")
+LANGUAGE = get_task("text-generation")
 
 
 def figures(scores: list[Metric]) -> dict[tuple[str, str], float]:
@@ -46,10 +46,10 @@ def slow_scores(model: PreTrainedModel, data: FewTexts) -> dict[tuple[str, str],
 @pytest.mark.parametrize("batch", [1, 5, 64])
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("task", [TEXT, LANGUAGE])
-def test_scores_equal_those_of_a_slow_twin(task: TaskName, lengths: bool, batch: int) -> None:
+def test_scores_equal_those_of_a_slow_twin(task: Task, lengths: bool, batch: int) -> None:
     data = few_texts(language=task == LANGUAGE, lengths=lengths)
     model = llama(seed=4, initializer_range=0.5) if task == LANGUAGE else bert(seed=2, initializer_range=0.5)
-    found, wanted = figures(evaluate_model(model, data, batch, task)), slow_scores(model, data)
+    found, wanted = figures(evaluate_model(EvaluatedModel(model, task, batch), data)), slow_scores(model, data)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
@@ -58,13 +58,15 @@ def test_scores_equal_those_of_a_slow_twin(task: TaskName, lengths: bool, batch:
 
 
 def test_without_domains_only_the_whole_is_scored() -> None:
-    found = figures(evaluate_model(bert(), few_texts(domains=False), 4, TEXT))
+    found = figures(evaluate_model(EvaluatedModel(bert(), TEXT, 4), few_texts(domains=False)))
     assert found.keys() == {("all", "accuracy"), ("all", "loss")}
 
 
 def test_the_scores_of_a_batch_do_not_depend_on_dropout_or_make_gradients() -> None:
     model = bert().train()
-    assert evaluate_model(model, few_texts(), 4, TEXT) == evaluate_model(model, few_texts(), 4, TEXT)
+    assert evaluate_model(EvaluatedModel(model, TEXT, 4), few_texts()) == evaluate_model(
+        EvaluatedModel(model, TEXT, 4), few_texts()
+    )
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -72,6 +74,6 @@ def test_the_scores_of_a_batch_do_not_depend_on_dropout_or_make_gradients() -> N
 def test_a_language_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
     model = llama()
     nn.init.zeros_(model.lm_head.weight)
-    found = figures(evaluate_model(model, few_texts(language=True), 4, LANGUAGE))
+    found = figures(evaluate_model(EvaluatedModel(model, LANGUAGE, 4), few_texts(language=True)))
     assert found["all", "perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
     assert found["all", "loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)

@@ -26,7 +26,8 @@ from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, ModelError, RecipeError, StoreError
 from fedtune.export import export_model
 from fedtune.recipe.schema import Recipe
-from fedtune.training import evaluate_model, get_run_context, set_model_state
+from fedtune.tasks import get_task
+from fedtune.training import EvaluatedModel, evaluate_model, get_run_context, set_model_state
 from tests.federations import Ended, execute, trivial, words
 from tests.test_bad_input import fedtune
 
@@ -216,7 +217,9 @@ def test_another_domain_column_gives_figures_per_domain(tmp_path: Path) -> None:
     shop = get_run_context(words(tmp_path).model_dump_json())
     rows = ["the film was fine,good,a", "the film was dull,bad,b"]
     found = shop.encode_source(verdicts(tmp_path / "a.csv", rows, "text,label,shop"), {"domain": "shop"})
-    assert {one.domain for one in evaluate_model(shop.model, found, 2, "text-classification")} == {
+    assert {
+        one.domain for one in evaluate_model(EvaluatedModel(shop.model, get_task("text-classification"), 2), found)
+    } == {
         "a",
         "b",
         "all",

@@ -18,7 +18,7 @@ from transformers import (
 from fedtune.errors import ModelError
 from fedtune.techniques import begin_round
 from fedtune.techniques.fused_cross_entropy import DeferredHead
-from fedtune.training import evaluate_model
+from fedtune.training import EvaluatedModel, evaluate_model
 from tests.families import FAMILIES, LANGUAGE_FAMILIES
 from tests.technique_steps import LANGUAGE, TEXT, chosen, gradients, logits, shake, shared
 from tests.tiny import bert, few_texts, llama, llama_classifier, texts
@@ -69,7 +69,9 @@ def test_scoring_and_generation_see_plain_logits() -> None:
     batch = texts(model)
     assert torch.equal(logits(model, batch), logits(usual, batch))
     data = few_texts(language=True)
-    assert evaluate_model(model, data, 4, LANGUAGE) == evaluate_model(usual, data, 4, LANGUAGE)
+    assert evaluate_model(EvaluatedModel(model, LANGUAGE, 4), data) == evaluate_model(
+        EvaluatedModel(usual, LANGUAGE, 4), data
+    )
     model.train()
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert torch.equal(model(**unlabelled).logits, usual(**unlabelled).logits)

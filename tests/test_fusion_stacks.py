@@ -30,6 +30,7 @@ from fedtune.offline_merge import compare_models, parse_merge_config, prepare_me
 from fedtune.offline_merge.evaluate_models import collect_merge_context
 from fedtune.offline_merge.layer_names import compute_relative_depths, stacks
 from fedtune.offline_merge.write_model import ignore_progress
+from fedtune.tasks import get_task
 from tests.fusion_models import base_and_tuned, change_json, moved, save, save_tokenizer, tensors, words
 from tests.tiny import llama
 
@@ -257,7 +258,7 @@ def test_a_result_of_another_shape_than_the_net_is_refused_before_it_is_written(
     with pytest.raises(
         ModelError, match=r"repair watches the result in the net it was given, where .* is \[40, 16\], not"
     ):
-        collect_merge_context(prepare_merge(config), "text-generation", f"csv:{texts}", "text", runs)
+        collect_merge_context(prepare_merge(config), get_task("text-generation"), f"csv:{texts}", "text", runs)
 
 
 def test_what_is_said_of_single_layers_follows_them(tmp_path: Path) -> None:

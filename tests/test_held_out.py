@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedtune.data import EncodedDataset
 from fedtune.seeds import derive_seed
-from fedtune.training import get_model_state, get_run_context, set_model_state, train_local_model
+from fedtune.training import ClientRound, get_model_state, get_run_context, set_model_state, train_local_model
 from fedtune.training.holdout_split import split_holdout
 from tests.federations import execute, trivial
 
@@ -63,7 +63,7 @@ def test_held_out_examples_are_never_trained_on_and_scored_as_by_hand() -> None:
     state = {name: torch.randn_like(tensor) for name, tensor in get_model_state(shop.model, shop.shared_names).items()}
     for number in (1, 2):
         watched = Watched(shop.train)
-        got = train_local_model(shop.model, shop.techniques, state, watched, rows, recipe, number, client)
+        got = train_local_model(ClientRound(shop.model, shop.techniques, recipe, watched, rows, number, client), state)
         assert watched.trained == set(kept.tolist())
         assert watched.scored == set(held.tolist())
         set_model_state(shop.model, state)

@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedtune import techniques
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
+from fedtune.tasks import Task, get_task
 from tests.tiny import bert, llama, texts
 
-CLASSIFY: TaskName = "text-classification"
-SPEAK: TaskName = "text-generation"
+CLASSIFY = get_task("text-classification")
+SPEAK = get_task("text-generation")
 
 
-def applied(model: nn.Module, *units: Any, task: TaskName = CLASSIFY) -> tuple[techniques.Technique, ...]:
+def applied(model: nn.Module, *units: Any, task: Task = CLASSIFY) -> tuple[techniques.Technique, ...]:
     chosen = techniques.build_techniques([Unit.model_validate(unit) for unit in units])
     techniques.apply_techniques(chosen, model, task, 1)
     return chosen
@@ -63,7 +64,7 @@ def test_a_plain_loop_trains_what_other_techniques_train(unit: str) -> None:
 @pytest.mark.parametrize("unit", ["meft", "lora", {"lora": {"trained_factors": "both"}}])
 @pytest.mark.parametrize("task", [CLASSIFY, SPEAK])
 def test_a_rewritten_model_refuses_to_be_saved_and_once_folded_loads_as_itself(
-    unit: Any, task: TaskName, tmp_path: Path
+    unit: Any, task: Task, tmp_path: Path
 ) -> None:
     model: Any = bert() if task == CLASSIFY else llama()
     chosen = applied(model, unit, task=task)

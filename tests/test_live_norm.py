@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedtune import techniques
 from fedtune.merging import build_pipeline, merge_client_updates
 from fedtune.recipe.schema import Unit
+from fedtune.tasks import get_task
 from fedtune.techniques import UnfrozenBatchNorm2d, list_trainable_tensors
 from fedtune.training import get_model_state, set_model_state, set_train_mode
 from fedtune.wire.client_update import ClientUpdate, pack
@@ -100,6 +101,6 @@ def test_merged_statistics_are_those_of_all_examples_pooled(tmp_path: Path, coun
 def test_techniques_that_train_no_statistics_send_none() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     shared = techniques.apply_techniques(
-        techniques.build_techniques([Unit(name="full")]), model, "image-classification", 0
+        techniques.build_techniques([Unit(name="full")]), model, get_task("image-classification"), 0
     )
     assert not any("running" in name for name in shared)

@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from fedtune import models, techniques
 from fedtune.cli import main
 from fedtune.errors import FedtuneWarning
-from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings
 from fedtune.recipe.unit_registry import describe_unit_settings, read_unit_card
+from fedtune.tasks import Task
 from fedtune.techniques import begin_round, list_trainable_tensors
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, logits, shake, shared
 from tests.tiny import bert, llama, texts
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("build", "task"), [(bert, TEXT), (llama, LANGUAGE)])
-def test_lora_starts_as_the_base_to_the_bit(build: Callable[[], PreTrainedModel], task: TaskName) -> None:
+def test_lora_starts_as_the_base_to_the_bit(build: Callable[[], PreTrainedModel], task: Task) -> None:
     model = build()
     batch = texts(model)
     before = logits(model, batch)
@@ -58,7 +59,7 @@ def test_one_factor_is_trained_per_round(exact: str, factors: str) -> None:
 
 
 @pytest.mark.parametrize(("build", "task"), [(bert, TEXT), (llama, LANGUAGE)])
-def test_a_folded_lora_gives_the_same_logits_without_lora(build: Callable[[], PreTrainedModel], task: TaskName) -> None:
+def test_a_folded_lora_gives_the_same_logits_without_lora(build: Callable[[], PreTrainedModel], task: Task) -> None:
     model, plain = build(), build()
     [lora] = chosen("lora", dropout=0.1)
     names = techniques.apply_techniques([lora], model, task, 0)

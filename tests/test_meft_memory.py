@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedtune.memory import StorageMeter
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from tests.technique_steps import LANGUAGE, TEXT, shared
 from tests.tiny import bert, llama, texts
 
@@ -27,14 +27,14 @@ def kept_and_peak(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[int
     return kept, meter.peak_bytes
 
 
-def built(joined: str, blocks: int, task: TaskName, **settings: Any) -> PreTrainedModel:
+def built(joined: str, blocks: int, task: Task, **settings: Any) -> PreTrainedModel:
     model = bert(num_hidden_layers=blocks) if task == TEXT else llama(num_hidden_layers=blocks)
     shared(joined, model, task, **settings)
     return model
 
 
 @pytest.mark.parametrize("task", [TEXT, LANGUAGE])
-def test_nothing_grows_with_depth_within_a_stretch_of_blocks(task: TaskName) -> None:
+def test_nothing_grows_with_depth_within_a_stretch_of_blocks(task: Task) -> None:
     """A factor of 1/2 lets 24 blocks be one stretch: 12 scalings of one bit."""
     found = []
     for blocks in (6, 12, 24):

@@ -18,7 +18,8 @@ from fedtune.device.trainer import Trainer
 from fedtune.device.trainer_channel import Frame
 from fedtune.errors import RecipeError
 from fedtune.simulation import resolve_recipe
-from fedtune.training import class_metrics, evaluate_model, get_run_context, set_model_state
+from fedtune.tasks import get_task
+from fedtune.training import EvaluatedModel, class_metrics, evaluate_model, get_run_context, set_model_state
 from fedtune.training.metrics import measure, register
 from fedtune.wire.client_update import TrainRequest
 from fedtune.wire.protocol_codes import parse_problem
@@ -170,7 +171,9 @@ def test_a_package_publishes_a_metric_as_an_entry_point(tmp_path: Path) -> None:
 def test_figures_are_also_told_per_domain(tmp_path: Path) -> None:
     recipe = words(tmp_path, "data.columns.domain=label")
     shop = get_run_context(recipe.model_dump_json())
-    found = evaluate_model(shop.model, shop.test, 4, recipe.task, shop.techniques, metrics=["f1"])
+    found = evaluate_model(
+        EvaluatedModel(shop.model, get_task(recipe.task), 4, shop.techniques, metrics=["f1"]), shop.test
+    )
     assert {one.domain for one in found if one.name == "f1"} == {"all", "good", "bad"}
 
 

@@ -13,7 +13,14 @@ from fedtune.device import memory_budget
 from fedtune.device.memory_budget import MemoryEstimate, choose_micro_batch_size, estimate_memory
 from fedtune.errors import MemoryBudgetError
 from fedtune.recipe.schema import Train
-from fedtune.training import RunContext, clear_run_context, get_model_state, get_run_context, train_local_model
+from fedtune.training import (
+    ClientRound,
+    RunContext,
+    clear_run_context,
+    get_model_state,
+    get_run_context,
+    train_local_model,
+)
 from fedtune.training.micro_batches import compute_loss_weights, split_into_micro_batches
 from fedtune.training.optimisers import BitsandbytesOptimiser, make_optimiser
 from tests.federations import trivial, words
@@ -58,8 +65,10 @@ def _shop(recipe: str) -> RunContext:
 
 def _delta(shop: RunContext, micro: int | None) -> dict[str, torch.Tensor]:
     state = get_model_state(shop.model, shop.shared_names)
-    shop_of = (shop.model, shop.techniques, state, shop.train, shop.client_rows[0], shop.recipe, 1, 0)
-    return train_local_model(*shop_of, micro_batch_size=micro).delta
+    client = ClientRound(
+        shop.model, shop.techniques, shop.recipe, shop.train, shop.client_rows[0], 1, 0, micro_batch_size=micro
+    )
+    return train_local_model(client, state).delta
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques import UnfrozenBatchNorm2d
 from fedtune.techniques._inverted_residual import TailLayers, find_inverted_residuals, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix
@@ -73,7 +73,7 @@ def test_a_net_is_cut_below_its_top_blocks() -> None:
     ],
 )
 def test_a_net_without_such_blocks_is_refused_with_what_it_lacks(
-    build: Callable[[], nn.Module], task: TaskName, sentence: str, technique: str
+    build: Callable[[], nn.Module], task: Task, sentence: str, technique: str
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         shared(technique, build(), task)

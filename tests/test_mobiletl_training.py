@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.techniques import apply_techniques
 from fedtune.techniques._lite_residual import LiteResidual
-from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
+from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, set_model_state, train_local_model
 from fedtune.wire.client_update import decode_tensors, pack
 from tests.mobile_nets import SmallNet, age, hard_net, in_transformers, pictures
 from tests.technique_steps import IMAGES, chosen, logits, shake, shared
@@ -48,7 +48,8 @@ def few_pictures() -> Any:
 def a_round(model: Any, names: list[str], joined: str, **settings: Any) -> LocalTrainingResult:
     recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
     return train_local_model(
-        model, chosen(joined, **settings), get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1
+        ClientRound(model, chosen(joined, **settings), recipe, few_pictures(), np.arange(12), 1, 1),
+        get_model_state(model, names),
     )
 
 

@@ -19,12 +19,13 @@ from transformers import (
 from fedtune import models
 from fedtune.errors import FedtuneWarning, ModelError, SourceError
 from fedtune.models.gguf_loader import dequantise_gguf
-from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings
 from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
+from fedtune.tasks import Task, get_task
 
-TEXT: TaskName = "text-classification"
-LANGUAGE: TaskName = "text-generation"
-IMAGES: TaskName = "image-classification"
+TEXT = get_task("text-classification")
+LANGUAGE = get_task("text-generation")
+IMAGES = get_task("image-classification")
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -48,9 +49,7 @@ def decoder(tmp_path: Path) -> Path:
     return tmp_path / "decoder"
 
 
-def load(
-    source: object, task: TaskName, labels: tuple[str, ...] = (), seed: int = 0, dtype: str = "float32"
-) -> nn.Module:
+def load(source: object, task: Task, labels: tuple[str, ...] = (), seed: int = 0, dtype: str = "float32") -> nn.Module:
     return models.load_model(
         ModelSettings.model_validate({"source": str(source), "dtype": dtype}), task, labels, seed=seed
     )
@@ -122,7 +121,7 @@ def test_loading_is_silent(encoder: Path, capfd: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_model_that_does_not_fit_the_task_is_refused(
-    kind: str, task: TaskName, sentence: str, request: pytest.FixtureRequest
+    kind: str, task: Task, sentence: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         load(f"path:{request.getfixturevalue(kind)}", task, () if task == LANGUAGE else ("a", "b"))

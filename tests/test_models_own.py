@@ -17,6 +17,7 @@ from fedtune.models.efficientnet_lite import EfficientNetLite, SameConv2d
 from fedtune.models.logistic import LogisticRegression
 from fedtune.recipe.schema import ModelSettings
 from fedtune.sample_packages import SAMPLE_PACKAGES, fetch_sample
+from fedtune.tasks import get_task
 
 TEN = tuple("0123456789")
 
@@ -24,7 +25,7 @@ SAMPLES = ("efficientnet-lite0", "logistic", *sample_models.UNTRAINED_MODELS)
 
 
 def load(source: str, labels: tuple[str, ...] = TEN) -> nn.Module:
-    return models.load_model(ModelSettings(source=source), "image-classification", labels, seed=0)
+    return models.load_model(ModelSettings(source=source), get_task("image-classification"), labels, seed=0)
 
 
 def test_lite0_has_the_published_tensors_and_keeps_all_but_the_head() -> None:
@@ -161,7 +162,9 @@ def test_a_head_for_other_classes_is_given_up_in_a_sentence(tmp_path: Path) -> N
 
 def test_a_new_head_is_drawn_from_the_seed_alone() -> None:
     model = ModelSettings(source="sample:efficientnet-lite0")
-    first, again, other = (models.load_model(model, "image-classification", TEN, seed=seed) for seed in (7, 7, 8))
+    first, again, other = (
+        models.load_model(model, get_task("image-classification"), TEN, seed=seed) for seed in (7, 7, 8)
+    )
     assert torch.equal(first.get_parameter("_fc.weight"), again.get_parameter("_fc.weight"))
     assert not torch.equal(first.get_parameter("_fc.weight"), other.get_parameter("_fc.weight"))
 
@@ -183,9 +186,10 @@ def test_an_image_model_needs_no_transformers(tmp_path: Path) -> None:
     image_model_files.save_image_model(LogisticRegression(2), tmp_path)
     script = (
         "import sys\n"
-        "from fedtune import models\n"
+        "from fedtune import models, tasks\n"
         "from fedtune.recipe.schema import ModelSettings\n"
-        f"models.load_model(ModelSettings(source='path:{tmp_path}'), 'image-classification', ('a', 'b'), seed=0)\n"
+        "task = tasks.get_task('image-classification')\n"
+        f"models.load_model(ModelSettings(source='path:{tmp_path}'), task, ('a', 'b'), seed=0)\n"
         "assert 'transformers' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
-from fedtune import data, models
+from fedtune import models, tasks
 from fedtune.data.loaded import as_table
 from fedtune.errors import ModelError
 from fedtune.models.preprocessor import from_settings, save
@@ -88,7 +88,7 @@ def a_folder(path: Path, settings: dict[str, Any]) -> Path:
 def read_by(preprocessor: Preprocessor, pictures: list[Picture.Image]) -> NDArray[np.float32]:
     features = Features({"image": Image(), "label": Value("int64")})
     held = as_table(Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features))
-    encoded = data.encode_examples(held, a_recipe(IMAGES), preprocessor)
+    encoded = tasks.encode_examples(held, a_recipe(IMAGES), preprocessor)
     return encoded.make_batch(range(len(pictures)))["pixel_values"].numpy()
 
 
@@ -166,19 +166,19 @@ def test_without_a_preprocessor_the_size_is_the_configurations(tmp_path: Path) -
 def test_another_size_keeps_the_share_that_is_cut_out(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["mobilenet"])
     recipe = a_recipe(IMAGES, f'model.source="path:{folder}"', "train.image_size=64")
-    found = models.resolve_preprocessor(recipe)
+    found = tasks.resolve_reader(recipe)
     assert found.train.image_size == 64
     assert found.model.preprocessor is not None
     assert (found.model.preprocessor.side, found.model.preprocessor.edge) == (64, 72)
-    assert models.resolve_preprocessor(found) == found
+    assert tasks.resolve_reader(found) == found
 
 
 def test_what_a_recipe_records_counts_more_than_the_folder(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "model", PROCESSORS["vit"])
-    recipe = models.resolve_preprocessor(a_recipe(IMAGES, "train.image_size=null", f'model.source="path:{folder}"'))
+    recipe = tasks.resolve_reader(a_recipe(IMAGES, "train.image_size=null", f'model.source="path:{folder}"'))
     a_folder(folder, PROCESSORS["other colours"])
-    assert models.reader(recipe) == recipe.model.preprocessor
-    assert models.reader(recipe).side == 32
+    assert tasks.load_reader(recipe) == recipe.model.preprocessor
+    assert tasks.load_reader(recipe).side == 32
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSORS if "mobilevit" not in name and name != "efficientnet"])

@@ -19,11 +19,12 @@ from transformers import (
 
 from benchmarks.architecture_settings import WORDS
 from benchmarks.architecture_zoo import LABELS, write
-from fedtune import data, models
+from fedtune import models, tasks
 from fedtune.errors import DataError, ModelError
-from fedtune.recipe.schema import ModelSettings, Recipe, TaskName
+from fedtune.recipe.schema import ModelSettings, Recipe
 from fedtune.recipe.yaml_file import parse_recipe
-from fedtune.training import evaluate_model, get_run_context
+from fedtune.tasks import Task
+from fedtune.training import EvaluatedModel, evaluate_model, get_run_context
 from tests.federations import words
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, shared
 
@@ -88,10 +89,10 @@ def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path: Path, names: tu
 
 def test_classes_of_other_names_are_in_alphabetical_order(tmp_path: Path) -> None:
     recipe = words(tmp_path)
-    assert models.class_names(recipe.model, TEXT) == ()
+    assert tasks.load_class_names(recipe) == ()
     edit(tmp_path / "bert", id2label={"0": "sport", "1": "politics"})
-    assert models.class_names(recipe.model, TEXT) == ("sport", "politics")
-    assert data.load_data(recipe, ("sport", "politics")).label_names == ("bad", "good")
+    assert tasks.load_class_names(recipe) == ("sport", "politics")
+    assert tasks.load_data(recipe, ("sport", "politics")).label_names == ("bad", "good")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_texts_for_an_encoder_decoder_end_in_one_end_token(tmp_path: Path, archi
     ids = shop.train.make_batch(range(len(shop.train)))["input_ids"]
     assert ((ids == 3).sum(1) == 1).all()
     assert ids.shape[1] <= recipe.train.max_length
-    assert evaluate_model(shop.model, shop.train, 8, TEXT)
+    assert evaluate_model(EvaluatedModel(shop.model, TEXT, 8), shop.train)
 
 
 def test_an_encoder_decoder_whose_padding_is_its_end_is_refused(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_t5_takes_a_head(tmp_path: Path) -> None:
     assert isinstance(model.config, T5Config)
 
 
-def of_the_zoo(architecture: str, folder: Path) -> tuple[Any, TaskName]:
+def of_the_zoo(architecture: str, folder: Path) -> tuple[Any, Task]:
     task = write(architecture, folder)
     labels = () if task == LANGUAGE else LABELS
     return models.load_model(ModelSettings(source=f"path:{folder}"), task, labels, seed=0), task

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from fedtune import models
-from fedtune.data.pixels import Images
+from fedtune.data.pixels import EncodedPictures
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import ModelSettings
-from fedtune.training import get_model_state, prepare_model, train_local_model
+from fedtune.training import ClientRound, get_model_state, prepare_model, train_local_model
 from tests.data_examples import a_recipe
 from tests.technique_steps import IMAGES
 
@@ -73,10 +73,10 @@ def saved(build: Callable[[], PreTrainedModel], folder: Path) -> PreTrainedModel
     return model
 
 
-def some_pictures() -> Images:
+def some_pictures() -> EncodedPictures:
     random = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=random, dtype=torch.uint8)
-    return Images(pixels, Preprocessor(side=32), torch.tensor([0, 3, 6, 3]), None)
+    return EncodedPictures(pixels, Preprocessor(side=32), torch.tensor([0, 3, 6, 3]), None)
 
 
 def by_hand(model: nn.Module, batch: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
@@ -97,7 +97,9 @@ def test_a_net_of_transformers_takes_the_step_that_plain_torch_takes(
         "train.image_size=32",
     )
     model, techniques, names = prepare_model(recipe, SEVEN)
-    outcome = train_local_model(model, techniques, get_model_state(model, names), pictures, np.arange(4), recipe, 1, 0)
+    outcome = train_local_model(
+        ClientRound(model, techniques, recipe, pictures, np.arange(4), 1, 0), get_model_state(model, names)
+    )
     expected = by_hand(published, pictures.make_batch(range(4)), 0.01)
     assert outcome.delta.keys() == expected.keys()
     for name, delta in outcome.delta.items():

@@ -179,7 +179,7 @@ def test_a_servers_container_listens_where_the_server_does(home: Path, tmp_path:
     assert written == {"fedtune-server.service", "fedtune-server.Dockerfile", wheel}
     assert {Path(line).name for line in done.output.splitlines()} == written
     docker = (tmp_path / "out" / "fedtune-server.Dockerfile").read_text()
-    assert "fedtune server init --hostname lab.example --name 10.0.0.5 --listen 0.0.0.0:9443" in docker
+    assert "fedtune server init --hostname lab.example --hostname 10.0.0.5 --listen 0.0.0.0:9443" in docker
     lines = [line for line in docker.splitlines() if not line.startswith("#")]
     words = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
     assert words["COPY"] == f"{wheel} ./"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune import data, profiling, techniques
+from fedtune import profiling, tasks, techniques
 from fedtune.errors import DataError, ModelError, RecipeError
 from fedtune.memory import StorageMeter
 from fedtune.profiling import StepProfile, make_random_batch, profile_step
@@ -122,7 +122,7 @@ def test_random_inputs_longer_than_the_model_reads_are_refused(recipe: Recipe) -
 
 def test_the_first_batch_holds_the_first_examples_padded_to_the_full_length(tmp_path: Path) -> None:
     recipe = words(tmp_path, "train.max_length=12", "train.batch_size=5")
-    corpus = data.load_data(recipe)
+    corpus = tasks.load_data(recipe)
     batch = profiling.encode_first_batch(recipe, corpus)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 12)
     assert batch["labels"].tolist() == corpus.train["label"][:5]

@@ -15,7 +15,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect
 
-from fedtune import data
+from fedtune import data, tasks
 from fedtune.errors import StoreError
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.schema import EqualDirichlet, Recipe
@@ -166,7 +166,7 @@ def test_recipes_of_old_runs_keep_their_split_and_how_they_read_pictures(path: P
         assert (store.run("odd").recipe, store.run("new").recipe) == ("[]", "{}")
     assert recipe.data.partition == EqualDirichlet(alpha=0.5)
     assert recipe.model.preprocessor == Preprocessor(side=28)
-    corpus = data.load_data(recipe)
+    corpus = tasks.load_data(recipe)
     assert digest(data.partition_examples(recipe, corpus.train)) == OLD_SPLIT
 
 

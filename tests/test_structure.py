@@ -42,17 +42,11 @@ MANY_PARAMETERS = {
     "_door": "to be grouped",
     "_gather": "to be grouped",
     "_round": "to be grouped",
-    "_run_extra_backward": "to be grouped",
-    "_run_steps": "to be grouped",
-    "compute_uploaded_statistics": "to be grouped",
-    "evaluate_model": "to be grouped",
     "make_gateway": "to be grouped",
     "match_activations": "to be grouped",
     "piece": "to be grouped",
     "receive_update": "to be grouped",
     "score_by_clients": "to be grouped",
-    "score_received": "to be grouped",
-    "train_local_model": "to be grouped",
 }
 BARE_NAMES = split_words(
     "about after at before beside between by for from in into of on only out over past per than till to under until "

@@ -20,7 +20,14 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import ModelSettings, Unit
 from fedtune.techniques import Technique, begin_round, begin_step
-from fedtune.training import LocalTrainingResult, compute_step_loss, get_model_state, set_train_mode, train_local_model
+from fedtune.training import (
+    ClientRound,
+    LocalTrainingResult,
+    compute_step_loss,
+    get_model_state,
+    set_train_mode,
+    train_local_model,
+)
 from tests.families import FAMILIES
 from tests.technique_steps import shake
 from tests.tiny import a_training_recipe, few_texts
@@ -187,7 +194,9 @@ def a_round(
 ) -> LocalTrainingResult:
     recipe = a_training_recipe(local_steps=2, batch_size=3, optimiser=optimiser)
     data = few_texts(language=base == "opt")
-    return train_local_model(model, chosen, get_model_state(model, names), data, np.arange(8), recipe, 1, 1)
+    return train_local_model(
+        ClientRound(model, chosen, recipe, data, np.arange(8), 1, 1), get_model_state(model, names)
+    )
 
 
 def moved(outcome: LocalTrainingResult) -> bool:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from fedtune import models
 from fedtune.errors import ModelError, RecipeError
-from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings
+from fedtune.tasks import Task
 from fedtune.techniques import begin_round, list_trainable_tensors
 from fedtune.techniques._technique import list_head_parameters
 from tests.technique_steps import IMAGES, LANGUAGE, TEXT, chosen, gradients, layers, shared
@@ -152,7 +153,7 @@ def test_checkpointing_is_refused_for_a_model_without_blocks() -> None:
     [(bert, TEXT, "full"), (bert, TEXT, "lora"), (llama, LANGUAGE, "full"), (llama, LANGUAGE, "lora")],
 )
 def test_checkpointing_keeps_the_gradients_to_the_bit_and_fewer_bytes(
-    build: Callable[[], PreTrainedModel], task: TaskName, technique: str
+    build: Callable[[], PreTrainedModel], task: Task, technique: str
 ) -> None:
     plain = build()
     checkpointed = deepcopy(plain)

@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.errors import ClientUpdateError, DataError
-from fedtune.recipe.schema import Recipe, TaskName, Unit
+from fedtune.recipe.schema import Recipe, Unit
 from fedtune.seeds import derive_seed
+from fedtune.tasks import get_task
 from fedtune.techniques import Technique
 from fedtune.training import (
+    ClientRound,
+    EvaluatedModel,
     LocalTrainingResult,
     compute_step_loss,
     evaluate_model,
@@ -28,8 +31,8 @@ from fedtune.training.master_weights import masters_of
 from fedtune.training.start import Start
 from tests.tiny import VOCABULARY, FewTexts, a_training_recipe, bert, few_texts, llama
 
-TEXT: TaskName = "text-classification"
-LANGUAGE: TaskName = "text-generation"
+TEXT = get_task("text-classification")
+LANGUAGE = get_task("text-generation")
 
 
 def prepared(model: nn.Module, technique: str = "full") -> tuple[tuple[Technique, ...], dict[str, Tensor]]:
@@ -45,7 +48,7 @@ def a_round(
     model: nn.Module, recipe: Recipe, number: int = 1, client: int = 1, technique: str = "full"
 ) -> LocalTrainingResult:
     chosen, state = prepared(model, technique)
-    return train_local_model(model, chosen, state, few_texts(), INDICES, recipe, number, client)
+    return train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, number, client), state)
 
 
 def readable_twin(model: PreTrainedModel, recipe: Recipe, number: int, client: int) -> tuple[dict[str, Tensor], float]:
@@ -130,23 +133,23 @@ def same_bits(one: LocalTrainingResult, other: LocalTrainingResult) -> bool:
 def test_a_round_gives_the_same_bits_whatever_ran_before(technique: str) -> None:
     model, recipe, data = bert(), a_training_recipe(), few_texts()
     chosen, state = prepared(model, technique)
-    first = train_local_model(model, chosen, state, data, INDICES, recipe, 1, 0)
-    train_local_model(model, chosen, state, data, np.array([1, 6]), recipe, 2, 1)
-    evaluate_model(model, data, 5, TEXT)
+    first = train_local_model(ClientRound(model, chosen, recipe, data, INDICES, 1, 0), state)
+    train_local_model(ClientRound(model, chosen, recipe, data, np.array([1, 6]), 2, 1), state)
+    evaluate_model(EvaluatedModel(model, TEXT, 5), data)
     torch.manual_seed(99)
     model(**data.make_batch([0, 1])).loss.backward()
-    assert same_bits(first, train_local_model(model, chosen, state, data, INDICES, recipe, 1, 0))
+    assert same_bits(first, train_local_model(ClientRound(model, chosen, recipe, data, INDICES, 1, 0), state))
 
 
 def test_a_client_that_fails_midway_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model, recipe = bert(), a_training_recipe()
     chosen, state = prepared(model)
-    first = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0)
+    first = train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 0), state)
     with monkeypatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 1)
-    assert same_bits(first, train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0))
+            train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 1), state)
+    assert same_bits(first, train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 0), state))
 
 
 def test_rounds_and_clients_draw_their_own_numbers() -> None:
@@ -170,7 +173,7 @@ def test_only_what_is_trained_in_the_round_is_sent_and_the_rest_stays() -> None:
     chosen, state = prepared(model, "lora")
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name not in state}
     for number, factor in ((1, "B"), (2, "A")):
-        outcome = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, number, 0)
+        outcome = train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, number, 0), state)
         head = {"classifier.weight", "classifier.bias"}
         assert outcome.delta.keys() == {name for name in state if f".lora_{factor}." in name} | head
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
@@ -200,7 +203,7 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
     recipe = a_training_recipe(
         optimiser="sgd", lr=1e-4, max_grad_norm=None, lr_schedule="constant", local_steps=3, batch_size=12
     )
-    found = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 0).delta
+    found = train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 0), state).delta
     copies = {name: tensor.clone() for name, tensor in state.items()}
     model.train()
     for batch in batches(INDICES, 12, 3, derive_seed(recipe.seed, 1, 0, "order")):
@@ -222,7 +225,7 @@ def test_a_round_that_moves_nothing_is_told() -> None:
     chosen, state = prepared(model)
     recipe = a_training_recipe(optimiser="sgd", lr=1e-60)
     with pytest.warns(UserWarning, match="client 4 moved nothing in round 1: no gradient arrives, or train.lr is lost"):
-        still = train_local_model(model, chosen, state, few_texts(), INDICES, recipe, 1, 4)
+        still = train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 4), state)
     assert not any(delta.any() for delta in still.delta.values())
 
 
@@ -238,16 +241,18 @@ def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
     model = llama()
     state = get_model_state(model, techniques.apply_techniques(chosen, model, LANGUAGE, 0))
     recipe = a_training_recipe(batch_size=4, local_steps=2).model_copy(update={"task": LANGUAGE})
-    found = train_local_model(model, chosen, state, texts, np.arange(4), recipe, 1, 0, micro_batch_size=micro)
+    found = train_local_model(
+        ClientRound(model, chosen, recipe, texts, np.arange(4), 1, 0, micro_batch_size=micro), state
+    )
     assert math.isfinite(found.train_loss)
     assert all(delta.isfinite().all() for delta in found.delta.values())
     set_model_state(model, state)
     several = train_local_model(
-        model, chosen, state, texts, np.arange(4), a_training_recipe(batch_size=1, local_epochs=1), 1, 0
+        ClientRound(model, chosen, a_training_recipe(batch_size=1, local_epochs=1), texts, np.arange(4), 1, 0), state
     )
     assert math.isfinite(several.train_loss)
     with pytest.raises(DataError, match="no example of the client has a second token"):
-        train_local_model(model, chosen, state, _short_texts([[5], [6]]), np.arange(2), recipe, 1, 0)
+        train_local_model(ClientRound(model, chosen, recipe, _short_texts([[5], [6]]), np.arange(2), 1, 0), state)
 
 
 def test_tensors_of_another_client_are_refused() -> None:
@@ -255,7 +260,9 @@ def test_tensors_of_another_client_are_refused() -> None:
     chosen, state = prepared(model)
     other = {"bert.pooler.dense.bias": torch.zeros(16)}
     with pytest.raises(ClientUpdateError, match=r"keeps for itself does not fit the model: bert.pooler.dense.bias"):
-        train_local_model(model, chosen, state, few_texts(), INDICES, a_training_recipe(), 1, 0, local_tensors=other)
+        train_local_model(
+            ClientRound(model, chosen, a_training_recipe(), few_texts(), INDICES, 1, 0, local_tensors=other), state
+        )
 
 
 def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
@@ -263,7 +270,7 @@ def test_bfloat16_weights_are_trained_through_fp32_masters() -> None:
     model, recipe = bert().bfloat16(), a_training_recipe(local_epochs=1, lr=1e-5)
     chosen, rounded = prepared(model)
     received = {name: tensor + 1e-5 for name, tensor in rounded.items()}
-    outcome = train_local_model(model, chosen, received, few_texts(), INDICES, recipe, 1, 1)
+    outcome = train_local_model(ClientRound(model, chosen, recipe, few_texts(), INDICES, 1, 1), received)
     with use_cpu_threads(recipe.train.threads):
         moved = twin_with_masters(bert().bfloat16(), received, recipe)
     assert all(torch.equal(outcome.delta[name], moved[name]) for name in moved)

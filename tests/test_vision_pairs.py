@@ -14,7 +14,7 @@ from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe import unit_registry
 from fedtune.recipe.schema import Unit
 from fedtune.techniques import Technique
-from fedtune.training import LocalTrainingResult, get_model_state, set_model_state, train_local_model
+from fedtune.training import ClientRound, LocalTrainingResult, get_model_state, set_model_state, train_local_model
 from fedtune.wire.masked_weights import find_masks
 from tests.mobile_nets import SmallNet, age
 from tests.technique_steps import IMAGES, logits
@@ -52,7 +52,9 @@ def prepared(joined: str) -> tuple[Any, list[str], tuple[Technique, ...]]:
 
 def a_round(model: Any, names: list[str], found: tuple[Technique, ...]) -> LocalTrainingResult:
     recipe = a_training_recipe(local_steps=2, batch_size=8, optimiser="adamw")
-    return train_local_model(model, found, get_model_state(model, names), few_pictures(), np.arange(12), recipe, 1, 1)
+    return train_local_model(
+        ClientRound(model, found, recipe, few_pictures(), np.arange(12), 1, 1), get_model_state(model, names)
+    )
 
 
 def refused(joined: str) -> bool:

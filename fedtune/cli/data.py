@@ -33,12 +33,13 @@ def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json:
       fedtune data show recipes/sentiment.yaml --set data.partition.kind=iid
     """
     from fedtune import data as library
+    from fedtune import tasks
     from fedtune.data.partition_plot import draw_partition
     from fedtune.paths import get_home_folder
     from fedtune.recipe.yaml_file import read_recipe
 
     settings = read_recipe(recipe, overrides)
-    corpus = library.load_data(settings)
+    corpus = tasks.load_data(settings)
     summary = library.summarise_partition(settings, corpus, library.partition_examples(settings, corpus.train))
     path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
     draw_partition(summary, path)

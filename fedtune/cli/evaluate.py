@@ -66,10 +66,7 @@ def evaluate(
     )
     scored = source or split or "validation"
     set_model_state(context.model, state)
-    settings = recipe.evaluation
-    scores = evaluate_model(
-        context.model, examples, settings.batch_size, recipe.task, context.techniques, metrics=settings.metrics
-    )
+    scores = evaluate_model(context.evaluated_model, examples)
     if as_json:
         figures = [found._asdict() for found in scores]
         click.echo(json_text({"run": run, "round": at, "data": scored, "metrics": figures}))

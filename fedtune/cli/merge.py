@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedtune.cli.option_parsers import Command, MergeOptions, parse_numbers, parse_step
+from fedtune.recipe.task_names import list_task_names
 
 if TYPE_CHECKING:
     from fedtune.offline_merge.merge_stages import Stage
 
 __all__ = ["merge"]
-
-_TASKS = ["text-generation", "text-classification", "image-classification"]
 
 
 @click.command(cls=Command)
@@ -47,7 +46,11 @@ _TASKS = ["text-generation", "text-classification", "image-classification"]
     "--split", type=click.Choice(["all", "validation", "test"]), default="all", help="Split of --eval-data to score."
 )
 @click.option("--columns", metavar="KEY=NAME,...", help="Columns of the data, e.g. text=review,label=stars.")
-@click.option("--task", type=click.Choice(_TASKS), help="Task of the models, for --calibration-data and --eval-data.")
+@click.option(
+    "--task",
+    type=click.Choice(list_task_names()),
+    help="Task of the models, for --calibration-data and --eval-data.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
 @click.option("--report/--no-report", default=True, help="Compare the models first, which reads them once more.")
 @click.option("--trust-base", is_flag=True, help="Merge even if deltas are about as large as the base model.")

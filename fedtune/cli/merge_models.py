@@ -121,21 +121,22 @@ def _build_merge_context(options: MergeOptions, prepared: "PreparedMerge", colum
 
         return MergeContext()
     from fedtune.offline_merge.evaluate_models import collect_merge_context
+    from fedtune.tasks import get_task
 
-    kind = "image" if options.task == "image-classification" else "text"
-    return collect_merge_context(
-        prepared, options.task, options.calibration_data, columns.get(kind), options.export_run
-    )
+    task = None if options.task is None else get_task(options.task)
+    column = None if task is None else columns.get(task.input_column)
+    return collect_merge_context(prepared, task, options.calibration_data, column, options.export_run)
 
 
 def _score(options: MergeOptions, source: str, columns: dict[str, str]) -> Any:
     from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
+    from fedtune.tasks import get_task
 
     if options.task is None:
         raise click.UsageError("--eval-data needs --task, e.g. --task text-classification")
     assert options.eval_data is not None
     with materialise_model(source, options.export_run) as folder:
-        return evaluate_folder(folder, options.task, options.eval_data, columns, options.split)
+        return evaluate_folder(folder, get_task(options.task), options.eval_data, columns, options.split)
 
 
 def _show_result(

@@ -2,12 +2,9 @@
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
-
-if TYPE_CHECKING:
-    from fedtune.recipe.schema import TaskName
 
 __all__ = ["Command", "MergeOptions", "parse_columns", "parse_numbers", "parse_size", "parse_step"]
 
@@ -49,7 +46,7 @@ class MergeOptions(NamedTuple):
     eval_data: str | None
     split: str
     columns: str | None
-    task: "TaskName | None"
+    task: str | None
     max_shard_size: str
     report: bool
     trust_base: bool

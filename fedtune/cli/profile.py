@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.recipe.schema import TaskName
+from fedtune.recipe.task_names import list_task_names
 
 if TYPE_CHECKING:
     from fedtune.profiling import ProfileCase, ProfileResult
@@ -18,7 +18,7 @@ __all__ = ["profile"]
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), required=False)
 @click.option("--model", metavar="SOURCE", help="Instead of a recipe: a model with random inputs.")
-@click.option("--task", type=click.Choice(get_args(TaskName)), help="Task of --model.")
+@click.option("--task", type=click.Choice(list_task_names()), help="Task of --model.")
 @click.option("--techniques", metavar="A,B,C+D", help="Techniques to measure, or all.  [default: the recipe's]")
 @click.option("--batch-size", metavar="N", help="Short for --set train.batch_size=N.")
 @click.option("--max-length", metavar="N", help="Short for --set train.max_length=N: tokens per text.")
@@ -66,9 +66,9 @@ def profile(
         check=check_gradients,
     )
     rows = _measure_cases(found)
-    from fedtune import models
+    from fedtune import tasks
 
-    _show(models.resolve_preprocessor(wanted), rows, random=path is None, output=output, as_json=as_json)
+    _show(tasks.resolve_reader(wanted), rows, random=path is None, output=output, as_json=as_json)
 
 
 def _read_recipe(path: Path | None, model: str | None, task: str | None, overrides: Sequence[str]) -> "Recipe":
@@ -135,16 +135,16 @@ def _parse_units(recipe: "Recipe", item: Any) -> "list[Unit]":
 
 def _make_cases(recipe: "Recipe", techniques: "list[list[Unit]]", *, random: bool, check: bool) -> "list[ProfileCase]":
     """Return the cases. Every error is raised here, before the first case is measured."""
-    from fedtune import data, models, profiling
+    from fedtune import profiling, tasks
     from fedtune.models.sources import resolve_model_source
     from fedtune.wire.client_update import pack
 
     profiling.make_profile_cases(recipe, techniques, (), None)
     resolve_model_source(recipe.model.source)
     if random:
-        labels = () if recipe.task == "text-generation" else ("no", "yes")
+        labels = ("no", "yes") if tasks.get_task(recipe.task).has_classes else ()
         return profiling.make_profile_cases(recipe, techniques, labels, None, check)
-    corpus = data.load_data(recipe, models.class_names(recipe.model, recipe.task))
+    corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
     batch = pack(profiling.encode_first_batch(recipe, corpus))
     return profiling.make_profile_cases(recipe, techniques, corpus.label_names, batch, check)
 

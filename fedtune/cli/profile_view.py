@@ -78,7 +78,9 @@ def _line(row: ProfileResult) -> str:
 def make_title(recipe: Recipe, random: bool) -> str:
     """Describe in one line what was measured."""
     train = recipe.train
-    side = f"{train.image_size} pixels" if recipe.task == "image-classification" else f"{train.max_length} tokens"
+    from fedtune.tasks import get_task  # imports torch
+
+    side = get_task(recipe.task).describe_input_size(train)
     inputs = f"random inputs from seed {recipe.seed}" if random else f"the first batch of {recipe.data.source}"
     return f"{recipe.model.source}, {train.batch_size} x {side}, {inputs}"
 

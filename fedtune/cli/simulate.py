@@ -191,9 +191,10 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     from fedtune import paths
     from fedtune.cli.domain_table import make_domain_rows, show_domain_table
     from fedtune.cli.privacy_text import describe_privacy
+    from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = "perplexity" if shop.recipe.task == "text-generation" else "accuracy"
+    figure = get_task(shop.recipe.task).main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(

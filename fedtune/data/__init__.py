@@ -1,7 +1,7 @@
 """Where examples come from, how they are parted and split over clients, and how they become tensors."""
 
 from fedtune.data.column import Values
-from fedtune.data.encode import EncodedDataset, encode_examples
+from fedtune.data.encoded_dataset import EncodedDataset
 from fedtune.data.load import DataSplits, load_all_examples, load_data, load_trainable_examples
 from fedtune.data.partition import partition_examples
 from fedtune.data.partition_summary import ClientExamples, PartitionSummary, summarise_partition
@@ -14,7 +14,6 @@ __all__ = [
     "PartitionSummary",
     "Table",
     "Values",
-    "encode_examples",
     "load_all_examples",
     "load_data",
     "load_trainable_examples",

@@ -1,5 +1,7 @@
 """From a source's own columns to the canonical ones: ``text`` or ``image``, ``label``, ``group``, ``domain``."""
 
+from collections.abc import Sequence
+
 from fedtune.data.column import Column, Values, objects
 from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError
@@ -11,11 +13,14 @@ __all__ = ["get_canonical_column_name", "rename_columns"]
 Named = dict[str, tuple[str, str]]
 
 
-def rename_columns(recipe: Recipe, table: Table) -> Table:
-    """The columns the recipe names, renamed; DataError when one is missing or has a null."""
+def rename_columns(recipe: Recipe, needed: Sequence[str], table: Table) -> Table:
+    """The columns that a task needs and those that the recipe names beside them, under their canonical names.
+
+    DataError when a column is missing or has a null.
+    """
     columns: dict[str, Column] = {}
     kinds: dict[str, Kind] = {}
-    for name, (key, column) in _named(recipe, table.column_names).items():
+    for name, (key, column) in _named(recipe, needed, table.column_names).items():
         stored = _column(recipe.data.source, table, key, column)
         try:
             columns[name], kind = _convert(name, stored, table.kinds.get(column))
@@ -34,16 +39,10 @@ def get_canonical_column_name(recipe: Recipe, by: str) -> str:
     return {columns.label: "label", columns.domain: "domain", columns.group: "group"}.get(by, by)
 
 
-def _named(recipe: Recipe, present: list[str]) -> Named:
+def _named(recipe: Recipe, needed: Sequence[str], present: list[str]) -> Named:
     """Canonical name -> (the recipe's key, the source's column)."""
     columns, split = recipe.data.columns, recipe.data.partition
-    named: Named = {}
-    if recipe.task == "image-classification":
-        named["image"] = ("data.columns.image", columns.image)
-    else:
-        named["text"] = ("data.columns.text", columns.text)
-    if recipe.task != "text-generation":
-        named["label"] = ("data.columns.label", columns.label)
+    named: Named = {name: (f"data.columns.{name}", getattr(columns, name)) for name in needed}
     group = columns.group or ("group" if recipe.data.source.startswith("sample:") and "group" in present else None)
     if group:
         named["group"] = ("data.columns.group", group)

@@ -27,8 +27,8 @@ LONGEST_DOMAIN = 255
 class DataSplits:
     """Columns: ``text`` or ``image``, ``label`` (int, classification only) and, where named, ``group`` and ``domain``.
 
-    A natural split by a further column keeps that column under its own name. ``labels`` is empty for causal language
-    modelling. ``notes`` are sentences about what was guessed, left out or will tell nothing.
+    A natural split by a further column keeps that column under its own name. ``label_names`` is empty without
+    classes. ``notes`` are sentences about what was guessed, left out or will tell nothing.
     """
 
     train: Table
@@ -38,15 +38,16 @@ class DataSplits:
     notes: tuple[str, ...] = ()
 
 
-def load_data(recipe: Recipe, known: Sequence[str] = ()) -> DataSplits:
+def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ()) -> DataSplits:
     """Read, check and part the data; DataError when the examples do not fit the task, SourceError when unreadable.
 
-    ``known`` are the class names of the model's head, whose order is kept where the data's are the same.
+    ``columns`` are those that the task takes. ``known`` are the class names of the model's head, whose order is kept
+    where the data's are the same.
     """
     source = recipe.data.source
-    found, notes = _found(recipe)
+    found, notes = _found(recipe, columns)
     labels: tuple[str, ...] = ()
-    if recipe.task != "text-generation":
+    if "label" in columns:
         found, labels = encode_labels(found, source, known)
     divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
@@ -60,30 +61,30 @@ def load_data(recipe: Recipe, known: Sequence[str] = ()) -> DataSplits:
     return DataSplits(train, divided["validation"], divided["test"], labels, told)
 
 
-def load_all_examples(recipe: Recipe, labels: Sequence[str], part: str = "all") -> Table:
+def load_all_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str], part: str = "all") -> Table:
     """Examples of the recipe's source, of all parts or of one, labelled for a model that knows ``labels``, if any."""
-    found = _labelled(recipe, labels)
+    found = _labelled(recipe, columns, labels)
     whole = concatenate(list(found.values())) if part == "all" else split_dataset(recipe.data, found)[part]
     _check(recipe.data.source, part, whole)
     return whole
 
 
-def load_trainable_examples(recipe: Recipe, labels: Sequence[str]) -> Table:
+def load_trainable_examples(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> Table:
     """Examples of the source that may be trained on: all, without those it says are for validation or testing."""
-    return _labelled(recipe, labels)["train"]
+    return _labelled(recipe, columns, labels)["train"]
 
 
-def _labelled(recipe: Recipe, labels: Sequence[str]) -> dict[str, Table]:
-    found, _ = _found(recipe)
+def _labelled(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> dict[str, Table]:
+    found, _ = _found(recipe, columns)
     if not labels:
         return found
     return {name: encode_known_labels(table, labels, recipe.data.source) for name, table in found.items()}
 
 
-def _found(recipe: Recipe) -> tuple[dict[str, Table], tuple[str, ...]]:
+def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The source's own parts in canonical columns, without pictures that are to be skipped; and notes."""
     source = read_data_source(recipe.data)
-    found = {part: rename_columns(recipe, table) for part, table in source.parts.items()}
+    found = {part: rename_columns(recipe, columns, table) for part, table in source.parts.items()}
     if not isinstance(found["train"].kinds.get("image"), Pictures):
         return found, source.notes
     lost: list[str] = []

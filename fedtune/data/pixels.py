@@ -12,11 +12,11 @@ from fedtune.data.decode import decode, describe_picture
 from fedtune.data.table import Pictures, Table
 from fedtune.recipe.preprocessor_settings import Preprocessor
 
-__all__ = ["Images", "pixels"]
+__all__ = ["EncodedPictures", "encode_pictures"]
 
 
 @dataclass(frozen=True)
-class Images:
+class EncodedPictures:
     """Pixels uint8 [n, 1 or 3, h, w], and how the model reads them; ``fitted`` when they have its size already."""
 
     pixels: Tensor
@@ -37,7 +37,13 @@ class Images:
         return {"pixel_values": _normal(sized, self.preprocessor), "labels": self.labels[rows]}
 
 
-def pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
+def encode_pictures(table: Table, preprocessor: Preprocessor) -> EncodedPictures:
+    """The columns ``image`` and ``label``; DataError for a picture that cannot be decoded."""
+    found, fitted = _read_pixels(table, preprocessor)
+    return EncodedPictures(found, preprocessor, torch.tensor(table["label"][:]), table.domains, fitted)
+
+
+def _read_pixels(table: Table, preprocessor: Preprocessor) -> tuple[Tensor, bool]:
     """uint8 [n, c, h, w], and whether they have the size the model reads; small ones of one size stay as they are.
 
     Raises Unreadable for a picture that cannot be decoded.

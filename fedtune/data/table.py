@@ -62,6 +62,11 @@ class Table:
         whole = self.columns[name]
         return whole if self.rows is None else whole.take(self.rows)
 
+    @property
+    def domains(self) -> list[str] | None:
+        """The domain of each row, where the data has any."""
+        return list(self["domain"]) if "domain" in self.columns else None
+
     def unique(self, name: str) -> list[Any]:
         """The different values of a column."""
         return self.column(name).unique()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune import data
+from fedtune import data, tasks
 from fedtune.errors import DataError
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.training import RunContext, clear_run_context, get_run_context, prepare_model
@@ -79,7 +79,7 @@ def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunConte
     skip = recipe.data.skip_unreadable
     chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})
-    examples = data.load_trainable_examples(recipe, labels)
+    examples = tasks.load_trainable_examples(recipe, labels)
     nothing = examples.select([])
     corpus = data.DataSplits(examples, nothing, nothing, labels)
     model, techniques, shared = prepare_model(recipe, labels)

@@ -15,7 +15,7 @@ from fedtune.device import local_state
 from fedtune.device.held_base import with_base
 from fedtune.device.private_update import make_update_private, redact_report
 from fedtune.memory import peak_rss, reset_peak_rss
-from fedtune.training import RunContext, get_tensor_shapes, score_received, train_local_model
+from fedtune.training import ClientRound, RunContext, get_tensor_shapes, score_received, train_local_model
 from fedtune.training.holdout_split import count_held_out
 from fedtune.wire.client_update import FEWEST, ClientReport, HoldoutMetrics, TrainRequest, decode_tensors, pack
 from fedtune.wire.masked_weights import decode_masked_state, find_masks, select_active_values
@@ -49,9 +49,10 @@ def run_local_round(
     if order.scoring:
         return pack({}), _scored(order, state, part, shop.train, rows, folder)
     state, own = with_base(order, state, part, folder), _own(part, folder, order.round)
-    outcome = train_local_model(
-        part.model, part.techniques, state, shop.train, rows, part.recipe, order.round, order.client, own, micro
+    client = ClientRound(
+        part.model, part.techniques, part.recipe, shop.train, rows, order.round, order.client, own, micro
     )
+    outcome = train_local_model(client, state)
     if outcome.local_tensors:
         local_state.save_local_state(folder, order.round, outcome.local_tensors)
     held_out = count_held_out(len(rows), part.recipe.evaluation.local_holdout)
@@ -78,7 +79,9 @@ def _scored(
     started, recipe = time.perf_counter(), part.recipe
     reset_peak_rss()
     own = _own(part, folder, order.round + 1)
-    score = score_received(part.model, part.techniques, state, data, rows, recipe, order.round, order.client, own)
+    score = score_received(
+        ClientRound(part.model, part.techniques, recipe, data, rows, order.round, order.client, own), state
+    )
     tells = count_held_out(len(rows), recipe.evaluation.local_holdout) >= FEWEST and recipe.privacy is None
     figures = _told(score) if tells else {}
     return ClientReport(0, math.nan, time.perf_counter() - started, 0, peak_rss(), **figures)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedtune import data, models, techniques
+from fedtune import tasks, techniques
 from fedtune.errors import ModelError, StoreError
 from fedtune.export.peft_adapter import describe_adapter_loading, make_peft_adapter, save_peft_adapter
 from fedtune.export.safetensors_model import save_whole_model
@@ -29,7 +29,7 @@ def export_model(recipe: Recipe, state: Mapping[str, Tensor], folder: Path, form
     ``card`` becomes the README of the folder, with notes below it. Raises ModelError if an adapter is requested that
     PEFT cannot load, and StoreError if the folder exists.
     """
-    labels = data.load_data(recipe, models.class_names(recipe.model, recipe.task)).label_names
+    labels = tasks.load_data(recipe, tasks.load_class_names(recipe)).label_names
     return write_export(recipe, labels, state, folder, form, card)
 
 

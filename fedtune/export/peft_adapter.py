@@ -9,15 +9,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune import models
+from fedtune import models, tasks
 from fedtune.export.safetensors_model import save_preprocessing
 from fedtune.models.sources import resolve_model_source
 from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique
 
 __all__ = ["PeftAdapter", "describe_adapter_loading", "make_peft_adapter", "save_peft_adapter"]
-
-_TEXT_CLASS = "AutoModelForSequenceClassification"
 
 
 class PeftAdapter(NamedTuple):
@@ -37,7 +35,7 @@ def make_peft_adapter(
     trains = [technique for technique in chosen if technique.selects_trainable_tensors]
     unchanged_base = all(technique.has_unchanged_base() for technique in chosen)
     possible = len(trains) == 1 and unchanged_base and isinstance(model, PreTrainedModel)
-    config = trains[0].make_peft_config(model, recipe.task) if possible else None
+    config = trains[0].make_peft_config(model, tasks.get_task(recipe.task)) if possible else None
     if config is None:
         return None
     drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])
@@ -64,7 +62,7 @@ def save_peft_adapter(adapter: PeftAdapter, model: nn.Module, recipe: Recipe, fo
     adapter.config.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in adapter.tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if recipe.task != "text-generation":
+    if tasks.get_task(recipe.task).has_classes:
         models.save_config(model, folder)
         save_preprocessing(recipe, folder)
 
@@ -73,7 +71,7 @@ def describe_adapter_loading(recipe: Recipe, labels: Sequence[str]) -> str:
     """Return how to load a classifier's adapter: the configuration beside it has the class names and padding id."""
     if not labels:
         return ""
-    kind = "AutoModelForImageClassification" if recipe.task == "image-classification" else _TEXT_CLASS
+    kind = tasks.get_task(recipe.task).auto_class
     return (
         f"\nClasses: {', '.join(labels)}. Load the base with the configuration in this folder, then the adapter:\n\n"
         "```python\n"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fedtune import models, techniques
-from fedtune.models.preprocessor import save as save_preprocessor
+from fedtune import models, tasks, techniques
 from fedtune.recipe.schema import Recipe
 from fedtune.techniques import Technique
 
@@ -24,8 +23,5 @@ def save_whole_model(
 
 def save_preprocessing(recipe: Recipe, folder: Path) -> None:
     """Write the tokenizer or the image preprocessor, with the recipe's settings."""
-    reader = models.reader(recipe)
-    if recipe.task == "image-classification":
-        save_preprocessor(reader, folder)
-    else:
-        reader.save_pretrained(folder)
+    task = tasks.get_task(recipe.task)
+    task.save_reader(task.load_reader(recipe), folder)

@@ -5,8 +5,6 @@ from fedtune.models.load import (
     load_model,
     load_tokenizer,
     preprocessor,
-    reader,
-    resolve_preprocessor,
     save_config,
     save_model,
 )
@@ -16,8 +14,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "preprocessor",
-    "reader",
-    "resolve_preprocessor",
     "save_config",
     "save_model",
 ]

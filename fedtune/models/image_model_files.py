@@ -13,10 +13,11 @@ from torch import Tensor
 from fedtune.errors import ModelError, SourceError
 from fedtune.models.classifier import ImageClassifier
 from fedtune.models.kinds import IMAGE_MODEL_CLASSES
+from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, from_settings
 from fedtune.recipe.preprocessor_settings import Preprocessor
-from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def is_fedtune_image_model(location: str) -> bool:
 
 
 def load_image_model(
-    model: ModelSettings, folder: Path, task: TaskName, labels: Sequence[str], *, seed: int, quantised: bool
+    model: ModelSettings, folder: Path, task: ModelTask, labels: Sequence[str], *, seed: int, quantised: bool
 ) -> ImageClassifier:
     """The model in ``folder``: a fitting head is kept, another drawn, and so is all of what is untrained.
 
@@ -53,8 +54,8 @@ def load_image_model(
     """
     config = _config(folder)
     kind: str = config["kind"]
-    if task != "image-classification":
-        raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task}; choose another")
+    if task.reads_text or not task.has_classes:
+        raise ModelError(f"{model.source} is a model of kind {kind}, which does not do {task.name}; choose another")
     if quantised:
         raise ModelError(f"{model.source} is a model of kind {kind}, which has no four-bit form; take lora")
     with torch.random.fork_rng(devices=[]):

@@ -12,24 +12,23 @@ from torch import nn
 
 from fedtune.models import image_model_files
 from fedtune.models.classifier import ImageClassifier
+from fedtune.models.model_task import ModelTask
 from fedtune.models.sources import resolve_model_source
 from fedtune.recipe.preprocessor_settings import Preprocessor
-from fedtune.recipe.schema import ModelSettings, Recipe, TaskName
+from fedtune.recipe.schema import ModelSettings
 
 __all__ = [
     "class_names",
     "load_model",
     "load_tokenizer",
     "preprocessor",
-    "reader",
-    "resolve_preprocessor",
     "save_config",
     "save_model",
 ]
 
 
 def load_model(
-    model: ModelSettings, task: TaskName, labels: Sequence[str], *, seed: int, quantisation: object | None = None
+    model: ModelSettings, task: ModelTask, labels: Sequence[str], *, seed: int, quantisation: object | None = None
 ) -> nn.Module:
     """The model on the CPU in ``model.dtype``; a new head is drawn from ``seed`` alone, so two loads are bit-equal.
 
@@ -46,10 +45,10 @@ def load_model(
     return pretrained.load_pretrained_model(model, location, task, labels, seed=seed, quantisation=quantisation)
 
 
-def class_names(model: ModelSettings, task: TaskName) -> tuple[str, ...]:
-    """What a fine-tuned classifier calls its classes, in the order of its head; nothing where it does not say."""
+def class_names(model: ModelSettings) -> tuple[str, ...]:
+    """The class names of a fine-tuned classifier in the order of its head; empty where it has no names."""
     location = resolve_model_source(model.source)
-    if task == "text-generation" or image_model_files.is_fedtune_image_model(location):
+    if image_model_files.is_fedtune_image_model(location):
         return ()
     from fedtune.models import pretrained
 
@@ -73,22 +72,6 @@ def preprocessor(model: ModelSettings) -> Preprocessor:
     from fedtune.models import pretrained
 
     return pretrained.preprocessor(model, location)
-
-
-def reader(recipe: Recipe) -> Any:
-    """What turns examples into inputs: a ``Preprocessor`` at ``train.image_size`` pixels, or a tokenizer."""
-    if recipe.task != "image-classification":
-        return load_tokenizer(recipe.model)
-    return preprocessor(recipe.model).scaled_to(recipe.train.image_size)
-
-
-def resolve_preprocessor(recipe: Recipe) -> Recipe:
-    """The recipe with the model's way of reading pictures written out, so that all who get it read them alike."""
-    if recipe.task != "image-classification":
-        return recipe
-    read: Preprocessor = reader(recipe)
-    train = recipe.train.model_copy(update={"image_size": read.side})
-    return recipe.model_copy(update={"train": train, "model": recipe.model.model_copy(update={"preprocessor": read})})
 
 
 def save_model(model: nn.Module, labels: Sequence[str], folder: Path) -> None:

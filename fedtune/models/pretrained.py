@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,12 +21,13 @@ from transformers.utils.hub import cached_file
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.ends import end_texts
 from fedtune.models.load_errors import explain_load_errors
+from fedtune.models.model_task import ModelTask
 from fedtune.models.new_head import warn_of_new_head
 from fedtune.models.preprocessor import FILE, check_known, from_settings
 from fedtune.models.read_past import read_past
 from fedtune.models.transformers_logging import silence_transformers
 from fedtune.recipe.preprocessor_settings import Preprocessor
-from fedtune.recipe.schema import ModelSettings, TaskName
+from fedtune.recipe.schema import ModelSettings
 
 __all__ = [
     "class_names",
@@ -39,15 +38,9 @@ __all__ = [
     "save_pretrained_model",
 ]
 
-_AUTO: dict[TaskName, Any] = {
-    "text-generation": AutoModelForCausalLM,
-    "image-classification": AutoModelForImageClassification,
-    "text-classification": AutoModelForSequenceClassification,
-}
-
 
 def load_pretrained_model(
-    model: ModelSettings, location: str, task: TaskName, labels: Sequence[str], *, seed: int, quantisation: Any | None
+    model: ModelSettings, location: str, task: ModelTask, labels: Sequence[str], *, seed: int, quantisation: Any | None
 ) -> PreTrainedModel:
     """The model at ``location``, a hub id or a folder, as ``models.load`` promises it."""
     with explain_load_errors(model.source), silence_transformers(), torch.random.fork_rng(devices=[]):
@@ -66,18 +59,18 @@ def load_pretrained_model(
     for _, found, wanted in sorted(info["mismatched_keys"])[:1]:
         warn_of_new_head(model.source, found[0], wanted[0])
     vars(loaded)["drawn"] = sorted(info["missing_keys"])
-    if task != "image-classification":
+    if task.reads_text:
         _prepare_text_model(loaded, model, location, task)
     return loaded
 
 
 def _loaded(
-    model: ModelSettings, location: str, task: TaskName, config: PretrainedConfig, seed: int, quantisation: Any | None
+    model: ModelSettings, location: str, task: ModelTask, config: PretrainedConfig, seed: int, quantisation: Any | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers found of its weights; what it did not find is drawn from the seed."""
     torch.manual_seed(seed)
     four_bits = {} if quantisation is None else {"quantization_config": quantisation, "device_map": "cpu"}
-    found: tuple[PreTrainedModel, dict[str, Any]] = _AUTO[task].from_pretrained(
+    found: tuple[PreTrainedModel, dict[str, Any]] = _auto_class(task).from_pretrained(
         location,
         config=config,
         dtype=getattr(torch, model.dtype),
@@ -151,6 +144,10 @@ def _by_size(size: Any) -> Preprocessor:
     return Preprocessor(side=sides.pop()) if len(sides) == 1 else Preprocessor()
 
 
+def _auto_class(task: ModelTask) -> Any:
+    return getattr(transformers, task.auto_class)
+
+
 def _head(labels: Sequence[str]) -> dict[str, Any]:
     if not labels:
         return {}
@@ -161,42 +158,44 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _head_layers(task: TaskName, config: PretrainedConfig) -> list[str]:
+def _head_layers(task: ModelTask, config: PretrainedConfig) -> list[str]:
     """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
     layers whose weights are read as they lie.
     """
     with torch.device("meta"):
-        skeleton = _AUTO[task].from_config(config)
+        skeleton = _auto_class(task).from_config(config)
     behind = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     return [*behind, *read_past(skeleton)]
 
 
-def _check_family(model: ModelSettings, task: TaskName, config: PretrainedConfig) -> None:
-    if type(config) not in _AUTO[task]._model_mapping:
-        raise ModelError(f"{model.source} is a {config.model_type} model, which does not do {task}; choose another")
+def _check_family(model: ModelSettings, task: ModelTask, config: PretrainedConfig) -> None:
+    if type(config) not in _auto_class(task)._model_mapping:
+        raise ModelError(
+            f"{model.source} is a {config.model_type} model, which does not do {task.name}; choose another"
+        )
 
 
-def _check_head(model: ModelSettings, task: TaskName, config: PretrainedConfig) -> None:
+def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig) -> None:
     """A head for several labels at once, or for a number, would be trained as another than it is."""
-    if task == "text-generation":
+    if not task.has_classes:
         return
     kind = {"multi_label_classification": "several labels per example", "regression": "a number per example"}
     made_for = kind.get(str(config.problem_type)) or (kind["regression"] if config.num_labels == 1 else None)
     if made_for is not None:
         raise ModelError(
-            f"{model.source} is made for {made_for}, but {task} trains one class per example; choose another model, or "
-            "take problem_type, id2label and label2id out of its config.json to give it a new head"
+            f"{model.source} is made for {made_for}, but {task.name} trains one class per example; choose another "
+            "model, or take problem_type, id2label and label2id out of its config.json to give it a new head"
         )
 
 
-def _check_weights(model: ModelSettings, task: TaskName, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
+def _check_weights(model: ModelSettings, task: ModelTask, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
-    labels = 0 if task == "text-generation" else loaded.config.num_labels
+    labels = loaded.config.num_labels if task.has_classes else 0
     wrong = [key for key in info["missing_keys"] if not labels or not _is_head(loaded, key)]
     wrong += [key for key, found, wanted in info["mismatched_keys"] if tuple(wanted) != (labels, *found[1:])]
     if wrong:
         raise ModelError(
-            f"{model.source} has no weights for {min(wrong)!r}, which {type(loaded).__name__} needs for {task}; "
+            f"{model.source} has no weights for {min(wrong)!r}, which {type(loaded).__name__} needs for {task.name}; "
             "choose a model made for the task"
         )
 
@@ -223,14 +222,14 @@ def save_config(model: nn.Module, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location: str, task: TaskName) -> None:
+def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location: str, task: ModelTask) -> None:
     """No key-value cache while training; a decoder finds the last word of a padded text by its padding id.
 
     That is the tokenizer's, which pads the texts, whatever the configuration says.
     """
     loaded.config.use_cache = False
     known = loaded.config.pad_token_id
-    if known is not None and task != "text-classification":
+    if known is not None and not task.has_classes:
         return
     try:
         padding = load_pretrained_tokenizer(model, location).pad_token_id

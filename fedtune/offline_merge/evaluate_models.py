@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fedtune import data, models
+from fedtune import models, tasks
 from fedtune.errors import ModelError, RecipeError
 from fedtune.merging import AlignStep, MergeContext, RelaxStep, RenormaliseStep
 from fedtune.offline_merge.json_file import read_json
@@ -24,9 +24,9 @@ from fedtune.recipe.schema import (
     Federation,
     ModelSettings,
     Recipe,
-    TaskName,
     Train,
 )
+from fedtune.tasks import Task
 
 if TYPE_CHECKING:
     from fedtune.training import Metric
@@ -51,20 +51,20 @@ def materialise_model(source: str, runs: RunExporter) -> Iterator[Path]:
 
 
 def evaluate_folder(
-    folder: Path, task: TaskName, source: str, columns: Mapping[str, str], part: str = "all"
+    folder: Path, task: Task, source: str, columns: Mapping[str, str], split: str = "all"
 ) -> "list[Metric]":
     """Evaluate a model on a split of a data source."""
-    from fedtune.training import evaluate_model
+    from fedtune.training import EvaluatedModel, evaluate_model
 
     recipe = _recipe(folder, task, DataSettings(source=source, columns=ColumnSettings.model_validate(columns)))
     labels = _labels(folder, task)
-    examples = data.load_all_examples(recipe, labels, part)
-    model = models.load_model(recipe.model, task, labels, seed=0)
-    return evaluate_model(model, data.encode_examples(examples, recipe, models.reader(recipe)), _BATCH, task)
+    examples = tasks.load_all_examples(recipe, labels, split)
+    encoded = task.encode_examples(examples, recipe, task.load_reader(recipe))
+    return evaluate_model(EvaluatedModel(models.load_model(recipe.model, task, labels, seed=0), task, _BATCH), encoded)
 
 
 def collect_merge_context(
-    prepared: PreparedMerge, task: TaskName | None, source: str | None, column: str | None, runs: RunExporter
+    prepared: PreparedMerge, task: Task | None, source: str | None, column: str | None, runs: RunExporter
 ) -> MergeContext:
     """Collect what the steps need, on the base, or on the first model if there is no base.
 
@@ -114,19 +114,19 @@ def _who(prepared: PreparedMerge) -> str:
     return next(step.name for step in steps if step.needs)
 
 
-def _labels(folder: Path, task: TaskName) -> tuple[str, ...]:
+def _labels(folder: Path, task: Task) -> tuple[str, ...]:
     """Return the class names in order. A head without names gets numbers."""
-    if task == "text-generation":
+    if not task.has_classes:
         return ()
     named = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
-def _recipe(folder: Path, task: TaskName, source: DataSettings) -> Recipe:
+def _recipe(folder: Path, task: Task, source: DataSettings) -> Recipe:
     """Return a minimal recipe that reads the data for the model."""
     return Recipe(
         name="merge",
-        task=task,
+        task=task.name,
         model=ModelSettings(source=f"path:{folder}"),
         data=source,
         devices=[DeviceClass(count=1)],

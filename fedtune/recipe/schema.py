@@ -20,6 +20,7 @@ from fedtune.recipe.data_settings import (
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
+from fedtune.recipe.task_names import TaskName
 from fedtune.recipe.train_settings import Optimiser, Train, Unit, split_joined
 from fedtune.recipe.versions import needs_translation, translate_recipe
 
@@ -48,14 +49,12 @@ __all__ = [
     "Size",
     "SplitFractions",
     "Tag",
-    "TaskName",
     "Train",
     "Unit",
     "split_joined",
 ]
 
 Dtype = Literal["float32", "bfloat16"]
-TaskName = Literal["text-classification", "text-generation", "image-classification"]
 
 
 class ModelSettings(SettingsModel):

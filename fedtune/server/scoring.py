@@ -54,15 +54,12 @@ def _scores(shop: RunContext, state: State, part: str, called: str, rows: list[i
     if shop.local_tensors:
         return ()
     set_model_state(shop.model, state)
-    examples, recipe = getattr(shop, part), shop.recipe
+    examples = getattr(shop, part)
     total = len(examples) if rows is None else len(rows)
 
     def told(done: int) -> None:
         emit_event(Scoring(called, done, total))
 
     told(0)
-    settings = recipe.evaluation
-    scores = evaluate_model(
-        shop.model, examples, settings.batch_size, recipe.task, shop.techniques, rows, told, metrics=settings.metrics
-    )
+    scores = evaluate_model(shop.evaluated_model, examples, rows, told)
     return tuple(MetricRecord(part=called, domain=domain, name=name, value=value) for domain, name, value in scores)

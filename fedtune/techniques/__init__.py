@@ -7,8 +7,9 @@ from itertools import permutations
 from torch import Tensor, nn
 
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import TaskName, Unit
+from fedtune.recipe.schema import Unit
 from fedtune.recipe.unit_registry import build_unit
+from fedtune.tasks import Task
 from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors, list_running_statistics
 from fedtune.techniques._saving import refuse_saving
 from fedtune.techniques._technique import ExtraPayload, StepInfo, Technique
@@ -52,7 +53,7 @@ def build_techniques(units: Sequence[Unit], recipe_key: str = "train.techniques"
     return chosen
 
 
-def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: TaskName, seed: int) -> list[str]:
+def apply_techniques(techniques: Sequence[Technique], model: nn.Module, task: Task, seed: int) -> list[str]:
     """Freeze the model, let each technique rewrite it, and return the names of all that may be trained.
 
     The model is left ready for round 1. Where its layers have changed, ``save_pretrained`` refuses until ``fold``.

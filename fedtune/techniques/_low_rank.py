@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneWarning, ModelError
 from fedtune.models.read_past import read_past
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._left_out import asks_for_shapes, left_out
 from fedtune.techniques._pair_sum import sum_in_fewer_passes
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -45,7 +45,7 @@ class LowRankTechnique(Technique):
         "merge: fedex-lora, flora",
     )
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Attach A (random, from ``seed``) and B (zero) to the linear layers; train them and a classifier's head."""
         head = _head(model, task)
         targets = find_target_modules(model, head, self.target_modules)
@@ -95,7 +95,7 @@ class LowRankTechnique(Technique):
         """The weights beside the pairs change when they are shared."""
         return self.trained_factors != "both-and-base"
 
-    def make_peft_config(self, model: nn.Module, task: TaskName) -> PeftConfig | None:
+    def make_peft_config(self, model: nn.Module, task: Task) -> PeftConfig | None:
         """The configuration the layers were made with, and the head as a module saved whole.
 
         None for a model that asks a layer for its shape, which PEFT's own layers do not tell.
@@ -105,7 +105,7 @@ class LowRankTechnique(Technique):
         configurations: dict[str, LoraConfig] = vars(model)["peft_config"]
         config = configurations["default"]
         config.modules_to_save = sorted({name.split(".")[0] for name in _head(model, task)}) or None
-        config.task_type = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}.get(task)
+        config.task_type = task.peft_type
         config.inference_mode = True
         return config
 
@@ -196,8 +196,8 @@ def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(True)
 
 
-def _head(model: nn.Module, task: TaskName) -> list[str]:
-    return [] if task == "text-generation" else list_head_parameters(model)
+def _head(model: nn.Module, task: Task) -> list[str]:
+    return list_head_parameters(model) if task.has_classes else []
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)

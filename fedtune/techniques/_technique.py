@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
 from fedtune.recipe.unit_registry import NamedUnit
+from fedtune.tasks import Task
 from fedtune.techniques._saving import allow_saving
 from fedtune.wire.client_update import LowRankPair, TensorSpec, UpdateKind
 
@@ -51,7 +51,7 @@ class Technique(NamedUnit):
         """How the frozen base is to be quantised while it is loaded: a transformers configuration, or None."""
         return None
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Rewrite the model and switch on gradients of what is trained; ModelError if the model does not fit."""
 
     def begin_round(self, model: nn.Module, number: int) -> None:
@@ -118,7 +118,7 @@ class Technique(NamedUnit):
         """Whether the pretrained layers compute what they did, so that an adapter beside them says it all."""
         return True
 
-    def make_peft_config(self, model: nn.Module, task: TaskName) -> "PeftConfig | None":
+    def make_peft_config(self, model: nn.Module, task: Task) -> "PeftConfig | None":
         """How PEFT describes what was trained, when PEFT can carry it beside the untouched base."""
         return None
 

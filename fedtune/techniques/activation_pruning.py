@@ -48,7 +48,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._masked import EXACT_GRADIENTS, OneBitActivation, make_one_bit_activation
 from fedtune.techniques._normalised_conv import (
     find_conv_norm_pairs,
@@ -84,7 +84,7 @@ class ActivationPruning(Technique):
         False, description="normalise the weights of convolutions and remove the batch norms after them"
     )
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Replace batch norms by normalised weights if set; ``begin_round`` configures the layers."""
         vars(model)["activation_pruning"] = RecentInputs()
         if self.standardise_weights:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._recast import restore_plain_layers
 from fedtune.techniques._spare import has_batch_norms, make_model_efficient
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -42,7 +42,7 @@ class BatchNorm(Technique):
 
     store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze scales, shifts and the head."""
         if not has_batch_norms(model):
             raise ModelError(f"{type(model).__name__} has no batch norms to train; choose bias or lora")

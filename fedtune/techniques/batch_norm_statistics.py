@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._live_norm import UnfrozenBatchNorm2d, list_local_tensors
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 
@@ -40,7 +40,7 @@ class BatchNormStatistics(Technique):
 
     local: bool = Field(False, description="each device keeps its own batch norms")
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Replace each batch norm by a live one; ModelError if the model has none."""
         norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         if not norms:

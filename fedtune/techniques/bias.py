@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._recast import restore_plain_layers
 from fedtune.techniques._spare import has_batch_norms, make_model_efficient
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
@@ -37,10 +37,10 @@ class Bias(Technique):
 
     store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze the biases, then the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
-        if task != "text-generation":
+        if task.has_classes:
             unfreeze_parameters(model, list_head_parameters(model))
         if has_batch_norms(model) and not self.store_activations:
             make_model_efficient(model)

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import SettingsModel, TaskName
+from fedtune.recipe.schema import SettingsModel
+from fedtune.tasks import Task
 from fedtune.techniques._mlp_weights import (
     MlpWeight,
     MlpWeightLoss,
@@ -80,7 +81,7 @@ class Deft(Technique):
     )
     skip_mlps: SkipMlps | None = None
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Find the MLPs, replace their activation function, and add the trained weights."""
         mlps = find_mlps(model)
         if self.replace_with_relu:

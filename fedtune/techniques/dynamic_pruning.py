@@ -34,7 +34,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._extrusion import Extrusion, MaskableLayer, add_extrusion_gradient, compute_extrusion_lr
 from fedtune.techniques._layer_density import count_active_weights
 from fedtune.techniques._mask_moves import average_gradients, mask_largest, mask_smallest_active, update_mask
@@ -86,7 +86,7 @@ class DynamicPruning(Technique):
             )
         return self
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Draw the masks from ``seed``, set inactive weights to zero, and train everything."""
         layers = dict(_layers(model))
         weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique, unfreeze_parameters
 
 __all__ = ["Full"]
@@ -31,6 +31,6 @@ class Full(Technique):
         "qlora": "full trains the weights that qlora freezes",
     }
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze every parameter."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters()])

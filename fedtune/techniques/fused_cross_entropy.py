@@ -32,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._fused_loss import fused_cross_entropy
 from fedtune.techniques._technique import Technique
 
@@ -47,7 +47,7 @@ class FusedCrossEntropy(Technique):
 
     chunk_size: int = Field(128, ge=1, description="tokens whose logits exist at the same time")
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Move the output layer into the loss and test it on two tokens; ModelError if the model does not fit."""
         name, plain = _plain_head(model)
         late = DeferredHead(plain, self.chunk_size)

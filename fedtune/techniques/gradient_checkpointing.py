@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique
 
 __all__ = ["GradientCheckpointing"]
@@ -28,7 +28,7 @@ class GradientCheckpointing(Technique):
     name: ClassVar[str] = "gradient-checkpointing"
     selects_trainable_tensors: ClassVar[bool] = False
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Enable the model's own non-reentrant checkpointing."""
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ModelError(f"{type(model).__name__} has no blocks to checkpoint; remove the technique")

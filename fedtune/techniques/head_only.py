@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique, list_head_parameters, unfreeze_parameters
 
 __all__ = ["HeadOnly"]
@@ -31,8 +31,8 @@ class HeadOnly(Technique):
         "qlora": "the head is already trained with the low-rank pairs",
     }
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze the head."""
-        if task == "text-generation":
-            raise ModelError("the technique classifier trains a new head, but text-generation has none")
+        if not task.has_classes:
+            raise ModelError(f"head-only trains a new head, but {task.name} has none; choose another technique")
         unfreeze_parameters(model, list_head_parameters(model))

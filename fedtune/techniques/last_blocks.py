@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._prefix import run_frozen_prefix
 from fedtune.techniques._recast import replace_layer, restore_plain_layers
@@ -53,7 +53,7 @@ class LastBlocks(Technique):
         None, ge=1, description="examples per micro-batch of the frozen part; null: all"
     )
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze the last blocks and the head."""
         found = split_before_last_blocks(model, self.num_blocks)
         tail = found.tail if self.head_convolution == "train" else None

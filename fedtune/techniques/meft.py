@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._blocks import (
     UNRUN,
     BlockInputs,
@@ -97,7 +97,7 @@ class Meft(Technique):
             return "deft measures all activations of a layer at once; set num_chunks: 1"
         return super().find_conflict(other)
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Give the blocks adapters drawn from ``seed`` and couple them; train the adapters and a classifier's head."""
         stack = find_block_list(model)
         hidden, calls = run = record_block_inputs(model, stack)
@@ -119,7 +119,7 @@ class Meft(Technique):
             made.plan = replace(plan, grid=self.value_bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
         vars(model)["meft"] = made
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
-        if task != "text-generation":
+        if task.has_classes:
             unfreeze_parameters(model, list_head_parameters(model))
 
     def has_unchanged_base(self) -> bool:

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._behind_gate import make_product_input_conv2d
 from fedtune.techniques._inverted_residual import NetworkSplit, split_before_last_blocks
 from fedtune.techniques._masked import EXACT_GRADIENTS, SIGN_GRADIENTS, GradientRule
@@ -79,7 +79,7 @@ class Mobiletl(Technique):
             raise ValueError("cache_outputs stores one example at a time; leave micro_batch_size at 1")
         return self
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Train the last blocks and the head; the frozen part stores nothing."""
         found = split_before_last_blocks(model, self.num_blocks)
         if self.last_norm_statistics == "update":

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._technique import Technique
 
 __all__ = ["SelectiveCheckpointing"]
@@ -64,7 +64,7 @@ class SelectiveCheckpointing(Technique):
         64, ge=0, description="products with at most this inner dimension are recomputed"
     )
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Enable transformers' non-reentrant checkpointing with a policy of what is stored."""
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ModelError(f"{type(model).__name__} has no blocks to recompute; remove selective-checkpointing")

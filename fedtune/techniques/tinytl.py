@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.recipe.schema import TaskName
+from fedtune.tasks import Task
 from fedtune.techniques._inverted_residual import InvertedResidualLayers, find_inverted_residuals
 from fedtune.techniques._lite_residual import LiteResidual, attach_lite_residual
 from fedtune.techniques._spare import make_model_efficient
@@ -52,7 +52,7 @@ class Tinytl(Technique):
     groups: int = Field(2, ge=1, description="groups of that convolution")
     store_activations: bool = Field(False, description="ordinary autograd, for comparison")
 
-    def rewrite_model(self, model: nn.Module, task: TaskName, seed: int) -> None:
+    def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Add branches, initialised from ``seed``, to the blocks; train them, the biases and the head."""
         found = find_inverted_residuals(model)
         if self.train_biases:

@@ -1,9 +1,10 @@
 """The local loop a device runs: batches, loss, optimiser, metrics."""
 
 from fedtune.training.batches import total_steps
+from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
 from fedtune.training.device_classes import get_received_shapes, list_tensors_of_round
-from fedtune.training.evaluation import Metric, evaluate_model
+from fedtune.training.evaluation import EvaluatedModel, Metric, evaluate_model
 from fedtune.training.local_training import (
     LocalTrainingResult,
     apply_optimiser_step,
@@ -16,6 +17,8 @@ from fedtune.training.received_state import score_received
 from fedtune.training.run_context import RunContext, clear_run_context, get_run_context, prepare_model, set_run_context
 
 __all__ = [
+    "ClientRound",
+    "EvaluatedModel",
     "LocalTrainingResult",
     "Metric",
     "RunContext",

@@ -2,23 +2,22 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.data import EncodedDataset
-from fedtune.recipe.schema import Recipe, TaskName
+from fedtune.tasks import ExampleScore, Task, get_task
 from fedtune.techniques import Technique, begin_step, collect_metrics
+from fedtune.training.client_round import ClientRound
 from fedtune.training.metrics import measure
 from fedtune.wire.client_update import HoldoutMetrics
 
-__all__ = ["Metric", "evaluate_model", "score_held_out"]
+__all__ = ["EvaluatedModel", "Metric", "evaluate_model", "score_held_out"]
 
 
 class Metric(NamedTuple):
@@ -27,16 +26,6 @@ class Metric(NamedTuple):
     domain: str
     name: str
     value: float
-
-
-class _Row(NamedTuple):
-    """Predictions, correct ones and summed loss of an example; probabilities [classes] and the label, if it has one."""
-
-    predictions: int
-    correct: int
-    loss: float
-    probabilities: Tensor | None = None
-    label: int = -1
 
 
 @dataclass
@@ -53,13 +42,23 @@ class _MetricSums:
     probabilities: list[Tensor] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    def add(self, row: _Row) -> None:
-        self.count += row.predictions
-        self.correct += row.correct
-        self.loss += row.loss
-        if self.keeps and row.probabilities is not None:
-            self.probabilities.append(row.probabilities)
-            self.labels.append(row.label)
+    def add(self, score: ExampleScore) -> None:
+        self.count += score.predictions
+        self.correct += score.correct
+        self.loss += score.loss
+        if self.keeps and score.probabilities is not None:
+            self.probabilities.append(score.probabilities)
+            self.labels.append(score.label)
+
+    @property
+    def mean_loss(self) -> float:
+        """Per prediction; 0 without any."""
+        return self.loss / max(1, self.count)
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of correct predictions; 0 without any."""
+        return self.correct / max(1, self.count)
 
     def measure(self, metrics: Sequence[str]) -> dict[str, float]:
         """Further metrics by name."""
@@ -68,111 +67,89 @@ class _MetricSums:
         return measure(metrics, torch.stack(self.probabilities).double().numpy(), np.array(self.labels))
 
 
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name."""
+
+    model: nn.Module
+    task: Task
+    batch_size: int
+    techniques: Sequence[Technique] = ()
+    metrics: Sequence[str] = ()
+
+
+def _say_nothing(done: int) -> None:
+    """Report no progress."""
+
+
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module,
+    evaluated: EvaluatedModel,
     examples: EncodedDataset,
-    batch_size: int,
-    task: TaskName,
-    techniques: Sequence[Technique] = (),
     rows: Sequence[int] | None = None,
-    told: Callable[[int], None] = lambda _: None,
-    *,
-    metrics: Sequence[str] = (),
+    report_progress: Callable[[int], None] = _say_nothing,
 ) -> list[Metric]:
-    """Accuracy and loss (natural logarithm), and perplexity for language models, over all examples and per domain.
+    """The task's metrics over all examples and per domain; losses are in natural logarithms.
 
-    ``rows`` are the examples to score, all by default. ``told`` is called with the number scored so far, after every
-    batch. ``metrics`` are further ones by name. What techniques measure meanwhile is added for all examples together.
+    ``rows`` are the examples to score, all by default. ``report_progress`` is called with the number scored so far,
+    after every batch. What techniques measure meanwhile is added for all examples together.
     """
-    model.eval()
-    tallies: dict[str, _MetricSums] = defaultdict(lambda: _MetricSums(keeps=bool(metrics)))
+    evaluated.model.eval()
+    sums: dict[str, _MetricSums] = defaultdict(lambda: _MetricSums(keeps=bool(evaluated.metrics)))
     order = _order_by_length(examples, rows)
-    with collect_metrics(techniques, model) as figures:
-        for done, (index, row) in enumerate(_predictions(model, examples, order, batch_size, task, techniques), 1):
-            tallies["all"].add(row)
-            if done % batch_size == 0 or done == len(order):
-                told(done)
+    with collect_metrics(evaluated.techniques, evaluated.model) as figures:
+        for done, (index, score) in enumerate(_iter_scores(evaluated, examples, order), 1):
+            sums["all"].add(score)
+            if done % evaluated.batch_size == 0 or done == len(order):
+                report_progress(done)
             if examples.domains is not None:
-                tallies[examples.domains[index]].add(row)
+                sums[examples.domains[index]].add(score)
         watched = [Metric("all", name, value) for name, value in figures().items()]
-    return [*_compute_metrics(tallies, task, metrics), *watched]
+    return [*_compute_metrics(sums, evaluated), *watched]
 
 
 @torch.no_grad()
-def score_held_out(
-    model: nn.Module,
-    data: EncodedDataset,
-    held: NDArray[np.int64],
-    recipe: Recipe,
-    techniques: Sequence[Technique] = (),
-) -> HoldoutMetrics:
-    """The score on the rows a client holds out, over all of them together; zeros, and nothing done, without any."""
-    metrics, rows = recipe.evaluation.metrics, held.tolist()
-    if not rows:
+def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetrics:
+    """The score on rows that a client holds out, over all of them together; zeros without any."""
+    recipe = client.recipe
+    if not held_out:
         return HoldoutMetrics()
-    model.eval()
-    tally = _MetricSums(keeps=bool(metrics))
-    for _, row in _predictions(model, data, rows, recipe.train.batch_size, recipe.task, techniques):
-        tally.add(row)
-    predictions = max(1, tally.count)
-    more = tuple(tally.measure(metrics).values())
-    return HoldoutMetrics(tally.count, tally.loss / predictions, tally.correct / predictions, more)
+    client.model.eval()
+    metrics, size = recipe.evaluation.metrics, recipe.train.batch_size
+    evaluated = EvaluatedModel(client.model, get_task(recipe.task), size, client.techniques, metrics)
+    sums = _MetricSums(keeps=bool(metrics))
+    for _, score in _iter_scores(evaluated, client.examples, held_out):
+        sums.add(score)
+    return HoldoutMetrics(sums.count, sums.mean_loss, sums.accuracy, tuple(sums.measure(metrics).values()))
 
 
-def _predictions(
-    model: nn.Module,
-    data: EncodedDataset,
-    rows: Sequence[int],
-    batch: int,
-    task: TaskName,
-    techniques: Sequence[Technique],
-) -> Iterator[tuple[int, _Row]]:
-    for start in range(0, len(rows), batch):
-        chosen = rows[start : start + batch]
-        inputs = data.make_batch(chosen)
-        begin_step(techniques, model, inputs, 1.0)
-        yield from zip(chosen, _predict(model, inputs, task), strict=True)
+def _iter_scores(
+    evaluated: EvaluatedModel, examples: EncodedDataset, rows: Sequence[int]
+) -> Iterator[tuple[int, ExampleScore]]:
+    """The row and the score of each example."""
+    for start in range(0, len(rows), evaluated.batch_size):
+        chosen = rows[start : start + evaluated.batch_size]
+        batch = examples.make_batch(chosen)
+        begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = evaluated.model(**inputs).logits.float()
+        yield from zip(chosen, evaluated.task.score_batch(logits, batch["labels"]), strict=True)
 
 
-def _order_by_length(data: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
+def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
     """Short texts first, so that a batch holds little padding."""
-    chosen = list(range(len(data)) if rows is None else rows)
-    if data.lengths is None:
+    chosen = list(range(len(examples)) if rows is None else rows)
+    if examples.lengths is None:
         return chosen
-    return [chosen[place] for place in torch.argsort(data.lengths[chosen], stable=True).tolist()]
+    return [chosen[place] for place in torch.argsort(examples.lengths[chosen], stable=True).tolist()]
 
 
-def _predict(model: nn.Module, batch: Mapping[str, Tensor], task: TaskName) -> list[_Row]:
-    """A row for each example of a batch."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    labels = batch["labels"]
-    logits: Tensor = model(**inputs).logits.float()
-    if task == "text-generation":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    else:
-        logits, labels = logits[:, None], labels[:, None]
-    counted = labels != -100
-    classes = [None] * len(labels) if task == "text-generation" else logits[:, 0].softmax(-1)
-    first = labels[:, 0].tolist()
-    loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    correct = (logits.argmax(-1) == labels) & counted
-    sums = counted.sum(1).tolist(), correct.sum(1).tolist(), (loss * counted).sum(1).tolist()
-    return [_Row(*row) for row in zip(*sums, classes, first, strict=True)]
-
-
-def _compute_metrics(tallies: dict[str, _MetricSums], task: TaskName, metrics: Sequence[str]) -> Iterator[Metric]:
+def _compute_metrics(sums: dict[str, _MetricSums], evaluated: EvaluatedModel) -> Iterator[Metric]:
     accuracies = []
-    for domain, tally in sorted(tallies.items()):
-        loss = tally.loss / max(1, tally.count)
-        accuracy = tally.correct / max(1, tally.count)
-        yield Metric(domain, "accuracy", accuracy)
-        yield Metric(domain, "loss", loss)
-        if task == "text-generation":
-            yield Metric(domain, "perplexity", math.exp(min(loss, 700.0)))
-        for name, value in tally.measure(metrics).items():
-            yield Metric(domain, name, value)
+    for domain, one in sorted(sums.items()):
+        found = evaluated.task.compute_metrics(one.accuracy, one.mean_loss) | one.measure(evaluated.metrics)
+        yield from (Metric(domain, name, value) for name, value in found.items())
         if domain != "all":
-            accuracies.append(accuracy)
+            accuracies.append(one.accuracy)
     if accuracies:
         yield Metric("mean", "accuracy", sum(accuracies) / len(accuracies))

@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.data import EncodedDataset
 from fedtune.errors import DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
-from fedtune.recipe.schema import Recipe, Train
-from fedtune.seeds import derive_seed
+from fedtune.recipe.schema import Train
 from fedtune.techniques import (
     StepInfo,
     Technique,
@@ -29,9 +26,9 @@ from fedtune.techniques import (
     list_trainable_tensors,
 )
 from fedtune.training.batches import batches, total_steps
+from fedtune.training.client_round import ClientRound
 from fedtune.training.cpu_threads import use_cpu_threads
 from fedtune.training.evaluation import score_held_out
-from fedtune.training.holdout_split import split_holdout
 from fedtune.training.master_weights import make_stepper, masters_of
 from fedtune.training.micro_batches import compute_loss_weights, split_into_micro_batches
 from fedtune.training.model_state import get_model_state, named_tensors
@@ -44,8 +41,6 @@ from fedtune.wire.client_update import HoldoutMetrics
 IntArray = NDArray[np.int64]
 
 __all__ = ["LocalTrainingResult", "apply_optimiser_step", "compute_step_loss", "set_train_mode", "train_local_model"]
-
-_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -68,111 +63,84 @@ class LocalTrainingResult:
     peak_rss: int
 
 
-def train_local_model(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    state: Mapping[str, Tensor],
-    data: EncodedDataset,
-    indices: IntArray,
-    recipe: Recipe,
-    number: int,
-    client_id: int,
-    local_tensors: Mapping[str, Tensor] = _NOTHING,
-    micro_batch_size: int | None = None,
-) -> LocalTrainingResult:
-    """Train ``model`` from ``state`` on the client's examples in round ``number`` (1, 2, ...).
+def train_local_model(client: ClientRound, state: Mapping[str, Tensor]) -> LocalTrainingResult:
+    """Train the client's model from ``state`` on its examples.
 
-    ``micro_batch_size`` is the most examples that go through the model at a time, the batch staying what it is.
-    ``local_tensors`` holds all tensors the device keeps for itself. Every random number comes from (seed, round,
-    client), so the outcome does not depend on what ran before.
+    Every random number comes from (seed, round, client), so the outcome does not depend on what ran before.
     """
     started = time.perf_counter()
     reset_peak_rss()
-    indices, held = split_holdout(indices, recipe.evaluation.local_holdout, derive_seed(recipe.seed, client_id, "own"))
-    receive_state(model, techniques, state, local_tensors, number)
+    model, recipe = client.model, client.recipe
+    rows, held_out = client.split_rows()
+    receive_state(client, state)
     names = list_trainable_tensors(model)
-    start = Start(model, names, local_tensors, state)
+    start = Start(model, names, client.local_tensors, state)
     masters = masters_of(model, start)
     with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
-        own_score = score_held_out(model, data, held, recipe, techniques)
-        seed = derive_seed(recipe.seed, number, client_id, "activity")
-        told = compute_uploaded_statistics(model, techniques, data, indices, recipe, names, seed)
-        torch.manual_seed(derive_seed(recipe.seed, number, client_id, "dropout"))
+        received_score = score_held_out(client, held_out.tolist())
+        statistics = compute_uploaded_statistics(client, rows, names)
+        torch.manual_seed(client.derive_seed("dropout"))
         release_freed()
-        loss, saved_bytes, examples = _run_steps(
-            model, techniques, data, indices, recipe, number, client_id, micro_batch_size, masters
-        )
+        loss, saved_bytes, examples = _run_steps(client, rows, masters)
         release_freed()
         kept = {
             name: masters[name].detach() if name in masters else one
-            for name, one in get_model_state(model, local_tensors).items()
+            for name, one in get_model_state(model, client.local_tensors).items()
         }
         delta = start.deltas({**named_tensors(model), **masters}, names)
-        _say_if_nothing_moved(
-            [*delta.values(), *(kept[name] - local_tensors[name] for name in local_tensors)], number, client_id
+        _warn_if_nothing_moved(
+            [*delta.values(), *(kept[name] - one for name, one in client.local_tensors.items())], client
         )
-        backward = partial(_run_extra_backward, model, techniques, data, indices, recipe, number, micro_batch_size)
-        extras = {**told, **compute_extra_payload(techniques, model, number, backward)}
-        trained_score = score_held_out(model, data, held, recipe, techniques)  # last, so that nothing follows from it
+        backward = partial(_run_extra_backward, client, rows)
+        extras = {**statistics, **compute_extra_payload(client.techniques, model, client.number, backward)}
+        trained_score = score_held_out(client, held_out.tolist())  # last, so that nothing follows from it
     seconds = time.perf_counter() - started
-    scores = own_score, trained_score
+    scores = received_score, trained_score
     return LocalTrainingResult(delta, extras, kept, *scores, examples, loss, seconds, saved_bytes, peak_rss())
 
 
-def _say_if_nothing_moved(moves: Sequence[Tensor], number: int, client: int) -> None:
+def _warn_if_nothing_moved(moves: Sequence[Tensor], client: ClientRound) -> None:
     if not any(bool(move.any()) for move in moves):
         warnings.warn(
-            f"client {client} moved nothing in round {number}: no gradient arrives, or train.lr is lost in rounding",
+            f"client {client.client} moved nothing in round {client.number}: no gradient arrives, or train.lr is lost "
+            "in rounding",
             FedtuneWarning,
             stacklevel=3,
         )
 
 
-def _run_extra_backward(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    data: EncodedDataset,
-    indices: IntArray,
-    recipe: Recipe,
-    number: int,
-    micro: int | None,
-) -> None:
-    """Gradients of the loss on the client's first examples, at most ``micro`` of them at a time."""
-    chosen = indices[: recipe.train.batch_size].tolist()
-    parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
-    model.eval()
-    _run_step(model, techniques, parts, number / recipe.federation.rounds, metered=False)
+def _run_extra_backward(client: ClientRound, rows: IntArray) -> None:
+    """Gradients of the loss on the client's first examples."""
+    recipe = client.recipe
+    parts = _make_micro_batches(client, rows[: recipe.train.batch_size].tolist())
+    client.model.eval()
+    _run_step(client.model, client.techniques, parts, client.number / recipe.federation.rounds, metered=False)
 
 
-def _run_steps(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    data: EncodedDataset,
-    indices: IntArray,
-    recipe: Recipe,
-    number: int,
-    client: int,
-    micro: int | None,
-    masters: Mapping[str, nn.Parameter],
-) -> tuple[float, int, int]:
+def _make_micro_batches(client: ClientRound, chosen: list[int]) -> list[dict[str, Tensor]]:
+    size = client.micro_batch_size or len(chosen)
+    return [client.examples.make_batch(part) for part in split_into_micro_batches(chosen, size)]
+
+
+def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Parameter]) -> tuple[float, int, int]:
     """All steps of a round: mean loss, bytes kept for the first backward pass, examples seen."""
-    settings = recipe.train
-    steps = total_steps(len(indices), recipe)
+    model, recipe, settings = client.model, client.recipe, client.recipe.train
+    steps = total_steps(len(rows), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()  # a client that failed midway may have left gradients
     optimiser = make_stepper(settings, model, masters)
     set_train_mode(model)
     losses, saved_bytes, examples = [], 0, 0
-    lengths = data.lengths if settings.group_by_length else None
-    order = batches(indices, settings.batch_size, steps, derive_seed(recipe.seed, number, client, "order"), lengths)
+    lengths = client.examples.lengths if settings.group_by_length else None
+    order = batches(rows, settings.batch_size, steps, client.derive_seed("order"), lengths)
     for step, chosen in enumerate(order):
-        progress = ((number - 1) + step / steps) / recipe.federation.rounds
-        parts = [data.make_batch(part) for part in split_into_micro_batches(chosen, micro or len(chosen))]
-        loss, kept = _run_step(model, techniques, parts, progress, metered=step == 0)
+        progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
+        parts = _make_micro_batches(client, chosen)
+        loss, kept = _run_step(model, client.techniques, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
-        moment = StepInfo(number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
+        info = StepInfo(client.number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
         if loss is not None:
-            apply_optimiser_step(model, techniques, optimiser, parameters, settings, moment)
+            apply_optimiser_step(model, client.techniques, optimiser, parameters, settings, info)
             losses.append(loss)
         examples += len(chosen)
     if not losses:
@@ -188,10 +156,10 @@ def apply_optimiser_step(
     optimiser: LocalOptimiser,
     parameters: Sequence[nn.Parameter],
     settings: Train,
-    moment: StepInfo,
+    info: StepInfo,
 ) -> None:
     """Follow the gradients of a step and let go of them."""
-    lr = before_optimiser_step(techniques, model, moment)
+    lr = before_optimiser_step(techniques, model, info)
     if settings.max_grad_norm is not None:
         nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step(lr)

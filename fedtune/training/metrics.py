@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import Recipe
 from fedtune.recipe.validation_errors import suggest_nearest
+from fedtune.tasks import get_task
 
 __all__ = ["Metric", "check_metrics", "list_metric_names", "load_metrics", "measure", "register"]
 
@@ -54,7 +55,7 @@ def check_metrics(recipe: Recipe) -> None:
     """RecipeError for metrics that are unknown, or need classes where there are none."""
     load_metrics(recipe)
     names = recipe.evaluation.metrics
-    if names and recipe.task == "text-generation":
+    if names and not get_task(recipe.task).has_classes:
         raise RecipeError(f"evaluation.metrics: {names[0]} is of classes, which {recipe.task} has none of; drop it")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedtune.data.encode import IGNORE_INDEX
+from fedtune.data.encoded_texts import IGNORED_LABEL
 from fedtune.techniques import UnfrozenBatchNorm2d
 
 __all__ = ["can_split_batch", "compute_loss_weights", "split_into_micro_batches"]
@@ -32,4 +32,4 @@ def compute_loss_weights(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
 
 def _predictions(labels: Tensor) -> int:
     """Labels [k], or [k, tokens] of which each is predicted from those before it."""
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORE_INDEX).sum())
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fedtune import data, merging, models, techniques
+from fedtune import data, merging, models, tasks, techniques
 from fedtune.errors import ModelError, RecipeError
 from fedtune.recipe.schema import ColumnSettings, DataSettings, Recipe
 from fedtune.recipe.validation_errors import explain_validation_error
@@ -18,6 +18,7 @@ from fedtune.seeds import derive_seed
 from fedtune.techniques import Technique
 from fedtune.training.activation_statistics import check_merge_has_targets
 from fedtune.training.device_classes import check_device_class
+from fedtune.training.evaluation import EvaluatedModel
 from fedtune.training.model_checks import check_model_privacy
 from fedtune.training.model_state import get_model_state, named_tensors
 from fedtune.training.readable import require_readable
@@ -31,14 +32,15 @@ def prepare_model(recipe: Recipe, labels: Sequence[str]) -> tuple[nn.Module, tup
     quantised = [found for found in (technique.make_quantisation_config() for technique in chosen) if found is not None]
     if len(quantised) > 1:
         raise ModelError("two techniques want to quantise the base; keep one of them")
+    task = tasks.get_task(recipe.task)
     model = models.load_model(
         recipe.model,
-        recipe.task,
+        task,
         labels,
         seed=derive_seed(recipe.seed, "head"),
         quantisation=quantised[0] if quantised else None,
     )
-    shared = techniques.apply_techniques(chosen, model, recipe.task, derive_seed(recipe.seed, "techniques"))
+    shared = techniques.apply_techniques(chosen, model, task, derive_seed(recipe.seed, "techniques"))
     return model, chosen, shared
 
 
@@ -84,6 +86,13 @@ class RunContext:
         """The test part, encoded."""
         return self._encode(self.corpus.test)
 
+    @property
+    def evaluated_model(self) -> EvaluatedModel:
+        """The model as the server scores it."""
+        settings = self.recipe.evaluation
+        task = tasks.get_task(self.recipe.task)
+        return EvaluatedModel(self.model, task, settings.batch_size, self.techniques, settings.metrics)
+
     @cached_property
     def client_domains(self) -> dict[int, str]:
         """The domain most of a client's examples belong to; empty when the data has no domains."""
@@ -102,7 +111,7 @@ class RunContext:
         except ValidationError as error:
             raise RecipeError(explain_validation_error(error, ColumnSettings, "--columns")) from error
         recipe = self.recipe.model_copy(update={"data": chosen})
-        return self._encode(data.load_all_examples(recipe, self.corpus.label_names))
+        return self._encode(tasks.load_all_examples(recipe, self.corpus.label_names))
 
     def share_memory(self) -> None:
         """Move the models into memory that worker processes can map, and split and encode before they do."""
@@ -118,8 +127,8 @@ class RunContext:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.EncodedDataset:
-        reader = models.reader(self.recipe)
-        encoded = data.encode_examples(examples, self.recipe, reader)
+        reader = tasks.load_reader(self.recipe)
+        encoded = tasks.encode_examples(examples, self.recipe, reader)
         require_readable(self.model, encoded, self.recipe, reader)
         return encoded
 
@@ -149,8 +158,8 @@ def clear_run_context() -> None:
 
 def _build(recipe: str) -> RunContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parsed = models.resolve_preprocessor(Recipe.model_validate_json(recipe))
-    corpus = data.load_data(parsed, models.class_names(parsed.model, parsed.task))
+    parsed = tasks.resolve_reader(Recipe.model_validate_json(recipe))
+    corpus = tasks.load_data(parsed, tasks.load_class_names(parsed))
     model, chosen, shared = prepare_model(parsed, corpus.label_names)
     check_merge_has_targets(merging.build_pipeline(parsed.merge).steps, model, shared)
     check_model_privacy(parsed, model, chosen, shared)

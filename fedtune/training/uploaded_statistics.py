@@ -8,17 +8,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune import merging
-from fedtune.data import EncodedDataset
+from fedtune.data.sampling import iter_inputs, sample_rows
 from fedtune.merging import ActivationStatistics, CalibrationRequest
 from fedtune.recipe.schema import Recipe
-from fedtune.techniques import Technique
 from fedtune.training.activation_statistics import (
     ActivationSums,
     average_activations,
     find_input_channels,
     sum_activations,
 )
-from fedtune.training.calibration_inputs import iter_inputs, sample_rows
+from fedtune.training.client_round import ClientRound
 from fedtune.wire.client_update import TensorSpec
 
 __all__ = ["compute_uploaded_statistics", "declare_uploaded_statistics", "sum_uploaded_statistics"]
@@ -35,20 +34,15 @@ def declare_uploaded_statistics(model: nn.Module, recipe: Recipe, names: Collect
 
 
 def compute_uploaded_statistics(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    data: EncodedDataset,
-    indices: NDArray[np.int64],
-    recipe: Recipe,
-    names: Collection[str],
-    seed: int,
+    client: ClientRound, rows: NDArray[np.int64], names: Collection[str]
 ) -> dict[str, Tensor]:
     """On a client, before it trains: the sums over all channels of all weights end to end, and a count per weight."""
-    asked = _client_measurement(recipe)
-    if asked is None or not (places := find_input_channels(model, set(names))):
+    request = _client_measurement(client.recipe)
+    if request is None or not (places := find_input_channels(client.model, set(names))):
         return {}
-    chosen = sample_rows(indices, asked.calibration_examples, seed)
-    found = sum_activations(model, places, iter_inputs(data, chosen, recipe.evaluation.batch_size), techniques).values()
+    chosen = sample_rows(rows, request.calibration_examples, client.derive_seed("activity"))
+    inputs = iter_inputs(client.examples, chosen, client.recipe.evaluation.batch_size)
+    found = sum_activations(client.model, places, inputs, client.techniques).values()
     counts = torch.tensor([float(total.count) for total in found])
     return {_SUMS: torch.cat([total.sums for total in found]).float(), _COUNTS: counts}
 

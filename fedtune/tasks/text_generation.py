@@ -1,0 +1,64 @@
+"""Text generation: predict the next token of a text.
+
+What: the pretrained language model is trained on with its own head.
+Columns: ``text``. A text is cut to ``train.max_length`` tokens; one that is not cut ends in the end token.
+Loss: cross entropy of each token given those before it, the mean over the tokens of a batch. Padding does not count.
+Metrics: perplexity (the main one; lower is better), loss in nats per token, and accuracy of the next token.
+Models: those of transformers' ``AutoModelForCausalLM``.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.data import EncodedDataset, Table
+from fedtune.data.encoded_texts import encode_texts
+from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks
+from fedtune.recipe.schema import Recipe
+from fedtune.tasks._scores import ExampleScore, score_next_tokens
+from fedtune.tasks._text_task import TextTask, draw_tokens
+
+__all__ = ["TextGeneration"]
+
+_LARGEST_EXPONENT = 700.0
+"""exp of more overflows."""
+
+
+class TextGeneration(TextTask):
+    """Predict the next token."""
+
+    name: ClassVar[str] = "text-generation"
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    main_metric: ClassVar[str] = "perplexity"
+
+    def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
+        """Token ids, which are the labels too."""
+        return encode_texts(examples, reader, recipe.train.max_length)
+
+    def score_batch(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+        """One prediction for each token but the first; logits [n, tokens, vocabulary], labels [n, tokens]."""
+        return score_next_tokens(logits, labels)
+
+    def compute_metrics(self, accuracy: float, loss: float) -> dict[str, float]:
+        """Perplexity beside accuracy and loss."""
+        return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+
+    def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Texts end to end in whole blocks of ``train.max_length`` tokens, as the authors of AIM do it.
+
+        The blocks come from the first 256 texts of a shuffled order that are at most a block long.
+        """
+        rows = iter_shuffled_tokens(examples["text"], self.load_reader(recipe))
+        return iter_token_blocks(rows, block_size=recipe.train.max_length, batch=batch_size)
+
+    def make_random_batch(
+        self, model: nn.Module, recipe: Recipe, num_labels: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Random tokens."""
+        ids = draw_tokens(model, recipe, generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
