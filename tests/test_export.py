@@ -246,7 +246,7 @@ def test_evaluate_and_export_through_the_command_line(
     assert (out / "adapter_model.safetensors").is_file()
     assert fedtune(monkeypatch, "export", "latest", "-o", str(tmp_path / "whole"), "--format", "model") == 0
     said = capsys.readouterr()
-    assert said.out == f"{tmp_path / 'whole'}: full of run {ended.run.id}, round 2\n"
+    assert said.out == f"{tmp_path / 'whole'}: model of run {ended.run.id}, round 2\n"
     assert said.err == ""
 
 

@@ -109,7 +109,7 @@ def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(
     assert cells in [line.split() for line in lines]
     assert ["qlora", *["-"] * 8] in [line.split() for line in lines]
     assert "qlora did not run: the reason" in lines
-    assert f"picture: {tmp_path / 'here.png'}" in lines
+    assert f"plot: {tmp_path / 'here.png'}" in lines
     assert "\x1b" not in result.output
     with Image.open(tmp_path / "here.png") as drawn:
         assert drawn.format == "PNG"
@@ -164,7 +164,7 @@ def test_all_stands_for_every_published_technique(model: list[str], measured: li
         (["--max-length", "many"], "--set train.max_length=many: train.max_length is 'many'"),
         (["--model", "sample:minilmm"], "there is no sample model 'minilmm'; did you mean 'minilm'?"),
         (["-o", "picture.jpg"], "cannot draw into picture.jpg; the name must end in .png or .svg"),
-        (["--task", "sequence"], "is not one of 'text-classification'"),
+        (["--task", "sequence"], "is not one of 'image-classification'"),
         (["recipe.yaml"], "name either a RECIPE or --model with --task"),
     ],
 )

@@ -56,12 +56,12 @@ def _print(summary: "PartitionSummary", path: Path, as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     if as_json:
-        click.echo(json_text({**asdict(summary), "picture": str(path)}))
+        click.echo(json_text({**asdict(summary), "plot": str(path)}))
         return
     Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MAX_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
-    click.echo(f"picture: {path}")
+    click.echo(f"plot: {path}")
 
 
 def _table(summary: "PartitionSummary") -> "Table":

@@ -22,9 +22,11 @@ __all__ = ["merge"]
 @click.option("--weights", metavar="W,W,...", help="One number per model.  [default: 1 each]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter, or a key of CONFIG.yaml.")
 @click.option("--seed", "--random-seed", type=click.IntRange(0), help="Seed of methods that draw random numbers.")
-@click.option("--align", multiple=True, metavar="STEP", help="e.g. rebasin")
-@click.option("--relax", multiple=True, metavar="STEP", help="e.g. aim, or 'aim: {omega: 0.3}'")
-@click.option("--renormalise", multiple=True, metavar="STEP", help="e.g. repair")
+@click.option("--align", multiple=True, metavar="STEP", help="Align step, e.g. rebasin; repeatable.")
+@click.option(
+    "--relax", multiple=True, metavar="STEP", help="Relax step, e.g. aim, or 'aim: {omega: 0.3}'; repeatable."
+)
+@click.option("--renormalise", multiple=True, metavar="STEP", help="Renormalise step, e.g. repair; repeatable.")
 @click.option("--tokenizer-source", metavar="RULE", help="Vocabulary of the result: union, base or one of the models.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Data type of the result.")
 @click.option(

@@ -179,6 +179,6 @@ def _show(recipe: "Recipe", rows: "list[ProfileResult]", *, random: bool, output
     if output is not None or not as_json:
         draw_profile(rows, heading, path)
     if not as_json:
-        click.echo(f"picture: {path}")
+        click.echo(f"plot: {path}")
     if all(isinstance(row, FailedProfile) for row in rows):
         raise click.exceptions.Exit(2)

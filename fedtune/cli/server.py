@@ -29,9 +29,10 @@ for _module in (server_access, server_devices):
 @click.option("--hostname", "names", multiple=True, metavar="NAME", help="Host name or address that devices use.")
 @click.option("--listen", metavar="HOST:PORT", help=f"Where to listen.  [default: {_LISTEN}]")
 def init(names: tuple[str, ...], listen: str | None) -> None:
-    """Create a server: a certificate authority, a certificate, keys and settings.
+    """Create a server, or change its address.
 
-    If the server exists, --hostname and --listen change its address. Devices, keys and runs stay the same.
+    A new server has a certificate authority, a certificate, keys and settings. If the server exists, --hostname and
+    --listen change its address. Devices, keys and runs stay the same.
 
     \b
     Example:
@@ -63,7 +64,9 @@ def _show_new_address(url: str) -> None:
 
 @server.command()
 def up() -> None:
-    """Run the server until Ctrl-C. It continues submitted runs.
+    """Run the server until Ctrl-C.
+
+    It continues submitted runs.
 
     Example: fedtune server up
     """
@@ -78,7 +81,9 @@ def up() -> None:
 @click.option("--user", help="User of the unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit, a Dockerfile and a wheel of this fedtune for this server.
+    """Write files to run this server as a service.
+
+    The files are a systemd unit, a Dockerfile and a wheel of this fedtune.
 
     Example: fedtune server package -o deploy
     """
@@ -93,7 +98,9 @@ def package(user: str | None, output: Path) -> None:
 @add_operator_file_option
 @json_option
 def runs(operator_file: Path | None, as_json: bool) -> None:
-    """List submitted runs, newest first. To follow one, use fedtune runs watch RUN.
+    """List submitted runs, newest first.
+
+    To follow one, use fedtune runs watch RUN.
 
     Example: fedtune server runs --operator-file ada.json
     """
@@ -108,7 +115,10 @@ def runs(operator_file: Path | None, as_json: bool) -> None:
 @add_operator_file_option
 @json_option
 def logs(run: str, lines: int, operator_file: Path | None, as_json: bool) -> None:
-    """Show the newest log lines of the server and Flower, or of the process that coordinates RUN.
+    """Show the newest log lines.
+
+    Without RUN, these are the logs of the server and of Flower. With RUN, it is the log of the process that
+    coordinates the run.
 
     \b
     Example:

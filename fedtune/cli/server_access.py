@@ -24,7 +24,9 @@ _PAGE, _LARGEST_PAGE = 100, 1000
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to give to the operator.")
 @click.option("--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="What the operator may do.")
 def add_operator(name: str, output: Path, role: str) -> None:
-    """Write an operator file. A new file makes the earlier file of this operator invalid.
+    """Write an operator file.
+
+    A new file makes the earlier file of this operator invalid.
 
     The role read allows to list everything. The role submit also allows to submit, stop and resume runs. The role admin
     also allows to add and remove devices, tokens and operators.
@@ -61,7 +63,9 @@ def operators(removed: tuple[str, ...], operator_file: Path | None, as_json: boo
 @click.argument("name")
 @add_operator_file_option
 def remove_operator(name: str, operator_file: Path | None) -> None:
-    """Remove an operator: the key in its file is no longer valid.
+    """Remove an operator.
+
+    The key in its file is no longer valid.
 
     Example: fedtune server remove-operator ada
     """
@@ -74,7 +78,9 @@ def remove_operator(name: str, operator_file: Path | None) -> None:
 @add_operator_file_option
 @json_option
 def tokens(removed: tuple[str, ...], operator_file: Path | None, as_json: bool) -> None:
-    """List unused tokens. Each is named by the first characters of its hash.
+    """List unused tokens.
+
+    Each is named by the first characters of its hash.
 
     Example: fedtune server tokens
     """
@@ -89,7 +95,9 @@ def tokens(removed: tuple[str, ...], operator_file: Path | None, as_json: bool) 
 @click.argument("token")
 @add_operator_file_option
 def remove_token(token: str, operator_file: Path | None) -> None:
-    """Remove an unused token. TOKEN is its name in fedtune server tokens, or the beginning of it.
+    """Remove an unused token.
+
+    TOKEN is its name in fedtune server tokens, or the beginning of it.
 
     Example: fedtune server remove-token 3f9c21d0a4be
     """

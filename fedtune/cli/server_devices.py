@@ -27,7 +27,9 @@ TagPairs = tuple[tuple[str, str], ...]
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the device; recipes select devices by tags.")
 @add_operator_file_option
 def create_token(name: str, valid_hours: float, tags: tuple[str, ...], operator_file: Path | None) -> None:
-    """Print a token with which one device enrols. Without DEVICE, the device chooses its name.
+    """Print a token with which one device enrols.
+
+    The token works once. Without DEVICE, the device chooses its name.
 
     Example: fedtune server create-token kitchen-pi --tag indoors
     """
@@ -61,7 +63,9 @@ def devices(added: TagPairs, removed: TagPairs, operator_file: Path | None, as_j
 @click.option("--remove", "removed", multiple=True, metavar="TAG", help="Tag to remove.")
 @add_operator_file_option
 def tag(device: str, added: tuple[str, ...], removed: tuple[str, ...], operator_file: Path | None) -> None:
-    """Add tags to a device, and remove tags from it. Recipes select devices by tags.
+    """Add tags to a device, or remove tags from it.
+
+    Recipes select devices by tags.
 
     Example: fedtune server tag kitchen-pi --add indoors --remove attic
     """
@@ -83,7 +87,9 @@ def _change_tags(connection: OperatorClient, device: str, added: Sequence[str], 
 @click.argument("device")
 @add_operator_file_option
 def release(device: str, operator_file: Path | None) -> None:
-    """Release a device from quarantine. fedtune server devices shows why it was quarantined.
+    """Release a device from quarantine.
+
+    fedtune server devices shows why it was quarantined.
 
     Example: fedtune server release kitchen-pi
     """
@@ -96,7 +102,9 @@ def release(device: str, operator_file: Path | None) -> None:
 @click.argument("device")
 @add_operator_file_option
 def remove_device(device: str, operator_file: Path | None) -> None:
-    """Remove a device: its key is no longer valid.
+    """Remove a device.
+
+    Its key is no longer valid.
 
     Example: fedtune server remove-device kitchen-pi
     """

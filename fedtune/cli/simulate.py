@@ -178,7 +178,7 @@ def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int |
 
 
 def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
-    """The table, the picture and what to try next; or the run as JSON."""
+    """Print the table, the plot and the next commands, or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         from fedtune.json_text import json_text
@@ -203,8 +203,8 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
-    picture = paths.get_runs_folder() / run / "run.png"
-    draw_runs([(record, rounds)], picture)
-    click.echo(f"\npicture   {picture}")
+    plot = paths.get_runs_folder() / run / "run.png"
+    draw_runs([(record, rounds)], plot)
+    click.echo(f"\nplot      {plot}")
     click.echo(f"try next  fedtune runs show {run}")
     click.echo(f"          fedtune export {run} -o {record.name}-model")

@@ -2,7 +2,8 @@
 
 import importlib
 import pkgutil
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -55,12 +56,25 @@ def _publishes(item: object, module: str) -> bool:
 
 
 def describe_unit_settings(package: str, name: str) -> list[str]:
-    """A unit's knobs, one line each: name, type, default and what it means."""
+    """Describe the settings of a unit, one line each: name, type or choices, default and meaning."""
     fields = _class(package, name, package.rsplit(".", 1)[-1]).model_fields
-    return [_line(key, field) for key, field in fields.items()]
+    return [_describe_setting(key, field) for key, field in fields.items()]
 
 
-def _line(key: str, field: FieldInfo) -> str:
-    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
-    text = kind or str(field.annotation).replace("typing.", "")
-    return f"{key}: {text} = {field.default}" + (f"   {field.description}" if field.description else "")
+def _describe_setting(key: str, field: FieldInfo) -> str:
+    meaning = f"   {field.description}" if field.description else ""
+    default = "null" if field.default is None else field.default
+    return f"{key}: {_describe_type(field.annotation)} = {default}{meaning}"
+
+
+def _describe_type(annotation: Any) -> str:
+    """Return the choices, or the name of the type."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_describe_type, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
