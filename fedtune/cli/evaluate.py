@@ -71,18 +71,20 @@ def evaluate(
         figures = [found._asdict() for found in scores]
         click.echo(json_text({"run": run, "round": at, "data": scored, "metrics": figures}))
     else:
-        _show(scores, f"{run}, round {at}, on {scored} ({len(examples)} examples)")
+        _show_scores(scores, f"{run}, round {at}, on {scored} ({len(examples)} examples)")
 
 
-def _show(scores: "list[Metric]", title: str) -> None:
+def _show_scores(scores: "list[Metric]", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     names = sorted({found.name for found in scores})
-    table = Table(title=title, box=None, header_style="bold", title_justify="left")
+    console = Console(markup=False, highlight=False)
+    console.print(title, soft_wrap=True)
+    table = Table(box=None, header_style="bold")
     for heading in ("domain", *names):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for domain in dict.fromkeys(found.domain for found in scores):
         figures = {found.name: f"{found.value:.4f}" for found in scores if found.domain == domain}
         table.add_row(domain, *(figures.get(name, "") for name in names))
-    Console(markup=False).print(table)
+    console.print(table)

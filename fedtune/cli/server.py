@@ -49,7 +49,7 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
     made = create_server_home(list(names) or ["localhost"], listen or _LISTEN)
     with Store.open(made.settings.store) as store:
         write_operator_file(made, store.access, "local", made.operator_file)
-    click.echo(f"made      {made.folder}")
+    click.echo(f"created   {made.folder}")
     click.echo(f"settings  {made.folder / 'server.yaml'}")
     click.echo("try next  fedtune server up")
 
