@@ -113,7 +113,7 @@ def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"
 
 
 def _read_recorded(run: "RunRecord") -> "Recipe":
-    """A run's recipe; one line says so where it is of an older version."""
+    """Read the recipe of a run. One line says so if its version is older."""
     import json
 
     from fedtune.recipe.schema import Recipe
@@ -125,7 +125,7 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
 
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
-    """More rounds for a run of this machine, which go on from its last one."""
+    """Add rounds to a run of this machine."""
     from fedtune.cli.cached_export import export_base_run
     from fedtune.errors import StoreError
     from fedtune.tracking import claim_run
@@ -146,8 +146,8 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
-        said = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {said}", err=True)
+        start = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {start}", err=True)
     return found.id, shop
 
 
@@ -163,21 +163,21 @@ def _workshop(recipe: "Recipe") -> "RunContext":
     return shop
 
 
-def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
+def _execute(context: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
     from fedtune.cli.run_progress import show_run_progress
     from fedtune.simulation import choose_worker_count, run_in_process
 
-    recipe = shop.recipe
+    recipe = context.recipe
     with show_run_progress(recipe.federation.rounds):
         if engine == "flower":
             from fedtune.simulation.flower_engine import run_on_flower_engine
 
             run_on_flower_engine(recipe, run, url)
         else:
-            run_in_process(shop, run, url, workers or choose_worker_count(shop))
+            run_in_process(context, run, url, workers or choose_worker_count(context))
 
 
-def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
+def _show(store: "Store", context: "RunContext", run: str, as_json: bool) -> None:
     """Print the table, the plot and the next commands, or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
@@ -194,11 +194,11 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = get_task(shop.recipe.task).main_metric
+    figure = get_task(context.recipe.task).main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(
-        rounds, shop.client_domains, figure
+        rounds, context.client_domains, figure
     ):  # none where the server has no whole model to score
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
