@@ -24,7 +24,7 @@ def data() -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (PNG).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Show how many examples of each label every client has, as a table and a plot.
 

@@ -24,7 +24,7 @@ __all__ = ["evaluate"]
     "--split", type=click.Choice(["validation", "test"]), help="Split of the run's own data.  [default: validation]"
 )
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def evaluate(
     target: str,
     round_number: int | None,

@@ -13,9 +13,14 @@ __all__ = ["export"]
 @click.argument("target")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create.")
 @click.option("--round", "round_number", type=click.IntRange(0), help="Round to export.  [default: the last]")
-@click.option("--format", "form", type=click.Choice(["adapter", "model"]), help="[default: adapter where possible]")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["adapter", "model"]),
+    help="Form of the export.  [default: adapter if possible]",
+)
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def export(
     target: str, output: Path, round_number: int | None, form: str | None, store: str | None, as_json: bool
 ) -> None:

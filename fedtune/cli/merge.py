@@ -58,7 +58,7 @@ __all__ = ["merge"]
 @click.option("--trust-base", is_flag=True, help="Merge even if deltas are about as large as the base model.")
 @click.option("--dry-run", is_flag=True, help="Stop after the report; write nothing.")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store, for run:ID.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def merge(sources: tuple[str, ...], output: Path | None, dry_run: bool, form: str, **more: Any) -> None:
     """Merge the models of CONFIG.yaml (mergekit's schema), or the given MODELs.
 

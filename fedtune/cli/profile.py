@@ -26,7 +26,7 @@ __all__ = ["profile"]
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
 @click.option("--check-gradients", is_flag=True, help="Compare gradients with those of stored activations.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (.png or .svg).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def profile(
     path: Path | None,
     model: str | None,

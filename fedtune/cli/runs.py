@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def _add_shared_options(command: Command) -> Command:
     """Add the options that all these commands have."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
-    return click.option("--store", metavar="URL", help="SQLAlchemy URL of the store.")(command)
+    return click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")(command)
 
 
 _run_argument = click.argument("run", metavar="RUN")

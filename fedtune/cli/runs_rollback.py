@@ -16,7 +16,7 @@ __all__ = ["rollback"]
 @click.option(
     "--operator-file", type=click.Path(path_type=Path), metavar="FILE", help="Operator file, for a run on a server."
 )
-@click.option("--store", metavar="URL", help="SQLAlchemy URL of the store.")
+@click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def rollback(
     run: str, round_number: int, yes: bool, operator_file: Path | None, store: str | None, as_json: bool

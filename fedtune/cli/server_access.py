@@ -28,8 +28,8 @@ def add_operator(name: str, output: Path, role: str) -> None:
 
     A new file makes the earlier file of this operator invalid.
 
-    The role read allows to list everything. The role submit also allows to submit, stop and resume runs. The role admin
-    also allows to add and remove devices, tokens and operators.
+    The role read allows listing everything. The role submit also allows submitting, stopping and resuming runs. The
+    role admin also allows adding and removing devices, tokens and operators.
 
     Example: fedtune server add-operator ada -o ada.json --role submit
     """
