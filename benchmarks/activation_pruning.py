@@ -166,7 +166,7 @@ def a_step(
     begin_step(chosen, model, batch, 0.0)
     torch.manual_seed(0)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(get_task(recipe.task), model, batch)
         kept = meter.current_bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept

@@ -178,7 +178,7 @@ def fine_tune(shop: RunContext, steps: int, seed: int) -> float:
 
 def one_step(shop: RunContext, batch: dict[str, torch.Tensor], progress: float) -> None:
     begin_step(shop.techniques, shop.model, batch, progress)
-    compute_step_loss(shop.model, batch).backward()
+    compute_step_loss(shop.task, shop.model, batch).backward()
 
 
 def scored(shop: RunContext, part: str) -> dict[str, float]:
@@ -210,7 +210,7 @@ def kept_bytes(shop: RunContext, batch: dict[str, torch.Tensor]) -> int:
     set_train_mode(shop.model)
     begin_step(shop.techniques, shop.model, batch, 0.5)
     with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
-        loss = compute_step_loss(shop.model, batch)
+        loss = compute_step_loss(shop.task, shop.model, batch)
         kept = meter.current_bytes
     loss.backward()
     return kept

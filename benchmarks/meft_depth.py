@@ -151,7 +151,7 @@ def inputs(name: str) -> dict[str, Tensor]:
 def whole_step(model: PreTrainedModel, name: str) -> Callable[[], Tensor]:
     batch = inputs(name)
     batch["labels"] = batch["input_ids"] if name == "smollm2" else torch.arange(len(batch["input_ids"])) % 2
-    return lambda: compute_step_loss(model, batch)
+    return lambda: compute_step_loss(TASKS[name], model, batch)
 
 
 def stack_step(model: PreTrainedModel, name: str) -> Callable[[], Tensor]:

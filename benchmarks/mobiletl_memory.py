@@ -148,7 +148,7 @@ def counted(model: nn.Module, batch: dict[str, Tensor]) -> int:
         layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
     set_train_mode(model)
-    compute_step_loss(model, batch)
+    compute_step_loss(get_task("image-classification"), model, batch)
     for hook in hooks:
         hook.remove()
     return total
@@ -216,14 +216,14 @@ def pictures(rows: int, side: int, dtype: torch.dtype = torch.float32) -> dict[s
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.eval()
-    compute_step_loss(model, batch).backward()
+    compute_step_loss(get_task("image-classification"), model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(get_task("image-classification"), model, batch)
         kept = meter.current_bytes
     loss.backward()
     return kept

@@ -92,7 +92,7 @@ def metered(
     parameters = list(model.parameters())
     with StorageMeter(excluded=[*parameters, *model.buffers(), *moments]) as meter:
         begin_step(chosen, model, batch, 0.0)
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(TASK, model, batch)
         kept = meter.current_bytes
         loss.backward()
         gradients = meter.gradient_bytes
@@ -109,7 +109,7 @@ def step(
     model: nn.Module, chosen: tuple[Technique, ...], optimiser: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> None:
     begin_step(chosen, model, batch, 0.0)
-    compute_step_loss(model, batch).backward()
+    compute_step_loss(TASK, model, batch).backward()
     update(model, optimiser)
 
 

@@ -90,7 +90,7 @@ def step_gradients(
     model.zero_grad()
     techniques.begin_step(chosen, model, batch, progress)
     torch.manual_seed(3)
-    loss = compute_step_loss(model, batch)
+    loss = compute_step_loss(task_of(model), model, batch)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), found

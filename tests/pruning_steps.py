@@ -12,7 +12,7 @@ from fedtune.recipe.schema import Unit
 from fedtune.tasks import Task
 from fedtune.techniques import begin_round, begin_step
 from fedtune.training import compute_step_loss, set_train_mode
-from tests.technique_steps import shake
+from tests.technique_steps import IMAGES, shake
 
 __all__ = ["Pruning", "a_step", "pictures", "prepared", "resnet"]
 
@@ -37,7 +37,7 @@ def a_step(model: Any, chosen: Any, batch: dict[str, Tensor]) -> tuple[dict[str,
     begin_step(chosen, model, batch, 0.0)
     torch.manual_seed(3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(IMAGES, model, batch)
         kept = meter.current_bytes
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kept

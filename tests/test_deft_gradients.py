@@ -95,7 +95,7 @@ def test_no_byte_more_is_kept_for_the_backward_pass(build: Callable[[], PreTrain
         model.train()
         techniques.begin_step(chosen, model, batch, 1.0)
         with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-            loss = compute_step_loss(model, batch)
+            loss = compute_step_loss(task_of(model), model, batch)
             kept[name] = meter.current_bytes
         loss.backward()
     tokens = 16 * 24

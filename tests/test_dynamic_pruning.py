@@ -32,6 +32,7 @@ from fedtune.tracking import Store, claim_run
 from fedtune.training import ClientRound, compute_step_loss, get_model_state, train_local_model
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values
 from tests.federations import Ended, begin, execute, outcome, silent, spoilt, trivial
+from tests.technique_steps import TEXT
 from tests.test_rounds import with_deltas
 from tests.tiny import a_training_recipe, bert, few_texts
 
@@ -217,7 +218,7 @@ def test_the_answer_of_a_round_keeps_to_the_micro_batch(micro: int | None) -> No
     assert max(seen) == (micro or 8)
     model.zero_grad()
     model.eval()
-    compute_step_loss(model, few_texts().make_batch(range(8))).backward()
+    compute_step_loss(TEXT, model, few_texts().make_batch(range(8))).backward()
     gradient = model.get_parameter(f"{layer}.weight").grad
     assert gradient is not None
     inactive = gradient[model.get_buffer(f"{layer}.mask") == 0]

@@ -13,6 +13,7 @@ from fedtune.device import memory_budget
 from fedtune.device.memory_budget import MemoryEstimate, choose_micro_batch_size, estimate_memory
 from fedtune.errors import MemoryBudgetError
 from fedtune.recipe.schema import Train
+from fedtune.tasks import get_task
 from fedtune.training import (
     ClientRound,
     RunContext,
@@ -38,7 +39,7 @@ def test_the_mean_over_tokens_is_that_of_the_parts_by_their_shares() -> None:
 
     parts = split_into_micro_batches(range(7), 3)
     assert parts == [[0, 1, 2], [3, 4, 5], [6]]
-    weights = compute_loss_weights([{"labels": labels[rows]} for rows in parts])
+    weights = compute_loss_weights(get_task("text-generation"), [{"labels": labels[rows]} for rows in parts])
     found = sum(weight * loss(rows) for weight, rows in zip(weights, parts, strict=True))
     torch.testing.assert_close(found, loss(list(range(7))), rtol=1e-12, atol=0)
 
@@ -92,7 +93,7 @@ def test_where_one_example_is_too_many_the_device_declines(monkeypatch: pytest.M
 
 def test_norms_that_follow_the_batch_keep_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_budget, "estimate_memory", lambda *_: MemoryEstimate(100e6, 10e6))
-    monkeypatch.setattr(memory_budget, "can_split_batch", lambda _: False)
+    monkeypatch.setattr(memory_budget, "can_split_batch", lambda *_: False)
     shop = _shop(trivial().model_dump_json())
     with pytest.raises(MemoryBudgetError, match="needs about 200 MB of memory, as its batch norms need whole batches"):
         choose_micro_batch_size(shop, np.arange(50), 1, 150_000_000)

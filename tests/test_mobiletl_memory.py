@@ -63,9 +63,9 @@ def kept(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute_step_loss(model, batch)
+        compute_step_loss(IMAGES, model, batch)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(IMAGES, model, batch)
         found = meter.current_bytes
     loss.backward()
     return found, sum(packed)
@@ -146,7 +146,7 @@ def test_inputs_of_norms_and_activations_die_before_the_backward_pass() -> None:
         if isinstance(layer, FrozenBatchNorm2d | OneBitActivation):
             layer.register_forward_pre_hook(note)
     set_train_mode(model)
-    loss = compute_step_loss(model, pictures())
+    loss = compute_step_loss(IMAGES, model, pictures())
     assert len(held) == 2 * (3 * 2 + 1)
     assert [name for name, one in held if one() is not None] == []
     loss.backward()

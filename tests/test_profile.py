@@ -14,6 +14,7 @@ from fedtune.profiling import StepProfile, make_random_batch, profile_step
 from fedtune.profiling.isolated_process import try_profile
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import list_unit_names
+from fedtune.tasks import get_task
 from fedtune.training import compute_step_loss, prepare_model, set_train_mode
 from tests.federations import words
 from tests.profile_examples import a_case, a_recipe, tiny_bert
@@ -77,7 +78,7 @@ def test_bytes_kept_and_at_the_peak_are_those_of_a_direct_measurement(recipe: Re
     set_train_mode(model)
     batch = make_random_batch(model, recipe, 3)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(get_task(recipe.task), model, batch)
         kept = meter.current_bytes
         loss.backward()
     assert (figures.kept_bytes, figures.peak_bytes) == (kept, meter.peak_bytes)
@@ -91,7 +92,7 @@ def test_where_rounds_differ_the_one_that_keeps_more_counts(recipe: Recipe) -> N
     for number in (1, 2):
         techniques.begin_round(chosen, model, number)
         with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
-            loss = compute_step_loss(model, batch)
+            loss = compute_step_loss(get_task(recipe.task), model, batch)
             kept.append(meter.current_bytes)
         del loss
     assert kept[0] != kept[1]

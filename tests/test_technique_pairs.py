@@ -185,7 +185,7 @@ def gradients(base: str, model: nn.Module, names: list[str], chosen: Sequence[Te
     batch["attention_mask"][0, 7:] = 0
     begin_step(chosen, model, batch, 0.5)
     torch.manual_seed(3)
-    compute_step_loss(model, batch).backward()
+    compute_step_loss(FAMILIES[base].task, model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fedtune import techniques
 from fedtune.errors import ClientUpdateError, DataError
-from fedtune.recipe.schema import Recipe, Unit
+from fedtune.recipe.schema import Recipe, TaskUnit, Unit
 from fedtune.seeds import derive_seed
 from fedtune.tasks import get_task
 from fedtune.techniques import Technique
@@ -210,7 +210,7 @@ def test_bfloat16_weights_follow_copies_in_single_precision() -> None:
         set_model_state(model, copies)
         model.zero_grad()
         with use_cpu_threads(recipe.train.threads):
-            compute_step_loss(model, few_texts().make_batch(batch)).backward()
+            compute_step_loss(TEXT, model, few_texts().make_batch(batch)).backward()
         for name, copy in copies.items():
             gradient = model.get_parameter(name).grad
             assert gradient is not None
@@ -240,16 +240,16 @@ def test_texts_of_one_token_have_no_loss(micro: int | None) -> None:
     chosen = techniques.build_techniques([Unit(name="full")])
     model = llama()
     state = get_model_state(model, techniques.apply_techniques(chosen, model, LANGUAGE, 0))
-    recipe = a_training_recipe(batch_size=4, local_steps=2).model_copy(update={"task": LANGUAGE})
+    task = TaskUnit(name="text-generation")
+    recipe = a_training_recipe(batch_size=4, local_steps=2).model_copy(update={"task": task})
+    one_by_one = a_training_recipe(batch_size=1, local_epochs=1).model_copy(update={"task": task})
     found = train_local_model(
         ClientRound(model, chosen, recipe, texts, np.arange(4), 1, 0, micro_batch_size=micro), state
     )
     assert math.isfinite(found.train_loss)
     assert all(delta.isfinite().all() for delta in found.delta.values())
     set_model_state(model, state)
-    several = train_local_model(
-        ClientRound(model, chosen, a_training_recipe(batch_size=1, local_epochs=1), texts, np.arange(4), 1, 0), state
-    )
+    several = train_local_model(ClientRound(model, chosen, one_by_one, texts, np.arange(4), 1, 0), state)
     assert math.isfinite(several.train_loss)
     with pytest.raises(DataError, match="no example of the client has a second token"):
         train_local_model(ClientRound(model, chosen, recipe, _short_texts([[5], [6]]), np.arange(2), 1, 0), state)

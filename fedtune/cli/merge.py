@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedtune.cli.option_parsers import Command, MergeOptions, parse_numbers, parse_step
-from fedtune.recipe.task_names import list_task_names
+from fedtune.recipe.task_settings import list_task_names
 
 if TYPE_CHECKING:
     from fedtune.offline_merge.merge_stages import Stage

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.recipe.task_names import list_task_names
+from fedtune.recipe.task_settings import list_task_names
 
 if TYPE_CHECKING:
     from fedtune.profiling import ProfileCase, ProfileResult
@@ -142,7 +142,7 @@ def _make_cases(recipe: "Recipe", techniques: "list[list[Unit]]", *, random: boo
     profiling.make_profile_cases(recipe, techniques, (), None)
     resolve_model_source(recipe.model.source)
     if random:
-        labels = ("no", "yes") if tasks.get_task(recipe.task).has_classes else ()
+        labels = ("no", "yes") if tasks.get_task(recipe.task).has_new_head else ()
         return profiling.make_profile_cases(recipe, techniques, labels, None, check)
     corpus = tasks.load_data(recipe, tasks.load_class_names(recipe))
     batch = pack(profiling.encode_first_batch(recipe, corpus))

@@ -1,4 +1,9 @@
-"""From a source's own columns to the canonical ones: ``text`` or ``image``, ``label``, ``group``, ``domain``."""
+"""From a source's own columns to the canonical ones.
+
+``text``, ``text_pair`` and ``target`` are texts, ``image`` is a picture, ``words`` a list of words. ``label`` is one
+class, ``labels`` are several, ``number`` is a real number, and ``tags`` has a class for each word. Rows of a ``group``
+stay together, and results are reported per ``domain``.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +15,10 @@ from fedtune.recipe.validation_errors import suggest_nearest
 
 __all__ = ["get_canonical_column_name", "rename_columns"]
 
+_KEYS = {"labels": "label", "number": "label"}
+"""The setting that names a canonical column, where it is called otherwise."""
+_AS_THEY_ARE = frozenset({"label", "labels", "number", "words", "tags"})
+"""Columns that are checked and converted together, once all splits are known."""
 Named = dict[str, tuple[str, str]]
 
 
@@ -42,7 +51,8 @@ def get_canonical_column_name(recipe: Recipe, by: str) -> str:
 def _named(recipe: Recipe, needed: Sequence[str], present: list[str]) -> Named:
     """Canonical name -> (the recipe's key, the source's column)."""
     columns, split = recipe.data.columns, recipe.data.partition
-    named: Named = {name: (f"data.columns.{name}", getattr(columns, name)) for name in needed}
+    keys = {name: _KEYS.get(name, name) for name in needed}
+    named: Named = {name: (f"data.columns.{key}", getattr(columns, key)) for name, key in keys.items()}
     group = columns.group or ("group" if recipe.data.source.startswith("sample:") and "group" in present else None)
     if group:
         named["group"] = ("data.columns.group", group)
@@ -69,7 +79,7 @@ def _column(source: str, table: Table, key: str, column: str) -> Column:
 
 def _convert(name: str, column: Column, kind: Kind | None) -> tuple[Column, Kind | None]:
     """The column and what it holds, as canonical columns have them; labels are left for later."""
-    if name == "label" or (name == "image" and isinstance(kind, Greys | Pictures)):
+    if name in _AS_THEY_ARE or (name == "image" and isinstance(kind, Greys | Pictures)):
         return column, kind
     if name == "image":
         return column.pictures(), Pictures()

@@ -13,7 +13,7 @@ from fedtune.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED_LABEL", "EncodedTexts", "encode_texts"]
+__all__ = ["IGNORED_LABEL", "EncodedTexts", "encode_texts", "pad_rows"]
 
 IGNORED_LABEL = -100
 """The label of a place that is not predicted, as in torch's cross entropy."""
@@ -21,44 +21,69 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids [n, longest] padded on the right. Without ``labels`` the tokens are the labels: text generation."""
+    """Token ids [n, longest] padded on the right.
+
+    ``labels`` are [n], [n, classes] or, with ``labels_per_token``, [n, longest]. Without them tokens are the labels.
+    ``segments`` [n, longest] say which of two texts a token belongs to.
+    """
 
     ids: Tensor
     lengths: Tensor
     labels: Tensor | None
     domains: list[str] | None
+    segments: Tensor | None = None
+    labels_per_token: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def make_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [k, longest of the batch]; labels [k], or [k, longest] with padding at -100."""
+        """input_ids and attention_mask [k, longest of the batch]; labels, of tokens with padding at -100."""
         rows = torch.as_tensor(indices)
         lengths = self.lengths[rows]
         longest = int(lengths.max())
         ids = self.ids[rows, :longest].long()
         mask = torch.arange(longest) < lengths[:, None]
-        labels = ids.masked_fill(~mask, IGNORED_LABEL) if self.labels is None else self.labels[rows]
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask.long()}
+        if self.segments is not None:
+            batch["token_type_ids"] = self.segments[rows, :longest].long()
+        return {**batch, "labels": self._labels(rows, ids, mask)}
+
+    def _labels(self, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.labels is None:
+            return ids.masked_fill(~mask, IGNORED_LABEL)
+        labels = self.labels[rows]
+        return labels[:, : ids.shape[1]] if self.labels_per_token else labels
 
 
-def encode_texts(table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedTexts:
-    """The column ``text`` as at most ``max_length`` tokens, with the class numbers of ``label`` where there are any.
+def encode_texts(
+    table: Table, tokenizer: "PreTrainedTokenizerBase", max_length: int, labels: Tensor | None = None
+) -> EncodedTexts:
+    """The column ``text``, and ``text_pair`` behind it where there is one, as at most ``max_length`` tokens.
 
     Without labels a text that is not cut ends in the end token; ModelError when the tokenizer has none.
     """
-    labels = torch.tensor(table["label"][:]) if "label" in table.column_names else None
-    rows = _tokenise(list(table["text"]), tokenizer, max_length, ends=labels is None)
+    pairs = list(table["text_pair"]) if "text_pair" in table.column_names else None
+    found = tokenizer(list(table["text"]), pairs, truncation=True, max_length=max_length)
+    rows = _end_texts(found["input_ids"], tokenizer, max_length, ends=labels is None)
+    told = found.get("token_type_ids") if pairs is not None else None
+    segments = None if told is None else pad_rows([row or [0] for row in told], 0)
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), int(tokenizer.pad_token_id), dtype=torch.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = torch.tensor(row, dtype=torch.int32)
-    return EncodedTexts(ids, lengths, labels, table.domains)
+    return EncodedTexts(pad_rows(rows, int(tokenizer.pad_token_id)), lengths, labels, table.domains, segments)
 
 
-def _tokenise(texts: list[str], tokenizer: "PreTrainedTokenizerBase", length: int, *, ends: bool) -> list[list[int]]:
-    """Token ids of each text, one at least; with ``ends`` a text that is not cut carries the end token."""
-    rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """int32 [n, longest]: rows of numbers filled up on the right."""
+    padded = torch.full((len(rows), max(len(row) for row in rows)), fill, dtype=torch.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = torch.tensor(row, dtype=torch.int32)
+    return padded
+
+
+def _end_texts(
+    rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", length: int, *, ends: bool
+) -> list[list[int]]:
+    """One token at least in each row; with ``ends`` a text that is not cut carries the end token."""
     last = tokenizer.eos_token_id if ends else None
     if ends and last is None:
         raise ModelError("the tokenizer has no end token, which text generation needs; choose another model")

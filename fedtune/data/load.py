@@ -7,7 +7,7 @@ import numpy as np
 
 from fedtune.data.columns import rename_columns
 from fedtune.data.decode import readable
-from fedtune.data.labels import encode_known_labels, encode_labels
+from fedtune.data.label_encoders import LABEL_ENCODERS, find_label_column, iter_class_numbers
 from fedtune.data.sources import read_data_source
 from fedtune.data.splits import number_groups, split_dataset
 from fedtune.data.table import Pictures, Table, concatenate
@@ -47,8 +47,8 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
     source = recipe.data.source
     found, notes = _found(recipe, columns)
     labels: tuple[str, ...] = ()
-    if "label" in columns:
-        found, labels = encode_labels(found, source, known)
+    if (name := find_label_column(columns)) is not None:
+        found, labels = LABEL_ENCODERS[name].encode_new(found, source, known)
     divided = split_dataset(recipe.data, found)
     for part, table in divided.items():
         _check(source, part, table)
@@ -57,7 +57,7 @@ def load_data(recipe: Recipe, columns: Sequence[str], known: Sequence[str] = ())
         if recipe.data.max_train_examples is None
         else _limited(recipe, divided["train"], recipe.data.max_train_examples)
     )
-    told = (*notes, *_absent(source, divided, labels))
+    told = (*notes, *(_absent(source, divided, name, labels) if name else ()))
     return DataSplits(train, divided["validation"], divided["test"], labels, told)
 
 
@@ -76,9 +76,10 @@ def load_trainable_examples(recipe: Recipe, columns: Sequence[str], labels: Sequ
 
 def _labelled(recipe: Recipe, columns: Sequence[str], labels: Sequence[str]) -> dict[str, Table]:
     found, _ = _found(recipe, columns)
-    if not labels:
+    if (name := find_label_column(columns)) is None:
         return found
-    return {name: encode_known_labels(table, labels, recipe.data.source) for name, table in found.items()}
+    encode = LABEL_ENCODERS[name].encode_known
+    return {part: encode(table, labels, recipe.data.source) for part, table in found.items()}
 
 
 def _found(recipe: Recipe, columns: Sequence[str]) -> tuple[dict[str, Table], tuple[str, ...]]:
@@ -115,10 +116,10 @@ def _check_domains(source: str, domains: Sequence[str]) -> None:
         )
 
 
-def _absent(source: str, divided: Mapping[str, Table], labels: tuple[str, ...]) -> Iterator[str]:
+def _absent(source: str, divided: Mapping[str, Table], column: str, labels: tuple[str, ...]) -> Iterator[str]:
     """A note for each part in which a class has no example."""
     for part in ("train", "test") if labels else ():
-        counts = np.bincount(divided[part]["label"][:], minlength=len(labels))
+        counts = np.bincount(list(iter_class_numbers(divided[part], column)), minlength=len(labels))
         absent = [label for label, count in zip(labels, counts, strict=True) if not count]
         if absent:
             several = f" and of {len(absent) - 1} more classes" if len(absent) > 1 else ""

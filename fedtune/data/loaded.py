@@ -13,6 +13,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Image,
+    List,
     are_progress_bars_disabled,
     load_dataset,
     load_from_disk,
@@ -23,7 +24,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from fedtune.data.arrow import Arrow
 from fedtune.data.column import Column, Values
-from fedtune.data.table import Classes, Greys, Kind, Pictures, Table
+from fedtune.data.table import Classes, ClassLists, Greys, Kind, Pictures, Table
 from fedtune.errors import DataError, SourceError
 from fedtune.paths import get_cache_folder
 
@@ -74,6 +75,8 @@ def _kind(feature: Any) -> Kind | None:
         return Pictures()
     if isinstance(feature, Array2D):
         return Greys()
+    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+        return ClassLists(tuple(feature.feature.names))
     return Classes(tuple(feature.names)) if isinstance(feature, ClassLabel) else None
 
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedtune.data.column import Column, Rows, Values, concatenate_columns
 
-__all__ = ["Classes", "Greys", "Kind", "Pictures", "Table", "concatenate"]
+__all__ = ["ClassLists", "Classes", "Greys", "Kind", "Pictures", "Table", "concatenate"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,14 @@ class Classes:
     names: tuple[str, ...]
 
 
-Kind = Pictures | Greys | Classes
+@dataclass(frozen=True)
+class ClassLists:
+    """Lists of numbers of classes with these names."""
+
+    names: tuple[str, ...]
+
+
+Kind = Pictures | Greys | Classes | ClassLists
 """What a column holds that are no plain values."""
 
 
@@ -94,9 +101,10 @@ class Table:
         kinds = {name: kind for name, kind in self.kinds.items() if name in kept}
         return Table({name: self.columns[name] for name in kept}, kinds, self.rows)
 
-    def with_column(self, name: str, column: Column) -> "Table":
-        """A column of plain values for the chosen rows, in place of one of that name if there is one."""
-        kinds = {other: kind for other, kind in self.kinds.items() if other != name}
+    def with_column(self, name: str, column: Column, kind: Kind | None = None) -> "Table":
+        """A column for the chosen rows, in place of one of that name if there is one; plain values have no kind."""
+        kinds = {other: known for other, known in self.kinds.items() if other != name}
+        kinds |= {} if kind is None else {name: kind}
         others = {other: self.column(other) for other in self.columns if other != name}
         order = dict.fromkeys([*self.columns, name])
         return Table({other: column if other == name else others[other] for other in order}, kinds)

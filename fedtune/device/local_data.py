@@ -75,7 +75,7 @@ def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
 
 def _own(recipe: Recipe, labels: tuple[str, ...], source: str) -> tuple[RunContext, Rows]:
     """All examples of the source train, but for those it sets apart; columns are called as in the recipe."""
-    columns = recipe.data.columns.model_dump(include={"text", "image", "label", "split"})
+    columns = recipe.data.columns.model_dump(exclude={"group", "domain"})
     skip = recipe.data.skip_unreadable
     chosen = DataSettings(source=source, columns=ColumnSettings.model_validate(columns), skip_unreadable=skip)
     recipe = recipe.model_copy(update={"data": chosen})

@@ -48,7 +48,7 @@ def choose_micro_batch_size(
     """
     batch = min(shop.recipe.train.batch_size, len(rows))
     needed = estimate_memory(shop, rows, number)
-    may_cut = can_split_batch(shop.model)
+    may_cut = can_split_batch(shop.task, shop.model)
     sizes = [batch >> count for count in range(batch.bit_length())] if may_cut else [batch]
     for size in sizes[min(halvings, len(sizes) - 1) :]:
         if needed.estimate_total_bytes(size) <= budget:
@@ -105,7 +105,7 @@ def _kept(shop: RunContext, chosen: list[int], number: int) -> int:
     with use_cpu_threads(shop.recipe.train.threads), torch.random.fork_rng(devices=[]):
         begin_step(shop.techniques, shop.model, batch, number / shop.recipe.federation.rounds)
         with StorageMeter(excluded=[*shop.model.parameters(), *shop.model.buffers()]) as meter:
-            compute_step_loss(shop.model, batch).backward()
+            compute_step_loss(shop.task, shop.model, batch).backward()
     shop.model.zero_grad()
     return meter.peak_bytes
 

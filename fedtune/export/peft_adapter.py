@@ -62,7 +62,7 @@ def save_peft_adapter(adapter: PeftAdapter, model: nn.Module, recipe: Recipe, fo
     adapter.config.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in adapter.tensors.items()}
     safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
-    if tasks.get_task(recipe.task).has_classes:
+    if tasks.get_task(recipe.task).has_new_head:
         models.save_config(model, folder)
         save_preprocessing(recipe, folder)
 

@@ -1,6 +1,7 @@
 """What loading a model needs to know of the task that it is loaded for."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 __all__ = ["ModelTask"]
 
@@ -17,8 +18,15 @@ class ModelTask(Protocol):
         """The transformers class that loads the model with the task's head."""
 
     @property
-    def has_classes(self) -> bool:
-        """Whether the head has one output for each class of the data."""
+    def has_new_head(self) -> bool:
+        """Whether the model gets a head for the labels of the data."""
+
+    @property
+    def head_problem(self) -> str | None:
+        """The ``problem_type`` of the model's configuration."""
+
+    def make_head_settings(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Settings of the model's configuration that make the head."""
 
     @property
     def reads_text(self) -> bool:

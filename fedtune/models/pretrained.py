@@ -47,7 +47,7 @@ def load_pretrained_model(
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         _check_family(model, task, config)
         _check_head(model, task, config)
-        for name, value in _head(labels).items():
+        for name, value in task.make_head_settings(labels).items():
             setattr(config, name, value)
         if quantisation is not None:
             quantisation.llm_int8_skip_modules = _head_layers(task, config)
@@ -148,16 +148,6 @@ def _auto_class(task: ModelTask) -> Any:
     return getattr(transformers, task.auto_class)
 
 
-def _head(labels: Sequence[str]) -> dict[str, Any]:
-    if not labels:
-        return {}
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
-    }
-
-
 def _head_layers(task: ModelTask, config: PretrainedConfig) -> list[str]:
     """What is not quantised: what lies behind the backbone, where transformers overlooks a new head with a bias; and
     layers whose weights are read as they lie.
@@ -177,20 +167,34 @@ def _check_family(model: ModelSettings, task: ModelTask, config: PretrainedConfi
 
 def _check_head(model: ModelSettings, task: ModelTask, config: PretrainedConfig) -> None:
     """A head for several labels at once, or for a number, would be trained as another than it is."""
-    if not task.has_classes:
+    if not task.has_new_head:
         return
-    kind = {"multi_label_classification": "several labels per example", "regression": "a number per example"}
-    made_for = kind.get(str(config.problem_type)) or (kind["regression"] if config.num_labels == 1 else None)
-    if made_for is not None:
+    made_for = _find_problem_type(config)
+    if made_for not in (None, task.head_problem):
         raise ModelError(
-            f"{model.source} is made for {made_for}, but {task.name} trains one class per example; choose another "
-            "model, or take problem_type, id2label and label2id out of its config.json to give it a new head"
+            f"{model.source} is made for {_PROBLEMS[made_for]}, but {task.name} trains {_PROBLEMS[task.head_problem]}; "
+            "choose another model, or take problem_type, id2label and label2id out of its config.json to give it a new "
+            "head"
         )
+
+
+def _find_problem_type(config: PretrainedConfig) -> str | None:
+    """What the head of a checkpoint was trained for; None where its configuration does not say."""
+    told = None if config.problem_type is None else str(config.problem_type)
+    return "regression" if told is None and config.num_labels == 1 else told
+
+
+_PROBLEMS = {
+    "single_label_classification": "one class per example",
+    "multi_label_classification": "several labels per example",
+    "regression": "a number per example",
+    None: "a class per token",
+}
 
 
 def _check_weights(model: ModelSettings, task: ModelTask, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
-    labels = loaded.config.num_labels if task.has_classes else 0
+    labels = loaded.config.num_labels if task.has_new_head else 0
     wrong = [key for key in info["missing_keys"] if not labels or not _is_head(loaded, key)]
     wrong += [key for key, found, wanted in info["mismatched_keys"] if tuple(wanted) != (labels, *found[1:])]
     if wrong:
@@ -229,7 +233,7 @@ def _prepare_text_model(loaded: PreTrainedModel, model: ModelSettings, location:
     """
     loaded.config.use_cache = False
     known = loaded.config.pad_token_id
-    if known is not None and not task.has_classes:
+    if known is not None and not task.has_new_head:
         return
     try:
         padding = load_pretrained_tokenizer(model, location).pad_token_id

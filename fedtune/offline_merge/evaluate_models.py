@@ -116,7 +116,7 @@ def _who(prepared: PreparedMerge) -> str:
 
 def _labels(folder: Path, task: Task) -> tuple[str, ...]:
     """Return the class names in order. A head without names gets numbers."""
-    if not task.has_classes:
+    if not task.has_new_head:
         return ()
     named = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(named[key]) for key in sorted(named, key=int))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.seeds import derive_seed
+from fedtune.tasks import get_task
 from fedtune.techniques import Technique, begin_round, begin_step, list_trainable_tensors
 from fedtune.training import compute_step_loss, prepare_model, set_model_state, set_train_mode
 
@@ -28,10 +29,9 @@ def gradient_error(
     twin, twins, _ = prepare_model(_make_reference_recipe(recipe, chosen), labels)
     for one in (model, twin):
         set_model_state(one, state)
-    seed = derive_seed(recipe.seed, "profile")
     return max(
         _difference(
-            _gradients(model, chosen, batch, round_number, seed), _gradients(twin, twins, batch, round_number, seed)
+            _gradients(recipe, model, chosen, batch, round_number), _gradients(recipe, twin, twins, batch, round_number)
         )
         for round_number in rounds
     )
@@ -45,16 +45,16 @@ def _make_reference_recipe(recipe: Recipe, chosen: Sequence[Technique]) -> Recip
 
 
 def _gradients(
-    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, round_number: int, seed: int
+    recipe: Recipe, model: nn.Module, techniques: Sequence[Technique], batch: Tensors, round_number: int
 ) -> dict[str, Tensor]:
     """Return the gradients of the trained parameters; zeros for a parameter without a gradient."""
     begin_round(techniques, model, round_number)
     set_train_mode(model)
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(derive_seed(recipe.seed, "profile"))
         begin_step(techniques, model, batch, 0.0)
-        compute_step_loss(model, batch).backward()
+        compute_step_loss(get_task(recipe.task), model, batch).backward()
     names = set(list_trainable_tensors(model))
     found = {name: parameter for name, parameter in model.named_parameters() if name in names}
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in found.items()}

@@ -14,8 +14,9 @@ from fedtune.profiling.gradient_check import gradient_error
 from fedtune.profiling.profile_cases import ProfileCase
 from fedtune.profiling.profile_results import StepProfile
 from fedtune.profiling.step_inputs import make_random_batch
-from fedtune.recipe.schema import Recipe, Train
+from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
+from fedtune.tasks import get_task
 from fedtune.techniques import StepInfo, Technique, begin_round, begin_step, list_trainable_tensors
 from fedtune.training import (
     apply_optimiser_step,
@@ -57,9 +58,9 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
     gc.collect()
     reset_peak_rss()
     loaded = peak_rss()
-    seconds = [_measure_seconds(model, chosen, batch, recipe.train, round_number) for round_number in rounds]
+    seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
     rss = peak_rss()
-    held = [_measure_memory(model, chosen, batch, round_number) for round_number in rounds]
+    held = [_measure_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
     sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
     state = get_model_state(model, shared)
     figures = StepProfile(
@@ -86,9 +87,10 @@ def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
 
 
 def _measure_seconds(
-    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, settings: Train, round_number: int
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> float:
     """Return the median seconds of a whole training step in a round."""
+    settings, task = recipe.train, get_task(recipe.task)
     begin_round(techniques, model, round_number)
     set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,7 +99,7 @@ def _measure_seconds(
     for _ in range(1 + _TIMED):
         started = time.perf_counter()
         begin_step(techniques, model, batch, 0.0)
-        compute_step_loss(model, batch).backward()
+        compute_step_loss(task, model, batch).backward()
         apply_optimiser_step(
             model, techniques, optimiser, parameters, settings, StepInfo(round_number, 0, 1, settings.lr, settings.lr)
         )
@@ -106,14 +108,14 @@ def _measure_seconds(
 
 
 def _measure_memory(
-    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, round_number: int
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> tuple[int, int]:
     """Return the bytes kept for backward when the forward pass ends, and the peak of both passes."""
     begin_round(techniques, model, round_number)
     set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         begin_step(techniques, model, batch, 0.0)
-        loss = compute_step_loss(model, batch)
+        loss = compute_step_loss(get_task(recipe.task), model, batch)
         kept = meter.current_bytes
         loss.backward()
     model.zero_grad()

@@ -25,7 +25,11 @@ class ColumnSettings(SettingsModel):
 
     text: str = "text"
     image: str = "image"
-    label: str = "label"
+    text_pair: str = Field("text_pair", description="the second text of a pair")
+    label: str = Field("label", description="a class, several classes or a number, as the task takes it")
+    target: str = Field("target", description="the text to write")
+    words: str = Field("words", description="a list of words")
+    tags: str = Field("tags", description="a list with a tag for each word")
     group: str | None = Field(None, description="examples that share it are never split apart")
     domain: str | None = Field(None, description="results are also reported per value of it")
     split: str | Literal[False] | None = Field(

@@ -20,7 +20,7 @@ from fedtune.recipe.data_settings import (
 from fedtune.recipe.federation import Asynchronous, ClientSelection, Federation, Tag
 from fedtune.recipe.preprocessor_settings import Preprocessor
 from fedtune.recipe.settings_model import SettingsModel
-from fedtune.recipe.task_names import TaskName
+from fedtune.recipe.task_settings import TaskUnit
 from fedtune.recipe.train_settings import Optimiser, Train, Unit, split_joined
 from fedtune.recipe.versions import needs_translation, translate_recipe
 
@@ -49,6 +49,7 @@ __all__ = [
     "Size",
     "SplitFractions",
     "Tag",
+    "TaskUnit",
     "Train",
     "Unit",
     "split_joined",
@@ -142,7 +143,7 @@ class Recipe(SettingsModel):
 
     version: Literal[2] = 2
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    task: TaskName
+    task: TaskUnit
     model: ModelSettings
     data: DataSettings
     devices: list[DeviceClass] = Field(min_length=1)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedtune import merging, techniques
+from fedtune import merging, tasks, techniques
 from fedtune.errors import RecipeError
-from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, Unit
+from fedtune.recipe.schema import DeviceClass, EvaluationSettings, Recipe, TaskUnit, Unit
 from fedtune.recipe.unit_registry import NamedUnit
 from fedtune.techniques import Technique
 from fedtune.training.metrics import check_metrics
@@ -24,6 +24,7 @@ _MEND: dict[UpdateKind, str] = {
 
 def resolve_recipe(recipe: Recipe) -> Recipe:
     """The recipe as it is stored with a run; RecipeError for techniques or merge steps that do not hold."""
+    task = tasks.get_task(recipe.task)
     chosen = techniques.build_techniques(recipe.train.techniques)
     train = recipe.train.model_copy(update={"techniques": _written_out(chosen)})
     pipeline = merging.build_pipeline(recipe.merge)
@@ -36,7 +37,8 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     if recipe.federation.asynchronous is not None:
         _check_late([*chosen, *_of_classes(recipe.devices)], pipeline, recipe.evaluation)
     merge = _written_out(pipeline.steps)
-    return recipe.model_copy(update={"train": train, "devices": devices, "merge": merge})
+    written = TaskUnit(name=task.name, settings=task.model_dump(mode="json"))
+    return recipe.model_copy(update={"task": written, "train": train, "devices": devices, "merge": merge})
 
 
 def _resolved(device: DeviceClass, chosen: Sequence[Technique], pipeline: merging.MergePipeline) -> DeviceClass:

@@ -7,11 +7,12 @@ from fedtune import data
 from fedtune.data import DataSplits, EncodedDataset, Table
 from fedtune.recipe.schema import Recipe, Unit
 from fedtune.recipe.unit_registry import build_unit
-from fedtune.tasks._scores import ExampleScore
+from fedtune.tasks._scores import ExampleScore, ScoreSums
 from fedtune.tasks._task import Task
 
 __all__ = [
     "ExampleScore",
+    "ScoreSums",
     "Task",
     "encode_examples",
     "get_task",
@@ -24,9 +25,9 @@ __all__ = [
 ]
 
 
-def get_task(name: str) -> Task:
-    """The task of that name; RecipeError names the nearest."""
-    task: Task = build_unit(__name__, Unit(name=name), "task")
+def get_task(unit: Unit | str) -> Task:
+    """The task of that name with its settings; RecipeError for an unknown name or setting."""
+    task: Task = build_unit(__name__, Unit(name=unit) if isinstance(unit, str) else unit, "task")
     return task
 
 

@@ -1,6 +1,6 @@
 """The base class of tasks: what the rest of fedtune asks a task, so that nobody asks for its name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import models
-from fedtune.data import EncodedDataset, Table, Values
+from fedtune.data import EncodedDataset, Table
+from fedtune.data.label_encoders import add_blank_labels, find_label_column
 from fedtune.data.sampling import iter_inputs, sample_rows
 from fedtune.recipe.schema import ModelSettings, Recipe, Train
 from fedtune.recipe.unit_registry import NamedUnit
-from fedtune.tasks._scores import ExampleScore
+from fedtune.tasks._scores import ExampleScore, ScoreSums
 
 __all__ = ["Task"]
 
@@ -23,16 +24,29 @@ _CALIBRATION_EXAMPLES, _CALIBRATION_SEED = 256, 42
 class Task(NamedUnit):
     """What a model is trained to do."""
 
-    columns: ClassVar[tuple[str, ...]]
-    """Canonical names of the columns that it takes. The model reads the first; ``label`` is a class."""
     auto_class: ClassVar[str]
     """The transformers class that loads a model with the task's head."""
     reads_text: ClassVar[bool] = True
     """Whether the model reads tokens, so that it needs a tokenizer and a padding id."""
     peft_type: ClassVar[str | None] = None
     """PEFT's ``task_type``; None where PEFT has none."""
-    main_metric: ClassVar[str] = "accuracy"
-    """The metric that tables show."""
+    can_split_batch: ClassVar[bool] = True
+    """Whether the loss of a batch is the mean over its predictions, so that it can be computed part by part."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Canonical names of the columns that it takes; the model reads the first. See ``fedtune.data.columns``."""
+        raise NotImplementedError
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether its metrics need the output of each example."""
+        return False
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that tables show."""
+        return "accuracy"
 
     @property
     def input_column(self) -> str:
@@ -41,12 +55,32 @@ class Task(NamedUnit):
 
     @property
     def has_classes(self) -> bool:
-        """Whether an example has one class, for which the model gets a head of its own."""
+        """Whether each example has one class, and the model gives probabilities of the classes."""
         return "label" in self.columns
+
+    @property
+    def head_problem(self) -> str | None:
+        """The ``problem_type`` of the model's configuration; None where the head needs none."""
+        return None
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the model gets a head for the labels of the data, which is drawn where the checkpoint has none."""
+        return self.has_classes
+
+    def make_head_settings(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Settings of the model's configuration that make the head for ``labels``."""
+        if not self.has_new_head:
+            return {}
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "problem_type": self.head_problem,
+        }
 
     def load_class_names(self, model: ModelSettings) -> tuple[str, ...]:
         """The class names of a model in the order of its head; empty where it has no names."""
-        return models.class_names(model) if self.has_classes else ()
+        return models.class_names(model) if self.has_new_head else ()
 
     def load_reader(self, recipe: Recipe) -> Any:
         """What turns examples into inputs: a tokenizer or a preprocessor."""
@@ -64,17 +98,32 @@ class Task(NamedUnit):
         """Examples as tensors; ModelError where the reader cannot be used for the task."""
         raise NotImplementedError
 
-    def score_batch(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
-        """A score for each example of a batch."""
+    def compute_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch."""
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def count_predictions(self, labels: Tensor) -> int:
+        """The number of predictions that the loss of a batch is the mean over."""
+        return len(labels)
+
+    def score_batch(self, model: nn.Module, batch: Mapping[str, Tensor], reader: Any) -> list[ExampleScore]:
+        """A score for each example of a batch; ``reader`` is what ``load_reader`` returned."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.score_logits(model(**inputs).logits.float(), batch["labels"])
+
+    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+        """A score for each example of a batch from the logits of the model."""
         raise NotImplementedError
 
-    def compute_metrics(self, accuracy: float, loss: float) -> dict[str, float]:
-        """The metrics that the mean accuracy and loss of some predictions make, by name."""
-        return {"accuracy": accuracy, "loss": loss}
+    def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
+        """The task's metrics over some examples, by name."""
+        return {"accuracy": sums.accuracy, "loss": sums.mean_loss}
 
     def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Inputs of up to 256 examples, which need no labels; texts are cut to ``train.max_length`` tokens."""
-        blank = examples.with_column("label", Values(np.zeros(len(examples), np.int64)))
+        column = find_label_column(self.columns)
+        blank = examples if column is None else add_blank_labels(examples, column)
         encoded = self.encode_examples(blank, recipe, self.load_reader(recipe))
         chosen = sample_rows(np.arange(len(encoded)), _CALIBRATION_EXAMPLES, _CALIBRATION_SEED)
         return iter_inputs(encoded, chosen, batch_size)

@@ -30,10 +30,17 @@ class TextTask(Task):
 
     def pad_batch(self, batch: Mapping[str, Tensor], recipe: Recipe, reader: Any) -> dict[str, Tensor]:
         """Rows padded on the right to ``train.max_length`` tokens; a label per text stays as it is."""
-        fill = {"input_ids": int(reader.pad_token_id), "attention_mask": 0, "labels": IGNORED_LABEL}
+        fill = {
+            "token_type_ids": 0,
+            "input_ids": int(reader.pad_token_id),
+            "attention_mask": 0,
+            "labels": IGNORED_LABEL,
+        }
         length = recipe.train.max_length
         return {
-            name: tensor if tensor.dim() == 1 else F.pad(tensor, (0, length - tensor.shape[1]), value=fill[name])
+            name: tensor
+            if name not in fill or tensor.dim() < 2
+            else F.pad(tensor, (0, length - tensor.shape[1]), value=fill[name])
             for name, tensor in batch.items()
         }
 

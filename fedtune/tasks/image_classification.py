@@ -29,9 +29,18 @@ class ImageClassification(Task):
     """Predict the class of a picture."""
 
     name: ClassVar[str] = "image-classification"
-    columns: ClassVar[tuple[str, ...]] = ("image", "label")
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     reads_text: ClassVar[bool] = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Pictures and their classes."""
+        return ("image", "label")
+
+    @property
+    def head_problem(self) -> str | None:
+        """One class per picture."""
+        return "single_label_classification"
 
     def load_reader(self, recipe: Recipe) -> Preprocessor:
         """The model's preprocessor, at ``train.image_size`` pixels."""
@@ -52,7 +61,7 @@ class ImageClassification(Task):
         """Pixels and a class number for each picture."""
         return encode_pictures(examples, reader)
 
-    def score_batch(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """One prediction for each picture; logits [n, classes], labels [n]."""
         return score_classes(logits, labels)
 

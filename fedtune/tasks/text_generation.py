@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.data import EncodedDataset, Table
-from fedtune.data.encoded_texts import encode_texts
+from fedtune.data.encoded_texts import IGNORED_LABEL, encode_texts
 from fedtune.data.token_blocks import iter_shuffled_tokens, iter_token_blocks
 from fedtune.recipe.schema import Recipe
-from fedtune.tasks._scores import ExampleScore, score_next_tokens
+from fedtune.tasks._scores import ExampleScore, ScoreSums, score_places
 from fedtune.tasks._text_task import TextTask, draw_tokens
 
 __all__ = ["TextGeneration"]
@@ -31,22 +31,34 @@ class TextGeneration(TextTask):
     """Predict the next token."""
 
     name: ClassVar[str] = "text-generation"
-    columns: ClassVar[tuple[str, ...]] = ("text",)
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
-    main_metric: ClassVar[str] = "perplexity"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Texts alone."""
+        return ("text",)
+
+    @property
+    def main_metric(self) -> str:
+        """Perplexity."""
+        return "perplexity"
+
+    def count_predictions(self, labels: Tensor) -> int:
+        """Tokens that are predicted from those before them; labels [n, tokens]."""
+        return int((labels[:, 1:] != IGNORED_LABEL).sum())
 
     def encode_examples(self, examples: Table, recipe: Recipe, reader: Any) -> EncodedDataset:
         """Token ids, which are the labels too."""
         return encode_texts(examples, reader, recipe.train.max_length)
 
-    def score_batch(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
+    def score_logits(self, logits: Tensor, labels: Tensor) -> list[ExampleScore]:
         """One prediction for each token but the first; logits [n, tokens, vocabulary], labels [n, tokens]."""
-        return score_next_tokens(logits, labels)
+        return score_places(logits[:, :-1], labels[:, 1:])
 
-    def compute_metrics(self, accuracy: float, loss: float) -> dict[str, float]:
+    def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
         """Perplexity beside accuracy and loss."""
-        return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+        return super().compute_metrics(sums) | {"perplexity": math.exp(min(sums.mean_loss, _LARGEST_EXPONENT))}
 
     def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Texts end to end in whole blocks of ``train.max_length`` tokens, as the authors of AIM do it.

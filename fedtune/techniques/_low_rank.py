@@ -197,7 +197,7 @@ def _keep_gradients_on(model: nn.Module) -> Iterator[None]:
 
 
 def _head(model: nn.Module, task: Task) -> list[str]:
-    return list_head_parameters(model) if task.has_classes else []
+    return list_head_parameters(model) if task.has_new_head else []
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv2d.forward, Conv1D.forward, Linear4bit.forward)

@@ -40,7 +40,7 @@ class Bias(Technique):
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze the biases, then the head."""
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if name.endswith("bias")])
-        if task.has_classes:
+        if task.has_new_head:
             unfreeze_parameters(model, list_head_parameters(model))
         if has_batch_norms(model) and not self.store_activations:
             make_model_efficient(model)

@@ -33,6 +33,6 @@ class HeadOnly(Technique):
 
     def rewrite_model(self, model: nn.Module, task: Task, seed: int) -> None:
         """Unfreeze the head."""
-        if not task.has_classes:
+        if not task.has_new_head:
             raise ModelError(f"head-only trains a new head, but {task.name} has none; choose another technique")
         unfreeze_parameters(model, list_head_parameters(model))

@@ -119,7 +119,7 @@ class Meft(Technique):
             made.plan = replace(plan, grid=self.value_bits - _measured(model, made, run), cuts=self._cuts(len(parts)))
         vars(model)["meft"] = made
         unfreeze_parameters(model, [name for name, _ in model.named_parameters() if ".adapters." in name])
-        if task.has_classes:
+        if task.has_new_head:
             unfreeze_parameters(model, list_head_parameters(model))
 
     def has_unchanged_base(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedtune.data import EncodedDataset
 from fedtune.recipe.schema import Recipe
 from fedtune.seeds import derive_seed
+from fedtune.tasks import Task, get_task
 from fedtune.techniques import Technique
 from fedtune.training.holdout_split import split_holdout
 
@@ -33,6 +34,11 @@ class ClientRound:
     client: int
     local_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     micro_batch_size: int | None = None
+
+    @property
+    def task(self) -> Task:
+        """The recipe's task."""
+        return get_task(self.recipe.task)
 
     def split_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows to train on, and rows that are held out: the same in every round."""

@@ -2,16 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedtune.data import EncodedDataset
-from fedtune.tasks import ExampleScore, Task, get_task
+from fedtune.tasks import ExampleScore, ScoreSums, Task
 from fedtune.techniques import Technique, begin_step, collect_metrics
 from fedtune.training.client_round import ClientRound
 from fedtune.training.metrics import measure
@@ -28,54 +28,31 @@ class Metric(NamedTuple):
     value: float
 
 
-@dataclass
-class _MetricSums:
-    """Sums over predictions: texts or images count once, language models count once per token.
-
-    Where it ``keeps`` them, probabilities and labels too, for metrics that are no sums.
-    """
-
-    count: int = 0
-    correct: int = 0
-    loss: float = 0.0
-    keeps: bool = False
-    probabilities: list[Tensor] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-
-    def add(self, score: ExampleScore) -> None:
-        self.count += score.predictions
-        self.correct += score.correct
-        self.loss += score.loss
-        if self.keeps and score.probabilities is not None:
-            self.probabilities.append(score.probabilities)
-            self.labels.append(score.label)
-
-    @property
-    def mean_loss(self) -> float:
-        """Per prediction; 0 without any."""
-        return self.loss / max(1, self.count)
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of correct predictions; 0 without any."""
-        return self.correct / max(1, self.count)
-
-    def measure(self, metrics: Sequence[str]) -> dict[str, float]:
-        """Further metrics by name."""
-        if not (metrics and self.labels):
-            return dict.fromkeys(metrics, math.nan)
-        return measure(metrics, torch.stack(self.probabilities).double().numpy(), np.array(self.labels))
-
-
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name."""
+    """A model with its techniques, and how it is scored: ``metrics`` are further ones by name.
+
+    ``reader`` turns examples into inputs; only tasks that write texts need it.
+    """
 
     model: nn.Module
     task: Task
     batch_size: int
     techniques: Sequence[Technique] = ()
     metrics: Sequence[str] = ()
+    reader: Any = None
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether metrics need the output of each example."""
+        return bool(self.metrics) or self.task.keeps_outputs
+
+    def compute_further_metrics(self, sums: ScoreSums) -> dict[str, float]:
+        """The metrics beyond the task's own, from probabilities and labels."""
+        if not (self.metrics and sums.outputs):
+            return dict.fromkeys(self.metrics, math.nan)
+        probabilities, labels = zip(*sums.outputs, strict=True)
+        return measure(self.metrics, torch.stack(probabilities).double().numpy(), np.array(labels))
 
 
 def _say_nothing(done: int) -> None:
@@ -95,15 +72,15 @@ def evaluate_model(
     after every batch. What techniques measure meanwhile is added for all examples together.
     """
     evaluated.model.eval()
-    sums: dict[str, _MetricSums] = defaultdict(lambda: _MetricSums(keeps=bool(evaluated.metrics)))
+    sums: dict[str, ScoreSums] = defaultdict(ScoreSums)
     order = _order_by_length(examples, rows)
     with collect_metrics(evaluated.techniques, evaluated.model) as figures:
         for done, (index, score) in enumerate(_iter_scores(evaluated, examples, order), 1):
-            sums["all"].add(score)
+            sums["all"].add(score, keep_output=evaluated.keeps_outputs)
             if done % evaluated.batch_size == 0 or done == len(order):
                 report_progress(done)
             if examples.domains is not None:
-                sums[examples.domains[index]].add(score)
+                sums[examples.domains[index]].add(score, keep_output=evaluated.keeps_outputs)
         watched = [Metric("all", name, value) for name, value in figures().items()]
     return [*_compute_metrics(sums, evaluated), *watched]
 
@@ -116,11 +93,12 @@ def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetri
         return HoldoutMetrics()
     client.model.eval()
     metrics, size = recipe.evaluation.metrics, recipe.train.batch_size
-    evaluated = EvaluatedModel(client.model, get_task(recipe.task), size, client.techniques, metrics)
-    sums = _MetricSums(keeps=bool(metrics))
+    evaluated = EvaluatedModel(client.model, client.task, size, client.techniques, metrics)
+    sums = ScoreSums()
     for _, score in _iter_scores(evaluated, client.examples, held_out):
-        sums.add(score)
-    return HoldoutMetrics(sums.count, sums.mean_loss, sums.accuracy, tuple(sums.measure(metrics).values()))
+        sums.add(score, keep_output=evaluated.keeps_outputs)
+    more = tuple(evaluated.compute_further_metrics(sums).values())
+    return HoldoutMetrics(sums.count, sums.mean_loss, sums.accuracy, more)
 
 
 def _iter_scores(
@@ -131,9 +109,7 @@ def _iter_scores(
         chosen = rows[start : start + evaluated.batch_size]
         batch = examples.make_batch(chosen)
         begin_step(evaluated.techniques, evaluated.model, batch, 1.0)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = evaluated.model(**inputs).logits.float()
-        yield from zip(chosen, evaluated.task.score_batch(logits, batch["labels"]), strict=True)
+        yield from zip(chosen, evaluated.task.score_batch(evaluated.model, batch, evaluated.reader), strict=True)
 
 
 def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> list[int]:
@@ -144,12 +120,15 @@ def _order_by_length(examples: EncodedDataset, rows: Sequence[int] | None) -> li
     return [chosen[place] for place in torch.argsort(examples.lengths[chosen], stable=True).tolist()]
 
 
-def _compute_metrics(sums: dict[str, _MetricSums], evaluated: EvaluatedModel) -> Iterator[Metric]:
-    accuracies = []
+def _compute_metrics(sums: Mapping[str, ScoreSums], evaluated: EvaluatedModel) -> Iterator[Metric]:
+    """The metrics of each domain, and the mean of one over the domains: accuracy, or else the task's main metric."""
+    means: dict[str, list[float]] = defaultdict(list)
     for domain, one in sorted(sums.items()):
-        found = evaluated.task.compute_metrics(one.accuracy, one.mean_loss) | one.measure(evaluated.metrics)
+        found = evaluated.task.compute_metrics(one)
+        compared = "accuracy" if "accuracy" in found else evaluated.task.main_metric
+        found |= evaluated.compute_further_metrics(one)
         yield from (Metric(domain, name, value) for name, value in found.items())
         if domain != "all":
-            accuracies.append(one.accuracy)
-    if accuracies:
-        yield Metric("mean", "accuracy", sum(accuracies) / len(accuracies))
+            means[compared].append(found[compared])
+    for name, values in means.items():
+        yield Metric("mean", name, sum(values) / len(values))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedtune.errors import DataError, FedtuneWarning
 from fedtune.memory import StorageMeter, peak_rss, release_freed, reset_peak_rss
 from fedtune.recipe.schema import Train
+from fedtune.tasks import Task
 from fedtune.techniques import (
     StepInfo,
     Technique,
@@ -114,7 +115,7 @@ def _run_extra_backward(client: ClientRound, rows: IntArray) -> None:
     recipe = client.recipe
     parts = _make_micro_batches(client, rows[: recipe.train.batch_size].tolist())
     client.model.eval()
-    _run_step(client.model, client.techniques, parts, client.number / recipe.federation.rounds, metered=False)
+    _run_step(client, parts, client.number / recipe.federation.rounds, metered=False)
 
 
 def _make_micro_batches(client: ClientRound, chosen: list[int]) -> list[dict[str, Tensor]]:
@@ -136,7 +137,7 @@ def _run_steps(client: ClientRound, rows: IntArray, masters: Mapping[str, nn.Par
     for step, chosen in enumerate(order):
         progress = ((client.number - 1) + step / steps) / recipe.federation.rounds
         parts = _make_micro_batches(client, chosen)
-        loss, kept = _run_step(model, client.techniques, parts, progress, metered=step == 0)
+        loss, kept = _run_step(client, parts, progress, metered=step == 0)
         saved_bytes = max(saved_bytes, kept)
         info = StepInfo(client.number, step, steps, settings.lr, settings.lr * compute_lr_factor(settings, progress))
         if loss is not None:
@@ -167,34 +168,30 @@ def apply_optimiser_step(
 
 
 def _run_step(
-    model: nn.Module,
-    techniques: Sequence[Technique],
-    parts: Sequence[Mapping[str, Tensor]],
-    progress: float,
-    *,
-    metered: bool,
+    client: ClientRound, parts: Sequence[Mapping[str, Tensor]], progress: float, *, metered: bool
 ) -> tuple[float | None, int]:
     """Gradients of a batch's loss, part by part; the loss, and if ``metered`` the most bytes a part kept for them.
 
     Parts without a prediction, such as texts of one token, have no loss; neither has a batch of nothing else.
     """
+    model, task, techniques = client.model, client.task, client.techniques
     excluded = [*model.parameters(), *model.buffers()]
     total, kept = 0.0, 0
-    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(parts), strict=True) if share]
+    predicting = [(part, share) for part, share in zip(parts, compute_loss_weights(task, parts), strict=True) if share]
     for part, share in predicting:
         begin_step(techniques, model, part, progress)
         with StorageMeter(excluded=excluded) if metered else nullcontext() as meter:
-            loss = compute_step_loss(model, part)
+            loss = compute_step_loss(task, model, part)
             kept = max(kept, meter.current_bytes if meter is not None else 0)
         (loss if len(parts) == 1 else loss * share).backward()
         total += share * float(loss.detach())
     return total if predicting else None, kept
 
 
-def compute_step_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def compute_step_loss(task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss a step follows: the task's, and the terms that techniques add inside the model."""
     with collect_loss_terms() as terms:
-        loss: Tensor = model(**batch).loss
+        loss = task.compute_loss(model, batch)
     return torch.stack([loss, *terms]).sum() if terms else loss
 
 

@@ -13,7 +13,6 @@ from fedtune.errors import DataError
 from fedtune.merging.fisher import square_gradient
 from fedtune.merging.regmean import accumulate_gram
 from fedtune.training.input_hooks import Batch, hook_layer_inputs
-from fedtune.training.local_training import compute_step_loss
 
 __all__ = ["compute_fisher_information", "compute_input_grams"]
 
@@ -30,9 +29,7 @@ def compute_fisher_information(model: nn.Module, batches: Iterable[Batch]) -> di
     model.eval()
     with _require_gradients(parameters.values()):
         for example in (example for batch in batches for example in _examples(batch)):
-            gradients = torch.autograd.grad(
-                compute_step_loss(model, example), list(parameters.values()), allow_unused=True
-            )
+            gradients = torch.autograd.grad(model(**example).loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += square_gradient(gradient)

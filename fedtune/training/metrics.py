@@ -56,7 +56,9 @@ def check_metrics(recipe: Recipe) -> None:
     load_metrics(recipe)
     names = recipe.evaluation.metrics
     if names and not get_task(recipe.task).has_classes:
-        raise RecipeError(f"evaluation.metrics: {names[0]} is of classes, which {recipe.task} has none of; drop it")
+        raise RecipeError(
+            f"evaluation.metrics: {names[0]} is of classes, which {recipe.task.name} has none of; drop it"
+        )
 
 
 def _find(name: str) -> Metric:

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fedtune.data.encoded_texts import IGNORED_LABEL
+from fedtune.tasks import Task
 from fedtune.techniques import UnfrozenBatchNorm2d
 
 __all__ = ["can_split_batch", "compute_loss_weights", "split_into_micro_batches"]
 
 
-def can_split_batch(model: nn.Module) -> bool:
-    """Whether a batch may be cut: not where norms follow the statistics of the batch itself."""
-    return not any(isinstance(layer, UnfrozenBatchNorm2d) for layer in model.modules())
+def can_split_batch(task: Task, model: nn.Module) -> bool:
+    """Whether a batch may be cut: not where norms or the loss follow the batch as a whole."""
+    return task.can_split_batch and not any(isinstance(layer, UnfrozenBatchNorm2d) for layer in model.modules())
 
 
 def split_into_micro_batches(batch: Sequence[int], size: int) -> list[list[int]]:
@@ -24,12 +24,7 @@ def split_into_micro_batches(batch: Sequence[int], size: int) -> list[list[int]]
     return [list(batch[start : start + size]) for start in range(0, len(batch), size)]
 
 
-def compute_loss_weights(parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
+def compute_loss_weights(task: Task, parts: Sequence[Mapping[str, Tensor]]) -> list[float]:
     """Each part's share of all predictions."""
-    counts = [_predictions(part["labels"]) for part in parts]
+    counts = [task.count_predictions(part["labels"]) for part in parts]
     return [count / max(1, sum(counts)) for count in counts]
-
-
-def _predictions(labels: Tensor) -> int:
-    """Labels [k], or [k, tokens] of which each is predicted from those before it."""
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED_LABEL).sum())

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -87,11 +88,22 @@ class RunContext:
         return self._encode(self.corpus.test)
 
     @property
+    def task(self) -> tasks.Task:
+        """The recipe's task."""
+        return tasks.get_task(self.recipe.task)
+
+    @cached_property
+    def reader(self) -> Any:
+        """What turns examples into inputs: a tokenizer or a preprocessor."""
+        return tasks.load_reader(self.recipe)
+
+    @property
     def evaluated_model(self) -> EvaluatedModel:
         """The model as the server scores it."""
         settings = self.recipe.evaluation
-        task = tasks.get_task(self.recipe.task)
-        return EvaluatedModel(self.model, task, settings.batch_size, self.techniques, settings.metrics)
+        return EvaluatedModel(
+            self.model, self.task, settings.batch_size, self.techniques, settings.metrics, self.reader
+        )
 
     @cached_property
     def client_domains(self) -> dict[int, str]:
@@ -127,9 +139,8 @@ class RunContext:
                 tensors[name].data = tensors[name].data.clone()
 
     def _encode(self, examples: data.Table) -> data.EncodedDataset:
-        reader = tasks.load_reader(self.recipe)
-        encoded = tasks.encode_examples(examples, self.recipe, reader)
-        require_readable(self.model, encoded, self.recipe, reader)
+        encoded = tasks.encode_examples(examples, self.recipe, self.reader)
+        require_readable(self.model, encoded, self.recipe, self.reader)
         return encoded
 
 

@@ -1,0 +1,67 @@
+"""Several classes per example: a list of class names, or names between ``,``, ``;`` or ``|``."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedtune.data.column import Values, objects
+from fedtune.data.table import ClassLists, Table
+from fedtune.errors import DataError
+
+__all__ = ["encode_known_label_sets", "encode_label_sets"]
+
+_SEPARATOR = re.compile(r"[,;|]")
+
+
+def encode_label_sets(
+    found: Mapping[str, Table], source: str, known: Sequence[str] = ()
+) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The column ``labels`` as sorted class numbers of each example, and the class names in that order.
+
+    Where the names are those ``known``, they keep that order. DataError when there is no class.
+    """
+    sets = {part: _read_sets(table, source) for part, table in found.items()}
+    names = sorted({name for rows in sets.values() for row in rows for name in row})
+    if not names:
+        raise DataError(f"{source} has no example with a label; name the column that has them in data.columns.label")
+    order = tuple(known) if set(known) == set(names) else tuple(names)
+    return {part: _with_numbers(table, sets[part], order) for part, table in found.items()}, order
+
+
+def encode_known_label_sets(table: Table, labels: Sequence[str], source: str) -> Table:
+    """The column ``labels`` as numbers of the class names ``labels``; DataError for one that is none of them."""
+    sets = _read_sets(table, source)
+    unknown = sorted({name for row in sets for name in row} - set(labels))
+    if unknown:
+        raise DataError(
+            f"{source}: the model does not know the label {unknown[0]!r}; it knows {', '.join(labels)}",
+            code="unknown-labels",
+            counts={"rows": sum(not set(row) <= set(labels) for row in sets)},
+        )
+    return _with_numbers(table, sets, labels)
+
+
+def _with_numbers(table: Table, sets: Iterable[Sequence[str]], order: Sequence[str]) -> Table:
+    numbers = {name: number for number, name in enumerate(order)}
+    values = objects(sorted({numbers[name] for name in row}) for row in sets)
+    return table.with_column("labels", Values(values), ClassLists(tuple(order)))
+
+
+def _read_sets(table: Table, source: str) -> list[list[str]]:
+    """The class names of each example, by the data's own names where it numbers them."""
+    sets = [_split(value, source) for value in table["labels"]]
+    kind = table.kinds.get("labels")
+    return [[kind.names[int(one)] for one in row] for row in sets] if isinstance(kind, ClassLists) else sets
+
+
+def _split(value: Any, source: str) -> list[str]:
+    """The class names of an example."""
+    if isinstance(value, str):
+        return [name.strip() for name in _SEPARATOR.split(value) if name.strip()]
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise DataError(f"{source}: the label {value!r} is no list of classes; write several classes as a,b or a list")
+    if any(isinstance(one, Mapping | list | tuple) or one is None for one in value):
+        raise DataError(f"{source}: the labels {value!r} are no list of class names")
+    return [str(one) for one in value]

@@ -1,0 +1,159 @@
+"""A tiny recipe for each way that a task can be set, with data that can be learned."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fedtune.recipe.schema import Recipe
+from fedtune.recipe.yaml_file import parse_recipe
+from fedtune.simulation import resolve_recipe
+
+__all__ = ["CASES", "save_encoder", "task_recipe"]
+
+_WORDS = ("red", "green", "blue", "cat", "dog", "cow", "runs", "sits", "to", "in", "rome", "oslo", "lima", "ann", "bob")
+_NUMBERS = tuple(f"n{number}" for number in range(60))
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_COLOURS, _ANIMALS, _PLACES, _NAMES = _WORDS[:3], _WORDS[3:6], _WORDS[10:13], _WORDS[13:]
+
+_RECIPE = """
+version: 2
+name: case
+task: {task}
+model: {{source: "path:{folder}/model"}}
+data: {{source: "jsonl:{folder}/data.jsonl"}}
+devices: [{{name: toy, count: 2}}]
+train: {{techniques: full, lr: 0.02, batch_size: 8, max_length: 16, local_steps: 10}}
+federation: {{rounds: 4}}
+"""
+
+
+def _pick(words: tuple[str, ...], row: int) -> str:
+    return words[row % len(words)]
+
+
+def _text(row: int) -> str:
+    return f"{_pick(_COLOURS, row)} {_pick(_ANIMALS, row // 3)} runs n{row % 60}"
+
+
+def _one_class(row: int) -> dict[str, Any]:
+    return {"text": _text(row), "label": _pick(_COLOURS, row)}
+
+
+def _pair(row: int) -> dict[str, Any]:
+    """Whether the second text has a cat."""
+    other = _pick(_ANIMALS, row // 7)
+    return {
+        "text": f"{_pick(_ANIMALS, row)} sits n{row % 60}",
+        "text_pair": f"{other} runs",
+        "label": "yes" if other == "cat" else "no",
+    }
+
+
+def _several(row: int) -> dict[str, Any]:
+    return {"text": _text(row), "label": [_pick(_COLOURS, row), _pick(_ANIMALS, row // 3)][: 1 + row % 5]}
+
+
+def _number(row: int) -> dict[str, Any]:
+    return {"text": _text(row), "label": float(row % 3) - 1.0 + 0.25 * (row // 3 % 3)}
+
+
+def _tags(row: int) -> dict[str, Any]:
+    name, place = _pick(_NAMES, row), _pick(_PLACES, row // 2)
+    return {
+        "words": [name, "runs", "to", place, place, f"n{row % 60}"],
+        "tags": ["B-PER", "O", "O", "B-LOC", "I-LOC", "O"],
+    }
+
+
+CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "text-classification": ("text-classification", _one_class),
+    "text-classification, pair": ("{text-classification: {pair: true}}", _pair),
+    "text-classification, several": (
+        "{text-classification: {problem_type: multi_label_classification}}",
+        _several,
+    ),
+    "text-classification, number": ("{text-classification: {problem_type: regression}}", _number),
+    "token-classification": ("token-classification", _tags),
+    "text2text-generation": (
+        "{text2text-generation: {max_new_tokens: 6}}",
+        lambda row: {"text": _text(row), "target": f"{_pick(_COLOURS, row)} sits"},
+    ),
+    "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
+}
+"""The task as a recipe writes it, and the row with a number."""
+
+
+def _save_tokenizer(folder: Path, **templates: str) -> int:
+    """A tokenizer of the known words; returns their number."""
+    known = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_NUMBERS))}
+    core = Tokenizer(WordPiece(known, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    marks = [(name, known[name]) for name in ("[CLS]", "[SEP]")]
+    core.post_processor = TemplateProcessing(**templates, special_tokens=marks)
+    names = {f"{name.strip('[]').lower()}_token": name for name in _SPECIAL}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, model_input_names=inputs, eos_token="[SEP]", **names
+    ).save_pretrained(folder)
+    return len(known)
+
+
+def save_encoder(folder: Path) -> None:
+    """A BERT of random weights with the head of its pretraining, and its tokenizer."""
+    count = _save_tokenizer(folder, single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=count,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+        )
+        BertForMaskedLM(config).save_pretrained(folder)
+
+
+def _save_encoder_decoder(folder: Path) -> None:
+    """A T5 of random weights, and its tokenizer."""
+    count = _save_tokenizer(folder, single="$A [SEP]", pair="$A [SEP] $B [SEP]")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=count,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=3,
+        )
+        config.decoder_start_token_id = 0
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def task_recipe(case: str, folder: Path, *overrides: str, rows: int = 180) -> Recipe:
+    """The recipe of a case; model and data are written to ``folder``."""
+    task, make = CASES[case]
+    if case.startswith("text2text"):
+        _save_encoder_decoder(folder / "model")
+    else:
+        save_encoder(folder / "model")
+    lines = [json.dumps(make(row)) for row in range(rows)]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return resolve_recipe(parse_recipe(_RECIPE.format(task=task, folder=folder), "case", overrides))
