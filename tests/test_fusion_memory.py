@@ -19,7 +19,7 @@ config, _ = build_merge_config(names, method, [], [], base_model="base")
 reset_peak_rss()
 before = peak_rss()
 prepared = prepare_merge(config)
-compare(prepared, lambda done: None)
+compare_models(prepared, lambda done: None)
 write_merged_model(prepared, Path(f"out-{method}-{len(names)}"), "a card")
 print(peak_rss() - before)
 """
