@@ -38,7 +38,9 @@ def make_peft_adapter(
     config = trains[0].make_peft_config(model, tasks.get_task(recipe.task)) if possible else None
     if config is None:
         return None
-    drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])
+    drawn = trains[0].compute_merged_weights(
+        model, [name for name in vars(model).get("drawn", ()) if name not in state]
+    )
     if drawn is None:
         return None
     whole = sorted({name.rpartition(".")[0] for name in drawn})
