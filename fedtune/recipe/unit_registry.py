@@ -5,7 +5,6 @@ a leading underscore do not count: they help units.
 """
 
 import importlib
-import re
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
@@ -24,9 +23,6 @@ __all__ = [
     "list_unit_names",
     "read_unit_card",
 ]
-
-_QUALIFIER = re.compile(r"\b(\w+\.)+(?=[A-Z])")
-"""The module in front of the name of a class."""
 
 
 class NamedUnit(SettingsModel):
