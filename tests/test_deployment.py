@@ -98,7 +98,7 @@ def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: 
         found = ended(server, submit(server, recipe))
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated.hashes
-    examples = [sent["examples"] for record in found["rounds"] for sent in record["client_records"]]
+    examples = [sent["num_examples"] for record in found["rounds"] for sent in record["client_records"]]
     assert examples == [20, 8, 20, 8]
 
 

@@ -317,11 +317,11 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "bytes_up": len(pack(deltas)),
         "update_norm": 0.0,
         "staleness": None,
-        "examples": 5,
-        "loss": 0.5,
+        "num_examples": 5,
+        "train_loss": 0.5,
         "seconds": 1.0,
-        "saved_bytes": 10,
-        "peak_rss": 20,
+        "activation_memory": 10,
+        "peak_memory": 20,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
     assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
