@@ -113,9 +113,14 @@ def stored(state: State, folder: Path, number: int) -> StoredState:
 def received(shop: RunContext, got: Download, number: int, folder: Path) -> float:
     """Seconds of a device until it has its base, which is checked by its digest."""
     assert isinstance(got.payload, bytes)
-    assert got.held, "the increments are fewer bytes in each round"
+    assert got.held_digest, "the increments are fewer bytes in each round"
     started = time.process_time()
-    with_base(TrainRequest("", number, 0, base=got.base, held=got.held), decode_tensors(got.payload), shop, folder)
+    with_base(
+        TrainRequest("", number, 0, "run", base_digest=got.base_digest, held_digest=got.held_digest),
+        decode_tensors(got.payload),
+        shop,
+        folder,
+    )
     return time.process_time() - started
 
 

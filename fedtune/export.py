@@ -83,7 +83,9 @@ def _carried(
     adapter = trains[0].make_peft_config(model, tasks.get_task(recipe.task)) if carried else None
     if adapter is None:
         return None
-    drawn = trains[0].beside(model, [name for name in vars(model).get("drawn", ()) if name not in state])
+    drawn = trains[0].compute_merged_weights(
+        model, [name for name in vars(model).get("drawn", ()) if name not in state]
+    )
     if drawn is None:
         return None
     whole = sorted({name.rpartition(".")[0] for name in drawn})
@@ -134,6 +136,7 @@ def _save_full(
 ) -> None:
     techniques.merge_into_weights(chosen, model)
     models.save_model(model, labels, folder)
+    tasks.get_task(recipe.task).save_model_extras(model, recipe, folder)
     _save_reader(recipe, folder)
 
 

@@ -92,6 +92,11 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
         "{text2text-generation: {max_new_tokens: 6}}",
         lambda row: {"text": _text(row), "target": f"{_pick(_COLOURS, row)} sits"},
     ),
+    "feature-extraction": ("feature-extraction", lambda row: {"text": _text(row), "text_pair": f"n{row % 60} sits"}),
+    "feature-extraction, numbers": (
+        "{feature-extraction: {loss: cosine}}",
+        lambda row: {"text": _text(row), "text_pair": _text(row + 1 + row % 5), "label": float(row % 5 == 2)},
+    ),
     "fill-mask": ("{fill-mask: {mask_fraction: 0.3}}", lambda row: {"text": _text(row)}),
 }
 """The task as a recipe writes it, and the row with a number."""

@@ -203,7 +203,7 @@ def test_a_device_that_always_lacks_its_base_is_asked_twice_and_no_more(
     }
     told = [one for record in ended.rounds for one in record.client_records if one.client == 1]
     assert [one.status for one in told] == ["error", "error"]
-    assert all(one.reason.startswith("it lacks base weights that its order counts on") for one in told)
+    assert all(one.reason.startswith("it lacks base weights that its train request is based on") for one in told)
 
 
 @pytest.mark.parametrize("keep", ["all", "{last: 1, best: false, every: null}"])
@@ -334,7 +334,7 @@ def test_the_model_as_it_was_built_is_no_base_once_it_has_trained(home: Path, tm
     state = decode_tensors(train_messages.read_shared_state(message.content))
     folder = tmp_path / "anew"
     found = with_base(order, state, shop, folder)
-    assert checkpoint.hash_tensors(_base(found)) == order.base
+    assert checkpoint.hash_tensors(_base(found)) == order.base_digest
     set_model_state(shop.model, found)
     with pytest.raises(DeviceError, match="not on this device") as caught:
         with_base(order, state, shop, tmp_path / "another")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedtune.errors import ServerError
-from fedtune.recipe.schema import DataSettings, Recipe
+from fedtune.recipe.schema import Recipe
 from tests.federations import TRIVIAL, execute, tiny_bert, trivial, words
 from tests.servers import FEDTUNE, Server, ended, joined, serving
 
@@ -203,10 +203,14 @@ def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home
 def test_a_run_that_cannot_be_is_failed_with_its_reason_and_the_next_one_goes_on(
     server_home: Path, tmp_path: Path
 ) -> None:
-    broken = trivial(TWO).model_copy(update={"data": DataSettings(source=f"csv:{tmp_path}/none.csv")})
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    broken = words(tmp_path, "devices=[{count: 2}]")
+    with serving(server_home) as server:
         failed, good = submit(server, broken), submit(server, trivial(TWO))
-        found = ended(server, failed)
-        assert (found["status"], found["rounds"]) == ("failed", [])
-        assert "none.csv" in found["reason"]
-        assert ended(server, good)["status"] == "completed"
+        (tmp_path / "words.csv").unlink()  # since it was checked
+        with joined(server, tmp_path, "part:0", "part:1"):
+            found = ended(server, failed)
+            assert (found["status"], found["rounds"]) == ("failed", [])
+            assert "words.csv" in found["reason"]
+            assert ended(server, good)["status"] == "completed"
+        with pytest.raises(ServerError, match=r"words\.csv"):
+            submit(server, broken)

@@ -25,9 +25,9 @@ from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tasks import get_task
 from fedtune.techniques import ExtraPayload, StepInfo, Technique
-from fedtune.techniques._layer_density import count_active_weights
-from fedtune.techniques._mask_moves import update_mask
-from fedtune.techniques._places import scatter_positions
+from fedtune.techniques.pruning._layer_density import count_active_weights
+from fedtune.techniques.pruning._mask_updates import update_mask
+from fedtune.techniques.pruning._packed_positions import scatter_positions
 from fedtune.tracking import Store, claim_run
 from fedtune.training import ClientRound, compute_step_loss, get_model_state, train_local_model
 from fedtune.wire.masked_weights import encode_masked_state, find_masks, select_active_values

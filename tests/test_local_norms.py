@@ -135,7 +135,7 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
-    orders = [TrainRequest(recipe, number, 1, run=run) for run, number in rounds]
+    orders = [TrainRequest(recipe, number, 1, run) for run, number in rounds]
     keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
         answers = [keeper.run_request(Frame(asdict(order), payload)) for order in orders]
@@ -143,9 +143,9 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
         keeper.stop_trainer()
     assert [answer.header["kind"] for answer in answers] == ["trained"] * 4, [answer.header for answer in answers]
     simulated = [
-        run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], home / order.run)[
-            0
-        ]
+        run_local_round(
+            order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], home / order.run_id
+        )[0]
         for order in orders
     ]
     assert [answer.payload for answer in answers] == simulated

@@ -234,11 +234,11 @@ def test_what_can_never_hold_is_refused_before_anything_begins(
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 0.3, 1 / 3, 0.49, 0.05, 0.07])
 def test_what_trimmed_mean_needs_is_the_least_count_of_which_it_can_cut_one(share: float) -> None:
-    from fedtune.merging.trimmed_mean import TrimmedMean
+    from fedtune.merging.combine.trimmed_mean import TrimmedMean
 
     step: Any = TrimmedMean(trim_fraction=share)
-    assert step._cut(step.needed) >= 1
-    assert step._cut(step.needed - 1) == 0
+    assert step._cut(step.required_models) >= 1
+    assert step._cut(step.required_models - 1) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])

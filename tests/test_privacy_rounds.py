@@ -28,7 +28,7 @@ from fedtune.wire.masked_weights import encode_masked_state
 from tests.federations import execute, order_of, spoilt
 from tests.private_federations import CLIP, NOISE, Sent, epsilons, keeping, key_of, private, state
 
-ORDER = TrainRequest("", 1, 0, run="run-1")
+ORDER = TrainRequest("", 1, 0, "run-1")
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -71,7 +71,7 @@ def test_clients_clip_before_they_send_and_send_no_noise_where_the_server_adds_i
 
 def counting(message: Message, reply: Message) -> Message:
     """Client 0 says that it trained on a twentieth of the examples it did; more than it can have is refused."""
-    reply.content.metric_records["report"]["examples"] = 1
+    reply.content.metric_records["report"]["num_examples"] = 1
     return reply
 
 
@@ -135,14 +135,14 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
     recipe = private("client").model_dump_json()
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
-    order = TrainRequest(recipe, 1, 1, run="one")
+    order = TrainRequest(recipe, 1, 1, "one")
     keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
     try:
         answer = keeper.run_request(Frame(asdict(order), payload))
     finally:
         keeper.stop_trainer()
     assert answer.header["kind"] == "trained", answer.header
-    assert (answer.header["holding"], answer.header["report"]["examples"]) == ({}, 1)
+    assert (answer.header["holding"], answer.header["report"]["num_examples"]) == ({}, 1)
     simulated = [
         run_local_round(order, read_payload(payload, shop, order.client), shop, shop.client_rows[1], at)[0]
         for at in (DeviceHome().get_local_state_folder("one"), home / "new")

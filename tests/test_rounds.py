@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,25 @@ from fedtune.flower.message_identity import set_message_id, set_node_identity
 from fedtune.recipe.schema import Recipe
 from fedtune.server.class_payloads import ClassPayload
 from fedtune.server.client_device import ClientDevice
-from fedtune.server.replies import receive_update
+from fedtune.server.replies import ExpectedReply, receive_update
 from fedtune.server.selection import sample_cohort
 from fedtune.simulation.workers import ClientResult, SequentialWorkers
 from fedtune.wire.client_update import ClientReport, ClientUpdate, HoldoutMetrics, decode_tensors, pack
 from tests.federations import Ended, Spoil, execute, order_of, outcome, sent_state, spoilt, trivial, words
 
 BAD = 1
-REPORT = asdict(
-    ClientReport(
-        5,
-        0.5,
-        seconds=1.0,
-        saved_bytes=10,
-        peak_rss=20,
-        own_predictions=4,
-        own_loss=0.25,
-        own_accuracy=0.75,
-        own_more=[0.5],
-        own_after=[0.125, 1.0, 0.625],
-    )
-)
+REPORT: dict[str, Any] = ClientReport(
+    5,
+    0.5,
+    seconds=1.0,
+    activation_memory=10,
+    peak_memory=20,
+    num_holdout_predictions=4,
+    holdout_loss=0.25,
+    holdout_accuracy=0.75,
+    extra_holdout_metrics=[0.5],
+    trained_holdout_metrics=[0.125, 1.0, 0.625],
+).to_fields()
 
 
 def payload_of(reply: Message) -> bytes:
@@ -90,20 +88,40 @@ SPOILS: dict[str, tuple[Spoil, str, str]] = {
     "infinity": (with_deltas(lambda d: put(d, float("-inf"))), "rejected", "not finite"),
     "a large norm": (with_deltas(lambda d: put(d, 1e6)), "rejected", "above federation.max_update_norm 1000"),
     "no report": (with_report(None), "rejected", "carries no report"),
-    "half a report": (with_report({"examples": 5}), "rejected", "its report: the key 'loss' is missing"),
+    "half a report": (with_report({"num_examples": 5}), "rejected", "its report: the key 'loss' is missing"),
     "a list": (with_report(REPORT | {"loss": [0.5, 0.5]}), "rejected", "its report: loss is [0.5, 0.5]"),
-    "no examples": (with_report(REPORT | {"examples": 0}), "rejected", "its report: examples is 0, but"),
+    "no examples": (with_report(REPORT | {"num_examples": 0}), "rejected", "its report: num_examples is 0, but"),
     "no held-out examples at all": (
-        with_report(REPORT | {"own_predictions": -1}),
+        with_report(REPORT | {"num_holdout_predictions": -1}),
         "rejected",
-        "own_predictions is -1, but",
+        "num_holdout_predictions is -1, but",
     ),
-    "an accuracy above 1": (with_report(REPORT | {"own_accuracy": 1.5}), "rejected", "own_accuracy is 1.5, but"),
-    "a loss that is none": (with_report(REPORT | {"own_loss": float("nan")}), "rejected", "own_loss is nan, but"),
-    "an infinite score": (with_report(REPORT | {"own_after": [float("inf"), 1.0]}), "rejected", "own_after.0: it must"),
-    "half a score": (with_report(REPORT | {"own_after": [0.5]}), "rejected", "own_after: it holds a loss and an acc"),
-    "a figure for a list": (with_report(REPORT | {"own_more": 0.5}), "rejected", "own_more is 0.5, but"),
-    "half an example": (with_report(REPORT | {"examples": 0.5}), "rejected", "examples is 0.5, but"),
+    "an accuracy above 1": (
+        with_report(REPORT | {"holdout_accuracy": 1.5}),
+        "rejected",
+        "holdout_accuracy is 1.5, but",
+    ),
+    "a loss that is none": (
+        with_report(REPORT | {"holdout_loss": float("nan")}),
+        "rejected",
+        "holdout_loss is nan, but",
+    ),
+    "an infinite score": (
+        with_report(REPORT | {"trained_holdout_metrics": [float("inf"), 1.0]}),
+        "rejected",
+        "trained_holdout_metrics.0: it must",
+    ),
+    "half a score": (
+        with_report(REPORT | {"trained_holdout_metrics": [0.5]}),
+        "rejected",
+        "trained_holdout_metrics: it holds a loss and an acc",
+    ),
+    "a figure for a list": (
+        with_report(REPORT | {"extra_holdout_metrics": 0.5}),
+        "rejected",
+        "extra_holdout_metrics is 0.5, but",
+    ),
+    "half an example": (with_report(REPORT | {"num_examples": 0.5}), "rejected", "num_examples is 0.5, but"),
 }
 
 
@@ -139,7 +157,7 @@ def test_the_new_weights_are_the_old_ones_plus_the_mean_by_examples(home: Path) 
 
     def keep(message: Message, reply: Message) -> Message:
         number, client = order_of(message)
-        report = REPORT | {"examples": 3 * client + number}
+        report = REPORT | {"num_examples": 3 * client + number}
         sent[number, client] = decode_tensors(payload_of(reply)), 3 * client + number
         return answer(message, payload_of(reply), report)
 
@@ -281,7 +299,7 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
     reply = answer(message, pack(deltas), REPORT)
     shapes = {name: tuple(tensor.shape) for name, tensor in deltas.items()}
     record, sent = receive_update(
-        reply, 7, ClientDevice("phone"), ClassPayload({}, shapes, {}), None, tmp_path, bytes_down=99
+        reply, ExpectedReply(7, ClientDevice("phone"), ClassPayload({}, shapes, {}), bytes_down=99), tmp_path
     )
     assert sent is not None
     assert sent.path.read_bytes() == pack(deltas)
@@ -299,15 +317,15 @@ def test_a_spooled_contribution_is_what_was_sent(tmp_path: Path) -> None:
         "bytes_up": len(pack(deltas)),
         "update_norm": 0.0,
         "staleness": None,
-        "num_examples": REPORT["examples"],
-        "train_loss": REPORT["loss"],
-        "seconds": REPORT["seconds"],
-        "activation_memory": REPORT["saved_bytes"],
-        "peak_memory": REPORT["peak_rss"],
+        "num_examples": 5,
+        "train_loss": 0.5,
+        "seconds": 1.0,
+        "activation_memory": 10,
+        "peak_memory": 20,
     }
     assert sent.holdout_metrics == HoldoutMetrics(4, 0.25, 0.75, (0.5,))
-    assert sent.trained == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
-    reply = answer(message, pack(deltas), {**REPORT, "micro_batch": 4})
-    record, _ = receive_update(reply, 7, ClientDevice("phone"), ClassPayload({}, shapes, {}), None, tmp_path)
+    assert sent.trained_metrics == HoldoutMetrics(4, 0.125, 1.0, (0.625,))
+    reply = answer(message, pack(deltas), {**REPORT, "micro_batch_size": 4})
+    record, _ = receive_update(reply, ExpectedReply(7, ClientDevice("phone"), ClassPayload({}, shapes, {})), tmp_path)
     assert (record.status, record.reason) == ("merged", "in micro-batches of 4, to fit its memory")
     assert safetensors.torch.load_file(sent.path).keys() == deltas.keys()

@@ -14,7 +14,7 @@ from fedtune import paths as homes
 from fedtune.cli.main import cli
 from fedtune.errors import FedtuneError, RecipeError, SourceError, StoreError
 from fedtune.models.sources import resolve_model_source, run_folder
-from fedtune.server.selection import check_enough_enrolled_devices
+from fedtune.server.selection import check_base_for_devices
 from fedtune.tracking import Store, claim_run
 from tests.federations import TRIVIAL, WORDS, execute, outcome, trivial, words
 
@@ -128,7 +128,7 @@ def test_a_run_that_is_not_there_is_refused_before_anything_is_recorded(
 
 def test_devices_are_not_asked_to_begin_with_a_run_of_somebody_elses_store() -> None:
     with pytest.raises(RecipeError, match="devices have no run store; export it"):
-        check_enough_enrolled_devices(trivial("model.source=run:film-1a2b@3"), [])
+        check_base_for_devices(trivial("model.source=run:film-1a2b@3"))
 
 
 @pytest.mark.parametrize("more", [(), ("federation.asynchronous={buffer: 2}",)])

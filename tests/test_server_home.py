@@ -96,13 +96,27 @@ def test_settings_are_commented_yaml_and_wrong_ones_are_told_in_a_sentence(home:
     path = create_server_home(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
     assert yaml.safe_load(path.read_text()) == {
         "listen": "127.0.0.1:8443",
-        "names": ["localhost"],
-        "deadline": 3600,
+        "hostnames": ["localhost"],
+        "default_deadline": 3600,
         "body_limit": 1 << 26,
         "connections": 256,
     }
     path.write_text("listne: 127.0.0.1:1\n")
     with pytest.raises(ServerError, match=r"unknown key 'listne'; .*listen"):
+        open_server_home()
+
+
+def test_old_names_of_settings_are_read_and_one_line_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = create_server_home(["localhost"], "127.0.0.1:8443").folder / "server.yaml"
+    open_server_home()
+    assert capsys.readouterr().err == ""
+    path.write_text('names: ["lab.example"]\ndeadline: 60\nconnections: 4\n')
+    settings = open_server_home().settings
+    assert (settings.hostnames, settings.default_deadline, settings.connections) == (["lab.example"], 60, 4)
+    mend = "names is now hostnames, deadline is now default_deadline"
+    assert capsys.readouterr().err == f"fedtune: {path} has old names of settings: {mend}\n"
+    path.write_text("deadline: 60\ndefault_deadline: 70\n")
+    with pytest.raises(ServerError, match="unknown key 'deadline'"):
         open_server_home()
 
 

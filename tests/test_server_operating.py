@@ -36,7 +36,9 @@ def test_an_operator_releases_a_device_that_is_listed_as_quarantined(home: Path)
         store.access.add_device(name="kitchen", node_id="5", public_key="key")
         store.access.quarantine_device("kitchen", "3 rejected in a row: its report: examples is 0")
         [device] = store.access.list_devices()
-        assert device_to_json(device, True)["quarantine_reason"] == "3 rejected in a row: its report: examples is 0"
+        assert (
+            device_to_json(device, online=True)["quarantine_reason"] == "3 rejected in a row: its report: examples is 0"
+        )
         told = operating(store, audit).release("ada", asking(device="kitchen"), None)
         again = operating(store, audit).release("ada", asking(device="kitchen"), None)
         assert store.access.list_devices()[0].quarantine_reason is None

@@ -24,7 +24,7 @@ from fedtune.server.server_app import run_to_completion
 from fedtune.simulation.in_process_grid import InProcessGrid
 from fedtune.simulation.workers import SequentialWorkers
 from fedtune.tracking import RoundRecord, Store
-from tests.federations import Ended, begin, execute, outcome, spoilt, trivial
+from tests.federations import Ended, begin, execute, order_of, outcome, spoilt, trivial
 
 CLASSES = "devices=[{name: fast, count: 3, speed: 20}, {name: slow, count: 2, speed: 4}]"  # 2 steps of 10: 1 s and 5 s
 HURRIED = (CLASSES, "federation.deadline=4", "federation.rounds=4")
@@ -90,7 +90,7 @@ def test_the_first_replies_are_taken_and_the_others_never_trained(home: Path) ->
     trained: list[int] = []
 
     def note(message: Message, reply: Message) -> Message:
-        trained.append(int(str(message.content.config_records["order"]["client"])))
+        trained.append(order_of(message)[1])
         return reply
 
     recipe = trivial(CLASSES, "federation.take_first=3", "federation.rounds=2")
@@ -149,7 +149,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_left_alone(home: Path, override
     whole = execute(recipe, run="whole")
 
     def stopping(message: Message, reply: Message) -> Message:
-        if message.content.config_records["order"]["round"] == 4:
+        if order_of(message)[0] == 4:
             raise KeyboardInterrupt
         return reply
 

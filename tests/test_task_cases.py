@@ -25,7 +25,7 @@ from fedtune.training import (
     get_run_context,
     set_model_state,
 )
-from fedtune.training.micro_batches import compute_loss_weights
+from fedtune.training.micro_batches import can_split_batch, compute_loss_weights
 from tests.federations import execute
 from tests.task_cases import CASES, task_recipe
 from tests.test_export import state
@@ -77,6 +77,11 @@ def test_a_score_has_the_loss_that_training_follows(case: str, home: Path, tmp_p
     shop.model.eval()
     shop.model.requires_grad_(False)
     scores = shop.task.score_batch(shop.model, batch, None)
+    if not shop.task.can_split_batch:
+        sums = tasks.ScoreSums(outputs=[score.output for score in scores])
+        found = shop.task.compute_metrics(sums)["loss"]
+        assert found == pytest.approx(float(shop.task.compute_loss(shop.model, batch)), rel=1e-5)
+        return
     mean = sum(score.loss for score in scores) / sum(score.predictions for score in scores)
     if case == "fill-mask":  # hides other tokens each time
         losses = [float(shop.task.compute_loss(shop.model, batch).detach()) for _ in range(200)]
@@ -100,6 +105,9 @@ def test_gradients_of_micro_batches_add_up(case: str, home: Path, tmp_path: Path
             (share * compute_step_loss(shop.task, shop.model, part)).backward()
         return {name: one.grad.clone() for name, one in shop.model.named_parameters() if one.grad is not None}
 
+    if not shop.task.can_split_batch:
+        assert not can_split_batch(shop.task, shop.model)
+        return
     rows = [[0, 1, 2], [3, 4], [5]]
     whole = gradients([shop.train.make_batch([row for part in rows for row in part])])
     parts = gradients([shop.train.make_batch(part) for part in rows])
@@ -118,13 +126,19 @@ def test_the_result_loads_in_plain_transformers(case: str, home: Path, tmp_path:
     unread = ("mask_token",) if case.startswith("text2text") else ("labels", "mask_token")
     inputs = {name: one for name, one in batch.items() if name not in unread}
     with torch.no_grad():
-        expected = shop.model.eval()(**inputs).logits
+        expected = _first_output(shop.model.eval()(**inputs))
     export_model(recipe, tensors, tmp_path / "out", None, "card\n")
     loaded = getattr(transformers, shop.task.auto_class).from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(loaded(**inputs).logits.detach(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_first_output(loaded(**inputs)).detach(), expected, rtol=0, atol=1e-5)
     if shop.corpus.label_names:
         assert tuple(loaded.config.id2label.values()) == shop.corpus.label_names
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("red cat")["input_ids"]
+
+
+def _first_output(found: Any) -> Tensor:
+    """Logits, or the hidden states of a model without a head."""
+    output: Tensor = found.logits if hasattr(found, "logits") else found.last_hidden_state
+    return output
 
 
 def test_a_pair_is_told_apart_by_its_segments(home: Path, tmp_path: Path) -> None:
@@ -194,6 +208,31 @@ def test_written_texts_are_compared_with_the_targets(home: Path, tmp_path: Path)
     scores = shop.task.score_batch(shop.model.eval(), shop.validation.make_batch(range(3)), shop.reader)
     assert [score.output[1] for score in scores] == shop.corpus.validation["target"][:3]
     assert by_name(evaluate_model(shop.evaluated_model, shop.validation)).keys() >= {"rouge-l", "rouge-1", "rouge-2"}
+
+
+def test_an_exported_embedder_says_how_sentence_transformers_pools(home: Path, tmp_path: Path) -> None:
+    """With sentence-transformers itself both poolings gave the very embeddings of training."""
+    recipe = task_recipe("feature-extraction", tmp_path, "task={feature-extraction: {pooling: first}}")
+    export_model(recipe, {}, tmp_path / "out", None, "card\n")
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text(encoding="utf-8"))
+    assert [one["path"] for one in modules] == ["", "1_Pooling", "2_Normalize"]
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    told = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+    assert pooling == told
+    longest = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert longest == {"max_seq_length": 16}
+
+
+def test_partners_are_ranked_among_all_that_are_scored() -> None:
+    """The first text is nearest to its own partner; the second to the first one's, so that its own ranks second."""
+    task = tasks.get_task("feature-extraction")
+    east, north, between = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.8, 0.6])
+    sums = tasks.ScoreSums(2, 0, 0.0, [(east, east, 1.0), (between, north, 1.0)])
+    found = task.compute_metrics(sums)
+    assert found["accuracy"] == 0.5
+    assert found["mrr"] == 0.75
+    wanted = torch.nn.functional.cross_entropy(torch.tensor([[20.0, 0.0], [16.0, 12.0]]), torch.tensor([0, 1]))
+    assert found["loss"] == pytest.approx(float(wanted))
 
 
 def test_numbers_are_scored_by_correlation_and_squared_error() -> None:

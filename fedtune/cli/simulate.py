@@ -70,20 +70,18 @@ def simulate(
 
 def _resolved(path: Path, overrides: tuple[str, ...]) -> "Recipe":
     from fedtune.recipe.yaml_file import read_recipe
+    from fedtune.server.recipe_check import check_recipe_settings
     from fedtune.server.selection import check_enough_eligible_clients
-    from fedtune.simulation import resolve_recipe
 
-    recipe = resolve_recipe(read_recipe(path, overrides))
+    recipe = check_recipe_settings(read_recipe(path, overrides))
     check_enough_eligible_clients(recipe)
     return recipe
 
 
 def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunContext"]:
     """Build everything first, so that a run that cannot start leaves no row in the store."""
-    from fedtune.server.privacy_accounting import require_privacy_accountant
     from fedtune.tracking import new_run_id
 
-    require_privacy_accountant(recipe)
     shop = _workshop(recipe)
     run = new_run_id(recipe.name)
     store.create_run(
@@ -146,12 +144,12 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
 
 
 def _workshop(recipe: "Recipe") -> "RunContext":
-    from fedtune.training import get_run_context
+    from fedtune.server.recipe_check import build_run_context
 
     if sys.stderr.isatty():
         click.echo(f"reading {recipe.data.source} and {recipe.model.source}", err=True)
-    shop = get_run_context(recipe.model_dump_json())
-    _ = shop.client_rows, shop.train, shop.validation, shop.test
+    shop = build_run_context(recipe)
+    _ = shop.client_rows, shop.train
     for note in shop.corpus.notes:
         click.echo(f"warning: {note}", err=True)
     return shop

@@ -195,7 +195,8 @@ _PROBLEMS = {
 def _check_weights(model: ModelSettings, task: ModelTask, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Only a head may be new: a body without pretrained weights is the wrong class for this checkpoint."""
     labels = loaded.config.num_labels if task.has_new_head else 0
-    wrong = [key for key in info["missing_keys"] if not labels or not _is_head(loaded, key)]
+    drawn = [key for key in info["missing_keys"] if ".pooler." not in f".{key}"]
+    wrong = [key for key in drawn if not labels or not _is_head(loaded, key)]
     wrong += [key for key, found, wanted in info["mismatched_keys"] if tuple(wanted) != (labels, *found[1:])]
     if wrong:
         raise ModelError(

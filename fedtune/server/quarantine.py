@@ -28,7 +28,11 @@ class Quarantine:
     def judge(self, records: Sequence[ClientRecord]) -> None:
         """Quarantine the devices for which a committed round made the last drop."""
         faulty = [record for record in self._count(records) if self._refused[record.client] >= REFUSALS]
-        devices = {one.client: one.device_name for one in self._access.list_assignments(self._run)} if faulty else {}
+        devices = (
+            {assignment.client: assignment.device_name for assignment in self._access.list_assignments(self._run)}
+            if faulty
+            else {}
+        )
         for record in faulty:
             if record.client in devices:
                 self._access.quarantine_device(devices[record.client], f"{REFUSALS} rejected in a row: {record.reason}")

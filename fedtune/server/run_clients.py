@@ -1,4 +1,4 @@
-"""Who the clients of a run are: all nodes of a simulation, or the devices that took their seats when it began."""
+"""The clients of a run are all nodes of a simulation, or the devices that were assigned when it began."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -58,17 +58,17 @@ class RunClients:
 def wait_for_clients(
     grid: Grid,
     recipe: Recipe,
-    seats: Sequence[Assignment],
+    assignments: Sequence[Assignment],
     patience: float = _PATIENCE,
     removed: Callable[[], Collection[int]] = tuple,
 ) -> RunClients:
-    """The crew once it is connected; RoundError when too few are for a round after ``patience`` seconds.
+    """Return the clients once they are connected; raise RunError if too few are after ``patience`` seconds.
 
-    Without seats, every node of the grid is a client. With them, devices that are away join when they come back, and
-    those of the clients ``removed`` tells are not waited for.
+    Without assignments, every node of the grid is a client. With them, devices that are away join when they come back.
+    Devices of the clients that ``removed`` returns are not waited for.
     """
     classes = [recipe.get_device_class(client).name for client in range(recipe.num_clients)]
-    if not seats:
+    if not assignments:
         nodes = _wait(grid, None, recipe.num_clients, recipe.num_clients, patience)
         shares_disk = bool(getattr(grid, "shares_disk", False))
         return RunClients(
@@ -78,11 +78,11 @@ def wait_for_clients(
             eligible=list_eligible_clients(recipe),
         )
     gone = set(removed())
-    wanted = {int(seat.node_id) for seat in seats if seat.client not in gone}
+    wanted = {int(assignment.node_id) for assignment in assignments if assignment.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
     nodes, devices = (
-        [int(seat.node_id) for seat in seats],
-        [ClientDevice(classes[seat.client], seat.device_name) for seat in seats],
+        [int(assignment.node_id) for assignment in assignments],
+        [ClientDevice(classes[one.client], one.device_name) for one in assignments],
     )
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
     return RunClients(nodes, devices, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)

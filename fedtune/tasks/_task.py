@@ -30,13 +30,21 @@ class Task(NamedUnit):
     """Whether the model reads tokens, so that it needs a tokenizer and a padding id."""
     peft_type: ClassVar[str | None] = None
     """PEFT's ``task_type``; None where PEFT has none."""
-    can_split_batch: ClassVar[bool] = True
-    """Whether the loss of a batch is the mean over its predictions, so that it can be computed part by part."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Canonical names of the columns that it takes; the model reads the first. See ``fedtune.data.columns``."""
         raise NotImplementedError
+
+    @property
+    def can_split_batch(self) -> bool:
+        """Whether the loss of a batch is the mean over its predictions, so that it can be computed part by part."""
+        return True
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether a prediction can be correct, so that accuracy is one of its metrics."""
+        return True
 
     @property
     def keeps_outputs(self) -> bool:
@@ -90,6 +98,9 @@ class Task(NamedUnit):
         """Write the reader beside an exported model."""
         raise NotImplementedError
 
+    def save_model_extras(self, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+        """Write what else a user of an exported model needs, beside the model and the reader."""
+
     def resolve_reader(self, recipe: Recipe) -> Recipe:
         """The recipe with the reader's settings written out."""
         return recipe
@@ -117,8 +128,12 @@ class Task(NamedUnit):
         raise NotImplementedError
 
     def compute_metrics(self, sums: ScoreSums) -> dict[str, float]:
-        """The task's metrics over some examples, by name."""
-        return {"accuracy": sums.accuracy, "loss": sums.mean_loss}
+        """All the task's metrics over some examples, by name."""
+        return self.compute_basic_metrics(sums)
+
+    def compute_basic_metrics(self, sums: ScoreSums) -> dict[str, float]:
+        """``loss``, and ``accuracy`` where the task has it: what a client reports, by what a minimal install has."""
+        return {"accuracy": sums.accuracy, "loss": sums.mean_loss} if self.has_accuracy else {"loss": sums.mean_loss}
 
     def iter_calibration_inputs(self, examples: Table, recipe: Recipe, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Inputs of up to 256 examples, which need no labels; texts are cut to ``train.max_length`` tokens."""

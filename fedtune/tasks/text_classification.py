@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from fedtune.data import EncodedDataset, Table
 from fedtune.data.encoded_texts import encode_texts
 from fedtune.data.table import ClassLists
 from fedtune.recipe.schema import Recipe
+from fedtune.tasks._correlation import correlate
 from fedtune.tasks._scores import ExampleScore, ScoreSums, score_classes
 from fedtune.tasks._text_task import TextTask, draw_tokens
 
@@ -63,6 +63,11 @@ class TextClassification(TextTask):
     def head_problem(self) -> str | None:
         """What the head predicts."""
         return self.problem_type
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether a prediction can be correct: a number is only near or far."""
+        return self.problem_type != "regression"
 
     @property
     def main_metric(self) -> str:
@@ -107,7 +112,7 @@ class TextClassification(TextTask):
         if self.problem_type == "single_label_classification":
             return super().compute_metrics(sums)
         if self.problem_type == "regression":
-            return {**_correlate(sums.outputs), "mse": sums.mean_loss, "loss": sums.mean_loss}
+            return {**correlate(sums.outputs), "mse": sums.mean_loss, **self.compute_basic_metrics(sums)}
         return {**_compute_f1(sums.outputs), **super().compute_metrics(sums)}
 
     def make_random_batch(
@@ -134,19 +139,6 @@ def _score_decisions(logits: Tensor, labels: Tensor) -> ExampleScore:
     decided = (logits > 0).float()
     loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     return ExampleScore(len(labels), int((decided == labels).sum()), float(loss), (decided, labels))
-
-
-def _correlate(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of predictions with labels; NaN where one side does not vary."""
-    from scipy.stats import pearsonr, spearmanr
-
-    predicted, wanted = np.array(pairs, np.float64).reshape(-1, 2).T
-    if len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
-        return {"pearson": math.nan, "spearman": math.nan}
-    return {
-        "pearson": float(pearsonr(predicted, wanted).statistic),
-        "spearman": float(spearmanr(predicted, wanted).statistic),
-    }
 
 
 def _compute_f1(decisions: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:

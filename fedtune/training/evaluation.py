@@ -97,8 +97,9 @@ def score_held_out(client: ClientRound, held_out: Sequence[int]) -> HoldoutMetri
     sums = ScoreSums()
     for _, score in _iter_scores(evaluated, client.examples, held_out):
         sums.add(score, keep_output=evaluated.keeps_outputs)
+    found = evaluated.task.compute_basic_metrics(sums)
     more = tuple(evaluated.compute_further_metrics(sums).values())
-    return HoldoutMetrics(sums.count, sums.mean_loss, sums.accuracy, more)
+    return HoldoutMetrics(sums.count, found["loss"], found.get("accuracy", 0.0), more)
 
 
 def _iter_scores(

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError, StoreError
 from fedtune.merging import CombineStep, MergeContext, RelaxStep, bind_combine
-from fedtune.merging._factors import LowRankFactors, pad_factors
-from fedtune.merging._pairs import LowRankPairCombineStep
-from fedtune.merging._small_svd import TruncatedProduct, truncate_matrix
-from fedtune.merging._span import GramCombineStep
-from fedtune.merging.linear import Linear
+from fedtune.merging._factor_svd import TruncatedProduct, truncate_matrix
+from fedtune.merging._low_rank_factors import LowRankFactors, pad_factors
+from fedtune.merging.combine.linear_combinations._gram_step import GramCombineStep
+from fedtune.merging.combine.linear_combinations.linear import Linear
+from fedtune.merging.combine.low_rank._low_rank_pair_step import LowRankPairCombineStep
 from fedtune.offline_merge.adapters.adapter_products import Products
 from fedtune.offline_merge.adapters.adapter_tokenizers import common_tokens
 from fedtune.offline_merge.adapters.initial_adapters import RESIDUAL

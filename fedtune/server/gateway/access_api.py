@@ -14,7 +14,7 @@ from fedtune.server.gateway.device_api import check_name
 from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.tracking import Access, AuditRecord, OperatorRecord, TokenRecord
 
-__all__ = ["LettingIn", "read_tags"]
+__all__ = ["AccessApi", "read_tags"]
 
 _HOURS, _LONGEST_HOURS = 24.0, 24 * 365
 _TAGS: TypeAdapter[list[Tag]] = TypeAdapter(list[Tag])
@@ -24,7 +24,7 @@ _LINES, _MOST_LINES = 100, 1000
 
 
 @dataclass(frozen=True)
-class LettingIn:
+class AccessApi:
     """The part of the door for admins; ``who`` is the name of an operator that was let in."""
 
     access: Access

@@ -16,9 +16,9 @@ from fedtune.server.gateway.access_api import read_tags
 from fedtune.server.gateway.authentication import Authenticator
 from fedtune.server.gateway.refusal import AuditLog, RequestRefusedError
 from fedtune.server.presence import Presence
-from fedtune.server.privacy_accounting import require_privacy_accountant
-from fedtune.server.recipe_check import RecipeCheck
+from fedtune.server.recipe_check_process import RecipeCheckProcess
 from fedtune.server.run_manager import RunManager
+from fedtune.server.selection import check_base_for_devices
 from fedtune.tracking import DeviceRecord, RunRecord, Store
 from fedtune.tracking.run_json import make_run_document
 
@@ -35,7 +35,7 @@ class OperatorApi:
     guard: Authenticator
     audit: AuditLog
     control: Callable[[], ControlClient]
-    check: RecipeCheck
+    check: RecipeCheckProcess
 
     def submit_run(self, who: str, _: Request, sent: Any) -> dict[str, Any]:
         """Queue a run of a recipe, which is settings only: no code is taken from anybody."""
@@ -43,8 +43,9 @@ class OperatorApi:
             recipe = Recipe.model_validate(sent.get("recipe") if isinstance(sent, dict) else None)
         except ValidationError as error:
             raise RequestRefusedError(400, explain_validation_error(error, Recipe, "the recipe"), who) from error
-        require_privacy_accountant(recipe)
-        run = self.manager.submit_run(self.check.whole(recipe))
+        check_base_for_devices(recipe)
+        checked = self.check.check_recipe(recipe)
+        run = self.manager.submit_run(checked)
         self.audit.record_action(who, f"run {run} submitted")
         return {"run": run}
 
@@ -57,8 +58,8 @@ class OperatorApi:
         run = self.store.run(request.path_params["run"])
         after = _number(request.query_params.get("after", "-1"))
         rounds = self.store.rounds(run.id, after)
-        assigned = [asdict(one) for one in self.store.access.list_assignments(run.id)]
-        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assigned}
+        assignments = [asdict(one) for one in self.store.access.list_assignments(run.id)]
+        return make_run_document(self._as_planned(run), rounds, detailed=True) | {"assignments": assignments}
 
     def stop_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """End a run that is queued or running."""
@@ -68,12 +69,12 @@ class OperatorApi:
 
     def rollback(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Take a run back to one of its rounds."""
-        number = sent.get("round") if isinstance(sent, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+        round_number = sent.get("round") if isinstance(sent, dict) else None
+        if not isinstance(round_number, int) or isinstance(round_number, bool) or not 0 <= round_number < 2**31:
             raise RequestRefusedError(400, "a rollback needs the number of a round, 0 or more", who)
-        run, removed = self.manager.rollback(request.path_params["run"], number)
-        self.audit.record_action(who, f"run {run} rolled back to round {number}; {removed} rounds removed")
-        return {"run": run, "round": number, "removed": removed}
+        run, removed = self.manager.rollback(request.path_params["run"], round_number)
+        self.audit.record_action(who, f"run {run} rolled back to round {round_number}; {removed} rounds removed")
+        return {"run": run, "round": round_number, "removed": removed}
 
     def resume_run(self, who: str, request: Request, _: Any) -> dict[str, Any]:
         """Queue a run again that was stopped or failed."""
@@ -85,7 +86,7 @@ class OperatorApi:
         """Enrolled devices, and whether they are connected."""
         devices = self.store.access.list_devices()
         there = {found.name for found in self.presence.list_connected_devices(devices)}
-        return {"devices": [device_to_json(found, found.name in there) for found in devices]}
+        return {"devices": [device_to_json(found, online=found.name in there) for found in devices]}
 
     def change_device_tags(self, who: str, request: Request, sent: Any) -> dict[str, Any]:
         """Give a device tags and take others from it."""
@@ -122,7 +123,7 @@ class OperatorApi:
         return self.manager.get_recorded_run(run)
 
 
-def device_to_json(found: DeviceRecord, online: bool) -> dict[str, Any]:
+def device_to_json(found: DeviceRecord, *, online: bool) -> dict[str, Any]:
     """A device as JSON, without its key."""
     return {
         "name": found.name,
