@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks.report import save
 from fedtune.merging._factor_svd import truncate_product
 from fedtune.merging._low_rank_factors import LowRankFactors, compute_averaging_error, stack_factors
-from fedtune.offline_merge.adapters.merge_adapters import RankLimit, merge_adapters
+from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge, RankLimit
+from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from fedtune.training import use_cpu_threads
 
 SIDE, RANK, ALPHA = 576, 8, 16
@@ -98,7 +99,7 @@ def by_peft(folders: Sequence[Path], settings: dict[str, Any], times: int = 1) -
 def by_us(folders: Sequence[Path], cut: RankLimit, times: int = 1) -> tuple[Tensor, float]:
     """The delta of the merged folder as plain peft reads it, and the seconds, files and all."""
     with tempfile.TemporaryDirectory() as out:
-        seconds = timed(lambda turn: merge_adapters(folders, Path(out) / str(turn), cut=cut), times)
+        seconds = timed(lambda turn: merge_adapters(folders, Path(out) / str(turn), AdapterMerge(limit=cut)), times)
         return delta(PeftModel.from_pretrained(layer(), str(Path(out) / "0"))), seconds
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.architecture_bench import Bench
 from fedtune import techniques
 from fedtune.errors import FedtuneError
-from fedtune.export import write as export
+from fedtune.export import write_export
 from fedtune.models.read_past import read_past
 from fedtune.recipe.schema import Recipe
 
@@ -33,13 +33,13 @@ def exported(
     """The difference of logits after a round trip; None where there is no adapter, or no export at all."""
     target = folder / f"{bench.name}-{recipe.train.techniques[0].name}-{form}"
     try:
-        made = export(recipe, bench.labels, state, target, form, "")
+        made = write_export(recipe, bench.labels, state, target, form, "")
     except FedtuneError:
         return None
-    if form is None and made == "full":
+    if form is None and made == "model":
         return None
     auto = getattr(transformers, bench.task.auto_class)
-    if made == "full":
+    if made == "model":
         loaded = auto.from_pretrained(target, trust_remote_code=True)
     else:
         loaded = PeftModel.from_pretrained(_base(bench, recipe), str(target))

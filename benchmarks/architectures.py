@@ -113,7 +113,7 @@ def _tried(bench: Bench, technique: str, folder: Path) -> Cell:
     batch = bench.examples.make_batch(range(4))
     wanted = logits(model, batch)
     gradient = gradient_error(recipe, bench.labels, state, batch, (1, 2))
-    full, adapter = (exported(bench, recipe, state, form, folder, batch, wanted) for form in ("full", None))
+    full, adapter = (exported(bench, recipe, state, form, folder, batch, wanted) for form in ("model", None))
     return Cell(
         bench.name, technique, "exact", ", ".join(sorted(unmoved)), gradient, len(trained), len(unmoved), full, adapter
     )
@@ -128,7 +128,7 @@ def _judged(found: Cell) -> Cell:
         faults.append("nothing moved")
     faults += [
         f"the {form} export differs by {error:.2g}"
-        for form, error in (("full", found.full), ("adapter", found.adapter))
+        for form, error in (("model", found.full), ("adapter", found.adapter))
         if error is not None and error > _LOGITS
     ]
     return found if not faults else Cell(**{**asdict(found), "verdict": "wrong", "why": "; ".join(faults)})

@@ -136,7 +136,7 @@ def run(store: Store, made: Arm) -> list[RoundRecord]:
         name=whole.name,
         recipe=whole.model_dump_json(),
         seed=whole.seed,
-        engine="local",
+        engine="in-process",
         rounds_planned=whole.federation.rounds,
     )
     run_to_completion(InProcessGrid(whole.num_clients, SequentialWorkers(app)), store, "run")

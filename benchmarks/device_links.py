@@ -51,7 +51,7 @@ def main(chosen: list[str]) -> None:
             held.enter_context(disk(work / name))
         made = held.enter_context(fleet(0, address=HERE, folder=work))
         for number in range(DEVICES):
-            made.enrol(number, f"part:{number}", line.inside if number == 0 else ()).start()
+            made.enrol(number, f"partition:{number}", line.inside if number == 0 else ()).start()
         found = {name: tried(made, line, name, left_alone) for name in TROUBLES if name in chosen or not chosen}
     earlier = json.loads(RESULT.read_text())["troubles"] if RESULT.exists() else {}
     save("device_links", {"deadline": DEADLINE, "recipe": RECIPE, "troubles": earlier | found})

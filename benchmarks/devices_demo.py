@@ -23,7 +23,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fedtune-devices-") as folder, ExitStack() as running:
         work = Path(folder)
         server = home(work / "server")
-        shown(server, "server", "init", "--name", "127.0.0.1", "--listen", f"127.0.0.1:{free_port()}")
+        shown(server, "server", "init", "--hostname", "127.0.0.1", "--listen", f"127.0.0.1:{free_port()}")
         running.enter_context(background(server, work / "server.log", "server", "up"))
         until_up(server)
         devices = [enrolled(server, work, number) for number in range(DEVICES)]
@@ -86,14 +86,14 @@ def until_up(server: Mapping[str, str]) -> None:
 def enrolled(server: Mapping[str, str], work: Path, number: int) -> dict[str, str]:
     """A new device's environment, once the server knows its key."""
     device = home(work / f"device-{number}")
-    token = asked(server, "server", "token", f"device-{number}").strip().splitlines()[-1]
-    command = [*FEDTUNE, "device", "enroll", "--token", "-"]
+    token = asked(server, "server", "create-token", f"device-{number}").strip().splitlines()[-1]
+    command = [*FEDTUNE, "device", "enrol", "--token", "-"]
     subprocess.run(command, env=device, check=True, input=token, text=True)
     return device
 
 
 def join(work: Path, device: Mapping[str, str], number: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    return background(device, work / f"device-{number}.log", "device", "join", "--data", f"part:{number}")
+    return background(device, work / f"device-{number}.log", "device", "join", "--data", f"partition:{number}")
 
 
 @contextmanager

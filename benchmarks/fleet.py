@@ -110,7 +110,7 @@ class Fleet:
         environment = home(folder / f"device-{number}") | more
         with self.operator() as connection:
             token: str = connection.request_json("POST", "tokens", {"name": f"device-{number:02d}"})["token"]
-        command = [*before, *FEDTUNE, "device", "enroll", "--token", "-"]
+        command = [*before, *FEDTUNE, "device", "enrol", "--token", "-"]
         subprocess.run(command, env=environment, check=True, input=token, text=True, stdout=subprocess.DEVNULL)
         words = ("device", "join", "--data", data)
         log = folder / f"device-{number}.log"
@@ -130,7 +130,7 @@ def fleet(
     server = home(work / "server") | more
     listen = f"{address}:{free_port()}"
     subprocess.run(
-        [*FEDTUNE, "server", "init", "--name", address, "--listen", listen],
+        [*FEDTUNE, "server", "init", "--hostname", address, "--listen", listen],
         env=server | ({"FEDTUNE_STORE": store} if store else {}),
         check=True,
         stdout=subprocess.DEVNULL,
@@ -143,7 +143,7 @@ def fleet(
         made.server.start()
         until_up(made)
         for number in range(count):
-            made.enrol(number, f"part:{number}", **more).start()
+            made.enrol(number, f"partition:{number}", **more).start()
         yield made
     finally:
         for device in made.devices:

@@ -82,7 +82,7 @@ def engine_run(shop: RunContext, run: str) -> None:
                 name=recipe.name,
                 recipe=recipe.model_dump_json(),
                 seed=recipe.seed,
-                engine="local",
+                engine="in-process",
                 rounds_planned=recipe.federation.rounds,
             )
         run_in_process(shop, run, url, workers=1)

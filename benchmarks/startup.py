@@ -32,7 +32,7 @@ def main() -> None:
 def fill(url: str) -> None:
     with Store.open(url) as store:
         for run in range(20):
-            store.create_run(id=f"run-{run}", name="run", recipe="{}", seed=0, engine="local", rounds_planned=5)
+            store.create_run(id=f"run-{run}", name="run", recipe="{}", seed=0, engine="in-process", rounds_planned=5)
             for number in range(6):
                 store.commit_round(f"run-{run}", empty_round(number))
 

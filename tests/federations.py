@@ -115,7 +115,7 @@ def tiny_bert(folder: Path, width: int = 16) -> None:
         BertModel(shape).save_pretrained(folder)
 
 
-def begin(store: Store, recipe: Recipe, run: str = "run-1", engine: str = "local") -> str:
+def begin(store: Store, recipe: Recipe, run: str = "run-1", engine: str = "in-process") -> str:
     """Record a run that has yet to do its first round."""
     rounds = recipe.federation.rounds
     text = recipe.model_dump_json()

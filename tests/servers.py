@@ -194,7 +194,7 @@ def joined(server: Server, folder: Path, *sources: str, **more: str) -> Iterator
             home = folder / name
             home.mkdir(parents=True)
             token = f"{server.token(name)}\n".encode()
-            run = [*FEDTUNE, "device", "enroll", "--token", "-"]
+            run = [*FEDTUNE, "device", "enrol", "--token", "-"]
             subprocess.run(run, input=token, env=_environment(home, more), check=True, capture_output=True)
             devices.append(Device(name, home, source, _join(home, source, None, more), more=more))
         yield devices

@@ -53,7 +53,7 @@ def a_round(number: int, **changes: Any) -> RoundRecord:
 
 def start(store: Store, run_id: str = "film-1a2b", **changes: Any) -> None:
     recipe = {"name": "film", "train": {"techniques": [{"lora": {"rank": 8}}], "lr": 0.001}}
-    values: dict[str, Any] = {"id": run_id, "name": "film", "seed": 3, "engine": "local", "rounds_planned": 3}
+    values: dict[str, Any] = {"id": run_id, "name": "film", "seed": 3, "engine": "in-process", "rounds_planned": 3}
     store.create_run(**(values | {"recipe": json.dumps(recipe)} | changes))
 
 

@@ -174,15 +174,15 @@ def test_an_export_says_what_the_federation_learned(home: Path, tmp_path: Path, 
     made = recipe(tmp_path, step, "federation.rounds=1")
     state = states(execute(made))[-1]
     form = export_model(made, state, tmp_path / "out", None, "")
-    assert form == ("full" if step in EXACT else "adapter")
+    assert form == ("model" if step in EXACT else "adapter")
     shop = get_run_context(made.model_dump_json())
     set_model_state(shop.model, state)
     batch = {name: tensor for name, tensor in shop.test.make_batch(range(8)).items() if name != "labels"}
     expected = logits(shop.model, batch)
     base = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / ("out" if form == "full" else "bert"), num_labels=2
+        tmp_path / ("out" if form == "model" else "bert"), num_labels=2
     )
-    loaded = base if form == "full" else PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    loaded = base if form == "model" else PeftModel.from_pretrained(base, str(tmp_path / "out"))
     torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=1e-5)
 
 

@@ -15,7 +15,8 @@ from fedtune.errors import ModelError
 from fedtune.merging import ActivationStatistics, CombineStep, MergeContext, MergeInput
 from fedtune.merging.relax.aim import Aim
 from fedtune.merging.relax.shrink import Shrink
-from fedtune.offline_merge.adapters.merge_adapters import MergedModule, RankLimit, compute_overall_error, merge_adapters
+from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge, RankLimit
+from fedtune.offline_merge.adapters.merge_adapters import MergedModule, compute_overall_error, merge_adapters
 from tests.adapter_folders import (
     IDS,
     PLAIN,
@@ -55,7 +56,7 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_linear_merge_is_exact_in_plain_peft(tmp_path: Path, mixture: str) -> None:
     folders = several(tmp_path, *MIXTURES[mixture])
-    modules = merge_adapters(folders, tmp_path / "out", weights=[3, 2, 5])
+    modules = merge_adapters(folders, tmp_path / "out", AdapterMerge(weights=[3, 2, 5]))
     assert_adds(tmp_path / "out", wanted(folders, [0.3, 0.2, 0.5]))
     assert compute_overall_error(modules) < 1e-6
     assert {one.module: one.rank for one in modules} == ranks(tmp_path / "out")
@@ -88,9 +89,9 @@ def test_equal_adapters_give_that_adapter_at_its_own_rank(tmp_path: Path) -> Non
 
 def test_the_order_of_adapters_and_one_of_weight_zero_do_not_matter(tmp_path: Path) -> None:
     folders = several(tmp_path, PLAIN, {"r": 3}, {"r": 5})
-    merge_adapters(folders, tmp_path / "out", weights=[1, 3, 0])
+    merge_adapters(folders, tmp_path / "out", AdapterMerge(weights=[1, 3, 0]))
     assert_adds(tmp_path / "out", wanted(folders[1::-1], [0.75, 0.25]))
-    merge_adapters(folders[1::-1], tmp_path / "turned", weights=[3, 1])
+    merge_adapters(folders[1::-1], tmp_path / "turned", AdapterMerge(weights=[3, 1]))
     assert_adds(tmp_path / "turned", deltas(tmp_path / "out"))
 
 
@@ -99,7 +100,7 @@ def test_the_order_of_adapters_and_one_of_weight_zero_do_not_matter(tmp_path: Pa
 )
 def test_what_is_cut_off_is_told(tmp_path: Path, cut: RankLimit) -> None:
     folders = several(tmp_path, PLAIN, PLAIN, {"r": 3})
-    modules = merge_adapters(folders, tmp_path / "out", cut=cut)
+    modules = merge_adapters(folders, tmp_path / "out", AdapterMerge(limit=cut))
     whole, found = wanted(folders, [1 / 3] * 3), deltas(tmp_path / "out")
     for one in modules:
         missed = (found[one.module] - whole[one.module]).norm() / whole[one.module].norm()
@@ -135,7 +136,7 @@ def test_a_step_does_to_products_what_it_does_to_dense_deltas(
     folders = several(tmp_path, PLAIN, {"r": 3}, {"r": 1})[:count]
     weights = [0.5, 0.2, 0.3][:count]
     made = step(name, **settings)
-    modules = merge_adapters(folders, tmp_path / "out", made, weights)
+    modules = merge_adapters(folders, tmp_path / "out", AdapterMerge(made, weights))
     assert_adds(tmp_path / "out", dense_twin(made, [by_rows(folder) for folder in folders], weights), 1e-5)
     assert compute_overall_error(modules) < 1e-5
 
@@ -143,7 +144,7 @@ def test_a_step_does_to_products_what_it_does_to_dense_deltas(
 def test_an_adapter_may_have_a_density_of_its_own(tmp_path: Path) -> None:
     folders, weights = several(tmp_path, PLAIN, {"r": 3}), [0.5, 0.5]
     knobs = [{"density": 1.0}, {"density": 0.3}]
-    merge_adapters(folders, tmp_path / "out", step("ties", density=0.6), weights, knobs=knobs)
+    merge_adapters(folders, tmp_path / "out", AdapterMerge(step("ties", density=0.6), weights, overrides=knobs))
     dense = [by_rows(folder) for folder in folders]
     assert_adds(tmp_path / "out", dense_twin(step("ties", density=0.6), dense, weights, knobs), 1e-5)
 
@@ -191,7 +192,7 @@ def test_peft_averages_factors_where_this_averages_products(tmp_path: Path) -> N
 )
 def test_what_is_no_product_is_averaged_apart(tmp_path: Path, settings: dict[str, Any]) -> None:
     folders = several(tmp_path, settings, {**settings, "r": 3})
-    merge_adapters(folders, tmp_path / "out", weights=[1, 3])
+    merge_adapters(folders, tmp_path / "out", AdapterMerge(weights=[1, 3]))
     one, other, found = (
         {name: tensor for name, tensor in whole(folder).items() if "embedding" not in name}
         for folder in (*folders, tmp_path / "out")
@@ -238,7 +239,9 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path, what: str) -
         safetensors.torch.save_file(half, path)
     with pytest.raises(ModelError, match=r"reaches [\d.e+]+, but float16 ends at 65504; take smaller weights"):
         merge_adapters(
-            folders, tmp_path / "out", step("task-arithmetic", scale=1e12 if "lora" in what else 1.0), [3, -2]
+            folders,
+            tmp_path / "out",
+            AdapterMerge(step("task-arithmetic", scale=1e12 if "lora" in what else 1.0), [3, -2]),
         )
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +253,7 @@ def test_aim_scales_the_columns_of_the_merged_product(tmp_path: Path) -> None:
     evidence = MergeContext(
         {"fc.weight": ActivationStatistics(level), "block.kernel.weight": ActivationStatistics(channel)}
     )
-    merge_adapters(folders, tmp_path / "out", relax=[Aim(omega=0.4)], evidence=evidence)
+    merge_adapters(folders, tmp_path / "out", AdapterMerge(relax=[Aim(omega=0.4)], context=evidence))
     expected = wanted(folders, [0.5, 0.5])
     expected["fc"] = expected["fc"] * (1 - 0.6 * level / level.max())
     expected["block.kernel"] = 0.4 * expected["block.kernel"]
@@ -259,12 +262,12 @@ def test_aim_scales_the_columns_of_the_merged_product(tmp_path: Path) -> None:
 
 def test_shrinking_reaches_transposed_factors_too(tmp_path: Path) -> None:
     folders = several(tmp_path, PLAIN, PLAIN)
-    merge_adapters(folders, tmp_path / "out", relax=[Shrink(factor=0.5)])
+    merge_adapters(folders, tmp_path / "out", AdapterMerge(relax=[Shrink(factor=0.5)]))
     assert_adds(tmp_path / "out", wanted(folders, [0.25, 0.25]))
 
 
 def test_an_adapter_of_zeros_stays_one(tmp_path: Path) -> None:
     folders = several(tmp_path, PLAIN, PLAIN)
-    modules = merge_adapters([folders[0]] * 2, tmp_path / "out", step("task-arithmetic"), [1, -1])
+    modules = merge_adapters([folders[0]] * 2, tmp_path / "out", AdapterMerge(step("task-arithmetic"), [1, -1]))
     assert {(one.rank, one.error) for one in modules} == {(1, 0.0)}
     assert not any(delta.any() for delta in deltas(tmp_path / "out").values())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge
 from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from tests.adapter_folders import PLAIN, several, spoil, step
 
@@ -49,9 +50,9 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
 def test_weights_heads_and_places_that_do_not_hold_are_refused(tmp_path: Path) -> None:
     folders = several(tmp_path, {"modules_to_save": ["head"]}, {"modules_to_save": ["head"]})
     with pytest.raises(FedtuneError, match=r"^merge: the weights of the adapters that have .*head.bias sum to zero"):
-        merge_adapters(folders, tmp_path / "out", step("task-arithmetic"), [1, -1])
+        merge_adapters(folders, tmp_path / "out", AdapterMerge(step("task-arithmetic"), [1, -1]))
     with pytest.raises(FedtuneError, match=r"^merge: fedit is for rounds of a federation; name linear, ties or"):
-        merge_adapters(folders, tmp_path / "out", step("fedit"))
+        merge_adapters(folders, tmp_path / "out", AdapterMerge(step("fedit")))
     with pytest.raises(FedtuneError, match="exists already; choose another folder"):
         merge_adapters(folders, folders[0])
     name = "base_model.model.head.bias"

@@ -148,7 +148,7 @@ def test_a_wrong_word_is_one_sentence_and_leaves_no_trace(
         (["simulate"], "name either a RECIPE or a run with --resume"),
         (["simulate", "a.yaml", "--resume", "latest"], "name either a RECIPE or a run with --resume"),
         (["simulate", "--resume", "latest", "--set", "seed=1"], "a resumed run keeps its recipe"),
-        (["simulate", "a.yaml", "--engine", "ray"], "'ray' is not one of 'local', 'flower'"),
+        (["simulate", "a.yaml", "--engine", "ray"], "'ray' is not one of 'in-process', 'flower'"),
         (["simulate", "a.yaml", "--workers", "0"], "0 is not in the range x>=1"),
         (["export", "latest"], "Missing option '-o'"),
     ],

@@ -19,12 +19,12 @@ from tests.test_device_deployment import DIES_WITH_AN_ORDER_IN_HAND
 
 pytestmark = pytest.mark.deployed
 
-PARTS = ("part:0", "part:1", "part:2")
+PARTS = ("partition:0", "partition:1", "partition:2")
 
 
 @pytest.fixture
 def server_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     return home
 

@@ -60,7 +60,7 @@ def test_an_isolated_child_and_its_own_children_import_nothing_of_it(
 
 @pytest.mark.slow
 def test_a_devices_trainer_imports_nothing_of_the_working_folder(trap: Path, home: Path) -> None:
-    keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
+    keeper = TrainerSupervisor("partition:0", 1 << 34, 60.0)
     try:
         answer = keeper.run_request(Frame({"recipe": "{}"}))
     finally:
@@ -119,7 +119,7 @@ def test_a_device_that_joins_imports_nothing_of_the_working_folder(trap: Path, h
     place.save_identity(
         DeviceIdentity("https://127.0.0.1:1", "pi", 7, make_ca_certificate(generate_private_key()).decode())
     )
-    command = [COMMAND, "device", "join", "--data", "part:0", "--memory", "1GB"]
+    command = [COMMAND, "device", "join", "--data", "partition:0", "--memory", "1GB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         said = next((line for line in process.stdout if "cannot be reached" in line), "")

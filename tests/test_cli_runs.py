@@ -157,7 +157,7 @@ def test_every_command_explains_itself_and_speaks_json(command: str) -> None:
     text = call(command, "--help").stdout
     assert f"Example: fedtune runs {command}" in text
     assert "--json" in text
-    assert ("--server FILE" if command in ("resume", "stop", "watch") else "--store URL") in text
+    assert ("--operator-file FILE" if command in ("resume", "stop", "watch") else "--store URL") in text
 
 
 LIST = """

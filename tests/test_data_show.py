@@ -64,12 +64,12 @@ def test_show_prints_a_row_per_client_and_the_picture(recipe_file: Path, tmp_pat
     picture = tmp_path / "home" / "pictures" / "example-split.png"
     assert result.exit_code == 0
     assert picture.is_file()
-    assert f"picture: {picture}" in result.output
+    assert f"plot: {picture}" in result.output
     assert sum("phone" in line for line in result.output.splitlines()) == 4
 
 
 def test_show_cuts_a_long_table_and_says_so(recipe_file: Path, tmp_path: Path) -> None:
-    overrides = ["--set", "devices=[{name: phone, count: 100}]", "--picture", str(tmp_path / "here.png")]
+    overrides = ["--set", "devices=[{name: phone, count: 100}]", "--output", str(tmp_path / "here.png")]
     result = CliRunner().invoke(command, ["show", str(recipe_file), *overrides], catch_exceptions=False)
     assert sum("phone" in line for line in result.output.splitlines()) == 40
     assert "and 60 more clients" in result.output
@@ -79,7 +79,7 @@ def test_show_cuts_a_long_table_and_says_so(recipe_file: Path, tmp_path: Path) -
 def test_show_gives_json_that_adds_up(recipe_file: Path) -> None:
     result = CliRunner().invoke(command, ["show", str(recipe_file), "--json"], catch_exceptions=False)
     shown = json.loads(result.output)
-    assert shown.keys() == {"name", "parts", "by", "values", "holdings", "picture"}
+    assert shown.keys() == {"name", "parts", "by", "values", "holdings", "plot"}
     assert sum(holding["examples"] for holding in shown["holdings"]) == shown["parts"]["train"]
     assert all(sum(holding["counts"]) == holding["examples"] for holding in shown["holdings"])
     assert sum(shown["parts"].values()) == 400

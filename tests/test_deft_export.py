@@ -63,10 +63,10 @@ def test_a_swap_the_configuration_cannot_say_is_refused() -> None:
     ("units", "form"),
     [
         ("lora, deft", "adapter"),
-        ("lora, deft: {relu: true}", "full"),
-        ("lora, deft: {skip: {}}", "full"),
-        ("qlora, deft: {relu: true, skip: {}}", "full"),
-        ("deft: {relu: true, skip: {}}, qlora", "full"),
+        ("lora, deft: {relu: true}", "model"),
+        ("lora, deft: {skip: {}}", "model"),
+        ("qlora, deft: {relu: true, skip: {}}", "model"),
+        ("deft: {relu: true, skip: {}}, qlora", "model"),
     ],
 )
 def test_a_run_is_exported_as_an_adapter_only_where_the_base_stays(
@@ -76,7 +76,7 @@ def test_a_run_is_exported_as_an_adapter_only_where_the_base_stays(
     tensors = state(execute(recipe))
     assert export_model(recipe, tensors, tmp_path / "out", None, "") == form
     inputs, expected = own_logits(recipe, tensors)
-    if form == "full":
+    if form == "model":
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     else:
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)

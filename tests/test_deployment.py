@@ -42,7 +42,7 @@ def command(*argv: str) -> str:
 
 @pytest.fixture
 def server_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     return home
 
@@ -50,7 +50,7 @@ def server_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_deployed_run_ends_in_the_bits_of_a_simulated_one(server_home: Path, tmp_path: Path) -> None:
     simulated = execute(trivial(TWO), run="simulated").hashes
     (tmp_path / "recipe.yaml").write_text(TRIVIAL)
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         printed = command("submit", str(tmp_path / "recipe.yaml"), "--set", TWO, "--watch")
         devices, runs, audit = (command("server", view) for view in ("devices", "runs", "audit"))
         found = ended(server, "latest")
@@ -73,7 +73,10 @@ def test_devices_that_were_not_asked_to_train_score_what_they_score_in_a_simulat
         "evaluation={own: 0.2, metrics: [f1], clients: all}", "devices=[{count: 3}]", "federation.clients_per_round=1"
     )
     simulated = execute(recipe, run="simulated")
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1", "part:2") as devices:
+    with (
+        serving(server_home) as server,
+        joined(server, tmp_path, "partition:0", "partition:1", "partition:2") as devices,
+    ):
         found = ended(server, submit(server, recipe), seconds=300)
         said = [device.log for device in devices]
     assert found["status"] == "completed", found["reason"]
@@ -91,7 +94,7 @@ MIXED = "devices=[{name: large, count: 1, memory: 128MB}, {name: small, count: 1
 def test_device_classes_do_on_devices_what_they_do_in_a_simulation(server_home: Path, tmp_path: Path) -> None:
     recipe = trivial(MIXED)
     simulated = execute(recipe, run="simulated")
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         found = ended(server, submit(server, recipe))
     assert found["status"] == "completed", found["reason"]
     assert hashes(found) == simulated.hashes
@@ -107,7 +110,7 @@ def test_devices_are_sent_what_was_added_to_their_base_also_after_their_restart(
     recipe = words(tmp_path, lora, "merge=[flora]", TWO, "federation.rounds=4")
     tiny_bert(tmp_path / "bert", width=64)
     simulated = execute(recipe, run="simulated")
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1") as devices:
+    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1") as devices:
         run = submit(server, recipe)
         at_round(server, run, 2)
         devices[1].process.kill()
@@ -151,7 +154,7 @@ def kill(server: Server, words: str) -> None:
 def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path, tmp_path: Path, victim: str) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         run = submit(server, recipe)
         at_round(server, run, 1)
         kill(server, victim)
@@ -164,7 +167,7 @@ def test_a_run_goes_on_when_a_process_of_the_server_is_killed(server_home: Path,
 def test_a_run_goes_on_when_the_whole_server_is_killed_and_comes_back(server_home: Path, tmp_path: Path) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
-    with serving(server_home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    with serving(server_home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         run = submit(server, recipe)
         at_round(server, run, 1)
         family = psutil.Process(server.process.pid).children(recursive=True)
@@ -184,7 +187,7 @@ def test_a_queued_run_waits_for_devices_and_a_stopped_one_is_resumed(server_home
     with serving(server_home) as server:
         run = submit(server, recipe)
         other = submit(server, trivial(TWO))
-        with joined(server, tmp_path, "part:0", "part:1"), server.operator() as connection:
+        with joined(server, tmp_path, "partition:0", "partition:1"), server.operator() as connection:
             at_round(server, run, 1)
             assert connection.request_json("GET", f"runs/{other}")["status"] == "queued"
             connection.request_json("POST", f"runs/{other}/stop")

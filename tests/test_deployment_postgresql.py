@@ -67,7 +67,7 @@ def postgresql() -> Iterator[Database]:
 @pytest.fixture
 def database(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     """The store that the server's own file names."""
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     with postgresql() as made:
         place = create_server_home(["localhost"], f"127.0.0.1:{find_free_port()}")
@@ -84,7 +84,7 @@ def test_a_run_goes_on_when_its_database_was_away(
 ) -> None:
     recipe = trivial(TWO, LONG)
     undisturbed = execute(recipe, run="simulated").hashes
-    with serving(home) as server, joined(server, tmp_path, "part:0", "part:1"):
+    with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1"):
         number = submit(server, recipe)
         at_round(server, number, 1)
         database.stop()

@@ -49,7 +49,7 @@ main()
 
 @pytest.fixture
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     with serving(home) as served:
         yield served
@@ -81,7 +81,7 @@ def trainers(device: Device) -> list[psutil.Process]:
 def test_an_idle_device_is_lighter_than_flower_s_node_and_its_trainer_stays_warm(
     server: Server, tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         found = ended(server, submit(server, trivial(TWO, LONG)))
         rss = [psutil.Process(device.process.pid).memory_info().rss for device in devices]
         [trainer] = trainers(devices[0])
@@ -99,7 +99,7 @@ def test_an_idle_device_is_lighter_than_flower_s_node_and_its_trainer_stays_warm
 def test_a_device_that_is_killed_goes_on_where_it_was(
     server: Server, tmp_path: Path, undisturbed: list[str], moment: str
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         device = devices[1]
         folder = device.home / "device"
         until(lambda: state(device) == "online")
@@ -124,7 +124,7 @@ def test_a_device_that_is_killed_goes_on_where_it_was(
 def test_a_device_that_is_killed_before_its_order_is_on_its_disk_gets_it_again(
     server: Server, tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         device = devices[1]
         until(lambda: state(device) == "online")
         device.process.kill()
@@ -145,7 +145,7 @@ def test_a_dead_device_is_given_no_place_in_a_new_run(server: Server, tmp_path: 
         with server.operator() as connection:
             return [one["name"] for one in connection.request_json("GET", "devices")["devices"] if one["online"]]
 
-    with joined(server, tmp_path, "part:0", "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:0", "partition:1") as devices:
         until(lambda: len(there()) == 3)
         devices[0].process.kill()
         devices[0].process.wait()
@@ -158,7 +158,7 @@ def test_a_dead_device_is_given_no_place_in_a_new_run(server: Server, tmp_path: 
 def test_a_trainer_that_is_killed_costs_time_and_nothing_else(
     server: Server, tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         run = submit(server, trivial(TWO, LONG))
         until(lambda: state(devices[0]) == "training")
         until(lambda: bool(trainers(devices[0])))
@@ -171,7 +171,10 @@ def test_a_trainer_that_is_killed_costs_time_and_nothing_else(
 
 
 def test_a_line_that_is_cut_and_slow_loses_nothing(server: Server, tmp_path: Path, undisturbed: list[str]) -> None:
-    with linked(server.place.settings.address) as link, joined(server, tmp_path, "part:0", "part:1") as devices:
+    with (
+        linked(server.place.settings.address) as link,
+        joined(server, tmp_path, "partition:0", "partition:1") as devices,
+    ):
         _through(devices[0], link.port)
         run = submit(server, trivial(TWO, LONG))
         until(lambda: state(devices[0]) == "training")
@@ -191,7 +194,7 @@ def test_a_line_that_is_cut_and_slow_loses_nothing(server: Server, tmp_path: Pat
 def test_a_clock_that_is_a_month_behind_does_not_matter(
     server: Server, tmp_path: Path, undisturbed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         (tmp_path / "skewed").mkdir()
         (tmp_path / "skewed" / "sitecustomize.py").write_text(SKEWED)
         devices[0].process.terminate()
@@ -206,7 +209,7 @@ def test_a_clock_that_is_a_month_behind_does_not_matter(
 def test_a_full_disk_costs_a_device_its_safety_and_not_the_round(
     server: Server, tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         device = devices[0]
         device.process.terminate()
         device.process.wait()
@@ -224,11 +227,21 @@ def test_a_full_disk_costs_a_device_its_safety_and_not_the_round(
 
 
 def test_a_budget_that_is_too_small_is_told_as_declined_and_the_others_go_on(server: Server, tmp_path: Path) -> None:
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         device = devices[1]
         device.process.terminate()
         device.process.wait()
-        command = [sys.executable, "-m", "fedtune.cli.main", "device", "join", "--data", "part:1", "--memory", "60MB"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedtune.cli.main",
+            "device",
+            "join",
+            "--data",
+            "partition:1",
+            "--memory",
+            "60MB",
+        ]
         device.process = subprocess.Popen(command, env={**os.environ, "FEDTUNE_HOME": str(device.home)})
         found = ended(server, submit(server, trivial(TWO, LONG)))
     assert found["status"] == "completed"
@@ -238,7 +251,7 @@ def test_a_budget_that_is_too_small_is_told_as_declined_and_the_others_go_on(ser
 
 
 def test_a_device_that_was_stopped_is_offline_at_once(server: Server, tmp_path: Path) -> None:
-    with joined(server, tmp_path, "part:0") as [device]:
+    with joined(server, tmp_path, "partition:0") as [device]:
         until(lambda: state(device) == "online")
         with server.operator() as connection:
             assert connection.request_json("GET", "devices")["devices"][0]["online"]

@@ -37,7 +37,7 @@ def keepers() -> Iterator[list[TrainerSupervisor]]:
 
 
 def _keeper(
-    keepers: list[TrainerSupervisor], source: str = "part:2", budget: int = PLENTY, idle: float = 60.0
+    keepers: list[TrainerSupervisor], source: str = "partition:2", budget: int = PLENTY, idle: float = 60.0
 ) -> TrainerSupervisor:
     keepers.append(TrainerSupervisor(source, budget, idle))
     return keepers[-1]
@@ -177,7 +177,7 @@ def test_a_trainer_does_not_outlive_the_process_that_keeps_it(home: Path) -> Non
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        keeper = TrainerSupervisor("part:0", PLENTY, 60.0)
+        keeper = TrainerSupervisor("partition:0", PLENTY, 60.0)
         keeper._started()
         os.write(writing, str(keeper.pid).encode())
         time.sleep(1.0)

@@ -226,7 +226,7 @@ def test_a_device_tells_its_status_and_leaves(home: Path) -> None:
         ("csv:", "write csv:FILE"),
         ("hub:imdb", "write csv:FILE"),
         ("csv:nowhere.csv", "there is no nowhere.csv"),
-        ("part:one", "parts are numbered"),
+        ("partition:one", "partitions are numbered"),
     ],
 )
 def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, words: str) -> None:
@@ -238,6 +238,6 @@ def test_data_that_cannot_be_is_refused_before_joining(home: Path, source: str, 
 
 
 def test_an_amount_of_memory_is_read_or_refused(home: Path) -> None:
-    done = CliRunner().invoke(device, ["package", "--data", "part:0", "--memory", "lots"])
+    done = CliRunner().invoke(device, ["package", "--data", "partition:0", "--memory", "lots"])
     assert done.exit_code == 2
     assert "write for example 512MB or 2GiB" in done.output

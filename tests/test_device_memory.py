@@ -52,7 +52,7 @@ def train(keeper: Any, asked: Any, say: Callable[[str], None] = lambda _: None) 
 
 @pytest.fixture
 def keeper(home: Path) -> Iterator[TrainerSupervisor]:
-    made = TrainerSupervisor("part:0", 1 << 34, 60.0)
+    made = TrainerSupervisor("partition:0", 1 << 34, 60.0)
     yield made
     made.stop_trainer()
 
@@ -111,7 +111,7 @@ def test_a_device_that_allows_what_a_round_held_trains_and_one_that_allows_less_
 
 def within(budget: int, asked: Any) -> Frame:
     """The answer of a device that allows so many bytes."""
-    keeper = TrainerSupervisor("part:0", budget, 60.0)
+    keeper = TrainerSupervisor("partition:0", budget, 60.0)
     try:
         return train(keeper, asked)
     finally:
@@ -127,7 +127,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
 
     monkeypatch.setattr("fedtune.device.trainer.read_payload", partial(note, "read", read_payload))
     monkeypatch.setattr(memory_budget, "estimate_memory", partial(note, "need", memory_budget.estimate_memory))
-    trainer.Trainer("part:0", 1 << 34, 0).run_request(
+    trainer.Trainer("partition:0", 1 << 34, 0).run_request(
         Frame(dict(asked.request), asked.payload), lambda: done.append("fits")
     )
     assert done == ["read", "need", "fits"]
@@ -137,7 +137,7 @@ def test_the_state_is_read_before_the_budget_looks_at_what_is_held(home: Path, m
 def test_a_state_that_is_none_is_told_as_such_in_a_file_and_beside_it(home: Path, garbage: bytes) -> None:
     asked = task(trivial())
     path = DeviceHome().spool(garbage)
-    made = trainer.Trainer("part:0", 1 << 34, 0)
+    made = trainer.Trainer("partition:0", 1 << 34, 0)
     for frame in (Frame({**asked.request, "state": str(path)}), Frame({**asked.request, "state": ""}, garbage)):
         answer = made.run_request(frame, lambda: None)
         assert (answer.header["kind"], answer.header["problem"]) == ("failed", "order-unreadable")

@@ -30,9 +30,9 @@ def test_options_that_would_do_nothing_are_refused(checkpoint: str) -> None:
         assert done.exit_code
         assert "is already the checkpoint of one round; remove --round" in str(done.exception)
     assert not Path("x").exists()
-    code, said = evaluate("run-1", "--data", "sample:digits", "--part", "test")
+    code, said = evaluate("run-1", "--data", "sample:digits", "--split", "test")
     assert code == 2
-    assert "--part selects a split of the run's own data" in said
+    assert "--split selects a split of the run's own data" in said
     code, said = evaluate("run-1", "--columns", "label=label")
     assert code == 2
     assert "--columns names the columns of --data" in said
@@ -42,5 +42,5 @@ def test_the_validation_part_is_scored_unless_another_is_named(checkpoint: str) 
     told = [json.loads(evaluate(*words, "--json")[1]) for words in ([checkpoint], ["run-1", "--round", "0"])]
     assert told[0] == told[1]
     assert told[0]["data"] == "validation"
-    assert json.loads(evaluate("run-1", "--part", "test", "--json")[1])["data"] == "test"
+    assert json.loads(evaluate("run-1", "--split", "test", "--json")[1])["data"] == "test"
     assert json.loads(evaluate("run-1", "--data", "sample:digits", "--json")[1])["data"] == "sample:digits"

@@ -70,7 +70,7 @@ def test_an_adapter_loads_in_plain_peft(home: Path, tmp_path: Path) -> None:
 def test_a_whole_model_loads_in_plain_transformers(home: Path, tmp_path: Path, techniques: str) -> None:
     recipe = words(tmp_path, f"train.techniques={techniques}")
     tensors = state(execute(recipe))
-    assert export_model(recipe, tensors, tmp_path / "out", "full", "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", "model", "") == "model"
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
@@ -84,10 +84,10 @@ def test_what_no_adapter_can_carry_becomes_a_whole_model_unless_an_adapter_is_as
 ) -> None:
     recipe = words(tmp_path, "train.techniques=bias", "federation.rounds=1")
     tensors = state(execute(recipe))
-    with pytest.raises(ModelError, match=r"^bias trains what no PEFT adapter can carry; export with --format full$"):
+    with pytest.raises(ModelError, match=r"^bias trains what no PEFT adapter can carry; export with --format model$"):
         export_model(recipe, tensors, tmp_path / "out", "adapter", "")
     assert not (tmp_path / "out").exists()
-    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "model"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft itself
@@ -110,7 +110,7 @@ def test_a_pooler_that_was_drawn_is_not_quantised(home: Path, tmp_path: Path) ->
     body = BertModel.from_pretrained(tmp_path / "bert", add_pooling_layer=False)
     body.save_pretrained(tmp_path / "bert")
     tensors = state(execute(recipe))
-    assert export_model(recipe, tensors, tmp_path / "out", "full", "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", "model", "") == "model"
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), inputs, expected)
     export_model(recipe, tensors, tmp_path / "adapter", "adapter", "")
@@ -157,7 +157,7 @@ def test_an_image_model_brings_its_code_along(home: Path, tmp_path: Path, source
         "evaluation.batch_size=256",
     )
     tensors = state(execute(recipe))
-    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "") == "model"
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
@@ -236,7 +236,7 @@ def test_evaluate_and_export_through_the_command_line(
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["round"], found["data"]) == (ended.run.id, 2, source)
     assert {(one["domain"], one["name"]) for one in found["metrics"]} == {("all", "accuracy"), ("all", "loss")}
-    assert fedtune(monkeypatch, "evaluate", "latest", "--part", "test", "--json") == 0
+    assert fedtune(monkeypatch, "evaluate", "latest", "--split", "test", "--json") == 0
     scored = {one["name"]: one["value"] for one in json.loads(capsys.readouterr().out)["metrics"]}
     recorded = {m.name: m.value for m in ended.rounds[-1].metrics if (m.split, m.domain) == ("test", "all")}
     assert scored == recorded
@@ -244,9 +244,9 @@ def test_evaluate_and_export_through_the_command_line(
     assert fedtune(monkeypatch, "export", "latest", "-o", str(out), "--json") == 0
     assert json.loads(capsys.readouterr().out)["format"] == "adapter"
     assert (out / "adapter_model.safetensors").is_file()
-    assert fedtune(monkeypatch, "export", "latest", "-o", str(tmp_path / "whole"), "--format", "full") == 0
+    assert fedtune(monkeypatch, "export", "latest", "-o", str(tmp_path / "whole"), "--format", "model") == 0
     said = capsys.readouterr()
-    assert said.out == f"{tmp_path / 'whole'}: full of run {ended.run.id}, round 2\n"
+    assert said.out == f"{tmp_path / 'whole'}: model of run {ended.run.id}, round 2\n"
     assert said.err == ""
 
 

@@ -12,6 +12,7 @@ from transformers import (
 
 from fedtune.errors import ModelError
 from fedtune.models.transformers_logging import silence_transformers
+from fedtune.offline_merge.adapters.adapter_merge import AdapterMerge
 from fedtune.offline_merge.adapters.merge_adapters import merge_adapters
 from tests.fusion_models import change_json, save, tensors
 from tests.tiny import llama
@@ -120,7 +121,7 @@ def dora(tmp_path: Path) -> tuple[Path, list[Path]]:
 
 def test_what_a_merge_of_dora_misses_is_measured_on_the_base(tmp_path: Path) -> None:
     base, folders = dora(tmp_path)
-    modules = merge_adapters(folders, tmp_path / "out", weights=[1, 1])
+    modules = merge_adapters(folders, tmp_path / "out", AdapterMerge(weights=[1, 1]))
     whole = [
         tensors(_folded(base, folder, tmp_path / f"m{place}"))
         for place, folder in enumerate([*folders, tmp_path / "out"])

@@ -46,7 +46,7 @@ def told(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
-QUICK = ("tuned1", "tuned2", "tuned3", "--base", "base", "--method", "ties", "--weights", "0.5,0.3,0.2")
+QUICK = ("tuned1", "tuned2", "tuned3", "--base-model", "base", "--method", "ties", "--weights", "0.5,0.3,0.2")
 
 
 def test_the_quick_way_is_what_the_file_says() -> None:
@@ -113,7 +113,7 @@ def test_inputs_and_result_are_scored() -> None:
         save(moved(bert(), seed), Path(f"bert{seed}"))
     save(bert(), Path("bert"))
     Path("texts.csv").write_text("text,label\nword3 word4,LABEL_0\nword5,LABEL_2\nword6 word7 word8,LABEL_1\n")
-    arguments = ("bert1", "bert2", "--base", "bert", "-o", "out", "--evaluate", "csv:texts.csv")
+    arguments = ("bert1", "bert2", "--base-model", "bert", "-o", "out", "--eval-data", "csv:texts.csv")
     scores = told(*arguments, "--task", "text-classification")["scores"]
     assert list(scores) == ["bert1", "bert2", "bert", "merged"]
     assert {one["name"] for one in scores["merged"]} == {"accuracy", "loss"}
@@ -127,9 +127,9 @@ def test_aim_watches_the_base_at_work() -> None:
         f'{{"text": "{" ".join(f"word{(row * 7 + k) % 39 + 1}" for k in range(30))}"}}\n' for row in range(40)
     )
     Path("texts.jsonl").write_text(lines)
-    arguments = ("tuned1", "tuned2", "--base", "base", "--method", "ties")
+    arguments = ("tuned1", "tuned2", "--base-model", "base", "--method", "ties")
     assert call(*arguments, "-o", "plain").exit_code == 0
-    watched = ("--relax", "aim", "--calibrate", "jsonl:texts.jsonl", "--task", "text-generation")
+    watched = ("--relax", "aim", "--calibration-data", "jsonl:texts.jsonl", "--task", "text-generation")
     assert call(*arguments, *watched, "-o", "relaxed").exit_code == 0
     plain, relaxed, base = (tensors(Path(name)) for name in ("plain", "relaxed", "base"))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -170,7 +170,7 @@ def test_adapters_become_a_model_or_an_adapter_of_the_same_weights() -> None:
     an_adapter("one", 1, 2)
     an_adapter("two", 2, 3)
     assert call("one", "two", "--weights", "1,3", "-o", "model").exit_code == 0
-    result = call("one", "two", "--weights", "1,3", "--as", "adapter", "-o", "adapter")
+    result = call("one", "two", "--weights", "1,3", "--format", "adapter", "-o", "adapter")
     assert result.exit_code == 0, result.output
     assert "2 to 5" in result.stdout or "rank 5" in result.stdout
     with silence_transformers():
@@ -186,9 +186,9 @@ def test_adapters_become_a_model_or_an_adapter_of_the_same_weights() -> None:
         (("tuned1", "tuned2"), "name the output folder with -o, or use --dry-run"),
         (("merge.yaml", "--method", "ties", "-o", "out"), "says how to merge; change it with --set"),
         (("tuned1", "--weights", "a", "-o", "out"), "write --weights as numbers with commas"),
-        (("tuned1", "-o", "out", "--shard-size", "big"), "write it as 500MB or 5GB"),
-        (("tuned1", "tuned2", "-o", "out", "--evaluate", "csv:x.csv"), "--evaluate needs --task"),
-        (("tuned1", "--as", "adapter", "--dry-run"), "--as adapter writes at once"),
+        (("tuned1", "-o", "out", "--max-shard-size", "big"), "write it as 500MB or 5GB"),
+        (("tuned1", "tuned2", "-o", "out", "--eval-data", "csv:x.csv"), "--eval-data needs --task"),
+        (("tuned1", "--format", "adapter", "--dry-run"), "--format adapter writes at once"),
     ],
 )
 def test_bad_use_is_told(arguments: tuple[str, ...], message: str) -> None:
@@ -207,7 +207,7 @@ def test_the_help_has_an_example() -> None:
 def test_a_plain_merge_imports_neither_transformers_nor_training() -> None:
     script = (
         "import sys\nfrom fedtune.cli.main import cli\n"
-        "cli(['merge', 'tuned1', 'tuned2', '--base', 'base', '--method', 'ties', '-o', 'out', '--json'], "
+        "cli(['merge', 'tuned1', 'tuned2', '--base-model', 'base', '--method', 'ties', '-o', 'out', '--json'], "
         "standalone_mode=False)\nprint(*sorted(sys.modules), file=sys.stderr)"
     )
     root = Path(__file__).parents[1]

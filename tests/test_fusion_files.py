@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import FedtuneError
-from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge import compare_models, parse_merge_config, prepare_merge, write_merged_model
 from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, change_json, moved, save, tensors
 from tests.tiny import llama
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 def merged(folder: Path, text: str) -> Path:
     """All of the command but the showing."""
     prepared = prepare_merge(parse_merge_config(text, "merge.yaml"))
-    compare(prepared, ignore_progress, trust_base=True)
+    compare_models(prepared, ignore_progress, trust_base=True)
     write_merged_model(prepared, folder / "out", "a card")
     return folder / "out"
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 SCRIPT = """
 import sys
 from pathlib import Path
-from fedtune.offline_merge import compare, write_merged_model, prepare_merge, build_merge_config
+from fedtune.offline_merge import compare_models, write_merged_model, prepare_merge, build_merge_config
 from fedtune.memory.process_memory import peak_rss, reset_peak_rss
 
 names, method = sys.argv[2:], sys.argv[1]
@@ -19,7 +19,7 @@ config, _ = build_merge_config(names, method, [], [], base_model="base")
 reset_peak_rss()
 before = peak_rss()
 prepared = prepare_merge(config)
-compare(prepared, lambda done: None)
+compare_models(prepared, lambda done: None)
 write_merged_model(prepared, Path(f"out-{method}-{len(names)}"), "a card")
 print(peak_rss() - before)
 """

@@ -26,7 +26,7 @@ def merged(
     evidence: MergeContext = MergeContext(),  # noqa: B008 - an immutable value
     shard_size: int = 10**9,
 ) -> dict[str, Tensor]:
-    write_merged_model(prepare_merge(config), folder, "a card", evidence=evidence, shard_size=shard_size)
+    write_merged_model(prepare_merge(config), folder, "a card", context=evidence, shard_size=shard_size)
     return tensors(folder)
 
 

@@ -33,8 +33,8 @@ THINNING = ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadc
 def test_a_schema_that_names_no_density_keeps_everything(name: str) -> None:
     chosen = build_merge_method(name)
     assert chosen.build_step([], "weight", 0.0).model_dump()["density"] == 1.0
-    assert chosen.bind_model([{}], "weight", 0.0).knobs == {}
-    assert chosen.bind_model([{}, {"density": 0.3}], "weight", 0.0).knobs == {"density": 0.3}
+    assert chosen.bind_model([{}], "weight", 0.0).overrides == {}
+    assert chosen.bind_model([{}, {"density": 0.3}], "weight", 0.0).overrides == {"density": 0.3}
 
 
 @pytest.mark.parametrize("name", THINNING)
@@ -81,7 +81,7 @@ def test_rescale_stretches_nothing_where_nothing_is_dropped() -> None:
 def test_rescale_is_off_until_it_is_asked_for(name: str, rescale: bool) -> None:
     build_merge_method(name).check_parameters({"rescale": rescale}, "parameters")
     assert not build_merge_method(name).build_step([], "weight", 0.0).model_dump()["rescale"]
-    assert build_merge_method(name).bind_model([{"rescale": rescale}], "weight", 0.0).knobs["rescale"] == rescale
+    assert build_merge_method(name).bind_model([{"rescale": rescale}], "weight", 0.0).overrides["rescale"] == rescale
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"])

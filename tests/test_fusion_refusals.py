@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fedtune.errors import FedtuneError
 from fedtune.offline_merge import (
     build_merge_config,
-    compare,
+    compare_models,
     output_folder,
     parse_merge_config,
     prepare_merge,
@@ -37,7 +37,7 @@ def run(folder: Path, models: list[str], method: str = "ties", base: str | None 
     config, _ = build_merge_config(named, method, weights, settings, base_model=based, **keys)
     prepared = prepare_merge(config)
     output_folder.check_output_space(folder / "out", prepared.plan_shards(10**9))
-    compare(prepared, ignore_progress)
+    compare_models(prepared, ignore_progress)
     write_merged_model(prepared, folder / "out", "a card")
 
 

@@ -51,9 +51,7 @@ def config(folders: list[str], **keys: object) -> MergeConfig:
 
 def test_repair_is_what_it_is_in_memory(tmp_path: Path, folders: list[str]) -> None:
     write_merged_model(prepare_merge(config(folders)), tmp_path / "plain", "")
-    write_merged_model(
-        prepare_merge(config(folders, renormalise=["repair"])), tmp_path / "out", "", evidence=evidence()
-    )
+    write_merged_model(prepare_merge(config(folders, renormalise=["repair"])), tmp_path / "out", "", context=evidence())
     plain, found = tensors(tmp_path / "plain"), tensors(tmp_path / "out")
     ends = [(0.5, tensors(Path(folder))) for folder in folders]
     wanted = plain | Repair().renormalise(plain, ends, evidence())
@@ -70,7 +68,7 @@ def test_one_that_is_stopped_while_it_writes_changes_goes_on_with_the_same_ones(
     tmp_path: Path, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = config(folders, renormalise=["repair"])
-    write_merged_model(prepare_merge(asked), tmp_path / "alone", "", evidence=evidence())
+    write_merged_model(prepare_merge(asked), tmp_path / "alone", "", context=evidence())
     real, calls = OutputFolder.write_rows, []
 
     def stopping(self: OutputFolder, name: str, start: int, rows: Tensor) -> None:
@@ -81,8 +79,8 @@ def test_one_that_is_stopped_while_it_writes_changes_goes_on_with_the_same_ones(
 
     monkeypatch.setattr(OutputFolder, "write_rows", stopping)
     with pytest.raises(KeyboardInterrupt):
-        write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
+        write_merged_model(prepare_merge(asked), tmp_path / "out", "", context=evidence())
     monkeypatch.setattr(OutputFolder, "write_rows", real)
-    write_merged_model(prepare_merge(asked), tmp_path / "out", "", evidence=evidence())
+    write_merged_model(prepare_merge(asked), tmp_path / "out", "", context=evidence())
     alone, found = tensors(tmp_path / "alone"), tensors(tmp_path / "out")
     assert all(torch.equal(alone[name], tensor) for name, tensor in found.items())

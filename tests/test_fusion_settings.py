@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError, RecipeError
-from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge import compare_models, parse_merge_config, prepare_merge, write_merged_model
 from fedtune.offline_merge.layered_parameters import resolve_value
 from fedtune.offline_merge.write_model import ignore_progress
 from tests.fusion_models import base_and_tuned, tensors
@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def merged(folders: list[Path], tmp_path: Path, text: str) -> dict[str, Tensor]:
     """The result of a configuration in which A and B are the fine-tunes and BASE the base."""
     prepared = prepare_merge(parse_merge_config(named(folders, text), "merge.yaml"))
-    compare(prepared, ignore_progress)
+    compare_models(prepared, ignore_progress)
     write_merged_model(prepared, tmp_path / "out", "a card")
     return tensors(tmp_path / "out")
 

@@ -26,7 +26,7 @@ from transformers import (
 from fedtune.errors import ModelError, RecipeError
 from fedtune.merging import ActivationStatistics, MergeContext
 from fedtune.models.transformers_logging import silence_transformers
-from fedtune.offline_merge import compare, parse_merge_config, prepare_merge, write_merged_model
+from fedtune.offline_merge import compare_models, parse_merge_config, prepare_merge, write_merged_model
 from fedtune.offline_merge.evaluate_models import collect_merge_context
 from fedtune.offline_merge.layer_names import compute_relative_depths, stacks
 from fedtune.offline_merge.write_model import ignore_progress
@@ -159,7 +159,7 @@ def test_models_of_slices_are_compared_layer_by_layer(tmp_path: Path) -> None:
     text = RENUMBERED.format(method="task_arithmetic", base=base, one=one, two=two)
     plain = f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{one}, {two}]\n"
     sliced, whole = (
-        compare(prepare_merge(parse_merge_config(each, "merge.yaml")), ignore_progress) for each in (text, plain)
+        compare_models(prepare_merge(parse_merge_config(each, "merge.yaml")), ignore_progress) for each in (text, plain)
     )
     assert sliced == whole
 
@@ -167,7 +167,7 @@ def test_models_of_slices_are_compared_layer_by_layer(tmp_path: Path) -> None:
 def test_stacked_layers_are_compared_as_the_models_have_them(tmp_path: Path) -> None:
     _, one, two = deep(tmp_path)
     text = stacked((one, [2, 4]), (two, [0, 2]))
-    found = compare(prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress)
+    found = compare_models(prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress)
     first, second = tensors(one), tensors(two)
     product = sum(float((first[name].double() * second[name]).sum()) for name in first)
     norms = [sum(float(side[name].double().square().sum()) for name in side) ** 0.5 for side in (first, second)]
@@ -182,7 +182,9 @@ merge_method: linear
 base_model: {base}
 slices: [{{sources: [{{model: {one}, layer_range: [3, 4]}}, {{model: {short}, layer_range: [0, 1]}}]}}]
 """
-    assert compare(prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress, trust_base=True).models == [
+    assert compare_models(
+        prepare_merge(parse_merge_config(text, "merge.yaml")), ignore_progress, trust_base=True
+    ).models == [
         str(one),
         str(short),
     ]
@@ -200,7 +202,7 @@ def test_a_relaxed_layer_follows_the_activity_of_the_bases_layer(tmp_path: Path)
         prepare_merge(parse_merge_config(text + "relax: {aim: {omega: 0.4}}\n", "merge.yaml")),
         tmp_path / "out",
         "a card",
-        evidence=evidence,
+        context=evidence,
     )
     plain, found, before = (tensors(folder) for folder in (tmp_path / "plain", tmp_path / "out", base))
     for number, own in enumerate((2, 3, 0)):

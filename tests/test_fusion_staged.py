@@ -150,7 +150,7 @@ def test_documents_keep_their_lines() -> None:
     assert [text.splitlines().index(line) for text, line in zip(found, ("a: 1", "b: 2"), strict=True)] == [1, 4]
 
 
-@pytest.mark.parametrize("more", [("--dry-run",), ("--as", "adapter")])
+@pytest.mark.parametrize("more", [("--dry-run",), ("--format", "adapter")])
 def test_several_merges_are_neither_looked_at_nor_made_an_adapter(more: tuple[str, ...]) -> None:
     result = written(STAGES, *more)
     assert result.exit_code == 2
@@ -159,7 +159,7 @@ def test_several_merges_are_neither_looked_at_nor_made_an_adapter(more: tuple[st
 
 @pytest.mark.parametrize("option", ["--seed", "--random-seed"])
 def test_the_seed_of_what_is_drawn_is_an_option(option: str) -> None:
-    arguments = ("tuned1", "tuned2", "--base", "base", "--method", "dare_linear", "--set", "density=0.5")
+    arguments = ("tuned1", "tuned2", "--base-model", "base", "--method", "dare_linear", "--set", "density=0.5")
     for place, seed in enumerate(("3", "3", "4")):
         assert call(*arguments, option, seed, "-o", f"out{place}").exit_code == 0
     one, same, other = (tensors(Path(f"out{place}")) for place in range(3))
@@ -196,9 +196,9 @@ def test_warnings_are_told_on_every_way_out() -> None:
 
 @pytest.mark.parametrize("setting", ["weight=[1, 0]", "weight={filter: q_proj, value: 2}"])
 def test_adapters_take_no_values_over_the_depth(setting: str) -> None:
-    result = call("tuned1", "tuned2", "--as", "adapter", "--set", setting, "-o", "out")
+    result = call("tuned1", "tuned2", "--format", "adapter", "--set", setting, "-o", "out")
     assert result.exit_code == 2
-    assert "--as adapter takes one value for all modules" in " ".join(result.output.replace("│", " ").split())
+    assert "--format adapter takes one value for all modules" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_an_adapters_own_setting_of_the_whole_merge_is_refused() -> None:
@@ -206,12 +206,17 @@ def test_an_adapters_own_setting_of_the_whole_merge_is_refused() -> None:
     with pytest.raises(
         RecipeError, match=r"the parameters of a: t of slerp is a setting of the whole merge, not of one"
     ):
-        call("merge.yaml", "--as", "adapter", "-o", "out")
+        call("merge.yaml", "--format", "adapter", "-o", "out")
 
 
 @pytest.mark.parametrize(
     ("option", "proposed"),
-    [("--weigths", "--weights"), ("--out-shard-size", "--shard-size"), ("--trust-remote-code", None), ("--lora", None)],
+    [
+        ("--weigths", "--weights"),
+        ("--out-shard-size", "--max-shard-size"),
+        ("--trust-remote-code", None),
+        ("--lora", None),
+    ],
 )
 def test_only_an_option_that_is_nearly_the_same_is_proposed(option: str, proposed: str | None) -> None:
     output = " ".join(call("tuned1", option, "1", "-o", "out").output.split())

@@ -70,7 +70,7 @@ def test_evaluate_warns_on_the_screen_and_in_the_card(folder: None) -> None:
         model.classifier.bias.data = torch.tensor(bias)
         save(model, Path(name))
     Path("texts.csv").write_text("text,label\nword3 word4,LABEL_1\nword5,LABEL_1\nword6 word7 word8,LABEL_1\n")
-    arguments = ["all0", "all1", "--evaluate", "csv:texts.csv", "--task", "text-classification", "-o", "out"]
+    arguments = ["all0", "all1", "--eval-data", "csv:texts.csv", "--task", "text-classification", "-o", "out"]
     arguments.append("--json")
     result = CliRunner().invoke(merge, arguments)
     assert result.exit_code == 0, result.output
@@ -92,8 +92,8 @@ def test_aim_on_a_base_with_an_outlier_channel_warns(folder: None, tmp_path: Pat
     save_file(weights, "base/model.safetensors", {"format": "pt"})
     text = " ".join(f"word{k % 39 + 1}" for k in range(30))
     Path("texts.jsonl").write_text(f'{{"text": "{text}"}}\n' * 40)
-    arguments = ["tuned1", "tuned2", "--base", "base", "--trust-base", "--relax", "aim", "-o", "out"]
-    arguments += ["--calibrate", "jsonl:texts.jsonl", "--task", "text-generation"]
+    arguments = ["tuned1", "tuned2", "--base-model", "base", "--trust-base", "--relax", "aim", "-o", "out"]
+    arguments += ["--calibration-data", "jsonl:texts.jsonl", "--task", "text-generation"]
     result = CliRunner().invoke(merge, arguments)
     assert result.exit_code == 0, result.output
     assert "warning: aim has almost no effect" in result.stderr

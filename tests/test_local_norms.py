@@ -136,7 +136,7 @@ def test_a_device_goes_on_with_the_norms_of_its_run_and_of_no_other(home: Path, 
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     rounds = [("one", 1), ("one", 2), ("two", 2), ("one", 2)]
     orders = [TrainRequest(recipe, number, 1, run) for run, number in rounds]
-    keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
+    keeper = TrainerSupervisor("partition:1", 4_000_000_000, 60.0)
     try:
         answers = [keeper.run_request(Frame(asdict(order), payload)) for order in orders]
     finally:

@@ -204,10 +204,10 @@ def test_qlora_stores_weights_in_a_seventh_of_the_bytes(four_bit: PreTrainedMode
 
 
 def test_a_warning_is_one_line_on_the_command_line() -> None:
-    assert main._said(FedtuneWarning("lora puts no pair"), FedtuneWarning, "file.py", 3, None) == (
+    assert main.format_warning(FedtuneWarning("lora puts no pair"), FedtuneWarning, "file.py", 3, None) == (
         "fedtune: lora puts no pair\n"
     )
-    assert "file.py:3: UserWarning: other" in main._said(UserWarning("other"), UserWarning, "file.py", 3, "")
+    assert "file.py:3: UserWarning: other" in main.format_warning(UserWarning("other"), UserWarning, "file.py", 3, "")
 
 
 def test_the_cards_tell_the_rates_that_were_measured_for_one_factor_a_round() -> None:

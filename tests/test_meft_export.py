@@ -87,12 +87,12 @@ except ValueError:
 def test_a_run_with_meft_is_exported(home: Path, tmp_path: Path) -> None:
     recipe = words(tmp_path, "train.techniques=meft")
     tensors = state(execute(recipe))
-    assert export_model(recipe, tensors, tmp_path / "out", None, "# a card\n") == "full"
+    assert export_model(recipe, tensors, tmp_path / "out", None, "# a card\n") == "model"
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs, expected = own_logits(recipe, tensors)
     assert_same_logits(loaded, inputs, expected)
     assert loaded.config.id2label == {0: "bad", 1: "good"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert len(tokenizer("the film was great")["input_ids"]) == 4
-    with pytest.raises(ModelError, match="meft trains what no PEFT adapter can carry; export with --format full"):
+    with pytest.raises(ModelError, match="meft trains what no PEFT adapter can carry; export with --format model"):
         export_model(recipe, tensors, tmp_path / "adapter", "adapter", "")

@@ -107,7 +107,7 @@ def test_without_scikit_learn_a_recipe_that_asks_for_a_figure_is_refused() -> No
 def test_a_minimal_install_without_it_says_so_before_it_trains(home: Path, request: pytest.FixtureRequest) -> None:
     order = TrainRequest(trivial("evaluation={own: 0.2, metrics: [f1]}").model_dump_json(), 1, 0, "run")
     request.getfixturevalue("without_scikit_learn")
-    said = Trainer("part:0", 10**11, 0).run_request(Frame(asdict(order)), lambda: pytest.fail("it trains"))
+    said = Trainer("partition:0", 10**11, 0).run_request(Frame(asdict(order)), lambda: pytest.fail("it trains"))
     problem = parse_problem(said.header["problem"])
     assert problem is not None
     assert "install scikit-learn, or the package that publishes the metric, on the device" in problem.remote_sentence

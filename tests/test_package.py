@@ -112,7 +112,7 @@ def test_a_unit_says_what_was_meant_whatever_the_paths_are_called(
 def test_systemd_itself_finds_nothing_wrong_with_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home 100% of it"))
     create_server_home(["localhost"], "127.0.0.1:8443")
-    assert packaged(tmp_path / "out", "part:0").exit_code == 0
+    assert packaged(tmp_path / "out", "partition:0").exit_code == 0
     made = CliRunner().invoke(cli, ["server", "package", "--user", "daemon", "-o", str(tmp_path / "out")])
     assert made.exit_code == 0, made.output
     for unit in (tmp_path / "out").glob("*.service"):
@@ -144,14 +144,14 @@ def test_no_service_is_root_s_and_a_user_without_a_home_needs_one_named(
         assert not (tmp_path / "out").exists(), "nothing half-written"
         return str(done.exception)
 
-    for command in (["device", "package", "--data", "part:0"], ["server", "package"]):
+    for command in (["device", "package", "--data", "partition:0"], ["server", "package"]):
         assert "does not run as root; name the user" in refused(*command, "--user", "root")
         assert "write the name of a user" in refused(*command, "--user", "a b\nExecStart=/bin/sh")
     assert "there is no server in" in refused("server", "package", "--user", "pi")
     monkeypatch.delenv("FEDTUNE_HOME")
-    assert "set FEDTUNE_HOME" in refused("device", "package", "--data", "part:0", "--user", "nobody-is-called-so")
+    assert "set FEDTUNE_HOME" in refused("device", "package", "--data", "partition:0", "--user", "nobody-is-called-so")
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / 'a"quote'))
-    assert "rename it" in refused("device", "package", "--data", "part:0", "--user", "pi")
+    assert "rename it" in refused("device", "package", "--data", "partition:0", "--user", "pi")
 
 
 def test_data_that_is_not_there_is_told_before_anything_is_written(home: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_no_token_is_on_a_command_line_and_the_container_is_not_root(home: Path,
     packaged(tmp_path, f"csv:{tmp_path}/my reviews.csv")
     docker = (tmp_path / "Dockerfile").read_text()
     assert "--token TOKEN" not in docker
-    assert "docker run -it --rm -v fedtune:/var/lib/fedtune fedtune-device fedtune device enroll --token -" in docker
+    assert "docker run -it --rm -v fedtune:/var/lib/fedtune fedtune-device fedtune device enrol --token -" in docker
     assert f"-v '{tmp_path}/my reviews.csv:{tmp_path}/my reviews.csv:ro'" in docker, "it is where --data says"
     assert "\nUSER fedtune\n" in docker
     assert f"COPY requirements.txt fedtune-{version('fedtune')}-py3-none-any.whl ./" in docker
@@ -180,7 +180,7 @@ def test_a_servers_container_listens_where_the_server_does(home: Path, tmp_path:
     assert written == {"fedtune-server.service", "fedtune-server.Dockerfile", wheel}
     assert {Path(line).name for line in done.output.splitlines()} == written
     docker = (tmp_path / "out" / "fedtune-server.Dockerfile").read_text()
-    assert "fedtune server init --name lab.example --name 10.0.0.5 --listen 0.0.0.0:9443" in docker
+    assert "fedtune server init --hostname lab.example --hostname 10.0.0.5 --listen 0.0.0.0:9443" in docker
     lines = [line for line in docker.splitlines() if not line.startswith("#")]
     words = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
     assert words["COPY"] == f"{wheel} ./"
@@ -215,7 +215,7 @@ def test_every_example_explains_itself_and_every_blank_of_it_is_filled(path: Pat
 
 def test_the_examples_of_the_top_level_are_those_that_are_written(home: Path, tmp_path: Path) -> None:
     place = create_server_home(["localhost"], "127.0.0.1:8443")
-    for command in (["server", "package"], ["device", "package", "--data", "part:0"]):
+    for command in (["server", "package"], ["device", "package", "--data", "partition:0"]):
         assert CliRunner().invoke(cli, [*command, "--user", "pi", "-o", str(tmp_path)]).exit_code == 0
     written = {"server.yaml": place.folder / "server.yaml", "server/Dockerfile": tmp_path / "fedtune-server.Dockerfile"}
     for path in SHIPPED_FILES:
@@ -239,7 +239,7 @@ def test_every_setting_of_a_server_stands_in_its_example_with_its_default(home: 
 def test_the_list_names_what_an_ordinary_index_has_and_fedtune_from_the_wheel_beside_it(
     home: Path, tmp_path: Path
 ) -> None:
-    packaged(tmp_path, "part:0")
+    packaged(tmp_path, "partition:0")
     lines = [line for line in (tmp_path / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     wheel = f"./fedtune-{version('fedtune')}-py3-none-any.whl"
     assert wheel in lines

@@ -136,7 +136,7 @@ def test_a_device_sends_what_a_simulation_would_with_its_secret_and_says_nothing
     shop = get_run_context(recipe)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     order = TrainRequest(recipe, 1, 1, "one")
-    keeper = TrainerSupervisor("part:1", 4_000_000_000, 60.0)
+    keeper = TrainerSupervisor("partition:1", 4_000_000_000, 60.0)
     try:
         answer = keeper.run_request(Frame(asdict(order), payload))
     finally:

@@ -21,10 +21,10 @@ TWO = "devices=[{name: toy, count: 2, memory: 64MB}]"
 def test_a_private_run_on_devices_is_the_simulated_one_with_their_secrets(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     recipe = private(where, TWO)
-    with serving(home) as server, joined(server, tmp_path, "part:0", "part:1") as devices:
+    with serving(home) as server, joined(server, tmp_path, "partition:0", "partition:1") as devices:
         found = ended(server, submit(server, recipe))
     assert (found["status"], statuses(found)) == ("completed", {"merged"}), found["reason"]
     of_server, of_devices = key_of(found["id"]), secrets(found, devices)

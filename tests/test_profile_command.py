@@ -43,7 +43,7 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> list[str]:
     folder = tiny_bert(tmp_path / "bert")
-    size = ["--batch", "2", "--length", "8"]
+    size = ["--batch-size", "2", "--max-length", "8"]
     return ["--model", f"path:{folder}", "--task", "text-classification", *size]
 
 
@@ -68,7 +68,7 @@ def call(*arguments: str) -> Result:
 
 
 def test_json_is_a_list_of_objects_and_progress_goes_elsewhere(model: list[str], home: Path) -> None:
-    result = call(*model, "--json", "--check")
+    result = call(*model, "--json", "--check-gradients")
     rows: list[dict[str, Any]] = json.loads(result.stdout)
     assert [row["technique"] for row in rows] == list(BASELINES)
     ran = [row for row in rows if "error" not in row]
@@ -109,7 +109,7 @@ def test_the_table_fits_80_columns_and_a_failure_does_not_spoil_it(
     assert cells in [line.split() for line in lines]
     assert ["qlora", *["-"] * 8] in [line.split() for line in lines]
     assert "qlora did not run: the reason" in lines
-    assert f"picture: {tmp_path / 'here.png'}" in lines
+    assert f"plot: {tmp_path / 'here.png'}" in lines
     assert "\x1b" not in result.output
     with Image.open(tmp_path / "here.png") as drawn:
         assert drawn.format == "PNG"
@@ -157,11 +157,14 @@ def test_all_stands_for_every_published_technique(model: list[str], measured: li
         (["--techniques", "lora: {rnk: 4}"], "unknown key 'rnk'; did you mean 'rank'?"),
         (["--techniques", "[lora"], "--techniques [lora: write it as a,b,c+d"),
         (["--techniques", "3"], "--techniques 3:"),
-        (["--batch", "0"], "--set train.batch_size=0: train.batch_size is 0, but must be greater than or equal to 1"),
-        (["--length", "many"], "--set train.max_length=many: train.max_length is 'many'"),
+        (
+            ["--batch-size", "0"],
+            "--set train.batch_size=0: train.batch_size is 0, but must be greater than or equal to 1",
+        ),
+        (["--max-length", "many"], "--set train.max_length=many: train.max_length is 'many'"),
         (["--model", "sample:minilmm"], "there is no sample model 'minilmm'; did you mean 'minilm'?"),
         (["-o", "picture.jpg"], "cannot draw into picture.jpg; the name must end in .png or .svg"),
-        (["--task", "sequence"], "is not one of 'text-classification'"),
+        (["--task", "sequence"], "'sequence' is not one of '"),
         (["recipe.yaml"], "name either a RECIPE or --model with --task"),
     ],
 )

@@ -26,7 +26,8 @@ from fedtune.cli import operator_client
 asked = []
 operator_client.OperatorClient.request_json = lambda self, *call, **_: asked.append(call) or {"run": "run-1"}
 from fedtune.cli.main import cli
-cli(["submit", "recipe.yaml", "--server", "operator.json", "--set", "train.techniques=lora"], standalone_mode=False)
+words = ["submit", "recipe.yaml", "--operator-file", "operator.json", "--set", "train.techniques=lora"]
+cli(words, standalone_mode=False)
 [(method, path, sent)] = asked
 assert (method, path, list(sent["recipe"]["train"]["techniques"][0])) == ("POST", "runs", ["lora"])
 print(*sorted(sys.modules), file=sys.stderr)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.deployed
 
 @pytest.fixture
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     with serving(home) as served:
         yield served
@@ -27,7 +27,7 @@ def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_device_that_is_removed_and_enrolled_again_costs_no_round_and_no_bit(server: Server, tmp_path: Path) -> None:
     recipe = trivial(TWO, LONG, "federation.quorum=2", "federation.deadline=60")
     undisturbed = execute(recipe, run="simulated").hashes
-    with joined(server, tmp_path, "part:0", "part:1") as devices:
+    with joined(server, tmp_path, "partition:0", "partition:1") as devices:
         run = submit(server, recipe)
         at_round(server, run, 1)
         with server.operator() as connection:

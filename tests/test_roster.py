@@ -120,7 +120,7 @@ def test_a_run_whose_quorum_is_gone_waits_says_what_to_do_and_goes_on(
     assert [seat.client for seat in there] == [0, 2, 3]
     assert set(said) == {
         "waits: dev-1, dev-3 were removed, and too few devices are left for federation.quorum 3; enrol again under the "
-        "same name (fedtune server token dev-1), or stop the run and submit it with a lower quorum"
+        "same name (fedtune server create-token dev-1), or stop the run and submit it with a lower quorum"
     }
     assert store.list_unfinished_runs("devices")[0].reason == ""
 

@@ -21,7 +21,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtune.cli.operator_client import OperatorClient
-from fedtune.cli.server import devices
+from fedtune.cli.server_devices import devices, tag
 from fedtune.errors import ServerError, StoreError
 from fedtune.flower.control_client import ControlClient
 from fedtune.server import certificate_authority
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FEDTUNE_HOME", str(home))
         patched.delenv("FEDTUNE_STORE", raising=False)
-        patched.delenv("FEDTUNE_SERVER", raising=False)
+        patched.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
         with serving(home) as served:
             yield served
 
@@ -98,11 +98,20 @@ def test_tags_come_from_the_token_and_from_operators_alone(server: Server) -> No
         with pytest.raises(ServerError, match="there is no device 'nobody'; see them with fedtune server devices"):
             connection.request_json("POST", "devices/nobody/tags", {"add": ["lab"]})
         assert tags_of(connection) == ["lab", "mains"]
-        changed = CliRunner().invoke(devices, ["--tag", "tagged", "attic", "--untag", "tagged", "lab"])
+        changed = CliRunner().invoke(tag, ["tagged", "--add", "attic", "--remove", "lab"])
+        assert changed.output == "tags of tagged: attic, mains\n"
         assert tags_of(connection) == ["attic", "mains"]
-    assert not changed.exception, changed.output
-    [line] = [line.split() for line in changed.output.splitlines() if " tagged " in line]
-    assert line == ["tagged", "away", "0", "MB", "attic", "mains"]
+        listed = CliRunner().invoke(devices, ["--tag", "tagged", "lab", "--untag", "tagged", "attic"])
+        assert tags_of(connection) == ["lab", "mains"]
+    assert not listed.exception, listed.output
+    [line] = [line.split() for line in listed.output.splitlines() if " tagged " in line]
+    assert line == ["tagged", "away", "0", "MB", "lab", "mains"]
+
+
+def test_a_change_of_tags_names_a_tag() -> None:
+    done = CliRunner().invoke(tag, ["tagged"])
+    assert done.exit_code == 2
+    assert "name a tag with --add or --remove" in done.output
 
 
 def tags_of(connection: OperatorClient) -> list[str]:

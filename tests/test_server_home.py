@@ -44,7 +44,7 @@ def handshake(ca: bytes, certificate: Path, key: Path, name: str) -> None:
 
 
 def test_init_makes_a_home_whose_files_are_the_owners_alone(home: Path) -> None:
-    result = CliRunner().invoke(cli, ["server", "init", "--name", "lab.example", "--listen", "0.0.0.0:8443"])
+    result = CliRunner().invoke(cli, ["server", "init", "--hostname", "lab.example", "--listen", "0.0.0.0:8443"])
     assert result.exit_code == 0, result.output
     place = open_server_home()
     assert place.settings.get_public_url() == "https://lab.example:8443"
@@ -196,7 +196,7 @@ def test_an_unreachable_server_and_a_bad_operators_file_are_told_in_a_sentence(h
     assert isinstance(result.exception, ServerError)
     assert "is fedtune server up there?" in str(result.exception)
     (tmp_path / "bad.json").write_text("[]")
-    result = CliRunner().invoke(cli, ["server", "token", "--server", str(tmp_path / "bad.json")])
+    result = CliRunner().invoke(cli, ["server", "create-token", "--operator-file", str(tmp_path / "bad.json")])
     assert isinstance(result.exception, FedtuneError)
     assert "is not an operator file" in str(result.exception)
 

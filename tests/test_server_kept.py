@@ -36,7 +36,7 @@ def server(folder: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FEDTUNE_HOME", str(home))
         patched.delenv("FEDTUNE_STORE", raising=False)
-        patched.delenv("FEDTUNE_SERVER", raising=False)
+        patched.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
         with serving(home) as served:
             yield served
 
@@ -76,7 +76,7 @@ def test_a_server_at_rest_logs_less_than_a_megabyte_a_day_also_while_a_run_waits
 
 
 def test_a_run_in_such_homes_ends_well_and_both_outlive_their_terminals(server: Server, folder: Path) -> None:
-    with joined(server, folder, "part:0", "part:1") as devices:
+    with joined(server, folder, "partition:0", "partition:1") as devices:
         _until_online(devices)
         for process in (server.process, *(device.process for device in devices)):
             process.send_signal(signal.SIGHUP)
@@ -98,7 +98,7 @@ def test_a_token_typed_in_a_terminal_is_asked_for_and_not_shown(server: Server, 
     token, home = server.token("typed"), folder / "typed"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*FEDTUNE, "device", "enroll", "--token", "-"],
+        [*FEDTUNE, "device", "enrol", "--token", "-"],
         env={**os.environ, "FEDTUNE_HOME": str(home)},
         stdin=theirs,
         stdout=theirs,

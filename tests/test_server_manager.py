@@ -138,7 +138,7 @@ def test_a_run_that_died_rests_before_it_is_started_again(store: Store, home: Pa
 
 
 def test_a_simulation_is_not_the_managers(store: Store, home: Path) -> None:
-    store.create_run(id="mine", name="mine", recipe="{}", seed=0, engine="local", rounds_planned=1)
+    store.create_run(id="mine", name="mine", recipe="{}", seed=0, engine="in-process", rounds_planned=1)
     with pytest.raises(StoreError, match="is a simulation of this machine"):
         managed(store, Hopeless(), home).stop_run("mine")
 

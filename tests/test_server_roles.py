@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("roles")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FEDTUNE_HOME", str(home))
-        for name in ("FEDTUNE_STORE", "FEDTUNE_SERVER"):
+        for name in ("FEDTUNE_STORE", "FEDTUNE_OPERATOR_FILE"):
             patched.delenv(name, raising=False)
         with serving(home) as served:
             yield served
@@ -80,13 +80,14 @@ def test_operators_are_listed_and_removed_but_not_the_last_admin(
     server: Server, connection: OperatorClient, tmp_path: Path
 ) -> None:
     ada = tmp_path / "ada.json"
-    assert told("operator", "ada", "-o", str(ada), "--role", "read").exit_code == 0
+    assert told("add-operator", "ada", "-o", str(ada), "--role", "read").exit_code == 0
     listed = json.loads(told("operators", "--json").output)
     assert {"local": "admin", "ada": "read"}.items() <= {one["name"]: one["role"] for one in listed}.items()
     assert "sha256" not in listed[0]
     with connect_to_server(ada) as hers:
         hers.request_json("GET", "runs")
-        assert "ada" not in told("operators", "--remove", "ada").output
+        assert told("remove-operator", "ada").output == "removed: ada\n"
+        assert "ada" not in told("operators").output
         with pytest.raises(ServerError, match="a key that is not known"):
             hers.request_json("GET", "runs")
     with pytest.raises(ServerError, match="there is no operator 'ada'; see them with fedtune server operators"):
@@ -104,7 +105,8 @@ def test_unused_tokens_are_listed_and_removed(server: Server, connection: Operat
     first, second = server.token("one"), server.token()
     listed = json.loads(told("tokens", "--json").output)
     assert [one["device_name"] for one in listed] == [None, "one"]
-    assert told("tokens", "--remove", listed[1]["token"]).output.count("any device") == 1
+    assert told("remove-token", listed[1]["token"]).output == f"removed: {listed[1]['token']}\n"
+    assert told("tokens").output.count("any device") == 1
     answer = Knocker(server).enroll(first)
     assert (answer.status_code, answer.json()["error"]) == (
         403,

@@ -68,10 +68,10 @@ def a_round(server: Server, device: Device, recipe: Recipe, memory: int) -> Ende
 def test_a_device_trains_within_what_it_allows_or_declines(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     recipe = long_words(tmp_path)
-    with serving(home) as server, joined(server, tmp_path, "part:0") as [device]:
+    with serving(home) as server, joined(server, tmp_path, "partition:0") as [device]:
         ample = a_round(server, device, recipe, 2 * 10**9)
         allowed = ample.sent["peak_memory"] - 10**8
         short = a_round(server, device, recipe, allowed)

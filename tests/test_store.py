@@ -52,7 +52,7 @@ def test_a_run_comes_back_with_its_moments_in_utc(store: Store) -> None:
     before = datetime.now(UTC)
     fill(store, seed=2**63 - 1, recipe='{"name": "é"}')
     run = store.run("film-1a2b")
-    assert (run.seed, run.recipe, run.engine, run.rounds_planned) == (2**63 - 1, '{"name": "é"}', "local", 3)
+    assert (run.seed, run.recipe, run.engine, run.rounds_planned) == (2**63 - 1, '{"name": "é"}', "in-process", 3)
     assert run.finished_at is not None
     assert before <= run.created_at <= run.finished_at <= datetime.now(UTC)
     assert run.created_at.utcoffset() == run.finished_at.utcoffset() == UTC.utcoffset(None)

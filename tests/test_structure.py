@@ -30,10 +30,6 @@ LONGEST_FILE = 300
 MEDIAN_LINES, MOST_LINES = 8, 20
 MOST_PARAMETERS = 6
 
-MUTUAL_IMPORTS = {
-    # A run may start from another run's result: its base is exported, and to export it its own base is loaded.
-    ("fedtune.cli.cached_export", "fedtune.cli.checkpoint_target"),
-}
 MANY_PARAMETERS = {
     "_loss": "transformers calls a model's loss function with these",
     "fused_cross_entropy": "the operands and options of torch's cross entropy",
@@ -41,8 +37,6 @@ MANY_PARAMETERS = {
     "make_conv_norm": "the arguments of torch's convolution",
     "__init__": "an inverted residual block: the columns of the table in the MobileNetV3 paper",
     # The rest waits for values that travel together: a client's round, a run's context, a merge's settings.
-    "merge_adapters": "to be grouped",
-    "write_merged_adapter": "to be grouped",
 }
 BARE_NAMES = split_words(
     "about after at before beside between by for from in into of on only out over past per than till to under until "
@@ -157,10 +151,6 @@ def test_no_modules_import_each_other() -> None:
     """Imports inside functions count; only those for type checkers do not."""
     graph = grimp.build_graph("fedtune", exclude_type_checking_imports=True, cache_dir=None)
     edges = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
-    for one, other in MUTUAL_IMPORTS:
-        assert one in edges[other]
-        assert other in edges[one], "no longer needed: remove it"
-        edges[one].discard(other)
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:

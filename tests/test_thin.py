@@ -34,7 +34,7 @@ from fedtune.device.trainer import Trainer
 from fedtune.device.trainer_channel import Frame
 recipe, payload, sent = (Path(name) for name in sys.argv[1:])
 order = {"recipe": recipe.read_text(), "round": 1, "client": 0, "label_names": "[]", "run_id": "run"}
-answer = Trainer("part:0", 10**11, 0).run_request(Frame(order, payload.read_bytes()), lambda: None)
+answer = Trainer("partition:0", 10**11, 0).run_request(Frame(order, payload.read_bytes()), lambda: None)
 assert answer.header["kind"] == "trained", answer.header
 sent.write_bytes(answer.payload)
 """
@@ -96,7 +96,7 @@ def hidden(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_path: Path, kind: str) -> None:
     recipe = trivial() if kind == "image" else words(tmp_path)
     order = TrainRequest(recipe.model_dump_json(), 1, 0, "run", "[]")
-    shop, rows = LocalData("part:0").get_context(order)
+    shop, rows = LocalData("partition:0").get_context(order)
     payload = pack(encode_masked_state(get_model_state(shop.model, shop.shared_names)))
     deltas, _ = run_local_round(order, read_payload(payload, shop, order.client), shop, rows, tmp_path / "own")
     clear_run_context()
@@ -112,14 +112,14 @@ def test_a_trainer_sends_the_same_bits_without_what_is_left_out(home: Path, tmp_
 def test_a_run_on_thin_devices_has_the_bits_of_a_simulation(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("FEDTUNE_SERVER", raising=False)
+    monkeypatch.delenv("FEDTUNE_OPERATOR_FILE", raising=False)
     home.mkdir()
     (tmp_path / "sitecustomize.py").write_text(HIDDEN)
     recipe = words(tmp_path, "devices=[{name: toy, count: 2}]")
     simulated = execute(recipe, run="simulated").hashes
     with (
         serving(home) as server,
-        joined(server, tmp_path, "part:0", "part:1", PYTHONPATH=f"{tmp_path}:{Path.cwd()}") as devices,
+        joined(server, tmp_path, "partition:0", "partition:1", PYTHONPATH=f"{tmp_path}:{Path.cwd()}") as devices,
     ):
         found = ended(server, submit(server, recipe))
     assert found["status"] == "completed", [found["reason"], *(device.log for device in devices)]

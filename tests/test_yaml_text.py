@@ -74,8 +74,8 @@ def test_every_reader_of_yaml_refuses_it_in_a_sentence(
         ["profile", str(path)],
         ["profile", str(tmp_path / "trivial.yaml"), "--techniques", value],
         ["merge", str(path), "-o", str(tmp_path / "out")],
-        ["merge", "a", "b", "--base", "c", "-o", str(tmp_path / "out"), "--set", f"density={value}"],
-        ["merge", "a", "b", "--base", "c", "-o", str(tmp_path / "out"), "--relax", value],
+        ["merge", "a", "b", "--base-model", "c", "-o", str(tmp_path / "out"), "--set", f"density={value}"],
+        ["merge", "a", "b", "--base-model", "c", "-o", str(tmp_path / "out"), "--relax", value],
     ):
         done = CliRunner().invoke(cli, words)
         said = str(done.exception) + done.output

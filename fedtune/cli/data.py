@@ -23,9 +23,9 @@ def data() -> None:
 @data.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
-@click.option("--picture", type=click.Path(path_type=Path), help="File for the plot (PNG).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json: bool) -> None:
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plot (PNG).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
+def show(recipe: Path, overrides: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Show how many examples of each label every client has, as a table and a plot.
 
     \b
@@ -34,15 +34,15 @@ def show(recipe: Path, overrides: tuple[str, ...], picture: Path | None, as_json
     """
     from fedtune import data as library
     from fedtune import tasks
-    from fedtune.data.partition_plot import draw_partition as draw
+    from fedtune.data.partition_plot import draw_partition
     from fedtune.paths import get_home_folder
     from fedtune.recipe.yaml_file import read_recipe
 
-    wanted = read_recipe(recipe, overrides)
-    corpus = tasks.load_data(wanted)
-    summary = library.summarise_partition(wanted, corpus, library.partition_examples(wanted, corpus.train))
-    path = picture or get_home_folder() / "pictures" / f"{wanted.name}-split.png"
-    draw(summary, path)
+    settings = read_recipe(recipe, overrides)
+    corpus = tasks.load_data(settings)
+    summary = library.summarise_partition(settings, corpus, library.partition_examples(settings, corpus.train))
+    path = output or get_home_folder() / "pictures" / f"{settings.name}-split.png"
+    draw_partition(summary, path)
     for note in corpus.notes:
         click.echo(f"warning: {note}", err=True)
     _print(summary, path, as_json)
@@ -56,12 +56,12 @@ def _print(summary: "PartitionSummary", path: Path, as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     if as_json:
-        click.echo(json_text({**asdict(summary), "picture": str(path)}))
+        click.echo(json_text({**asdict(summary), "plot": str(path)}))
         return
     Console(markup=False).print(_table(summary))
     if (hidden := len(summary.holdings) - MAX_ROWS) > 0:
         click.echo(f"and {hidden} more clients; --json lists them all")
-    click.echo(f"picture: {path}")
+    click.echo(f"plot: {path}")
 
 
 def _table(summary: "PartitionSummary") -> "Table":

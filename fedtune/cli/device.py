@@ -15,12 +15,12 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class MemorySize(click.ParamType[int]):
-    """A number of bytes, such as 512MB or 2GiB. It does not use pydantic, which would cost a device eight megabytes."""
+    """A number of bytes, such as 512MB or 2GiB. Without pydantic, which needs eight megabytes of a device's memory."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes; click tells of what is none."""
+        """Return the number of bytes. Click prints a usage error for anything else."""
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(value), re.IGNORECASE)
@@ -30,12 +30,13 @@ class MemorySize(click.ParamType[int]):
 
 
 _data = click.option("--data", "source", metavar="SOURCE", required=True, help="csv:FILE, jsonl:FILE, parquet:FILE, "
-                     "folder:PATH, sample:NAME, or part:NUMBER, a partition of the recipe's data.")  # fmt: skip
+                     "folder:PATH, sample:NAME, or partition:NUMBER, a partition of the recipe's data.")  # fmt: skip
 _memory = click.option(
     "--memory", type=MemorySize(), metavar="SIZE", help="Memory limit of the trainer.  [default: all]"
 )
 _idle = click.option(
-    "--idle",
+    "--trainer-idle-timeout",
+    "idle_minutes",
     type=click.FloatRange(0),
     default=30.0,
     show_default=True,
@@ -58,20 +59,20 @@ def device() -> None:
     help='Token from the operator; "-" reads it from a pipe or prompts for it.',
 )
 @click.option("--name", help="Name of this device on the server.  [default: name in the token, or host name]")
-def enroll(url: str | None, token: str, name: str | None) -> None:
+def enrol(url: str | None, token: str, name: str | None) -> None:
     """Enrol this machine as a device, with a one-time token. URL overrides the address in the token.
 
-    Example: fedtune device enroll --token -
+    Example: fedtune device enrol --token -
     """
     from fedtune.device.device_home import DeviceHome
     from fedtune.device.enrolment import EnrolmentToken, enrol_device
 
-    text = _typed() if token == "-" else token
+    text = _read_token() if token == "-" else token
     identity = enrol_device(DeviceHome(), url, EnrolmentToken.parse_token(text), name)
     click.echo(f"enrolled as {identity.name} at {identity.url}\ntry next  fedtune device join --data csv:FILE")
 
 
-def _typed() -> str:
+def _read_token() -> str:
     """Read one line from standard input. In a terminal, prompt for it without showing it."""
     if sys.stdin.isatty():
         return str(click.prompt("token", hide_input=True, err=True))
@@ -96,7 +97,7 @@ def move(url: str) -> None:
 @_data
 @_memory
 @_idle
-def join(source: str, memory: int | None, idle: float) -> None:
+def join(source: str, memory: int | None, idle_minutes: float) -> None:
     """Take part in runs until you stop the command.
 
     The device reconnects after server restarts and network failures.
@@ -110,9 +111,9 @@ def join(source: str, memory: int | None, idle: float) -> None:
     import psutil
 
     from fedtune.device.device_home import DeviceHome
-    from fedtune.device.join import run_device as take_part
+    from fedtune.device.join import run_device
 
-    take_part(DeviceHome(), source, memory or psutil.virtual_memory().total, idle * 60, print_with_time)
+    run_device(DeviceHome(), source, memory or psutil.virtual_memory().total, idle_minutes * 60, print_with_time)
 
 
 def print_with_time(sentence: str) -> None:
@@ -172,8 +173,8 @@ def package(source: str, memory: int | None, user: str | None, output: Path) -> 
 
     Example: fedtune device package --data csv:/data/reviews.csv --memory 512MB -o deploy
     """
-    from fedtune.device.deployment_files import write_deployment_files as write_files
+    from fedtune.device.deployment_files import write_deployment_files
     from fedtune.systemd_units import service_user
 
-    for path in write_files(output, source, memory, service_user(user)):
+    for path in write_deployment_files(output, source, memory, service_user(user)):
         click.echo(path)

@@ -1,4 +1,4 @@
-"""The table at the end of a run: per domain before and after, and what it cost."""
+"""The table at the end of a run: each domain before and after training, with its costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +26,20 @@ class DomainRow:
 
 
 def make_domain_rows(rounds: Sequence[RoundRecord], clients: Mapping[int, str], figure: str) -> list[DomainRow]:
-    """One row per domain, then their mean and one over all; ``clients`` names each client's domain."""
+    """Return one row per domain, one for their mean and one over all. ``clients`` maps clients to domains."""
     sent = [one for record in rounds for one in record.client_records]
     found = compare_before_and_after(rounds, "test", figure)
-    return [_row(domain, before, after, _of(sent, clients, domain)) for domain, (before, after) in found.items()]
+    return [
+        _make_row(domain, before, after, _select_clients(sent, clients, domain))
+        for domain, (before, after) in found.items()
+    ]
 
 
-def _of(sent: Sequence[ClientRecord], clients: Mapping[int, str], domain: str) -> list[ClientRecord]:
+def _select_clients(sent: Sequence[ClientRecord], clients: Mapping[int, str], domain: str) -> list[ClientRecord]:
     return [s for s in sent if domain in ("all", "mean") or clients.get(s.client) == domain]
 
 
-def _row(domain: str, before: float, after: float, sent: Sequence[ClientRecord]) -> DomainRow:
+def _make_row(domain: str, before: float, after: float, sent: Sequence[ClientRecord]) -> DomainRow:
     return DomainRow(
         domain,
         before,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fedtune.cli.option_parsers import parse_columns
 from fedtune.json_text import json_text
 
 if TYPE_CHECKING:
@@ -15,21 +16,21 @@ __all__ = ["evaluate"]
 @click.command()
 @click.argument("target")
 @click.option(
-    "--round", "number", type=click.IntRange(0), help="Round to score; 0 is before training.  [default: the last]"
+    "--round", "round_number", type=click.IntRange(0), help="Round to score; 0 is before training.  [default: the last]"
 )
 @click.option("--data", "source", metavar="SOURCE", help="Another data source; all its examples are scored.")
 @click.option("--columns", metavar="KEY=NAME,...", help="Columns of --data, e.g. text=review,label=stars.")
 @click.option(
-    "--part", type=click.Choice(["validation", "test"]), help="Split of the run's own data.  [default: validation]"
+    "--split", type=click.Choice(["validation", "test"]), help="Split of the run's own data.  [default: validation]"
 )
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def evaluate(
     target: str,
-    number: int | None,
+    round_number: int | None,
     source: str | None,
     columns: str | None,
-    part: str | None,
+    split: str | None,
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -39,52 +40,51 @@ def evaluate(
 
     \b
     Example:
-      fedtune evaluate latest --part test
+      fedtune evaluate latest --split test
       fedtune evaluate latest --data csv:reviews.csv --columns text=review,label=verdict
     """
-    from fedtune.cli.checkpoint_target import load_checkpoint_target
+    from fedtune.cli.cached_export import load_checkpoint_target
     from fedtune.errors import ModelError
     from fedtune.training import evaluate_model, get_run_context, set_model_state
 
-    if source is not None and part is not None:
+    if source is not None and split is not None:
         raise click.UsageError(
-            "--part selects a split of the run's own data, but all of --data is scored; remove one of them"
+            "--split selects a split of the run's own data, but all of --data is scored; remove one of them"
         )
     if source is None and columns is not None:
         raise click.UsageError("--columns names the columns of --data; add it, e.g. --data csv:reviews.csv")
-    recipe, state, run, at = load_checkpoint_target(target, number, store)
-    shop = get_run_context(recipe.model_dump_json())
-    if shop.local_tensors:
+    recipe, state, run, at = load_checkpoint_target(target, round_number, store)
+    context = get_run_context(recipe.model_dump_json())
+    if context.local_tensors:
         raise ModelError(
-            f"run {run} kept a part of its model on the devices; see the split local: fedtune runs show {run}"
+            f"run {run} keeps a part of its model on the devices; see the split local: fedtune runs show {run}"
         )
-    examples = getattr(shop, part or "validation") if source is None else shop.encode_source(source, _columns(columns))
-    told = source or part or "validation"
-    set_model_state(shop.model, state)
-    scores = evaluate_model(shop.evaluated_model, examples)
+    examples = (
+        getattr(context, split or "validation")
+        if source is None
+        else context.encode_source(source, parse_columns(columns))
+    )
+    scored = source or split or "validation"
+    set_model_state(context.model, state)
+    scores = evaluate_model(context.evaluated_model, examples)
     if as_json:
         figures = [found._asdict() for found in scores]
-        click.echo(json_text({"run": run, "round": at, "data": told, "metrics": figures}))
+        click.echo(json_text({"run": run, "round": at, "data": scored, "metrics": figures}))
     else:
-        _show(scores, f"{run}, round {at}, on {told} ({len(examples)} examples)")
+        _show_scores(scores, f"{run}, round {at}, on {scored} ({len(examples)} examples)")
 
 
-def _columns(text: str | None) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    if any(not (equals and name) for _, equals, name in pairs):
-        raise click.UsageError("write --columns as key=name,key=name, e.g. text=review,label=stars")
-    return {key: name for key, _, name in pairs}
-
-
-def _show(scores: "list[Metric]", title: str) -> None:
+def _show_scores(scores: "list[Metric]", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     names = sorted({found.name for found in scores})
-    table = Table(title=title, box=None, header_style="bold", title_justify="left")
+    console = Console(markup=False, highlight=False)
+    console.print(title, soft_wrap=True)
+    table = Table(box=None, header_style="bold")
     for heading in ("domain", *names):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for domain in dict.fromkeys(found.domain for found in scores):
         figures = {found.name: f"{found.value:.4f}" for found in scores if found.domain == domain}
         table.add_row(domain, *(figures.get(name, "") for name in names))
-    Console(markup=False).print(table)
+    console.print(table)

@@ -1,4 +1,4 @@
-"""A run on a server, followed to its end: one line per round, and one if it waits."""
+"""Print the rounds of a submitted run until it ends."""
 
 import time
 from typing import Any
@@ -11,27 +11,27 @@ from fedtune.untrusted import clean_text
 
 __all__ = ["follow_run"]
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _LONGEST_LINE = 2000
 _WORKING = ("queued", "running")
 
 
 def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> dict[str, Any]:
-    """Print what happens until a run ends, and return its newest state; RunError when it failed."""
+    """Print one line per round, and one if the run waits. Return the run's last state; RunError if it failed."""
     show = (lambda _: None) if quiet else _show
-    last, said = -1, ""
+    last, shown = -1, ""
     while True:
         found: dict[str, Any] = connection.request_json("GET", f"runs/{run}?after={last}")
         run = found["id"]  # another may be the latest by the next look
         for record in found["rounds"]:
-            show(f"round {record['number']}/{found['rounds_planned']}  {_summary(record, found)}")
+            show(f"round {record['number']}/{found['rounds_planned']}  {_summarise_round(record, found)}")
             last = record["number"]
         if found["status"] not in _WORKING:
             break
-        if found["reason"] and found["reason"] != said:
+        if found["reason"] and found["reason"] != shown:
             show(f"{found['status']}: {found['reason']}")
-        said = found["reason"]
-        time.sleep(_LOOK_SECONDS)
+        shown = found["reason"]
+        time.sleep(_POLL_SECONDS)
     if found["status"] == "failed":
         raise RunError(f"run {run} failed: {found['reason']}")
     show(f"run {run} is {found['status']}" + (f": {found['reason']}" if found["reason"] else ""))
@@ -39,14 +39,14 @@ def follow_run(connection: OperatorClient, run: str, *, quiet: bool = False) -> 
 
 
 def _show(line: str) -> None:
-    """A line that may quote what a device said."""
+    """Print a line, which may quote a device."""
     click.echo(clean_text(line, _LONGEST_LINE))
 
 
-def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:
-    """A round in one line, from its document."""
+def _summarise_round(record: dict[str, Any], run: dict[str, Any]) -> str:
+    """Summarise a round in one line."""
     sent = record["client_records"]
-    merged = sum(one["status"] == "merged" for one in sent)
+    merged = sum(contribution["status"] == "merged" for contribution in sent)
     words = [f"{merged}/{len(sent)} devices"] if sent else ["before training"]
     absent = [
         f"{one['device_name'] or one['device_class']} {one['status']}" for one in sent if one["status"] != "merged"
@@ -55,13 +55,13 @@ def _summary(record: dict[str, Any], run: dict[str, Any]) -> str:
     words += [
         f"{metric['split']} {metric['name']} {metric['value']:.4f}"
         for metric in run["metrics"]
-        if _shown(metric, record)
+        if _is_shown(metric, record)
     ]
     words.append(f"{record['seconds']:.1f} s")
     return "  ".join(words) + (f"  FAILED: {record['reason']}" if record["status"] == "failed" else "")
 
 
-def _shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
+def _is_shown(metric: dict[str, Any], record: dict[str, Any]) -> bool:
     newest = metric["round"] == record["number"] and metric["domain"] == "all"
     return (
         newest

@@ -1,4 +1,4 @@
-"""The command line: commands are imported when they are called, errors end in one sentence and a code."""
+"""The command line. A command is imported only when it is called. An error ends in one sentence and an exit code."""
 
 import gc
 import importlib
@@ -8,10 +8,11 @@ import warnings
 
 import click
 
+from fedtune.cli.old_names import translate_old_names
 from fedtune.errors import FedtuneError, FedtuneWarning
 from fedtune.untrusted import clean_lines
 
-__all__ = ["cli", "main"]
+__all__ = ["cli", "explain_missing_module", "format_warning", "main"]
 
 _COMMANDS = {
     "data": ("data:data", "Show the examples of a recipe and their partition over clients."),
@@ -22,7 +23,7 @@ _COMMANDS = {
     "methods": ("methods:methods", "List techniques and merge steps, or print a card."),
     "profile": ("profile:profile", "Measure what a training step costs with each technique."),
     "recipe": ("recipe:recipe", "Rewrite a recipe in the newest version."),
-    "runs": ("runs:runs", "List, show, compare, plot, export, delete, watch, stop and resume runs."),
+    "runs": ("runs:runs", "List, show, compare, plot, export, delete, roll back, watch, stop and resume runs."),
     "server": ("server:server", "Run a server for real devices."),
     "simulate": ("simulate:simulate", "Run a federation on this machine."),
     "submit": ("submit:submit", "Run a federation on the devices of a server."),
@@ -34,6 +35,13 @@ _FORMAT = warnings.formatwarning
 
 class _Lazy(click.Group):
     """A group that imports a command's module when the command is called, not to list it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse today's names. Shell completion, which is resilient, prints no notices."""
+        words, notices = translate_old_names(args)
+        for sentence in () if ctx.resilient_parsing else notices:
+            click.echo(f"fedtune: {clean_lines(sentence)}", err=True)
+        return super().parse_args(ctx, words)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -65,8 +73,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line. Exit code 0: success; 2: an error that the user can fix; 130: Ctrl-C."""
-    _be_quiet()
-    warnings.formatwarning = _said
+    _set_environment()
+    warnings.formatwarning = format_warning
     gc.set_threshold(
         50_000, 20, 20
     )  # imports create a hundred thousand objects and no garbage; this saves half a second
@@ -105,14 +113,16 @@ def explain_missing_module(error: ModuleNotFoundError) -> str:
     return sentence
 
 
-def _said(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Format a warning. Warnings of fedtune are one sentence; others keep Python's format."""
     if issubclass(category, FedtuneWarning):
         return f"fedtune: {clean_lines(str(message))}\n"
     return _FORMAT(message, category, filename, lineno, line)
 
 
-def _be_quiet() -> None:
+def _set_environment() -> None:
     """Disable telemetry, update checks and foreign progress bars; keep the working folder off the import path."""
     for name, value in {
         "PYTHONSAFEPATH": "1",
@@ -127,7 +137,7 @@ def _be_quiet() -> None:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"fedtune: {clean_lines(sentence)}", err=True)  # it may quote what somebody else said
+    click.echo(f"fedtune: {clean_lines(sentence)}", err=True)  # it may quote a device or a server
     return 2
 
 

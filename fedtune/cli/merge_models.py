@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedtune.cli.option_parsers import MergeOptions, columns, size
+from fedtune.cli.option_parsers import MergeOptions, parse_columns, parse_size
 
 if TYPE_CHECKING:
     from fedtune.offline_merge import MergeConfig, ModelComparison, PreparedMerge
@@ -17,68 +17,70 @@ if TYPE_CHECKING:
 __all__ = ["merge_stages"]
 
 
-def merge_stages(asked: MergeOptions, stages: "Sequence[Stage]") -> None:
+def merge_stages(options: MergeOptions, stages: "Sequence[Stage]") -> None:
     """Run the merges of a file in order. Intermediate results go into a folder beside the output."""
     if len(stages) == 1:
-        _merge_one(asked, stages[0].config, stages[0].text)
+        _merge_one(options, stages[0].config, stages[0].text)
         return
-    if asked.output is None or asked.dry_run:
-        raise click.UsageError(f"--dry-run reports one merge, but {asked.sources[0]} contains {len(stages)}; use -o")
+    if options.output is None or options.dry_run:
+        raise click.UsageError(f"--dry-run reports one merge, but {options.sources[0]} contains {len(stages)}; use -o")
     import shutil
 
     from fedtune.errors import FedtuneError
-    from fedtune.offline_merge.merge_stages import check, replace_stage_names
+    from fedtune.offline_merge.merge_stages import check_stages, replace_stage_names
 
-    check(stages)
-    beside = asked.output.absolute().with_name(f".{asked.output.name}.stages")
+    check_stages(stages)
+    beside = options.output.absolute().with_name(f".{options.output.name}.stages")
     made: dict[str, Path] = {}
     try:
         for stage in stages[:-1]:
-            made[str(stage.config.name)] = _stage(asked, replace_stage_names(stage.config, made), stage.text, beside)
-        _merge_one(asked, replace_stage_names(stages[-1].config, made), stages[-1].text)
-    except FedtuneError:  # an interruption leaves what is made for the same command to go on with
+            made[str(stage.config.name)] = _merge_intermediate(
+                options, replace_stage_names(stage.config, made), stage.text, beside
+            )
+        _merge_one(options, replace_stage_names(stages[-1].config, made), stages[-1].text)
+    except FedtuneError:  # after an interruption the intermediate results stay, and the same command continues
         shutil.rmtree(beside, ignore_errors=True)
         raise
     shutil.rmtree(beside)
 
 
-def _stage(asked: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
+def _merge_intermediate(options: MergeOptions, config: "MergeConfig", text: str, beside: Path) -> Path:
     """Return the folder of an intermediate merge. It is reused if the same merge was made before."""
     from fedtune.offline_merge import prepare_merge
 
-    key = prepare_merge(config, asked.export).compute_resume_key()
+    key = prepare_merge(config, options.export_run).compute_resume_key()
     folder = beside / f"{config.name}-{key[:12]}"
     if not folder.exists():
-        click.echo(f"{config.name}:", err=asked.as_json)
-        _merge_one(asked._replace(output=folder, evaluate=None), config, text, told=not asked.as_json)
+        click.echo(f"{config.name}:", err=options.as_json)
+        _merge_one(options._replace(output=folder, eval_data=None), config, text, show=not options.as_json)
     return folder
 
 
-def _merge_one(asked: MergeOptions, config: "MergeConfig", text: str, *, told: bool = True) -> None:
+def _merge_one(options: MergeOptions, config: "MergeConfig", text: str, *, show: bool = True) -> None:
     from fedtune.cli.merge_view import show_byte_progress
-    from fedtune.offline_merge import compare, prepare_merge
+    from fedtune.offline_merge import compare_models, prepare_merge
 
-    prepared = prepare_merge(config, asked.export)
-    shards = prepared.plan_shards(size(asked.shard_size))
-    if asked.output is not None:
+    prepared = prepare_merge(config, options.export_run)
+    shards = prepared.plan_shards(parse_size(options.max_shard_size))
+    if options.output is not None:
         from fedtune.offline_merge.output_folder import check_output_space
 
-        check_output_space(asked.output, shards)
+        check_output_space(options.output, shards)
     found = None
-    if asked.report or asked.dry_run:
+    if options.report or options.dry_run:
         with show_byte_progress("comparing", prepared.output_bytes) as progress:
-            found = compare(prepared, progress, trust_base=asked.trust_base)
-    if found is not None and not asked.as_json:
+            found = compare_models(prepared, progress, trust_base=options.trust_base)
+    if found is not None and not options.as_json:
         from fedtune.cli.merge_view import show_comparison
 
         show_comparison(found)
-    scores, warned = ({}, list(prepared.warnings)) if asked.dry_run else _write(asked, prepared, text, found)
-    if told:
-        _tell(asked, prepared, found, scores, warned)
+    scores, warned = ({}, list(prepared.warnings)) if options.dry_run else _write(options, prepared, text, found)
+    if show:
+        _show_result(options, prepared, found, scores, warned)
 
 
 def _write(
-    asked: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
+    options: MergeOptions, prepared: "PreparedMerge", text: str, found: "ModelComparison | None"
 ) -> "tuple[dict[str, Any], list[str]]":
     """Write the result and its card; return the scores, if requested, and the warnings."""
     from fedtune import offline_merge
@@ -88,32 +90,32 @@ def _write(
     from fedtune.offline_merge.model_card import CardContents, build_model_card, hash_model_files
     from fedtune.offline_merge.write_model import CARD
 
-    assert asked.output is not None
-    named = columns(asked.columns)
+    assert options.output is not None
+    named = parse_columns(options.columns)
     scores: dict[str, Any] = {}
-    for name in prepared.models.by_name if asked.evaluate else ():
-        scores[name] = _score(asked, name, named)
-    evidence = _evidence(asked, prepared, named)
-    warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, evidence.activation_statistics)]
-    card = CardContents(asked.output.name, prepared, text, hash_model_files(prepared), found, scores, warned)
+    for name in prepared.models.by_name if options.eval_data else ():
+        scores[name] = _score(options, name, named)
+    context = _build_merge_context(options, prepared, named)
+    warned = [*prepared.warnings, *warn_of_dominant_channels(prepared.steps.relax, context.activation_statistics)]
+    card = CardContents(options.output.name, prepared, text, hash_model_files(prepared), found, scores, warned)
     with show_byte_progress("merging", prepared.output_bytes) as progress:
         offline_merge.write_merged_model(
             prepared,
-            asked.output,
+            options.output,
             build_model_card(card),
-            shard_size=size(asked.shard_size),
-            evidence=evidence,
+            shard_size=parse_size(options.max_shard_size),
+            context=context,
             progress=progress,
         )
-    if asked.evaluate:
-        scores[RESULT_NAME] = _score(asked, f"path:{asked.output}", named)
+    if options.eval_data:
+        scores[RESULT_NAME] = _score(options, f"path:{options.output}", named)
         warned += warn_of_better_inputs(scores)
-        told = build_model_card(replace(card, scores=scores, warnings=warned))
-        write_bytes_atomically(asked.output / CARD, told.encode())
+        text_with_scores = build_model_card(replace(card, scores=scores, warnings=warned))
+        write_bytes_atomically(options.output / CARD, text_with_scores.encode())
     return scores, warned
 
 
-def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
+def _build_merge_context(options: MergeOptions, prepared: "PreparedMerge", columns: dict[str, str]) -> Any:
     if not prepared.steps.needs:
         from fedtune.merging import MergeContext
 
@@ -121,24 +123,24 @@ def _evidence(asked: MergeOptions, prepared: "PreparedMerge", columns: dict[str,
     from fedtune.offline_merge.evaluate_models import collect_merge_context
     from fedtune.tasks import get_task
 
-    task = None if asked.task is None else get_task(asked.task)
+    task = None if options.task is None else get_task(options.task)
     column = None if task is None else columns.get(task.input_column)
-    return collect_merge_context(prepared, task, asked.calibrate, column, asked.export)
+    return collect_merge_context(prepared, task, options.calibration_data, column, options.export_run)
 
 
-def _score(asked: MergeOptions, source: str, columns: dict[str, str]) -> Any:
+def _score(options: MergeOptions, source: str, columns: dict[str, str]) -> Any:
     from fedtune.offline_merge.evaluate_models import evaluate_folder, materialise_model
     from fedtune.tasks import get_task
 
-    if asked.task is None:
-        raise click.UsageError("--evaluate needs --task, e.g. --task text-classification")
-    assert asked.evaluate is not None
-    with materialise_model(source, asked.export) as folder:
-        return evaluate_folder(folder, get_task(asked.task), asked.evaluate, columns, asked.part)
+    if options.task is None:
+        raise click.UsageError("--eval-data needs --task, e.g. --task text-classification")
+    assert options.eval_data is not None
+    with materialise_model(source, options.export_run) as folder:
+        return evaluate_folder(folder, get_task(options.task), options.eval_data, columns, options.split)
 
 
-def _tell(
-    asked: MergeOptions,
+def _show_result(
+    options: MergeOptions,
     prepared: "PreparedMerge",
     found: "ModelComparison | None",
     scores: "ModelMetrics",
@@ -146,12 +148,12 @@ def _tell(
 ) -> None:
     for sentence in warned:
         click.echo(f"warning: {sentence}", err=True)
-    if asked.as_json:
+    if options.as_json:
         from fedtune.json_text import json_text
 
         document = {
             "method": prepared.steps.combine.name,
-            "path": None if asked.dry_run else str(Path(str(asked.output)).absolute()),
+            "path": None if options.dry_run else str(Path(str(options.output)).absolute()),
             "tensors": len(prepared.output_tensors),
             "bytes": prepared.output_bytes,
             "report": None if found is None else found.to_dict(),
@@ -164,5 +166,5 @@ def _tell(
 
     if scores:
         show_metrics(scores)
-    if not asked.dry_run:
-        click.echo(f"{asked.output}: {len(prepared.output_tensors)} tensors, {prepared.output_bytes / 1e6:.1f} MB")
+    if not options.dry_run:
+        click.echo(f"{options.output}: {len(prepared.output_tensors)} tensors, {prepared.output_bytes / 1e6:.1f} MB")

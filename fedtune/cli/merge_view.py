@@ -35,16 +35,16 @@ def show_byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]
 
 
 def _lines(what: str, total: int) -> Callable[[int], None]:
-    started = told = time.monotonic()
+    started = printed = time.monotonic()
 
-    def tell(done: int) -> None:
-        nonlocal told
+    def show_line(done: int) -> None:
+        nonlocal printed
         now = time.monotonic()
-        if now - told >= _EVERY and done:
-            told, left = now, round((now - started) * (total - done) / done)
+        if now - printed >= _EVERY and done:
+            printed, left = now, round((now - started) * (total - done) / done)
             print(f"{what}: {done / total:.0%}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)
 
-    return tell
+    return show_line
 
 
 def show_comparison(found: "ModelComparison") -> None:
@@ -58,14 +58,14 @@ def show_comparison(found: "ModelComparison") -> None:
         table.add_row(name, norm, cosines, changed, first, _words(found, place))
     console = _console()
     console.print(table)
-    kind = "whole models" if found.norms is None else "deltas to the base; norms are relative to the norm of the base"
+    kind = "whole models" if found.norms is None else "deltas to the base; norms are relative to that of the base"
     console.print(f"\ncosines are between {kind}")
     if found.norms is not None:
         console.print(f"opposite directions at {found.conflicts:.1%} of {found.entries} entries")
     if found.scale is not None:
         console.print(
-            f"a scale of {found.scale:.3f} would give the weighted sum the mean norm of the models' deltas "
-            "(a rule of thumb)"
+            f"with a scale of {found.scale:.3f}, the weighted sum has the mean norm of the deltas (a rule of thumb)",
+            soft_wrap=True,
         )
 
 

@@ -11,7 +11,7 @@ __all__ = ["methods"]
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 def methods(name: str | None, as_json: bool) -> None:
     """List techniques and merge steps, or print the card of NAME.
 

@@ -16,13 +16,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def add_operator_file_option(command: Command) -> Command:
-    """The option that names an operator's file."""
+    """Add the option --operator-file."""
     return click.option(
-        "--server",
+        "--operator-file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        envvar="FEDTUNE_SERVER",
-        help="Operator file, see fedtune server operator.  [default: that of the server on this machine]",
+        envvar=["FEDTUNE_OPERATOR_FILE", "FEDTUNE_SERVER"],
+        help="Operator file, see fedtune server add-operator.  [default: that of the server on this machine]",
     )(command)
 
 
@@ -46,7 +46,7 @@ class OperatorClient:
         self._client.close()
 
     def request_json(self, method: str, path: str, sent: Any = None, *, timeout_seconds: float = 60.0) -> Any:
-        """The JSON a server answers; ServerError with its sentence when it refuses, or when it cannot be reached."""
+        """Return the server's reply; ServerError if the server refuses or cannot be reached."""
         import httpx
 
         try:
@@ -56,22 +56,24 @@ class OperatorClient:
                 f"cannot reach the server at {self.url} ({error}); is fedtune server up there?"
             ) from error
         try:
-            told = answer.json()
+            reply = answer.json()
         except ValueError as error:
             raise ServerError(f"{self.url} is not a fedtune server; check the address") from error
         if answer.is_error:
-            raise ServerError(str(told.get("error", f"the server answered {answer.status_code}")))
-        return told
+            raise ServerError(str(reply.get("error", f"the server answered {answer.status_code}")))
+        return reply
 
 
 def connect_to_server(file: Path | None) -> OperatorClient:
-    """The server an operator's file names, by default the one of this machine."""
+    """Connect to the server of an operator file, by default to the server on this machine."""
     path = file or paths.get_home_folder() / "server" / "operator.json"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        connection = OperatorClient(told["url"], told["ca"], told["key"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        connection = OperatorClient(found["url"], found["ca"], found["key"])
     except FileNotFoundError as error:
-        raise ServerError(f"there is no operator file {path}; name one with --server or FEDTUNE_SERVER") from error
+        raise ServerError(
+            f"there is no operator file {path}; name one with --operator-file or FEDTUNE_OPERATOR_FILE"
+        ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ServerError(f"{path} is not an operator file; create one with fedtune server operator") from error
+        raise ServerError(f"{path} is not an operator file; create one with fedtune server add-operator") from error
     return connection

@@ -1,4 +1,4 @@
-"""Parse single options of ``fedtune merge``; UsageError if an option is invalid."""
+"""Parse the values of options; UsageError if a value is invalid."""
 
 import difflib
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import click
 
-__all__ = ["Command", "MergeOptions", "columns", "numbers", "size", "unit"]
+__all__ = ["Command", "MergeOptions", "parse_columns", "parse_numbers", "parse_size", "parse_step"]
 
 _ALIKE = 0.8
 
@@ -24,43 +24,43 @@ class Command(click.Command):
 
 
 class MergeOptions(NamedTuple):
-    """The command line."""
+    """The options of ``fedtune merge``."""
 
     sources: tuple[str, ...]
     output: Path | None
     form: str
     dry_run: bool
     method: str | None
-    base: str | None
+    base_model: str | None
     weights: str | None
     settings: tuple[str, ...]
     seed: int | None
     align: tuple[str, ...]
     relax: tuple[str, ...]
     renormalise: tuple[str, ...]
-    tokenizer: str | None
+    tokenizer_source: str | None
     dtype: str | None
-    rank: int | None
+    max_rank: int | None
     energy: float | None
-    calibrate: str | None
-    evaluate: str | None
-    part: str
+    calibration_data: str | None
+    eval_data: str | None
+    split: str
     columns: str | None
     task: str | None
-    shard_size: str
+    max_shard_size: str
     report: bool
     trust_base: bool
     store: str | None
     as_json: bool
 
-    def export(self, reference: str) -> Path:
+    def export_run(self, reference: str) -> Path:
         """Export the model of a run to the cache and return its folder."""
         from fedtune.cli.cached_export import export_run_to_cache
 
         return export_run_to_cache(reference, self.store)
 
 
-def unit(text: str) -> Any:
+def parse_step(text: str) -> Any:
     """Parse a step: its name, or its name and settings in YAML."""
     from fedtune.recipe.yaml_text import YamlError, load
 
@@ -70,7 +70,7 @@ def unit(text: str) -> Any:
         raise click.UsageError(f"{text!r} is not a step; write it as aim or 'aim: {{omega: 0.3}}'") from error
 
 
-def numbers(text: str | None) -> list[float]:
+def parse_numbers(text: str | None) -> list[float]:
     """Parse numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")] if text else []
@@ -78,7 +78,7 @@ def numbers(text: str | None) -> list[float]:
         raise click.UsageError("write --weights as numbers with commas, e.g. 0.5,0.3,0.2") from error
 
 
-def columns(text: str | None) -> dict[str, str]:
+def parse_columns(text: str | None) -> dict[str, str]:
     """Parse the columns of a data source."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
     if any(not (equals and name) for _, equals, name in pairs):
@@ -86,11 +86,11 @@ def columns(text: str | None) -> dict[str, str]:
     return {key: name for key, _, name in pairs}
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Parse a size such as 500MB or 5GB."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
-        raise click.UsageError(f"--shard-size {text}: write it as 500MB or 5GB") from error
+        raise click.UsageError(f"--max-shard-size {text}: write it as 500MB or 5GB") from error

@@ -14,7 +14,7 @@ _NEIGHBOURS = {
 
 
 def describe_privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
-    """Epsilon, delta and who added the noise; empty for a run without privacy."""
+    """Return epsilon, delta and who added the noise; empty for a run without privacy."""
     found = get_privacy_spent(run, rounds)
     if found is None:
         return ""
@@ -23,7 +23,7 @@ def describe_privacy(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
 
 
 def make_privacy_paragraph(run: RunRecord, rounds: Sequence[RoundRecord]) -> str:
-    """A paragraph for a model's card; empty for a run without privacy."""
+    """Return a paragraph for a model card; empty for a run without privacy."""
     found = get_privacy_spent(run, rounds)
     if found is None:
         return ""

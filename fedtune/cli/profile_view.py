@@ -1,4 +1,4 @@
-"""How a profile looks while it is made and when it is done: a table that fits 80 columns, one note per failure."""
+"""The output of ``fedtune profile``: its progress, and a table that fits 80 columns."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ from fedtune.recipe.schema import Recipe
 __all__ = ["make_result_dicts", "make_title", "show_profile", "show_profile_progress"]
 
 _NAME = 18
-"""Characters a technique's name may take in 80 columns."""
+"""Longest name of a technique in a table of 80 columns."""
 
 Shown = tuple[Callable[[str], None], Callable[[ProfileResult], None]]
 
 
 @contextmanager
 def show_profile_progress(cases: int) -> Iterator[Shown]:
-    """On standard error: what to call when a case begins and when it is done; a line each in a plain terminal."""
+    """Show progress on standard error. Yield the functions to call when a case begins and when it ends."""
     console = Console(stderr=True, markup=False, highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
     with _live(console, cases) if live else _plain(console, cases) as shown:
@@ -76,7 +76,7 @@ def _line(row: ProfileResult) -> str:
 
 
 def make_title(recipe: Recipe, random: bool) -> str:
-    """What was measured, in one line."""
+    """Describe in one line what was measured."""
     train = recipe.train
     from fedtune.tasks import get_task  # imports torch
 
@@ -86,7 +86,7 @@ def make_title(recipe: Recipe, random: bool) -> str:
 
 
 def make_result_dicts(rows: Sequence[ProfileResult]) -> list[dict[str, Any]]:
-    """One object per case with the same keys; ``gradient_error`` where it was asked for, ``error`` where it failed."""
+    """Return one object per case; ``gradient_error`` only if gradients were checked, ``error`` if the case failed."""
     objects = [_as_object(row) for row in rows]
     unchecked = all(one["gradient_error"] is None for one in objects)
     return [
@@ -99,7 +99,7 @@ def _as_object(row: ProfileResult) -> dict[str, Any]:
 
 
 def show_profile(rows: Sequence[ProfileResult], heading: str) -> None:
-    """The table, what its columns mean, and why cases failed."""
+    """Print the table, what its columns mean, and why cases failed."""
     console = Console(markup=False, highlight=False)
     console.print(_table(rows, heading))
     for line in _notes(rows):
@@ -143,7 +143,7 @@ def _full_seconds(rows: Sequence[ProfileResult]) -> float | None:
 
 
 def _folded(technique: str) -> str:
-    """Long names break where one technique ends."""
+    """Break a long name between techniques."""
     return technique if len(technique) <= _NAME else technique.replace("+", "\n+")
 
 
@@ -152,7 +152,7 @@ def _size(size: int) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits and a prefix: ``546M``, ``1.02G``."""
+    """Format with three digits and a prefix: ``546M``, ``1.02G``."""
     prefixes = ["", "k", "M", "G"]
     while abs(number) >= 999.5 and len(prefixes) > 1:
         number /= 1000

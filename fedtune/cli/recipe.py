@@ -14,9 +14,9 @@ def recipe() -> None:
 
 @recipe.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write it; by default over FILE.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: FILE]")
 def upgrade(file: Path, output: Path | None) -> None:
-    """Rewrite the recipe FILE in version 2; comments, order and layout stay.
+    """Rewrite the recipe FILE in version 2; comments, order and layout stay the same.
 
     \b
     Example:

@@ -145,7 +145,7 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
         case RoundStarted():
             bars.reset(client_bar, total=event.num_clients, visible=True, description="clients", note="")
         case ReplyReceived():
-            bars.update(client_bar, advance=1, note=_answer(event))
+            bars.update(client_bar, advance=1, note=_describe_reply(event))
         case Scoring():
             scoring = f"scoring {event.part}"
             bars.update(client_bar, total=event.total, completed=event.done, visible=True, description=scoring, note="")
@@ -157,7 +157,7 @@ def _update(bars: Progress, round_bar: TaskID, client_bar: TaskID, clock: Clock,
             bars.console.print(f"round {number}  {format_round(event.record)}", highlight=False)
 
 
-def _answer(event: ReplyReceived) -> str:
+def _describe_reply(event: ReplyReceived) -> str:
     sent = event.client_record
     if sent.status != "merged":
         return f"client {sent.client} {sent.status}: {sent.reason}"

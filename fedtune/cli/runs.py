@@ -18,14 +18,14 @@ __all__ = ["runs"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _shared(command: Command) -> Command:
-    """The options of every command here."""
+def _add_shared_options(command: Command) -> Command:
+    """Add the options that all these commands have."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
-    return click.option("--store", metavar="URL", help="SQLAlchemy URL of the store.")(command)
+    return click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")(command)
 
 
-_one = click.argument("run", metavar="RUN")
-_some = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
+_run_argument = click.argument("run", metavar="RUN")
+_runs_argument = click.argument("chosen", metavar="RUN...", nargs=-1, required=True)
 
 
 @click.group()
@@ -38,7 +38,7 @@ for _command in (submitted_runs.watch, submitted_runs.stop, submitted_runs.resum
 
 
 @runs.command("list")
-@_shared
+@_add_shared_options
 def list_(store: str | None, as_json: bool) -> None:
     """List all runs, newest first.
 
@@ -57,10 +57,10 @@ def list_(store: str | None, as_json: bool) -> None:
 
 
 @runs.command()
-@_one
+@_run_argument
 @click.option("--last", type=click.IntRange(1), default=30, show_default=True, help="Number of rounds to show.")
 @click.option("--all", "every", is_flag=True, help="Show every round.")
-@_shared
+@_add_shared_options
 def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> None:
     """Show a run: its last rounds, its result by domain, its clients. --json prints every round.
 
@@ -70,7 +70,7 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
     from fedtune.tracking import Store, run_json
 
     with Store.open(store) as opened:
-        [(found, rounds)] = _recorded(opened, [run])
+        [(found, rounds)] = _read_runs(opened, [run])
     if as_json:
         click.echo(run_json.json_text(run_json.make_run_document(found, rounds, detailed=True)))
     else:
@@ -78,8 +78,8 @@ def show(run: str, last: int, every: bool, store: str | None, as_json: bool) -> 
 
 
 @runs.command()
-@_some
-@_shared
+@_runs_argument
+@_add_shared_options
 def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
     """Compare runs: results, costs and the settings in which they differ.
 
@@ -90,7 +90,7 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
     from fedtune.tracking import Store, run_json, run_summary
 
     with Store.open(store) as opened:
-        recorded = _recorded(opened, chosen)
+        recorded = _read_runs(opened, chosen)
     settings = run_summary.diff_recipes([read_stored_recipe(run.recipe) for run, _ in recorded])
     if as_json:
         documents = [run_json.make_run_document(run, rounds) for run, rounds in recorded]
@@ -100,9 +100,9 @@ def compare(chosen: tuple[str, ...], store: str | None, as_json: bool) -> None:
 
 
 @runs.command()
-@_some
+@_runs_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A .png or .svg file.")
-@_shared
+@_add_shared_options
 def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_json: bool) -> None:
     """Plot one run, or several runs together.
 
@@ -112,21 +112,21 @@ def plot(chosen: tuple[str, ...], output: Path | None, store: str | None, as_jso
     """
     from fedtune import paths as home
     from fedtune.tracking import Store, run_json
-    from fedtune.tracking.run_plot import draw_runs as draw
+    from fedtune.tracking.run_plot import draw_runs
 
     with Store.open(store) as opened:
-        recorded = _recorded(opened, chosen)
+        recorded = _read_runs(opened, chosen)
     alone = len(recorded) == 1
     path = output or (home.get_runs_folder() / recorded[0][0].id / "plot.png" if alone else Path("runs.png"))
-    draw(recorded, path)
+    draw_runs(recorded, path)
     click.echo(run_json.json_text({"path": str(path.absolute())}) if as_json else f"drawn: {path}")
 
 
 @runs.command()
-@_some
+@_runs_argument
 @click.option("--format", "format_", type=click.Choice(["csv", "parquet", "json"]), default="csv", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A new folder, or a JSON file.")
-@_shared
+@_add_shared_options
 def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | None, as_json: bool) -> None:
     """Export runs as tables for other programs.
 
@@ -136,18 +136,18 @@ def export(chosen: tuple[str, ...], format_: str, output: Path, store: str | Non
     Example: fedtune runs export latest --format parquet -o sentiment-tables
     """
     from fedtune.tracking import Store, run_json
-    from fedtune.tracking.table_export import export_runs as write
+    from fedtune.tracking.table_export import export_runs
 
     with Store.open(store) as opened:
-        written = write(_recorded(opened, chosen), format_, output)
+        written = export_runs(_read_runs(opened, chosen), format_, output)
     paths = [str(path.absolute()) for path in written]
     click.echo(run_json.json_text({"paths": paths}) if as_json else "\n".join(f"written: {path}" for path in written))
 
 
 @runs.command()
-@_one
+@_run_argument
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-@_shared
+@_add_shared_options
 def delete(run: str, yes: bool, store: str | None, as_json: bool) -> None:
     """Delete a run with its checkpoints. A run that is being executed is not deleted.
 
@@ -179,7 +179,7 @@ def _remove_files(run_id: str) -> None:
         raise StoreError(f"run {run_id} is removed, but its files are not ({reason}); remove them by hand") from error
 
 
-def _recorded(store: "Store", references: Sequence[str]) -> list[tuple["RunRecord", list["RoundRecord"]]]:
+def _read_runs(store: "Store", references: Sequence[str]) -> list[tuple["RunRecord", list["RoundRecord"]]]:
     found = list({run.id: run for run in map(store.run, references)}.values())
     rounds = store.rounds_of(run.id for run in found)
     return [(run, rounds[run.id]) for run in found]

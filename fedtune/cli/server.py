@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from fedtune.cli import server_access, server_view
+from fedtune.cli import server_access, server_devices, server_view
 from fedtune.cli.operator_client import add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, print_rows
 from fedtune.untrusted import clean_lines
@@ -20,21 +20,23 @@ def server() -> None:
     """Run a server for real devices. Its files are in $FEDTUNE_HOME/server."""
 
 
-for _command in (server_access.audit, server_access.operator, server_access.operators, server_access.tokens):
-    server.add_command(_command)
+for _module in (server_access, server_devices):
+    for _name in _module.__all__:
+        server.add_command(getattr(_module, _name))
 
 
 @server.command()
-@click.option("--name", "names", multiple=True, metavar="NAME", help="Host name or address that devices use.")
+@click.option("--hostname", "names", multiple=True, metavar="NAME", help="Host name or address that devices use.")
 @click.option("--listen", metavar="HOST:PORT", help=f"Where to listen.  [default: {_LISTEN}]")
 def init(names: tuple[str, ...], listen: str | None) -> None:
-    """Create a server: a certificate authority, a certificate, keys and settings.
+    """Create a server, or change its address.
 
-    If the server exists, --name and --listen change its address. Devices, keys and runs stay the same.
+    A new server has a certificate authority, a certificate, keys and settings. If the server exists, --hostname and
+    --listen change its address. Devices, keys and runs stay the same.
 
     \b
     Example:
-      fedtune server init --name fedtune.lab.example --name 10.0.0.5 --listen 0.0.0.0:8443
+      fedtune server init --hostname fedtune.lab.example --hostname 10.0.0.5 --listen 0.0.0.0:8443
     """
     from fedtune.server.operator_files import write_operator_file
     from fedtune.server.readdress import readdress
@@ -42,27 +44,29 @@ def init(names: tuple[str, ...], listen: str | None) -> None:
     from fedtune.tracking import Store
 
     if exists() and (names or listen):
-        _readdressed(readdress(list(names), listen))
+        _show_new_address(readdress(list(names), listen))
         return
     made = create_server_home(list(names) or ["localhost"], listen or _LISTEN)
     with Store.open(made.settings.store) as store:
         write_operator_file(made, store.access, "local", made.operator_file)
-    click.echo(f"made      {made.folder}")
+    click.echo(f"created   {made.folder}")
     click.echo(f"settings  {made.folder / 'server.yaml'}")
     click.echo("try next  fedtune server up")
 
 
-def _readdressed(url: str) -> None:
+def _show_new_address(url: str) -> None:
     click.echo(f"the server uses {url} from its next start; its authority, keys, devices and runs stay the same")
     click.echo("run this on devices that use the old address:")
     click.echo(f"          fedtune device move {url}")
-    click.echo("operators on other machines need a new file: fedtune server operator NAME -o FILE")
+    click.echo("operators on other machines need a new file: fedtune server add-operator NAME -o FILE")
     click.echo("try next  fedtune server up")
 
 
 @server.command()
 def up() -> None:
-    """Run the server until Ctrl-C. It continues submitted runs.
+    """Run the server until Ctrl-C.
+
+    It continues submitted runs.
 
     Example: fedtune server up
     """
@@ -77,7 +81,9 @@ def up() -> None:
 @click.option("--user", help="User of the unit; not root.  [default: you]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("."), help="Folder to write to.")
 def package(user: str | None, output: Path) -> None:
-    """Write a systemd unit, a Dockerfile and a wheel of this fedtune for this server.
+    """Write files to run this server as a service.
+
+    The files are a systemd unit, a Dockerfile and a wheel of this fedtune.
 
     Example: fedtune server package -o deploy
     """
@@ -89,79 +95,16 @@ def package(user: str | None, output: Path) -> None:
 
 
 @server.command()
-@click.argument("name", metavar="[DEVICE]", default="")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True)
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag of the device; recipes select devices by tags.")
-@add_operator_file_option
-def token(name: str, hours: float, tags: tuple[str, ...], server: Path | None) -> None:
-    """Print a one-time token with which a device enrols.
-
-    Example: fedtune server token kitchen-pi --tag indoors
-    """
-    with connect_to_server(server) as connection:
-        click.echo(connection.request_json("POST", "tokens", {"name": name, "hours": hours, "tags": tags})["token"])
-
-
-@server.command()
-@click.option("--tag", "added", nargs=2, multiple=True, metavar="DEVICE TAG", help="Add a tag to a device first.")
-@click.option(
-    "--untag", "taken", nargs=2, multiple=True, metavar="DEVICE TAG", help="Remove a tag from a device first."
-)
 @add_operator_file_option
 @json_option
-def devices(
-    added: tuple[tuple[str, str], ...], taken: tuple[tuple[str, str], ...], server: Path | None, as_json: bool
-) -> None:
-    """List enrolled devices with their state and their tags.
+def runs(operator_file: Path | None, as_json: bool) -> None:
+    """List submitted runs, newest first.
 
-    \b
-    Example:
-      fedtune server devices
-      fedtune server devices --tag kitchen-pi indoors
+    To follow one, use fedtune runs watch RUN.
+
+    Example: fedtune server runs --operator-file ada.json
     """
-    with connect_to_server(server) as connection:
-        for change, pairs in (("add", added), ("remove", taken)):
-            for device, tag in pairs:
-                connection.request_json("POST", f"devices/{device}/tags", {change: [tag]})
-        found = connection.request_json("GET", "devices")["devices"]
-    print_rows(found, server_view.DEVICES, as_json)
-
-
-@server.command()
-@click.argument("device")
-@add_operator_file_option
-def release(device: str, server: Path | None) -> None:
-    """Release a device from quarantine. fedtune server devices shows why it was quarantined.
-
-    Example: fedtune server release kitchen-pi
-    """
-    with connect_to_server(server) as connection:
-        released = connection.request_json("POST", f"devices/{device}/release")["released"]
-    click.echo(f"released: {device}" if released else f"{device} was not quarantined")
-
-
-@server.command()
-@click.argument("device")
-@add_operator_file_option
-def remove(device: str, server: Path | None) -> None:
-    """Remove a device: its key is no longer valid.
-
-    Example: fedtune server remove kitchen-pi
-    """
-    with connect_to_server(server) as connection:
-        removed = connection.request_json("DELETE", f"devices/{device}")["device"]
-    click.echo(f"removed: {removed}; the next device that enrols under this name takes its place in runs")
-
-
-@server.command()
-@add_operator_file_option
-@json_option
-def runs(server: Path | None, as_json: bool) -> None:
-    """List submitted runs, newest first. To follow one, use fedtune runs watch RUN.
-
-    Example: fedtune server runs --server ada.json
-    """
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         found = connection.request_json("GET", "runs")["runs"]
     print_rows(found, server_view.RUNS, as_json)
 
@@ -171,8 +114,11 @@ def runs(server: Path | None, as_json: bool) -> None:
 @click.option("-n", "--lines", type=click.IntRange(1, 5000), default=200, show_default=True, help="Newest lines.")
 @add_operator_file_option
 @json_option
-def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
-    """Show the newest log lines of the server and Flower, or of the process that coordinates RUN.
+def logs(run: str, lines: int, operator_file: Path | None, as_json: bool) -> None:
+    """Show the newest log lines.
+
+    Without RUN, these are the logs of the server and of Flower. With RUN, it is the log of the process that
+    coordinates the run.
 
     \b
     Example:
@@ -184,7 +130,7 @@ def logs(run: str, lines: int, server: Path | None, as_json: bool) -> None:
     from fedtune.json_text import json_text
 
     path = f"runs/{quote(run, safe='')}/logs" if run else "logs"
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         found = connection.request_json("GET", f"{path}?lines={lines}")
     if as_json or found["lines"]:
         click.echo(json_text(found) if as_json else clean_lines("\n".join(found["lines"]), _LONGEST_LOG))

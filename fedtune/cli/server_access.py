@@ -1,4 +1,4 @@
-"""``fedtune server operator, operators, tokens, audit``: access rights, and the log of requests."""
+"""``fedtune server add-operator, operators, tokens, audit ...``: access rights, and the log of requests."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ from fedtune.cli import server_view
 from fedtune.cli.operator_client import OperatorClient, add_operator_file_option, connect_to_server
 from fedtune.cli.server_view import json_option, print_rows
 
-__all__ = ["audit", "operator", "operators", "tokens"]
+__all__ = ["add_operator", "audit", "operators", "remove_operator", "remove_token", "tokens"]
 
 _ROLES = ("read", "submit", "admin")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
@@ -22,18 +22,16 @@ _PAGE, _LARGEST_PAGE = 100, 1000
 @click.command()
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to give to the operator.")
-@click.option(
-    "--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="Permissions of the operator."
-)
-def operator(name: str, output: Path, role: str) -> None:
-    """Write an operator file. Its holder can submit runs and enrol devices, as the role allows.
+@click.option("--role", type=click.Choice(_ROLES), default="admin", show_default=True, help="What the operator may do.")
+def add_operator(name: str, output: Path, role: str) -> None:
+    """Write an operator file.
 
     A new file makes the earlier file of this operator invalid.
 
-    Whoever holds the file may look at everything with the role read, also submit, stop and resume runs with submit,
-    and also let devices and operators in and out with admin.
+    The role read allows listing everything. The role submit also allows submitting, stopping and resuming runs. The
+    role admin also allows adding and removing devices, tokens and operators.
 
-    Example: fedtune server operator ada -o ada.json --role submit
+    Example: fedtune server add-operator ada -o ada.json --role submit
     """
     from fedtune.server.operator_files import write_operator_file
     from fedtune.server.server_home import open_server_home
@@ -46,41 +44,70 @@ def operator(name: str, output: Path, role: str) -> None:
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="NAME", help="Revoke the key of an operator first.")
+@click.option("--remove", "removed", multiple=True, hidden=True)
 @add_operator_file_option
 @json_option
-def operators(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
+def operators(removed: tuple[str, ...], operator_file: Path | None, as_json: bool) -> None:
     """List operators and their roles.
 
-    \b
-    Example:
-      fedtune server operators
-      fedtune server operators --remove ada
+    Example: fedtune server operators
     """
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         for name in removed:
-            connection.request_json("DELETE", f"operators/{quote(name, safe='')}")
+            _delete(connection, "operators", name)
         found = connection.request_json("GET", "operators")["operators"]
     print_rows(found, server_view.OPERATORS, as_json)
 
 
 @click.command()
-@click.option("--remove", "removed", multiple=True, metavar="TOKEN", help="Revoke a token first.")
+@click.argument("name")
+@add_operator_file_option
+def remove_operator(name: str, operator_file: Path | None) -> None:
+    """Remove an operator.
+
+    The key in its file is no longer valid.
+
+    Example: fedtune server remove-operator ada
+    """
+    with connect_to_server(operator_file) as connection:
+        click.echo(f"removed: {_delete(connection, 'operators', name)['operator']}")
+
+
+@click.command()
+@click.option("--remove", "removed", multiple=True, hidden=True)
 @add_operator_file_option
 @json_option
-def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None:
-    """List unused tokens. Each is named by the first characters of its hash.
+def tokens(removed: tuple[str, ...], operator_file: Path | None, as_json: bool) -> None:
+    """List unused tokens.
 
-    \b
-    Example:
-      fedtune server tokens
-      fedtune server tokens --remove 3f9c21d0a4be
+    Each is named by the first characters of its hash.
+
+    Example: fedtune server tokens
     """
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         for token in removed:
-            connection.request_json("DELETE", f"tokens/{quote(token, safe='')}")
+            _delete(connection, "tokens", token)
         found = connection.request_json("GET", "tokens")["tokens"]
     print_rows(found, server_view.TOKENS, as_json)
+
+
+@click.command()
+@click.argument("token")
+@add_operator_file_option
+def remove_token(token: str, operator_file: Path | None) -> None:
+    """Remove an unused token.
+
+    TOKEN is its name in fedtune server tokens, or the beginning of it.
+
+    Example: fedtune server remove-token 3f9c21d0a4be
+    """
+    with connect_to_server(operator_file) as connection:
+        click.echo(f"removed: {_delete(connection, 'tokens', token)['token']}")
+
+
+def _delete(connection: OperatorClient, kind: str, name: str) -> dict[str, Any]:
+    deleted: dict[str, Any] = connection.request_json("DELETE", f"{kind}/{quote(name, safe='')}")
+    return deleted
 
 
 @click.command()
@@ -92,7 +119,9 @@ def tokens(removed: tuple[str, ...], server: Path | None, as_json: bool) -> None
 @click.option("--all", "every", is_flag=True, help="Show all lines.")
 @add_operator_file_option
 @json_option
-def audit(since: str | None, limit: int, before: int | None, every: bool, server: Path | None, as_json: bool) -> None:
+def audit(
+    since: str | None, limit: int, before: int | None, every: bool, operator_file: Path | None, as_json: bool
+) -> None:
     """List refused and accepted requests, newest first.
 
     \b
@@ -100,25 +129,25 @@ def audit(since: str | None, limit: int, before: int | None, every: bool, server
       fedtune server audit
       fedtune server audit --since 12h --all
     """
-    with connect_to_server(server) as connection:
-        found, more = _page(connection, since, _LARGEST_PAGE if every else limit, before)
+    with connect_to_server(operator_file) as connection:
+        found, more = _read_page(connection, since, _LARGEST_PAGE if every else limit, before)
         while every and more:
-            lines, more = _page(connection, since, _LARGEST_PAGE, found[-1]["id"])
+            lines, more = _read_page(connection, since, _LARGEST_PAGE, found[-1]["id"])
             found += lines
     print_rows(found, server_view.AUDIT, as_json)
     if more:
         click.echo(f"older lines: fedtune server audit --before {found[-1]['id']}, or --all", err=True)
 
 
-def _page(connection: OperatorClient, since: str | None, limit: int, before: int | None) -> tuple[list[Any], bool]:
-    asked = {"limit": limit, "since": _moment(since) if since else None, "before": before}
-    query = urlencode({key: value for key, value in asked.items() if value is not None})
-    told = connection.request_json("GET", f"audit?{query}")
-    return told["audit"], told.get("more", False)
+def _read_page(connection: OperatorClient, since: str | None, limit: int, before: int | None) -> tuple[list[Any], bool]:
+    filters = {"limit": limit, "since": _parse_time(since) if since else None, "before": before}
+    query = urlencode({key: value for key, value in filters.items() if value is not None})
+    reply = connection.request_json("GET", f"audit?{query}")
+    return reply["audit"], reply.get("more", False)
 
 
-def _moment(text: str) -> str:
-    """A time as the server reads it; what has no zone is this machine's time."""
+def _parse_time(text: str) -> str:
+    """Return the time in ISO format. A time without a zone is local time."""
     if found := re.fullmatch(r"(\d{1,4})([mhd])", text, re.ASCII):
         return (datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})).isoformat()
     try:

@@ -44,7 +44,7 @@ def print_rows(rows: Sequence[Row], columns: Columns, as_json: bool) -> None:
 
 
 def show_table(rows: Sequence[Row], columns: Columns) -> None:
-    """One line per row."""
+    """Print one line per row."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,7 +52,7 @@ def show_table(rows: Sequence[Row], columns: Columns) -> None:
     table = Table(box=None, header_style="bold")
     for heading in columns:
         table.add_column(heading, overflow="fold")
-    for row in rows:  # much of it was said by strangers: it is text, and no markup
+    for row in rows:  # cells quote devices: they are text, not markup
         table.add_row(*(Text(clean_text(cell(row), _LONGEST_CELL)) for cell in columns.values()))
     Console(markup=False, highlight=False).print(table)
 

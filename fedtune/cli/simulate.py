@@ -21,7 +21,13 @@ __all__ = ["simulate"]
 @click.option("--resume", "resumed", metavar="RUN", help="Resume a stopped run at its next round.")
 @click.option("--extend", "extended", metavar="RUN", help="Add rounds to a run, up to --rounds in all.")
 @click.option("--rounds", type=click.IntRange(1), help="With --extend: total number of rounds.")
-@click.option("--engine", type=click.Choice(["local", "flower"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["in-process", "flower"]),
+    default="in-process",
+    show_default=True,
+    help="Where clients run.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes that run clients.  [default: one per core]")
 @click.option("--store", metavar="URL", help="SQLAlchemy URL of the run store.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished run as JSON.")
@@ -46,7 +52,7 @@ def simulate(
       fedtune simulate --resume latest
       fedtune simulate --extend latest --rounds 32
     """
-    from fedtune.cli.cached_export import with_base
+    from fedtune.cli.cached_export import export_base_run
     from fedtune.tracking import Store, get_default_url
 
     if sum(given is not None for given in (recipe, resumed, extended)) != 1:
@@ -59,7 +65,7 @@ def simulate(
     url = store or get_default_url()
     with Store.open(url) as opened:
         if recipe is not None:
-            run, shop = _begin(opened, with_base(_resolved(recipe, added), url, new=True), engine)
+            run, shop = _begin(opened, export_base_run(_resolved(recipe, added), url, new=True), engine)
         elif rounds is not None:
             run, shop = _extend(opened, str(extended), rounds, url)
         else:
@@ -96,16 +102,16 @@ def _begin(store: "Store", recipe: "Recipe", engine: str) -> tuple[str, "RunCont
 
 
 def _reopen(store: "Store", reference: str, url: str) -> tuple[str, "RunContext"]:
-    from fedtune.cli.cached_export import with_base
+    from fedtune.cli.cached_export import export_base_run
 
     found = store.run(reference)
-    shop = _workshop(with_base(_read_recorded(found), url))
+    shop = _workshop(export_base_run(_read_recorded(found), url))
     store.reopen(found.id)
     return found.id, shop
 
 
 def _read_recorded(run: "RunRecord") -> "Recipe":
-    """A run's recipe; one line says so where it is of an older version."""
+    """Read the recipe of a run. One line says so if its version is older."""
     import json
 
     from fedtune.recipe.schema import Recipe
@@ -117,15 +123,15 @@ def _read_recorded(run: "RunRecord") -> "Recipe":
 
 
 def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str, "RunContext"]:
-    """More rounds for a run of this machine, which go on from its last one."""
-    from fedtune.cli.cached_export import with_base
+    """Add rounds to a run of this machine."""
+    from fedtune.cli.cached_export import export_base_run
     from fedtune.errors import StoreError
     from fedtune.tracking import claim_run
     from fedtune.training.optimisers import compute_lr_factor
 
     found = store.run(reference)
-    recipe = with_base(_read_recorded(found), url)
-    if found.engine not in ("local", "flower"):
+    recipe = export_base_run(_read_recorded(found), url)
+    if found.engine not in ("in-process", "flower"):
         raise StoreError(f"run {found.id} belongs to a server; submit a recipe that starts from its export instead")
     if rounds <= found.rounds_planned:
         raise StoreError(
@@ -138,8 +144,8 @@ def _extend(store: "Store", reference: str, rounds: int, url: str) -> tuple[str,
         store.extend(found.id, longer.model_dump_json(), rounds)
     if recipe.train.lr_schedule != "constant":
         factor = compute_lr_factor(longer.train, found.rounds_planned / rounds)
-        said = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
-        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {said}", err=True)
+        start = f"round {found.rounds_planned + 1} starts at {factor:.2g} of train.lr"
+        click.echo(f"the {recipe.train.lr_schedule} schedule now covers {rounds} rounds: {start}", err=True)
     return found.id, shop
 
 
@@ -155,22 +161,22 @@ def _workshop(recipe: "Recipe") -> "RunContext":
     return shop
 
 
-def _execute(shop: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
+def _execute(context: "RunContext", run: str, url: str, engine: str, workers: int | None) -> None:
     from fedtune.cli.run_progress import show_run_progress
     from fedtune.simulation import choose_worker_count, run_in_process
 
-    recipe = shop.recipe
+    recipe = context.recipe
     with show_run_progress(recipe.federation.rounds):
         if engine == "flower":
             from fedtune.simulation.flower_engine import run_on_flower_engine
 
             run_on_flower_engine(recipe, run, url)
         else:
-            run_in_process(shop, run, url, workers or choose_worker_count(shop))
+            run_in_process(context, run, url, workers or choose_worker_count(context))
 
 
-def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
-    """The table, the picture and what to try next; or the run as JSON."""
+def _show(store: "Store", context: "RunContext", run: str, as_json: bool) -> None:
+    """Print the table, the plot and the next commands, or the run as JSON."""
     record, rounds = store.run(run), store.rounds(run)
     if as_json:
         from fedtune.json_text import json_text
@@ -186,17 +192,17 @@ def _show(store: "Store", shop: "RunContext", run: str, as_json: bool) -> None:
     from fedtune.tasks import get_task
     from fedtune.tracking.run_plot import draw_runs
 
-    figure = get_task(shop.recipe.task).main_metric
+    figure = get_task(context.recipe.task).main_metric
     console = Console(markup=False)
     console.print()
     if rows := make_domain_rows(
-        rounds, shop.client_domains, figure
+        rounds, context.client_domains, figure
     ):  # none where the server has no whole model to score
         show_domain_table(rows, figure, console)
     if private := describe_privacy(record, rounds):
         click.echo(f"\nprivacy   {private}")
-    picture = paths.get_runs_folder() / run / "run.png"
-    draw_runs([(record, rounds)], picture)
-    click.echo(f"\npicture   {picture}")
+    plot = paths.get_runs_folder() / run / "run.png"
+    draw_runs([(record, rounds)], plot)
+    click.echo(f"\nplot      {plot}")
     click.echo(f"try next  fedtune runs show {run}")
     click.echo(f"          fedtune export {run} -o {record.name}-model")

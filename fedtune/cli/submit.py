@@ -18,7 +18,9 @@ _CHECK_SECONDS = 1200.0
 @click.option("--techniques", metavar="A+B", help="Short for --set train.techniques=A+B.")
 @click.option("--watch", is_flag=True, help="Follow the run to its end.")
 @add_operator_file_option
-def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, watch: bool, server: Path | None) -> None:
+def submit(
+    recipe: Path, overrides: tuple[str, ...], techniques: str | None, watch: bool, operator_file: Path | None
+) -> None:
     """Run RECIPE on the devices of a server. Only settings are sent, never code.
 
     \b
@@ -32,7 +34,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], techniques: str | None, wat
 
     added = (*overrides, f"train.techniques={techniques}") if techniques else overrides
     chosen = read_recipe(recipe, added)  # what its techniques and merge steps allow is checked by the server
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         click.echo(f"sending {recipe} to {connection.url}, which checks it", err=True)
         sent = {"recipe": json.loads(chosen.model_dump_json())}
         run = connection.request_json("POST", "runs", sent, timeout_seconds=_CHECK_SECONDS)["run"]

@@ -1,4 +1,4 @@
-"""The commands of ``fedtune runs`` that ask a server: follow, stop and resume what was submitted to it."""
+"""``fedtune runs watch, stop, resume``: commands for runs on a server."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,46 +14,46 @@ __all__ = ["resume", "stop", "watch"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _shared(command: Command) -> Command:
-    """The argument and the options of every command here."""
+def _add_shared_options(command: Command) -> Command:
+    """Add the argument and the options that all these commands have."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")(command)
     return click.argument("run", metavar="RUN", default="latest")(add_operator_file_option(command))
 
 
 @click.command()
-@_shared
-def watch(run: str, server: Path | None, as_json: bool) -> None:
+@_add_shared_options
+def watch(run: str, operator_file: Path | None, as_json: bool) -> None:
     """Follow a submitted run to its end. Ctrl-C stops the display, not the run.
 
     Example: fedtune runs watch latest
     """
     from fedtune.cli.follow_run import follow_run
 
-    with connect_to_server(server) as connection:
+    with connect_to_server(operator_file) as connection:
         last = follow_run(connection, run, quiet=as_json)
         if as_json:
             click.echo(json_text(connection.request_json("GET", f"runs/{last['id']}")))
 
 
 @click.command()
-@_shared
-def stop(run: str, server: Path | None, as_json: bool) -> None:
+@_add_shared_options
+def stop(run: str, operator_file: Path | None, as_json: bool) -> None:
     """Stop a submitted run. Completed rounds are kept.
 
     Example: fedtune runs stop latest
     """
-    with connect_to_server(server) as connection:
-        told = connection.request_json("POST", f"runs/{run}/stop")
-    click.echo(json_text(told) if as_json else f"stopped: {told['run']}")
+    with connect_to_server(operator_file) as connection:
+        reply = connection.request_json("POST", f"runs/{run}/stop")
+    click.echo(json_text(reply) if as_json else f"stopped: {reply['run']}")
 
 
 @click.command()
-@_shared
-def resume(run: str, server: Path | None, as_json: bool) -> None:
+@_add_shared_options
+def resume(run: str, operator_file: Path | None, as_json: bool) -> None:
     """Resume a submitted run that was stopped or failed, at its next round.
 
     Example: fedtune runs resume latest
     """
-    with connect_to_server(server) as connection:
-        told = connection.request_json("POST", f"runs/{run}/resume")
-    click.echo(json_text(told) if as_json else f"queued: {told['run']}")
+    with connect_to_server(operator_file) as connection:
+        reply = connection.request_json("POST", f"runs/{run}/resume")
+    click.echo(json_text(reply) if as_json else f"queued: {reply['run']}")

@@ -55,7 +55,7 @@ class DeviceHome:
         try:
             return _identity(json.loads((self.folder / "identity.json").read_text()))
         except FileNotFoundError as error:
-            raise DeviceError(f"{self.folder} holds no device; enrol first: fedtune device enroll URL") from error
+            raise DeviceError(f"{self.folder} holds no device; enrol first: fedtune device enrol URL") from error
         except (ValueError, TypeError) as error:
             raise DeviceError(f"{self.folder}/identity.json is damaged; leave, and enrol with a new token") from error
 

@@ -19,18 +19,18 @@ __all__ = ["FILES", "check_data_source", "run_device"]
 
 FILES = ("csv", "jsonl", "parquet", "folder")
 """Sources that name a path."""
-_KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or part:NUMBER"
+_KINDS = "csv:FILE, jsonl:FILE, parquet:FILE, folder:PATH, sample:NAME or partition:NUMBER"
 
 
 def check_data_source(source: str) -> None:
     """DataError when ``--data`` cannot be what the trainer will read, long before it tries."""
     kind, _, name = source.partition(":")
-    if kind not in (*FILES, "sample", "part") or not name:
+    if kind not in (*FILES, "sample", "partition") or not name:
         raise DataError(f"--data is {source!r}; write {_KINDS}")
     if kind in FILES and not Path(name).expanduser().exists():
         raise DataError(f"there is no {name}, which --data names; check the path")
-    if kind == "part" and not name.isdecimal():
-        raise DataError(f"--data is {source!r}; parts are numbered: part:0, part:1, ...")
+    if kind == "partition" and not name.isdecimal():
+        raise DataError(f"--data is {source!r}; partitions are numbered: partition:0, partition:1, ...")
 
 
 def run_device(home: DeviceHome, source: str, budget: int, idle: float, say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ Rows = NDArray[np.int64]
 
 
 class LocalData:
-    """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or part:I of the recipe's own split."""
+    """Examples from ``source``: csv:, jsonl:, parquet:, folder: or sample:, or partition:I of the recipe's own data."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -36,7 +36,7 @@ class LocalData:
             clear_run_context()
             if recipe.evaluation.local_holdout:
                 load_metrics(recipe)  # refused before a model is built, and counted in the memory that is held
-            if self._source.startswith("part:"):
+            if self._source.startswith("partition:"):
                 self._held = _part(recipe, self._source)
             else:
                 self._held = _own(recipe, tuple(json.loads(request.label_names)), self._source)
@@ -65,9 +65,11 @@ def _counts(train: data.Table, labels: tuple[str, ...], rows: Rows) -> dict[str,
 
 def _part(recipe: Recipe, source: str) -> tuple[RunContext, Rows]:
     context = get_run_context(recipe.model_dump_json())
-    number = source.removeprefix("part:")
+    number = source.removeprefix("partition:")
     if not number.isdecimal() or int(number) >= len(context.client_rows):
-        raise DataError(f"--data {source} is none of the recipe's {len(context.client_rows)} parts; count from part:0")
+        raise DataError(
+            f"--data {source} is none of the recipe's {len(context.client_rows)} partitions; count from partition:0"
+        )
     return context, context.client_rows[int(number)]
 
 

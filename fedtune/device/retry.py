@@ -73,7 +73,7 @@ def unreachable(error: BaseException) -> str:
         return "the server cannot be reached"
     return (
         f"the server's certificate does not hold ({clean_text(cause.verify_message, 120)}); on the server: fedtune "
-        "server init --name NAME, then fedtune server up again"
+        "server init --hostname NAME, then fedtune server up again"
     )
 
 

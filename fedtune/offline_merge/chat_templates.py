@@ -1,6 +1,6 @@
 """Chat formats that mergekit knows by name, as Jinja templates for transformers.
 
-What they render is what the models' makers describe; mergekit's own llama3, alpaca and exaone add blank lines to it.
+They follow the formats that the makers of the models describe. mergekit's llama3, alpaca and exaone add blank lines.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ CHAT_TEMPLATES = {
 
 
 def resolve_chat_template(wanted: str, folders: Iterable[Path]) -> str:
-    """The template itself, one with a name, or with ``auto`` the one that most models, by their folders, have."""
+    """Return a template, the template of a format, or with ``auto`` the template of most models."""
     if wanted != "auto":
         if "{" not in wanted and wanted not in CHAT_TEMPLATES:
             known = ", ".join(("auto", *CHAT_TEMPLATES))

@@ -1,4 +1,4 @@
-"""What models' config.json say differently: one architecture may still be two functions of the same tensors."""
+"""Compare the config.json of models. Models of one architecture may compute different functions of the same tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,9 +75,9 @@ _OUTPUTS = "output_"
 
 
 def check_settings(models: Mapping[str, Path]) -> list[str]:
-    """A sentence for each model whose settings make another function of the tensors than the first's; by its folder.
+    """Return a sentence for each model whose settings change the function that the first model computes.
 
-    ModelError where they make the tensors mean something else: other heads, or another activation.
+    Raises ModelError if the tensors themselves mean something else: another number of heads, or another activation.
     """
     (first, folder), *others = models.items()
     return [said for name, other in others if (said := _difference(first, folder, name, other)) is not None]
@@ -100,10 +100,7 @@ def _difference(first: str, one: Path, name: str, other: Path) -> str | None:
 
 
 def _completed(one: Path, other: Path) -> Sequence[Mapping[str, Any]]:
-    """Both settings with everything that transformers takes where nothing is said; as they are where it knows no model.
-
-    What only one of them says is then left out.
-    """
+    """Fill both settings with transformers' defaults. Do not change those of a model type that transformers lacks."""
     from transformers import AutoConfig  # seconds, so only where files differ
 
     from fedtune.models.transformers_logging import silence_transformers
@@ -119,7 +116,7 @@ def _completed(one: Path, other: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Values of each that are not the same, by dotted key."""
+    """Return the values that differ, by dotted key."""
     first, second = dict(_flat(one)), dict(_flat(other))
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key) and _matters(key)]
     return {key: (first.get(key), second.get(key)) for key in keys}

@@ -1,4 +1,4 @@
-"""How the models of a merge differ, measured before anything is written: one pass over all tensors, piece by piece."""
+"""Compare the models of a merge before anything is written, in one pass over all tensors."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from fedtune.offline_merge.threads import one_thread
 from fedtune.offline_merge.vocabularies import compare_vocabularies, has_same_tokenizer_file, read_vocabulary
 from fedtune.wire.client_update import iter_row_chunks
 
-__all__ = ["ModelComparison", "Words", "compare"]
+__all__ = ["ModelComparison", "Words", "compare_models"]
 
 _MAX_RELATIVE_DELTA = 0.9
 """Norm of a delta over that of the base from which on the base is none: two unrelated nets of one norm have 1.4.
@@ -30,7 +30,7 @@ _TOGETHER = 4
 
 @dataclass(frozen=True)
 class Words:
-    """How a model's tokens differ from those of the first: more, missing, and numbered otherwise."""
+    """How a model's vocabulary differs from that of the first model: tokens added, missing, and with another id."""
 
     more: int
     missing: int
@@ -41,10 +41,10 @@ class Words:
 class ModelComparison:
     """Figures over all tensors that are merged.
 
-    ``cosines`` [K, K] are between what the models differ from the base, or between whole models without one.
-    ``conflicts`` is the share of entries at which two models differ from the base in opposite directions. ``norms`` are
-    those of the deltas over that of the base, ``changed`` how many tensors differ from it and ``first`` the first.
-    ``scale`` would make the weighted sum of the deltas as long as the models' deltas are on average.
+    ``cosines`` [K, K] are between the deltas to the base, or between whole models if there is no base. ``conflicts`` is
+    the fraction of entries at which two deltas have opposite signs. ``norms`` are the norms of the deltas relative to
+    that of the base. ``changed`` counts the tensors that differ from the base, and ``first`` names the first of them.
+    With ``scale``, the weighted sum of the deltas has the mean norm of the deltas.
     """
 
     models: list[str]
@@ -59,13 +59,13 @@ class ModelComparison:
     entries: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON takes them."""
+        """Return the figures for JSON."""
         return asdict(self)
 
 
 @one_thread()
-def compare(merge: PreparedMerge, progress: ProgressCallback, *, trust_base: bool = False) -> ModelComparison:
-    """Read everything once; ModelError when a model is not finite, or when its base is not its base."""
+def compare_models(merge: PreparedMerge, progress: ProgressCallback, *, trust_base: bool = False) -> ModelComparison:
+    """Read every tensor once. Raises ModelError for values that are not finite, or if the base is the wrong one."""
     names = list(merge.models.fine_tuned) or list(merge.models.by_name)
     based = merge.models.base is not None
     sums = _Sums(len(names))
@@ -93,7 +93,7 @@ def compare(merge: PreparedMerge, progress: ProgressCallback, *, trust_base: boo
 
 
 class _Sums:
-    """What is added up over the pieces: inner products, opposite signs, and which tensors differ."""
+    """Sums over the pieces: inner products, opposite signs, and which tensors differ."""
 
     def __init__(self, count: int) -> None:
         self.gram = torch.zeros(count, count, dtype=torch.float64)
@@ -105,7 +105,7 @@ class _Sums:
         self.broken = ""
 
     def add(self, name: str, parts: Sequence[Tensor], base: Tensor | None, *, matrix: bool) -> None:
-        """One piece [n] of each model, and of the base."""
+        """Add one piece [n] of each model, and of the base."""
         gram = _products(parts)
         if not self.broken and not bool(gram.isfinite().all()):
             self.broken = name
@@ -123,7 +123,7 @@ class _Sums:
 
 
 def _products(parts: Sequence[Tensor]) -> Tensor:
-    """Inner products [K, K] of vectors, each summed in fp32."""
+    """Return the inner products [K, K] of vectors. Each is summed in fp32."""
     found = torch.empty(len(parts), len(parts), dtype=torch.float64)
     for i, j in combinations_with_replacement(range(len(parts)), 2):
         found[i, j] = found[j, i] = float(torch.dot(parts[i], parts[j]))
@@ -133,9 +133,9 @@ def _products(parts: Sequence[Tensor]) -> Tensor:
 def _pieces(
     merge: PreparedMerge, names: list[str], progress: ProgressCallback
 ) -> Iterator[tuple[str, list[Tensor], Tensor | None]]:
-    """Each piece of the tensors that all models have and, if there is a base, it has too, under the models' own names.
+    """Yield the pieces of the tensors that all models and the base have, under the models' own names.
 
-    Slices renumber layers in the result; what models differ from the base does not depend on them.
+    Slices renumber layers in the result. The deltas to the base do not depend on this.
     """
     models = [merge.models.by_name[name] for name in names]
     shared = {name: name for name in models[0].tensor_infos if _shared(merge, name)}
@@ -171,7 +171,7 @@ def _check_base(merge: PreparedMerge, names: list[str], norms: list[float]) -> N
 
 
 def _weights(merge: PreparedMerge, names: list[str]) -> Tensor:
-    """Each model's weight where nothing is said of single tensors."""
+    """Return each model's weight, without weights for single tensors."""
     entries = {entry.model: entry for entry in merge.config.model_entries}
     layers = [(entries[name].parameters, merge.config.parameters) for name in names]
     weights = [merge.steps.combine.bind_model(layer, "", 0.0).weight for layer in layers]
@@ -179,7 +179,7 @@ def _weights(merge: PreparedMerge, names: list[str]) -> Tensor:
 
 
 def _words(merge: PreparedMerge, names: list[str]) -> Iterator[Words | None]:
-    """Differences of each model's own tokens to those of the first model named, or the base."""
+    """Compare each model's vocabulary with that of the base, or of the first model."""
     folder = merge.models.first.tokens
     for name in names:
         own = merge.models.by_name[name].tokens

@@ -1,4 +1,4 @@
-"""Models of a merge at work: scored on data, and watched on calibration data for steps that need it."""
+"""Run the models of a merge: evaluate them on data, and collect activation statistics for steps that need them."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ _BATCH = 32
 
 @contextmanager
 def materialise_model(source: str, runs: RunExporter) -> Iterator[Path]:
-    """A folder of plain safetensors with a model in it; one that is stored otherwise is written for the block."""
+    """Yield a folder of plain safetensors with the model. For another format, it is written for the block."""
     opened = open_model(source, runs)
     if isinstance(opened, SafetensorsModelReader):
         yield opened.folder
@@ -51,14 +51,14 @@ def materialise_model(source: str, runs: RunExporter) -> Iterator[Path]:
 
 
 def evaluate_folder(
-    folder: Path, task: Task, source: str, columns: Mapping[str, str], part: str = "all"
+    folder: Path, task: Task, source: str, columns: Mapping[str, str], split: str = "all"
 ) -> "list[Metric]":
-    """Figures of a model on all examples of a data source."""
+    """Evaluate a model on a split of a data source."""
     from fedtune.training import EvaluatedModel, evaluate_model
 
     recipe = _recipe(folder, task, DataSettings(source=source, columns=ColumnSettings.model_validate(columns)))
     labels = _labels(folder, task)
-    examples = tasks.load_all_examples(recipe, labels, part)
+    examples = tasks.load_all_examples(recipe, labels, split)
     encoded = task.encode_examples(examples, recipe, task.load_reader(recipe))
     return evaluate_model(EvaluatedModel(models.load_model(recipe.model, task, labels, seed=0), task, _BATCH), encoded)
 
@@ -66,9 +66,9 @@ def evaluate_folder(
 def collect_merge_context(
     prepared: PreparedMerge, task: Task | None, source: str | None, column: str | None, runs: RunExporter
 ) -> MergeContext:
-    """What the steps need to know, measured on the base, or on the first model where no base is named.
+    """Collect what the steps need, on the base, or on the first model if there is no base.
 
-    RecipeError when it cannot be measured for want of a task or of calibration data.
+    Raises RecipeError if the task or the calibration data is missing.
     """
     needs = prepared.steps.needs
     if not needs:
@@ -76,7 +76,7 @@ def collect_merge_context(
     if task is None:
         raise RecipeError(f"{_who(prepared)} must run the model; say what it does with --task")
     if source is None and needs & {"activity", "batches"}:
-        raise RecipeError(f"{_who(prepared)} must watch the model at work; name data with --calibrate")
+        raise RecipeError(f"{_who(prepared)} must watch the model at work; name data with --calibration-data")
     from fedtune.training.activation_statistics import measure_activation_statistics
     from fedtune.training.calibration_inputs import load_calibration_inputs
 
@@ -98,7 +98,7 @@ def collect_merge_context(
 
 
 def _check_shapes(prepared: PreparedMerge, state: Mapping[str, Tensor]) -> None:
-    """ModelError when the result is no state of the net that its activations are to be watched in."""
+    """Raise ModelError if the result has other shapes than the model on which activations are measured."""
     step = prepared.steps.renormalise[0].name
     for target in prepared.output_tensors:
         if target.name in state and tuple(state[target.name].shape) != target.form.shape:
@@ -115,7 +115,7 @@ def _who(prepared: PreparedMerge) -> str:
 
 
 def _labels(folder: Path, task: Task) -> tuple[str, ...]:
-    """Class names in order; those of a head that has none are numbers."""
+    """Return the class names in order. A head without names gets numbers."""
     if not task.has_new_head:
         return ()
     named = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -123,7 +123,7 @@ def _labels(folder: Path, task: Task) -> tuple[str, ...]:
 
 
 def _recipe(folder: Path, task: Task, source: DataSettings) -> Recipe:
-    """The least recipe that reads the data for the model."""
+    """Return a minimal recipe that reads the data for the model."""
     return Recipe(
         name="merge",
         task=task.name,

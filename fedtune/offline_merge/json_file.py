@@ -1,4 +1,4 @@
-"""A JSON object read from a file."""
+"""Read a JSON object from a file."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ["read_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; SourceError when there is none."""
+    """Return the JSON object in a file; SourceError if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where a tensor stands in the depth of a model, by the first number in its name."""
+"""The depth of a tensor in a model, from the first number in its name."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ _LAYER = 3
 
 
 class LayerTensorName(NamedTuple):
-    """A tensor's name in three: what stands before the number of its layer, the number, and the rest."""
+    """A tensor's name in three parts: the prefix before the layer number, the number, and the rest."""
 
     before: str
     number: int
     rest: str
 
     def name_in_layer(self, number: int) -> str:
-        """The same tensor's name in another layer."""
+        """Return the name of the same tensor in another layer."""
         return f"{self.before}.{number}.{self.rest}"
 
 
 def parse_layer_name(name: str) -> LayerTensorName | None:
-    """The layer a tensor belongs to; None when its name holds no number."""
+    """Split a tensor's name; None if it contains no number."""
     parts = name.split(".")
     for place, part in enumerate(parts[:-1]):
         if part.isdigit() and place:
@@ -32,10 +32,10 @@ def parse_layer_name(name: str) -> LayerTensorName | None:
 
 
 def stacks(names: Iterable[str]) -> list[str]:
-    """What stands before the numbers of each stack of layers, e.g. ``model.layers``, the one of most tensors first.
+    """Return the prefix of each stack of layers, e.g. ``model.layers``; the stack with the most tensors first.
 
-    Encoder and decoder are two, so are the towers of a vision-language model. Where no numbered part is large enough
-    for a layer, all numbered parts count.
+    An encoder and a decoder are two stacks, and so are the towers of a vision-language model. If no numbered part is
+    large enough for a layer, all numbered parts count.
     """
     counts: dict[str, Counter[int]] = {}
     for name in names:
@@ -46,9 +46,10 @@ def stacks(names: Iterable[str]) -> list[str]:
 
 
 def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
-    """From 0 at the first layer of its stack to 1 at the last; embeddings count as the first, what is outside as last.
+    """Return depths from 0 at the first layer of a stack to 1 at the last.
 
-    The only layer of a stack is its last.
+    Embeddings count as the first layer, other tensors outside the layers as the last. The only layer of a stack is its
+    last.
     """
     listed = list(names)
     known = set(stacks(listed))

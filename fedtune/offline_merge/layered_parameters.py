@@ -1,4 +1,4 @@
-"""Parameters in layers: a value, a list drawn over the depth of the model, or values for some tensor names."""
+"""Parameters in layers: a value, a list interpolated over the depth of the model, or values for some tensor names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ _BY_FILTER: tuple[set[str], ...] = ({"value"}, {"filter", "value"})
 
 
 class FilteredValue(SettingsModel):
-    """A value for the tensors whose name contains ``filter``; without one, or with ``*``, for all."""
+    """A value for tensors whose name contains ``filter``; without one, or with ``*``, for all tensors."""
 
     filter: str | None = None
     value: Value | list[Value]
 
 
 def _check_value(setting: Any) -> Any:
-    """A value, values over the depth, or values by filter; ValueError for anything else."""
+    """Check a value, a list of values or filtered values; ValueError for anything else."""
     if isinstance(setting, _SCALARS):
         return _scalar(setting)
     if isinstance(setting, dict):
@@ -37,7 +37,7 @@ def _check_value(setting: Any) -> Any:
 
 
 def _scalar(value: Value) -> Value:
-    """The value; text that is a number as the number: YAML takes 5e-1, which lacks a point, for text."""
+    """Return the value. YAML reads 5e-1, which has no point, as text; it becomes a number."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -53,7 +53,7 @@ ParameterLayer = Mapping[str, LayeredValue]
 
 
 def find_value(key: str, layers: Sequence[ParameterLayer], name: str, depth: float) -> Value | None:
-    """The value of the first layer that has one for this tensor; None when no layer has."""
+    """Return the value of the first layer that has one for this tensor, or None."""
     for layer in layers:
         if key in layer and (found := resolve_value(layer[key], name, depth)) is not None:
             return found
@@ -61,7 +61,7 @@ def find_value(key: str, layers: Sequence[ParameterLayer], name: str, depth: flo
 
 
 def resolve_value(setting: Any, name: str, depth: float) -> Value | None:
-    """A setting at a tensor; ``depth`` runs from 0 at the first layer to 1 at the last."""
+    """Return a setting for a tensor; ``depth`` runs from 0 at the first layer to 1 at the last."""
     if not isinstance(setting, list):
         return setting  # type: ignore[no-any-return]
     if not _by_filter(setting):
@@ -73,7 +73,7 @@ def resolve_value(setting: Any, name: str, depth: float) -> Value | None:
 
 
 def over_depth(setting: Any) -> bool:
-    """Whether a setting changes with the depth, for some tensors at least."""
+    """Whether a setting changes with the depth for some tensors."""
     if not isinstance(setting, list):
         return False
     values = [item.value if isinstance(item, FilteredValue) else item for item in setting]
@@ -85,7 +85,7 @@ def _by_filter(setting: Sequence[Any]) -> bool:
 
 
 def _interpolate(values: Sequence[Value], depth: float) -> Value | None:
-    """Linear interpolation in evenly spaced numbers; of switches and words the one whose stretch begins before."""
+    """Interpolate linearly between evenly spaced numbers. Take the last switch or word before the depth."""
     if not values:
         return None
     place = depth * (len(values) - 1)

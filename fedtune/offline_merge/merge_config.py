@@ -156,7 +156,7 @@ class MergeConfig(SettingsModel):
 
     @property
     def tokenizer_rule(self) -> TokenizerRule | None:
-        """Whose tokens the result has, if anything is said about it."""
+        """The rule for the result's tokenizer, if there is one."""
         return TokenizerRule(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
 
     @property
@@ -168,5 +168,5 @@ class MergeConfig(SettingsModel):
 
     @property
     def model_names(self) -> list[str]:
-        """The models named, each once, without a base that is only named as such."""
+        """The names of the models, each once. A base that is only named as the base is left out."""
         return list(dict.fromkeys(entry.model for entry in self.model_entries))

@@ -1,4 +1,4 @@
-"""mergekit's methods as the merge steps of fedtune: what they act on, and where each parameter goes."""
+"""mergekit's methods as merge steps of fedtune, and the field of the step for each of mergekit's parameters."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -66,22 +66,22 @@ _DEFAULTS: dict[str, Mapping[str, Value]] = {
 
 
 class BoundModel(NamedTuple):
-    """What holds for one model's part in a tensor: weight, the step's fields it sets, and whether nothing is kept."""
+    """One model's settings for a tensor: its weight, its fields of the step, and whether nothing is kept."""
 
     weight: float
-    knobs: Mapping[str, float]
+    overrides: Mapping[str, float]
     nothing: bool = False
 
 
 class MergeMethod(NamedTuple):
-    """A method by its name here, and what it acts on; ``copies``: passthrough, which takes one source as it is."""
+    """A method by its name in fedtune, and what it operates on. ``is_passthrough``: it copies one source."""
 
     name: str
     operates_on: Acts
     is_passthrough: bool = False
 
     def check_parameters(self, layer: ParameterLayer, where: str, *, own: bool = False) -> None:
-        """RecipeError when some parameter means nothing to the method, or, with ``own``, nothing for one model."""
+        """Raise RecipeError for a parameter that the method lacks, or with ``own``, that one model cannot have."""
         spelt = {} if self.is_passthrough else _spellings(self.name)
         allowed = {"scale"} if self.is_passthrough else {"weight", *spelt, *_switches(self.name)}
         fixed = _FIXED.get(self.name, {})
@@ -101,7 +101,7 @@ class MergeMethod(NamedTuple):
                 )
 
     def build_step(self, layers: Sequence[ParameterLayer], name: str, depth: float, seed: int = 0) -> CombineStep:
-        """The combining step as it is set for one tensor; ``seed`` is for methods that draw."""
+        """Build the combining step for one tensor. ``seed`` is for methods that draw random numbers."""
         if self.is_passthrough:
             return _built("linear", (("normalise", False),))
         spelt, fixed = _spellings(self.name), _FIXED.get(self.name, {})
@@ -111,9 +111,9 @@ class MergeMethod(NamedTuple):
         return _built(self.name, _settings(self.name, {**drawn, **found}))
 
     def bind_model(self, layers: Sequence[ParameterLayer], name: str, depth: float) -> BoundModel:
-        """One model's part in a tensor; ``layers`` begin with its own parameters, ``name`` is the tensor's in it.
+        """Return one model's settings for a tensor. ``layers`` begin with its own parameters; ``name`` is the tensor's.
 
-        mergekit's defaults hold where nothing is said. A density of zero keeps nothing, of any method.
+        The defaults are mergekit's. A density of zero keeps nothing, in every method.
         """
         key = "scale" if self.is_passthrough else "weight"
         found = find_value(key, layers, name, depth)
@@ -143,7 +143,7 @@ def _real(value: Value, what: str) -> float:
 
 
 def build_merge_method(name: str) -> MergeMethod:
-    """The method of a configuration; RecipeError names what is near."""
+    """Return the method of a configuration; RecipeError suggests similar names."""
     spelt = name.replace("_", "-")
     if spelt == "passthrough":
         return MergeMethod(spelt, "models", is_passthrough=True)
@@ -154,13 +154,13 @@ def build_merge_method(name: str) -> MergeMethod:
 
 
 def _combines(name: str) -> bool:
-    """Whether a unit merges tensors one by one; those of low-rank pairs are for rounds of a federation."""
+    """Whether a unit merges tensors one by one. Units for low-rank pairs work in rounds of a federation only."""
     step: object = _built(name, ())
     return isinstance(step, CombineStep) and step.update_kind == "tensors"
 
 
 def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, Value], ...]:
-    """The settings of a step, with mergekit's switches put into its words."""
+    """Return the settings of a step. mergekit's switches become fields."""
     switches = _switches(name)
     said = {key: value for key, value in found.items() if value is not None and key not in switches}
     if found.get("filter_wise"):
@@ -171,7 +171,7 @@ def _settings(name: str, found: Mapping[str, Value | None]) -> tuple[tuple[str, 
 
 
 def _switches(name: str) -> frozenset[str]:
-    """mergekit's switches that stand for a value of ``granularity``."""
+    """Return mergekit's switches that stand for a value of ``granularity``."""
     return _SWITCHES.get(name, frozenset())
 
 
@@ -183,7 +183,7 @@ def _built(name: str, chosen: tuple[tuple[str, Any], ...]) -> CombineStep:
 
 @lru_cache
 def _spellings(name: str) -> dict[str, str]:
-    """Everything a step's fields may be called, and the field that is meant."""
+    """Return the field for each name that mergekit or fedtune uses."""
     fields = type(_built(name, ())).model_fields
     spelt = {spelling: field for field, info in fields.items() for spelling in _spelt(field, info)}
     return {**spelt, **UNIT_KEYS.get(name, {})}

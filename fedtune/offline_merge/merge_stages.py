@@ -1,4 +1,4 @@
-"""A file of several merges, as mergekit-multi takes it: documents with names, and one that may use their results."""
+"""Several merges in one file, as for mergekit-multi: documents with names, and one that may use their results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from fedtune.offline_merge.output_plan import check_parameters
 from fedtune.recipe.yaml_file import parse_settings
 from fedtune.recipe.yaml_text import YamlError, documents
 
-__all__ = ["Stage", "check", "replace_stage_names", "stages_of"]
+__all__ = ["Stage", "check_stages", "replace_stage_names", "stages_of"]
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source")
 
 
 class Stage(NamedTuple):
-    """One merge of a file; ``needs`` are the names of those whose results it reads."""
+    """One merge of a file. ``needs`` are the names of the merges whose results it reads."""
 
     config: MergeConfig
     text: str
@@ -25,10 +25,10 @@ class Stage(NamedTuple):
 
 
 def stages_of(text: str, origin: str, overrides: Sequence[str] = ()) -> list[Stage]:
-    """The merges of a text, each after those it needs; the last makes the result, and has the overrides.
+    """Return the merges of a text in an order in which each can be made. The overrides apply to the last one.
 
-    That is the one without a name, or where all have one the last. RecipeError when none can be first, when two have
-    one name, or when the result is not clear.
+    The last one is the merge without a name; if all have names, the last in the file. Raises RecipeError if merges need
+    each other, if two have the same name, or if the result is ambiguous.
     """
     try:
         texts = documents(text)
@@ -64,7 +64,7 @@ def _needs(config: MergeConfig, names: frozenset[str]) -> frozenset[str]:
 
 
 def _in_order(stages: Sequence[Stage], origin: str) -> list[Stage]:
-    """As they stand, but each after those it needs."""
+    """Keep the order of the file, but put each merge after those it needs."""
     ordered: list[Stage] = []
     left = list(stages)
     while left:
@@ -82,14 +82,14 @@ def _in_order(stages: Sequence[Stage], origin: str) -> list[Stage]:
     return ordered
 
 
-def check(stages: Sequence[Stage]) -> None:
-    """RecipeError for a method, a step or a parameter that there is not, before the first merge is made."""
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raise RecipeError for an unknown method, step or parameter, before the first merge is made."""
     for stage in stages:
         check_parameters(stage.config, build_steps(stage.config).combine)
 
 
 def replace_stage_names(config: MergeConfig, folders: Mapping[str, Path]) -> MergeConfig:
-    """The configuration with the folders of merges in place of their names."""
+    """Replace the names of merges by their folders."""
     return MergeConfig.model_validate(_renamed(config.model_dump(), "", folders))
 
 

@@ -25,7 +25,7 @@ class _Figure(Protocol):
 
 class _Rank(NamedTuple):
     better: float
-    told: str
+    description: str
 
 
 def warn_of_dominant_channels(steps: Sequence[RelaxStep], activity: Mapping[str, ActivationStatistics]) -> list[str]:
@@ -53,7 +53,7 @@ def warn_of_better_inputs(scores: Mapping[str, Sequence[_Figure]]) -> list[str]:
     if ranks[best].better <= merged.better:
         return []
     return [
-        f"{best} scores better than the merge: {ranks[best].told} against {merged.told}; "
+        f"{best} scores better than the merge: {ranks[best].description} against {merged.description}; "
         "try another method, other weights or a smaller scale"
     ]
 
@@ -63,6 +63,6 @@ def _rank(figures: Sequence[_Figure]) -> _Rank | None:
     for name, rises in _RISES.items():
         for domain in _OVER:
             if (value := values.get((name, domain))) is not None:
-                told = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
-                return _Rank(value if rises else -value, told)
+                description = f"{name} {value:.4f}" if domain == "all" else f"{domain} {name} {value:.4f}"
+                return _Rank(value if rises else -value, description)
     return None

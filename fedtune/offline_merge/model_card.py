@@ -23,7 +23,7 @@ ModelMetrics = Mapping[str, "Sequence[Metric]"]
 
 
 def hash_model_files(merge: PreparedMerge) -> dict[str, dict[str, str]]:
-    """What the inputs were, byte for byte; a file that several models share is read once."""
+    """Return the SHA-256 sums of the inputs' files. A file that several models share is read once."""
     known: dict[Path, str] = {}
     for model in merge.models.by_name.values():
         known |= {file: hash_file(file) for file in model.files if file not in known}
@@ -32,7 +32,7 @@ def hash_model_files(merge: PreparedMerge) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class CardContents:
-    """What a card tells; ``text`` is the configuration as it was given, ``warnings`` what speaks against the result."""
+    """The contents of a card. ``text`` is the configuration as it was given."""
 
     title: str
     merge: PreparedMerge
@@ -44,7 +44,7 @@ class CardContents:
 
 
 def build_model_card(card: CardContents) -> str:
-    """The README's text."""
+    """Return the text of the README."""
     method = card.merge.steps.combine.name
     parts = [
         _front(card.merge),

@@ -1,4 +1,4 @@
-"""config.json of a merged model: what it takes over, and what slices and other tokens change in it."""
+"""The config.json of a merged model: number of layers, number of tokens, and special tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ _NOT_BY_LAYER = ("architectures", "bad_words_ids")
 
 
 def apply_slices(settings: Mapping[str, Any], slices: Sequence[OutputSlice], models: ModelSet) -> dict[str, Any]:
-    """The settings with as many layers as the slices have, and what is said of single layers in their new order.
+    """Return the settings with the number of layers that the slices have, and per-layer settings in the new order.
 
-    ModelError where the settings do not count layers, none are left, or say less of single layers than is asked for.
+    Raises ModelError if the settings do not count layers, if none are left, or if a per-layer setting is too short.
     """
     firsts = [part.sources[0] for part in slices]
     taken = [(source.model, number) for source in firsts for number in range(*source.layer_range)]
@@ -51,13 +51,13 @@ def _of_layer(settings: Mapping[str, Any], key: str, number: int, model: str) ->
 
 
 def with_vocabulary(settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The settings with another number of tokens, also in those of the language model of several."""
+    """Return the settings with another number of tokens, also for a language model inside."""
     before = next(_sizes(settings), None)
     return {key: _with_rows(key, value, before, rows) for key, value in settings.items()}
 
 
 def _sizes(settings: Mapping[str, Any]) -> Iterator[int]:
-    """Numbers of tokens, those of a language model inside first."""
+    """Return the numbers of tokens; those of a language model inside come first."""
     for key, value in settings.items():
         if isinstance(value, dict) and ("text" in key or "language" in key or key in ("decoder", "llm_config")):
             yield from _sizes(value)
@@ -72,7 +72,7 @@ def _with_rows(key: str, value: Any, before: int | None, rows: int) -> Any:
 
 
 def with_token_ids(settings: Mapping[str, Any], models: ModelSet, file: str) -> dict[str, Any]:
-    """The settings with the special tokens' ids that ``file`` of the model has whose tokens the result has."""
+    """Return the settings with the special token ids in ``file`` of the model whose tokenizer the result has."""
     path = models.numbered / file
     return _with_ids(settings, read_json(path)) if path.is_file() else dict(settings)
 

@@ -1,4 +1,4 @@
-"""What lies beside a merged model's tensors: config.json, the tokenizer, the index of the shards."""
+"""The files beside a merged model's tensors: config.json, the tokenizer, the index of the shards."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 def write_model_files(merge: PreparedMerge, folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """Write all but the tensors and the card."""
+    """Write everything except the tensors and the card."""
     model = _owner(merge)
     _write_json(folder / "config.json", _settings(merge, model))
     if len(shards) > 1:
@@ -43,7 +43,7 @@ def write_model_files(merge: PreparedMerge, folder: Path, shards: Mapping[str, M
 
 
 def _owner(merge: PreparedMerge) -> ModelReader:
-    """Whose config.json the result has: the base's, but a model's where this has a head that the base has not."""
+    """Return the model whose config.json is used: the base, or a model if it has a head that the base lacks."""
     first = next(iter(merge.models.fine_tuned.values()), merge.models.first)
     return merge.models.first if first.tensor_infos.keys() <= merge.models.first.tensor_infos.keys() else first
 
@@ -71,12 +71,12 @@ def _token_rows(forms: Mapping[str, TensorInfo]) -> int | None:
 
 
 def _renumbered(merge: PreparedMerge, settings: dict[str, Any], file: str) -> dict[str, Any]:
-    """Special tokens as the model numbers them whose tokens a rule chose."""
+    """Return the special token ids of the model whose tokenizer the rule chose."""
     return settings if merge.config.tokenizer_rule is None else with_token_ids(settings, merge.models, file)
 
 
 def _set_labels(settings: dict[str, Any], forms: Mapping[str, TensorInfo]) -> None:
-    """An adapter brings a head without saying of how many labels."""
+    """Set the number of labels of a head that comes from an adapter, which does not state it."""
     heads = [form.num_rows for name, form in forms.items() if name.endswith(_HEADS)]
     if heads and "id2label" not in settings and heads[0] != 2:
         settings["id2label"] = {str(number): f"LABEL_{number}" for number in range(heads[0])}
@@ -98,7 +98,7 @@ def _copy(source: Path, into: Path, names: tuple[str, ...]) -> None:
 
 
 def _set_chat_template(folder: Path, template: str) -> None:
-    """In a file of its own, where it goes before one in the tokenizer's settings."""
+    """Write the template to its own file, which takes precedence over the tokenizer's settings."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"

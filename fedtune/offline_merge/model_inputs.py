@@ -1,4 +1,4 @@
-"""A configuration as merge steps, and the models as what they read: deltas to the base, or whole models."""
+"""Build the merge steps of a configuration, and the inputs they read: deltas to the base, or whole models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,18 +37,18 @@ __all__ = [
 
 
 class OfflineSteps(NamedTuple):
-    """The steps beside the combining one, which is set anew for every tensor."""
+    """The steps other than the combining one, which is built for each tensor."""
 
     align: tuple[AlignStep, ...]
     combine: MergeMethod
     relax: tuple[RelaxStep, ...]
     renormalise: tuple[RenormaliseStep, ...]
     needs: frozenset[str]
-    """What must be in the evidence."""
+    """What the merge context must contain."""
 
 
 def build_steps(config: MergeConfig) -> OfflineSteps:
-    """The steps a configuration names; RecipeError for one of the wrong kind."""
+    """Build the steps of a configuration; RecipeError for a step of the wrong kind."""
     for what, step in {"align": config.align, "renormalise": config.renormalise}.items():
         if step and config.slices is not None:
             raise RecipeError(f"{what} needs whole models; give models in place of slices, or leave {what} out")
@@ -59,7 +59,7 @@ def build_steps(config: MergeConfig) -> OfflineSteps:
 
 
 class BaseReader:
-    """The base's rows under the names of the result, the last ones kept: several deltas are to the same rows."""
+    """The base's rows under the names of the result. The last rows are cached, because several deltas need them."""
 
     def __init__(self, weights: ModelReader, tensors: Mapping[str, str]) -> None:
         self._weights, self._tensors = weights, tensors
@@ -77,7 +77,7 @@ class BaseReader:
 
 
 class DeltaReader:
-    """What one model's rows differ from the base; where the base lacks the tensor, or there is none, the rows."""
+    """The difference of a model's rows to the base. If the base lacks the tensor, the rows themselves."""
 
     def __init__(self, weights: ModelReader, tensors: Mapping[str, str], base: BaseReader | None) -> None:
         self._weights, self._tensors, self._base = weights, tensors, base
@@ -91,7 +91,7 @@ class DeltaReader:
 
 
 class Nothing:
-    """The rows of a model of which nothing is kept."""
+    """Zeros in place of a model of which nothing is kept."""
 
     def __init__(self, rows: RowReader) -> None:
         self._rows = rows
@@ -102,7 +102,7 @@ class Nothing:
 
 
 class Renamed:
-    """What was measured on a model, under the names of the result."""
+    """Statistics of a model, under the names of the result."""
 
     def __init__(self, measured: StatisticsFile, tensors: Mapping[str, str]) -> None:
         self._measured, self._tensors = measured, tensors
@@ -116,7 +116,7 @@ class Renamed:
 
 
 class EndpointStateDict(Mapping[str, Tensor]):
-    """One model's whole tensors by the result's names, read when asked for: the base and its delta."""
+    """One model's whole tensors under the result's names, read on demand: the base plus its delta."""
 
     def __init__(self, targets: Sequence[OutputTensor], base: BaseReader | None, delta: MergeInput | None) -> None:
         self._targets = {target.name: target for target in targets if not target.is_copied}
@@ -141,7 +141,7 @@ class EndpointStateDict(Mapping[str, Tensor]):
 def build_model_inputs(
     chosen: OfflineSteps, targets: Sequence[OutputTensor], models: ModelSet, base: BaseReader | None
 ) -> dict[str, list[MergeInput]]:
-    """The models' parts in each tensor, weights and knobs as they are set for it."""
+    """Return the models' inputs for each tensor, with their weights and fields of the step."""
     files: dict[str, StatisticsFile] = {}
     readers: dict[tuple[int, str], tuple[DeltaReader, Renamed | None]] = {}
     found: dict[str, list[MergeInput]] = {}
@@ -158,7 +158,7 @@ def build_model_inputs(
 
 
 def _measured(path: str | None, files: dict[str, StatisticsFile], tensors: Mapping[str, str]) -> Renamed | None:
-    """A model's statistics, of which each file is opened once."""
+    """Return a model's statistics. Each file is opened once."""
     if path is None:
         return None
     if path not in files:
@@ -167,7 +167,7 @@ def _measured(path: str | None, files: dict[str, StatisticsFile], tensors: Mappi
 
 
 def _tensors(targets: Sequence[OutputTensor]) -> dict[tuple[int, str], dict[str, str]]:
-    """For each place and model: its tensor by the result's."""
+    """Map the result's names to a model's tensors, for each input and model."""
     found: dict[tuple[int, str], dict[str, str]] = {}
     for target in targets:
         for place, part in enumerate(target.parts):
@@ -178,9 +178,9 @@ def _tensors(targets: Sequence[OutputTensor]) -> dict[tuple[int, str], dict[str,
 def _operand(
     chosen: MergeMethod, target: OutputTensor, part: TensorSource, rows: DeltaReader, statistics: Renamed | None
 ) -> MergeInput:
-    """Filters of a model's parameters meet the tensor's name in that model, as in mergekit."""
+    """Build one input. Filters are matched with the tensor's name in the model, as in mergekit."""
     own = chosen.bind_model((part.entry.parameters, *target.layers), part.tensor, target.depth)
-    return MergeInput(Nothing(rows) if own.nothing else rows, own.weight, own.knobs, statistics)
+    return MergeInput(Nothing(rows) if own.nothing else rows, own.weight, own.overrides, statistics)
 
 
 def align_inputs(
@@ -188,15 +188,15 @@ def align_inputs(
     targets: Sequence[OutputTensor],
     found: Mapping[str, Sequence[MergeInput]],
     base: BaseReader | None,
-    evidence: MergeContext,
+    context: MergeContext,
 ) -> dict[str, list[MergeInput]]:
-    """The same parts, read after the models were aligned; each model is one part in every tensor."""
+    """Return the inputs after the models were aligned. Each model is one input in every tensor."""
     merged = [target for target in targets if not target.is_copied]
     if not chosen.align or not merged:
         return {name: list(parts) for name, parts in found.items()}
     whole = list(found[merged[0].name])
     for step in chosen.align:
-        whole = step.align(EndpointStateDict(targets, base, None), whole, evidence)
+        whole = step.align(EndpointStateDict(targets, base, None), whole, context)
     return {
         name: [part._replace(read_rows=one.read_rows) for part, one in zip(parts, whole, strict=True)]
         for name, parts in found.items()

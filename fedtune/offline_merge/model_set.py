@@ -1,6 +1,6 @@
-"""The models of a merge made comparable: one spelling of names, tied tensors once, one set of tokens.
+"""Open the models of a merge under common names: one spelling, tied tensors once, one vocabulary.
 
-What cannot be merged is refused here, with the first tensor that differs.
+Models that cannot be merged are refused with the first tensor that differs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +27,11 @@ __all__ = ["ModelSet", "open_models", "read_model_config"]
 
 
 class ModelSet(NamedTuple):
-    """Every model by the name the configuration has for it, the base among them where one is named.
+    """The models by their names in the configuration, with the base if there is one.
 
-    ``first`` is the one whose config.json the result has: the base, or else the first model. ``tokens`` is the folder
-    whose tokenizer it has, ``numbered`` that of the config.json which has its special tokens' ids, ``described`` its
-    tokenizer.json where that is new, ``tied`` whether input and output embeddings are one tensor.
+    The result takes its tokenizer from ``tokenizer_folder`` and its special token ids from the config.json in
+    ``numbered``. ``tokenizer_json`` is set if the tokenizer is new. ``tied``: input and output embeddings are one
+    tensor.
     """
 
     by_name: Mapping[str, ModelReader]
@@ -44,17 +44,17 @@ class ModelSet(NamedTuple):
 
     @property
     def first(self) -> ModelReader:
-        """The base, or else the first model."""
+        """The base, or the first model if there is no base."""
         return self.by_name[self.base] if self.base is not None else next(iter(self.by_name.values()))
 
     @property
     def fine_tuned(self) -> Mapping[str, ModelReader]:
-        """All but the base."""
+        """The models without the base."""
         return {name: model for name, model in self.by_name.items() if name != self.base}
 
 
 def open_models(config: MergeConfig, runs: RunExporter = refuse_runs) -> ModelSet:
-    """Open all that a configuration names; ModelError when it cannot be merged, SourceError when one is unreadable."""
+    """Open all models of a configuration; ModelError if they cannot be merged, SourceError if one cannot be read."""
     named = list(dict.fromkeys([*config.model_names, *([config.base_model] if config.base_model else [])]))
     opened = {name: open_model(name, runs) for name in named}
     _check_kinds(opened)
@@ -93,7 +93,7 @@ def read_model_config(model: ModelReader) -> dict[str, Any]:
 
 
 class _UniformOutputEmbeddings(ModelReader):
-    """A model without its output embeddings where all models tie them to the input's, with them where one does not."""
+    """A model with a separate output embedding if one of the models needs it, and without if all models tie it."""
 
     def __init__(self, model: ModelReader, tied: bool, outputs: Sequence[str]) -> None:
         self.source, self.folder, self.files = model.source, model.folder, model.files
@@ -115,7 +115,7 @@ class _UniformOutputEmbeddings(ModelReader):
 
 
 def _ties(model: ModelReader) -> bool:
-    """Whether the output's embeddings are the input's: not where a file has others, whatever its config.json says."""
+    """Whether the output embedding equals the input embedding. The tensors in the file decide, not config.json."""
     embedding = next((name for name in model.tensor_infos if is_embedding(name)), None)
     outputs = [name for name in model.tensor_infos if is_output(name)]
     if embedding is None or not read_model_config(model).get("tie_word_embeddings", not outputs):
@@ -132,7 +132,7 @@ def _check_kinds(models: Mapping[str, ModelReader]) -> None:
 
 
 def _check_inputs(models: Mapping[str, ModelReader]) -> None:
-    """ModelError for a model whose file has the output's tensor alone, though its settings say it is the input's."""
+    """Raise ModelError if the file has only the output embedding, although the settings tie it to the input's."""
     for model in models.values():
         outputs = [form.shape for name, form in model.tensor_infos.items() if is_output(name)]
         others = [form.shape for name, form in model.tensor_infos.items() if not is_output(name)]
@@ -144,7 +144,7 @@ def _check_inputs(models: Mapping[str, ModelReader]) -> None:
 
 
 def _check_tokens(models: Mapping[str, ModelReader]) -> None:
-    """One after the other: a vocabulary takes many megabytes, and most are one file."""
+    """Compare one vocabulary at a time, because each takes many megabytes. Most are the same file."""
     one, *others = models.values()
     for other in others:
         if has_same_tokenizer_file(one.tokens, other.tokens):
@@ -159,7 +159,7 @@ def _check_tokens(models: Mapping[str, ModelReader]) -> None:
 
 
 def _check_labels(models: Mapping[str, ModelReader], base: str | None) -> None:
-    """Heads are merged row by row, so that each row must stand for the same class."""
+    """Raise ModelError if heads have different labels. Heads are merged row by row, and each row is a class."""
     labels = {
         model.source: read_model_config(model).get("id2label")
         for name, model in models.items()
@@ -180,7 +180,7 @@ def _listed(labels: Mapping[str, str]) -> str:
 
 
 def _check_forms(models: Mapping[str, ModelReader], base: str | None) -> None:
-    """All tensors of the first model in all others, in the same shape; the base may lack a head."""
+    """Raise ModelError unless all models have the same tensors in the same shapes. The base may lack a head."""
     (first, *others) = [model for name, model in models.items() if name != base] or list(models.values())
     for other in others:
         _check_names(first, other)
@@ -235,6 +235,6 @@ def _check_precision(models: Mapping[str, ModelReader], config: MergeConfig) -> 
 
 
 def _precision(model: ModelReader) -> str:
-    """The precision of the largest tensor."""
+    """Return the data type of the largest tensor."""
     largest = max(model.tensor_infos.values(), key=lambda form: form.num_bytes)
     return str(largest.dtype).removeprefix("torch.")

@@ -1,7 +1,6 @@
-"""Tensors that a file may leave out: masks and positions, which every model makes anew, and copies of tied ones.
+"""Tensors that a file may omit: masks and positions, which every model recomputes, and copies of tied tensors.
 
-Older releases of transformers wrote them, newer ones do not, so that some copies of one model hold such a tensor and
-others do not, which is no difference between the models.
+Older releases of transformers wrote them, and newer ones do not. Copies of one model may therefore differ in them.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +19,7 @@ _MASK = 4
 
 
 def without_spare(models: Mapping[str, ModelReader]) -> dict[str, ModelReader]:
-    """The models, each without such tensors as one of the others lacks."""
+    """Return the models without optional tensors that one of them lacks."""
     held = [set(model.tensor_infos) for model in models.values()]
     common = set.intersection(*held)
     lacked = set.union(*held) - common
@@ -35,7 +34,7 @@ def without_spare(models: Mapping[str, ModelReader]) -> dict[str, ModelReader]:
 
 
 def _is_spare(model: ModelReader, name: str, common: Collection[str]) -> bool:
-    """Whether a tensor follows from the model's settings, or is another one of tokens, which all models have."""
+    """Whether a tensor follows from the settings, or is a copy of a token tensor that all models have."""
     if _is_made(name, model.tensor_infos[name]):
         return True
     if not is_of_tokens(name) or is_output(name):  # an output is compared with the input where models are untied
@@ -44,7 +43,7 @@ def _is_spare(model: ModelReader, name: str, common: Collection[str]) -> bool:
 
 
 def _is_made(name: str, form: TensorInfo) -> bool:
-    """A mask has four dimensions where a bias has one."""
+    """Whether a tensor is a mask, which has four dimensions. A bias has one."""
     return name.endswith(_MADE) or (name.endswith(_MASKS) and len(form.shape) == _MASK)
 
 

@@ -1,7 +1,7 @@
-"""The folder a merge writes: files of their final size from the start, filled in place, renamed when whole.
+"""The folder of a merge: files have their final size from the start, are filled in place and renamed at the end.
 
-A journal in it, under a key of the configuration and the inputs, names the tensors that are safely on disk, so that the
-same command goes on after them.
+A journal lists the tensors that are on disk, under a hash of the configuration and the inputs. The same command
+continues after them.
 """
 
 import os
@@ -42,21 +42,21 @@ class OutputFolder:
         self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
-        """Put rows where they belong, cast once."""
+        """Cast rows and write them to their place."""
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = (self.folder / file).open("r+b", buffering=0)
         write_rows(self._open[file], self._place(name), start, rows)
 
     def mark_finished(self, name: str) -> None:
-        """Note a whole tensor; it counts once it is on disk."""
+        """Note that a tensor is complete. It counts once it is on disk."""
         self._pending.append(name)
         self._bytes += self._place(name).form.num_bytes
         if self._bytes >= _SAFE_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Force everything to disk, then note what is whole."""
+        """Force all data to disk, then write the journal."""
         for file in self._open.values():
             os.fdatasync(file.fileno())
         self._journal.writelines(f"{name}\n" for name in self._pending)
@@ -65,7 +65,7 @@ class OutputFolder:
         self._pending, self._bytes = [], 0
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for file in self._open.values():
             file.close()
         self._journal.close()
@@ -75,7 +75,7 @@ class OutputFolder:
         return self._layout[self._file_of[name]][1][name]
 
     def _resumed(self, key: str) -> set[str] | None:
-        """What an interrupted merge of the same key finished; None when there was none."""
+        """Return the tensors that an interrupted merge with the same key finished; None if there was none."""
         try:
             lines = (self.folder / _JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
             sizes = {file: (self.folder / file).stat().st_size for file in self._layout}
@@ -96,7 +96,7 @@ class OutputFolder:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take the file's space on disk now, so that it cannot run out later."""
+    """Reserve the file's space on disk now, so that it cannot run out later."""
     if hasattr(os, "posix_fallocate"):
         file.flush()
         os.posix_fallocate(file.fileno(), 0, size)
@@ -108,10 +108,10 @@ def _reserve(file: IO[bytes], size: int) -> None:
 def open_output_folder(
     wanted: Path, shards: Mapping[str, Mapping[str, TensorInfo]], key: str
 ) -> Iterator[OutputFolder]:
-    """A folder beside the wanted one, renamed to it when the block ends well.
+    """Yield a folder beside the wanted one, and rename it when the block succeeds.
 
-    It stays for the same command to go on with when the block is interrupted, and goes when it is refused. Raises
-    StoreError when the folder exists, another process fills it, or the disk is full.
+    After an interruption the folder stays, and the same command continues. After an error it is deleted. Raises
+    StoreError if the folder exists, another process fills it, or the disk is full.
     """
     check_output_space(wanted, shards)
     beside = wanted.absolute().with_name(f".{wanted.name}.merging")
@@ -146,7 +146,7 @@ def _filled(
 
 
 def check_output_space(wanted: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """StoreError when the folder exists or its tensors do not fit the disk."""
+    """Raise StoreError if the folder exists or the disk has too little space."""
     if wanted.exists():
         raise StoreError(f"{wanted} exists already; choose another folder with -o")
     place = next(parent for parent in wanted.absolute().parents if parent.exists())

@@ -1,4 +1,4 @@
-"""What a merge writes: every tensor of the result, and which tensor of which model takes part in it."""
+"""The plan of a merge: every tensor of the result, and the tensors of the models that it is merged from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -33,10 +33,10 @@ class TensorSource(NamedTuple):
 
 
 class OutputTensor(NamedTuple):
-    """One tensor of the result; ``base`` is what deltas are to, ``copied`` that it is taken from there as it is.
+    """One tensor of the result. Deltas are to ``base_tensor``; with ``is_copied`` it is copied from there.
 
-    ``layers`` are the parameters that hold for all parts, the most particular first. ``averaged``: a model lacks the
-    tensor, so that those which have it are averaged.
+    ``layers`` are the parameters for all inputs, the most specific first. ``averaged``: some models lack the tensor,
+    and the others are averaged.
     """
 
     name: str
@@ -50,10 +50,12 @@ class OutputTensor(NamedTuple):
 
 
 def plan_output_tensors(config: MergeConfig, models: ModelSet) -> list[OutputTensor]:
-    """The tensors of the result in order; RecipeError and ModelError when the configuration does not fit."""
+    """Return the tensors of the result in order; RecipeError or ModelError if the configuration does not fit."""
     chosen = build_merge_method(config.merge_method)
     if chosen.operates_on == "deltas" and config.base_model is None:
-        raise RecipeError(f"{chosen.name} merges what models differ from a base; name it with base_model or --base")
+        raise RecipeError(
+            f"{chosen.name} merges what models differ from a base; name it with base_model or --base-model"
+        )
     check_parameters(config, chosen)
     targets = list(_whole(config, models, chosen) if config.models is not None else _sliced(config, models, chosen))
     if chosen.is_passthrough and any(len(target.parts) != 1 for target in targets if not target.is_copied):
@@ -62,7 +64,7 @@ def plan_output_tensors(config: MergeConfig, models: ModelSet) -> list[OutputTen
 
 
 def gradients_outside(config: MergeConfig, targets: Sequence[OutputTensor]) -> list[str]:
-    """Whether values over the depth reach tensors behind the layers, which mergekit gives the first value."""
+    """Whether values over the depth apply to tensors behind the layers, for which mergekit uses the first value."""
     layers = [config.parameters, *(entry.parameters for entry in config.model_entries)]
     layers += [part.parameters for part in config.slices or []]
     if not any(over_depth(setting) for layer in layers for setting in layer.values()):
@@ -77,7 +79,7 @@ def gradients_outside(config: MergeConfig, targets: Sequence[OutputTensor]) -> l
 
 
 def empty_slices(config: MergeConfig) -> list[str]:
-    """Whether a slice holds no layer, as where its end is taken for its last one."""
+    """Whether a slice contains no layer, for example because its end was taken for its last layer."""
     firsts = [part.sources[0] for part in config.slices or []]
     empty = [(one.layer_range[0], one.model) for one in firsts if one.layer_range[0] == one.layer_range[1]]
     return [
@@ -87,7 +89,7 @@ def empty_slices(config: MergeConfig) -> list[str]:
 
 
 def check_parameters(config: MergeConfig, chosen: MergeMethod) -> None:
-    """RecipeError for a parameter that means nothing to the method, of the whole, a slice or a model."""
+    """Raise RecipeError for an unknown parameter of the merge, a slice or a model."""
     chosen.check_parameters(config.parameters, "parameters")
     for part in config.slices or []:
         chosen.check_parameters(part.parameters, "a slice's parameters")
@@ -110,7 +112,7 @@ def _whole(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterat
 
 
 def _base_counts(config: MergeConfig, chosen: MergeMethod, entries: Sequence[ModelEntry]) -> bool:
-    """Whether the base, named only as such, is one of the models on which the method acts, as it is in mergekit."""
+    """Whether a base that is only named as the base is one of the models, as in mergekit."""
     if config.base_model in [entry.model for entry in entries] or config.relax:
         return False
     if chosen.name == "slerp":
@@ -119,7 +121,7 @@ def _base_counts(config: MergeConfig, chosen: MergeMethod, entries: Sequence[Mod
 
 
 def _list_merged_entries(entries: Sequence[ModelEntry], config: MergeConfig, chosen: MergeMethod) -> list[ModelEntry]:
-    """The entries that take part: not the base where deltas to it are merged, and the base first on an arc."""
+    """Return the models to merge: without the base for deltas; with the base first for an interpolation."""
     if chosen.operates_on == "deltas" or (chosen.operates_on == "either" and config.base_model is not None):
         kept = [entry for entry in entries if entry.model != config.base_model]
         if not kept:
@@ -131,7 +133,7 @@ def _list_merged_entries(entries: Sequence[ModelEntry], config: MergeConfig, cho
 
 
 def _complete(config: MergeConfig, models: ModelSet, target: OutputTensor) -> OutputTensor:
-    """The tensor in the precision that is asked for; it has no base where the base lacks the tensor named as such."""
+    """Return the tensor in the requested data type, and without a base if the base lacks it."""
     known = config.base_model is not None and target.base_tensor in models.by_name[config.base_model].tensor_infos
     form = TensorInfo(target.form.shape, _precision(config, target.form.dtype))
     base = target.base_tensor if known else None
@@ -144,7 +146,7 @@ def _precision(config: MergeConfig, own: torch.dtype) -> torch.dtype:
 
 
 def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Iterator[OutputTensor]:
-    """Tensors before the layers from the first slice's models, those after them from the last one's."""
+    """Return the result's tensors: before the layers from the first slice's models, after them from the last one's."""
     slices = config.slices or []
     first = models.by_name[slices[0].sources[0].model]
     forms, before = first.tensor_infos, _stack(first)
@@ -166,7 +168,7 @@ def _sliced(config: MergeConfig, models: ModelSet, chosen: MergeMethod) -> Itera
 
 
 def _stack(model: ModelReader) -> str:
-    """What stands before the numbers of the layers that slices count; ModelError unless there is exactly one stack."""
+    """Return the prefix of the layers that slices count; ModelError unless there is exactly one stack."""
     found = stacks(model.tensor_infos)
     if not found:
         raise ModelError(f"{model.source} has no numbered layers, so it cannot be cut into slices")
@@ -189,7 +191,7 @@ def _outside(
 
 
 class _Layer(NamedTuple):
-    """A layer of the result: its number, how far it is into its slice, and what stands before the numbers of layers."""
+    """A layer of the result: its number, its position in its slice, and the prefix of the layers."""
 
     before: str
     offset: int

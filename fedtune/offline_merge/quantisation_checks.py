@@ -1,4 +1,4 @@
-"""What tells that a folder's tensors are not the model's numbers, but codes that some scale turns into numbers."""
+"""Detect folders whose tensors are quantised codes, not the model's weights."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,10 +33,12 @@ _MASK = 4
 
 
 def check_plain(folder: Path, origin: str, forms: Mapping[str, TensorInfo]) -> None:
-    """SourceError where config.json or the tensors tell of a quantisation."""
-    told = [str(found.get("quant_method", "a method it does not name")) for found in _told(_settings(folder))]
-    if told:
-        raise SourceError(f"{origin} is quantised by {told[0]}, which fedtune cannot undo; take the plain release")
+    """Raise SourceError if config.json or the tensors show a quantisation."""
+    methods = [
+        str(found.get("quant_method", "a method it does not name")) for found in _list_quantisations(_settings(folder))
+    ]
+    if methods:
+        raise SourceError(f"{origin} is quantised by {methods[0]}, which fedtune cannot undo; take the plain release")
     small = [name for name, form in forms.items() if form.dtype in _SMALL and 2 <= len(form.shape) < _MASK]
     beside = [name for name in forms if name.endswith(_BESIDE)]
     codes = [name for name in small if not forms[name].dtype.is_floating_point]
@@ -51,10 +53,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _told(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every quantisation that the settings, or those of a part, tell of."""
+def _list_quantisations(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Return every quantisation in the settings and in their parts."""
     for key, value in settings.items():
         if key in _CONFIGS and value:
             yield value if isinstance(value, dict) else {}
         elif isinstance(value, dict):
-            yield from _told(value)
+            yield from _list_quantisations(value)

@@ -1,4 +1,4 @@
-"""A merge configuration read from YAML, or put together from the command line."""
+"""Read a merge configuration from YAML, or build it from the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ __all__ = ["build_merge_config", "parse_merge_config", "read_merge_config"]
 
 
 def read_merge_config(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
-    """The merges in a file, mostly one, the last with ``key.key=value`` overrides; RecipeError names line and key."""
+    """Return the merges in a file. ``key.key=value`` overrides change the last. RecipeError names line and key."""
     return stages_of(read_text_file(path, "the configuration"), str(path), overrides)
 
 
 def parse_merge_config(text: str, origin: str, overrides: Sequence[str] = ()) -> MergeConfig:
-    """The one configuration in a YAML text; ``origin`` is what messages call it."""
+    """Return the configuration in a YAML text with one merge; ``origin`` is its name in messages."""
     stages = stages_of(text, origin, overrides)
     if len(stages) > 1:
         raise RecipeError(f"{origin} holds {len(stages)} merges; give one")
@@ -30,7 +30,7 @@ def parse_merge_config(text: str, origin: str, overrides: Sequence[str] = ()) ->
 def build_merge_config(
     models: Sequence[str], method: str, weights: Sequence[float], settings: Sequence[str], **keys: Any
 ) -> tuple[MergeConfig, str]:
-    """The configuration that command-line options stand for, and its text; ``settings`` are parameters as key=value."""
+    """Build the configuration of command-line options, and its text. ``settings`` are parameters as key=value."""
     if weights and len(weights) != len(models):
         raise RecipeError(f"--weights has {len(weights)} numbers for {len(models)} models; give one for each")
     entries: list[Any] = list(models)

@@ -1,4 +1,4 @@
-"""The activations of a merged folder mended, by changes to the tensors that are already written."""
+"""Renormalise the activations of a merged model by changes to the tensors that are already written."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ from fedtune.offline_merge.run_merge import PreparedMerge, shares_of
 from fedtune.offline_merge.safetensors_layout import fits, too_large
 from fedtune.wire.client_update import pack
 
-__all__ = ["renormalise"]
+__all__ = ["renormalise_output"]
 
 
-def renormalise(
-    merge: PreparedMerge, output: OutputFolder, parts: Sequence[MergeInput], evidence: MergeContext
+def renormalise_output(
+    merge: PreparedMerge, output: OutputFolder, parts: Sequence[MergeInput], context: MergeContext
 ) -> None:
-    """Mend the result's activations; each step's changes are kept on disk before the first of them is written."""
+    """Run the renormalise steps. Each step's changes are on disk before the first of them is written."""
     base = merge.base if merge.is_delta_merge else None
     ends = [(part.weight, EndpointStateDict(merge.output_tensors, base, part)) for part in shares_of(parts)]
     for place, step in enumerate(merge.steps.renormalise):
@@ -32,7 +32,7 @@ def renormalise(
         if not kept.is_file():
             files = tuple(sorted(output.folder.glob("*.safetensors")))
             merged = LazyStateDict(SafetensorsModelReader(output.folder, str(output.folder), files))
-            write_bytes_atomically(kept, pack(step.renormalise(merged, ends, evidence)))
+            write_bytes_atomically(kept, pack(step.renormalise(merged, ends, context)))
         for name, tensor in safetensors.torch.load_file(kept).items():
             output.write_rows(name, 0, _fitting(merge, name, tensor.to(torch.float32)))
         output.flush()
@@ -41,7 +41,7 @@ def renormalise(
 
 
 def _fitting(merge: PreparedMerge, name: str, tensor: Tensor) -> Tensor:
-    """The tensor; ModelError when it is not finite in the result's precision."""
+    """Return the tensor; ModelError if it is not finite in the result's data type."""
     dtype = next(target.form.dtype for target in merge.output_tensors if target.name == name)
     if not fits(tensor, dtype):
         raise ModelError(too_large(name, tensor, dtype))

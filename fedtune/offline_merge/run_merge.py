@@ -1,4 +1,4 @@
-"""The merge itself: tensor by tensor and piece by piece, from the models' files into those of the result."""
+"""Run a merge: read the models' files, and write the result tensor by tensor and piece by piece."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ ProgressCallback = Callable[[int], None]
 
 
 class PreparedMerge(NamedTuple):
-    """A merge that may begin: everything that can be told without reading tensors holds."""
+    """A merge that is checked as far as possible without reading tensors."""
 
     config: MergeConfig
     models: ModelSet
@@ -47,22 +47,22 @@ class PreparedMerge(NamedTuple):
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the result's tensors."""
+        """The size of the result's tensors in bytes."""
         return sum(target.form.num_bytes for target in self.output_tensors)
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against the merge before it is made, one sentence each."""
+        """Warnings about the merge before it is made, one sentence each."""
         return [*self.models.warnings, *empty_slices(self.config), *gradients_outside(self.config, self.output_tensors)]
 
     @property
     def is_delta_merge(self) -> bool:
-        """Whether what is combined is what models differ from the base."""
+        """Whether deltas to the base are combined."""
         acts = self.steps.combine.operates_on
         return acts == "deltas" or (acts == "either" and self.base is not None)
 
     def plan_shards(self, size: int) -> dict[str, dict[str, TensorInfo]]:
-        """The result's files, none of more bytes than ``size`` unless it holds one tensor."""
+        """Split the result into files of at most ``size`` bytes. A larger tensor has its own file."""
         groups: list[dict[str, TensorInfo]] = [{}]
         filled = 0
         for target in self.output_tensors:
@@ -76,13 +76,13 @@ class PreparedMerge(NamedTuple):
         return {f"model-{place:05}-of-{len(groups):05}.safetensors": group for place, group in enumerate(groups, 1)}
 
     def chat_template(self) -> str | None:
-        """What the configuration asks for, as a Jinja template; RecipeError when there is no such."""
+        """The Jinja template that the configuration names; RecipeError if it is unknown."""
         wanted = self.config.chat_template
         folders = [model.tokens for model in self.models.by_name.values()]
         return None if wanted is None else resolve_chat_template(wanted, folders)
 
     def compute_resume_key(self) -> str:
-        """A hash of the configuration and of which files it reads, by path, size and time."""
+        """Return a hash of the configuration and of the input files' paths, sizes and times."""
         files = [file for model in self.models.by_name.values() for file in model.files]
         told = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         text = json.dumps([self.config.model_dump(mode="json"), told], sort_keys=True)
@@ -90,7 +90,7 @@ class PreparedMerge(NamedTuple):
 
 
 def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> PreparedMerge:
-    """Open the models and plan the result; an error of fedtune, in one sentence, when they cannot be merged."""
+    """Open the models and plan the result. Raises an error in one sentence if they cannot be merged."""
     chosen = build_steps(config)
     models = open_models(config, runs)
     targets = plan_output_tensors(config, models)
@@ -106,7 +106,7 @@ def prepare_merge(config: MergeConfig, runs: RunExporter = refuse_runs) -> Prepa
 
 
 def _try_settings(merge: PreparedMerge) -> None:
-    """Let each setting of the method merge one zero, so that one that does not hold is refused before any reading."""
+    """Merge one zero with each setting of the method, so that an invalid one is refused before any tensor is read."""
     seen = []
     targets = {target.name: target for target in merge.output_tensors}
     combined = [target for target in merge.output_tensors if not target.averaged]
@@ -127,17 +127,17 @@ def _zero(name: str, start: int, stop: int) -> Tensor:  # noqa: ARG001 - read li
 
 @one_thread()
 def write_merged_tensors(
-    merge: PreparedMerge, output: OutputFolder, evidence: MergeContext, progress: ProgressCallback
+    merge: PreparedMerge, output: OutputFolder, context: MergeContext, progress: ProgressCallback
 ) -> list[MergeInput]:
-    """Write every tensor that is not written yet; returns the models as they were aligned, by their first part."""
+    """Write every missing tensor. Return the inputs after alignment, by their first part."""
     base = merge.base if merge.is_delta_merge else None
     found = build_model_inputs(merge.steps, merge.output_tensors, merge.models, base)
-    found = align_inputs(merge.steps, merge.output_tensors, found, base, evidence)
-    settled = _settled(merge, found, evidence)
+    found = align_inputs(merge.steps, merge.output_tensors, found, base, context)
+    bound = _bind_whole_models(merge, found, context)
     done = 0
     for target in merge.output_tensors:
         if target.name not in output.finished_tensors:
-            for start, _, rows in _rows(merge, target, found.get(target.name, []), settled, evidence):
+            for start, _, rows in _merge_rows(merge, target, found.get(target.name, []), bound, context):
                 output.write_rows(target.name, start, rows)
             output.mark_finished(target.name)
         done += target.form.num_bytes
@@ -147,16 +147,16 @@ def write_merged_tensors(
     return found[merged[0]] if merged else []
 
 
-def _settled(
-    merge: PreparedMerge, found: Mapping[str, Sequence[MergeInput]], evidence: MergeContext
+def _bind_whole_models(
+    merge: PreparedMerge, found: Mapping[str, Sequence[MergeInput]], context: MergeContext
 ) -> BoundCombine | None:
-    """The step and inputs for all tensors of a method that reads whole models; None if it needs no whole model."""
+    """Bind a method that reads whole models; None for a method that merges each tensor by itself."""
     first = next((target for target in merge.output_tensors if not target.is_copied and not target.averaged), None)
     if first is None:
         return None
     step = _step(merge, first)
     shapes = {target.name: target.form.shape for target in merge.output_tensors if not target.is_copied}
-    bound = bind_combine(step, shapes, found[first.name], evidence)
+    bound = bind_combine(step, shapes, found[first.name], context)
     return None if bound.combine == step and bound.merge_inputs is found[first.name] else bound
 
 
@@ -164,31 +164,31 @@ def _step(merge: PreparedMerge, target: OutputTensor) -> CombineStep:
     return merge.steps.combine.build_step(target.layers, target.name, target.depth, merge.config.seed)
 
 
-def _rows(
+def _merge_rows(
     merge: PreparedMerge,
     target: OutputTensor,
     parts: Sequence[MergeInput],
-    settled: BoundCombine | None,
-    evidence: MergeContext,
+    bound: BoundCombine | None,
+    context: MergeContext,
 ) -> Iterator[tuple[int, int, Tensor]]:
     if target.is_copied:
         yield from _copied(merge, target)
         return
-    step = _step(merge, target) if settled is None else settled.combine
-    parts = parts if settled is None else settled.merge_inputs
+    step = _step(merge, target) if bound is None else bound.combine
+    parts = parts if bound is None else bound.merge_inputs
     if target.averaged or (merge.is_delta_merge and target.base_tensor is None):  # a head the base has not
         step, parts = Mean(), shares_of(parts)
     pipeline = MergePipeline((), step, (), ())
-    for start, stop, rows in merge_row_chunks(pipeline, target.name, target.form.shape, parts, evidence):
-        whole = _whole(merge, target, start, stop, rows, evidence)
+    for start, stop, rows in merge_row_chunks(pipeline, target.name, target.form.shape, parts, context):
+        whole = _whole(merge, target, start, stop, rows, context)
         _check_finite(merge, target, whole)
         yield start, stop, whole
 
 
 def _whole(
-    merge: PreparedMerge, target: OutputTensor, start: int, stop: int, rows: Tensor, evidence: MergeContext
+    merge: PreparedMerge, target: OutputTensor, start: int, stop: int, rows: Tensor, context: MergeContext
 ) -> Tensor:
-    """The result's rows: what was combined, relaxed around the base, added to it."""
+    """Return the result's rows: combined, relaxed and added to the base."""
     if target.base_tensor is None or merge.base is None:
         return rows
     if not merge.is_delta_merge and not merge.steps.relax:
@@ -196,12 +196,12 @@ def _whole(
     base = merge.base.rows(target.name, start, stop)
     delta = rows.reshape(base.shape) if merge.is_delta_merge else rows.reshape(base.shape) - base
     for step in merge.steps.relax:
-        delta = step.relax(target.base_tensor, start, delta, evidence)  # which was watched under the base's own names
+        delta = step.relax(target.base_tensor, start, delta, context)  # whose statistics have the base's own names
     return base + delta
 
 
 def _copied(merge: PreparedMerge, target: OutputTensor) -> Iterator[tuple[int, int, Tensor]]:
-    """A tensor of integers as the base has it, or else the first model."""
+    """Copy a tensor of integers from the base, or from the first model."""
     part = target.parts[0]
     model, name = merge.models.by_name[part.entry.model], part.tensor
     if target.base_tensor is not None and merge.models.base is not None:
@@ -211,15 +211,15 @@ def _copied(merge: PreparedMerge, target: OutputTensor) -> Iterator[tuple[int, i
 
 
 def shares_of(parts: Sequence[MergeInput]) -> list[MergeInput]:
-    """Weights that sum to one; equal where they sum to zero."""
+    """Scale weights so that they sum to one. If they sum to zero, they become equal."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=part.weight / total if total else 1 / len(parts)) for part in parts]
 
 
 def _check_finite(merge: PreparedMerge, target: OutputTensor, rows: Tensor) -> None:
-    """ModelError for rows that are not finite, or would not be in the result's precision.
+    """Raise ModelError for rows that are not finite, also in the result's data type.
 
-    The extremes are NaN where one entry is, and cost one pass.
+    One pass finds both extremes, which are NaN if one entry is.
     """
     if not rows.numel():
         return

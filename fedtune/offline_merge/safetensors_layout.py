@@ -1,6 +1,6 @@
-"""The layout of a safetensors file: where each tensor's rows lie, so that they can be read and written in place.
+"""The layout of a safetensors file: the place of each tensor's rows, to read and write them in place.
 
-Rows are read with plain reads, not through a memory map, whose pages would pile up in the process.
+Rows are read with plain reads, because the pages of a memory map would accumulate in the process.
 """
 
 import json
@@ -48,7 +48,7 @@ _ALIGNED = 8
 
 
 class TensorInfo(NamedTuple):
-    """What a tensor looks like."""
+    """The shape and data type of a tensor."""
 
     shape: Shape
     dtype: torch.dtype
@@ -70,14 +70,14 @@ class TensorInfo(NamedTuple):
 
 
 class TensorLocation(NamedTuple):
-    """Where a tensor lies in a file."""
+    """The place of a tensor in a file."""
 
     form: TensorInfo
     offset: int
 
 
 def read_tensor_locations(path: Path) -> dict[str, TensorLocation]:
-    """Where each tensor of a file lies; SourceError when it is not safetensors, cut short or damaged."""
+    """Return the place of each tensor; SourceError for a file that is not safetensors, or is damaged."""
     try:
         with safe_open(path, "pt"):
             pass  # checks that the header fits the file
@@ -99,7 +99,7 @@ def read_tensor_locations(path: Path) -> dict[str, TensorLocation]:
 
 
 def build_file_layout(forms: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, TensorLocation], int]:
-    """The header of a file with these tensors in this order, where each will lie, and the file's size in bytes."""
+    """Return the header for these tensors in this order, the place of each, and the size of the file in bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name, form in forms.items():
@@ -120,14 +120,14 @@ def build_file_layout(forms: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str,
 
 
 class Reader:
-    """Reads rows from files of which the last one stays open: a merge reads thousands of pieces."""
+    """Read rows from files. The last file stays open, because a merge reads thousands of pieces."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._file: IO[bytes] | None = None
 
     def rows(self, path: Path, place: TensorLocation, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` as they are stored; a tensor without dimensions has the one row 0."""
+        """Return rows ``start`` to ``stop`` as they are stored. A tensor without dimensions is one row."""
         form = place.form
         shape = (stop - start, *form.shape[1:]) if form.shape else ()
         found = torch.empty(shape, dtype=form.dtype)
@@ -155,7 +155,7 @@ class Reader:
 
 
 def _fill(file: IO[bytes], content: memoryview, path: Path) -> None:
-    """One read gives two gigabytes at most."""
+    """Read in a loop, because one read returns at most two gigabytes."""
     done = 0
     while done < len(content):
         count = file.readinto(content[done:])  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ def _fill(file: IO[bytes], content: memoryview, path: Path) -> None:
 
 
 def fits(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite real numbers are within what a precision can hold, up to rounding."""
+    """Whether finite values are within the range of a data type, up to rounding."""
     if not dtype.is_floating_point or not values.numel():
         return True
     kind = torch.finfo(dtype)
@@ -173,14 +173,14 @@ def fits(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def too_large(name: str, values: Tensor, dtype: torch.dtype, mend: str = "choose dtype: bfloat16 or float32") -> str:
-    """The sentence about a tensor that does not fit its precision."""
+    """Return the error message for a tensor that does not fit its data type."""
     kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
     found = float(values.abs().max())
     return f"{name} reaches {found:.6g}, but {kind} ends at {most:.6g}; {mend}"
 
 
 def write_rows(file: IO[bytes], place: TensorLocation, start: int, rows: Tensor) -> None:
-    """Write rows, cast to the type they are stored in, from row ``start`` on."""
+    """Cast rows to the stored data type, and write them from row ``start`` on."""
     if rows.numel():
         file.seek(place.offset + start * place.form.row_bytes)
         file.write(rows.to(place.form.dtype).contiguous().flatten().view(torch.uint8).numpy().data)

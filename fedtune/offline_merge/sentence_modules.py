@@ -1,6 +1,6 @@
-"""What a sentence-transformers model has beside its transformer: how tokens are pooled, and what comes after that.
+"""The files of a sentence-transformers model beside its transformer: pooling and further modules.
 
-Without it the merged model would be read with a pooling of its own, which makes other sentences of the same tokens.
+Without them, the merged model would be loaded with another pooling and compute other sentence embeddings.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _WEIGHTS = "*.safetensors"
 
 
 def sentence_files(folder: Path) -> list[Path]:
-    """The files, by their paths in the folder; none where it is no such model."""
+    """Return the files by their paths in the folder; empty for other models."""
     if not (folder / _NAMES[0]).is_file():
         return []
     named = [Path(name) for name in _NAMES if (folder / name).is_file()]
@@ -23,12 +23,12 @@ def sentence_files(folder: Path) -> list[Path]:
 
 
 def unmerged_modules(folder: Path) -> list[str]:
-    """The modules after the transformer that have weights, which no merge reaches."""
+    """Return the modules after the transformer that have weights. They are not merged."""
     if not (folder / _NAMES[0]).is_file():
         return []
     return [part.name for part in _parts(folder) if any(part.glob(_WEIGHTS))]
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    """The folders that sentence-transformers numbers by their place, as 1_Pooling."""
+    """Return the numbered module folders, such as 1_Pooling."""
     return (part for part in sorted(folder.glob(_NUMBERED)) if part.is_dir())

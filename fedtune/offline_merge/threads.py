@@ -1,4 +1,4 @@
-"""How many threads work on a piece: one."""
+"""Use one thread for each piece."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["one_thread"]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Pieces are too small to share: on a busy machine, threads that wait for each other burn several times it."""
+    """Limit the block to one thread. Pieces are small, and waiting threads waste processor time on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,7 @@
-"""Embeddings and output layers of models whose tokens differ, read in the order of the result's tokens.
+"""Embeddings and output layers of models with different tokens, read in the order of the result's tokens.
 
-A row a model lacks is the base's; if that lacks it too, the only owner's, else the mean of the owners'. A row that
-nobody has is the mean of the model's own rows of the result's tokens: zeros would outscore tokens of low scores.
+A row that a model lacks is taken from the base. If the base lacks it too, it is the mean of the models that have it. A
+row that no model has is the mean of the model's own rows: zeros would outscore tokens with low scores.
 """
 
 import json
@@ -31,14 +31,14 @@ class RemappedModels(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A model and where its rows lie: for each token of the result its row in the model, or -1."""
+    """A model, and for each token of the result its row in the model, or -1."""
 
     weights: ModelReader
     rows: Tensor
 
 
 class _Given(NamedTuple):
-    """Rows a rule names: by row of the result the model and row to take, None for zeros; and whether always."""
+    """Rows that a rule names: by row of the result the model and row to take, None for zeros; and whether always."""
 
     model: ModelReader | None
     row: int
@@ -46,7 +46,7 @@ class _Given(NamedTuple):
 
 
 def remap_token_rows(models: Sequence[ModelReader], base: ModelReader | None, rule: TokenizerRule) -> RemappedModels:
-    """All models read in the order of the tokens that the rule chooses; the base, if any, is one of the models."""
+    """Return all models in the order of the tokens that the rule chooses. The base, if any, is one of them."""
     turned = {id(model): Turned(model) for model in models}
     models, base = [turned[id(model)] for model in models], None if base is None else turned[id(base)]
     for model in models:
@@ -69,7 +69,7 @@ def remap_token_rows(models: Sequence[ModelReader], base: ModelReader | None, ru
 
 
 def _check_known(model: ModelReader) -> None:
-    """ModelError unless all tensors of tokens are known, and have one row for each."""
+    """Raise ModelError unless all token tensors are known, and have one row for each token."""
     rows = {form.num_rows for name, form in model.tensor_infos.items() if _is_of_tokens(name)}
     if len(rows) != 1:
         raise ModelError(
@@ -96,7 +96,7 @@ def _vocabulary(model: ModelReader) -> dict[str, int]:
 
 
 def _leader(models: Sequence[ModelReader], base: ModelReader | None, rule: TokenizerRule) -> int:
-    """The model whose tokens keep their ids."""
+    """Return the model whose tokens keep their ids."""
     if rule.source in ("union", "base"):
         return next((place for place, model in enumerate(models) if model is base), 0)
     return _named(models, rule.source)
@@ -110,7 +110,7 @@ def _named(models: Sequence[ModelReader], name: str) -> int:
 
 
 def _grown(models: Sequence[ModelReader], leader: int, words: Sequence[Mapping[str, int]]) -> dict[str, Any] | None:
-    """A tokenizer of all tokens; None when the leader has them all."""
+    """Return a tokenizer of all tokens; None if the leader has them all."""
     if all(word.keys() <= words[leader].keys() for word in words):
         return None
     others = [model.tokens for place, model in enumerate(models) if place != leader]
@@ -129,7 +129,7 @@ def _embedding_rows(model: ModelReader) -> int:
 
 
 def _height(model: ModelReader, ids: Mapping[str, int], *, grown: bool, multiple: int | None) -> int:
-    """Rows of the result: the leader's, more where its tokens need them, rounded up if the rule says so."""
+    """Return the number of rows of the result, rounded up if the rule says so."""
     height = max(_embedding_rows(model), max(ids.values()) + 1) if grown else _embedding_rows(model)
     return -(-height // multiple) * multiple if multiple else height
 
@@ -169,7 +169,7 @@ def _given(
 
 
 class _Retokenised(ModelReader):
-    """A model whose tensors of tokens are read in another order; ``order`` has the base first, if there is one."""
+    """A model whose token tensors are read in another order. ``order`` has the base first, if there is one."""
 
     def __init__(
         self, own: _Known, order: Sequence[_Known], based: bool, height: int, given: Mapping[int, _Given]
@@ -185,7 +185,7 @@ class _Retokenised(ModelReader):
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The rows of the result's tokens."""
+        """Return the rows of the result's tokens."""
         if not _is_of_tokens(name):
             return self._own.weights.rows(name, start, stop)
         found = _gathered(self._own, name, start, stop)
@@ -200,7 +200,7 @@ class _Retokenised(ModelReader):
         return found
 
     def _special(self, start: int, stop: int) -> list[int]:
-        """The rows that do not come from the model itself."""
+        """Return the rows that do not come from the model itself."""
         lacking = (torch.nonzero(self._own.rows[start:stop] < 0).flatten() + start).tolist()
         forced = [row for row, given in self._given.items() if given.force and start <= row < stop]
         return sorted({*lacking, *forced})
@@ -214,7 +214,7 @@ class _Retokenised(ModelReader):
         return torch.stack([_row(one, name, int(one.rows[row])).double() for one in owners]).mean(0).to(torch.float32)
 
     def _mean(self, name: str) -> Tensor:
-        """The mean of the model's own rows."""
+        """Return the mean of the model's own rows."""
         if name not in self._means:
             total, form = (
                 torch.zeros(self.tensor_infos[name].shape[1:], dtype=torch.float64),
@@ -231,7 +231,7 @@ def _row(one: _Known, name: str, row: int) -> Tensor:
 
 
 def _gathered(one: _Known, name: str, start: int, stop: int) -> Tensor:
-    """Rows of a model in the order of the result's tokens, zeros where it lacks one; neighbours are read together."""
+    """Read a model's rows in the order of the result's tokens, with zeros for missing ones."""
     wanted = one.rows[start:stop]
     found = torch.zeros(stop - start, *one.weights.tensor_infos[name].shape[1:])
     breaks = torch.nonzero(wanted[1:] != wanted[:-1] + 1).flatten() + 1

@@ -1,4 +1,4 @@
-"""Which tensors have one row per token, by the names that transformers gives them, and which of them may be tied."""
+"""The tensors that have one row per token, by transformers' names for them, and those that may be tied."""
 
 from pathlib import Path
 
@@ -64,22 +64,22 @@ def is_of_columns(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor turns tokens into vectors."""
+    """Whether a tensor is the input embedding."""
     return _ends(name, _EMBEDDINGS)
 
 
 def is_output(name: str) -> bool:
-    """Whether a tensor turns vectors into the scores of tokens."""
+    """Whether a tensor is the output embedding."""
     return name == _RWKV_OUTPUT or _ends(name, _OUTPUTS)
 
 
 def looks_like_tokens(name: str, shape: tuple[int, ...], rows: int) -> bool:
-    """Whether a tensor that is not known as one of tokens, outside the layers, has an axis as long as they are many."""
+    """Whether an unknown tensor outside the layers has one axis as long as the vocabulary."""
     return parse_layer_name(name) is None and rows in shape[:2] and not is_of_tokens(name) and "position" not in name
 
 
 def output_of(folder: Path) -> str | None:
-    """What the output layer of the model in a folder is called; None when the model has none."""
+    """Return the name of a model's output layer, or None."""
     settings = read_json(folder / "config.json")
     if not any(str(name).endswith(_WITH_OUTPUT) for name in settings.get("architectures") or ()):
         return None

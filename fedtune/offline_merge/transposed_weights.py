@@ -1,7 +1,7 @@
-"""Which weights are stored as [in, out]: those of transformers' Conv1D, whatever an adapter says of all its modules.
+"""The weights that are stored as [in, out]: those of transformers' Conv1D.
 
-PEFT corrects ``fan_in_fan_out`` module by module when it loads, and saves what the last one left behind; of a square
-weight no shape tells that it is wrong.
+PEFT corrects ``fan_in_fan_out`` for each module when it loads an adapter, but saves the value of the last module. For a
+square weight, the shape does not show the mistake.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 
 def is_transposed(folder: Path, module: str, said: bool) -> bool:
-    """Whether a module of the model in a folder is such a layer; as it is said of a model that transformers lacks."""
+    """Whether a module is a Conv1D. For a model type that transformers lacks, the adapter's setting decides."""
     kind = str(read_json(folder / "config.json").get("model_type"))
     if kind not in CONFIG_MAPPING:
         return said

@@ -1,4 +1,4 @@
-"""Tokens and their ids: what a tokenizer knows, how two differ, and the union of several."""
+"""Tokens and their ids: read a tokenizer, compare two, and join several."""
 
 import filecmp
 import json
@@ -60,12 +60,12 @@ Vocabulary = Mapping[str, int]
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Whether a folder contains a tokenizer."""
     return any((folder / name).is_file() for name in (_FILE, *_OTHER))
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Ids by token, added ones too; None where there is no tokenizer."""
+    """Return the ids by token, with added tokens; None without a tokenizer."""
     if (folder / _FILE).is_file():
         return _of_file(folder / _FILE)
     return _of_old_format(folder) if has_tokenizer(folder) else None
@@ -80,7 +80,7 @@ def _of_file(file: Path) -> dict[str, int]:
 
 
 def _of_old_format(folder: Path) -> dict[str, int]:
-    """The same of a tokenizer without tokenizer.json; ModelError where transformers cannot read it."""
+    """Read a tokenizer without tokenizer.json; ModelError if transformers cannot read it."""
     from transformers import AutoTokenizer  # seconds and a hundred megabytes
 
     try:
@@ -92,7 +92,7 @@ def _of_old_format(folder: Path) -> dict[str, int]:
 
 
 def has_same_tokenizer_file(one: Path, other: Path) -> bool:
-    """Whether two folders have the same tokenizer to the byte, so that their vocabularies need not be read."""
+    """Whether two folders have byte-identical tokenizers, so that their vocabularies need not be read."""
     held, found = ([name for name in (_FILE, *_OTHER, *_ADDED) if (folder / name).is_file()] for folder in (one, other))
     if _FILE in held and _FILE in found:
         held = found = [_FILE]
@@ -100,16 +100,16 @@ def has_same_tokenizer_file(one: Path, other: Path) -> bool:
 
 
 def compare_vocabularies(one: Vocabulary, other: Vocabulary) -> tuple[int, int, int]:
-    """How many tokens only the first has, only the second, and how many have another id in each."""
+    """Count the tokens that only the first has, that only the second has, and that have another id."""
     common = one.keys() & other.keys()
     return len(one) - len(common), len(other) - len(common), sum(one[token] != other[token] for token in common)
 
 
 def join_tokenizers(folders: Sequence[Path]) -> dict[str, Any]:
-    """The first folder's tokenizer.json with all tokens of the others behind its own.
+    """Return the first tokenizer.json with the tokens of the others appended.
 
-    A token that its owner added stays an added one, a word of its owner's model joins the model's vocabulary, with the
-    merges that make it; ids that the first has stay as they are.
+    An added token stays an added token. A token of a model's vocabulary joins the vocabulary, with the merges that make
+    it. Ids of the first tokenizer do not change.
     """
     first, *others = [_described(folder) for folder in folders]
     known = _ids(first)
@@ -134,7 +134,7 @@ def _ids(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _add(described: dict[str, Any], other: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
-    """Put new tokens, by their ids, into a tokenizer as they stood in the other."""
+    """Insert new tokens with their ids into a tokenizer, as they are in the other."""
     added = {entry["content"]: entry for entry in other.get("added_tokens", ())}
     words = described["model"].get("vocab")
     for token, number in numbers.items():
@@ -152,7 +152,7 @@ def _entry(entry: Mapping[str, Any] | None, token: str, number: int) -> dict[str
 
 
 def _merges(model: Mapping[str, Any], merges: Iterable[Any], new: Mapping[str, int]) -> list[Any]:
-    """The merges that make a new token of parts that are known."""
+    """Return the merges that make a new token from known parts."""
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
     listed = bool(model["merges"]) and not isinstance(model["merges"][0], str)
     return [

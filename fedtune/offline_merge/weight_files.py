@@ -1,7 +1,7 @@
-"""Which files of a folder hold its model: one alone, or shards, each of whose tensors is in exactly one of them.
+"""The files of a folder that contain its model: one file, or shards that contain each tensor once.
 
-Where a single file and the shards of an index lie side by side, plain transformers takes the first and other tools the
-second: whatever is taken may be what was left behind by an earlier save.
+If a single file and an index with shards are in the same folder, plain transformers reads the first and other tools the
+second. One of them may be left over from an earlier save.
 """
 
 import itertools
@@ -20,7 +20,7 @@ _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetenso
 
 
 def shards(folder: Path) -> tuple[Path, ...]:
-    """The files; SourceError for a shard that is missing, and where it is not clear which files are the model."""
+    """Return the files; SourceError if a shard is missing or the choice is ambiguous."""
     if (folder / _INDEX).is_file():
         return _indexed(folder)
     if (folder / _SINGLE).is_file():
@@ -32,7 +32,7 @@ def shards(folder: Path) -> tuple[Path, ...]:
 
 
 def check_index(folder: Path, names: Iterable[str]) -> None:
-    """SourceError for a tensor that the index names and no shard holds."""
+    """Raise SourceError for a tensor that the index names and no shard contains."""
     if not (folder / _INDEX).is_file():
         return
     lacking = sorted(_weight_map(folder).keys() - set(names))
@@ -41,7 +41,7 @@ def check_index(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_once(places: Sequence[tuple[Path, Iterable[str]]]) -> None:
-    """SourceError for a tensor that two files hold."""
+    """Raise SourceError for a tensor that is in two files."""
     owners: dict[str, Path] = {}
     for file, names in places:
         for name in names:
@@ -66,7 +66,7 @@ def _indexed(folder: Path) -> tuple[Path, ...]:
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:
-    """The file of each tensor."""
+    """Return the file of each tensor."""
     found: Any = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(found, dict) or not found or not all(_is_file_name(name) for name in found.values()):
         raise SourceError(f"{folder / _INDEX} does not say under weight_map where tensors are; fetch it again")
@@ -78,7 +78,7 @@ def _is_file_name(value: object) -> bool:
 
 
 def _check_set(folder: Path, files: Sequence[str]) -> None:
-    """SourceError unless files are all shards of one number, and none is missing."""
+    """Raise SourceError unless the files are all shards of one set."""
     matches = [_SHARD.match(name) for name in files]
     sets = {
         (match["stem"], int(match["count"])) if match else (name, 1) for name, match in zip(files, matches, strict=True)

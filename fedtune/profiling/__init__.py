@@ -1,4 +1,4 @@
-"""What a training step costs with each technique, each measured in a process of its own."""
+"""The cost of a training step with each technique. Each case is measured in its own process."""
 
 from fedtune.profiling.gradient_check import gradient_error
 from fedtune.profiling.isolated_process import profile_in_subprocess

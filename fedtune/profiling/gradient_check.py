@@ -1,4 +1,4 @@
-"""Are a technique's gradients those of the same network with all activations stored?"""
+"""Compare a technique's gradients with those of the same network with stored activations."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,23 +30,25 @@ def gradient_error(
     for one in (model, twin):
         set_model_state(one, state)
     return max(
-        _difference(_gradients(recipe, model, chosen, batch, number), _gradients(recipe, twin, twins, batch, number))
-        for number in rounds
+        _difference(
+            _gradients(recipe, model, chosen, batch, round_number), _gradients(recipe, twin, twins, batch, round_number)
+        )
+        for round_number in rounds
     )
 
 
 def _make_reference_recipe(recipe: Recipe, chosen: Sequence[Technique]) -> Recipe:
-    """The recipe of the twin."""
+    """Return the recipe with the techniques that store all activations."""
     twins = [twin for technique in chosen if (twin := technique.make_reference()) is not None]
     units = [Unit(name=twin.name, settings=twin.model_dump(mode="json")) for twin in twins]
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"techniques": units})})
 
 
 def _gradients(
-    recipe: Recipe, model: nn.Module, techniques: Sequence[Technique], batch: Tensors, number: int
+    recipe: Recipe, model: nn.Module, techniques: Sequence[Technique], batch: Tensors, round_number: int
 ) -> dict[str, Tensor]:
-    """Gradients of what is trained in a round; zeros where none arrived."""
-    begin_round(techniques, model, number)
+    """Return the gradients of the trained parameters; zeros for a parameter without a gradient."""
+    begin_round(techniques, model, round_number)
     set_train_mode(model)
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
@@ -67,9 +69,9 @@ def _difference(found: Tensors, wanted: Tensors) -> float:
 
 
 def _relative(name: str, found: Tensor, wanted: Tensor, scale: float) -> float:
-    """Relative to the gradient's own largest entry, but to no less than what rounding leaves of ``scale``.
+    """Return the difference relative to the gradient's largest entry, but at least to the rounding of ``scale``.
 
-    A bias that a softmax cancels has gradients that are nothing but rounding.
+    A bias that a softmax cancels has a gradient that is only rounding error.
     """
     if torch.equal(found, wanted):
         return 0.0

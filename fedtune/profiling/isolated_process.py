@@ -16,7 +16,7 @@ __all__ = ["profile_in_subprocess", "try_profile"]
 
 
 def profile_in_subprocess(case: ProfileCase) -> ProfileResult:
-    """Measure in a fresh process; whatever goes wrong in it ends as one sentence."""
+    """Measure in a fresh process. Any failure becomes a result with one sentence."""
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sending, case), daemon=True)
@@ -41,7 +41,7 @@ def _send_result(sending: Connection, case: ProfileCase) -> None:
 
 
 def try_profile(case: ProfileCase) -> ProfileResult:
-    """Measure in this process: the figures, or why there are none."""
+    """Measure in this process: return the figures, or why there are none."""
     try:
         return profile_step(case)
     except FedtuneError as error:
@@ -51,7 +51,7 @@ def try_profile(case: ProfileCase) -> ProfileResult:
 
 
 def _describe_error(error: Exception) -> str:
-    """A fault nobody foresaw, with what torch says when memory is short put plainly."""
+    """Describe an unexpected error in one line, and plainly if memory is short."""
     first = str(error).partition("\n")[0].strip()
     if isinstance(error, MemoryError) or "can't allocate memory" in first:
         return "a step needs more memory than this machine has; try a smaller batch"

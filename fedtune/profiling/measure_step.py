@@ -1,4 +1,4 @@
-"""Measuring one case in this process; only the first case a process measures has a true peak of resident memory."""
+"""Measure one case in this process. Only the first case of a process has a true peak of resident memory."""
 
 import gc
 import statistics
@@ -40,7 +40,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def profile_step(case: ProfileCase) -> StepProfile:
-    """Train a few steps, meter one, and compare gradients if the case asks for it; FedtuneError where it misfits."""
+    """Train a few steps, measure one, and compare gradients if the case asks for it."""
     recipe = Recipe.model_validate_json(case.recipe)
     with use_cpu_threads(recipe.train.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "profile"))
@@ -51,17 +51,17 @@ def profile_step(case: ProfileCase) -> StepProfile:
 
 
 def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tensors, Tensors, list[int]]:
-    """The figures; then the state the steps led to, their batch, and the rounds that differ."""
+    """Return the figures, the state after the steps, their batch, and the rounds that differ."""
     model, chosen, shared = prepare_model(recipe, case.labels)
     batch = make_random_batch(model, recipe, len(case.labels)) if case.batch is None else decode_tensors(case.batch)
     rounds = _rounds(model, chosen)
     gc.collect()
     reset_peak_rss()
     loaded = peak_rss()
-    seconds = [_measure_seconds(model, chosen, batch, recipe, number) for number in rounds]
+    seconds = [_measure_seconds(model, chosen, batch, recipe, round_number) for round_number in rounds]
     rss = peak_rss()
-    held = [_measure_memory(model, chosen, batch, recipe, number) for number in rounds]
-    sent = [_measure_payload(model, chosen, number) for number in rounds]
+    held = [_measure_memory(model, chosen, batch, recipe, round_number) for round_number in rounds]
+    sent = [_measure_payload(model, chosen, round_number) for round_number in rounds]
     state = get_model_state(model, shared)
     figures = StepProfile(
         technique=case.technique,
@@ -78,20 +78,20 @@ def _measure_case(case: ProfileCase, recipe: Recipe) -> tuple[StepProfile, Tenso
 
 
 def _rounds(model: nn.Module, techniques: Sequence[Technique]) -> list[int]:
-    """Round 1, and round 2 if something else is trained in it."""
+    """Return round 1, and round 2 if other tensors are trained in it."""
     trained_in = []
-    for number in (1, 2):
-        begin_round(techniques, model, number)
+    for round_number in (1, 2):
+        begin_round(techniques, model, round_number)
         trained_in.append(list_trainable_tensors(model))
     return [1] if trained_in[0] == trained_in[1] else [1, 2]
 
 
 def _measure_seconds(
-    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, number: int
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> float:
-    """Median seconds of a whole step in a round, as a device takes it."""
+    """Return the median seconds of a whole training step in a round."""
     settings, task = recipe.train, get_task(recipe.task)
-    begin_round(techniques, model, number)
+    begin_round(techniques, model, round_number)
     set_train_mode(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_stepper(settings, model, masters_of(model, Start(model, ())))
@@ -101,17 +101,17 @@ def _measure_seconds(
         begin_step(techniques, model, batch, 0.0)
         compute_step_loss(task, model, batch).backward()
         apply_optimiser_step(
-            model, techniques, optimiser, parameters, settings, StepInfo(number, 0, 1, settings.lr, settings.lr)
+            model, techniques, optimiser, parameters, settings, StepInfo(round_number, 0, 1, settings.lr, settings.lr)
         )
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 
 
 def _measure_memory(
-    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, number: int
+    model: nn.Module, techniques: Sequence[Technique], batch: Tensors, recipe: Recipe, round_number: int
 ) -> tuple[int, int]:
-    """Bytes kept when the forward pass ends, and the most held in the forward and backward pass."""
-    begin_round(techniques, model, number)
+    """Return the bytes kept for backward when the forward pass ends, and the peak of both passes."""
+    begin_round(techniques, model, round_number)
     set_train_mode(model)
     with StorageMeter(excluded=[*model.parameters(), *model.buffers()]) as meter:
         begin_step(techniques, model, batch, 0.0)
@@ -122,9 +122,9 @@ def _measure_memory(
     return kept, meter.peak_bytes
 
 
-def _measure_payload(model: nn.Module, techniques: Sequence[Technique], number: int) -> tuple[int, int]:
-    """Parameters trained in a round, and bytes of the payload that goes up after it."""
-    begin_round(techniques, model, number)
+def _measure_payload(model: nn.Module, techniques: Sequence[Technique], round_number: int) -> tuple[int, int]:
+    """Return the round_number of parameters trained in a round, and the bytes sent after it."""
+    begin_round(techniques, model, round_number)
     names = list_trainable_tensors(model)
     held = [name for technique in techniques for name in technique.list_server_held_tensors(model)]
     found = find_masks(get_model_state(model, [*names, *held]))

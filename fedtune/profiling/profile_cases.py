@@ -1,4 +1,4 @@
-"""What is measured: a recipe with one list of techniques, and the inputs of its step."""
+"""The cases to measure: a recipe with one list of techniques, and the inputs of the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +16,10 @@ BASELINES = ("full", "lora", "lora+gradient-checkpointing", "qlora")
 
 @dataclass(frozen=True)
 class ProfileCase:
-    """A recipe as JSON with the techniques to measure, and what its model learns to tell apart.
+    """A recipe as JSON with the techniques to measure, and the class names of its model.
 
-    ``batch`` is a packed batch; None draws a random one. ``check`` compares gradients with those of stored activations.
+    ``batch`` is a packed batch; None draws a random one. ``check_gradients`` compares gradients with those of stored
+    activations.
     """
 
     technique: str
@@ -31,7 +32,7 @@ class ProfileCase:
 def make_profile_cases(
     recipe: Recipe, asked: Sequence[Sequence[Unit]], labels: Sequence[str], batch: bytes | None, check: bool = False
 ) -> list[ProfileCase]:
-    """The yardsticks, then what was asked, each once; RecipeError for techniques or pairs that do not hold."""
+    """Return the baselines, then the requested techniques, each once; RecipeError for an invalid combination."""
     found: list[tuple[techniques.Technique, ...]] = []
     made = []
     yardsticks = [[Unit(name=name) for name in joined.split("+")] for joined in BASELINES]
@@ -46,7 +47,7 @@ def make_profile_cases(
 
 
 def list_profiled_techniques() -> list[list[Unit]]:
-    """Each published technique: by itself where it trains something, else beside one that does."""
+    """Return every technique: alone if it trains something, otherwise with one that does."""
     return [found for name in list_unit_names("fedtune.techniques") if (found := _alone_or_beside(name))]
 
 
@@ -62,7 +63,7 @@ def _alone_or_beside(name: str) -> list[Unit]:
 
 
 def format_techniques(units: Sequence[Unit]) -> str:
-    """Techniques as one word, with the settings that are given: ``lora(rank=4)+gradient-checkpointing``."""
+    """Format techniques as one word, with the settings that are given: ``lora(rank=4)+gradient-checkpointing``."""
     return "+".join(f"{unit.name}{_settings(unit)}" for unit in units)
 
 

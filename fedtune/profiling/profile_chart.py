@@ -1,4 +1,4 @@
-"""The picture of a profile: per technique a bar for what is kept and one for the peak."""
+"""The plot of a profile: two bars for each technique, the memory kept for backward and the peak."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ _WIDE = 300
 
 
 def parse_image_format(path: Path) -> str:
-    """``png`` or ``svg``; StoreError for any other."""
+    """Return ``png`` or ``svg``; StoreError for any other suffix."""
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
         raise StoreError(f"cannot draw into {path}; the name must end in .png or .svg")
@@ -29,7 +29,7 @@ def parse_image_format(path: Path) -> str:
 
 
 def draw_profile(rows: Sequence[ProfileResult], title: str, path: Path) -> None:
-    """Draw the rows, first on top, into a PNG or SVG file; a case that failed keeps its place."""
+    """Draw the rows from top to bottom into a PNG or SVG file. A failed case keeps its place."""
     kind = parse_image_format(path)
     figure = Figure(figsize=(9, 1.4 + 0.62 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -55,7 +55,7 @@ def _draw(axes: Axes, rows: Sequence[ProfileResult]) -> None:
 
 
 def _scale(axes: Axes, peaks: Sequence[int]) -> None:
-    """From zero, or logarithmic where peaks share no scale; room for the figures at the right."""
+    """Start at zero, or use a logarithmic scale if the peaks differ too much. Leave room for the figures."""
     if not peaks:
         axes.set_xticks([])
     elif max(peaks) > _WIDE * max(1, min(peaks)):

@@ -1,4 +1,4 @@
-"""One line of a profile: the figures of a case, or why it could not run."""
+"""One result of a profile: the figures of a case, or why it could not run."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ __all__ = ["FailedProfile", "ProfileResult", "StepProfile"]
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What a step costs; where rounds differ (LoRA trains its factors in turn), each figure is that of the costlier.
+    """The cost of a step. If rounds differ (LoRA trains its factors in turn), each figure is the larger one.
 
-    ``kept_bytes`` are held for the backward pass when the forward pass ends, ``peak_bytes`` at the worst moment of
-    both passes, without parameters and their gradients. ``rss_bytes`` is the peak of the process while it trains and
-    ``loaded_bytes`` what it held before, the model among it. ``seconds`` are the median of a whole step. Payloads of a
-    round: ``wire_bytes`` up, ``down_bytes`` down. ``gradient_error`` is None unless it was asked for.
+    ``kept_bytes`` is the activation memory kept for backward when the forward pass ends. ``peak_bytes`` is the peak of
+    both passes, without parameters and their gradients. ``rss_bytes`` is the peak of the process while it trains, and
+    ``loaded_bytes`` its memory before, with the model. ``seconds`` is the median of a whole step. A round sends
+    ``wire_bytes`` up and ``down_bytes`` down. ``gradient_error`` is None if gradients were not checked.
     """
 
     technique: str
@@ -29,7 +29,7 @@ class StepProfile:
 
 @dataclass(frozen=True)
 class FailedProfile:
-    """A case that could not run, and why, in one sentence."""
+    """A case that could not run, and the reason in one sentence."""
 
     technique: str
     error: str

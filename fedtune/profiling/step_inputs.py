@@ -1,4 +1,4 @@
-"""The inputs of the measured step: the first examples of a recipe, or random ones where there is no data."""
+"""The inputs of the measured step: the first examples of a recipe, or random inputs without data."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ __all__ = ["encode_first_batch", "make_random_batch"]
 
 
 def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Tensor]:
-    """The first ``train.batch_size`` training examples, texts padded to ``train.max_length``: the longest step."""
+    """Encode the first ``train.batch_size`` training examples. Texts are padded to ``train.max_length``."""
     size = recipe.train.batch_size
     if len(corpus.train) < size:
         raise DataError(
@@ -25,6 +25,6 @@ def encode_first_batch(recipe: Recipe, corpus: data.DataSplits) -> dict[str, Ten
 
 
 def make_random_batch(model: nn.Module, recipe: Recipe, num_labels: int) -> dict[str, Tensor]:
-    """Random inputs of the largest size that the recipe allows, and random labels: drawn from the recipe's seed."""
+    """Draw inputs of the largest size that the recipe allows, and labels, from the recipe's seed."""
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "profile"))
     return tasks.get_task(recipe.task).make_random_batch(model, recipe, num_labels, generator)

@@ -5,24 +5,22 @@ a leading underscore do not count: they help units.
 """
 
 import importlib
-import pkgutil
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fedtune.errors import RecipeError
 from fedtune.recipe.schema import SettingsModel, Unit
+from fedtune.recipe.unit_folders import find_unit_modules
 from fedtune.recipe.validation_errors import explain_validation_error, suggest_nearest
 
 __all__ = [
     "NamedUnit",
     "build_unit",
     "describe_unit_settings",
-    "find_unit_modules",
     "list_unit_names",
     "read_unit_card",
 ]
@@ -42,26 +40,6 @@ def list_unit_names(package: str) -> list[str]:
     return sorted(find_unit_modules(package))
 
 
-def find_unit_modules(package: str) -> dict[str, str]:
-    """The module of each unit, by the unit's name; RecipeError when two files publish the same name."""
-    found: dict[str, str] = {}
-    for module in _iter_public_modules(package, importlib.import_module(package).__path__):
-        name = module.rpartition(".")[2].replace("_", "-")
-        if name in found:
-            raise RecipeError(f"{found[name]} and {module} both publish {name!r}; rename one of the files")
-        found[name] = module
-    return found
-
-
-def _iter_public_modules(package: str, folders: Sequence[str]) -> Iterator[str]:
-    """Names of modules, those of inner folders too; nothing is imported."""
-    for folder in folders:
-        for _, name, is_package in pkgutil.iter_modules([folder]):
-            if not name.startswith("_"):
-                module = f"{package}.{name}"
-                yield from _iter_public_modules(module, [str(Path(folder, name))]) if is_package else [module]
-
-
 def build_unit(package: str, unit: Unit, where: str) -> Any:
     """The unit a recipe names, validated; RecipeError names what is near or allowed. ``where`` is the recipe's key."""
     chosen = _import_unit_class(package, unit.name, where)
@@ -78,7 +56,7 @@ def read_unit_card(package: str, name: str) -> str:
 
 
 def describe_unit_settings(package: str, name: str) -> list[str]:
-    """A unit's settings, one line each: name, type, default and meaning."""
+    """Describe the settings of a unit, one line each: name, type or choices, default and meaning."""
     fields = _import_unit_class(package, name, package.rpartition(".")[2]).model_fields
     return [_describe_setting(key, field) for key, field in fields.items()]
 
@@ -97,6 +75,19 @@ def _is_unit_of(item: object, module: str) -> bool:
 
 
 def _describe_setting(key: str, field: FieldInfo) -> str:
-    kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
-    text = kind or _QUALIFIER.sub("", str(field.annotation))
-    return f"{key}: {text} = {field.default}" + (f"   {field.description}" if field.description else "")
+    meaning = f"   {field.description}" if field.description else ""
+    default = "null" if field.default is None else field.default
+    return f"{key}: {_describe_type(field.annotation)} = {default}{meaning}"
+
+
+def _describe_type(annotation: Any) -> str:
+    """Return the choices, or the name of the type."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_describe_type, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

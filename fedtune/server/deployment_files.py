@@ -34,7 +34,7 @@ def _fill_container_file(settings: ServerSettings, wheel: str) -> str:
     """The container's server has a home of its own, which is made with the names and the port of this one."""
     return fill_template(
         "server/Dockerfile",
-        names=" ".join(f"--name {shlex.quote(name)}" for name in settings.hostnames),
+        names=" ".join(f"--hostname {shlex.quote(name)}" for name in settings.hostnames),
         port=settings.address[1],
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         wheel=wheel,

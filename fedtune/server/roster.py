@@ -99,7 +99,7 @@ class Roster:
         if len(there) < self._quorum:
             return (
                 f"waits: {_names(gone, 'was', 'were')} removed, and too few devices are left for federation.quorum "
-                f"{self._quorum}; enrol again under the same name (fedtune server token {gone[0].device_name}), "
+                f"{self._quorum}; enrol again under the same name (fedtune server create-token {gone[0].device_name}), "
                 "or stop the run and submit it with a lower quorum"
             )
         connected = set(self._grid.get_node_ids())

@@ -80,10 +80,8 @@ def wait_for_clients(
     gone = set(removed())
     wanted = {int(assignment.node_id) for assignment in assignments if assignment.client not in gone}
     _wait(grid, wanted, len(wanted), recipe.federation.quorum, patience)
-    nodes, devices = (
-        [int(assignment.node_id) for assignment in assignments],
-        [ClientDevice(classes[one.client], one.device_name) for one in assignments],
-    )
+    nodes = [int(assignment.node_id) for assignment in assignments]
+    devices = [ClientDevice(classes[assignment.client], assignment.device_name) for assignment in assignments]
     expect = grid.expect if isinstance(grid, GuardedGrid) else _any_size
     return RunClients(nodes, devices, _REMOTE_POLL_SECONDS, removed=removed, deployed=True, expect=expect)
 

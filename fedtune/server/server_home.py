@@ -95,8 +95,8 @@ def create_server_home(hostnames: list[str], listen: str) -> ServerHome:
     folder = paths.get_home_folder() / "server"
     if exists():
         raise ServerError(
-            f"{folder} is a server's home already; change its address with --name or --listen, edit server.yaml in it, "
-            "or choose another FEDTUNE_HOME"
+            f"{folder} is a server's home already; change its address with --hostname or --listen, edit server.yaml in "
+            "it, or choose another FEDTUNE_HOME"
         )
     settings = check_server_settings({"hostnames": hostnames, "listen": listen}, "the options")
     made = ServerHome(folder, settings)

@@ -37,7 +37,7 @@ def run_on_flower_engine(recipe: Recipe, run: str, store: str) -> None:
             flower_run_id = superlink.get_control_client().start_run(settings, cores)
             _follow(superlink, flower_run_id, recipe, run, store)
         except ServerError as error:
-            raise RunError(f"{error}; try again or use --engine local") from error
+            raise RunError(f"{error}; try again or use --engine in-process") from error
         finally:
             superlink.close()
 

@@ -158,7 +158,7 @@ class Access:
         if name not in known:
             raise StoreError(f"there is no operator {name!r}; see them with fedtune server operators")
         if "admin" not in {role for other, role in known.items() if other != name}:
-            raise StoreError(f"operator {name!r} is the only admin; make another first: fedtune server operator")
+            raise StoreError(f"operator {name!r} is the only admin; make another first: fedtune server add-operator")
         with writer(self._engine) as connection:
             connection.execute(delete(tables.operators).where(tables.operators.c.name == name))
 

@@ -18,6 +18,8 @@ __all__ = [
     "TokenRecord",
 ]
 
+_OLD_ENGINES = {"local": "in-process"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord:
@@ -128,6 +130,10 @@ class RunRecord:
     finished_at: datetime | None
     rounds_planned: int
     rounds_completed: int
+
+    def __post_init__(self) -> None:
+        """Read the engine's name of earlier versions as its name of today."""
+        object.__setattr__(self, "engine", _OLD_ENGINES.get(self.engine, self.engine))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ def _planted_modules(scene: Scene) -> str:
         (trap / name).write_text(f"open({str(mark)!r}, 'a').write(__name__)\nraise SystemExit\n")
     before = Path.cwd()
     os.chdir(trap)
-    keeper = TrainerSupervisor("part:0", 1 << 34, 60.0)
+    keeper = TrainerSupervisor("partition:0", 1 << 34, 60.0)
     try:
         assert keeper.run_request(Frame({"recipe": "{}"})).header["kind"] == "failed"
     finally:

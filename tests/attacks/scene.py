@@ -116,7 +116,7 @@ class Attack:
 def scene(folder: Path) -> Iterator[Scene]:
     """A server in a folder, with an honest and a hostile device enrolled."""
     os.environ["FEDTUNE_HOME"] = str(folder / "home")
-    for name in ("FEDTUNE_STORE", "FEDTUNE_SERVER"):
+    for name in ("FEDTUNE_STORE", "FEDTUNE_OPERATOR_FILE"):
         os.environ.pop(name, None)
     (folder / "home").mkdir()
     with serving(folder / "home") as server:

@@ -1,7 +1,7 @@
-"""The products of several adapters, module by module: rows as they are asked for, or small cores in common bases.
+"""The products B A of several adapters, by module: read in rows, or as small cores in common bases.
 
-With Q1 and Q2 orthonormal bases of all adapters' columns and rows, D_i = Q1 M_i Q2: every length and every angle among
-the products D_i is one among the cores M_i, whose sides are no longer than the ranks' sum.
+Let Q1 and Q2 be orthonormal bases of all adapters' columns and rows. Then D_i = Q1 M_i Q2. The cores M_i have the same
+lengths and angles as the products D_i, and their sides are at most the sum of the ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,47 +31,49 @@ class _Reader(NamedTuple):
     """Rows of one adapter's product, or of its core, by module."""
 
     products: "Products"
-    number: int
+    place: int
 
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
-        return self.products.read_module(name)[self.number].compute_rows(start, stop).float()
+        return self.products.read_module(name)[self.place].compute_rows(start, stop).float()
 
 
 class Products:
-    """What merge steps read of adapters; ``small`` gives them the cores. One module is held at a time."""
+    """The tensors that merge steps read. With ``small``, these are the cores. Only one module is in memory."""
 
     def __init__(self, adapters: Sequence[LoraAdapterReader], small: bool) -> None:
         self._adapters, self._small = adapters, small
         self._read = lru_cache(1)(self._factors)
         self._bases = lru_cache(1)(self._between)
 
-    def build_adapter_inputs(self, weights: Sequence[float], knobs: Sequence[Mapping[str, float]]) -> list[MergeInput]:
-        """One per adapter."""
-        told = enumerate(zip(weights, knobs, strict=True))
-        return [MergeInput(_Reader(self, number), weight, own) for number, (weight, own) in told]
+    def build_adapter_inputs(
+        self, weights: Sequence[float], overrides: Sequence[Mapping[str, float]]
+    ) -> list[MergeInput]:
+        """Return one merge input per adapter."""
+        each = enumerate(zip(weights, overrides, strict=True))
+        return [MergeInput(_Reader(self, place), weight, own) for place, (weight, own) in each]
 
     def read_module(self, module: str) -> list[LowRankFactors]:
-        """Each adapter's product or core."""
+        """Return the product or the core of each adapter."""
         return self._bases(module).cores if self._small else self._read(module)
 
     def shape(self, module: str) -> Shape:
-        """Of the product or the core."""
+        """Return the shape of the product or the core."""
         one = self.read_module(module)[0]
         return len(one.b), one.a.shape[1]
 
     def scale(self, module: str) -> float:
-        """The first adapter's that has the module."""
+        """Return the scale of the first adapter that has the module."""
         return next((one.scale for one in self._read(module) if one.rank), 1.0)
 
     def expand_core(self, module: str, factors: LowRankFactors) -> LowRankFactors:
-        """Factors of a product or core as factors of the product."""
+        """Turn factors of a product or core into factors of the product."""
         if not self._small:
             return factors
         q1, q2, _ = self._bases(module)
         return factors._replace(b=q1 @ factors.b, a=factors.a @ q2)
 
     def _factors(self, module: str) -> list[LowRankFactors]:
-        """Every adapter's factors; of rank zero where it does not have the module."""
+        """Return the factors of every adapter; of rank zero if it lacks the module."""
         found = {number: one.read_factors(module) for number, one in enumerate(self._adapters) if module in one.modules}
         first = next(iter(found.values()))
         for number, one in found.items():

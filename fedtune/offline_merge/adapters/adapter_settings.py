@@ -1,4 +1,4 @@
-"""What an adapter's configuration may say: a LoRA whose products, and what it holds whole, are all that it changes."""
+"""Check an adapter's configuration: it must be a LoRA that changes only products and whole modules."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _TOLD_ONLY = ("version", "unsloth", "merge_weights")
 
 
 def check_adapter(folder: Path, config: Mapping[str, Any]) -> None:
-    """ModelError for an adapter that is more than products, SourceError for a configuration that is none."""
+    """Raise ModelError for an adapter that changes more than products, SourceError for an invalid configuration."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{folder} is a {kind} adapter; only LoRA and DoRA adapters are merged by their products")

@@ -1,4 +1,4 @@
-"""The tokenizers that lie beside adapters: one for all where rows of tokens are merged, and then the result's too."""
+"""The tokenizers beside adapters. They must agree if the adapters contain rows of tokens."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ __all__ = ["common_tokens", "copy_tokenizer"]
 
 
 def common_tokens(adapters: Sequence[LoraAdapterReader]) -> Path | None:
-    """A folder with the tokenizer of all adapters that have one; None where none has one, or theirs differ.
+    """Return a folder with the tokenizer that all adapters share; None if none has one, or if they differ.
 
-    ModelError where they differ and the adapters hold rows of tokens, which would be merged by their numbers.
+    Raises ModelError if they differ and the adapters contain rows of tokens, because rows are merged by token id.
     """
     folders = [one.folder for one in adapters if has_tokenizer(one.folder)]
     for other in folders[1:]:
@@ -39,7 +39,7 @@ def common_tokens(adapters: Sequence[LoraAdapterReader]) -> Path | None:
 
 
 def copy_tokenizer(source: Path, into: Path) -> None:
-    """The tokenizer's files, as they are."""
+    """Copy the tokenizer's files."""
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, into / name)

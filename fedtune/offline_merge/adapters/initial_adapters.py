@@ -1,8 +1,8 @@
-"""What an adapter's first step took out of the base: LoRA's own starting points leave it whole, some others do not.
+"""What an initialisation method takes out of the base. LoRA takes nothing, but some other methods do.
 
 PiSSA (arXiv 2404.02948, equations 2 to 4) starts from the largest singular values of a weight, OLoRA (arXiv 2406.01775,
-section 3) from the first columns of its QR factors; both train beside what is left of the weight. PEFT takes the same
-part away again when it loads such an adapter, and so does this.
+section 3) from the first columns of its QR factors. Both train beside the rest of the weight. PEFT subtracts the same
+part again when it loads such an adapter, and so does this module.
 """
 
 import torch
@@ -19,7 +19,7 @@ _CONVERT = "convert it with peft's path_initial_model_for_weight_conversion"
 
 
 def check_start(start: object, origin: str) -> str:
-    """The starting point by its name; ModelError for one whose part of the base the adapter does not tell."""
+    """Return the initialisation method; ModelError if the adapter does not say what it took out of the base."""
     name = str(start).lower()
     if name in (*RESIDUAL, *_WHOLE):
         return name
@@ -28,7 +28,7 @@ def check_start(start: object, origin: str) -> str:
 
 
 def taken_out(start: str, weight: Tensor, rank: int, scale: float) -> LowRankFactors:
-    """What was taken out of a weight [out, in] of fp32, as factors of ``rank``."""
+    """Return what was taken out of a weight [out, in] in fp32, as factors of ``rank``."""
     if start == "olora":
         q, r = torch.linalg.qr(weight)
         return LowRankFactors(q[:, :rank], r[:rank], scale)

@@ -1,6 +1,6 @@
-"""A PEFT LoRA adapter's folder as factors by module, told apart by name, and what else it holds.
+"""Read the folder of a PEFT LoRA adapter: the factors of each module, and its other tensors.
 
-Scales are alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own rank and alpha where patterns give them.
+Scales are alpha / r, or alpha / sqrt(r) for rsLoRA. Patterns may give a module its own rank and alpha.
 """
 
 import math
@@ -31,7 +31,7 @@ _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 
 
 class FactorNames(NamedTuple):
-    """The names of a module's factors in the file; of an embedding they are those of the transposed weight."""
+    """The names of a module's factors in the file. For an embedding, they are those of the transposed weight."""
 
     a: str
     b: str
@@ -39,7 +39,7 @@ class FactorNames(NamedTuple):
 
 
 class LoraAdapterReader:
-    """One adapter; factors are read when they are asked for."""
+    """One adapter. Factors are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class LoraAdapterReader:
 
     @cached_property
     def modules(self) -> dict[str, FactorNames]:
-        """Modules by their names in the base, and where their factors are."""
+        """The names of the factors, by the module's name in the base."""
         found: dict[str, dict[str, str]] = {}
         embeddings = set()
         for name in self.tensor_shapes:
@@ -81,7 +81,7 @@ class LoraAdapterReader:
 
     @cached_property
     def extra_tensors(self) -> list[str]:
-        """Names of tensors that are no part of a product: magnitudes, biases, heads."""
+        """Names of tensors that are not factors: magnitudes, biases, heads."""
         names = [name for name in self.tensor_shapes if not _FACTOR.match(name)]
         odd = [name for name in names if ".lora_" in name and not _MAGNITUDE.search(name)]
         if odd:
@@ -89,7 +89,7 @@ class LoraAdapterReader:
         return names
 
     def read_tensor(self, name: str) -> Tensor:
-        """A tensor as it is stored; ModelError for values that are not finite."""
+        """Return a tensor as it is stored; ModelError if its values are not finite."""
         with safe_open(self.folder / TENSORS, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if not bool(convert_to_fp32(tensor).isfinite().all()):
@@ -97,13 +97,13 @@ class LoraAdapterReader:
         return tensor
 
     def read_factors(self, module: str) -> LowRankFactors:
-        """B [d, r] and A [r, k] with the module's scale; a kernel's further dimensions count as columns."""
+        """Return B [d, r], A [r, k] and the scale. The further dimensions of a kernel count as columns."""
         place = self.modules[module]
         a, b = self.read_tensor(place.a).flatten(1), self.read_tensor(place.b).flatten(1)
         return LowRankFactors(b, a, self.compute_scale(module, len(a)))
 
     def compute_scale(self, module: str, rank: int) -> float:
-        """What multiplies a module's product."""
+        """Return the factor that multiplies a module's product."""
         alpha = self._said("alpha_pattern", "lora_alpha", module)
         if alpha is None:
             raise ModelError(f"{self.folder} does not say lora_alpha, which scales its products; fetch {CONFIG} again")
@@ -123,7 +123,7 @@ class LoraAdapterReader:
         raise SourceError(f"{self.folder} has {found!r} as {key} of {module}, which is no number; fetch {CONFIG} again")
 
     def read_setting(self, name: str) -> Any:
-        """A value of the configuration, None where it has none."""
+        """Return a value of the configuration, or None."""
         return self.config.get(name) or None
 
     @property
@@ -139,7 +139,7 @@ class LoraAdapterReader:
         self._check_shapes(strip_peft_prefix(owner), self.tensor_shapes[names["A"]], self.tensor_shapes[names["B"]])
 
     def _check_shapes(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
-        """SourceError for factors that are not whole, ModelError for those that do not multiply as it is said."""
+        """Raise SourceError if a factor is missing, ModelError if the factors do not fit each other or the rank."""
         if not all((*a, *b)) or min(len(a), len(b)) < 2:
             raise SourceError(
                 f"{self.folder} holds an empty factor of {module}, as when each process saves its own part; save it "
@@ -155,7 +155,7 @@ class LoraAdapterReader:
             )
 
     def _check_magnitudes(self, owners: Set[str]) -> None:
-        """SourceError unless all modules have magnitudes, or none, as use_dora says."""
+        """Raise SourceError unless all modules have magnitudes, or none, as use_dora says."""
         having = {_MAGNITUDE.sub("", name) for name in self.tensor_shapes if _MAGNITUDE.search(name)}
         wanted = owners if self.read_setting("use_dora") else set()
         if odd := sorted(having ^ wanted):
@@ -167,5 +167,5 @@ class LoraAdapterReader:
 
 
 def strip_peft_prefix(owner: str) -> str:
-    """A module's name in the base."""
+    """Return a module's name in the base."""
     return owner.removeprefix(_INSIDE)

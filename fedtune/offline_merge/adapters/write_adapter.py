@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter whose modules may have ranks of their own, so that plain peft reads the same product again."""
+"""Write a PEFT adapter whose modules may have different ranks. PEFT reads the same products from it."""
 
 import json
 from collections import Counter
@@ -38,10 +38,10 @@ def write_adapter(
     whole: Mapping[str, Tensor],
     tokens: Path | None,
 ) -> None:
-    """Write the folder, its configuration last, without which it is no adapter; one rounding to the precision.
+    """Write the folder. The configuration comes last, because a folder without it is no adapter.
 
-    ``tokens`` is the folder of its tokenizer, if it has one. ModelError, before anything is written, for factors that
-    the precision cannot hold.
+    ``tokens`` is the folder of the tokenizer, if there is one. Factors are rounded once. Raises ModelError, before
+    anything is written, for factors that are too large for the data type.
     """
     dtype, tensors = adapters[0].dtype, dict(whole)
     for module, made in factors.items():
@@ -59,7 +59,7 @@ def write_adapter(
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in its precision; ModelError when that cannot hold it."""
+    """Return the tensor in the data type; ModelError if it is too large for it."""
     if not fits(tensor, dtype):
         raise ModelError(too_large(name, tensor, dtype, "take smaller weights"))
     return tensor.to(dtype)
@@ -68,7 +68,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def build_adapter_config(
     adapters: Sequence[LoraAdapterReader], factors: Mapping[str, LowRankFactors]
 ) -> dict[str, Any]:
-    """The first adapter's settings with the modules, ranks and alphas of the result; scale = alpha / r in each."""
+    """Return the first adapter's settings with the modules, ranks and alphas of the result. The scale is alpha / r."""
     ranks = {module: made.rank for module, made in factors.items()}
     alphas = {module: made.scale * made.rank for module, made in factors.items()}
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
@@ -87,5 +87,5 @@ def build_adapter_config(
 
 
 def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """What differs from the usual, by names that fit one module and no longer name that ends like it."""
+    """Return the values that differ from the usual one, by patterns that match only one module."""
     return {f"^{module}": value for module, value in sorted(values.items()) if value != usual}

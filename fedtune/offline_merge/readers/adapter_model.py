@@ -1,7 +1,7 @@
-"""A PEFT adapter read as a whole model: its change is added to the base's rows as they are read.
+"""Read a PEFT adapter as a whole model: its change is added to the base's rows.
 
-W' = W + s B A; with DoRA the rows of W' are then scaled to the adapter's magnitudes (arXiv 2402.09353, equation 5).
-What an adapter holds whole (heads, biases) takes the place of the base's tensor.
+W' = W + s B A. With DoRA, the rows of W' are then scaled to the adapter's magnitudes (arXiv 2402.09353, equation 5).
+Whole modules in the adapter (heads, biases) replace the base's tensors.
 """
 
 import math
@@ -32,9 +32,9 @@ _ASIDE = ".original_module."
 
 
 def read_base_model_name(folder: Path) -> str:
-    """What an adapter says it was made for: a hub id, with its revision where one is told, or a folder."""
-    told = read_json(folder / CONFIG)
-    base, revision = told.get("base_model_name_or_path"), told.get("revision")
+    """Return the base that an adapter names: a hub id, with its revision if there is one, or a folder."""
+    config = read_json(folder / CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise SourceError(f"{folder} does not say which base it is for; write it as BASE+{folder}")
     return str(base) if revision is None or Path(base).expanduser().exists() else f"{base}@{revision}"
@@ -72,15 +72,15 @@ class AdapterModelReader(ModelReader):
 
     @property
     def base(self) -> ModelReader:
-        """What the adapter changes, under the adapter's names."""
+        """The base, under the adapter's names."""
         return self._base
 
     def weight_of(self, module: str) -> str:
-        """The name in the base of the weight that a product of the adapter changes."""
+        """Return the name of the weight that a product of the adapter changes."""
         return next(name for name, own in self._modules.items() if own == module)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The base's rows with the change."""
+        """Return the base's rows with the change."""
         if name not in self._modules:
             return self._before(name, start, stop)
         module = self._modules[name]
@@ -89,14 +89,14 @@ class AdapterModelReader(ModelReader):
         return self._moved(name, module, start, stop)
 
     def _before(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows without the product: the adapter's own where it holds the tensor whole, or else the base's."""
+        """Return rows without the product: the adapter's own if it has the whole tensor, or the base's."""
         if name not in self._whole:
             return self._left(name, start, stop)
         whole = convert_to_fp32(self._adapter.read_tensor(self._whole[name]))
         return whole[start:stop] if whole.dim() else whole
 
     def _left(self, name: str, start: int, stop: int) -> Tensor:
-        """The base's rows, less what the adapter's start took out of them."""
+        """Return the base's rows without what the adapter's initialisation took out of them."""
         rows = self._base.rows(self._same.get(name, name), start, stop)
         if self._adapter.start not in RESIDUAL or name not in self._modules:
             return rows
@@ -104,7 +104,7 @@ class AdapterModelReader(ModelReader):
         return left.to(self.tensor_infos[name].dtype).to(rows.dtype)  # rounded once, as PEFT keeps it
 
     def _taken_out(self, name: str) -> LowRankFactors:
-        """What was taken out of a weight, in the order of its own axes."""
+        """Return what was taken out of a weight, with the weight's own axes."""
         weight, module = self._base.whole(self._same.get(name, name)), self._modules[name]
         rank = self._adapter.tensor_shapes[self._adapter.modules[module].a][0]
         flipped = self._flipped(module)
@@ -113,9 +113,9 @@ class AdapterModelReader(ModelReader):
         return LowRankFactors(found.a.T, found.b.T, found.scale) if flipped else found
 
     def _untie(self) -> None:
-        """Give the model an output of its own where the base ties it to the input and the adapter changes one of them.
+        """Give the model a separate output embedding if the base ties it and the adapter changes one of the two.
 
-        So it is in PEFT: a module's own copy, and what stands beside a module, are not those of the other module.
+        PEFT does the same: a module's own copy, or a change beside a module, does not affect the other module.
         """
         output = output_of(self.folder)
         inputs = [name for name in self._base.tensor_infos if is_embedding(name)]
@@ -132,13 +132,13 @@ class AdapterModelReader(ModelReader):
             self.tensor_infos = {**self.tensor_infos, output: self._base.tensor_infos[inputs[0]]}
 
     def _has_its_own(self, name: str) -> bool:
-        """Whether the adapter trained a tensor apart, beside a base that keeps its own."""
+        """Whether the adapter has its own copy of a tensor."""
         module = name.removesuffix(".weight")
         copied = self._adapter.read_setting("modules_to_save") or ()
         return name in self._modules or (name in self._whole and module.rpartition(".")[2] in copied)
 
     def _moved(self, name: str, module: str, start: int, stop: int) -> Tensor:
-        """Rows of W + s B A, or of W + s (B A)^T where the weight is stored as [in, out]."""
+        """Return rows of W + s B A, or of W + s (B A)^T if the weight is stored as [in, out]."""
         factors = self._factors(module)
         if self._flipped(module):
             factors = LowRankFactors(factors.a.T, factors.b.T, factors.scale)
@@ -163,7 +163,7 @@ class AdapterModelReader(ModelReader):
         return self._transposed[module]
 
     def _check_rows(self) -> None:
-        """ModelError where the adapter brings rows for more tokens to the input than the output has, or less."""
+        """Raise ModelError if the adapter's input and output embeddings have different numbers of tokens."""
         heights = {
             name: form.num_rows for name, form in self.tensor_infos.items() if is_embedding(name) or is_output(name)
         }
@@ -196,5 +196,5 @@ class AdapterModelReader(ModelReader):
 
 
 def _in_the_base(name: str) -> str:
-    """The name in the base of what an adapter holds whole; a module's own copy or its base layer is that module."""
+    """Return the base's name for a whole tensor of the adapter. A module's copy or base layer is that module."""
     return strip_peft_prefix(name).replace(".modules_to_save.", ".").replace(_BELOW, ".")

@@ -1,7 +1,7 @@
-"""Checkpoints that bitsandbytes quantised to four bits, dequantised a few rows at a time.
+"""Read checkpoints that bitsandbytes quantised to four bits, dequantised a few rows at a time.
 
-Two values lie in one byte, the first in its upper half; each block of values has one scale, which may itself be
-quantised to eight bits with a scale and a common offset (QLoRA, arXiv 2305.14314, section 3: double quantisation).
+One byte contains two values, the first in its upper half. Each block of values has a scale. The scales may themselves
+be quantised to eight bits with a scale and a common offset (QLoRA, arXiv 2305.14314, section 3: double quantisation).
 """
 
 import json
@@ -22,12 +22,12 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def is_four_bit_checkpoint(folder: SafetensorsModelReader) -> bool:
-    """Whether some tensor carries the marks of four-bit quantisation."""
+    """Whether some tensor is quantised to four bits."""
     return any(_MARK in name for name in folder.tensor_infos)
 
 
 class _Nested(NamedTuple):
-    """How the scales themselves are dequantised: values by code [256], one scale per block of so many, one offset."""
+    """How the scales are dequantised: values by code [256], one scale per block, one offset."""
 
     values: Tensor
     scales: Tensor
@@ -36,7 +36,7 @@ class _Nested(NamedTuple):
 
 
 class _Code(NamedTuple):
-    """How one tensor is dequantised: values by code [16], one scale per block of so many values."""
+    """How one tensor is dequantised: values by code [16], one scale per block."""
 
     form: TensorInfo
     values: Tensor
@@ -45,7 +45,7 @@ class _Code(NamedTuple):
 
 
 class FourBitModelReader(ModelReader):
-    """The tensors of a quantised folder as numbers."""
+    """The dequantised tensors of a folder."""
 
     is_quantised = True
 
@@ -62,7 +62,7 @@ class FourBitModelReader(ModelReader):
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows in fp32, dequantised where they were quantised."""
+        """Return rows in fp32."""
         if name not in self._codes:
             return self._stored.rows(name, start, stop)
         code = self._codes[name]
@@ -82,21 +82,21 @@ class FourBitModelReader(ModelReader):
         return code.nested.values[scales.long()] * code.nested.scales[blocks] + code.nested.offset
 
     def _code(self, name: str, state: str) -> _Code:
-        told = self._state(state)
-        form = TensorInfo(tuple(told["shape"]), getattr(torch, told["dtype"]))
-        return _Code(form, self._stored.whole(f"{name}.quant_map"), told["blocksize"], self._nested(name, told))
+        found = self._state(state)
+        form = TensorInfo(tuple(found["shape"]), getattr(torch, found["dtype"]))
+        return _Code(form, self._stored.whole(f"{name}.quant_map"), found["blocksize"], self._nested(name, found))
 
-    def _nested(self, name: str, told: dict[str, Any]) -> _Nested | None:
+    def _nested(self, name: str, found: dict[str, Any]) -> _Nested | None:
         if f"{name}.nested_absmax" not in self._stored.tensor_infos:
             return None
         values, scales = (self._stored.whole(f"{name}.nested_{part}") for part in ("quant_map", "absmax"))
-        return _Nested(values, scales, told["nested_blocksize"], told["nested_offset"])
+        return _Nested(values, scales, found["nested_blocksize"], found["nested_offset"])
 
     def _state(self, name: str) -> dict[str, Any]:
         try:
-            told: dict[str, Any] = json.loads(bytes(self._stored.whole(name).tolist()))
+            found: dict[str, Any] = json.loads(bytes(self._stored.whole(name).tolist()))
         except ValueError as error:
             raise SourceError(f"{self.source}: {name} is no quantisation state; fetch it again") from error
-        if not {"blocksize", "dtype", "shape"} <= told.keys():
+        if not {"blocksize", "dtype", "shape"} <= found.keys():
             raise SourceError(f"{self.source}: {name} is no quantisation state; fetch it again")
-        return told
+        return found

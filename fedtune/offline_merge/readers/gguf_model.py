@@ -1,7 +1,7 @@
-"""GGUF files of language models, dequantised a tensor or a few rows at a time.
+"""Read GGUF files of language models, dequantised one tensor or a few rows at a time.
 
-transformers says which tensor is which in its own models, and undoes what the converter did to some of them; this
-needs the whole tensor, of which one is kept. Embeddings, the largest, are taken as they lie and read row by row.
+transformers maps the file's names to its own and undoes what the converter changed in some tensors. This needs the
+whole tensor; one is cached. Embeddings, the largest tensors, are read row by row.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufModelReader(ModelReader):
-    """The tensors of a GGUF file under the names transformers gives them."""
+    """The tensors of a GGUF file under transformers' names."""
 
     def __init__(self, file: Path, origin: str) -> None:
         self.source, self.files = origin, (file,)
@@ -67,7 +67,7 @@ class GgufModelReader(ModelReader):
 
     @cached_property
     def folder(self) -> Path:  # type: ignore[override]
-        """config.json and the tokenizer in a folder that lives as long as this object."""
+        """A folder with config.json and the tokenizer. It exists as long as this object."""
         self._folder = tempfile.TemporaryDirectory(prefix="fedtune-gguf-")
         [file] = self.files
         with silence_transformers():
@@ -76,7 +76,7 @@ class GgufModelReader(ModelReader):
         return Path(self._folder.name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Dequantised rows in fp32."""
+        """Return dequantised rows in fp32."""
         found = self._stored[name]
         if found.name in _ROW_BY_ROW:
             return torch.from_numpy(found.rows(self.files[0], start, stop))
@@ -100,7 +100,7 @@ class GgufModelReader(ModelReader):
 
 
 class _Stored:
-    """Where a tensor lies in the file, and how it is quantised."""
+    """Where a tensor is in the file, and how it is quantised."""
 
     def __init__(self, tensor: Any) -> None:
         self.name: str = tensor.name
@@ -111,21 +111,21 @@ class _Stored:
 
     @property
     def height(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return self._shape[0]
 
     @property
     def quantised(self) -> bool:
-        """Whether the numbers were rounded to fewer bits than sixteen."""
+        """Whether the values have fewer than sixteen bits."""
         return self._type.name not in _PLAIN
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of plain numbers; quantised ones become fp16 where nothing else is asked for."""
+        """The data type of plain values; fp16 for quantised ones."""
         return _PLAIN.get(self._type.name, torch.float16)
 
     def rows(self, file: Path, start: int, stop: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        """Rows ``start`` to ``stop``, dequantised."""
+        """Return rows ``start`` to ``stop``, dequantised."""
         count, offset = (stop - start) * self._row_bytes, self._offset + start * self._row_bytes
         raw = np.fromfile(file, dtype=np.uint8, count=count, offset=offset)
         # A vector is one run of blocks.

@@ -1,4 +1,4 @@
-"""One model's tensors, whatever they are stored as, read a few rows at a time in fp32."""
+"""One model's tensors, in whatever format, read a few rows at a time in fp32."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -26,11 +26,11 @@ _WRAPPERS = ("model", "language_model")
 
 
 class ModelReader(ABC):
-    """A model's tensors.
+    """The tensors of a model.
 
-    ``origin`` is what the user called it, ``folder`` holds config.json, ``tokens`` the tokenizer: the same folder
-    unless an adapter brings its own. ``files`` are what the tensors are read from, ``forms`` their names in order,
-    ``quantised`` whether they were stored in fewer bits.
+    ``source`` is what the user called it. ``folder`` contains config.json, and ``tokens`` the tokenizer: the same
+    folder, unless an adapter has its own. The tensors are read from ``files``; ``tensor_infos`` has their names in
+    order. ``is_quantised``: they are stored in fewer bits.
     """
 
     source: str
@@ -47,15 +47,15 @@ class ModelReader(ABC):
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``: fp32, integers as they are; a tensor without dimensions has the one row 0."""
+        """Return rows ``start`` to ``stop`` in fp32; integers unchanged. A tensor without dimensions is one row."""
 
     def whole(self, name: str) -> Tensor:
-        """All rows."""
+        """Return all rows."""
         return self.rows(name, 0, self.tensor_infos[name].num_rows)
 
 
 class Prefixed(ModelReader):
-    """The same tensors with other beginnings of their names: one prefix taken away, one put before all."""
+    """The same tensors under names with another prefix."""
 
     def __init__(self, weights: ModelReader, put: str, take: str = "") -> None:
         self._weights, self._put, self._take = weights, put, take
@@ -70,7 +70,7 @@ class Prefixed(ModelReader):
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """Whole tensors by name, read each time they are asked for and held by nobody."""
+    """Whole tensors by name. Each is read on every access and not cached."""
 
     def __init__(self, weights: ModelReader) -> None:
         self._weights = weights
@@ -86,7 +86,7 @@ class LazyStateDict(Mapping[str, Tensor]):
 
 
 def are_same(model: ModelReader, one: str, other: str) -> bool:
-    """Whether two tensors of a model are the same numbers; read piece by piece up to the first that is not."""
+    """Whether two tensors of a model are equal. They are compared in pieces up to the first difference."""
     form = model.tensor_infos[one]
     if form.shape != model.tensor_infos[other].shape:
         return False
@@ -94,9 +94,9 @@ def are_same(model: ModelReader, one: str, other: str) -> bool:
 
 
 def find_name_prefix(wanted: Collection[str], known: Collection[str]) -> str:
-    """The prefix that, put before the ``known`` names, makes most of them ``wanted``; empty when they agree best so.
+    """Return the prefix with which most of the ``known`` names are ``wanted``; empty if no prefix is best.
 
-    A fine-tune for a task holds ``bert.encoder...`` where its base may hold ``encoder...``.
+    A fine-tune for a task may contain ``bert.encoder...`` where its base contains ``encoder...``.
     """
     names = set(wanted)
     firsts = Counter(name.split(".", 1)[0] + "." for name in wanted)
@@ -105,7 +105,7 @@ def find_name_prefix(wanted: Collection[str], known: Collection[str]) -> str:
 
 
 def match_tensor_names(weights: ModelReader, names: Collection[str]) -> ModelReader:
-    """The tensors under the names of another model of the same kind, where only a prefix differs."""
+    """Return the model under the names of another model of the same kind, if only a prefix differs."""
     if put := find_name_prefix(names, weights.tensor_infos):
         return Prefixed(weights, put)
     if take := find_name_prefix(weights.tensor_infos, names):
@@ -114,7 +114,7 @@ def match_tensor_names(weights: ModelReader, names: Collection[str]) -> ModelRea
 
 
 def by_their_rest(names: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """Which of the ``known`` names each name means, where they differ in parts that only say how modules are nested.
+    """Map names to ``known`` names that differ only in how modules are nested.
 
     A vision-language model is ``language_model.model.layers...`` in its file and ``model.language_model.layers...`` in
     memory, where adapters get their names.

@@ -1,4 +1,4 @@
-"""What a user may name as a model to merge, opened without reading its tensors."""
+"""Open a model that the user named, without reading its tensors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +20,15 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm", "*
 
 
 def refuse_runs(reference: str) -> Path:
-    """For callers that know no run store."""
+    """Refuse run:ID, for callers without a run store."""
     raise SourceError(f"run:{reference} needs a run store; export the run first")
 
 
 def open_model(source: str, runs: RunExporter = refuse_runs) -> ModelReader:
-    """A model: path:FOLDER, gguf:FILE, hub:ID, sample:NAME or run:ID, or BASE+ADAPTER.
+    """Open path:FOLDER, gguf:FILE, hub:ID, sample:NAME, run:ID, or BASE+ADAPTER.
 
-    Without a kind it is the folder or the GGUF file of that name if there is one, else a hub id. Raises SourceError
-    and ModelError in one sentence.
+    A name without a kind is the folder or the GGUF file of that name if it exists, or else a hub id. Raises SourceError
+    or ModelError.
     """
     kind, name = _kind(source)
     if kind is None and "+" in source:
@@ -46,7 +46,7 @@ def open_model(source: str, runs: RunExporter = refuse_runs) -> ModelReader:
 
 
 def open_base(base: str) -> ModelReader:
-    """What an adapter names as its base, where it is at hand: nothing is fetched. SourceError where it is not."""
+    """Open the base that an adapter names, if it is available. Nothing is downloaded. SourceError if it is not."""
     name = _named(base)
     if not name.startswith("hub:"):
         return open_model(name)
@@ -54,7 +54,7 @@ def open_base(base: str) -> ModelReader:
 
 
 def _kind(source: str) -> tuple[str | None, str]:
-    """The kind of a source and its name; None for a folder written with its adapter."""
+    """Return the kind of a source and its name; None for a folder written with its adapter."""
     kind, colon, name = source.partition(":")
     if "+" in source and not Path(name if colon else source).expanduser().exists():
         return None, source
@@ -64,12 +64,12 @@ def _kind(source: str) -> tuple[str | None, str]:
 
 
 def _named(base: str) -> str:
-    """A base as an adapter names it: a folder, a hub id, or a source of fedtune."""
+    """Return the source for a base that an adapter names: a folder, a hub id, or a source of fedtune."""
     return base if base.partition(":")[0] in _KINDS or Path(base).expanduser().exists() else f"hub:{base}"
 
 
 def _folder(source: str) -> Path:
-    """The folder a source means; one on the hub is fetched."""
+    """Return the folder of a source. A model on the hub is downloaded."""
     kind, colon, name = source.partition(":")
     if not colon or kind not in _KINDS:
         path = Path(source).expanduser()
@@ -80,7 +80,7 @@ def _folder(source: str) -> Path:
 
 
 def _fetched(name: str, *, local: bool = False) -> Path:
-    """A repository of the hub, ID or ID@REVISION, in its local cache, without the pickles."""
+    """Download a repository of the hub, ID or ID@REVISION, to the local cache, without pickles."""
     from huggingface_hub import snapshot_download
 
     from fedtune.models.transformers_logging import silence_transformers
@@ -102,7 +102,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _check_one(folder: Path) -> None:
-    """SourceError for a folder that holds an adapter and a model too: which is meant only its owner knows."""
+    """Raise SourceError for a folder with both an adapter and a model, because it is ambiguous."""
     others = [file.name for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
     if others and (folder / "config.json").is_file():
         raise SourceError(

@@ -1,4 +1,4 @@
-"""A folder of safetensors files, single or in shards, as transformers writes it."""
+"""Read a folder of safetensors files, single or in shards, as transformers writes it."""
 
 from pathlib import Path
 
@@ -28,21 +28,21 @@ class SafetensorsModelReader(ModelReader):
         self.tensor_infos = {name: place.form for name, (_, place) in self._places.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows in fp32; integers as they are."""
+        """Return rows in fp32; integers unchanged."""
         return convert_to_fp32(self.read_stored_rows(name, start, stop))
 
     def read_stored_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows in the precision they are stored in."""
+        """Return rows in the stored data type."""
         file, place = self._places[name]
         return self._reader.rows(file, place, start, stop)
 
 
 def _found(folder: Path) -> tuple[Path, ...]:
-    """The files of a model; SourceError for pickles."""
+    """Return the files of a model; SourceError for pickles."""
     resolve_model_source(f"path:{folder}", "the path")
     return shards(folder)
 
 
 def convert_to_fp32(tensor: Tensor) -> Tensor:
-    """Real numbers in fp32, integers as they are."""
+    """Convert real numbers to fp32. Integers stay the same."""
     return tensor.to(torch.float32) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Tensors with one column per token as tensors with one row per token, and back."""
+"""Read tensors with one column per token as tensors with one row per token, and back."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ __all__ = ["Turned"]
 
 
 class Turned(ModelReader):
-    """A model with such matrices transposed; they are small and read whole."""
+    """A model with these matrices transposed. They are small and read whole."""
 
     def __init__(self, weights: ModelReader) -> None:
         self._weights = weights
@@ -21,7 +21,7 @@ class Turned(ModelReader):
         }
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The rows, which are columns in the model where it has columns of tokens."""
+        """Return the rows; for a tensor with one column per token, its columns."""
         if not is_of_columns(name):
             return self._weights.rows(name, start, stop)
         return self._weights.whole(name).T[start:stop].contiguous()

@@ -95,6 +95,6 @@ def _pem(text: str) -> str:
         raise RequestRefusedError(400, "the device's key is no OpenSSH public key; enroll again") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise RequestRefusedError(
-            400, "the device's key is not an EC P-384 key; enroll again with fedtune device enroll"
+            400, "the device's key is not an EC P-384 key; enroll again with fedtune device enrol"
         )
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()

@@ -6,26 +6,26 @@ are trained; the pretrained weights stay frozen. ``variant`` selects how the str
 and ``meft3`` are the published couplings. ``diff`` is our extension and the default for every model: it is meft1 with
 y1 = factor (x1 - x2) + layer(x2). It starts close to the pretrained model, whereas meft1 adds a fraction of the whole
 residual in every block. The factor is set by ``scaling_factor``.
-Saves: the activations of all blocks. A segment of blocks stores two double-precision streams, however long it is. The
-backward pass holds the autograd graph of half a block. With ``num_chunks`` it holds a fraction of that graph: attention
-then processes the batch in groups of rows, and the feed-forward part processes the tokens in groups.
+Saves: the activations of all blocks. A segment of blocks stores only its two output streams, in double precision. The
+backward pass holds the autograd graph of half a block. With ``num_chunks`` it holds a fraction of that graph, because
+attention processes the batch in chunks of rows, and the feed-forward layer in chunks of tokens.
 Costs: one more forward pass, as with gradient checkpointing, and one more attention pass. MEFT also changes the
 function of the pretrained model, because the factor stays in the network. The exported model therefore includes its own
 code and cannot be merged back into the base.
 Sends: 2 (2 rank width + rank + width) numbers per block, and the head.
 Exactness: by default, gradients are bit-equal to those of the same network with stored activations. Four rules ensure
 this. Streams are double precision. The outputs that blocks add to them are rounded to a grid. The factor is a power of
-two. A segment ends before the 53 bits of a double are used up. If the streams outgrow the range measured at the start,
-a bitwise check ends the segment earlier. ``arithmetic: float`` uses the published floating-point arithmetic. In deep
-models it cannot reconstruct activations exactly, and gradients become wrong; fedtune then warns and prints the relative
-error.
+two. A segment ends before the 53 bits of a double are used up. If the values of a stream exceed the range measured at
+the start, a bitwise check detects it, and the segment ends earlier. ``arithmetic: float`` uses the published
+floating-point arithmetic. In deep models it cannot reconstruct activations exactly, and gradients become wrong; fedtune
+then warns and prints the relative error.
 Use when: activations fill the device's memory and the model is deep.
 Avoid when: gradient checkpointing already fits, or the head needs more memory than the blocks (``fused-cross-entropy``
 helps).
 Source: Liao, Tan and Monz, "Make Pre-trained Model Reversible" (arXiv 2306.00477). The couplings MEFT1 to MEFT3, the
 adapters, their initialisation, the factors and dropout follow the published code. Deviations: ``diff`` is new. Exact
 arithmetic uses a factor of 1/8 instead of 0.1. The default is ``output_stream: main``; the published encoders use the
-mean. The last block has no adapter for the stream that nothing reads afterwards. The rank is 8 for every model. Dropout
+mean. The last block has no adapter for the stream that is not used after it. The rank is 8 for every model. Dropout
 seeds are derived from the seed of the step.
 """
 

@@ -20,10 +20,10 @@ Costs: a search in every input. On one processor core it takes about as long as 
 Sends: what the other technique sends.
 Error: the cosine between pruned and exact weight gradients, mean over layers, pruned by 50, 70 and 90 %. The last
 blocks of EfficientNet-Lite0: .99, .97, .84 (mean of two bases). MiniLM with LoRA: .99, .95, .83; the layer after GELU
-is worst with .97, .87, .65. ``fedtune profile --check`` compares with stored activations and reports the error: entries
-are wrong by tens of percent of the largest one, by design. ``centre_features`` subtracts the mean of each feature from
-a linear layer's input and adds its contribution exactly. It stores one number per feature. For all of MiniLM it gives
-.99, .97, .91 instead of .99, .95, .84.
+is worst with .97, .87, .65. ``fedtune profile --check-gradients`` compares with stored activations and reports the
+error: entries are wrong by tens of percent of the largest one, by design. ``centre_features`` subtracts the mean of
+each feature from a linear layer's input and adds its contribution exactly. It stores one number per feature. For all of
+MiniLM it gives .99, .97, .91 instead of .99, .95, .84.
 Use when: you train a convolutional net and activations fill the device's memory. Use ``standardise_weights`` when you
 train from scratch, with small batches, or with ``dynamic-pruning``, whose masks it respects.
 Avoid when: gradients must be exact (use ``gradient-checkpointing``). Also avoid it when only biases, norms or B of LoRA
